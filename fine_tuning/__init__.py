@@ -1,0 +1,1 @@
+"""Whetstone: sharpen a local chatbot on its own conversations."""

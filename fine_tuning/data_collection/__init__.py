@@ -1,0 +1,1 @@
+"""Conversations in: logging, importing, cleaning, exporting."""

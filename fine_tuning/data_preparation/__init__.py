@@ -1,0 +1,1 @@
+"""From clean conversations to token ids, labels and splits."""

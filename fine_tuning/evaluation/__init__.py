@@ -1,0 +1,1 @@
+"""Is it better? Metrics, paired comparison and the verdict."""

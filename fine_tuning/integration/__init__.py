@@ -1,0 +1,1 @@
+"""Where the models meet people: Ollama, the embedded engine, the chat app."""

@@ -1,0 +1,1 @@
+"""From an adapter to the model that answers: package, registry, deployment."""

@@ -1,0 +1,65 @@
+"""JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys. NaN and infinities are refused (ValueError)."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8") + b"\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read one JSON document."""
+    return json.loads(Path(path).read_bytes())
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:
+    """Write one JSON object a line; returns the number of lines."""
+    count = 0
+    with replacing(path) as file:
+        for record in records:
+            file.write(dump_line(record))
+            count += 1
+    return count
+
+
+def dump_line(record: dict) -> bytes:
+    """One record as a UTF-8 JSON line, newline included."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, raw line without its newline). Only `\\n` ends a line: U+2028 does not."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, line.rstrip(b"\n")
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict]:
+    """Yield the records of a file that this project wrote itself; foreign files go through the importers."""
+    for _, line in read_lines(path):
+        if line:
+            yield json.loads(line)

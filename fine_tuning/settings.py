@@ -1,0 +1,61 @@
+"""Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fine_tuning.errors import UserError
+
+
+class Settings(BaseModel):
+    """A section of params.yaml. Unknown keys and wrong types are refused: "2e-4" is text to YAML, not a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def read_params(section: str, model: type[SettingsT], path: str | Path = "params.yaml") -> SettingsT:
+    """Load `section` of the YAML file at `path` as a `model`.
+
+    Raises:
+        UserError: the file, the section or a parameter is missing, unknown or of the wrong type; names the parameter.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: restore it with `git checkout {path}`") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None
+    if not isinstance(document, dict) or section not in document:
+        raise UserError(f"{path}: the section {section!r} is missing: restore it with `git checkout {path}`")
+    return parse_settings(section, document[section], model, path)
+
+
+def parse_settings(section: str, values: object, model: type[SettingsT], path: str | Path) -> SettingsT:
+    """Check the mapping `values` against `model`; `section` and `path` only name it in the error."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(section, error)}") from None
+
+
+def _first_problem(section: str, error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in (section, *problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown parameter {name}: check its spelling"
+    if problem["type"] == "missing":
+        return f"parameter {name} is missing: restore it from git"
+    given = problem["input"]
+    hint = ""
+    if isinstance(given, str) and problem["type"] in ("float_type", "int_type"):
+        hint = ": YAML reads it as text, write it like 2.0e-4"
+    shown = repr(given) if isinstance(given, (str, int, float, bool, type(None))) else type(given).__name__
+    reason = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"parameter {name} = {shown} should be {reason}{hint}"
