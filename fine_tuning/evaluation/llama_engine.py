@@ -1,0 +1,312 @@
+"""llama.cpp as an engine: one GGUF in a child process, used by evaluation, the parity proof and the chat app.
+
+    with LlamaEngine(Path("models/package/model.gguf"), context=512, threads=1, slots=4) as engine:
+        print(engine.complete("Once upon a time", max_tokens=32).text)
+
+A process of its own is what can be ended cleanly: its memory is freed when the block is left, it ends when its parent
+dies, and a crash inside llama.cpp is an error here, not the end of the program.
+"""
+
+import contextlib
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation import llama_server
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A generated text. `finished` is true when the model ended it itself, by its end token or a stop string."""
+
+    text: str
+    ids: list[int]
+    finished: bool
+
+
+class LlamaEngine:
+    """A running llama.cpp server for one GGUF, a context manager.
+
+    Args:
+        gguf: the model file.
+        context: tokens that one conversation may hold, prompt and reply together.
+        threads: one for each core that is free; more than that and llama.cpp spins.
+        slots: conversations computed side by side.
+        timeout: seconds that starting and any single answer may take.
+
+    Raises:
+        UserError: the file is missing or no usable GGUF, the process died, or a time-out passed.
+    """
+
+    def __init__(self, gguf: Path, context: int, threads: int, slots: int = 1, timeout: float = 300.0) -> None:
+        self.gguf = Path(gguf)
+        self.context = context
+        self.slots = slots
+        self.timeout = timeout
+        self.api_key = secrets.token_urlsafe(24)
+        self.base_url = ""
+        self._request = {
+            "gguf": str(self.gguf.resolve()),
+            "context": context,
+            "threads": threads,
+            "slots": slots,
+            "api_key": self.api_key,
+        }
+        self._process: subprocess.Popen[str] | None = None
+        # Never through a proxy: the address is this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    # ---------------------------------------------------------------- life
+
+    def __enter__(self) -> "LlamaEngine":
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def start(self) -> "LlamaEngine":
+        """Load the model and wait until it answers. Without a `with` block, call close()."""
+        if not self.gguf.is_file():
+            raise UserError(f"{self.gguf} is missing: run `dvc repro`, or `dvc pull` where it was made elsewhere")
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", llama_server.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        try:
+            answer = self._greet(self._process)
+        except BaseException:
+            self.close()
+            raise
+        self.base_url = answer["address"]
+        return self
+
+    def _greet(self, process: subprocess.Popen[str]) -> dict[str, str]:
+        assert process.stdin is not None and process.stdout is not None
+        late = threading.Timer(self.timeout, process.kill)
+        late.start()
+        try:
+            process.stdin.write(json.dumps(self._request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timed_out = not late.is_alive()
+            late.cancel()
+        if timed_out:
+            raise UserError(f"{self.gguf} did not load within {self.timeout:g} s: free the processor and try again")
+        if not line:
+            raise UserError(f"llama.cpp died while loading {self.gguf}{self._last_words()}: free memory and try again")
+        answer = json.loads(line)
+        if "error" in answer:
+            reason = self._last_words() or f" ({answer['error']})"
+            raise UserError(f"{self.gguf} is no GGUF that llama.cpp can load{reason}: build it again with `dvc repro`")
+        return answer
+
+    def close(self) -> None:
+        """End the process and free its memory. Calling it again does nothing."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._log.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running server, None when closed."""
+        return self._process.pid if self._process else None
+
+    def _last_words(self) -> str:
+        """The first error line of llama.cpp's log, in brackets; it names the cause, those after it the consequences."""
+        self._log.seek(0)
+        for line in self._log.read().decode("utf-8", "replace").splitlines():
+            stamp, _, words = line.partition(" E ")
+            if words and stamp.replace(".", "").isdigit():
+                return f" ({words.strip()[:200]})"
+        return ""
+
+    # ---------------------------------------------------------------- requests
+
+    def _open(self, path: str, body: dict[str, Any]) -> HTTPResponse:
+        if self._process is None:
+            raise RuntimeError("the engine is not running: use it inside its `with` block")
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"}
+        request = urllib.request.Request(self.base_url + path, json.dumps(body).encode(), headers)
+        try:
+            return self._opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            raise self._refused(error) from None
+        except OSError as error:
+            raise self._broken(error) from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> UserError:
+        try:
+            problem = json.loads(error.read())["error"]
+        except (ValueError, KeyError, TypeError, OSError):
+            problem = {}
+        if problem.get("type") == "exceed_context_size_error":
+            return UserError(
+                f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the context of {self.context}: "
+                "shorten it, or raise chat.max_length in params.yaml"
+            )
+        return UserError(
+            f"llama.cpp refused a request (HTTP {error.code}): {problem.get('message', 'no reason given')}"
+        )
+
+    def _broken(self, error: Exception) -> UserError:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            return UserError(
+                f"{self.gguf.name} gave no answer within {self.timeout:g} s: ask for fewer tokens or free the processor"
+            )
+        try:
+            status = self._process.wait(timeout=1) if self._process else 0
+        except subprocess.TimeoutExpired:
+            return UserError(f"the connection to llama.cpp broke ({type(reason).__name__}): try again")
+        return UserError(f"llama.cpp died (exit status {status}) with {self.gguf.name}: free memory and try again")
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            with self._open(path, body) as response:
+                return json.loads(response.read())
+        except (OSError, HTTPException) as error:
+            raise self._broken(error) from None
+
+    # ---------------------------------------------------------------- what it can do
+
+    def tokenize(self, text: str, parse_special: bool = True, add_special: bool = False) -> list[int]:
+        """Token ids of `text`. `parse_special` reads control tokens; `add_special` puts the model's own BOS first."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        return self._post("/tokenize", body)["tokens"]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._post("/detokenize", {"tokens": list(ids)})["content"]
+
+    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt that the GGUF's own chat template makes of `messages`, generation prompt included."""
+        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
+
+    def next_token_logprobs(self, ids: Sequence[int], n: int) -> list[tuple[int, float]]:
+        """The `n` likeliest next tokens after exactly `ids` (no BOS is added) with natural-log probabilities."""
+        body = {
+            "prompt": list(ids),
+            "n_predict": 1,
+            "n_probs": n,
+            "temperature": 0,
+            "post_sampling_probs": False,
+            "cache_prompt": False,  # a reused prefix is computed in other batches and differs in the last digits
+        }
+        first = self._post("/completion", body)["completion_probabilities"][0]
+        return [(top["id"], top["logprob"]) for top in first["top_logprobs"]]
+
+    def complete(
+        self,
+        prompt: Sequence[int] | str,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Completion:
+        """Continue `prompt`, greedily at temperature 0. Token ids are taken as they are; text gets the model's BOS."""
+        body = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "n_predict": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stop": list(stop),
+            "return_tokens": True,
+        }
+        if temperature == 0:
+            body["samplers"] = ["temperature"]
+        answer = self._post("/completion", body)
+        return Completion(answer["content"], answer["tokens"], answer["stop_type"] in ("eos", "word"))
+
+    def complete_many(
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        on_done: Callable[[Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Complete all `prompts`, as many side by side as there are slots; `on_done` is told of each as it ends."""
+
+        def one(prompt: Sequence[int] | str) -> Completion:
+            completion = self.complete(prompt, max_tokens, temperature, seed, stop)
+            if on_done is not None:
+                on_done(completion)
+            return completion
+
+        pool = ThreadPoolExecutor(max_workers=self.slots)
+        try:
+            return list(pool.map(one, prompts))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def chat_stream(
+        self,
+        messages: Sequence[dict[str, str]],
+        max_tokens: int = 512,
+        temperature: float = 0.7,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield the reply to `messages` piece by piece, by the GGUF's own chat template. Closing it stops the model.
+
+        Raises:
+            UserError: as complete(), also when the stream breaks off before its end.
+        """
+        body = {
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stop": list(stop),
+            "stream": True,
+            "reasoning_format": "none",
+        }
+        if seed is not None:
+            body["seed"] = seed
+        with self._open("/v1/chat/completions", body) as response:
+            try:
+                for line in response:
+                    payload = line.removeprefix(b"data: ").strip()
+                    if not payload or not line.startswith(b"data: "):
+                        continue
+                    if payload == b"[DONE]":
+                        return
+                    event = json.loads(payload)
+                    if "error" in event:
+                        raise UserError(f"llama.cpp broke off: {event['error'].get('message', 'no reason given')}")
+                    for choice in event["choices"]:
+                        if piece := choice["delta"].get("content"):
+                            yield piece
+            except (OSError, HTTPException) as error:
+                raise self._broken(error) from None
+        raise self._broken(ConnectionError("the stream ended early"))

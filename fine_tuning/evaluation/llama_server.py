@@ -1,0 +1,57 @@
+"""The child process of LlamaEngine: a request on stdin, one GGUF served on 127.0.0.1 until stdin closes.
+
+It imports nothing of this project, so that it starts quickly and runs from any folder.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def parameters(request: dict[str, Any]) -> Any:
+    """llama.cpp's parameters for {"gguf", "context", "threads", "slots", "api_key"}; context is tokens a slot."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["gguf"]
+    params.n_ctx = request["context"] * request["slots"]
+    params.n_parallel = request["slots"]
+    params.n_threads_http = request["slots"] + 2
+    params.cpuparams.n_threads = request["threads"]
+    params.cpuparams_batch.n_threads = request["threads"]
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.api_keys = [request["api_key"]]
+    params.ui = False
+    params.offline = True
+    params.warmup = False
+    # Neither shrink the context nor keep closed conversations in memory: the caller has stated what it needs.
+    params.fit_params = False
+    params.cache_ram_mib = 0
+    params.verbosity = 1
+    return params
+
+
+def main() -> None:
+    """Answer {"address"} or {"error"} on stdout, then serve until the parent closes stdin or dies."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # llama.cpp's own words go to the log, whichever stream it chooses
+    request = json.loads(sys.stdin.readline())
+    try:
+        import xllamacpp
+
+        server = xllamacpp.Server(parameters(request))
+        answer = {"address": server.listening_address}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+    if "address" in answer:
+        sys.stdin.read()
+    # Threads inside llama.cpp may hold an orderly exit for ever; the kernel frees everything.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
