@@ -293,7 +293,44 @@ class LlamaEngine:
         }
         if seed is not None:
             body["seed"] = seed
-        with self._open("/v1/chat/completions", body) as response:
+        for event in self._events("/v1/chat/completions", body):
+            for choice in event["choices"]:
+                if piece := choice["delta"].get("content"):
+                    yield piece
+
+    def complete_stream(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield the continuation of exactly these token ids piece by piece. Closing the iterator stops the model.
+
+        Raises:
+            UserError: as complete(), also when the stream breaks off before its end.
+        """
+        body = {
+            "prompt": list(prompt),
+            "n_predict": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop": list(stop),
+            "stream": True,
+        }
+        if seed is not None:
+            body["seed"] = seed
+        for event in self._events("/completion", body):
+            if event["content"]:
+                yield event["content"]
+            if event["stop"]:
+                return
+
+    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The JSON events of a streamed answer, up to `[DONE]` or until the caller has seen its last one."""
+        with self._open(path, body) as response:
             try:
                 for line in response:
                     payload = line.removeprefix(b"data: ").strip()
@@ -304,9 +341,7 @@ class LlamaEngine:
                     event = json.loads(payload)
                     if "error" in event:
                         raise UserError(f"llama.cpp broke off: {event['error'].get('message', 'no reason given')}")
-                    for choice in event["choices"]:
-                        if piece := choice["delta"].get("content"):
-                            yield piece
+                    yield event
             except (OSError, HTTPException) as error:
                 raise self._broken(error) from None
         raise self._broken(ConnectionError("the stream ended early"))
