@@ -1,0 +1,363 @@
+"""Chat template and tokens: conversations in; rendered text, token ids and training labels out.
+
+The ids are those that llama.cpp and Ollama compute from the rendered text, with one difference that is wanted: a
+control token typed by a user, such as `<|im_start|>`, stays ordinary text.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from pydantic import Field
+
+from fine_tuning.errors import UserError
+from fine_tuning.settings import Settings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class ChatSettings(Settings):
+    """Section `chat` of params.yaml: shared by preparation, evaluation, package and the app."""
+
+    system_prompt: str | None
+    max_length: int = Field(ge=16)
+
+
+class RenderError(UserError):
+    """One conversation that the chat template or the tokenizer cannot carry without changing it."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the template writes it. `spans[i]` is the range of `messages[i]`'s content in `text`.
+
+    `messages` starts with the configured system prompt where one was put in front.
+    """
+
+    text: str
+    messages: list[dict]
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids with labels aligned to them: `labels[i]` is `input_ids[i]` where it is trained, else -100."""
+
+    input_ids: list[int]
+    labels: list[int]
+    messages: list[dict]  # those that were rendered, after truncation
+    dropped_messages: int  # oldest messages left out, so that the rest fits
+    cut_tokens: int  # tokens cut off the end, because the last turn alone was too long
+    control_ids: int  # ids that the template wrote, such as <|im_start|>
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many positions enter the loss."""
+        return sum(label != NOT_TRAINED for label in self.labels)
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
+    """Load `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a model folder, exactly as they are.
+
+    Raises:
+        UserError: the folder holds no fast tokenizer or no chat template.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: make the base model with `dvc repro base`")
+    # Not AutoTokenizer: it needs config.json, and rebuilds the pre-tokenizer of some architectures.
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder} has no chat template: choose an instruct model as base.model in params.yaml")
+    return tokenizer
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[dict],
+    system_prompt: str | None = None,
+    add_generation_prompt: bool = False,
+) -> Rendered:
+    """Write `messages` with the tokenizer's own Jinja template and find each content in the result.
+
+    `system_prompt` goes in front unless the conversation brings its own; None leaves it to the template. Templates
+    that trim contents are followed; any other change to a content is refused.
+
+    Raises:
+        RenderError: the template refuses these roles, or drops, repeats or rewrites a content.
+    """
+    messages = list(messages)
+    if system_prompt is not None and not (messages and messages[0]["role"] == "system"):
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    # Private-use characters mark where the template puts each content.
+    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    marked = _apply_template(tokenizer, messages, marks, add_generation_prompt)
+    text = _apply_template(tokenizer, messages, [message["content"] for message in messages], add_generation_prompt)
+    if any(marked.count(mark) != 1 for mark in marks):
+        raise RenderError("the chat template drops or repeats a message: choose another base.model in params.yaml")
+
+    order = sorted(range(len(marks)), key=lambda index: marked.index(marks[index]))
+    spans = [(0, 0)] * len(marks)
+    taken = position = 0
+    for index in order:
+        piece = marked[taken : marked.index(marks[index])]
+        taken += len(piece) + len(marks[index])
+        following = re.match("[^\ue000]*", marked[taken:]).group()
+        start = position + len(piece)
+        content = messages[index]["content"]
+        for written in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(piece + written + following, position):
+                break
+        else:
+            raise RenderError("the chat template rewrites a message: choose another base.model in params.yaml")
+        position = start + len(written)
+        spans[index] = (start, position)
+    if text[position:] != marked[taken:]:
+        raise RenderError("the chat template rewrites a message: choose another base.model in params.yaml")
+    return Rendered(text, messages, spans)
+
+
+def encode_conversation(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[dict],
+    system_prompt: str | None,
+    max_length: int,
+    trained: Sequence[bool] | None = None,
+) -> Encoded:
+    """Token ids and labels of a conversation: replies and the tokens that end them are trained, prompts are not.
+
+    Args:
+        trained: which of `messages` may be trained; None for all. Only assistant messages ever are.
+        max_length: tokens. Too long a conversation loses whole turns, oldest first, but keeps its system message. Too
+            long a last turn loses its end, and with it the end-of-turn token: a cut reply must not teach to stop.
+
+    Raises:
+        RenderError: see `render`.
+        UserError: the template ends replies with no token of its own, so the model would never learn to stop.
+    """
+    if not _chat_format(tokenizer).closing:
+        raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
+    messages = list(messages)
+    allowed = list(trained) if trained is not None else [True] * len(messages)
+    starts = _turn_starts(messages)
+    head = 1 if messages and messages[0]["role"] == "system" else 0
+
+    def encode_from(turn: int) -> Encoded:
+        start = starts[turn] if turn else head
+        return _encode(
+            tokenizer,
+            messages[:head] + messages[start:],
+            system_prompt,
+            allowed[:head] + allowed[start:],
+            dropped=start - head,
+        )
+
+    encoded = encode_from(0)
+    if len(encoded.input_ids) <= max_length:
+        return encoded
+    # The fewest dropped turns that fit: the length falls with every turn, so halve the interval.
+    low, high = 1, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if len(encode_from(middle).input_ids) <= max_length:
+            high = middle
+        else:
+            low = middle + 1
+    encoded = encode_from(max(high, 0))
+    excess = max(0, len(encoded.input_ids) - max_length)
+    return Encoded(
+        encoded.input_ids[:max_length],
+        encoded.labels[:max_length],
+        encoded.messages,
+        encoded.dropped_messages,
+        excess,
+        encoded.control_ids,
+    )
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], system_prompt: str | None = None
+) -> list[int]:
+    """Token ids of a conversation that waits for a reply, with the template's generation prompt at the end."""
+    rendered = render(tokenizer, messages, system_prompt, add_generation_prompt=True)
+    return [token for token, _ in _tokens(tokenizer, rendered)]
+
+
+def end_of_turn_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """The token ids that close a reply, as the template writes them: what generation stops at."""
+    chat = _chat_format(tokenizer)
+    return [chat.parsing.token_to_id(token) for token in chat.closing_tokens]
+
+
+def _apply_template(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], contents: Sequence[str], prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    turns = [{"role": message["role"], "content": text} for message, text in zip(messages, contents, strict=True)]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+    except (TemplateError, ValueError, TypeError) as error:
+        reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+        roles = ", ".join(message["role"] for message in messages[:6])
+        raise RenderError(f"the chat template refuses messages of the roles {roles}: {reason}") from None
+
+
+def _turn_starts(messages: Sequence[dict]) -> list[int]:
+    """Index of the first message of every turn: a user message and all up to the next one."""
+    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    return starts or [0]
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: list[dict],
+    system_prompt: str | None,
+    allowed: list[bool],
+    dropped: int,
+) -> Encoded:
+    chat = _chat_format(tokenizer)
+    rendered = render(tokenizer, messages, system_prompt)
+    allowed = [False] * (len(rendered.messages) - len(allowed)) + allowed
+    regions = [
+        chat.trained_region(rendered.text, span)
+        for span, message, may in zip(rendered.spans, rendered.messages, allowed, strict=True)
+        if may and message["role"] == "assistant"
+    ]
+    tokens = _tokens(tokenizer, rendered)
+    labels, region = [], 0
+    for token, start in tokens:
+        while region < len(regions) and start >= regions[region][1]:
+            region += 1
+        inside = region < len(regions) and start >= regions[region][0]
+        labels.append(token if inside else NOT_TRAINED)
+    ids = [token for token, _ in tokens]
+    control = sum(token in chat.control_ids for token in ids)
+    return Encoded(ids, labels, rendered.messages, dropped, 0, control)
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tuple[int, int]]:
+    """(id, first character) of every token; control tokens are parsed outside contents and only there."""
+    chat = _chat_format(tokenizer)
+    text = rendered.text
+    written, typed = [], []
+    for match in chat.control.finditer(text):
+        in_content = any(start < match.end() and match.start() < end for start, end in rendered.spans)
+        (typed if in_content else written).append(match.span())
+    if not typed:
+        tokens = chat.encode(text)
+    else:
+        # Encoding the stretches between the template's control tokens one by one is right only if the tokenizer
+        # does not look across them (one with a dummy prefix space does): try it on the same text, made harmless.
+        harmless = text
+        for start, end in typed:
+            harmless = harmless[:start] + "x" * (end - start) + harmless[end:]
+        if chat.encode(harmless) != chat.encode_between(harmless, written):
+            raise RenderError("a message holds control tokens and this tokenizer cannot keep them plain text")
+        tokens = chat.encode_between(text, written)
+
+    expected = [chat.parsing.token_to_id(text[start:end]) for start, end in written]
+    found = [token for token, _ in tokens if token in chat.control_ids]
+    if [token for token in expected if token in chat.control_ids] != found:
+        raise RenderError("the tokens of a conversation hold other control ids than the chat template wrote")
+    return tokens
+
+
+class _ChatFormat:
+    """What is learned once about a tokenizer and its template: how replies open and close, and two encoders."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self.template = tokenizer.chat_template
+        backend: Tokenizer = tokenizer.backend_tokenizer
+        # A copy: the post-processor of some byte-level tokenizers trims white space off the offsets.
+        self.parsing = copy.deepcopy(backend)
+        self.parsing.post_processor = None
+        self.parsing.no_truncation()
+        self.parsing.no_padding()
+
+        added = backend.get_added_tokens_decoder()
+        special = {index: token.content for index, token in added.items() if token.special and token.content}
+        self.control = _any_of(special.values())
+        self._added = _any_of(token.content for token in added.values() if token.content)
+        # Tokenizers without byte fallback write the unknown token for characters that users type.
+        self.control_ids = set(special) - {tokenizer.unk_token_id}
+        self._tokenizer_name = tokenizer.name_or_path
+
+    @cached_property
+    def plain(self) -> "Tokenizer":
+        """Like `parsing`, but control tokens are ordinary text."""
+        plain = copy.deepcopy(self.parsing)
+        plain.encode_special_tokens = True
+        return plain
+
+    def learn(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """Take `lead`, `closing` and `closing_tokens` from a probe of two messages."""
+        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        prompt = render(tokenizer, [question], add_generation_prompt=True).text
+        whole = render(tokenizer, [question, answer])
+        start, end = whole.spans[-1]
+        # What stands before a reply and is not part of the prompt has to be generated, so it is trained.
+        before = whole.text[:start]
+        self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        match = re.match(rf"(\s*)((?:{self._added.pattern})+)", whole.text[end:])
+        self.closing = match.group() if match else ""
+        self.closing_tokens = self._added.findall(match.group(2)) if match else []
+
+    def trained_region(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
+        """Character range of a reply with what the model has to write before it and the tokens that end it."""
+        start, end = span
+        if self.lead and text.endswith(self.lead, 0, start):
+            start -= len(self.lead)
+        space = self.closing[: len(self.closing) - len("".join(self.closing_tokens))]
+        for count in range(len(self.closing_tokens), 0, -1):
+            closing = space + "".join(self.closing_tokens[:count])
+            if text.startswith(closing, end):
+                return start, end + len(closing)
+        return start, end
+
+    def encode(self, text: str) -> list[tuple[int, int]]:
+        """(id, first character) of every token of `text`, control tokens parsed."""
+        encoding = self.parsing.encode(text, add_special_tokens=False)
+        return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def encode_between(self, text: str, control: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The same, with only the stretches `control` parsed as control tokens."""
+        tokens, position = [], 0
+        for start, end in [*control, (len(text), len(text))]:
+            encoding = self.plain.encode(text[position:start], add_special_tokens=False)
+            tokens += [(token, position + at) for token, (at, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+            if end > start:
+                tokens.append((self.parsing.token_to_id(text[start:end]), start))
+            position = end
+        return tokens
+
+
+_formats: "WeakKeyDictionary[Any, _ChatFormat]" = WeakKeyDictionary()
+
+
+def _chat_format(tokenizer: "PreTrainedTokenizerFast") -> _ChatFormat:
+    """The learned format; kept as long as the tokenizer lives and its template is the same."""
+    known = _formats.get(tokenizer)
+    if known is None or known.template != tokenizer.chat_template:
+        known = _ChatFormat(tokenizer)
+        _formats[tokenizer] = known
+        known.learn(tokenizer)
+    return known
+
+
+def _any_of(strings: Any) -> re.Pattern[str]:
+    """Pattern of any of `strings`, the longest first; of nothing where there are none."""
+    ordered = sorted(strings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
