@@ -1,0 +1,400 @@
+"""An Ollama in a thread: real HTTP on loopback, the answers and refusals of 0.34.1, and failures on demand.
+
+It keeps blobs and manifests in memory and renders templates with gotpl; its models answer with one fixed sentence.
+"""
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import gotpl
+
+NAME = re.compile(r"(?:[\w.-]+/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]{0,79})?")
+GUESSED_TEMPLATE = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
+
+
+@dataclass
+class Manifest:
+    """What a name stands for. Two names of one manifest have one digest."""
+
+    layers: list[dict]
+    template: str
+    system: str
+    parameters: dict[str, Any]
+    modified_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.layers, sort_keys=True).encode()).hexdigest()
+
+
+class FakeOllama:
+    """Use as a context manager.
+
+    `faults["POST /api/create"] = "cut"` makes that call fail, once: hang, 500, 507, reset; and where the answer is a
+    stream, after its first line: cut, error line, reset in stream, hang in stream.
+
+    Args:
+        offers_render: whether `_debug_render_only` is understood; old servers ignore it and chat.
+        rewrites_gguf: some versions store another file than the one that was uploaded.
+        count_tokens: tokens of a prompt, for `prompt_eval_count`.
+        extra_tokens: a doubled BOS, as a server with the wrong idea of the tokenizer adds.
+    """
+
+    def __init__(
+        self,
+        *,
+        offers_render: bool = True,
+        rewrites_gguf: bool = False,
+        count_tokens: Callable[[str], int] = len,
+        extra_tokens: int = 0,
+        reply: str = "Restart it.",
+    ) -> None:
+        self.offers_render = offers_render
+        self.rewrites_gguf = rewrites_gguf
+        self.count_tokens = count_tokens
+        self.extra_tokens = extra_tokens
+        self.reply = reply
+        self.ignores_template = False
+        self.blobs: dict[str, bytes] = {}
+        self.manifests: dict[str, Manifest] = {}
+        self.faults: dict[str, str] = {}
+        self.requests: list[str] = []
+        self.received_bytes = 0
+        self.released = threading.Event()
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> "FakeOllama":
+        fake = self
+
+        class Handler(_Handler):
+            ollama = fake
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.host = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def digest(self, name: str) -> str | None:
+        """Manifest digest of a name."""
+        manifest = self.manifests.get(name)
+        return manifest.digest if manifest else None
+
+    def render(self, manifest: Manifest, messages: list[dict]) -> str:
+        """The prompt: the model's system prompt in front if there is none, runs of one role joined, the template."""
+        turns = list(messages)
+        if manifest.system and not any(turn["role"] == "system" for turn in turns):
+            turns.insert(0, {"role": "system", "content": manifest.system})
+        joined: list[dict] = []
+        for turn in turns:
+            if joined and joined[-1]["Role"] == turn["role"]:
+                joined[-1]["Content"] += "\n\n" + turn["content"]
+            else:
+                joined.append({"Role": turn["role"], "Content": turn["content"]})
+        system = "\n\n".join(turn["Content"] for turn in joined if turn["Role"] == "system")
+        template = GUESSED_TEMPLATE if self.ignores_template else manifest.template
+        return _render(template, {"Messages": joined, "System": system})
+
+
+def _render(template: str, data: dict) -> str:
+    return gotpl.render(template, data)
+
+
+class _Refusal(Exception):
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    ollama: FakeOllama
+    protocol_version = "HTTP/1.1"
+
+    # ------------------------------------------------------------------------------------------------------- dispatch
+
+    def _serve(self) -> None:
+        call = re.sub(r"/sha256:.*", "", f"{self.command} {self.path}")
+        with self.ollama.lock:
+            self.ollama.requests.append(call)
+            fault = self.ollama.faults.pop(call, None)
+        try:
+            if fault == "hang":
+                self.close_connection = True
+                self.ollama.released.wait(30)
+                return
+            if fault == "reset":
+                self._reset()
+                return
+            if fault == "500":
+                raise _Refusal(500, "llama runner process has terminated: signal: killed")
+            if fault == "507":
+                raise _Refusal(507, "write blob: no space left on device")
+            self._route(call, fault)
+        except _Refusal as refusal:
+            self.close_connection = True
+            self._answer({"error": str(refusal)}, refusal.status)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_POST = do_DELETE = _serve
+
+    def _route(self, call: str, fault: str | None) -> None:
+        match call:
+            case "GET /" | "HEAD /":
+                self._send(200, b"Ollama is running", "text/plain; charset=utf-8")
+            case "GET /api/version":
+                self._answer({"version": "0.34.1"})
+            case "GET /api/tags":
+                self._tags()
+            case "HEAD /api/blobs":
+                self._send(200 if self._digest() in self.ollama.blobs else 404)
+            case "POST /api/blobs":
+                self._receive_blob()
+            case "POST /api/create":
+                self._stream(self._create(self._body()), fault)
+            case "POST /api/show":
+                self._show(self._body())
+            case "POST /api/copy":
+                self._copy(self._body())
+            case "DELETE /api/delete":
+                self._delete(self._body())
+            case "POST /api/chat":
+                self._chat(self._body(), fault)
+            case _:
+                raise _Refusal(404, "404 page not found")
+
+    # ---------------------------------------------------------------------------------------------------------- calls
+
+    def _tags(self) -> None:
+        models = [
+            {
+                "name": name,
+                "model": name,
+                "modified_at": manifest.modified_at,
+                "size": sum(layer["size"] for layer in manifest.layers),
+                "digest": manifest.digest,
+                "details": {"format": "gguf", "family": "llama", "quantization_level": "Q8_0"},
+            }
+            for name, manifest in self.ollama.manifests.items()
+        ]
+        self._answer({"models": models})
+
+    def _digest(self) -> str:
+        digest = self.path.rsplit("/", 1)[-1]
+        if not re.fullmatch(r"sha256[:-][0-9a-f]{64}", digest):
+            raise _Refusal(400, "invalid digest format")
+        return digest.replace("-", ":")
+
+    def _receive_blob(self) -> None:
+        digest = self._digest()
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.ollama.received_bytes += len(data)
+        if digest in self.ollama.blobs:
+            self._send(200)
+            return
+        got = "sha256:" + hashlib.sha256(data).hexdigest()
+        if got != digest:
+            raise _Refusal(400, f'digest mismatch, expected "{digest}", got "{got}"')
+        self.ollama.blobs[digest] = data
+        self._send(201)
+
+    def _create(self, body: dict) -> Iterator[dict]:
+        if "typical_p" in (body.get("parameters") or {}):
+            raise _Refusal(400, "typical_p is deprecated and cannot be set as a model parameter")
+        if body.get("adapters"):
+            raise _Refusal(400, "LoRA adapters are no longer supported")
+        if body.get("quantize") or body.get("quantization"):
+            raise _Refusal(400, "quantizing GGUF models is no longer supported")
+        name = _name(body.get("model") or body.get("name"))
+        files = body.get("files") or {}
+        if not files:
+            raise _Refusal(400, "neither 'from' or 'files' was specified")
+        for path, digest in files.items():
+            if path.startswith("/") or ".." in path.split("/"):
+                raise _Refusal(400, "file path must be relative")
+            if digest not in self.ollama.blobs:
+                raise _Refusal(400, f"open /root/.ollama/models/blobs/{digest}: no such file or directory")
+            if not self.ollama.blobs[digest].startswith(b"GGUF"):
+                raise _Refusal(400, "supplied file was not in GGUF format")
+        template = body.get("template") or GUESSED_TEMPLATE
+        try:
+            _render(template, {"Messages": [], "System": ""})
+        except gotpl.TemplateError as error:
+            raise _Refusal(400, f"template error: {error}") from None
+        return self._create_steps(name, body, template, next(iter(files.values())))
+
+    def _create_steps(self, name: str, body: dict, template: str, digest: str) -> Iterator[dict]:
+        yield {"status": "parsing GGUF"}
+        weights = self.ollama.blobs[digest]
+        if self.ollama.rewrites_gguf:
+            weights += b"\0" * 32
+        layers = [_layer("model", weights), _layer("template", template.encode())]
+        for kind in ("system", "license"):
+            if body.get(kind):
+                layers.append(_layer(kind, json.dumps(body[kind]).encode()))
+        parameters = body.get("parameters") or {}
+        if parameters:
+            layers.append(_layer("params", json.dumps(parameters, sort_keys=True).encode()))
+        for layer in layers:
+            yield {"status": f"creating new layer {layer['digest']}"}
+        yield {"status": "writing manifest"}
+        self.ollama.manifests[name] = Manifest(layers, template, body.get("system") or "", parameters)
+        yield {"status": "success"}
+
+    def _show(self, body: dict) -> None:
+        manifest = self._manifest(body.get("model"))
+        lines = [
+            f"{key:30} {json.dumps(value)}"
+            for key, values in manifest.parameters.items()
+            for value in (values if isinstance(values, list) else [values])
+        ]
+        self._answer(
+            {
+                "modelfile": "# Modelfile\n",
+                "parameters": "\n".join(lines),
+                "template": manifest.template,
+                "system": manifest.system,
+                "details": {"format": "gguf", "family": "llama", "quantization_level": "Q8_0"},
+                "model_info": {"general.architecture": "llama"},
+                "capabilities": ["completion"],
+                "modified_at": manifest.modified_at,
+            }
+        )
+
+    def _copy(self, body: dict) -> None:
+        source, destination = _name(body.get("source")), _name(body.get("destination"))
+        self.ollama.manifests[destination] = self._manifest(source)
+        self._send(200)
+
+    def _delete(self, body: dict) -> None:
+        self._manifest(body.get("model"))
+        del self.ollama.manifests[_name(body["model"])]
+        self._send(200)
+
+    def _chat(self, body: dict, fault: str | None) -> None:
+        manifest = self._manifest(body.get("model"))
+        prompt = self.ollama.render(manifest, body.get("messages") or [])
+        stamp = {"model": body["model"], "created_at": datetime.now(UTC).isoformat()}
+        if body.get("_debug_render_only") and self.ollama.offers_render:
+            self._answer({**stamp, "_debug_info": {"rendered_template": prompt}})
+            return
+        words = re.findall(r"\S+\s*", self.ollama.reply)
+        limit = (body.get("options") or {}).get("num_predict", -1)
+        shown = words if limit < 0 else words[:limit]
+        last = {
+            **stamp,
+            "message": {"role": "assistant", "content": ""},
+            "done": True,
+            "done_reason": "stop" if len(shown) == len(words) else "length",
+            "total_duration": 2_000_000_000,
+            "load_duration": 1_000_000_000,
+            "prompt_eval_count": self.ollama.count_tokens(prompt) + self.ollama.extra_tokens,
+            "prompt_eval_duration": 400_000_000,
+            "eval_count": len(shown) + 1,
+            "eval_duration": 600_000_000,
+        }
+        if body.get("stream") is False:
+            self._answer({**last, "message": {"role": "assistant", "content": "".join(shown)}})
+            return
+        pieces = ({**stamp, "message": {"role": "assistant", "content": word}, "done": False} for word in shown)
+        self._stream((line for part in (pieces, [last]) for line in part), fault)
+
+    def _manifest(self, name: object) -> Manifest:
+        manifest = self.ollama.manifests.get(_name(name))
+        if manifest is None:
+            raise _Refusal(404, f"model '{name}' not found")
+        return manifest
+
+    # ----------------------------------------------------------------------------------------------------------- wire
+
+    def _body(self) -> dict:
+        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if not raw:
+            raise _Refusal(400, "missing request body")
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            raise _Refusal(400, str(error)) from None
+
+    def _answer(self, value: dict, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), "application/json; charset=utf-8")
+
+    def _send(self, status: int, data: bytes = b"", kind: str = "text/plain") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _stream(self, lines: Iterator[dict], fault: str | None) -> None:
+        """NDJSON in chunks; a fault strikes after the first line, when the status 200 is long sent."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for line in lines:
+            self._chunk(json.dumps(line).encode() + b"\n")
+            if fault == "error line":
+                self._chunk(b'{"error": "llama runner process no longer running: 2"}\n')
+            if fault == "reset in stream":
+                self._reset()
+                return
+            if fault in ("cut", "error line"):
+                break
+            if fault == "hang in stream":
+                self.close_connection = True
+                self.ollama.released.wait(30)
+                return
+        self._chunk(b"")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise _Refusal(400, "invalid model name")
+    return name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest"
+
+
+def _layer(kind: str, data: bytes) -> dict:
+    return {
+        "mediaType": f"application/vnd.ollama.image.{kind}",
+        "digest": f"sha256:{hashlib.sha256(data).hexdigest()}",
+        "size": len(data),
+    }
+
+
+@contextmanager
+def silent_host() -> Iterator[str]:
+    """An address where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{probe.getsockname()[1]}"
