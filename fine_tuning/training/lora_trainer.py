@@ -1,0 +1,357 @@
+"""Train a LoRA adapter (Hu et al. 2021) on assistant tokens: sorted batches, logits at trained positions only."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from fine_tuning.errors import UserError
+from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
+from fine_tuning.training.training_utils import (
+    IGNORED_LABEL,
+    Hardware,
+    Row,
+    TrainSettings,
+    batch_by_tokens,
+    check_memory,
+    check_rows,
+    collate,
+    count_labels,
+    detect_hardware,
+    mark_complete,
+    newest_checkpoint,
+    sort_adapter_config,
+)
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}
+
+Progress = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class TrainingResult:
+    """What a run measured. Losses are mean negative log-likelihoods a trained token, in nats."""
+
+    steps: int
+    train_loss: float
+    validation_loss_before: float
+    validation_loss: float
+    trained_tokens: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_mb: float
+    trainable_parameters: int
+    hardware: Hardware
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train_adapter(
+    base: Path,
+    base_name: str,
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
+    settings: TrainSettings,
+    output: Path,
+    checkpoints: Path,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    """Train an adapter on `base` and write it to `output`; resume from `checkpoints` if a run was cut off.
+
+    Args:
+        base: Hugging Face folder.
+        base_name: what the adapter's configuration calls its base, such as the id on the hub.
+        checkpoints: folder of this run's checkpoints, named by `checkpoint_key`; emptied by the caller when done.
+        progress: called with each logged step's values (step, loss, learning_rate, grad_norm, validation_loss).
+
+    Raises:
+        UserError: nothing to train, too little memory, a target module that the base lacks, or a loss that is no
+            number (the last good checkpoint stays).
+    """
+    check_rows(train_rows, "train")
+    check_rows(validation_rows, "validation")
+    if settings.method == "qlora":
+        check_quantisation()
+    transformers.utils.logging.disable_progress_bar()
+    hardware = detect_hardware(settings.precision, settings.threads)
+    torch.set_num_threads(hardware.threads)
+    set_seed(settings.seed)
+    model = attach_adapter(load_base(base, settings, hardware), settings)
+    batches = batch_by_tokens(train_rows, settings.batch_tokens)
+    arguments = training_arguments(settings, hardware, checkpoints, len(batches))
+    trainer = LabelTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=batches,
+        eval_dataset=batch_by_tokens(validation_rows, 2 * settings.batch_tokens),
+        data_collator=lambda batch: collate(batch[0], model.config.pad_token_id or 0),
+        callbacks=[RunGuard(settings, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    before = trainer.mean_loss()
+    started = time.monotonic()
+    resume = newest_checkpoint(checkpoints)
+    if resume:
+        print(f"train: going on from {resume.name}", flush=True)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.monotonic() - started
+    after = trainer.mean_loss()
+    output.mkdir(parents=True, exist_ok=True)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    model.save_pretrained(output, save_embedding_layers=False)
+    sort_adapter_config(output)
+    steps = trainer.state.global_step
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    resumed_at = int(resume.name.split("-")[1]) if resume else 0
+    tokens = sum(len(row.input_ids) for row in train_rows)
+    seen = tokens * settings.gradient_accumulation * (steps - resumed_at) / max(1, len(batches))
+    return TrainingResult(
+        steps=steps,
+        train_loss=sum(losses) / len(losses),
+        validation_loss_before=before,
+        validation_loss=after,
+        trained_tokens=count_labels(train_rows),
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=seen / seconds,
+        peak_memory_mb=peak_memory_mb(hardware),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        hardware=hardware,
+        history=[entry for entry in trainer.state.log_history if "train_loss" not in entry],
+    )
+
+
+def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreTrainedModel:
+    """Load the base in the number format that the hardware trains in, or in four bits for QLoRA."""
+    if settings.method == "qlora":
+        return load_quantised_base(folder, hardware, settings.gradient_checkpointing)
+    width = torch.bfloat16 if hardware.precision == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=width)
+    config = model.config.get_text_config()
+    check_memory(model.num_parameters(), settings, hardware, config.num_hidden_layers, config.hidden_size)
+    return model
+
+
+def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
+    """Freeze the base and put LoRA layers on the modules that the settings name.
+
+    Raises:
+        UserError: no module of the base has such a name.
+    """
+    lora = settings.lora
+    layers = model.config.get_text_config().num_hidden_layers
+    chosen = list(range(max(0, layers - lora.top_layers), layers)) if lora.top_layers else None
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target_modules(model, lora.target_modules),
+        layers_to_transform=chosen,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+    )
+    model.config.use_cache = False
+    return get_peft_model(model, config)
+
+
+def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
+    """Names of the linear modules to adapt: `all-linear` (the head excepted), `attention`, or the names given."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    }
+    if wanted == "all-linear":
+        return sorted(linear)
+    chosen = sorted(linear & set(ATTENTION if wanted == "attention" else wanted))
+    missing = set() if wanted == "attention" else set(wanted) - linear
+    if not chosen or missing:
+        raise UserError(
+            f"train.lora.target_modules names {', '.join(sorted(missing)) or wanted}, which this base lacks: "
+            f"it has {', '.join(sorted(linear))}"
+        )
+    return chosen
+
+
+def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path, batches: int) -> TrainingArguments:
+    """transformers' own arguments for these settings; `batches` micro-batches make one epoch."""
+    steps_an_epoch = math.ceil(batches / settings.gradient_accumulation)
+    total = settings.max_steps or math.ceil(steps_an_epoch * settings.epochs)
+    validate_every = max(1, math.ceil(total / settings.validations))
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=settings.seed,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(settings.warmup_ratio * total),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=OPTIMIZERS[settings.optimizer],
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        activation_checkpointing=settings.gradient_checkpointing,
+        neftune_noise_alpha=settings.neftune_alpha,
+        use_cpu=hardware.device == "cpu",
+        bf16=hardware.precision == "bfloat16",
+        fp16=hardware.precision == "float16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=validate_every,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=hardware.device == "cuda",
+        report_to=[],
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
+
+
+class LabelTrainer(Trainer):
+    """A Trainer whose output head sees only the positions that carry a label.
+
+    The head of a small model with a large vocabulary costs a fifth of the work, most of it for prompts and padding.
+    The dataset's items are whole batches, so that any sampler shuffles them and any launcher shards them.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.loss_is_scaled_for_ga = True
+        self._positions: torch.Tensor | None = None
+        head = self.model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
+
+    def _select(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+        # (rows, tokens, hidden) -> (1, trained positions, hidden)
+        return (hidden if self._positions is None else hidden[self._positions].unsqueeze(0),)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Summed cross-entropy of the trained tokens over their number in the whole step, on all devices."""
+        total, count = self.summed_loss(model, inputs)
+        if num_items_in_batch is None:
+            num_items_in_batch = count
+        # Each process has its share of the sum and gradients are averaged over processes: multiply to undo that.
+        loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, None) if return_outputs else loss
+
+    def summed_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """(sum of the negative log-likelihoods of the trained tokens in nats, their number)."""
+        labels = inputs["labels"]
+        trained = torch.zeros_like(labels, dtype=torch.bool)
+        trained[:, :-1] = labels[:, 1:] != IGNORED_LABEL
+        targets = labels[:, 1:][trained[:, :-1]]
+        self._positions = trained
+        try:
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
+        finally:
+            self._positions = None
+        return functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+    @torch.no_grad()
+    def mean_loss(self) -> float:
+        """Mean loss a trained token over the validation rows."""
+        was_training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        for batch in self.eval_dataset:
+            inputs = self._prepare_inputs(self.data_collator([batch]))
+            with self.autocast_precision():
+                loss, tokens = self.summed_loss(self.model, inputs)
+            total, count = total + loss.item(), count + tokens
+        self.model.train(was_training)
+        return total / count
+
+    def autocast_precision(self) -> Any:
+        """The number format that training itself computes in."""
+        if not (self.args.bf16 or self.args.fp16):
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log the validation loss the way `Trainer.evaluate` does."""
+        metrics = {"eval_loss": self.mean_loss()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class RunGuard(TrainerCallback):
+    """Reports progress, stops on time, on patience or on a loss that is no number, and marks whole checkpoints."""
+
+    def __init__(self, settings: TrainSettings, progress: Progress | None) -> None:
+        self.settings = settings
+        self.progress = progress
+        self.started = time.monotonic()
+        self.best = math.inf
+        self.evaluations_without_gain = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Pass a step's numbers on."""
+        logs = logs or {}
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the training loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate; "
+                "the checkpoints before it are kept"
+            )
+        if self.progress:
+            self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Stop when the minutes are over."""
+        limit = self.settings.max_minutes
+        if limit and time.monotonic() - self.started > 60 * limit:
+            control.should_training_stop = True
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> Any:
+        """Stop when the validation loss has not improved for `early_stopping_patience` evaluations."""
+        if metrics["eval_loss"] < self.best:
+            self.best, self.evaluations_without_gain = metrics["eval_loss"], 0
+        else:
+            self.evaluations_without_gain += 1
+        patience = self.settings.early_stopping_patience
+        if patience and self.evaluations_without_gain >= patience:
+            control.should_training_stop = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Mark the checkpoint that was just written as whole."""
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def peak_memory_mb(hardware: Hardware) -> float:
+    """Peak memory in MB: the GPU's allocation, or the process's resident set."""
+    if hardware.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -1,0 +1,106 @@
+"""Runs in MLflow: one store for the checkout and all its temporary experiments."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fine_tuning.errors import UserError
+
+EXPERIMENT = "whetstone"
+
+
+def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
+    """Open (and the first time create) the MLflow store.
+
+    Args:
+        uri: tracking address; a SQLite one should hold an absolute path.
+        artifacts: folder for artifacts when the store is SQLite; a server keeps its own.
+        lock: lock file around the creation of tables and experiment, which MLflow does not guard itself.
+
+    Returns:
+        (MlflowClient, experiment id)
+
+    Raises:
+        UserError: the store cannot be opened.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=120):
+            client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment:
+                return client, experiment.experiment_id
+            location = artifacts.resolve().as_uri() if uri.startswith("sqlite:") else None
+            return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+    except Timeout:
+        raise UserError(f"another process holds the MLflow store for two minutes: end it, or remove {lock}") from None
+    except (MlflowException, OSError) as error:
+        raise UserError(
+            f"the MLflow store at {uri} does not open ({type(error).__name__}): check MLFLOW_TRACKING_URI or the server"
+        ) from None
+
+
+class Run:
+    """An MLflow run that is being written."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.client = client
+        self.id = run_id
+
+    def log_step(self, values: dict[str, float], step: int) -> None:
+        """Log one step's numbers."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def log_metrics(self, values: dict[str, float]) -> None:
+        """Log final numbers."""
+        self.log_step(values, 0)
+
+    def log_artifacts(self, folder: Path, name: str) -> None:
+        """Copy a folder into the run's artifacts."""
+        self.client.log_artifacts(self.id, str(folder), name)
+
+    def tag(self, **tags: str) -> None:
+        """Set tags."""
+        for key, value in tags.items():
+            self.client.set_tag(self.id, key, value)
+
+
+@contextmanager
+def tracked_run(
+    client: Any, experiment_id: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
+) -> Iterator[Run]:
+    """An MLflow run around a block: FINISHED when the block ends, FAILED or KILLED when it raises."""
+    from mlflow.entities import Param
+
+    run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
+    status = "FAILED"
+    try:
+        yield Run(client, run_id)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        client.set_terminated(run_id, status)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"lora": {"rank": 8}} -> {"lora.rank": 8}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

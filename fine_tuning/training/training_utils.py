@@ -1,0 +1,282 @@
+"""What every training run needs: its settings, its device and precision, its batches, its checkpoints."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fine_tuning.errors import UserError
+from fine_tuning.settings import Settings
+
+IGNORED_LABEL = -100
+CHECKPOINT_COMPLETE = "COMPLETE"
+
+
+class LoraSettings(Settings):
+    """The section `train.lora`."""
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    target_modules: Literal["all-linear", "attention"] | list[str]
+    top_layers: int | None = Field(ge=1)
+    rslora: bool
+    dora: bool
+
+
+class TrainSettings(Settings):
+    """The section `train`."""
+
+    method: Literal["lora", "qlora"]
+    seed: int
+    epochs: float = Field(gt=0)
+    max_steps: int | None = Field(ge=1)
+    max_minutes: float | None = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_ratio: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "lion_8bit", "sgd"]
+    batch_tokens: int = Field(ge=16)
+    gradient_accumulation: int = Field(ge=1)
+    lora: LoraSettings
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
+    threads: int | None = Field(ge=1)
+    gradient_checkpointing: bool
+    neftune_alpha: float | None = Field(gt=0)
+    validations: int = Field(ge=1)
+    early_stopping_patience: int | None = Field(ge=1)
+    checkpoint_steps: int = Field(ge=1)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where training runs and in which number format."""
+
+    device: Literal["cuda", "mps", "cpu"]
+    precision: Literal["float32", "bfloat16", "float16"]
+    threads: int
+    name: str
+
+
+def detect_hardware(precision: str, threads: int | None) -> Hardware:
+    """Choose device and number format; `auto` takes bfloat16 only where the hardware computes in it.
+
+    On a CPU without bf16 units bfloat16 is emulated, 20 to 50 times slower than float32.
+
+    Raises:
+        UserError: float16 was asked for on a CPU, where training in it overflows.
+    """
+    import torch
+
+    threads = threads or len(os.sched_getaffinity(0))
+    if torch.cuda.is_available():
+        automatic = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        device, name = "cuda", torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        automatic, device, name = "float32", "mps", "Apple GPU"
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        automatic, device = ("bfloat16" if fast else "float32"), "cpu"
+        name = f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    if precision == "float16" and device == "cpu":
+        raise UserError("train.precision = float16 overflows on a CPU: set it to auto")
+    return Hardware(device, automatic if precision == "auto" else precision, threads, name)
+
+
+# --- rows and batches ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation as the model sees it: ids and labels of equal length, labels -100 where nothing is trained."""
+
+    id: str
+    input_ids: list[int]
+    labels: list[int]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a parquet file that data preparation wrote.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    from datasets import Dataset
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro prepare`")
+    table = Dataset.from_parquet(str(path), keep_in_memory=True).select_columns(["id", "input_ids", "labels"])
+    return [Row(row["id"], row["input_ids"], row["labels"]) for row in table]
+
+
+def check_rows(rows: Sequence[Row], split: str) -> None:
+    """Refuse rows that would train nothing, or train something other than their own tokens.
+
+    Raises:
+        UserError: the split is empty, ids and labels do not belong together, or no token is trained.
+    """
+    if not rows:
+        raise UserError(f"the {split} split is empty: collect more conversations or change prepare's fractions")
+    for row in rows:
+        if len(row.input_ids) != len(row.labels):
+            raise UserError(f"{split}: conversation {row.id} has more ids than labels: run `dvc repro -f prepare`")
+        if any(label not in (IGNORED_LABEL, token) for token, label in zip(row.input_ids, row.labels, strict=True)):
+            raise UserError(f"{split}: conversation {row.id} has a foreign label: run `dvc repro -f prepare`")
+    if not count_labels(rows):
+        raise UserError(f"no assistant token would be trained in the {split} split: check prepare.train_on")
+
+
+def check_only_assistants_train(rows: Sequence[Row], tokenizer: Any, openers: set[str]) -> None:
+    """Refuse rows in which a trained run of tokens follows anything but the opening of an assistant turn.
+
+    Args:
+        tokenizer: decodes the tokens before each trained run.
+        openers: what stands right before an assistant's content in the chat template, such as
+            `<|im_start|>assistant\\n`.
+
+    Raises:
+        UserError: a user's or the system's token would be trained; names the conversation.
+    """
+    longest = max(len(tokenizer.encode(opener, add_special_tokens=False)) for opener in openers) + 2
+    for row in rows:
+        for start in _trained_starts(row.labels):
+            before = tokenizer.decode(row.input_ids[max(0, start - longest) : start])
+            if not before.endswith(tuple(openers)):
+                raise UserError(
+                    f"conversation {row.id} would train a token that is not the assistant's: run `dvc repro -f prepare`"
+                )
+
+
+def _trained_starts(labels: Sequence[int]) -> list[int]:
+    trained = [label != IGNORED_LABEL for label in labels]
+    return [i for i, now in enumerate(trained) if now and (i == 0 or not trained[i - 1])]
+
+
+def count_labels(rows: Sequence[Row]) -> int:
+    """Number of trained tokens."""
+    return sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
+
+
+def batch_by_tokens(rows: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Group rows of like length so that no padded batch has more than `budget` tokens.
+
+    A row longer than the budget is a batch of its own. Sorting leaves half a per cent of padding and keeps memory
+    bounded; a fixed number of rows a batch does neither.
+    """
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (len(row.input_ids), row.id)):
+        # Rows come in order of length, so the newest is the longest: the batch is padded to it.
+        if batches and (len(batches[-1]) + 1) * len(row.input_ids) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def collate(batch: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
+    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor (rows, longest row)."""
+    import torch
+
+    longest = max(len(row.input_ids) for row in batch)
+    input_ids = torch.full((len(batch), longest), pad_token_id)
+    attention_mask = torch.zeros((len(batch), longest), dtype=torch.long)
+    labels = torch.full((len(batch), longest), IGNORED_LABEL)
+    for i, row in enumerate(batch):
+        length = len(row.input_ids)
+        input_ids[i, :length] = torch.tensor(row.input_ids)
+        attention_mask[i, :length] = 1
+        labels[i, :length] = torch.tensor(row.labels)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def check_memory(parameters: int, settings: TrainSettings, hardware: Hardware, layers: int, hidden: int) -> None:
+    """Refuse to start what cannot fit; an estimate, meant to be right within a factor of two.
+
+    Weights at their width, the activations that backpropagation keeps (34 values of the hidden size a token and
+    layer: Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4.1, without the attention matrix,
+    which is recomputed), and half a gigabyte for the program itself.
+
+    Raises:
+        UserError: the estimate exceeds the free memory; says what to change.
+    """
+    width = 0.6 if settings.method == "qlora" else 2 if hardware.precision != "float32" else 4
+    kept = 2 if settings.gradient_checkpointing else 34
+    activations = kept * settings.batch_tokens * layers * hidden * (4 if hardware.precision == "float32" else 2)
+    needed = parameters * width + activations + 0.5e9
+    free = free_memory(hardware.device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"training needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: lower train.batch_tokens, "
+            "set train.gradient_checkpointing to true, or choose a smaller base.model"
+        )
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes free for this process on `device`, or None where the system does not say."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: str) -> str:
+    """Name of the folder that may hold this run's checkpoints: settings, data and base, hashed.
+
+    Hence a run never resumes from a checkpoint of other data or other parameters.
+    """
+    digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode())
+    for row in rows:
+        digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
+    return digest.hexdigest()[:24]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; half-written ones are removed."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / CHECKPOINT_COMPLETE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Put a checkpoint's bytes on disk, then its mark: a crash in between leaves it unmarked."""
+    for file in checkpoint.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    (checkpoint / CHECKPOINT_COMPLETE).touch()
+
+
+def sort_adapter_config(folder: Path) -> None:
+    """Rewrite adapter_config.json with sorted keys and sorted lists: peft writes its sets in hash-seed order."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_bytes())
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,136 @@
+"""models/base and the prepared train and validation rows in; models/adapter, metrics and the loss curve out."""
+
+import csv
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
+from fine_tuning.errors import run
+from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri
+from fine_tuning.records import write_json
+from fine_tuning.settings import read_params
+from fine_tuning.training.base_model import read_base_card
+from fine_tuning.training.lora_trainer import TrainingResult, train_adapter
+from fine_tuning.training.model_card import model_card
+from fine_tuning.training.tracking import Run, flatten, open_store, tracked_run
+from fine_tuning.training.training_utils import (
+    Row,
+    TrainSettings,
+    check_only_assistants_train,
+    checkpoint_key,
+    read_rows,
+)
+
+BASE = Path("models/base")
+TRAIN = Path("data/prepared/train.parquet")
+VALIDATION = Path("data/prepared/validation.parquet")
+ADAPTER = Path("models/adapter")
+METRICS = Path("metrics/train.json")
+CURVE = Path("metrics/plots/train_loss.csv")
+SCRATCH = main_checkout() / ".whetstone"
+
+
+def main() -> None:
+    settings = read_params("train", TrainSettings)
+    rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
+    tokenizer = load_tokenizer(BASE)
+    user = [{"role": "user", "content": "?"}]
+    asked = render(tokenizer, user, None, add_generation_prompt=True).text
+    opener = asked.removeprefix(render(tokenizer, user, None).text)
+    check_only_assistants_train([*rows, *validation], tokenizer, {opener})
+    base = read_base_card(BASE)
+    hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
+    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, rows, base["sha256"])
+
+    parameters = flatten(settings.model_dump())
+    commit, dirty = git_commit(Path.cwd())
+    tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base["model"]}
+    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
+    with tracked_run(client, experiment, "train", parameters, tags) as tracked:
+        result = train_with_progress(settings, base["model"], rows, validation, checkpoints, tracked)
+        metrics = quality(result)
+        write_json(METRICS, metrics)
+        write_curve(result)
+        (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
+        tracked.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"))
+        tracked.tag(**{name: str(value) for name, value in asdict(result.hardware).items()})
+        tracked.log_metrics({**metrics, **speed(result)})
+        tracked.log_artifacts(ADAPTER, "adapter")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    print(
+        f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
+        f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "
+        f"{result.validation_loss:.3f}"
+    )
+
+
+def train_with_progress(
+    settings: TrainSettings, base_name: str, rows: list[Row], validation: list[Row], checkpoints: Path, tracked: Run
+) -> TrainingResult:
+    """Train with a progress bar on a terminal, ten lines elsewhere, and every step in MLflow."""
+    tokens = sum(len(row.input_ids) for row in rows)
+    print(f"train: {settings.method} on {len(rows)} conversations, {tokens} tokens", flush=True)
+    bar = tqdm(unit="step", desc="train", disable=None)
+
+    def show(values: dict[str, float]) -> None:
+        step, steps = int(values["step"]), int(values["steps"])
+        numbers = {k: v for k, v in values.items() if k in ("loss", "grad_norm", "learning_rate", "eval_loss")}
+        tracked.log_step(numbers, step)
+        if "loss" not in values:
+            return
+        bar.total = steps
+        bar.set_postfix_str(f"loss {values['loss']:.3f}")
+        bar.update(step - bar.n)
+        if bar.disable and step % max(1, steps // 10) == 0:
+            print(f"train: step {step} of {steps}, loss {values['loss']:.3f}", flush=True)
+
+    try:
+        return train_adapter(BASE, base_name, rows, validation, settings, ADAPTER, checkpoints, show)
+    finally:
+        bar.close()
+
+
+def quality(result: TrainingResult) -> dict[str, float]:
+    """What depends on data and parameters alone: it is the same in every clone."""
+    return {
+        "validation_loss_before": result.validation_loss_before,
+        "validation_loss": result.validation_loss,
+        "validation_perplexity": math.exp(result.validation_loss),
+        "train_loss": result.train_loss,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "trainable_parameters": result.trainable_parameters,
+    }
+
+
+def speed(result: TrainingResult) -> dict[str, float]:
+    """What depends on the machine: it goes to MLflow only."""
+    return {
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_mb": result.peak_memory_mb,
+    }
+
+
+def write_curve(result: TrainingResult) -> None:
+    """Loss, learning rate and gradient norm by step for `dvc plots`."""
+    CURVE.parent.mkdir(parents=True, exist_ok=True)
+    validation = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
+    with open(CURVE, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "loss", "validation_loss", "learning_rate", "grad_norm"])
+        for entry in result.history:
+            if "loss" in entry:
+                step = entry["step"]
+                writer.writerow(
+                    [step, entry["loss"], validation.get(step, ""), entry["learning_rate"], entry["grad_norm"]]
+                )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,183 @@
+"""Training: batches within their budget, the loss of the trained tokens only, the same bytes every time."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fine_tuning.errors import UserError
+from fine_tuning.project import sha256_file
+from fine_tuning.settings import read_params
+from fine_tuning.training.training_utils import (
+    Row,
+    TrainSettings,
+    batch_by_tokens,
+    check_only_assistants_train,
+    check_rows,
+    checkpoint_key,
+    newest_checkpoint,
+)
+
+SETTINGS = read_params("train", TrainSettings, Path(__file__).parents[1] / "params.yaml")
+
+
+def make_rows(count: int, seed: int = 0) -> list[Row]:
+    chance = random.Random(seed)
+    rows = []
+    for i in range(count):
+        ids = [chance.randint(3, 511) for _ in range(chance.randint(8, 60))]
+        prompt = len(ids) // 2
+        rows.append(Row(f"{seed}-{i}", ids, [-100] * prompt + ids[prompt:]))
+    return rows
+
+
+def train(base: Path, output: Path, checkpoints: Path, **changes):
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    settings = SETTINGS.model_copy(update={"threads": 1, **changes})
+    return train_adapter(base, "tiny", make_rows(60), make_rows(8, seed=1), settings, output, checkpoints)
+
+
+def test_batches_hold_every_row_once_and_stay_within_the_budget():
+    rows = make_rows(200)
+    batches = batch_by_tokens(rows, budget=128)
+    assert sorted(row.id for batch in batches for row in batch) == sorted(row.id for row in rows)
+    assert all(len(batch) * max(len(row.input_ids) for row in batch) <= 128 for batch in batches)
+    padding = 1 - sum(len(row.input_ids) for row in rows) / sum(
+        len(batch) * max(len(row.input_ids) for row in batch) for batch in batches
+    )
+    assert padding < 0.03
+
+
+def test_a_row_longer_than_the_budget_is_a_batch_of_its_own():
+    long = Row("long", [5] * 100, [5] * 100)
+    assert [long] in batch_by_tokens([*make_rows(5), long], budget=64)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "split is empty"),
+        ([Row("a", [1, 2, 3], [-100, -100, -100])], "no assistant token"),
+        ([Row("a", [1, 2, 3], [-100, -100])], "more ids than labels"),
+        ([Row("a", [1, 2, 3], [-100, 7, 3])], "foreign label"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_refused(rows, words):
+    with pytest.raises(UserError, match=words):
+        check_rows(rows, "train")
+
+
+def test_a_trained_user_token_is_refused(tiny_base):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    reply = len(tokenizer.encode(text[: text.index("Hi")], add_special_tokens=False))
+    good = Row("good", ids, [-100] * reply + ids[reply:])
+    check_only_assistants_train([good], tokenizer, {"<|im_start|>assistant\n"})
+    user = len(tokenizer.encode("<|im_start|>user\n", add_special_tokens=False))
+    bad = Row("bad", ids, [-100] * user + ids[user : user + 2] + [-100] * (len(ids) - user - 2))
+    with pytest.raises(UserError, match="bad"):
+        check_only_assistants_train([bad], tokenizer, {"<|im_start|>assistant\n"})
+
+
+def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    result = train(tiny_base, tmp_path / "adapter", tmp_path / "checkpoints", max_steps=1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    total, count = 0.0, 0
+    for row in make_rows(8, seed=1):
+        with torch.no_grad():
+            scores = torch.log_softmax(model(torch.tensor([row.input_ids])).logits[0, :-1].float(), -1)
+        for position, label in enumerate(row.labels[1:]):
+            if label != -100:
+                total, count = total - scores[position, label].item(), count + 1
+    assert result.validation_loss_before == pytest.approx(total / count, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_training_lowers_the_loss_it_is_measured_by(tiny_base, tmp_path, method):
+    rows = make_rows(30)
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    settings = SETTINGS.model_copy(update={"method": method, "epochs": 20.0, "learning_rate": 1e-2, "threads": 1})
+    result = train_adapter(tiny_base, "tiny", rows, rows, settings, tmp_path / "adapter", tmp_path / "checkpoints")
+    assert result.validation_loss < result.validation_loss_before - 0.3
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_half_a_checkpoint_is_never_loaded(tmp_path):
+    for step, complete in ((5, True), (10, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        if complete:
+            (folder / "COMPLETE").touch()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-5"
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_other_data_or_parameters_do_not_share_checkpoints():
+    rows = make_rows(5)
+    key = checkpoint_key(SETTINGS, rows, "base")
+    assert key == checkpoint_key(SETTINGS, rows, "base")
+    assert key != checkpoint_key(SETTINGS, rows[:4], "base")
+    assert key != checkpoint_key(SETTINGS.model_copy(update={"seed": 7}), rows, "base")
+    assert key != checkpoint_key(SETTINGS, rows, "other")
+
+
+KILLED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_training import train
+from fine_tuning.training import lora_trainer
+original = lora_trainer.RunGuard.on_step_end
+def killing(self, args, state, control, **rest):
+    if state.global_step == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, args, state, control, **rest)
+lora_trainer.RunGuard.on_step_end = killing
+train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), checkpoint_steps=3, epochs=2.0)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_base, tmp_path):
+    def in_child(name: str, kill_at: int) -> int:
+        command = [sys.executable, "-c", KILLED_RUN, str(tiny_base), str(tmp_path / name), str(tmp_path / f"ck-{name}")]
+        return subprocess.run([*command, str(kill_at)], capture_output=True).returncode
+
+    assert in_child("whole", kill_at=-1) == 0
+    assert in_child("cut", kill_at=5) == -9
+    assert not (tmp_path / "cut").exists()
+    assert in_child("cut", kill_at=-1) == 0
+    weights = "adapter_model.safetensors"
+    assert sha256_file(tmp_path / "whole" / weights) == sha256_file(tmp_path / "cut" / weights)
+
+
+def test_an_unknown_module_is_named(tiny_base, tmp_path):
+    lora = SETTINGS.lora.model_copy(update={"target_modules": ["q_proj", "w_pack"]})
+    with pytest.raises(UserError, match="w_pack"):
+        train(tiny_base, tmp_path / "adapter", tmp_path / "checkpoints", lora=lora)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoints(tiny_base, tmp_path):
+    with pytest.raises(UserError, match="became nan"):
+        train(
+            tiny_base, tmp_path / "adapter", tmp_path / "ck", learning_rate=1e30, checkpoint_steps=1, max_grad_norm=1e30
+        )
+    assert newest_checkpoint(tmp_path / "ck") is not None
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_checkpoint_that_knows_the_optimizer_is_bounded_in_number(tiny_base, tmp_path):
+    train(tiny_base, tmp_path / "adapter", tmp_path / "ck", checkpoint_steps=1)
+    assert len(list((tmp_path / "ck").glob("checkpoint-*"))) == 2
