@@ -24,7 +24,7 @@ $(VENV)/installed: requirements.txt requirements-base.txt requirements-dev.txt
 install: $(VENV)/installed ## Make the environment
 
 repro: $(VENV)/installed ## Run the pipeline on what is new and print the summary
-	@python -m fine_tuning fetch
+	@python -m fine_tuning sample
 	@dvc repro
 	@python -m fine_tuning summary
 

@@ -1,0 +1,173 @@
+"""dvc.yaml says what the stages do: their imports, parameters and paths are compared with what they declare."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fine_tuning.errors import UserError
+from fine_tuning.settings import Settings, read_params
+
+ROOT = Path(__file__).parents[1]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+DATA = ("data/", "models/", "metrics/")
+
+
+def path_of(item) -> str:
+    return item if isinstance(item, str) else next(iter(item))
+
+
+def paths(stage: str, *kinds: str) -> set[str]:
+    return {path_of(item) for kind in kinds for item in STAGES[stage].get(kind, [])}
+
+
+def imported_files(file: Path) -> set[Path]:
+    """Project modules that `file` imports anywhere in its body; packages themselves are docstrings only."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            module = ROOT / (name.replace(".", "/") + ".py")
+            if name.split(".")[0] in ("fine_tuning", "stages") and module.is_file():
+                found.add(module)
+    return found
+
+
+def closure(file: Path) -> set[str]:
+    seen, waiting = set(), [file]
+    while waiting:
+        for module in imported_files(waiting.pop()) - seen:
+            seen.add(module)
+            waiting.append(module)
+    return {str(module.relative_to(ROOT)) for module in seen}
+
+
+def literal_paths(stage: str) -> set[str]:
+    """Paths of data that the script names."""
+    texts = (
+        node.value
+        for node in ast.walk(ast.parse((ROOT / f"stages/{stage}.py").read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return {text for text in texts if text.startswith(DATA) and " " not in text}
+
+
+def test_the_pipeline_has_the_nine_stages_each_with_its_script():
+    names = ["base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare"]
+    assert list(STAGES) == names
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {*names, "__init__"}
+    assert all(STAGES[name]["cmd"] == f"python -m stages.{name}" for name in names)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_every_module_it_imports_and_no_other(stage):
+    script = f"stages/{stage}.py"
+    declared = {dep for dep in paths(stage, "deps") if dep.startswith(("fine_tuning/", "stages/"))}
+    assert declared == closure(ROOT / script) | {script}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_the_parameters_it_reads(stage):
+    tree = ast.parse((ROOT / f"stages/{stage}.py").read_text())
+    read = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "read_params"
+    }
+    assert set(STAGES[stage].get("params", [])) == read
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_declares_the_paths_it_names(stage):
+    declared = paths(stage, "deps", "outs", "metrics", "plots")
+    named = literal_paths(stage)
+    covered = {name for name in named if any(name == path or name.startswith(f"{path}/") for path in declared)}
+    assert named == covered
+    data = {path for path in declared if path.startswith(DATA)}
+    unnamed = {path for path in data if not any(n == path or n.startswith(f"{path}/") for n in named)}
+    assert not {path for path in unnamed if not any(path.startswith(f"{name}/") for name in named)}
+
+
+def test_imports_between_rooms_run_downwards():
+    rooms = ["data_collection", "data_preparation", "training", "evaluation", "model_management", "integration"]
+    for level, room in enumerate(rooms):
+        for file in (ROOT / "fine_tuning" / room).rglob("*.py"):
+            for module in imported_files(file):
+                parts = module.relative_to(ROOT).parts
+                assert parts[0] == "fine_tuning", f"{file} imports a stage"
+                assert parts[1] not in rooms[level + 1 :], f"{file} imports upwards: {module}"
+                assert parts[1] != "commands", f"{file} imports a command"
+
+
+def test_packages_hold_no_code_of_their_own():
+    for file in (ROOT / "fine_tuning").rglob("__init__.py"):
+        body = ast.parse(file.read_text()).body
+        assert len(body) == 1
+        assert isinstance(body[0], ast.Expr)
+
+
+def test_large_outputs_are_kept_out_of_git_by_hand_written_lines(tmp_path):
+    import subprocess
+
+    cached = [
+        path_of(item)
+        for stage in STAGES.values()
+        for kind in ("outs", "metrics", "plots")
+        for item in stage.get(kind, [])
+        if isinstance(item, str) or item[path_of(item)].get("cache", True)
+    ]
+    private = [*cached, "inbox/conversations.jsonl", "mlflow.db", ".whetstone/memo/x", "data/conversations/a.jsonl"]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"], cwd=ROOT, input="\n".join(private), text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == set(private)
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+class Example(Settings):
+    rate: float
+    steps: int
+    name: str | None
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("example: {rate: 2e-4, steps: 1, name: null}", "example.rate = '2e-4'.*2.0e-4"),
+        ("example: {rate: 1.0, steps: 1.5, name: null}", "example.steps = 1.5"),
+        ("example: {rate: 1.0, steps: true, name: null}", "example.steps = True"),
+        ("example: {rate: 1.0, steps: 1}", "example.name is missing"),
+        ("example: {rate: 1.0, stepz: 1, steps: 1, name: null}", "example.stepz"),
+        ("other: {}", "section 'example' is missing"),
+        ("example: [", "not plain YAML at line"),
+        ("example: !!python/object/apply:os.system [ls]", "not plain YAML at line"),
+    ],
+)
+def test_a_wrong_parameter_is_one_line_that_names_it(tmp_path, text, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read_params("example", Example, write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_serve_where_a_number_is_asked_for(tmp_path):
+    settings = read_params("example", Example, write(tmp_path, "example: {rate: 1, steps: 2, name: x}"))
+    assert settings == Example(rate=1.0, steps=2, name="x")
+
+
+def test_a_missing_params_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="git checkout"):
+        read_params("example", Example, tmp_path / "params.yaml")
