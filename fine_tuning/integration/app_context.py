@@ -1,0 +1,71 @@
+"""What every page of the app needs: the checkout, its parameters, the log, the models that answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_preparation.tokenizer import ChatSettings
+from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
+from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
+from fine_tuning.project import main_checkout, root
+from fine_tuning.settings import read_params
+
+INBOX = Path("inbox/conversations.jsonl")
+PROBE_SECONDS = 1.5  # a server that does not say what it has within this time is left out of the list
+MODELS_SECONDS = 10  # how long a list of models is believed
+
+
+@dataclass(frozen=True)
+class App:
+    """One checkout, as the pages see it."""
+
+    checkout: Path
+    settings: AppSettings
+    chat: ChatSettings
+    host: str
+    name: str
+    logger: ConversationLogger
+
+    def models(self) -> list[ChatModel]:
+        """What can answer now, the model that should answer first."""
+        return _models(str(self.checkout), self.host, self.name, _champion_stamp(self.checkout))
+
+    def client(self) -> OllamaClient:
+        """The Ollama server, with the app's patience."""
+        return _client(self.host, self.settings.timeout)
+
+
+def app() -> App:
+    """The app of the current folder.
+
+    Raises:
+        UserError: this is no checkout, or a parameter is wrong; one line names it.
+    """
+    checkout = main_checkout(root())
+    return App(
+        checkout=checkout,
+        settings=read_params("app", AppSettings),
+        chat=read_params("chat", ChatSettings),
+        host=ollama_host("127.0.0.1:11434"),
+        name="whetstone",
+        logger=ConversationLogger(checkout / INBOX),
+    )
+
+
+@st.cache_data(ttl=MODELS_SECONDS, show_spinner=False)
+def _models(checkout: str, host: str, name: str, champion_stamp: tuple[int, ...]) -> list[ChatModel]:
+    with OllamaClient(host, timeout=PROBE_SECONDS) as client:
+        return find_models(Path(checkout), client, name)
+
+
+@st.cache_resource(show_spinner=False)
+def _client(host: str, timeout: float) -> OllamaClient:
+    return OllamaClient(host, timeout=5.0, stream_timeout=timeout)
+
+
+def _champion_stamp(checkout: Path) -> tuple[int, ...]:
+    """Changes when a promotion, a pipeline run or a roll-back changes what the checkout can serve."""
+    files = ("models/champion.json", "models/base/base-Q8_0.gguf", "models/package/model.gguf")
+    return tuple((checkout / file).stat().st_mtime_ns if (checkout / file).exists() else 0 for file in files)

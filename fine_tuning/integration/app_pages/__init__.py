@@ -1,0 +1,1 @@
+"""The pages of the chat app, one a module, each with a `page` function."""

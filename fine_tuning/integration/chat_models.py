@@ -1,0 +1,215 @@
+"""The models a person can talk to: what Ollama serves, the champion's and the base's GGUF, and how each is asked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer
+from fine_tuning.errors import UserError
+from fine_tuning.integration.embedded_engine import shared_engines
+from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, full_name
+from fine_tuning.records import read_json
+from fine_tuning.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BASE = Path("models/base")
+BASE_GGUF = BASE / "base-Q8_0.gguf"
+CHAMPION = Path("models/champion.json")
+CHAMPION_GGUF = Path("models/champion/package/model.gguf")
+CANDIDATE_GGUF = Path("models/package/model.gguf")
+NO_MODEL = "there is no model to talk to yet: run `make repro`"
+
+
+class AppSettings(Settings):
+    """Section `app` of params.yaml."""
+
+    temperature: float = Field(ge=0, le=2)
+    top_p: float = Field(gt=0, le=1)
+    max_tokens: int = Field(ge=1)
+    context: int = Field(ge=256)
+    threads: int = Field(ge=1)
+    slots: int = Field(ge=1)
+    timeout: float = Field(gt=0)
+
+
+class Sampling(Settings):
+    """How a reply is drawn; the page starts from the `app` section."""
+
+    temperature: float = Field(ge=0, le=2)
+    top_p: float = Field(gt=0, le=1)
+    max_tokens: int = Field(ge=1)
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """One model that answers.
+
+    `tag` is what is logged with every reply: Ollama's tag, or the model file in the checkout. `version` is the
+    registry's, None for the base and for a candidate that was not promoted.
+    """
+
+    name: str
+    engine: Literal["ollama", "embedded"]
+    tag: str
+    version: int | None = None
+    gguf: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """What the page shows."""
+        version = f" · version {self.version}" if self.version is not None else ""
+        server = "Ollama" if self.engine == "ollama" else "built-in engine"
+        return f"{self.name}{version} · {self.tag} · {server}"
+
+
+def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[ChatModel]:
+    """All models that can answer now, the one that should answer first.
+
+    Args:
+        client: the Ollama server, None to leave it out.
+        name: the deployed model's name there; `name:live` is the switch, `name:<version>` what it points at.
+    """
+    return [*_served_models(client, name), *_local_models(checkout)]
+
+
+def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
+    if client is None:
+        return []
+    try:
+        digests = client.digests()
+    except OllamaError:
+        return []
+    numbers = {
+        digest: int(tag.removeprefix(f"{name}:"))
+        for tag, digest in digests.items()
+        if tag.startswith(f"{name}:") and tag.removeprefix(f"{name}:").isdigit()
+    }
+    live = full_name(f"{name}:live")
+    models = [ChatModel("Live", "ollama", live, numbers.get(digests[live]))] if live in digests else []
+    for number in sorted(numbers.values(), reverse=True):
+        models.append(ChatModel("Version", "ollama", f"{name}:{number}", number))
+    return models
+
+
+def _local_models(checkout: Path) -> list[ChatModel]:
+    models = []
+    version = champion_version(checkout)
+    if version is not None and (checkout / CHAMPION_GGUF).is_file():
+        models.append(ChatModel("Champion", "embedded", str(CHAMPION_GGUF), version, checkout / CHAMPION_GGUF))
+    if (checkout / BASE_GGUF).is_file():
+        models.append(ChatModel("Base", "embedded", str(BASE_GGUF), None, checkout / BASE_GGUF))
+    if (checkout / CANDIDATE_GGUF).is_file():
+        models.append(ChatModel("Candidate", "embedded", str(CANDIDATE_GGUF), None, checkout / CANDIDATE_GGUF))
+    return models
+
+
+def champion_version(checkout: Path) -> int | None:
+    """The registry version that models/champion.json names, None before the first promotion."""
+    path = checkout / CHAMPION
+    return read_json(path).get("version") if path.is_file() else None
+
+
+def stream_reply(
+    model: ChatModel,
+    messages: Sequence[dict],
+    sampling: Sampling,
+    *,
+    checkout: Path,
+    system_prompt: str | None,
+    settings: AppSettings,
+    client: OllamaClient | None,
+) -> Iterator[str]:
+    """Yield the model's reply to `messages` piece by piece, its prompt rendered as in training.
+
+    Args:
+        system_prompt: put in front, the same one as in training; None leaves it to the model's chat template.
+
+    Raises:
+        UserError: the server is gone, hangs or refuses; the model's file is missing.
+    """
+    if model.engine == "ollama":
+        yield from _from_ollama(model, messages, sampling, system_prompt, client)
+        return
+    assert model.gguf is not None
+    tokenizer = _tokenizer(str(_tokenizer_folder(model.gguf, checkout)))
+    room = settings.context - min(sampling.max_tokens, settings.context // 2)
+    prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
+    with shared_engines.use(
+        model.gguf,
+        context=settings.context,
+        threads=settings.threads,
+        slots=settings.slots,
+        timeout=settings.timeout,
+    ) as engine:
+        yield from engine.complete_stream(
+            prompt,
+            max_tokens=min(sampling.max_tokens, settings.context - len(prompt)),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+
+
+def _from_ollama(
+    model: ChatModel,
+    messages: Sequence[dict],
+    sampling: Sampling,
+    system_prompt: str | None,
+    client: OllamaClient | None,
+) -> Iterator[str]:
+    if client is None:
+        raise UserError("Ollama is left out: choose a model of the built-in engine")
+    turns = list(messages)
+    if system_prompt is not None and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    options = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "num_predict": sampling.max_tokens,
+        **({"seed": sampling.seed} if sampling.seed is not None else {}),
+    }
+    stream = client.chat_stream(model.tag, turns, options)
+    try:
+        yield from stream
+    finally:
+        stream.close()
+
+
+def fitting_prompt(
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], system_prompt: str | None, room: int
+) -> list[int]:
+    """Token ids of the prompt, whole oldest turns left out until it has at most `room` tokens, as in training.
+
+    Raises:
+        UserError: the last message alone is too long.
+    """
+    head = list(messages[:1]) if messages[0]["role"] == "system" else []
+    turns = list(messages[len(head) :])
+    while True:
+        prompt = encode_prompt(tokenizer, head + turns, system_prompt)
+        if len(prompt) <= room:
+            return prompt
+        following = next((at for at, turn in enumerate(turns) if at and turn["role"] == "user"), None)
+        if following is None:
+            raise UserError(
+                f"the message has {len(prompt)} tokens and {room} fit: shorten it, or raise app.context in params.yaml"
+            )
+        turns = turns[following:]
+
+
+def _tokenizer_folder(gguf: Path, checkout: Path) -> Path:
+    """The folder whose tokenizer made the model's training data: beside the package where it is kept, else the base."""
+    beside = (gguf.parent, gguf.parent.parent / "merged")
+    return next((folder for folder in beside if (folder / "tokenizer.json").is_file()), checkout / BASE)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: str) -> "PreTrainedTokenizerFast":
+    return load_tokenizer(folder)

@@ -1,0 +1,135 @@
+"""One question on its way: asked, answered in the background, logged however the page fares.
+
+The log is the truth; a page shows what is logged plus what is on its way. What is on its way lives in the process, by
+conversation, so that a page that was closed or reloaded in mid-reply finds it again.
+"""
+
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.errors import UserError
+from fine_tuning.integration.chat_models import ChatModel, Sampling
+from fine_tuning.integration.reply import Reply
+
+KEPT = 200  # questions without an answer that are remembered; the oldest is forgotten first
+
+
+@dataclass
+class Question:
+    """A message that waits for its reply, or that got none.
+
+    `replaces` is the id of the exchange whose reply is asked for once more. `exchange_id` is set when the reply, whole
+    or in part, is in the log; `problem` is the one line that says why there is none and what to do.
+    """
+
+    conversation_id: str
+    text: str
+    model: ChatModel
+    replaces: str | None = None
+    exchange_id: str | None = None
+    problem: str | None = None
+    reply: Reply | None = field(default=None, repr=False)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether its reply may still arrive."""
+        return self.reply is not None and self.reply.writing
+
+    @property
+    def settled(self) -> bool:
+        """Whether the log has it, so that the page need not show it from here."""
+        return self.exchange_id is not None and not self.waiting and self.problem is None
+
+
+class Desk:
+    """The questions on their way, at most one a conversation, shared by all pages of the process."""
+
+    def __init__(self) -> None:
+        self._questions: OrderedDict[str, Question] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, conversation_id: str) -> Question | None:
+        """The question of a conversation that is not settled."""
+        with self._lock:
+            question = self._questions.get(conversation_id)
+            if question is not None and question.settled:
+                del self._questions[conversation_id]
+                return None
+            return question
+
+    def put(self, question: Question) -> bool:
+        """Take a question in; refused (False) while the conversation waits for another reply."""
+        with self._lock:
+            other = self._questions.get(question.conversation_id)
+            if other is not None and other.waiting:
+                return False
+            self._questions[question.conversation_id] = question
+            self._questions.move_to_end(question.conversation_id)
+            for identity in list(self._questions)[:-KEPT]:
+                if not self._questions[identity].waiting:
+                    del self._questions[identity]
+            return True
+
+    def drop(self, conversation_id: str) -> None:
+        """Forget the question of a conversation, stopping its reply."""
+        with self._lock:
+            question = self._questions.pop(conversation_id, None)
+        if question is not None and question.reply is not None:
+            question.reply.stop()
+
+
+desk = Desk()
+
+
+def new_conversation_id() -> str:
+    """An id that nothing else has."""
+    return uuid.uuid4().hex
+
+
+def ask(
+    question: Question,
+    stream: Callable[[], Iterator[str]],
+    logger: ConversationLogger,
+    sampling: Sampling,
+    system_prompt: str | None,
+) -> bool:
+    """Send a question and log what comes back. Returns False, asking nothing, while another reply is on its way.
+
+    A reply that was stopped or broke off is logged with `"incomplete": "stopped"` or `"failed"`, which keeps it out of
+    training. Where no text came, nothing is logged and the question stays on the desk with its problem.
+    """
+
+    def log(reply: Reply) -> None:
+        text = reply.text
+        question.problem = reply.error
+        if not text.strip():
+            question.problem = reply.error or "no reply came: send it again, or choose another model"
+            return
+        metadata: dict[str, Any] = {
+            "session_id": question.conversation_id,
+            "model": question.model.tag,
+            "version": question.model.version,
+            "engine": question.model.engine,
+            "settings": sampling.model_dump() | {"system_prompt": system_prompt},
+            "seconds": round(reply.seconds, 2),
+        }
+        if reply.tokens_per_second is not None:
+            metadata["tokens_per_second"] = round(reply.tokens_per_second, 1)
+        if reply.outcome != "complete":
+            metadata["incomplete"] = reply.outcome
+        if question.replaces is not None:
+            metadata["replaces"] = question.replaces
+        try:
+            question.exchange_id = logger.log_conversation(question.text, text, metadata)
+        except UserError as error:
+            question.problem = str(error)
+
+    if not desk.put(question):
+        return False
+    question.reply = Reply(stream, log)
+    return True

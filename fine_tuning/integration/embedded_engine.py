@@ -1,0 +1,97 @@
+"""llama.cpp inside the app: one engine a model, shared by everybody who chats, ended with the app.
+
+with shared_engines.use(gguf, context=2048, threads=1, slots=2, timeout=120) as engine:
+    ...
+"""
+
+import atexit
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fine_tuning.evaluation.llama_engine import LlamaEngine
+
+# A model's file that was replaced (a promotion, a new `dvc repro`) is another model.
+Key = tuple[str, int, int]
+
+
+@dataclass
+class _Shared:
+    engine: LlamaEngine
+    users: int = 0
+
+
+class SharedEngines:
+    """Running engines by model file.
+
+    Args:
+        limit: engines kept running. One more is started where all are answering, and the idle one that was used
+            longest ago is ended, which frees its memory: the engine is a process of its own.
+    """
+
+    def __init__(self, limit: int = 2) -> None:
+        self.limit = limit
+        self._engines: OrderedDict[Key, _Shared] = OrderedDict()
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    @contextmanager
+    def use(self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float) -> Iterator[LlamaEngine]:
+        """The running engine of `gguf`, started where there is none. It is not ended while somebody is in the block.
+
+        Raises:
+            UserError: the file is missing or cannot be loaded.
+        """
+        with self._lock:
+            shared = self._running(gguf, context, threads, slots, timeout)
+            shared.users += 1
+        try:
+            yield shared.engine
+        finally:
+            with self._lock:
+                shared.users -= 1
+                self._end_idle()
+
+    def running(self) -> list[LlamaEngine]:
+        """The engines that hold memory now."""
+        with self._lock:
+            return [shared.engine for shared in self._engines.values()]
+
+    def close(self) -> None:
+        """End all engines."""
+        with self._lock:
+            for shared in self._engines.values():
+                shared.engine.close()
+            self._engines.clear()
+
+    def _running(self, gguf: Path, context: int, threads: int, slots: int, timeout: float) -> _Shared:
+        key = _key(gguf)
+        shared = self._engines.get(key)
+        if shared is not None and not shared.engine.alive:
+            self._engines.pop(key).engine.close()
+            shared = None
+        if shared is None:
+            shared = _Shared(LlamaEngine(gguf, context, threads, slots, timeout).start())
+            self._engines[key] = shared
+        self._engines.move_to_end(key)
+        self._end_idle()
+        return shared
+
+    def _end_idle(self) -> None:
+        newest = next(reversed(self._engines), None)
+        for key in list(self._engines):
+            if len(self._engines) <= self.limit:
+                return
+            if self._engines[key].users == 0 and key != newest:
+                self._engines.pop(key).engine.close()
+
+
+def _key(gguf: Path) -> Key:
+    facts = gguf.stat() if gguf.is_file() else None
+    return str(gguf.resolve()), facts.st_mtime_ns if facts else 0, facts.st_size if facts else 0
+
+
+shared_engines = SharedEngines()

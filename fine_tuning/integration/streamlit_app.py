@@ -1,0 +1,30 @@
+"""The chat app: `make chat`, or `streamlit run fine_tuning/integration/streamlit_app.py` from the project's top folder.
+
+Settings of the server are in .streamlit/config.toml: this machine only, no telemetry.
+"""
+
+import sys
+from pathlib import Path
+
+import streamlit as st
+
+# Streamlit puts this file's own folder on the path, not the project's.
+PROJECT = str(Path(__file__).resolve().parents[2])
+if PROJECT not in sys.path:
+    sys.path.insert(0, PROJECT)
+
+
+def main() -> None:
+    from fine_tuning.errors import UserError
+    from fine_tuning.integration.app_pages import chat
+
+    st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
+    pages = [st.Page(chat.page, title="Chat", icon=":material/forum:", url_path="chat", default=True)]
+    chosen = st.navigation(pages)
+    try:
+        chosen.run()
+    except UserError as error:
+        st.error(str(error), icon=":material/error:")
+
+
+main()
