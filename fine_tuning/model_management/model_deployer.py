@@ -1,0 +1,272 @@
+"""One version onto one Ollama: nothing answers as `name:live` before it has proved itself as `name:version`."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import Field
+
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.names import check_model_name
+from fine_tuning.settings import Settings
+
+LIVE = "live"
+OLDEST_SERVER = (0, 5, 5)  # the first whose /api/create takes `files`
+SMOKE_TOKENS = 24
+
+Progress = Callable[[int, int], None]
+
+
+class DeploySettings(Settings):
+    """Section `deploy` of params.yaml."""
+
+    name: str
+    host: str
+    more_hosts: list[str]
+    timeout: float = Field(gt=0)
+    stream_timeout: float = Field(gt=0)
+
+
+class ModelServer(Protocol):
+    """What deploying and switching need of a server; `integration.ollama_client.OllamaClient` is one."""
+
+    host: str
+
+    def version(self) -> str: ...
+    def digests(self) -> dict[str, str]: ...
+    def upload_blob(self, path: Path, sha256: str, progress: Progress | None = None) -> bool: ...
+    def create(self, model: str, request: dict, progress: Callable[[str], None] | None = None) -> None: ...
+    def show(self, model: str) -> dict: ...
+    def render(self, model: str, messages: list[dict]) -> str | None: ...
+    def chat(self, model: str, messages: list[dict], options: dict[str, Any] | None = None) -> tuple[str, Any]: ...
+    def copy(self, source: str, destination: str) -> None: ...
+    def delete(self, model: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A conversation and what the model must be given for it: made with the tokenizer that trained the model."""
+
+    messages: list[dict]
+    prompt: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is deployed.
+
+    Args:
+        request: fields of /api/create (template, parameters, system, license); `model` and `files` are filled in here.
+        recorded_digest: manifest digest of an earlier deployment to the same server.
+    """
+
+    version: int
+    gguf: Path
+    gguf_sha256: str
+    request: dict
+    probes: list[Probe]
+    recorded_digest: str | None = None
+
+
+@dataclass
+class Deployment:
+    """What came of it. `notes` are things that could not be proved, for a person to read."""
+
+    model: str
+    digest: str = ""
+    server_version: str = ""
+    uploaded: bool = False
+    created: bool = False
+    rendered: int = 0
+    prompt_tokens: int | None = None
+    replaced: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class ModelDeployer:
+    """Deploys versions of one model to one server.
+
+    Args:
+        say: gets one line for each step.
+        progress: gets (bytes sent, all bytes) of the upload.
+    """
+
+    def __init__(
+        self,
+        server: ModelServer,
+        name: str,
+        say: Callable[[str], None] = lambda line: None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.server = server
+        self.name = check_model_name(name)
+        self.live = f"{name}:{LIVE}"
+        self._say = say
+        self._progress = progress
+
+    def deploy(self, bundle: Bundle, record: Callable[[str], None]) -> Deployment:
+        """Upload, create `name:version`, prove it, `record` its digest, and make it `name:live`.
+
+        Killed or failing at any step, `name:live` is what it was; running again takes up what is there.
+
+        Args:
+            record: keeps the manifest digest; called once the version is proved and before it goes live.
+
+        Raises:
+            UserError: a step failed; says which and what to do.
+        """
+        done = Deployment(f"{self.name}:{bundle.version}")
+        done.server_version = self.server.version()
+        _check_server(done.server_version, self.server.host)
+        self._say(f"1/9 Ollama {done.server_version} answers at {self.server.host}")
+        before = self.server.digests()
+        done.replaced = before.get(self.live)
+        known = before.get(done.model)
+        if known and bundle.recorded_digest and known != bundle.recorded_digest:
+            raise UserError(
+                f"{done.model} on {self.server.host} is not what was deployed there: "
+                f"`ollama rm {done.model}`, then deploy again"
+            )
+        if known and bundle.recorded_digest:
+            self._say(f"2/9 the file is there\n3/9 {done.model} is there, as it was recorded")
+        else:
+            self._create(bundle, done, known)
+        try:
+            self._prove(bundle, done)
+        except UserError:
+            if done.created:
+                self.server.delete(done.model)
+            raise
+        record(done.digest)
+        self._say(f"7/9 manifest {done.digest[:12]} recorded in the registry")
+        go_live(self.server, done.model, self.live, done.digest)
+        self._say(f"8/9 {self.live} is now {done.model}\n9/9 both names have one digest")
+        return done
+
+    def _create(self, bundle: Bundle, done: Deployment, known: str | None) -> None:
+        done.uploaded = self.server.upload_blob(bundle.gguf, bundle.gguf_sha256, self._progress)
+        self._say(f"2/9 the file {'was sent' if done.uploaded else 'is there'} ({bundle.gguf_sha256[:12]})")
+        request = {**bundle.request, "files": {"model.gguf": f"sha256:{bundle.gguf_sha256}"}}
+        if known is None:
+            self.server.create(done.model, request)
+            done.created = True
+        else:  # made by a run that was killed, or by somebody else: versions never change, so look before trusting
+            trial = f"{done.model}-trial"
+            self.server.create(trial, request)
+            same = self.server.digests().get(trial) == known
+            self.server.delete(trial)
+            if not same:
+                raise UserError(
+                    f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if nobody needs "
+                    "it, or set another deploy.name"
+                )
+        self._say(f"3/9 {done.model} {'was made' if done.created else 'is there'}")
+
+    def _prove(self, bundle: Bundle, done: Deployment) -> None:
+        self._check_shown(bundle.request, done.model)
+        self._say("4/9 template and parameters are those of the bundle")
+        self._check_rendering(bundle.probes, done)
+        self._smoke(bundle, done)
+        digest = self.server.digests().get(done.model)
+        if not digest:
+            raise UserError(f"{self.server.host} lost {done.model} while it was tried: deploy again")
+        done.digest = digest
+
+    def _check_shown(self, request: dict, model: str) -> None:
+        shown = self.server.show(model)
+        if shown.get("template", "") != request.get("template", ""):
+            raise UserError(f"{self.server.host} changed the template of {model}: update Ollama, then deploy again")
+        have = shown_parameters(str(shown.get("parameters") or ""))
+        for key, value in (request.get("parameters") or {}).items():
+            wanted = value if isinstance(value, list) else [value]
+            if sorted(map(str, have.get(key, []))) != sorted(map(str, wanted)):
+                raise UserError(f"{self.server.host} changed {key} of {model}: update Ollama, then deploy again")
+
+    def _check_rendering(self, probes: list[Probe], done: Deployment) -> None:
+        for probe in probes:
+            rendered = self.server.render(done.model, probe.messages)
+            if rendered is None:
+                done.notes.append("this Ollama does not show its prompts: only the token count was compared")
+                self._say("5/9 this Ollama does not show its prompts: left out")
+                return
+            if rendered != probe.prompt:
+                raise UserError(f"{done.model} gets another prompt than in training: {_difference(rendered, probe)}")
+            done.rendered += 1
+        self._say(f"5/9 {done.rendered} prompts are rendered as in training")
+
+    def _smoke(self, bundle: Bundle, done: Deployment) -> None:
+        probe = bundle.probes[0]
+        options = {"num_predict": SMOKE_TOKENS, "temperature": 0.0, "seed": 1}
+        reply, stats = self.server.chat(done.model, probe.messages, options)
+        if not stats.reply_tokens and not reply:
+            raise UserError(f"{done.model} answers nothing: look at Ollama's log, then deploy again")
+        stops = (bundle.request.get("parameters") or {}).get("stop") or []
+        leaked = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop in reply]
+        if leaked:
+            raise UserError(f"{done.model} writes its own stop {leaked[0]!r}: check package parameters, repro again")
+        done.prompt_tokens = stats.prompt_tokens
+        if stats.prompt_tokens is None or stats.prompt_tokens < probe.tokens:
+            done.notes.append(f"the prompt has {probe.tokens} tokens, Ollama counted {stats.prompt_tokens} (cached?)")
+        elif stats.prompt_tokens > probe.tokens:
+            raise UserError(
+                f"{done.model} reads {stats.prompt_tokens} tokens where training had {probe.tokens}: "
+                "a doubled BOS? run `dvc repro package`, then promote again"
+            )
+        self._say(f"6/9 it answers ({stats.prompt_tokens} prompt tokens, {stats.reply_tokens} reply tokens)")
+
+
+def go_live(server: ModelServer, model: str, live: str, digest: str) -> None:
+    """Point `live` at `model` and see that both have `digest`; if not, put back what was live.
+
+    Raises:
+        UserError: `model` is not what it should be, or the copy came out different.
+    """
+    before = server.digests()
+    if before.get(model) != digest:
+        raise UserError(f"{model} on {server.host} is not what was deployed there: deploy it again")
+    if before.get(live) == digest:
+        return
+    server.copy(model, live)
+    after = server.digests()
+    if after.get(live) == digest:
+        return
+    old = next((name for name, known in before.items() if known == before.get(live) and name != live), None)
+    if old:
+        server.copy(old, live)
+    raise UserError(f"{server.host} made {live} from {model} and they differ: look at its log, then deploy again")
+
+
+def shown_parameters(text: str) -> dict[str, list[Any]]:
+    """The lines of /api/show's `parameters`: a name and a value, text values quoted, repeated names for lists."""
+    found: dict[str, list[Any]] = {}
+    for line in text.split("\n"):
+        key, _, raw = line.strip().partition(" ")
+        raw = raw.strip()
+        if not key:
+            continue
+        try:
+            value = json.loads(raw)
+        except ValueError:
+            value = raw
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def _check_server(version: str, host: str) -> None:
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if numbers and (0, 0, 0) < tuple(map(int, numbers.groups())) < OLDEST_SERVER:
+        oldest = ".".join(map(str, OLDEST_SERVER))
+        raise UserError(f"Ollama {version} at {host} is too old: update it to {oldest} or newer")
+
+
+def _difference(rendered: str, probe: Probe) -> str:
+    """Where two prompts part. Probes are made up, so their text may be shown."""
+    pairs = zip(rendered, probe.prompt, strict=False)
+    at = next(
+        (index for index, (left, right) in enumerate(pairs) if left != right), min(len(rendered), len(probe.prompt))
+    )
+    return f"at character {at} it has {rendered[at : at + 24]!r}, not {probe.prompt[at : at + 24]!r}: deploy no further"

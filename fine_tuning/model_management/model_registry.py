@@ -1,0 +1,329 @@
+"""Model versions in MLflow: registered once each, with aliases that move only from where they were seen."""
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.names import check_model_name
+from fine_tuning.training.tracking import open_store
+
+CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+CONTENT_TAG = "content_sha256"
+ADAPTER_TAG = "adapter_sha256"
+LOCK_SECONDS = 120.0
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One registered version. `created_at` is in UTC; `artifacts` is where its files lie."""
+
+    name: str
+    number: int
+    run_id: str
+    artifacts: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+    created_at: datetime
+
+    @property
+    def tag(self) -> str:
+        """Its name in Ollama."""
+        return f"{self.name}:{self.number}"
+
+
+class ModelRegistry:
+    """The versions of one model.
+
+    Args:
+        name: registered model's name; the same as in Ollama.
+        uri: MLflow's address.
+        artifacts: folder of artifacts for a SQLite store.
+        locks: folder of lock files. They serialise this machine's processes; on a server that others write to as
+            well, a move that collides is noticed afterwards.
+        patience: seconds to go on trying while the database is locked.
+
+    Raises:
+        UserError: the store does not open.
+    """
+
+    def __init__(self, name: str, uri: str, artifacts: Path, locks: Path, *, patience: float = 30.0) -> None:
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        self.name = check_model_name(name)
+        self.uri = uri
+        self.patience = patience
+        self._locks = locks
+        self._client, self._experiment = open_store(uri, artifacts, locks / "mlflow.lock")
+
+    # ------------------------------------------------------------------------------------------------------- register
+
+    def register(
+        self, content_sha256: str, folder: Path, tags: dict[str, str], metrics: dict[str, float]
+    ) -> tuple[ModelVersion, bool]:
+        """Register the files in `folder` as a version, unless a version of this content exists.
+
+        The files are stored before the version appears, so a version that can be seen is whole. The version belongs
+        to the training run that wrote the adapter (found by its tag `adapter_sha256`), else to a run made here.
+
+        Returns:
+            (the version, whether it is new)
+
+        Raises:
+            UserError: a metric is not a finite number, or the store stays locked.
+        """
+        wrong = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        if wrong:
+            raise UserError(f"the metric {wrong[0]} is not a finite number: run `dvc repro evaluate` again")
+        with self._lock():
+            self._ensure_model()
+            found = self.find(content_sha256)
+            if found:
+                return found, False
+            run_id, uri = self._run_of(tags.get(ADAPTER_TAG))
+            place = f"versions/{content_sha256[:16]}"
+            self._try(lambda: self._client.log_artifacts(run_id, str(folder), place))
+            self._log_metrics(run_id, metrics)
+            version = self._try(
+                lambda: self._client.create_model_version(
+                    self.name, f"{uri}/{place}", run_id, tags={**tags, CONTENT_TAG: content_sha256}
+                )
+            )
+            return self.version(int(version.version)), True
+
+    def _ensure_model(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._try(lambda: self._client.create_registered_model(self.name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _run_of(self, adapter_sha256: str | None) -> tuple[str, str]:
+        """(id, artifact address) of the newest run with this adapter, or of a new one."""
+        runs = []
+        if adapter_sha256:
+            runs = self._try(
+                lambda: self._client.search_runs(
+                    [self._experiment],
+                    f"tags.{ADAPTER_TAG} = '{_hex(adapter_sha256)}'",
+                    order_by=["attributes.start_time DESC"],
+                    max_results=1,
+                )
+            )
+        if runs:
+            return runs[0].info.run_id, runs[0].info.artifact_uri
+        tags = {ADAPTER_TAG: adapter_sha256} if adapter_sha256 else {}
+        run = self._try(lambda: self._client.create_run(self._experiment, run_name="promote", tags=tags))
+        self._try(lambda: self._client.set_terminated(run.info.run_id))
+        return run.info.run_id, run.info.artifact_uri
+
+    def _log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        for start in range(0, len(entries), 500):
+            self._try(partial(self._client.log_batch, run_id, metrics=entries[start : start + 500]))
+
+    # ------------------------------------------------------------------------------------------------------- questions
+
+    def versions(self) -> list[ModelVersion]:
+        """All versions, the oldest first."""
+        entries = self._try(lambda: list(self._client.search_model_versions(f"name = '{self.name}'")))
+        names: dict[int, list[str]] = {}  # searching leaves the aliases out
+        for alias, number in self._aliases().items():
+            names.setdefault(number, []).append(alias)
+        found = [_version(entry, names.get(int(entry.version), ())) for entry in entries]
+        return sorted(found, key=lambda version: version.number)
+
+    def version(self, number: int) -> ModelVersion:
+        """One version.
+
+        Raises:
+            UserError: there is none of that number.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            entry = self._try(lambda: self._client.get_model_version(self.name, str(number)))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(
+                f"the registry has no version {number} of {self.name}: `python -m fine_tuning list` shows what it has"
+            ) from None
+        return _version(entry, entry.aliases or ())
+
+    def find(self, content_sha256: str) -> ModelVersion | None:
+        """The version of this content."""
+        query = f"name = '{self.name}' and tags.{CONTENT_TAG} = '{_hex(content_sha256)}'"
+        found = self._try(lambda: list(self._client.search_model_versions(query)))
+        numbers = sorted(int(entry.version) for entry in found)
+        return self.version(numbers[0]) if numbers else None
+
+    def by_alias(self, alias: str) -> ModelVersion | None:
+        """The version that `champion`, `previous` or `candidate` names."""
+        number = self._aliases().get(alias)
+        return None if number is None else self.version(number)
+
+    def _aliases(self) -> dict[str, int]:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = self._try(lambda: self._client.get_registered_model(self.name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}
+        return {alias: int(number) for alias, number in model.aliases.items()}
+
+    def download(self, version: ModelVersion, path: str, folder: Path) -> Path:
+        """Fetch a file or folder of a version's artifacts into `folder` (left where it is if it is on this disk).
+
+        Raises:
+            UserError: the artifact is gone.
+        """
+        from mlflow.artifacts import download_artifacts
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return Path(
+                download_artifacts(
+                    artifact_uri=f"{version.artifacts}/{path}", dst_path=str(folder), tracking_uri=self.uri
+                )
+            )
+        except (MlflowException, OSError):
+            raise UserError(
+                f"{path} of version {version.number} is gone from the registry: `python -m fine_tuning verify`"
+            ) from None
+
+    # --------------------------------------------------------------------------------------------------------- changes
+
+    def promote(self, number: int, replaces: int | None) -> ModelVersion | None:
+        """Make a version the champion and the champion it replaces `previous`. Doing it again changes nothing.
+
+        `previous` moves first: killed in between, the old champion still stands and a rerun ends at the same place.
+
+        Args:
+            replaces: number of the champion that this one was compared with; None for none.
+
+        Returns:
+            the version that was champion before, None if there was none.
+
+        Raises:
+            UserError: somebody made another version champion in the meantime.
+        """
+        with self._lock():
+            self.version(number)
+            old = self._aliases().get(CHAMPION)
+            if old == number:
+                previous = self._aliases().get(PREVIOUS)
+                return None if previous is None else self.version(previous)
+            if old != replaces:
+                raise UserError(
+                    f"version {old} became champion in the meantime: `dvc repro` compares with it, then promote again"
+                )
+            if old is not None:
+                self._move(PREVIOUS, old)
+            self._move(CHAMPION, number)
+            if self._aliases().get(CANDIDATE) == number:
+                self._try(lambda: self._client.delete_registered_model_alias(self.name, CANDIDATE))
+            return None if old is None else self.version(old)
+
+    def nominate(self, number: int) -> None:
+        """Make a version the candidate."""
+        with self._lock():
+            if self._aliases().get(CHAMPION) != number:
+                self._move(CANDIDATE, number)
+
+    def _move(self, alias: str, number: int) -> None:
+        self._try(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
+        if self._aliases().get(alias) != number:
+            raise UserError(f"another process moved the alias {alias} at the same time: look with `list`, then repeat")
+
+    def set_tags(self, number: int, tags: dict[str, str]) -> None:
+        """Write tags of a version."""
+        for key, value in tags.items():
+            self._try(
+                lambda key=key, value=value: self._client.set_model_version_tag(self.name, str(number), key, value)
+            )
+
+    def remove(self, number: int) -> None:
+        """Take a version out of the registry. Its files stay in the run that made it.
+
+        Raises:
+            UserError: it is the champion or the way back from it.
+        """
+        with self._lock():
+            version = self.version(number)
+            held = [alias for alias in (CHAMPION, PREVIOUS) if alias in version.aliases]
+            if held:
+                raise UserError(f"version {number} is the {held[0]} and stays: promote another one first")
+            self._try(lambda: self._client.delete_model_version(self.name, str(number)))
+
+    # ----------------------------------------------------------------------------------------------------------- store
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        path = self._locks / f"registry-{self.name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path, timeout=LOCK_SECONDS):
+                yield
+        except Timeout:
+            raise UserError(f"another process holds the registry for two minutes: end it, or remove {path}") from None
+
+    def _try(self, call: Callable[[], Value]) -> Value:
+        """Call, again and again while the database is locked, until `patience` is over."""
+        from mlflow.exceptions import MlflowException
+
+        end = time.monotonic() + self.patience
+        wait = 0.1
+        while True:
+            try:
+                return call()
+            except MlflowException as error:
+                if not _is_locked(error):
+                    raise
+                if time.monotonic() + wait > end:
+                    raise UserError(
+                        f"the registry's database stayed locked for {self.patience:.0f} s: end the program that "
+                        "writes to it (an MLflow server?), then run again"
+                    ) from None
+            time.sleep(wait)
+            wait = min(wait * 2, 2.0)
+
+
+def _is_locked(error: Exception) -> bool:
+    return "database is locked" in str(error)
+
+
+def _hex(sha256: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise UserError("a content hash is not a SHA-256 in hex: run `dvc repro` again")
+    return sha256
+
+
+def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:
+    return ModelVersion(
+        name=entry.name,
+        number=int(entry.version),
+        run_id=entry.run_id or "",
+        artifacts=entry.source,
+        tags=dict(entry.tags or {}),
+        aliases=tuple(sorted(aliases)),
+        created_at=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
+    )

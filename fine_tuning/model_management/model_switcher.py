@@ -1,0 +1,111 @@
+"""What answers as `name:live` on a server, since when, and how to put another version there."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_deployer import LIVE, ModelServer, go_live
+from fine_tuning.model_management.model_registry import PREVIOUS, ModelRegistry, ModelVersion
+from fine_tuning.model_management.names import host_key
+
+STAMP = "%Y%m%dT%H%M%S.%fZ"
+WENT_LIVE = re.compile(r"live\.(\d{8}T\d{6}\.\d{6}Z)")
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a server answers with as `name:live`; `version` is None when it is none of ours."""
+
+    host: str
+    digest: str
+    version: int | None
+    since: datetime | None
+
+
+class ModelSwitcher:
+    """Switches one server between the versions that were deployed to it."""
+
+    def __init__(self, server: ModelServer, registry: ModelRegistry) -> None:
+        self.server = server
+        self.registry = registry
+        self.name = registry.name
+        self.live_name = f"{registry.name}:{LIVE}"
+        self.key = host_key(server.host)
+
+    def recorded_digest(self, version: ModelVersion) -> str | None:
+        """Manifest digest that was recorded when the version was deployed to this server."""
+        return version.tags.get(f"ollama.{self.key}.digest")
+
+    def record(self, number: int, digest: str) -> None:
+        """Keep the digest of a version that was deployed to this server."""
+        self.registry.set_tags(
+            number,
+            {f"ollama.{self.key}.digest": digest, f"ollama.{self.key}.deployed_at": datetime.now(UTC).isoformat()},
+        )
+
+    def record_live(self, number: int) -> None:
+        """Keep that a version went live here now, unless it was live already."""
+        history = live_history(self.registry.versions(), self.key)
+        if not history or history[-1][1] != number:
+            self.registry.set_tags(number, {f"live.{datetime.now(UTC).strftime(STAMP)}": self.key})
+
+    def live(self) -> Live | None:
+        """What is live; None if nothing is."""
+        digests = self.server.digests()
+        digest = digests.get(self.live_name)
+        if digest is None:
+            return None
+        versions = self.registry.versions()
+        history = live_history(versions, self.key)
+        matches = [version.number for version in versions if self.recorded_digest(version) == digest]
+        number = history[-1][1] if history and history[-1][1] in matches else (matches[-1] if matches else None)
+        since = history[-1][0] if history and history[-1][1] == number else None
+        return Live(self.server.host, digest, number, since)
+
+    def switch(self, number: int) -> Live | None:
+        """Make a deployed version live. Returns what was live before.
+
+        Raises:
+            UserError: the version was not deployed to this server, or is no longer what was.
+        """
+        version = self.registry.version(number)
+        digest = self.recorded_digest(version)
+        if digest is None or version.tag not in self.server.digests():
+            raise UserError(
+                f"{version.tag} is not on {self.server.host}: `python -m fine_tuning deploy {number}` puts it there"
+            )
+        before = self.live()
+        go_live(self.server, version.tag, self.live_name, digest)
+        self.record_live(number)
+        return before
+
+    def rollback(self) -> tuple[Live | None, int]:
+        """Make live what was live before. Returns (what was live until now, the version that is live again).
+
+        Raises:
+            UserError: there is nothing to go back to.
+        """
+        now = self.live()
+        current = now.version if now else None
+        history = live_history(self.registry.versions(), self.key)
+        earlier = [number for _, number in history if number != current]
+        if not earlier:
+            previous = self.registry.by_alias(PREVIOUS)
+            if previous is None or previous.number == current:
+                raise UserError(f"nothing was live on {self.server.host} before: `python -m fine_tuning list`")
+            earlier = [previous.number]
+        self.switch(earlier[-1])
+        return now, earlier[-1]
+
+
+def live_history(versions: Iterable[ModelVersion], key: str) -> list[tuple[datetime, int]]:
+    """(when, version) of each time a version went live on the host with this key, the oldest first."""
+    found = []
+    for version in versions:
+        for tag, value in version.tags.items():
+            stamp = WENT_LIVE.fullmatch(tag)
+            if stamp and value == key:
+                found.append((datetime.strptime(stamp[1], STAMP).replace(tzinfo=UTC), version.number))
+    return sorted(found)

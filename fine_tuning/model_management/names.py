@@ -1,0 +1,51 @@
+"""Names that come from outside: one allow-list for model names, tags and hosts' short names."""
+
+import re
+
+from fine_tuning.errors import UserError
+
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
+
+
+def check_model_name(name: str) -> str:
+    """Return `name` if it is a model name: small letters, digits, `-` and `_`.
+
+    It becomes an Ollama name, a registry name and a part of paths, so it holds nothing that any of them reads.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise UserError(f"{name[:80]!r} is no model name: use small letters, digits, - and _ (deploy.name)")
+    return name
+
+
+def split_tag(text: str) -> tuple[str, str | None]:
+    """Split `name:tag` or `name` into its parts, both checked.
+
+    Raises:
+        UserError: one of them is not allowed.
+    """
+    name, colon, tag = text.partition(":")
+    check_model_name(name)
+    if colon and not TAG.fullmatch(tag):
+        raise UserError(f"{tag[:80]!r} is no tag: use letters, digits, -, _ and .")
+    return name, tag if colon else None
+
+
+def parse_version(text: str) -> int:
+    """The version in `3`, `v3` or `name:3`.
+
+    Raises:
+        UserError: there is none.
+    """
+    tag = text.rpartition(":")[2].removeprefix("v")
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", tag):
+        raise UserError(f"{text[:80]!r} is no version: give a number, `python -m fine_tuning list` shows them")
+    return int(tag)
+
+
+def host_key(host: str) -> str:
+    """A host's address as a part of a registry tag: `http://127.0.0.1:11434` is `127.0.0.1_11434`."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", host.partition("://")[2] or host).strip("_")
