@@ -47,8 +47,11 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:
 
 
 def dump_line(record: dict) -> bytes:
-    """One record as a UTF-8 JSON line, newline included."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+    """One record as a UTF-8 JSON line, newline included. A lone surrogate has no UTF-8: its line is ASCII escapes."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:

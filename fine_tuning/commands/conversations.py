@@ -1,0 +1,221 @@
+"""Commands that bring conversations in: import, seal, sample; and stats."""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fine_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+INBOX = Path("inbox/conversations.jsonl")
+CONVERSATIONS = Path("data/conversations")
+MANIFEST = Path("data/manifest.json")
+TRACKED = Path("data/conversations.dvc")
+SHOWN_PROBLEMS = 10
+
+
+def add_commands(subparsers: argparse._SubParsersAction) -> None:
+    """Add import, seal, sample and stats to the command line."""
+    command = subparsers.add_parser(
+        "import",
+        help="take conversations from files of other tools",
+        description="Recognised: OpenAI or Hugging Face messages, ShareGPT, Alpaca, prompt/completion, ChatML text, "
+        "ChatGPT's conversations.json, Open WebUI's export, CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
+    )
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.set_defaults(func=import_files)
+    command = subparsers.add_parser("seal", help="hand the conversations logged so far to the pipeline")
+    command.set_defaults(func=seal)
+    command = subparsers.add_parser("sample", help="bring in the sample conversations, if params.yaml wants them")
+    command.set_defaults(func=bring_sample)
+    command = subparsers.add_parser("stats", help="count what was logged since the last seal, or all with --all")
+    command.add_argument("--all", action="store_true", help="count the sealed and imported conversations too")
+    command.set_defaults(func=show_stats)
+
+
+def import_files(args: argparse.Namespace) -> None:
+    """Import every file into one new shard; conversations that are there already are not taken again."""
+    from fine_tuning.data_collection.conversation import version_hash
+    from fine_tuning.data_collection.importers import Problem, import_file
+    from fine_tuning.data_collection.shards import known_versions, next_stamp, shard_paths, write_shard
+
+    _check_folder()
+    with _pipeline_stands_still() as repo:
+        _seal_closed_logs(repo)
+        known = known_versions(shard_paths(CONVERSATIONS, MANIFEST))
+
+        def taken(path: Path) -> Iterator[dict]:
+            counts: Counter[str] = Counter()
+            formats: Counter[str] = Counter()
+            problems = []
+            for item in import_file(path):
+                if isinstance(item, Problem):
+                    counts["quarantined"] += 1
+                    problems.append(item)
+                    continue
+                formats[item.format] += 1
+                version = version_hash(item.conversation)
+                if known.get(item.conversation["id"]) == version:
+                    counts["skipped"] += 1
+                    continue
+                known[item.conversation["id"]] = version
+                counts["taken"] += 1
+                yield item.conversation
+            recognised = ", ".join(f"{name} ({count})" for name, count in formats.most_common()) or "nothing"
+            print(f"{path}: recognised {recognised}")
+            print(
+                f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), "
+                f"{counts['quarantined']} not taken"
+            )
+            for problem in problems[:SHOWN_PROBLEMS]:
+                print(f"  line {problem.line}: {problem.reason}")
+            if len(problems) > SHOWN_PROBLEMS:
+                print(f"  and {len(problems) - SHOWN_PROBLEMS} more")
+
+        stream = (conversation for path in args.files for conversation in taken(path))
+        prefix = f"{next_stamp(CONVERSATIONS)}-import"
+        shard, count = write_shard(CONVERSATIONS, prefix, stream)
+        if shard is not None:
+            _track(repo)
+            print(f"{count} conversations in {shard}")
+            _say_next()
+
+
+def seal(args: argparse.Namespace) -> None:
+    """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
+    from fine_tuning.data_collection.shards import close_log
+
+    _check_folder()
+    with _pipeline_stands_still() as repo:
+        close_log(INBOX, CONVERSATIONS)
+        if not _seal_closed_logs(repo):
+            print(f"nothing to seal: {INBOX} is empty")
+            return
+        _say_next()
+
+
+def bring_sample(args: argparse.Namespace) -> None:
+    """Write the sample's shard if params.yaml wants it and it is not there; say so if other shards are missing."""
+    from fine_tuning.data_collection.shards import IntakeSettings, read_manifest, write_shard
+    from fine_tuning.settings import read_params
+
+    _check_folder()
+    if not read_params("intake", IntakeSettings).sample:
+        print("intake.sample is false: the sample is left out")
+        return
+    if any(CONVERSATIONS.glob("sample-*.jsonl")) and _is_what_dvc_names():
+        print(f"{CONVERSATIONS} is complete")
+        return
+    missing = [
+        shard["name"]
+        for shard in read_manifest(MANIFEST)["shards"]
+        if shard["source"] != "sample" and not (CONVERSATIONS / shard["name"]).exists()
+    ]
+    if missing:
+        raise UserError(
+            f"{len(missing)} shards of conversations are not in this clone (the first is {missing[0]}): "
+            f"bring them with `dvc pull {TRACKED}`"
+        )
+    from fine_tuning.data_collection.sample import sample_conversations
+
+    with _pipeline_stands_still() as repo:
+        shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
+        _track(repo)
+    print(f"{count} sample conversations in {shard}")
+
+
+def show_stats(args: argparse.Namespace) -> None:
+    """Print statistics as JSON."""
+    from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
+    from fine_tuning.data_collection.shards import shard_paths, versions
+
+    conversations = {}
+    if args.all:
+        conversations = {v["id"]: v for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
+    conversations |= {c["id"]: c for c in ConversationLogger(INBOX).read_conversations()}
+    kept = [conversation for conversation in conversations.values() if conversation["messages"]]
+    print(json.dumps(conversation_stats(kept), ensure_ascii=False, indent=2))
+
+
+# -----------------------------------------------------------------------------
+# DVC
+
+
+@contextmanager
+def _pipeline_stands_still() -> Iterator["Repo"]:
+    """Hold DVC's lock, so that no `dvc repro` of this checkout starts a stage meanwhile; refuse while one runs.
+
+    DVC lets go of its lock while a stage's command runs, and notes in .dvc/tmp/rwlock which process reads and writes
+    what. A process that is noted there and alive is a stage that is running.
+    """
+    import psutil
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.lock import LockError
+    from dvc.repo import Repo, lock_repo
+
+    busy = "a pipeline run is using the conversations: run the command again when it has ended"
+    try:
+        with Repo() as repo, lock_repo(repo):
+            noted = Path(repo.tmp_dir) / "rwlock"
+            entries = json.loads(noted.read_text() or "{}") if noted.exists() else {}
+            writers = list(entries.get("write", {}).values())
+            readers = [info for infos in entries.get("read", {}).values() for info in infos]
+            if any(psutil.pid_exists(int(info["pid"])) for info in writers + readers):
+                raise UserError(busy)
+            yield repo
+    except LockError:
+        raise UserError(busy) from None
+    except NotDvcRepoError:
+        raise UserError("this folder is no DVC repository: run `dvc init` in a clone of the project") from None
+
+
+def _track(repo: "Repo") -> None:
+    """`dvc add data/conversations`."""
+    import logging
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    repo.add([str(CONVERSATIONS)])
+
+
+def _seal_closed_logs(repo: "Repo") -> bool:
+    """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
+    from fine_tuning.data_collection.shards import seal_log
+
+    logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
+    for log in logs:
+        done = seal_log(log, CONVERSATIONS, MANIFEST)
+        print(f"{done['events']} events sealed, {done['conversations']} conversations new or changed")
+        for kind in ("torn", "unmatched"):
+            if done[kind]:
+                print(f"{done[kind]} {kind} lines were set aside in {INBOX.parent / log.name}.{kind}")
+        if any(CONVERSATIONS.glob("*.jsonl")):
+            _track(repo)
+        log.unlink()
+    return bool(logs)
+
+
+def _is_what_dvc_names() -> bool:
+    """Whether the folder has as many files and bytes as data/conversations.dvc says. `dvc repro` compares hashes."""
+    import yaml
+
+    if not TRACKED.exists():
+        return False
+    out = yaml.safe_load(TRACKED.read_bytes())["outs"][0]
+    files = [path for path in CONVERSATIONS.rglob("*") if path.is_file()]
+    return len(files) == out.get("nfiles") and sum(path.stat().st_size for path in files) == out.get("size")
+
+
+def _check_folder() -> None:
+    from fine_tuning.project import root
+
+    root()
+
+
+def _say_next() -> None:
+    print(f"next: `git add {TRACKED}`, then `dvc repro`")

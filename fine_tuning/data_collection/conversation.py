@@ -1,0 +1,173 @@
+"""The conversation record: what counts as one, and how logged events change it.
+
+A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "content", "model"?, "at"?}],
+"feedback": [{"message_id", "rating": 1|-1|null, "comment"?, "edited"?, "by"?}], "metadata"}. A deleted one keeps its
+id, has no messages and "deleted": true, so that older versions of it stay deleted.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def now() -> str:
+    """The current time as ISO 8601 in UTC with milliseconds: it sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def is_exchange(record: dict) -> bool:
+    """Whether a record is a logged exchange rather than a conversation with `messages`."""
+    return "messages" not in record and "user_message" in record
+
+
+def from_exchange(exchange: dict) -> dict:
+    """A conversation of one logged exchange. The assistant message bears the exchange's id."""
+    metadata = dict(exchange.get("metadata") or {})
+    session, source, model = metadata.pop("session_id", None), metadata.pop("source", None), metadata.pop("model", None)
+    user, assistant = exchange.get("user_message"), exchange.get("assistant_response")
+    identity = exchange.get("id") or short_hash(["exchange", user, assistant])
+    at = exchange.get("timestamp")
+    question = {"id": f"{identity}-user", "role": "user", "content": user}
+    reply = {"id": identity, "role": "assistant", "content": assistant}
+    if model is not None:
+        reply["model"] = model
+    if at is not None:
+        question["at"] = reply["at"] = at
+    return {
+        "id": str(exchange.get("conversation_id") or session or identity),
+        "source": source or "chat",
+        "started_at": at,
+        "messages": [question, reply],
+        "feedback": list(exchange.get("feedback") or []),
+        "metadata": metadata,
+    }
+
+
+def as_conversation(record: dict) -> dict:
+    """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
+
+    Nothing is checked beyond the form: the cleaner judges roles and contents.
+    """
+    if is_exchange(record):
+        return from_exchange(record)
+    messages = record.get("messages")
+    known = {"id", "source", "started_at", "messages", "feedback", "metadata", "deleted"}
+    conversation = {
+        "id": str(record.get("id") or short_hash(["messages", messages])),
+        "source": record.get("source") or "unknown",
+        "started_at": record.get("started_at") or record.get("timestamp"),
+        "messages": messages,
+        "feedback": record.get("feedback") or [],
+        "metadata": record.get("metadata") or {k: v for k, v in record.items() if k not in known and k != "timestamp"},
+    }
+    if record.get("deleted"):
+        conversation["deleted"] = True
+    return conversation
+
+
+def dialogue(conversation: dict) -> Iterator[tuple[dict, dict]]:
+    """The (user message, assistant reply that follows it) pairs of a conversation."""
+    previous: dict | None = None
+    for message in conversation["messages"]:
+        if message["role"] == "assistant" and previous is not None and previous["role"] == "user":
+            yield previous, message
+        if message["role"] != "system":
+            previous = message
+
+
+def edits(conversation: dict) -> dict[str, str]:
+    """Message id → the text that a person put in its place; the latest edit wins."""
+    return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}
+
+
+def short_hash(value: Any, length: int = 24) -> str:
+    """A hex digest of any JSON value that does not depend on key order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:length]
+
+
+def version_hash(conversation: dict) -> str:
+    """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
+    messages = [[m.get("role"), m.get("content"), m.get("model")] for m in conversation["messages"]]
+    feedback = [
+        [e.get("message_id"), e.get("rating"), e.get("comment"), e.get("edited"), e.get("by")]
+        for e in conversation.get("feedback") or []
+    ]
+    return short_hash([messages, feedback, bool(conversation.get("deleted"))])
+
+
+# -----------------------------------------------------------------------------
+# events of the log
+
+
+def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
+    """Apply logged events in their order to `conversations` (id → newest version), which is changed in place.
+
+    An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
+    that name a conversation or a message nobody knows.
+    """
+    owners = {m["id"]: c for c in conversations.values() for m in c["messages"] if m.get("id")}
+    unmatched = []
+    for event in events:
+        if event["event"] == "exchange":
+            _add_exchange(event, conversations, owners)
+            continue
+        target = event.get("conversation_id")
+        conversation = conversations.get(target) if target else owners.get(event.get("message_id"))
+        if conversation is None:
+            unmatched.append(event)
+        elif event["event"] == "delete":
+            _delete(event, conversation)
+        else:
+            _judge(event, conversation)
+    return unmatched
+
+
+def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str, dict]) -> None:
+    new = from_exchange(event)
+    conversation = conversations.get(new["id"])
+    if conversation is None:
+        conversations[new["id"]] = conversation = new
+    elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
+        return
+    elif all(message.get("id") != event["id"] for message in conversation["messages"]):
+        conversation["messages"].extend(new["messages"])
+        conversation["metadata"] = new["metadata"] | conversation["metadata"]
+    for message in new["messages"]:
+        owners[message["id"]] = conversation
+
+
+def _delete(event: dict, conversation: dict) -> None:
+    gone = event.get("message_id")
+    if gone is None:
+        conversation.update(messages=[], feedback=[], metadata={}, deleted=True)
+        conversation.pop("deleted_messages", None)
+        return
+    partners = (gone, f"{gone}-user")
+    conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]
+    conversation["feedback"] = [e for e in conversation["feedback"] if e.get("message_id") not in partners]
+    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), gone})
+
+
+def _judge(event: dict, conversation: dict) -> None:
+    """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
+    if conversation.get("deleted"):
+        return
+    key = (event.get("message_id"), event.get("by"))
+    feedback = conversation["feedback"]
+    entry = next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
+    if entry is None:
+        entry = {"message_id": event.get("message_id"), "rating": None}
+        if event.get("by") is not None:
+            entry["by"] = event["by"]
+        feedback.append(entry)
+    if event["event"] == "feedback":
+        entry["rating"] = event.get("rating")
+        if event.get("comment") is not None:
+            entry["comment"] = event["comment"]
+    else:
+        entry["edited"] = event["content"]

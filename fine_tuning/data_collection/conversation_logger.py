@@ -1,0 +1,283 @@
+"""The inbox: an append-only log of what happens in a chat, one JSON event a line.
+
+One `write` of one whole line on an O_APPEND descriptor under `flock`: many threads and processes may log at once.
+The file is opened for each event, so that a log that `seal` has renamed away is never written to again.
+"""
+
+import fcntl
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.data_collection.conversation import fold, now
+from fine_tuning.errors import UserError
+from fine_tuning.records import read_lines
+
+EVENTS = ("exchange", "feedback", "edit", "delete")
+CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
+
+
+class ConversationLogger:
+    """Writes and reads one log file.
+
+    Args:
+        path: the log; it is made, readable by its owner only, with the first event.
+        durable: wait until the disk has each event before returning (`fdatasync`).
+    """
+
+    def __init__(self, path: str | Path, durable: bool = True) -> None:
+        self.path = Path(path)
+        self.durable = durable
+
+    # -------------------------------------------------------------------------
+    # writing
+
+    def log_conversation(
+        self,
+        user_message: str,
+        assistant_response: str,
+        metadata: dict[str, Any] | None = None,
+        *,
+        id: str | None = None,
+        timestamp: str | None = None,
+    ) -> str:
+        """Log one exchange and return its id, which is also the id of the assistant's message.
+
+        `metadata["session_id"]` ties exchanges into one conversation, `metadata["model"]` names the author of the
+        reply. The same `id` again is the same exchange and counts once.
+
+        Raises:
+            UserError: the log cannot be written; nothing of the event is left in it.
+        """
+        metadata = dict(metadata or {})
+        identity = id or uuid.uuid4().hex
+        self._append(
+            {
+                "event": "exchange",
+                "id": identity,
+                "conversation_id": str(metadata.get("session_id") or identity),
+                "user_message": user_message,
+                "assistant_response": assistant_response,
+                "timestamp": timestamp or now(),
+                "metadata": metadata,
+            }
+        )
+        return identity
+
+    def log_feedback(
+        self,
+        message_id: str,
+        rating: int | None,
+        comment: str | None = None,
+        by: str | None = None,
+        conversation_id: str | None = None,
+    ) -> str:
+        """Log a judgement of a reply: rating 1 (up), -1 (down) or None (taken back). Returns the event's id."""
+        if rating not in (1, -1, None):
+            raise ValueError("a rating is 1, -1 or None")
+        return self._log("feedback", message_id, conversation_id, rating=rating, comment=comment, by=by)
+
+    def log_edit(self, message_id: str, content: str, by: str | None = None, conversation_id: str | None = None) -> str:
+        """Log what a person would have answered instead. Returns the event's id."""
+        return self._log("edit", message_id, conversation_id, content=content, by=by)
+
+    def log_delete(self, conversation_id: str | None = None, message_id: str | None = None) -> str:
+        """Log that a conversation, or one exchange of it, is to go. Returns the event's id."""
+        if conversation_id is None and message_id is None:
+            raise ValueError("name a conversation or a message to delete")
+        return self._log("delete", message_id, conversation_id)
+
+    def _log(self, kind: str, message_id: str | None, conversation_id: str | None, **fields: Any) -> str:
+        identity = uuid.uuid4().hex
+        event = {"event": kind, "id": identity, "conversation_id": conversation_id, "message_id": message_id, **fields}
+        event = {key: value for key, value in event.items() if value is not None or key == "rating"}
+        self._append(event | {"timestamp": now()})
+        return identity
+
+    def _append(self, event: dict) -> None:
+        # ASCII escapes only where needed: a lone surrogate has no UTF-8, and losing it would change the record.
+        text = json.dumps(event, ensure_ascii=False, separators=(",", ":"), default=str)
+        try:
+            line = text.encode("utf-8")
+        except UnicodeEncodeError:
+            line = json.dumps(event, separators=(",", ":"), default=str).encode("ascii")
+        try:
+            with _locked(self.path) as descriptor:
+                _set_torn_tail_aside(descriptor, self.path)
+                _write_whole(descriptor, line + b"\n")
+                if self.durable:
+                    os.fdatasync(descriptor)
+        except OSError as error:
+            raise UserError(
+                f"the conversation could not be logged to {self.path} ({error.strerror}): free some space or change "
+                f"its permissions with `chmod u+rw {self.path}`, then send it again"
+            ) from None
+
+    # -------------------------------------------------------------------------
+    # reading
+
+    def read_events(self) -> Iterator[dict]:
+        """The events of the log in their order; a torn or foreign line is passed over."""
+        if self.path.exists():
+            yield from (event for _, event in read_log(self.path) if event is not None)
+
+    def read_exchanges(self) -> Iterator[dict]:
+        """The logged exchanges: {"id", "user_message", "assistant_response", "timestamp", "metadata", …}."""
+        return (event for event in self.read_events() if event["event"] == "exchange")
+
+    def read_conversations(self) -> list[dict]:
+        """The conversations that the log's events amount to, without the deleted ones."""
+        conversations: dict[str, dict] = {}
+        fold(self.read_events(), conversations)
+        return [c for c in conversations.values() if c["messages"]]
+
+    def get_conversation_stats(self) -> dict[str, Any]:
+        """Counts over the conversations in the log: see `conversation_stats`."""
+        return conversation_stats(self.read_conversations())
+
+
+def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, Any]:
+    """Conversations, exchanges, tokens, per day, per model, mean lengths in characters, share of replies judged.
+
+    Tokens are those in a message's or conversation's metadata where they were logged, otherwise a quarter of the
+    characters.
+    """
+    totals: Counter[str] = Counter()
+    days: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    for conversation in conversations:
+        totals["conversations"] += 1
+        days[(conversation["started_at"] or "unknown")[:10]] += 1
+        totals["judged"] += len({e.get("message_id") for e in conversation["feedback"]})
+        for entry in conversation["feedback"]:
+            totals[{1: "liked", -1: "disliked"}.get(entry.get("rating"), "unrated")] += 1
+            totals["edited"] += bool(entry.get("edited"))
+        for message in conversation["messages"]:
+            role, length = message["role"], len(message["content"] or "")
+            totals[f"{role}_messages"] += 1
+            totals[f"{role}_characters"] += length
+            totals["tokens"] += message.get("tokens") or -(-length // CHARACTERS_PER_TOKEN)
+            if role == "assistant":
+                models[message.get("model") or "unknown"] += 1
+    replies = totals["assistant_messages"]
+    return {
+        "total_conversations": totals["conversations"],
+        "total_exchanges": replies,
+        "total_tokens": totals["tokens"],
+        "conversations_per_day": dict(sorted(days.items())),
+        "exchanges_per_model": dict(sorted(models.items())),
+        "average_user_length": _mean(totals["user_characters"], totals["user_messages"]),
+        "average_assistant_length": _mean(totals["assistant_characters"], replies),
+        "liked": totals["liked"],
+        "disliked": totals["disliked"],
+        "edited": totals["edited"],
+        "feedback_share": _mean(totals["judged"], replies),
+    }
+
+
+def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:
+    """(raw line, event) of a log; the event is None where the line is torn or is no event."""
+    for _, line in read_lines(path):
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            event = None
+        valid = isinstance(event, dict) and event.get("event") in EVENTS and isinstance(event.get("id"), str)
+        yield line, event if valid else None
+
+
+def rename_log(path: Path, target: Path) -> bool:
+    """Close the log: rename it under its lock, so that no writer is in the middle of it. False if it is empty."""
+    if not path.exists():
+        return False
+    with _locked(path) as descriptor:
+        if os.fstat(descriptor).st_size == 0:
+            return False
+        os.fsync(descriptor)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, target)
+        _sync_folder(path.parent)
+        _sync_folder(target.parent)
+    return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Descriptor of the file that is at `path` while its lock is held; opened again if it was renamed meanwhile."""
+    while True:
+        descriptor = _open(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags | os.O_CREAT, 0o600)
+        _sync_folder(path.parent)
+        return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, line)
+        if written != len(line):
+            raise OSError(28, os.strerror(28))
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
+def _set_torn_tail_aside(descriptor: int, path: Path) -> None:
+    """Move what a crash left after the last newline to `<path>.torn`, so that it never merges with the next event."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    start, tail = size, b""
+    while start > 0 and b"\n" not in tail:
+        step = min(start, 65536)
+        start -= step
+        tail = os.pread(descriptor, step, start) + tail
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    aside = os.open(f"{path}.torn", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(aside, torn + b"\n")
+        os.fsync(aside)
+    finally:
+        os.close(aside)
+    os.ftruncate(descriptor, size - len(torn))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mean(total: float, count: int) -> float:
+    return round(total / count, 4) if count else 0.0

@@ -1,0 +1,234 @@
+"""Shards: immutable files of conversations, one JSON object a line. The newest version of a conversation wins.
+
+A shard is written beside the folder, made read-only, renamed in whole, and never changed again. Its order among the
+shards is that of the manifest: the shards that it names, then newcomers by name, and names begin with the time.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.data_collection.conversation import fold, version_hash
+from fine_tuning.data_collection.conversation_logger import read_log, rename_log
+from fine_tuning.errors import UserError
+from fine_tuning.records import dump_line, read_json, read_lines, replacing
+from fine_tuning.settings import Settings
+
+_STAMP = re.compile(r"(\d{8})T(\d{9})")
+_ID_FIRST = re.compile(rb'\{"id":"([^"\\]{1,512})"')
+
+
+class IntakeSettings(Settings):
+    """The section `intake` of params.yaml."""
+
+    sample: bool
+
+
+def shard_paths(folder: str | Path, manifest: str | Path | None = None) -> list[Path]:
+    """The shards of a folder in their order."""
+    present = {path.name: path for path in Path(folder).glob("*.jsonl")}
+    known = [shard["name"] for shard in read_manifest(manifest)["shards"]] if manifest else []
+    return [present.pop(name) for name in known if name in present] + [present[name] for name in sorted(present)]
+
+
+def write_shard(folder: str | Path, prefix: str, conversations: Iterable[dict]) -> tuple[Path | None, int]:
+    """Write conversations as `<prefix>-<content hash>.jsonl`; (None, 0) if there are none. Returns (path, lines).
+
+    A shard that is there already under that name is left as it is: it has the same bytes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{prefix}.{os.getpid()}.tmp"  # not in the folder: nobody may see half a shard there
+    digest, count = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as file:
+            for conversation in conversations:
+                line = dump_line(conversation)
+                digest.update(line)
+                file.write(line)
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        if count == 0:
+            return None, 0
+        path = folder / f"{prefix}-{digest.hexdigest()[:12]}.jsonl"
+        if not path.exists():
+            os.chmod(temporary, 0o444)
+            os.rename(temporary, path)
+            sync_folder(folder)
+        return path, count
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[dict]:
+    """Every version of the wanted conversations in shard order; lines that are no conversation are passed over."""
+    for path in paths:
+        for _, line in read_lines(path):
+            start = _ID_FIRST.match(line)
+            if start and not wanted(start.group(1).decode("utf-8", "replace")):
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+                continue
+            if isinstance(record.get("id"), str) and wanted(record["id"]):
+                yield record
+
+
+def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
+    """The newest version of each of the given conversations that exists."""
+    return {record["id"]: record for record in versions(paths, ids.__contains__)}
+
+
+def known_versions(paths: Iterable[Path]) -> dict[str, str]:
+    """Conversation id → hash of what its newest version says."""
+    return {record["id"]: version_hash(record) for record in versions(paths)}
+
+
+def next_stamp(*folders: Path) -> str:
+    """The current time for the name of a new shard, moved behind every stamp in `folders` if the clock went back."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:18]
+    taken = [m for folder in folders if folder.is_dir() for p in folder.iterdir() if (m := _STAMP.match(p.name))]
+    latest = max((m.group(0) for m in taken), default="")
+    if stamp > latest:
+        return stamp
+    digits = str(int(latest.replace("T", "")) + 1)
+    return f"{digits[:8]}T{digits[8:]}"
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in `folder` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -----------------------------------------------------------------------------
+# sealing the inbox
+
+
+def close_log(log: Path, folder: Path) -> list[Path]:
+    """Rename the live log into `closed/` beside it, and return all closed logs, the oldest first.
+
+    Its new name is a stamp behind those of the shards in `folder`: the shard that it becomes is newer than they are.
+    """
+    closed = log.parent / "closed"
+    rename_log(log, closed / f"{next_stamp(folder, closed)}.jsonl")
+    return sorted(closed.glob("*.jsonl"))
+
+
+def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
+    """Fold a closed log onto the newest versions of the conversations that it touches, and write them as a shard.
+
+    Doing it again, after a crash or not, gives the same conversations. What cannot be used is kept beside the log:
+    `<name>.torn` for lines that are no events, `<name>.unmatched` for events on conversations nobody knows.
+    """
+    lines = list(read_log(closed))
+    events = [event for _, event in lines if event is not None]
+    torn = [line for line, event in lines if event is None and line.strip()]
+    paths = shard_paths(folder, manifest)
+    conversations = newest_versions(paths, _touched(events, paths))
+    before = {identity: version_hash(conversation) for identity, conversation in conversations.items()}
+    unmatched = fold(events, conversations)
+    changed = [c for i, c in conversations.items() if before.get(i) != version_hash(c)]
+    path, count = write_shard(folder, f"{closed.stem}-chat", changed)
+    for suffix, rest in ((".torn", torn), (".unmatched", [dump_line(event).rstrip(b"\n") for event in unmatched])):
+        if rest:
+            with replacing(closed.parent.parent / f"{closed.name}{suffix}") as file:
+                file.writelines(line + b"\n" for line in rest)
+    return {
+        "shard": path,
+        "events": len(events),
+        "conversations": count,
+        "torn": len(torn),
+        "unmatched": len(unmatched),
+    }
+
+
+def _touched(events: list[dict], paths: list[Path]) -> set[str]:
+    """Ids of the conversations that the events are about, also where an event names only a message."""
+    own = {event["id"] for event in events if event["event"] == "exchange"}
+    ids = {event["conversation_id"] for event in events if event.get("conversation_id")}
+    ids |= {event["id"] for event in events if event["event"] == "exchange" and not event.get("conversation_id")}
+    loose = {e["message_id"] for e in events if not e.get("conversation_id") and e.get("message_id")} - own
+    if loose:
+        ids |= {v["id"] for v in versions(paths) if any(m.get("id") in loose for m in v["messages"])}
+    return ids
+
+
+# -----------------------------------------------------------------------------
+# the manifest
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest, or an empty one."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {"shards": []}
+    except ValueError:
+        raise UserError(f"{path} is not JSON: restore it with `git checkout {path}`") from None
+
+
+def describe_shard(path: Path) -> dict[str, Any]:
+    """{"name", "sha256", "bytes", "lines", "source"} of a shard; its source is what its name says it is."""
+    digest, size, lines = hashlib.sha256(), 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+            lines += block.count(b"\n")
+            last = block[-1:]
+    lines += bool(size) and last != b"\n"
+    source = next((kind for kind in ("chat", "import", "sample") if kind in path.stem.split("-")), "other")
+    return {"name": path.name, "sha256": digest.hexdigest(), "bytes": size, "lines": lines, "source": source}
+
+
+def describe_shards(folder: str | Path, manifest: str | Path, sample: bool) -> list[dict[str, Any]]:
+    """Describe the shards of a folder in their order, the sample's only if it is wanted."""
+    shards = (describe_shard(path) for path in shard_paths(folder, manifest))
+    return [shard for shard in shards if sample or shard["source"] != "sample"]
+
+
+def check_append_only(manifest: str | Path, folder: str | Path, current: list[dict], sample: bool) -> list[dict]:
+    """Refuse shards that lack one of the previous manifest's, or change one; returns the new ones.
+
+    Raises:
+        UserError: names the shard and what brings it back.
+    """
+    present = {shard["name"]: shard for shard in current}
+    mend = f"bring it back with `dvc checkout {folder}.dvc` (or `dvc pull {folder}.dvc`)"
+    previous = read_manifest(manifest)["shards"]
+    for shard in previous:
+        name = shard["name"]
+        if shard["source"] == "sample" and not sample:
+            continue
+        if name not in present:
+            raise UserError(
+                f"the shard {folder}/{name} is gone: {mend}; if it is meant to be gone, "
+                f"delete its entry from {manifest}"
+            )
+        if present[name]["sha256"] != shard["sha256"]:
+            raise UserError(f"the shard {folder}/{name} was changed, and shards never change: {mend}")
+    known = {shard["name"] for shard in previous}
+    return [shard for shard in current if shard["name"] not in known]
+
+
+def count_conversations(paths: Iterable[Path]) -> int:
+    """Number of different conversation ids in the shards, in eight bytes an id."""
+    seen: set[int] = set()
+    for path in paths:
+        for _, line in read_lines(path):
+            start = _ID_FIRST.match(line)
+            seen.add(hash(start.group(1) if start else line))
+    return len(seen)

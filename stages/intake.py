@@ -1,0 +1,35 @@
+"""In: data/conversations. Out: data/manifest.json, which lists its shards; a lost or changed one fails the stage."""
+
+from pathlib import Path
+
+from fine_tuning.data_collection.shards import (
+    IntakeSettings,
+    check_append_only,
+    count_conversations,
+    describe_shards,
+)
+from fine_tuning.errors import UserError, run
+from fine_tuning.records import write_json
+from fine_tuning.settings import read_params
+
+CONVERSATIONS = Path("data/conversations")
+MANIFEST = Path("data/manifest.json")
+
+
+def main() -> None:
+    sample = read_params("intake", IntakeSettings).sample
+    shards = describe_shards(CONVERSATIONS, MANIFEST, sample)
+    if not shards:
+        raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
+    new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
+    total = count_conversations(CONVERSATIONS / shard["name"] for shard in shards)
+    # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
+    if describe_shards(CONVERSATIONS, MANIFEST, sample) != shards:
+        raise UserError(f"{CONVERSATIONS} changed while it was being read: run `dvc repro` again")
+    lines = sum(shard["lines"] for shard in shards)
+    write_json(MANIFEST, {"shards": shards, "total_conversations": total, "total_lines": lines})
+    print(f"{len(shards)} shards, {len(new)} of them new, {total} conversations")
+
+
+if __name__ == "__main__":
+    run(main)
