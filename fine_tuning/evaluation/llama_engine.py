@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation import llama_server
@@ -35,6 +35,17 @@ class Completion:
     text: str
     ids: list[int]
     finished: bool
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """Natural-log probability of one given token, and whether it was the model's first choice."""
+
+    logprob: float
+    first: bool
+
+
+Result = TypeVar("Result")
 
 
 class LlamaEngine:
@@ -141,6 +152,11 @@ class LlamaEngine:
         """Process id of the running server, None when closed."""
         return self._process.pid if self._process else None
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; false after close() and after a crash."""
+        return self._process is not None and self._process.poll() is None
+
     def _last_words(self) -> str:
         """The first error line of llama.cpp's log, in brackets; it names the cause, those after it the consequences."""
         self._log.seek(0)
@@ -225,6 +241,44 @@ class LlamaEngine:
         first = self._post("/completion", body)["completion_probabilities"][0]
         return [(top["id"], top["logprob"]) for top in first["top_logprobs"]]
 
+    def score(self, prompt: Sequence[int], target: Sequence[int]) -> list[TokenScore]:
+        """How likely the model finds each token of `target` after `prompt` and the tokens of `target` before it.
+
+        A grammar of these very tokens forces the answer, while the probabilities are those from before the grammar:
+        a teacher-forced score of what is shipped, in the runtime that it is shipped for. `target` may end with an
+        end-of-turn token; one in its middle is refused by llama.cpp.
+        """
+        *body, last = target
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": list(prompt),
+                "n_predict": len(target),
+                "n_probs": 1,
+                "temperature": 0,
+                "samplers": ["temperature"],
+                "post_sampling_probs": False,
+                "return_tokens": True,
+                # The end of a grammar admits every end token: the bias chooses the one that is wanted.
+                "grammar": "root ::= " + " ".join(f"<[{token}]>" for token in body) + f" <[{last}]>?",
+                "logit_bias": [[last, 1000.0]],
+            },
+        )
+        if answer["tokens"] != list(target):
+            raise UserError(f"llama.cpp could not be made to say a reference with {self.gguf.name}: report this bug")
+        return [
+            TokenScore(step["logprob"], step["top_logprobs"][0]["id"] == step["id"])
+            for step in answer["completion_probabilities"]
+        ]
+
+    def score_many(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        on_done: Callable[[list[TokenScore]], None] | None = None,
+    ) -> list[list[TokenScore]]:
+        """Score all (prompt, target) pairs, as many side by side as there are slots."""
+        return self._side_by_side(lambda pair: self.score(*pair), pairs, on_done)
+
     def complete(
         self,
         prompt: Sequence[int] | str,
@@ -259,14 +313,22 @@ class LlamaEngine:
         """Complete all `prompts`, as many side by side as there are slots; `on_done` is told of each as it ends."""
 
         def one(prompt: Sequence[int] | str) -> Completion:
-            completion = self.complete(prompt, max_tokens, temperature, seed, stop)
+            return self.complete(prompt, max_tokens, temperature, seed, stop)
+
+        return self._side_by_side(one, prompts, on_done)
+
+    def _side_by_side(
+        self, work: Callable[[Any], Result], tasks: Sequence[Any], on_done: Callable[[Result], None] | None
+    ) -> list[Result]:
+        def one(task: Any) -> Result:
+            result = work(task)
             if on_done is not None:
-                on_done(completion)
-            return completion
+                on_done(result)
+            return result
 
         pool = ThreadPoolExecutor(max_workers=self.slots)
         try:
-            return list(pool.map(one, prompts))
+            return list(pool.map(one, tasks))
         finally:
             pool.shutdown(cancel_futures=True)
 

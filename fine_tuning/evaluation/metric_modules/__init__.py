@@ -1,0 +1,1 @@
+"""Metrics by name: `evaluate.metrics` in params.yaml chooses among these files."""

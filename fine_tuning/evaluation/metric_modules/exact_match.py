@@ -1,0 +1,28 @@
+"""Share of replies equal to their reference, white space and case aside."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from fine_tuning.evaluation.metrics import SummedMetric, ratio
+
+
+class ExactMatch(SummedMetric):
+    """Useful where replies are short and have one right form."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=__doc__, citation="", features=datasets.Features({"predictions": text, "references": text})
+        )
+
+    def statistics(self, predictions: list[str], references: list[str]) -> np.ndarray:
+        pairs = zip(predictions, references, strict=True)
+        return np.array([[float(_plain(prediction) == _plain(reference)), 1.0] for prediction, reference in pairs])
+
+    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        return {"exact_match": ratio(sums[..., 0], sums[..., 1])}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,26 @@
+"""Negative log-likelihood in nats a UTF-8 byte of the reference: compares models with different tokenizers."""
+
+import datasets
+import evaluate
+import numpy as np
+
+from fine_tuning.evaluation.metrics import SummedMetric, ratio
+
+
+class NllPerByte(SummedMetric):
+    """The end-of-turn token counts in the likelihood and adds no byte."""
+
+    higher_is_better = False
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="",
+            features=datasets.Features({"nll": datasets.Value("float64"), "bytes": datasets.Value("int64")}),
+        )
+
+    def statistics(self, nll: list[float], bytes: list[int]) -> np.ndarray:
+        return np.column_stack([nll, bytes]).astype(float)
+
+    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        return {"nll_per_byte": ratio(sums[..., 0], sums[..., 1])}

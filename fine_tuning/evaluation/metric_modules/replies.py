@@ -1,0 +1,67 @@
+"""The shape of the replies: do they end by themselves, are they empty or looping, how long and how varied are they."""
+
+import itertools
+import re
+
+import datasets
+import evaluate
+import numpy as np
+
+from fine_tuning.evaluation.metrics import SummedMetric, ratio
+
+CONTROL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
+LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric
+
+
+class Replies(SummedMetric):
+    """Shares of replies, the length against the reference, and distinct-2 (Li et al. 2016) within a reply."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="https://aclanthology.org/N16-1014",
+            features=datasets.Features({"predictions": text, "references": text, "finished": datasets.Value("bool")}),
+        )
+
+    def statistics(self, predictions: list[str], references: list[str], finished: list[bool]) -> np.ndarray:
+        rows = []
+        for prediction, reference, ended in zip(predictions, references, finished, strict=True):
+            words = prediction.split()
+            pairs = list(itertools.pairwise(words))
+            rows.append(
+                [
+                    1.0,
+                    ended,
+                    not prediction.strip(),
+                    loops(words),
+                    bool(CONTROL.search(prediction)),
+                    len(prediction),
+                    len(reference),
+                    len(set(pairs)),
+                    len(pairs),
+                ]
+            )
+        return np.array(rows, dtype=float)
+
+    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        replies = sums[..., 0]
+        return {
+            "self_ended": ratio(sums[..., 1], replies),
+            "empty": ratio(sums[..., 2], replies),
+            "loops": ratio(sums[..., 3], replies),
+            "control_tokens": ratio(sums[..., 4], replies),
+            "length_ratio": ratio(sums[..., 5], sums[..., 6]),
+            "distinct_2": ratio(sums[..., 7], sums[..., 8]),
+        }
+
+
+def loops(words: list[str]) -> bool:
+    """Whether some phrase of up to twelve words stands LOOP_REPEATS times in a row."""
+    for size in range(1, 13):
+        run = 0
+        for index in range(size, len(words)):
+            run = run + 1 if words[index] == words[index - size] else 0
+            if run >= size * (LOOP_REPEATS - 1):
+                return True
+    return False

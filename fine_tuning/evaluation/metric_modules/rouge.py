@@ -1,0 +1,43 @@
+"""ROUGE-1, ROUGE-2 and ROUGE-L of the replies by rouge-score: mean F1, 0 to 1 (Lin 2004)."""
+
+import re
+
+import datasets
+import evaluate
+import numpy as np
+from rouge_score import rouge_scorer
+
+from fine_tuning.evaluation.metrics import SummedMetric, ratio
+
+TYPES = ("rouge1", "rouge2", "rougeL")
+WORD = re.compile(r"\w+")
+
+
+class WordTokenizer:
+    """Words of any script. The scorer's own keeps a-z and 0-9 alone, and finds nothing in Greek or Cyrillic."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text.lower())
+
+
+class Rouge(SummedMetric):
+    """The means of the three F1 values; no stemming."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="https://aclanthology.org/W04-1013",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def statistics(self, predictions: list[str], references: list[str]) -> np.ndarray:
+        scorer = rouge_scorer.RougeScorer(list(TYPES), tokenizer=WordTokenizer())
+        rows = []
+        for prediction, reference in zip(predictions, references, strict=True):
+            scores = scorer.score(reference, prediction)
+            rows.append([*(scores[kind].fmeasure for kind in TYPES), 1.0])
+        return np.array(rows)
+
+    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        return {kind: ratio(sums[..., i], sums[..., -1]) for i, kind in enumerate(TYPES)}
