@@ -3,6 +3,10 @@
 A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "content", "model"?, "at"?}],
 "feedback": [{"message_id", "rating": 1|-1|null, "comment"?, "edited"?, "by"?}], "metadata"}. A deleted one keeps its
 id, has no messages and "deleted": true, so that older versions of it stay deleted.
+
+A reply may also bear "version" (of the model that wrote it), "incomplete" (why it was not finished: it is not trained
+on) and "alternatives" (other replies to the same question, whole messages). A feedback entry with "over" prefers its
+message to the alternatives of those ids.
 """
 
 import hashlib
@@ -35,6 +39,10 @@ def from_exchange(exchange: dict) -> dict:
     reply = {"id": identity, "role": "assistant", "content": assistant}
     if model is not None:
         reply["model"] = model
+    metadata.pop("replaces", None)  # for `fold`: alone, an exchange has nothing to replace
+    for key in ("version", "incomplete"):
+        if (value := metadata.pop(key, None)) is not None:
+            reply[key] = value
     if at is not None:
         question["at"] = reply["at"] = at
     return {
@@ -92,9 +100,13 @@ def short_hash(value: Any, length: int = 24) -> str:
 
 def version_hash(conversation: dict) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
-    messages = [[m.get("role"), m.get("content"), m.get("model")] for m in conversation["messages"]]
+    messages = [
+        [m.get("role"), m.get("content"), m.get("model")]
+        + sorted(([a.get("content"), a.get("model")] for a in m.get("alternatives") or []), key=str)
+        for m in conversation["messages"]
+    ]
     feedback = [
-        [e.get("message_id"), e.get("rating"), e.get("comment"), e.get("edited"), e.get("by")]
+        [*map(e.get, ("message_id", "rating", "comment", "edited", "by")), *(e.get("over") or [])]
         for e in conversation.get("feedback") or []
     ]
     return short_hash([messages, feedback, bool(conversation.get("deleted"))])
@@ -134,11 +146,50 @@ def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str,
         conversations[new["id"]] = conversation = new
     elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
         return
-    elif all(message.get("id") != event["id"] for message in conversation["messages"]):
-        conversation["messages"].extend(new["messages"])
+    elif event["id"] not in _reply_ids(conversation):
+        if not _replace(event, conversation, new["messages"]):
+            conversation["messages"].extend(new["messages"])
         conversation["metadata"] = new["metadata"] | conversation["metadata"]
     for message in new["messages"]:
         owners[message["id"]] = conversation
+
+
+def _reply_ids(conversation: dict) -> set[str]:
+    """Ids of all messages, those of alternatives too."""
+    messages = conversation["messages"]
+    return {m.get("id") for m in messages} | {a.get("id") for m in messages for a in m.get("alternatives") or []}
+
+
+def _replace(event: dict, conversation: dict, pair: list[dict]) -> bool:
+    """Put a reply that was asked for once more in the place of the one before, which becomes an alternative of it."""
+    replaced = (event.get("metadata") or {}).get("replaces")
+    if replaced is None:
+        return False
+    messages = conversation["messages"]
+    for index, message in enumerate(messages):
+        others = message.get("alternatives") or []
+        if index and replaced in (message.get("id"), *(other.get("id") for other in others)):
+            earlier = {key: value for key, value in message.items() if key != "alternatives"}
+            messages[index - 1 : index + 1] = [pair[0], pair[1] | {"alternatives": [*others, earlier]}]
+            return True
+    return False
+
+
+def _prefer(event: dict, conversation: dict) -> None:
+    """Show the preferred reply where one of its alternatives stood."""
+    chosen = event["message_id"]
+    messages = conversation["messages"]
+    for index, message in enumerate(messages):
+        others = message.get("alternatives") or []
+        if any(other.get("id") == chosen for other in others):
+            if index and messages[index - 1]["role"] == "user":
+                messages[index - 1]["id"] = f"{chosen}-user"
+            earlier = {key: value for key, value in message.items() if key != "alternatives"}
+            kept = [other for other in others if other.get("id") != chosen]
+            preferred = next(other for other in others if other.get("id") == chosen)
+            message.clear()
+            message.update(preferred | {"alternatives": [*kept, earlier]})
+            return
 
 
 def _delete(event: dict, conversation: dict) -> None:
@@ -165,7 +216,10 @@ def _judge(event: dict, conversation: dict) -> None:
         if event.get("by") is not None:
             entry["by"] = event["by"]
         feedback.append(entry)
-    if event["event"] == "feedback":
+    if event.get("over"):
+        entry["over"] = list(event["over"])
+        _prefer(event, conversation)
+    elif event["event"] == "feedback":
         entry["rating"] = event.get("rating")
         if event.get("comment") is not None:
             entry["comment"] = event["comment"]
