@@ -101,8 +101,7 @@ def short_hash(value: Any, length: int = 24) -> str:
 def version_hash(conversation: dict) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
     messages = [
-        [m.get("role"), m.get("content"), m.get("model")]
-        + sorted(([a.get("content"), a.get("model")] for a in m.get("alternatives") or []), key=str)
+        [*map(m.get, ("role", "content", "model")), *sorted(_said(a) for a in m.get("alternatives") or [])]
         for m in conversation["messages"]
     ]
     feedback = [
@@ -110,6 +109,10 @@ def version_hash(conversation: dict) -> str:
         for e in conversation.get("feedback") or []
     ]
     return short_hash([messages, feedback, bool(conversation.get("deleted"))])
+
+
+def _said(message: dict) -> list[str]:
+    return [str(message.get("content")), str(message.get("model"))]
 
 
 # -----------------------------------------------------------------------------
