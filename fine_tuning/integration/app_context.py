@@ -9,6 +9,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_preparation.tokenizer import ChatSettings
 from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
+from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.project import main_checkout, root
 from fine_tuning.settings import read_params
 
@@ -44,12 +45,13 @@ def app() -> App:
         UserError: this is no checkout, or a parameter is wrong; one line names it.
     """
     checkout = main_checkout(root())
+    deploy = read_params("deploy", DeploySettings)
     return App(
         checkout=checkout,
         settings=read_params("app", AppSettings),
         chat=read_params("chat", ChatSettings),
-        host=ollama_host("127.0.0.1:11434"),
-        name="whetstone",
+        host=ollama_host(deploy.host),
+        name=deploy.name,
         logger=ConversationLogger(checkout / INBOX),
     )
 

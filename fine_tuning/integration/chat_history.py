@@ -1,13 +1,18 @@
 """The conversations of the app: what the live log says, on top of what was sealed before."""
 
+import copy
+import json
 from functools import lru_cache
 from pathlib import Path
 
-from fine_tuning.data_collection.conversation import as_conversation, fold
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.records import read_json, read_jsonl, write_json
+from fine_tuning.data_collection.conversation import edits, fold
+from fine_tuning.data_collection.conversation_logger import ConversationLogger, read_log
+from fine_tuning.data_collection.shards import shard_paths, versions
+from fine_tuning.records import read_json, read_lines, write_json
 
 SHARDS = Path("data/conversations")
+MANIFEST = Path("data/manifest.json")
+DERIVED = ("data/clean", "data/exports", "data/prepared")
 TITLES = Path(".whetstone/titles.json")
 CHAT = "chat"  # the source of conversations that were held here, not imported
 TITLE_CHARACTERS = 48
@@ -15,7 +20,9 @@ TITLE_CHARACTERS = 48
 
 def conversations(checkout: Path, logger: ConversationLogger) -> list[dict]:
     """The conversations held in this app, the one that was spoken in last first; deleted ones are left out."""
-    known = {identity: _copy(conversation) for identity, conversation in _sealed(_stamps(checkout)).items()}
+    known = {identity: copy.deepcopy(conversation) for identity, conversation in _sealed(_stamps(checkout)).items()}
+    for closed in sorted((logger.path.parent / "closed").glob("*.jsonl")):  # a seal that is not done yet
+        fold((event for _, event in read_log(closed) if event is not None), known)
     fold(logger.read_events(), known)
     living = [c for c in known.values() if c["messages"] and c["source"] == CHAT]
     return sorted(living, key=last_spoken, reverse=True)
@@ -60,26 +67,76 @@ def rename(checkout: Path, identity: str, name: str) -> None:
     write_json(checkout / TITLES, titles)
 
 
-def _stamps(checkout: Path) -> tuple[tuple[str, int, int], ...]:
-    shards = sorted((checkout / SHARDS).glob("*.jsonl"))
-    return tuple((str(shard), shard.stat().st_mtime_ns, shard.stat().st_size) for shard in shards)
+def _stamps(checkout: Path) -> tuple[tuple[Path, int, int], ...]:
+    shards = shard_paths(checkout / SHARDS, checkout / MANIFEST)
+    return tuple((shard, shard.stat().st_mtime_ns, shard.stat().st_size) for shard in shards)
 
 
 @lru_cache(maxsize=2)
-def _sealed(stamps: tuple[tuple[str, int, int], ...]) -> dict[str, dict]:
-    """The newest version of every conversation in the shards, by id."""
-    newest: dict[str, dict] = {}
-    for path, _, _ in stamps:
-        for record in read_jsonl(path):
-            conversation = as_conversation(record)
-            newest[conversation["id"]] = conversation
+def _sealed(stamps: tuple[tuple[Path, int, int], ...]) -> dict[str, dict]:
+    """The newest version of every conversation in the shards that was held here, by id."""
+    newest = {version["id"]: version for version in versions(path for path, _, _ in stamps)}
     return {identity: c for identity, c in newest.items() if c["source"] == CHAT}
 
 
-def _copy(conversation: dict) -> dict:
-    """Deep enough for `fold`, which changes what it is given."""
-    return conversation | {
-        "messages": [dict(message) for message in conversation["messages"]],
-        "feedback": [dict(entry) for entry in conversation["feedback"]],
-        "metadata": dict(conversation["metadata"]),
-    }
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def file_name(conversation: dict, titles: dict[str, str]) -> str:
+    """A name for an exported file: letters, digits and dashes of the title."""
+    words = "".join(c if c.isalnum() and c.isascii() else " " for c in title(conversation, titles).lower()).split()
+    return "-".join(words)[:60] or "conversation"
+
+
+def as_json(conversation: dict) -> str:
+    """The whole record, which `import` takes back."""
+    return json.dumps(conversation, ensure_ascii=False, indent=2) + "\n"
+
+
+def as_markdown(conversation: dict, titles: dict[str, str]) -> str:
+    """The conversation for reading, with edited replies as edited."""
+    edited = edits(conversation)
+    parts = [f"# {title(conversation, titles)}\n"]
+    for message in conversation["messages"]:
+        who = message["role"] if message["role"] != "assistant" else message.get("model") or "assistant"
+        parts.append(f"**{who}**\n\n{edited.get(message['id']) or message['content']}\n")
+    return "\n".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------------- delete
+
+
+def whereabouts(checkout: Path, logger: ConversationLogger, identity: str) -> list[str]:
+    """Every place of this checkout where a conversation still is, and what deleting it in the app does there."""
+    lines = []
+    events = sum(event.get("conversation_id") == identity for event in logger.read_events())
+    if events:
+        lines.append(f"the live log ({_count(events, 'event')}): stays there, marked as deleted, until `seal`")
+    needle = json.dumps(identity).encode()
+    shards = [path for path in shard_paths(checkout / SHARDS) if _holds(path, needle)]
+    if shards:
+        lines.append(
+            f"{_count(len(shards), 'sealed shard')}, which never change: the next `seal` adds that it is deleted"
+        )
+    derived = [folder for folder in DERIVED if any(_holds(path, needle) for path in _files(checkout / folder))]
+    if derived:
+        lines.append(f"{', '.join(derived)}: gone after the next `dvc repro`")
+    if shards or derived:
+        lines.append("DVC's cache, remotes and models that were trained on it keep it until they are cleaned")
+    return lines or ["nowhere but on this page"]
+
+
+def _holds(path: Path, needle: bytes) -> bool:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return json.loads(needle) in pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
+    return any(needle in line for _, line in read_lines(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix in (".jsonl", ".json", ".csv", ".parquet")]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

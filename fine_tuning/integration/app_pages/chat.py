@@ -1,18 +1,32 @@
 """Chat: talk to a model, judge what it says. Every exchange is in the log before the page shows it as done."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import streamlit as st
 
+from fine_tuning.data_collection.conversation import edits
 from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_context import App, app
+from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply
 from fine_tuning.integration.chat_session import Question, ask, desk, new_conversation_id
-from fine_tuning.integration.reply_markdown import pieces
 
 LOOK_SECONDS = 0.15  # how often the page looks at a reply that is being written
+LISTED = 60  # conversations in the side bar; the search finds the others
+MESSAGE_CHARACTERS = 20_000
 THUMBS = {1: 1, -1: 0}  # a rating as st.feedback counts
-INCOMPLETE = {"stopped": "stopped by you, left out of training", "failed": "broke off, left out of training"}
+INCOMPLETE = {"stopped": "stopped, not trained on", "failed": "broke off, not trained on"}
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Whom the page would ask now, and how."""
+
+    here: App
+    model: ChatModel
+    sampling: Sampling
+    system_prompt: str | None
 
 
 def page() -> None:
@@ -20,29 +34,28 @@ def page() -> None:
     here = app()
     found = chat_history.conversations(here.checkout, here.logger)
     identity = _current_id()
-    _sidebar(here, found, identity)
     conversation = next((c for c in found if c["id"] == identity), None)
+    _sidebar(here, found, conversation, identity)
     models = here.models()
     if not models:
         st.info(NO_MODEL, icon=":material/construction:")
-        _show_messages(here, conversation, None)
-        return
-    model, sampling, system_prompt = _top(here, models)
+    asking = _choose_model(here, models) if models else None
     question = desk.of(identity)
-    _show_messages(here, conversation, question)
+    _show_conversation(here, conversation, question, asking)
+    if asking is None:
+        return
     if not conversation and not question:
-        st.caption(f"Ask {model.label} something. What you say stays on this machine and can train the next version.")
+        st.caption("What is said here stays on this machine. After `seal`, the next `dvc repro` trains on it.")
     if question is not None:
-        _show_question(here, question, conversation, sampling, system_prompt)
-    text = st.chat_input(
-        "Your message", key="message", disabled=question is not None and question.waiting, max_chars=20_000
-    )
+        _show_question(question, conversation, asking)
+    waiting = question is not None and question.waiting
+    text = st.chat_input("Your message", key="message", disabled=waiting, max_chars=MESSAGE_CHARACTERS)
     if text and text.strip():
-        _send(here, Question(identity, text, model), conversation, sampling, system_prompt)
+        _send(asking, Question(identity, text, asking.model), conversation)
         st.rerun()
 
 
-# ---------------------------------------------------------------------------------------------------- what is on top
+# ------------------------------------------------------------------------------------------------- conversations
 
 
 def _current_id() -> str:
@@ -56,129 +69,254 @@ def _open(identity: str) -> None:
     st.query_params["chat"] = identity
 
 
-def _sidebar(here: App, found: list[dict], current: str) -> None:
+def _open_new() -> None:
+    st.session_state["new_chat"] = new_conversation_id()
+    _open(st.session_state["new_chat"])
+
+
+def _sidebar(here: App, found: list[dict], conversation: dict | None, current: str) -> None:
+    titles = chat_history.read_titles(here.checkout)
     with st.sidebar:
-        if st.button("New chat", icon=":material/edit_square:", width="stretch", key="new"):
-            st.session_state["new_chat"] = new_conversation_id()
-            _open(st.session_state["new_chat"])
-            st.rerun()
-        titles = chat_history.read_titles(here.checkout)
-        words = st.text_input("Search", placeholder="Search", label_visibility="collapsed", key="search")
-        for conversation in chat_history.matching(found, words or "", titles)[:50]:
+        st.button("New chat", icon=":material/edit_square:", width="stretch", key="new", on_click=_open_new)
+        if conversation is not None:
+            with st.popover("This chat", icon=":material/more_horiz:", width="stretch"):
+                _manage(here, conversation, titles)
+        words = st.text_input("Search", placeholder="Search chats", label_visibility="collapsed", key="search")
+        listed = chat_history.matching(found, words or "", titles)
+        for entry in listed[:LISTED]:
             st.button(
-                _plain(chat_history.title(conversation, titles)),
-                key=f"open-{conversation['id']}",
-                type="primary" if conversation["id"] == current else "tertiary",
+                plain(chat_history.title(entry, titles)),
+                key=f"open-{entry['id']}",
+                type="secondary" if entry["id"] == current else "tertiary",
                 on_click=_open,
-                args=(conversation["id"],),
-                width="stretch",
+                args=(entry["id"],),
             )
+        if len(listed) > LISTED:
+            st.caption(f"and {len(listed) - LISTED} older ones: search for them")
 
 
-def _top(here: App, models: list[ChatModel]) -> tuple[ChatModel, Sampling, str | None]:
+def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
+    identity = conversation["id"]
+
+    def rename() -> None:
+        chat_history.rename(here.checkout, identity, st.session_state[f"name-{identity}"])
+
+    st.text_input(
+        "Name", chat_history.title(conversation, titles), key=f"name-{identity}", on_change=rename, max_chars=80
+    )
+    name = chat_history.file_name(conversation, titles)
+    st.download_button(
+        "Export as Markdown", chat_history.as_markdown(conversation, titles), f"{name}.md", "text/markdown",
+        key="export-markdown", icon=":material/download:", width="stretch", on_click="ignore",
+    )  # fmt: skip
+    st.download_button(
+        "Export as JSON", chat_history.as_json(conversation), f"{name}.json", "application/json",
+        key="export-json", icon=":material/download:", width="stretch", on_click="ignore",
+    )  # fmt: skip
+    if st.button("Delete…", icon=":material/delete:", key="delete", width="stretch"):
+        _delete(here, conversation)
+
+
+@st.dialog("Delete this conversation?")
+def _delete(here: App, conversation: dict) -> None:
+    for line in chat_history.whereabouts(here.checkout, here.logger, conversation["id"]):
+        st.markdown(f"- {line}")
+    if st.button("Delete it", type="primary", icon=":material/delete:", key="delete-now"):
+        desk.drop(conversation["id"])
+        here.logger.log_delete(conversation_id=conversation["id"])
+        chat_history.rename(here.checkout, conversation["id"], "")
+        _open_new()
+        st.rerun()
+
+
+def _choose_model(here: App, models: list[ChatModel]) -> Asking:
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        model = st.selectbox(
-            "Model that answers", models, format_func=lambda model: model.label, key="model", width="stretch"
-        )
+        labels = {model.label: model for model in models}
+        label = st.selectbox("Model that answers", list(labels), key="model", width="stretch", format_func=str)
         with st.popover("Settings", icon=":material/tune:"):
             defaults = here.settings
             temperature = st.slider("Temperature", 0.0, 2.0, defaults.temperature, 0.05, key="temperature")
             top_p = st.slider("Top p", 0.05, 1.0, defaults.top_p, 0.05, key="top_p")
             longest = st.number_input("Longest reply, tokens", 1, 8192, defaults.max_tokens, key="max_tokens")
+            seed = st.number_input(
+                "Seed", 0, 2**31 - 1, None, key="seed", placeholder="another one each time",
+                help="The same seed, settings and conversation give the same reply.",
+            )  # fmt: skip
             given = st.text_area(
                 "System prompt", here.chat.system_prompt or "", key="system_prompt",
                 placeholder="the model's own, as in training",
-                help="Another one than in training (chat.system_prompt in params.yaml) makes the model answer worse.",
+                help="The model was trained with chat.system_prompt of params.yaml: with another one it answers worse.",
             )  # fmt: skip
-    sampling = Sampling(temperature=float(temperature), top_p=float(top_p), max_tokens=int(longest))
-    return model, sampling, given.strip() or here.chat.system_prompt
+    sampling = Sampling(temperature=float(temperature), top_p=float(top_p), max_tokens=int(longest), seed=seed)
+    return Asking(here, labels[label], sampling, given.strip() or here.chat.system_prompt)
 
 
 # ------------------------------------------------------------------------------------------------- what was said
 
 
-def _show_messages(here: App, conversation: dict | None, question: Question | None) -> None:
-    for message in conversation["messages"] if conversation else []:
-        if message["role"] not in ("user", "assistant"):
+def _show_conversation(here: App, conversation: dict | None, question: Question | None, asking: Asking | None) -> None:
+    """All messages; the reply that is being asked for once more is left out until the new one is there."""
+    if conversation is None:
+        return
+    edited = edits(conversation)
+    pending = question.replaces if question is not None and question.exchange_id is None else None
+    shown = [message for message in conversation["messages"] if message["role"] in ("user", "assistant")]
+    for index, message in enumerate(shown):
+        if pending is not None and message["id"] == pending:
             continue
         with st.chat_message(message["role"]):
-            show_text(message["content"], typed=message["role"] == "user")
+            text = edited.get(message["id"]) or message["content"]
+            show_text(text, typed=message["role"] == "user")
             if message["role"] == "assistant":
-                _below_reply(here, conversation, message)
+                last = index == len(shown) - 1 and question is None
+                _below_reply(here, conversation, message, text, shown[index - 1] if index else None,
+                             asking if last else None)  # fmt: skip
 
 
-def _below_reply(here: App, conversation: dict, message: dict) -> None:
-    entry = next((e for e in conversation["feedback"] if e.get("message_id") == message["id"]), {})
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.feedback(
+def _below_reply(
+    here: App, conversation: dict, message: dict, text: str, asked: dict | None, asking: Asking | None
+) -> None:
+    identity = message["id"]
+    entry = next((e for e in conversation["feedback"] if e.get("message_id") == identity), {})
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        rating = st.feedback(
             "thumbs",
-            key=f"thumbs-{message['id']}",
+            key=f"thumbs-{identity}",
             default=THUMBS.get(entry.get("rating")),
             on_change=_judge,
-            args=(here, conversation["id"], message["id"]),
+            args=(here, conversation["id"], identity),
         )
-        st.caption(_plain(_origin(message)))
+        if asking is not None and asked is not None and asked["role"] == "user":
+            st.button(
+                "Regenerate", icon=":material/refresh:", type="tertiary", key=f"again-{identity}",
+                on_click=_regenerate, args=(asking, conversation, message, asked["content"]),
+            )  # fmt: skip
+        if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
+            _edit(here, conversation["id"], identity, text)
+    if rating is not None:
+        st.text_input(
+            "Why?", entry.get("comment") or "", key=f"why-{identity}", placeholder="Why? (optional)",
+            label_visibility="collapsed", on_change=_comment, args=(here, conversation["id"], identity), max_chars=500,
+        )  # fmt: skip
+    if others := message.get("alternatives"):
+        _alternatives(here, conversation, message, others)
+    st.caption(plain(_origin(message, bool(entry.get("edited")))))
 
 
-def _origin(message: dict) -> str:
+def _origin(message: dict, edited: bool) -> str:
     """Who wrote a reply."""
     parts = [message.get("model") or "unknown model"]
     if message.get("version") is not None:
         parts.append(f"version {message['version']}")
-    if message.get("incomplete"):
-        parts.append(INCOMPLETE.get(message["incomplete"], "incomplete, left out of training"))
+    if edited:
+        parts.append("edited by you, the edit is trained on")
+    elif message.get("incomplete"):
+        parts.append(INCOMPLETE.get(message["incomplete"], "incomplete, not trained on"))
     return " · ".join(parts)
 
 
+def _alternatives(here: App, conversation: dict, message: dict, others: list[dict]) -> None:
+    with st.expander(f"{len(others)} other {'reply' if len(others) == 1 else 'replies'}: which is better?"):
+        for other in others:
+            show_text(other["content"])
+            st.button(
+                "This one is better", key=f"prefer-{other['id']}", icon=":material/thumb_up:",
+                on_click=_prefer, args=(here, conversation["id"], other["id"], message, others),
+            )  # fmt: skip
+            st.divider()
+        st.button(
+            "The one above is better", key=f"prefer-{message['id']}", icon=":material/arrow_upward:",
+            on_click=_prefer, args=(here, conversation["id"], message["id"], message, others),
+        )  # fmt: skip
+
+
+def _prefer(here: App, conversation_id: str, chosen: str, message: dict, others: list[dict]) -> None:
+    over = [reply["id"] for reply in (message, *others) if reply["id"] != chosen]
+    here.logger.log_preference(chosen, over, conversation_id=conversation_id)
+    st.toast("Kept as a preference", icon=":material/check:")
+
+
 def _judge(here: App, conversation_id: str, message_id: str) -> None:
-    thumb = st.session_state[f"thumbs-{message_id}"]
-    rating = None if thumb is None else (1 if thumb == 1 else -1)
+    rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
     here.logger.log_feedback(message_id, rating, conversation_id=conversation_id)
+
+
+def _comment(here: App, conversation_id: str, message_id: str) -> None:
+    rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
+    comment = st.session_state[f"why-{message_id}"].strip()
+    here.logger.log_feedback(message_id, rating, comment, conversation_id=conversation_id)
+
+
+@st.dialog("What should the reply have been?", width="large")
+def _edit(here: App, conversation_id: str, message_id: str, text: str) -> None:
+    content = st.text_area("Reply", text, height=300, key=f"edited-{message_id}", label_visibility="collapsed")
+    if st.button("Save", type="primary", key="save-edit", disabled=not content.strip()):
+        here.logger.log_edit(message_id, content, conversation_id=conversation_id)
+        st.rerun()
 
 
 # ------------------------------------------------------------------------------------------------ what is on its way
 
 
-def _send(
-    here: App, question: Question, conversation: dict | None, sampling: Sampling, system_prompt: str | None
-) -> None:
-    said = [
-        {"role": message["role"], "content": message["content"]}
-        for message in (conversation["messages"] if conversation else [])
-    ]
-    messages = [*said, {"role": "user", "content": question.text}]
+def _regenerate(asking: Asking, conversation: dict, message: dict, text: str) -> None:
+    _send(asking, Question(conversation["id"], text, asking.model, replaces=message["id"]), conversation)
+
+
+def _said(conversation: dict | None, replaces: str | None) -> list[dict]:
+    """What was said before the question, replies as edited."""
+    if conversation is None:
+        return []
+    edited = edits(conversation)
+    ids = [message["id"] for message in conversation["messages"]]
+    before = conversation["messages"][: ids.index(replaces) - 1] if replaces in ids else conversation["messages"]
+    return [{"role": m["role"], "content": edited.get(m["id"]) or m["content"]} for m in before]
+
+
+def _send(asking: Asking, question: Question, conversation: dict | None) -> None:
+    here = asking.here
+    messages = [*_said(conversation, question.replaces), {"role": "user", "content": question.text}]
+    client = here.client()
 
     def stream() -> Iterator[str]:
         return stream_reply(
             question.model,
             messages,
-            sampling,
+            asking.sampling,
             checkout=here.checkout,
-            system_prompt=system_prompt,
+            system_prompt=asking.system_prompt,
             settings=here.settings,
             client=client,
         )
 
-    client = here.client()
-    ask(question, stream, here.logger, sampling, system_prompt)
+    ask(question, stream, here.logger, asking.sampling, asking.system_prompt)
 
 
-def _show_question(
-    here: App, question: Question, conversation: dict | None, sampling: Sampling, system_prompt: str | None
-) -> None:
-    if question.exchange_id is None:
+def _show_question(question: Question, conversation: dict | None, asking: Asking) -> None:
+    if question.exchange_id is None and question.replaces is None:
         with st.chat_message("user"):
             show_text(question.text, typed=True)
     if question.waiting:
         with st.chat_message("assistant"):
             _writing(question)
         return
-    st.error(question.problem or "no reply came", icon=":material/error:")
-    if st.button("Try again", icon=":material/refresh:", key="again"):
-        desk.drop(question.conversation_id)
-        _send(here, Question(question.conversation_id, question.text, question.model), conversation, sampling,
-              system_prompt)  # fmt: skip
-        st.rerun()
+    st.error(plain(question.problem or "no reply came: send it again"), icon=":material/error:")
+    with st.container(horizontal=True):
+        st.button(
+            "Try again", icon=":material/refresh:", key="again", type="primary",
+            on_click=_try_again, args=(asking, question, conversation),
+        )  # fmt: skip
+        st.button("Change the text", icon=":material/edit:", key="take-back", on_click=_take_back, args=(question,))
+
+
+def _try_again(asking: Asking, question: Question, conversation: dict | None) -> None:
+    desk.drop(question.conversation_id)
+    replaces = question.exchange_id or question.replaces  # a reply that broke off gives way to the new one
+    _send(asking, Question(question.conversation_id, question.text, asking.model, replaces), conversation)
+
+
+def _take_back(question: Question) -> None:
+    desk.drop(question.conversation_id)
+    st.session_state["message"] = question.text
 
 
 @st.fragment(run_every=LOOK_SECONDS)
@@ -195,23 +333,3 @@ def _writing(question: Question) -> None:
             st.rerun()
         rate = reply.tokens_per_second
         st.caption(f"{rate:.0f} tokens/s" if rate else f"thinking, {reply.seconds:.0f} s")
-
-
-# ------------------------------------------------------------------------------------------------------------ text
-
-
-def show_text(text: str, typed: bool = False) -> None:
-    """Show what a person or a model wrote: Markdown and code, nothing that loads from elsewhere.
-
-    `typed` keeps the line breaks that Markdown would join.
-    """
-    for piece in pieces(text):
-        if piece.kind == "code":
-            st.code(piece.text, language=piece.language or None, wrap_lines=True)
-        else:
-            st.markdown(piece.text.replace("\n", "  \n") if typed else piece.text)
-
-
-def _plain(text: str) -> str:
-    """`text` for labels and captions, where Streamlit reads Markdown: nothing in it is markup."""
-    return "".join(f"\\{character}" if character in r"\`*_{}[]()<>#+-.!|$:~" else character for character in text)
