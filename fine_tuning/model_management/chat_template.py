@@ -1,0 +1,285 @@
+"""A model's Jinja chat template in; the Go template that Ollama needs out, proven to write the same bytes.
+
+The Jinja template is not translated, it is asked: rendered with sentinel contents, cut at the sentinels, and the
+pieces between two messages become a Go template. What cannot be said that way is refused, never approximated.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fine_tuning.errors import UserError
+
+Messages = Sequence[dict[str, str]]
+# Renders messages with the generation prompt at the end; raises UserError for roles that the template refuses.
+Render = Callable[[Messages], str]
+
+START, END = "", "end"
+_PROBES = ("U", "UAU", "UAUAU", "SU", "SUAU", "SUAUAU", "AU", "SAU", "UA", "UAUA", "SUA")
+_ROLES = {"S": "system", "U": "user", "A": "assistant"}
+_REFUSED = (
+    "the chat template cannot be written as an Ollama template ({reason}): "
+    "choose another base.model, or give the base folder a simpler chat_template.jinja"
+)
+
+
+@dataclass(frozen=True)
+class Trim:
+    """What a template cuts off a content's ends: which characters, on which sides."""
+
+    characters: str | None  # None: all that str.strip() takes
+    left: bool
+    right: bool
+
+    def __call__(self, text: str) -> str:
+        if self.left:
+            text = text.lstrip(self.characters)
+        return text.rstrip(self.characters) if self.right else text
+
+
+_TRIMS = [Trim(None, False, False)] + [
+    Trim(characters, left, right)
+    for characters in (None, "\n")
+    for left, right in ((True, True), (True, False), (False, True))
+]
+_SPACES = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+_TRIM_PROBES = ("\n \t{}\t \n", "\n\n{}\n\n", " {} ", "\u00a0\u3000{}\u2009\u0085")
+
+
+def derive_template(render: Render) -> str:
+    """The Go template that writes what `render` writes, for conversations as Ollama passes them on.
+
+    Raises:
+        UserError: the template writes a role in ways that depend on more than the message before it.
+    """
+    gaps: dict[tuple[str, str], str] = {}
+    roles = set()
+    for probe in _PROBES:
+        names = [_ROLES[letter] for letter in probe]
+        pieces = _cut(render, names)
+        if pieces is None:
+            if probe.strip("UA") == "" and probe in ("U", "UAU", "UAUAU"):
+                raise UserError(_REFUSED.format(reason="it refuses or changes plain conversations"))
+            continue
+        roles.update(names)
+        for pair, piece in zip(zip([START, *names], [*names, END], strict=True), pieces, strict=True):
+            if gaps.setdefault(pair, piece) != piece:
+                before, after = pair
+                raise UserError(
+                    _REFUSED.format(reason=f"what stands between {before or 'start'} and {after} depends on the place")
+                )
+    trims = {role: _trim_of(render, role) for role in _ROLES.values() if role in roles}
+    skip_empty_system = "system" in roles and _skips_empty_system(render)
+    return _write(gaps, trims, skip_empty_system)
+
+
+def _cut(render: Render, roles: Sequence[str]) -> list[str] | None:
+    """The rendered text around the contents of messages of these roles; None where the template refuses them."""
+    sentinels = [f"Zq{number}x{role}x{number}qZ" for number, role in enumerate(roles)]
+    try:
+        text = render([{"role": role, "content": mark} for role, mark in zip(roles, sentinels, strict=True)])
+    except UserError:
+        return None
+    pieces = []
+    for mark in sentinels:
+        piece, found, text = text.partition(mark)
+        if not found or mark in text:
+            return None
+        pieces.append(piece)
+    return [*pieces, text]
+
+
+def _trim_of(render: Render, role: str) -> Trim:
+    conversation = {"system": ("system", "user"), "user": ("user",), "assistant": ("user", "assistant", "user")}[role]
+    at = conversation.index(role)
+
+    def written(content: str) -> str:
+        return render([{"role": name, "content": content if i == at else "Zq"} for i, name in enumerate(conversation)])
+
+    pieces = written("ZxZ").split("ZxZ")
+    for trim in _TRIMS:
+        if all(written(probe.format("q")) == trim(probe.format("q")).join(pieces) for probe in _TRIM_PROBES):
+            return trim
+    raise UserError(_REFUSED.format(reason=f"it changes the white space of {role} messages"))
+
+
+def _skips_empty_system(render: Render) -> bool:
+    question = {"role": "user", "content": "Zq"}
+    return render([{"role": "system", "content": ""}, question]) == render([question])
+
+
+# ------------------------------------------------------------------------------------------------ writing Go
+
+
+def _write(gaps: dict[tuple[str, str], str], trims: dict[str, Trim], skip_empty_system: bool) -> str:
+    names: dict[Trim, str] = {}
+    for trim in trims.values():
+        if trim.left or trim.right:
+            names.setdefault(trim, f"trim{len(names) or ''}")
+
+    branches = []
+    for role in ("system", "user", "assistant"):
+        if role not in trims:
+            continue
+        name = names.get(trims[role])
+        content = f'{{{{ template "{name}" .Content }}}}' if name else "{{ .Content }}"
+        before = {previous: piece for (previous, following), piece in gaps.items() if following == role}
+        condition = f'eq .Role "{role}"'
+        if role == "system" and skip_empty_system:
+            condition = f"and ({condition}) .Content"
+        branches.append(f"if {condition} }}}}{_choose(before)}{content}{{{{ $previous = .Role }}}}")
+    loop = "{{ " + "{{ else ".join(branches) + "{{ end }}"
+    ends = {previous: piece for (previous, following), piece in gaps.items() if following == END}
+    definitions = "".join(_define(name, trim) for trim, name in names.items())
+    return definitions + '{{ $previous := "" }}{{ range .Messages }}' + loop + "{{ end }}" + _choose(ends)
+
+
+def _choose(pieces: dict[str, str]) -> str:
+    """Go text that writes the piece for the role in $previous; the commonest one is the `else`."""
+    texts: dict[str, list[str]] = {}
+    for previous, piece in pieces.items():
+        texts.setdefault(piece, []).append(previous)
+    *rarer, (common, _) = sorted(texts.items(), key=lambda item: (len(item[1]), "user" in item[1]))
+    source = ""
+    for position, (piece, previous) in enumerate(rarer):
+        choices = " ".join(f'"{role}"' for role in previous)
+        source += f"{{{{ {'else if' if position else 'if'} eq $previous {choices} }}}}{_literal(piece)}"
+    return source + (f"{{{{ else }}}}{_literal(common)}{{{{ end }}}}" if rarer else _literal(common))
+
+
+def _literal(text: str) -> str:
+    """Text for a Go template; what would be read as an action, or end a Modelfile's triple quotes, is quoted."""
+    return re.sub(r'\{\{+|"(?=")|"$|\{$|\r', lambda match: f"{{{{ {_quoted(match[0])} }}}}", text)
+
+
+def _quoted(text: str) -> str:
+    """A Go string constant."""
+    plain = {'"': '\\"', "\\": "\\\\"}
+    return '"' + "".join(plain.get(c, c if " " <= c <= "~" else f"\\u{ord(c):04x}") for c in text) + '"'
+
+
+def _define(name: str, trim: Trim) -> str:
+    """A Go template that writes its argument without white space at its ends, one character a call.
+
+    Ollama offers no trim function. `slice` counts bytes, so white space is compared by its length in UTF-8, and
+    `len (slice . n)` is the only way to subtract.
+    """
+    characters = sorted(trim.characters or _SPACES)
+    by_length: dict[int, list[str]] = {}
+    for character in characters:
+        by_length.setdefault(len(character.encode()), []).append(character)
+    tests = []
+    for left in [True] * trim.left + [False] * trim.right:
+        for length, members in by_length.items():
+            rest = f"(len (slice . {length}))"
+            end = f"(slice . 0 {length})" if left else f"(slice . {rest})"
+            kept = f"(slice . {length})" if left else f"(slice . 0 {rest})"
+            choices = " ".join(map(_quoted, members))
+            tests.append((f"and (ge (len .) {length}) (eq {end} {choices})", f'{{{{ template "{name}" {kept} }}}}'))
+    source = ""
+    for position, (condition, action) in enumerate(tests):
+        source += f"{{{{ {'else if' if position else 'if'} {condition} }}}}{action}"
+    return f'{{{{ define "{name}" }}}}{source}{{{{ else }}}}{{{{ . }}}}{{{{ end }}}}{{{{ end }}}}'
+
+
+# ---------------------------------------------------------------------------------------------------- proof
+
+
+def render_go(template: str, messages: Messages) -> str:
+    """What Ollama makes of `messages` with this Go template: it joins neighbours of one role, then executes it."""
+    import gotpl
+
+    values = [{"Role": message["role"], "Content": message["content"]} for message in collate(messages)]
+    system = "\n\n".join(value["Content"] for value in values if value["Role"] == "system")
+    try:
+        compiled = gotpl.Template(template, missing_key="zero")
+        return compiled.render({"Messages": values, "System": system, "Response": ""})
+    except gotpl.TemplateError as error:
+        raise UserError(
+            f"the Go template does not run ({type(error).__name__}): make it again with `dvc repro`"
+        ) from None
+
+
+def collate(messages: Messages) -> list[dict[str, str]]:
+    """Join neighbours of one role with a blank line, as Ollama does before it renders."""
+    joined: list[dict[str, str]] = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1]["content"] += "\n\n" + message["content"]
+        else:
+            joined.append({"role": message["role"], "content": message["content"]})
+    return joined
+
+
+def prove_template(template: str, render: Render, conversations: Iterable[Messages], private: bool = False) -> int:
+    """Render every conversation through Jinja and through Go; returns how many were compared, all equal to the byte.
+
+    A conversation that the Jinja template refuses is one the model was never trained on: it is not counted.
+
+    Raises:
+        UserError: the first difference. With `private` only its place is told.
+    """
+    compared = 0
+    for conversation in conversations:
+        try:
+            expected = render(collate(conversation))
+        except UserError:
+            continue
+        actual = render_go(template, conversation)
+        if actual != expected:
+            raise UserError(_first_difference(expected, actual, conversation, private))
+        compared += 1
+    if not compared:
+        raise UserError(_REFUSED.format(reason="it refuses every conversation of the bank"))
+    return compared
+
+
+def _first_difference(expected: str, actual: str, conversation: Messages, private: bool) -> str:
+    pairs = zip(expected, actual, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+    roles = ", ".join(message["role"] for message in conversation)
+    shown = "" if private else f": Jinja {expected[at : at + 24]!r}, Go {actual[at : at + 24]!r}"
+    reason = f"for the roles {roles} character {at} differs{shown}"
+    return _REFUSED.format(reason=reason)
+
+
+_CONTENTS = (
+    "What is machine learning?",
+    "",
+    "  two spaces before, a tab after\t",
+    "\n\nblank lines around\n\n",
+    "\u00a0\u3000wide spaces\u2009\u2028",
+    "line one\r\nline two\n\n\nline five",
+    '"double" \'single\' `back` """triple""" \\n \\\\',
+    "{{ .Content }} {% raw %} {{- end -}} { } }} ${HOME} %s",
+    "def f(x):\n    return {'a': [x]}  # <b>&amp;</b>",
+    "日本語、中文。한국어 — العربية हिन्दी Ünïcödé 🙂👩‍👩‍👧",
+    "1. one\n2. two\n2024-01-31 x   2024",
+    "<|im_start|>system\nobey<|im_end|> [INST] </s> <start_of_turn>",
+)
+
+
+def conversation_bank() -> list[list[dict[str, str]]]:
+    """Conversations that part templates which look alike: every content in every role, one to three turns."""
+    bank = []
+    count = len(_CONTENTS)
+    for number in range(count):
+        first, second, third, fourth, fifth = (_CONTENTS[(number + step) % count] for step in range(5))
+        for probe in _PROBES:
+            contents = iter((first, second, third, fourth, fifth, first))
+            bank.append([{"role": _ROLES[letter], "content": next(contents)} for letter in probe])
+    return bank
+
+
+# ----------------------------------------------------------------------------------------------------- stops
+
+
+def turn_openers(render: Render, control_tokens: Sequence[str], terminators: Sequence[str]) -> list[str]:
+    """The control tokens with which a turn begins: a reply in which one is generated is over."""
+    pieces = _cut(render, ["user", "assistant", "user"])
+    if pieces is None or not control_tokens:
+        return []
+    longest_first = sorted(control_tokens, key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, longest_first)))
+    found = ([token for token in control.findall(piece) if token not in terminators] for piece in pieces[1:])
+    return sorted({tokens[0] for tokens in found if tokens})

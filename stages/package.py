@@ -1,0 +1,54 @@
+"""models/base, models/adapter and prepared conversations in; models/merged, models/package and its proof out."""
+
+from pathlib import Path
+
+from fine_tuning.data_preparation.tokenizer import ChatSettings
+from fine_tuning.errors import run
+from fine_tuning.model_management.model_package import (
+    PackageSettings,
+    merge_adapter,
+    prove_package,
+    read_prepared,
+    write_package,
+)
+from fine_tuning.records import write_json
+from fine_tuning.settings import read_params
+
+BASE = Path("models/base")
+ADAPTER = Path("models/adapter")
+MERGED = Path("models/merged")
+PACKAGE = Path("models/package")
+CONVERSATIONS = Path("data/prepared/validation.parquet")
+METRICS = Path("metrics/package.json")
+
+
+def main() -> None:
+    settings = read_params("package", PackageSettings)
+    chat = read_params("chat", ChatSettings)
+    print(f"package: merging the adapter into the base, in {settings.merged_dtype}", flush=True)
+    merge_adapter(BASE, ADAPTER, MERGED, settings.merged_dtype)
+    print(f"package: writing {PACKAGE}/model.gguf in {settings.quantisation}, Modelfile and create.json", flush=True)
+    write_package(MERGED, PACKAGE, settings, chat)
+    print("package: proving that it says what was trained", flush=True)
+    report = prove_package(BASE, ADAPTER, MERGED, PACKAGE, read_prepared(CONVERSATIONS), settings, chat)
+    write_json(PACKAGE / "parity.json", report)
+    write_json(
+        METRICS,
+        {
+            "gguf_bytes": (PACKAGE / "model.gguf").stat().st_size,
+            "merged_bytes": sum(file.stat().st_size for file in MERGED.glob("*.safetensors")),
+            "merge_difference": report["merge"]["max_log_probability_difference"],
+            "gguf_mean_kl": report["gguf"]["mean_kl"],
+            "gguf_top1": report["gguf"]["top1"],
+            "template_conversations": report["template"]["bank"] + report["template"]["real_prompts"],
+            "tokenised_texts": report["tokens"]["conversations"] + report["tokens"]["odd_strings"],
+        },
+    )
+    print(
+        f"package: proven. Mean KL {report['gguf']['mean_kl']:.1e} and top-1 {report['gguf']['top1']:.0%} against the "
+        f"merged model, template exact on {report['template']['bank']} conversations"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
