@@ -61,6 +61,7 @@ class ModelRegistry:
 
     def __init__(self, name: str, uri: str, artifacts: Path, locks: Path, *, patience: float = 30.0) -> None:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         self.name = check_model_name(name)
         self.uri = uri
         self.patience = patience

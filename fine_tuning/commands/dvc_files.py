@@ -1,0 +1,126 @@
+"""What dvc.lock says about files, read without starting DVC: hashes, listings of folders, objects in the cache."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+from fine_tuning.errors import UserError
+from fine_tuning.project import run_command
+
+LOCK = Path("dvc.lock")
+
+
+def read_lock(path: Path = LOCK) -> dict[str, dict]:
+    """Stages of a dvc.lock by name.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        return parse_lock(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`") from None
+
+
+def parse_lock(data: bytes) -> dict[str, dict]:
+    """Stages in the bytes of a dvc.lock."""
+    try:
+        stages = yaml.safe_load(data)["stages"]
+    except (yaml.YAMLError, TypeError, KeyError):
+        raise UserError("dvc.lock is damaged: `git checkout dvc.lock`, then `dvc repro`") from None
+    return stages or {}
+
+
+def locked_md5(stages: dict[str, dict], path: Path, side: str = "outs") -> str | None:
+    """MD5 that some stage recorded for `path` among its outs (or deps); folders end in `.dir`."""
+    for stage in stages.values():
+        for entry in stage.get(side) or []:
+            if entry.get("path") == path.as_posix():
+                return entry.get("md5")
+    return None
+
+
+def md5_file(path: Path) -> str:
+    """Hex MD5 of a file: DVC's name for it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+def md5_path(path: Path) -> str | None:
+    """DVC's hash of a file or a folder on disk, None if it is not there."""
+    if path.is_file():
+        return md5_file(path)
+    if not path.is_dir():
+        return None
+    entries = [{"md5": md5_file(file), "relpath": file.relative_to(path).as_posix()} for file in files_below(path)]
+    entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, links followed, sorted."""
+    return sorted(Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
+
+
+@lru_cache(maxsize=8)
+def cache_folder(checkout: Path) -> Path:
+    """DVC's cache of this checkout.
+
+    Raises:
+        UserError: it is not a DVC repository.
+    """
+    shown = run_command(sys.executable, "-m", "dvc", "cache", "dir", cwd=checkout).strip()
+    return (checkout / shown).resolve()
+
+
+def cached(checkout: Path, md5: str) -> Path | None:
+    """The cache object of an MD5, None if the cache does not hold it."""
+    path = cache_folder(checkout) / "files" / "md5" / md5[:2] / md5[2:]
+    return path if path.is_file() else None
+
+
+def listing(checkout: Path, md5: str) -> dict[str, str] | None:
+    """{path in the folder: MD5} of a folder's hash, None if the cache does not hold it."""
+    path = cached(checkout, md5)
+    if path is None:
+        return None
+    return {entry["relpath"]: entry["md5"] for entry in json.loads(path.read_bytes())}
+
+
+def locate(checkout: Path, stages: dict[str, dict], path: Path) -> Path | None:
+    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache.
+
+    `path` is an out or lies directly in an out that is a folder.
+    """
+    md5 = locked_md5(stages, path)
+    if md5 is None:
+        for parent in path.parents:
+            folder = locked_md5(stages, parent)
+            if folder:
+                md5 = (listing(checkout, folder) or {}).get(path.relative_to(parent).as_posix())
+                break
+    if md5 is None:
+        return None
+    here = checkout / path
+    if here.is_file() and md5_file(here) == md5:
+        return here
+    return cached(checkout, md5)
+
+
+def show_file(checkout: Path, commit: str, path: str) -> bytes | None:
+    """A file as it is in a git commit, None if it or the commit is not there."""
+    done = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=checkout, capture_output=True)
+    return done.stdout if done.returncode == 0 else None
+
+
+def dvc_objects(checkout: Path) -> Iterator[Path]:
+    """All objects in the cache."""
+    root = cache_folder(checkout) / "files" / "md5"
+    yield from (file for file in files_below(root) if len(file.parent.name) == 2 and not file.name.startswith("."))

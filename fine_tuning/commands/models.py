@@ -1,0 +1,326 @@
+"""Commands around models: promote, deploy, switch, rollback, list, lineage, verify."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fine_tuning.errors import UserError
+from fine_tuning.settings import read_params
+
+if TYPE_CHECKING:
+    from fine_tuning.integration.ollama_client import OllamaClient
+    from fine_tuning.model_management.model_deployer import Bundle, DeploySettings
+    from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
+    from fine_tuning.model_management.model_switcher import Live
+
+
+def add_commands(subparsers: argparse._SubParsersAction) -> None:
+    """Add the commands to the program's parser."""
+    parser = subparsers.add_parser("promote", help="register the candidate and make it the champion")
+    parser.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")
+    parser.set_defaults(func=promote)
+
+    parser = subparsers.add_parser("deploy", help="put a version on Ollama, prove it, make it live")
+    parser.add_argument("version", nargs="?", help="a version's number; the champion if left out")
+    _add_host(parser)
+    parser.set_defaults(func=deploy)
+
+    parser = subparsers.add_parser("switch", help="make a deployed version live")
+    parser.add_argument("version", help="a version's number")
+    _add_host(parser)
+    parser.set_defaults(func=switch)
+
+    parser = subparsers.add_parser("rollback", help="make live what was live before")
+    _add_host(parser)
+    parser.set_defaults(func=rollback)
+
+    parser = subparsers.add_parser("list", help="versions, their aliases, and what is live where since when")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    _add_host(parser)
+    parser.set_defaults(func=list_versions)
+
+
+def _add_host(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", action="append", help="an Ollama to act on instead of deploy.host; may be repeated")
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def promote(arguments: argparse.Namespace) -> None:
+    """Register the candidate and make it the champion."""
+    from fine_tuning.commands.promote import promote as run_promote
+
+    run_promote(arguments)
+
+
+def deploy(arguments: argparse.Namespace) -> None:
+    """Deploy a version to every host, one after the other."""
+    from fine_tuning.model_management.model_deployer import ModelDeployer
+    from fine_tuning.model_management.model_switcher import ModelSwitcher
+    from fine_tuning.model_management.names import host_key
+
+    settings = _settings()
+    with _servers(settings, arguments.host) as servers:
+        for server in servers:
+            server.version()  # a server that is down is known before anything is loaded
+        registry = _registry(settings)
+        version = _chosen(registry, arguments.version)
+        for server in servers:
+            switcher = ModelSwitcher(server, registry)
+            bundle = read_bundle(registry, version, switcher.recorded_digest(version))
+            with _progress() as progress, _host_lock(host_key(server.host)):
+                deployer = ModelDeployer(server, registry.name, print, progress)
+                done = deployer.deploy(
+                    bundle, lambda digest, switcher=switcher: switcher.record(version.number, digest)
+                )
+                switcher.record_live(version.number)
+            for note in done.notes:
+                print(f"note: {note}")
+            print(f"{deployer.live} at {server.host} is version {version.number}: `ollama run {deployer.live}`")
+
+
+def switch(arguments: argparse.Namespace) -> None:
+    """Make a deployed version live on every host."""
+    from fine_tuning.model_management.model_switcher import ModelSwitcher
+    from fine_tuning.model_management.names import host_key, parse_version
+
+    settings, number = _settings(), parse_version(arguments.version)
+    with _servers(settings, arguments.host) as servers:
+        for server in servers:
+            server.version()
+        registry = _registry(settings)
+        for server in servers:
+            with _host_lock(host_key(server.host)):
+                before = ModelSwitcher(server, registry).switch(number)
+            print(f"{server.host}: {registry.name}:live is version {number}{_was(before)}")
+
+
+def rollback(arguments: argparse.Namespace) -> None:
+    """Make live on every host what was live there before."""
+    from fine_tuning.model_management.model_switcher import ModelSwitcher
+    from fine_tuning.model_management.names import host_key
+
+    settings = _settings()
+    with _servers(settings, arguments.host) as servers:
+        for server in servers:
+            server.version()
+        registry = _registry(settings)
+        for server in servers:
+            with _host_lock(host_key(server.host)):
+                before, number = ModelSwitcher(server, registry).rollback()
+            print(f"{server.host}: {registry.name}:live is version {number} again{_was(before)}")
+
+
+def list_versions(arguments: argparse.Namespace) -> None:
+    """Show the versions and what is live."""
+    from fine_tuning.integration.ollama_client import OllamaError
+    from fine_tuning.model_management.model_switcher import ModelSwitcher
+
+    settings = _settings()
+    registry = _registry(settings)
+    versions = registry.versions()
+    live: dict[str, Live | None] = {}
+    silent: dict[str, str] = {}
+    with _servers(settings, arguments.host) as servers:
+        for server in servers:
+            try:
+                live[server.host] = ModelSwitcher(server, registry).live()
+            except OllamaError as error:
+                silent[server.host] = str(error)
+    if arguments.json:
+        print(json.dumps(_as_json(versions, live, silent), indent=2, ensure_ascii=False))
+        return
+    _print_table(settings.name, versions)
+    for host, found in live.items():
+        print(f"{host}: {_live_line(settings.name, found)}")
+    for reason in silent.values():
+        print(reason)
+
+
+# --------------------------------------------------------------------------------------------------------------- bundle
+
+
+def read_bundle(registry: "ModelRegistry", version: "ModelVersion", recorded: str | None) -> "Bundle":
+    """What deploying a version needs: the request and probes from the registry, the GGUF from where DVC keeps it.
+
+    Raises:
+        UserError: a part is gone or damaged.
+    """
+    import tempfile
+
+    from fine_tuning.model_management.model_deployer import Bundle, Probe
+    from fine_tuning.records import read_json
+
+    with tempfile.TemporaryDirectory() as folder:
+        request = read_json(registry.download(version, "package/create.json", Path(folder)))
+        probes = read_json(registry.download(version, "probes.json", Path(folder)))
+    return Bundle(
+        version=version.number,
+        gguf=find_gguf(version),
+        gguf_sha256=version.tags["gguf_sha256"],
+        request=request,
+        probes=[Probe(**probe) for probe in probes],
+        recorded_digest=recorded,
+    )
+
+
+def find_gguf(version: "ModelVersion") -> Path:
+    """The version's GGUF: the champion's, the candidate's, or the object in DVC's cache; its SHA-256 is checked.
+
+    Raises:
+        UserError: it is nowhere here.
+    """
+    from fine_tuning.commands.dvc_files import cached
+    from fine_tuning.project import sha256_file
+
+    wanted = version.tags["gguf_sha256"]
+    places = [Path("models/champion/package/model.gguf"), Path("models/package/model.gguf")]
+    kept = cached(Path.cwd(), version.tags["gguf_md5"])
+    for path in [*places, *([kept] if kept else [])]:
+        if path.is_file() and sha256_file(path) == wanted:
+            return path
+    raise UserError(
+        f"the GGUF of version {version.number} is not in this checkout: "
+        "`dvc fetch --all-commits models/champion.dvc`, then deploy again"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _settings() -> "DeploySettings":
+    from fine_tuning.model_management.model_deployer import DeploySettings
+    from fine_tuning.project import root
+
+    root()
+    return read_params("deploy", DeploySettings)
+
+
+def _registry(settings: "DeploySettings") -> "ModelRegistry":
+    from fine_tuning.commands.promote import open_registry
+
+    return open_registry(settings.name)
+
+
+@contextmanager
+def _servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
+    from fine_tuning.integration.ollama_client import OllamaClient, normalise_host, ollama_host
+
+    hosts = [normalise_host(host) for host in given or [ollama_host(settings.host), *settings.more_hosts]]
+    clients = [
+        OllamaClient(host, timeout=settings.timeout, stream_timeout=settings.stream_timeout)
+        for host in dict.fromkeys(hosts)
+    ]
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion":
+    from fine_tuning.model_management.model_registry import CHAMPION
+    from fine_tuning.model_management.names import parse_version
+
+    if given:
+        return registry.version(parse_version(given))
+    champion = registry.by_alias(CHAMPION)
+    if champion is None:
+        raise UserError("there is no champion yet: `python -m fine_tuning promote` makes one")
+    return champion
+
+
+@contextmanager
+def _host_lock(key: str) -> Iterator[None]:
+    """One deployment or switch at a time to a host, from this checkout."""
+    from filelock import FileLock, Timeout
+
+    from fine_tuning.commands.promote import registry_locks
+
+    path = registry_locks() / f"ollama-{key}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=5):
+            yield
+    except Timeout:
+        raise UserError(f"another process deploys to this Ollama (it holds {path}): wait for it") from None
+
+
+@contextmanager
+def _progress() -> Iterator:
+    """A progress bar of an upload; it shows itself only on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="upload", disable=None, leave=False) as bar:
+
+        def show(sent: int, size: int) -> None:
+            bar.total = size
+            bar.update(sent - bar.n)
+
+        yield show
+
+
+def _was(before: "Live | None") -> str:
+    if before is None:
+        return ""
+    return (
+        f" (before: version {before.version})" if before.version else " (before: a model that is not in the registry)"
+    )
+
+
+def _live_line(name: str, live: "Live | None") -> str:
+    if live is None:
+        return f"nothing is live as {name}:live: `python -m fine_tuning deploy`"
+    if live.version is None:
+        return f"{name}:live is a model that is not in the registry (manifest {live.digest[:12]})"
+    since = f" since {live.since.isoformat(timespec='seconds')}" if live.since else ""
+    return f"{name}:live is version {live.version}{since} (manifest {live.digest[:12]})"
+
+
+def _print_table(name: str, versions: list["ModelVersion"]) -> None:
+    if not versions:
+        print(f"{name} has no version yet: `python -m fine_tuning promote` makes the first")
+        return
+    print(f"{'version':>7}  {'made':16}  {'alias':9}  {'verdict':12}  {'adapter':12}  commit")
+    for version in versions:
+        tags = version.tags
+        made = version.created_at.strftime("%Y-%m-%d %H:%M")
+        verdict = tags.get("verdict", "") + ("*" if "forced_reason" in tags else "")
+        commit = tags.get("git_commit", "")[:9] + ("+" if tags.get("git_dirty") == "true" else "")
+        alias = ",".join(version.aliases)
+        print(f"{version.number:>7}  {made}  {alias:9}  {verdict:12}  {tags.get('adapter_sha256', '')[:12]}  {commit}")
+    if any("forced_reason" in version.tags for version in versions):
+        print("* forced: `python -m fine_tuning list --json` has the reasons")
+
+
+def _as_json(
+    versions: list["ModelVersion"], live: dict[str, "Live | None"], silent: dict[str, str]
+) -> dict[str, object]:
+    return {
+        "versions": [
+            {
+                "version": version.number,
+                "name": version.name,
+                "aliases": list(version.aliases),
+                "created_at": version.created_at.isoformat(),
+                "run_id": version.run_id,
+                "tags": version.tags,
+            }
+            for version in versions
+        ],
+        "hosts": {
+            host: None
+            if found is None
+            else {
+                "digest": found.digest,
+                "version": found.version,
+                "since": found.since.isoformat() if found.since else None,
+            }
+            for host, found in live.items()
+        },
+        "unreachable": silent,
+    }

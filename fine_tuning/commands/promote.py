@@ -1,0 +1,326 @@
+"""`promote`: the candidate of the last `dvc repro` becomes a version in the registry and the champion.
+
+Registry first, files second, and each step is harmless when repeated: a rerun after a kill ends at the same place.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.commands.dvc_files import LOCK, files_below, locate, locked_md5, md5_file, md5_path, read_lock
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_deployer import DeploySettings, Probe
+from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
+from fine_tuning.project import artifact_root, git_commit, main_checkout, root, run_command, sha256_file, tracking_uri
+from fine_tuning.records import read_json, write_json
+from fine_tuning.settings import read_params
+from fine_tuning.training.tracking import flatten
+
+ADAPTER = Path("models/adapter")
+MERGED = Path("models/merged")
+PACKAGE = Path("models/package")
+BASE_CARD = Path("models/base/base.json")
+PREPARED = Path("data/prepared")
+CONVERSATIONS = Path("data/conversations")
+SPLITS = ("train", "validation", "test")
+COMPARISON = Path("metrics/comparison.json")
+CHAMPION_JSON = Path("models/champion.json")
+CHAMPION_FILES = Path("models/champion")
+STAGED = Path("models/.champion.new")
+REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
+PROVENANCE = ("dvc.lock", "dvc.yaml", "params.yaml", "data/manifest.json")
+WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"
+# What makes a version another version; cards, reports and time stamps do not.
+CONTENT = (WEIGHTS, "adapter/adapter_config.json", GGUF, CREATE)
+
+# Made-up conversations that a server must render as training did: with and without a system prompt, several turns.
+PROBES = (
+    [{"role": "user", "content": "How do I restart the router?"}],
+    [
+        {"role": "system", "content": "Answer in one sentence."},
+        {"role": "user", "content": 'What is\n\na "queue"?  {{ 1 }} 2024 … é 你好'},
+    ],
+    [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello! How can I help?"},
+        {"role": "user", "content": "Count: 1, 2,"},
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What compare said about the candidate."""
+
+    verdict: str
+    reasons: list[str]
+    adapter_sha256: str
+    eval_set_sha256: str
+
+
+def registry_locks() -> Path:
+    """Where the main checkout keeps lock files."""
+    return main_checkout() / ".whetstone"
+
+
+def open_registry(name: str) -> ModelRegistry:
+    """The registry of this checkout."""
+    return ModelRegistry(name, tracking_uri(), artifact_root(), registry_locks())
+
+
+def promote(arguments: argparse.Namespace) -> None:
+    """Register the candidate, make it the champion, keep its files for the next comparison."""
+    if root().resolve() != main_checkout():
+        raise UserError("this is a temporary experiment's folder: promote in the main checkout after `dvc exp apply`")
+    settings = read_params("deploy", DeploySettings)
+    verdict = read_verdict()
+    forced = (arguments.force or "").strip() or None
+    if verdict.verdict != "PROMOTE" and not forced:
+        reasons = "; ".join(verdict.reasons) or "no reason given"
+        raise UserError(
+            f"the verdict is {verdict.verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
+        )
+    check_unchanged(verdict)
+    registry = open_registry(settings.name)
+    replaces = champion_compared_with(registry, bool(forced))
+    files = stage_files()
+    content, probes = content_hash(files), make_probes()
+    try:
+        with staged_artifacts(files, probes) as folder:
+            tags = version_tags(verdict, files, forced)
+            version, new = registry.register(content, folder, tags, evaluation_metrics())
+        registry.nominate(version.number)
+        old = registry.promote(version.number, replaces)
+        keep_champion(version, verdict, probes, forced)
+    finally:
+        shutil.rmtree(STAGED, ignore_errors=True)
+    report(version, new, old, verdict, forced)
+
+
+# ------------------------------------------------------------------------------------------------------------- may it?
+
+
+def read_verdict() -> Verdict:
+    """The content of metrics/comparison.json that promotion goes by.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        found = read_json(COMPARISON)
+        return Verdict(
+            str(found["verdict"]),
+            [str(reason) for reason in found.get("reasons") or []],
+            str(found["adapter_sha256"]),
+            str(found["eval_set_sha256"]),
+        )
+    except FileNotFoundError:
+        raise UserError(f"{COMPARISON} is missing: run `dvc repro`, or `dvc pull` after a `git pull`") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{COMPARISON} is damaged: run `dvc repro compare`") from None
+
+
+def check_unchanged(verdict: Verdict) -> None:
+    """See that the files on disk are the candidate that was compared, made by the pipeline that dvc.lock describes.
+
+    Raises:
+        UserError: they are not.
+    """
+    weights = ADAPTER / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights} is missing: run `dvc pull` or `dvc repro`")
+    if sha256_file(weights) != verdict.adapter_sha256:
+        raise UserError("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
+    stages = read_lock()
+    for path in (ADAPTER, MERGED, PACKAGE):
+        if md5_path(path) != locked_md5(stages, path):
+            raise UserError(f"{path} is not what dvc.lock describes: run `dvc repro`, then promote again")
+    if read_champion().get("adapter_sha256") == verdict.adapter_sha256:
+        return
+    compared = locked_md5(stages, CHAMPION_JSON, "deps")
+    if compared and compared != md5_file(CHAMPION_JSON):
+        raise UserError("the champion has changed since the comparison: run `dvc repro`, then promote again")
+
+
+def read_champion() -> dict:
+    """The content of models/champion.json.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return dict(read_json(CHAMPION_JSON))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{CHAMPION_JSON} is missing or damaged: `git checkout {CHAMPION_JSON}`") from None
+
+
+def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
+    """Number of the registry's champion if it is the one in models/champion.json, which the candidate was compared
+    with; 0, which no version has, if it is another one and nobody insists."""
+    champion = registry.by_alias(CHAMPION)
+    if champion is None:
+        return None
+    same = champion.tags.get("adapter_sha256") == read_champion().get("adapter_sha256")
+    return champion.number if same or forced else 0
+
+
+# ------------------------------------------------------------------------------------------------------------ register
+
+
+def stage_files() -> dict[str, Path]:
+    """{path in a version: file} of adapter and package."""
+    return {
+        f"{place}/{file.relative_to(folder).as_posix()}": file
+        for place, folder in (("adapter", ADAPTER), ("package", PACKAGE))
+        for file in files_below(folder)
+    }
+
+
+def content_hash(files: dict[str, Path]) -> str:
+    """SHA-256 of what the version is: adapter, GGUF and the request that creates the model."""
+    missing = [path for path in CONTENT if path not in files]
+    if missing:
+        raise UserError(f"models/{missing[0]} is missing: run `dvc repro package`")
+    hashes = {path: sha256_file(files[path]) for path in CONTENT}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def staged_artifacts(files: dict[str, Path], probes: list[Probe]) -> Iterator[Path]:
+    """A folder of all that the registry keeps of a version. The GGUF stays with DVC; its hashes are kept."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path, file in files.items():
+            if path != GGUF:
+                copy_file(file, folder / path)
+        for pattern in REPORTS:
+            for file in sorted(Path().glob(pattern)):
+                copy_file(file, folder / "reports" / file.name)
+        for text in PROVENANCE:
+            if Path(text).is_file():
+                copy_file(Path(text), folder / "provenance" / Path(text).name)
+        write_json(folder / "provenance" / "conversations.json", split_members())
+        write_json(folder / "probes.json", [asdict(probe) for probe in probes])
+        write_json(folder / "files.json", {path: describe(file) for path, file in sorted(files.items())})
+        yield folder
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Hashes and size: the SHA-256 is the file's identity in Ollama, the MD5 its name in DVC's cache."""
+    return {"sha256": sha256_file(file), "md5": md5_file(file), "bytes": file.stat().st_size}
+
+
+def split_members() -> dict[str, list[str]]:
+    """{split: ids of its conversations} of the data that the adapter was trained on, by dvc.lock."""
+    import pyarrow.parquet
+
+    stages, members = read_lock(), {}
+    for split in SPLITS:
+        file = locate(Path.cwd(), stages, PREPARED / f"{split}.parquet")
+        if file is None:
+            raise UserError(f"{PREPARED / split}.parquet is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
+        members[split] = pyarrow.parquet.read_table(file, columns=["id"])["id"].to_pylist()
+    return members
+
+
+def make_probes() -> list[Probe]:
+    """The probes as the candidate's own tokenizer renders them, without those whose roles its template refuses."""
+    from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt, load_tokenizer, render
+
+    system_prompt = read_params("chat", ChatSettings).system_prompt
+    tokenizer = load_tokenizer(MERGED)
+    probes = []
+    for messages in PROBES:
+        with suppress(UserError):
+            prompt = render(tokenizer, messages, system_prompt, add_generation_prompt=True).text
+            probes.append(Probe(messages, prompt, len(encode_prompt(tokenizer, messages, system_prompt))))
+    if not probes:
+        raise UserError("the chat template refuses every conversation: check models/merged/chat_template.jinja")
+    return probes
+
+
+def version_tags(verdict: Verdict, files: dict[str, Path], forced: str | None) -> dict[str, str]:
+    """The tags of the design: what the version is, what it was made from, what was said about it."""
+    commit, dirty = git_commit(Path.cwd())
+    base = read_json(BASE_CARD) if BASE_CARD.is_file() else {}
+    tags = {
+        "adapter_sha256": verdict.adapter_sha256,
+        "gguf_sha256": sha256_file(files[GGUF]),
+        "gguf_md5": md5_file(files[GGUF]),
+        "dvc_lock_sha256": sha256_file(LOCK),
+        "git_commit": commit or "none",
+        "git_dirty": str(dirty).lower(),
+        "data_md5": locked_md5(read_lock(), CONVERSATIONS, "deps") or "none",
+        "eval_set_sha256": verdict.eval_set_sha256,
+        "base_model": str(base.get("model") or "unknown"),
+        "base_revision": str(base.get("revision") or "none"),
+        "verdict": verdict.verdict,
+    }
+    return tags | ({"forced_reason": forced} if forced else {})
+
+
+def evaluation_metrics() -> dict[str, float]:
+    """Numbers of metrics/evaluation.json, named by their path in it."""
+    path = Path("metrics/evaluation.json")
+    values = flatten(read_json(path)) if path.is_file() else {}
+    return {
+        f"evaluation.{re.sub('[^A-Za-z0-9_./ -]', '_', key)}": float(value)
+        for key, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- keep
+
+
+def keep_champion(version: ModelVersion, verdict: Verdict, probes: list[Probe], forced: str | None) -> None:
+    """Keep the champion's files in models/champion, under DVC, and name it in models/champion.json, under git."""
+    shutil.rmtree(STAGED, ignore_errors=True)
+    for place, folder in (("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)):
+        for file in files_below(folder):
+            copy_file(file, STAGED / place / file.relative_to(folder))
+    write_json(STAGED / "probes.json", [asdict(probe) for probe in probes])
+    shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
+    STAGED.rename(CHAMPION_FILES)
+    run_command(sys.executable, "-m", "dvc", "add", "--quiet", CHAMPION_FILES.as_posix())
+    known, merged = read_champion(), CHAMPION_FILES / "merged" / "model.safetensors"
+    same = known.get("version") == version.number and known.get("adapter_sha256") == verdict.adapter_sha256
+    described = {
+        "version": version.number,
+        "name": version.name,
+        "adapter_sha256": verdict.adapter_sha256,
+        **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
+        "gguf_sha256": sha256_file(CHAMPION_FILES / GGUF),
+        "git_commit": version.tags.get("git_commit"),
+        "promoted_at": known["promoted_at"] if same else datetime.now(UTC).isoformat(timespec="seconds"),
+        "verdict": verdict.verdict,
+        **({"forced_reason": forced} if forced else {}),
+    }
+    write_json(CHAMPION_JSON, described)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy content only: DVC's files may be read-only, the copy is not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def report(version: ModelVersion, new: bool, old: ModelVersion | None, verdict: Verdict, forced: str | None) -> None:
+    """Say what changed and what to type next."""
+    how = f"forced ({forced})" if forced else verdict.verdict
+    print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
+    print(f"champion: version {version.number}" + (f", before it version {old.number}" if old else ", the first"))
+    print(f"kept in {CHAMPION_FILES} and {CHAMPION_JSON}. Next:")
+    print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc dvc.lock metrics")
+    print(f"  git commit -m 'Promote version {version.number}' && dvc push")
+    print("  python -m fine_tuning deploy")
