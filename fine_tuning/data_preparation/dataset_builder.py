@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_tuning.data_collection.conversation import as_conversation, is_exchange
+from fine_tuning.data_collection.conversation import is_exchange
+from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
 from fine_tuning.data_preparation.splits import (
     LEFT_OUT,
     SPLITS,
@@ -20,7 +21,7 @@ from fine_tuning.data_preparation.splits import (
     assign_splits,
     salted_fraction,
 )
-from fine_tuning.data_preparation.tokenizer import ROLES, Encoded, RenderError, encode_conversation
+from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_conversation
 from fine_tuning.errors import UserError
 from fine_tuning.records import replacing
 from fine_tuning.settings import Settings
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerFast
 
-TrainOn = Literal["all", "not_disliked", "endorsed"]
-
 # Letters of scripts that write no spaces count as words of their own.
-_WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|\w+")
+_WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+")
+_PUNCTUATION = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) == "_")}
 
 
 class PrepareSettings(Settings):
@@ -154,8 +154,8 @@ class DatasetBuilder:
         Raises:
             UserError: nothing is left to train on.
         """
-        records = list(conversations)
-        built = self.build(records, clusters=_equal_clusters(records))
+        newest, sessions = _read(conversations)
+        built = self.build(newest, clusters=_equal_clusters(newest, sessions))
         if not built.splits["train"]:
             raise UserError(f"no conversation is left to train on: {_reasons(built.left_out)}")
         return SplitRows({split: [example.row() for example in built.splits[split]] for split in SPLITS})
@@ -174,7 +174,7 @@ class DatasetBuilder:
         """
         left_out: dict[str, str] = {}
         usable = []
-        for conversation in _newest(conversations):
+        for conversation in _read(conversations)[0]:
             problem = structure_problem(conversation)
             if problem:
                 left_out[conversation["id"]] = problem
@@ -189,11 +189,12 @@ class DatasetBuilder:
             if split == LEFT_OUT:
                 left_out[member.id] = "bridges_splits"
                 continue
-            example = endorse(conversation, member.cluster, self.train_on if split == "train" else "not_disliked")
-            if example is None:
+            selected = select(conversation, self.train_on if split == "train" else "not_disliked")
+            if selected is None:
                 left_out[member.id] = "not_endorsed"
             else:
-                examples[split].append(example)
+                source = conversation.get("source") or "unknown"
+                examples[split].append(Example(member.id, source, member.cluster, *selected))
         # The order of the salted hash: any first n are a fair sample, and stay much the same when data grow.
         for split in SPLITS:
             examples[split].sort(key=lambda example: (salted_fraction(self.salt + "/order", example.id), example.id))
@@ -204,30 +205,31 @@ class DatasetBuilder:
         return Build(examples, {**(dealt or {}), **assigned}, left_out)
 
     def _decontaminate(self, train: list[Example], test: list[Example], left_out: dict[str, str]) -> list[Example]:
-        held_out: set[tuple[str, ...]] = set()
-        for example in test:
-            held_out.update(self._word_runs(example))
-        if not held_out:
-            return train
-        shared = [held_out.intersection(self._word_runs(example)) for example in train]
-        conversations = Counter(run for runs in shared for run in runs)
+        """Leave out of `train` what repeats `test` (runs of words as in Brown et al. 2020, appendix C; theirs have 13).
+
+        A run that two texts share holds half a run that starts at a multiple of its length in either of them, so those
+        few are looked up first.
+        """
+        length, half = self.decontamination_words, (self.decontamination_words + 1) // 2
+        held_out = [words for example in test for words in _long_texts(example, length)]
+        halves = {run for words in held_out for run in _runs(words, half)}
+        texts = {example.id: list(_long_texts(example, length)) for example in train} if halves else {}
+        suspects = [
+            identity
+            for identity, of_example in texts.items()
+            if any(not halves.isdisjoint(_runs(words, half, half)) for words in of_example)
+        ]
+        runs = {run for words in held_out for run in _runs(words, length)} if suspects else set()
+        shared = {
+            identity: runs.intersection(run for words in texts[identity] for run in _runs(words, length))
+            for identity in suspects
+        }
+        conversations = Counter(run for of_example in shared.values() for run in of_example)
         # What more than a tenth of the conversations say is a common phrase, and no sign of a copy.
         common = max(1, len(train) // 10)
-        clean = []
-        for example, runs in zip(train, shared, strict=True):
-            if any(conversations[run] <= common for run in runs):
-                left_out[example.id] = "overlaps_test"
-            else:
-                clean.append(example)
-        return clean
-
-    def _word_runs(self, example: Example) -> Iterable[tuple[str, ...]]:
-        """Every run of `decontamination_words` words within one message (Brown et al. 2020, appendix C, uses 13)."""
-        for message in example.messages:
-            if message["role"] == "system" or len(message["content"]) < 2 * self.decontamination_words - 1:
-                continue
-            words = _WORD.findall(message["content"].casefold())
-            yield from zip(*(words[start:] for start in range(self.decontamination_words)), strict=False)
+        repeats = {identity for identity, found in shared.items() if any(conversations[run] <= common for run in found)}
+        left_out.update(dict.fromkeys(repeats, "overlaps_test"))
+        return [example for example in train if example.id not in repeats]
 
     def _encode(self, split: str, examples: list[Example], left_out: dict[str, str]) -> list[Example]:
         budget = self.max_train_tokens if split == "train" else None
@@ -251,63 +253,6 @@ class DatasetBuilder:
             example.encoded = encoded
             kept.append(example)
         return kept
-
-
-def structure_problem(conversation: dict) -> str | None:
-    """Why a conversation cannot be trained on: `malformed` or `no_reply`; None for a sound one."""
-    messages = conversation["messages"]
-    if not isinstance(messages, list):
-        return "malformed"
-    asked = answered = False
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return "malformed"
-        content = message.get("content")
-        if not isinstance(content, str) or not (content.strip() or message["role"] == "system"):
-            return "malformed"
-        asked = asked or message["role"] == "user"
-        answered = answered or (asked and message["role"] == "assistant")
-    return None if answered else "no_reply"
-
-
-def endorse(conversation: dict, cluster: str, train_on: TrainOn) -> Example | None:
-    """Put edits in place of replies and choose what is trained; None where nothing is.
-
-    Messages after the last trained reply are cut off: they would only be prompt. A kept message bears its `model`,
-    `"edited": true` for a person's words, and its `rating`, so that evaluation knows whose words it compares with.
-    """
-    edits: dict[str, str] = {}
-    ratings: dict[str, list[int]] = {}
-    for entry in conversation.get("feedback") or []:
-        if entry.get("edited"):
-            edits[entry["message_id"]] = entry["edited"]
-        if entry.get("rating"):
-            ratings.setdefault(entry["message_id"], []).append(entry["rating"])
-
-    messages, trained = [], []
-    asked = False
-    for message in conversation["messages"]:
-        kept = {"role": message["role"], "content": message["content"]}
-        asked = asked or message["role"] == "user"
-        wanted = False
-        if message["role"] == "assistant":
-            identity = message.get("id")
-            # Of several people's thumbs, one down weighs more than any up.
-            rating = min(ratings.get(identity, [0]))
-            edited = identity in edits
-            if message.get("model") is not None:
-                kept["model"] = message["model"]
-            if edited:
-                kept |= {"content": edits[identity], "edited": True}
-            if rating:
-                kept["rating"] = rating
-            wanted = train_on == "all" or edited or rating > (0 if train_on == "endorsed" else -1)
-        messages.append(kept)
-        trained.append(wanted and asked)
-    if not any(trained):
-        return None
-    end = len(trained) - trained[::-1].index(True)
-    return Example(conversation["id"], conversation["source"], cluster, messages[:end], trained[:end])
 
 
 # -----------------------------------------------------------------------------
@@ -415,40 +360,60 @@ def _no_progress_bars() -> Any:
 # records
 
 
-def _newest(records: Iterable[dict]) -> list[dict]:
-    """Conversations by id, the newest version of each, deleted ones left out; logged exchanges one by one."""
+def _read(records: Iterable[dict]) -> tuple[list[dict], dict[str, str]]:
+    """(conversations, session of each that has one): the newest version of each id, without deleted ones.
+
+    Logged exchanges stay single: sealing is what makes conversations of them.
+    """
     newest: dict[str, dict] = {}
+    sessions: dict[str, str] = {}
     for record in records:
-        conversation = as_conversation(record)
+        conversation = read_conversation(record)
         if is_exchange(record):
-            conversation["id"] = _exchange_id(conversation)
+            identity = str(conversation["messages"][-1]["id"])
+            if conversation["id"] != identity:
+                sessions[identity] = conversation["id"]
+                conversation["id"] = identity
         newest[conversation["id"]] = conversation
-    return [conversation for conversation in newest.values() if not conversation.get("deleted")]
+    return [conversation for conversation in newest.values() if not conversation.get("deleted")], sessions
 
 
-def _exchange_id(conversation: dict) -> str:
-    return str(conversation["messages"][-1]["id"])
-
-
-def _equal_clusters(records: Sequence[dict]) -> dict[str, str]:
-    """Clusters for records that come without: equal texts, and exchanges of one session.
+def _equal_clusters(conversations: Iterable[dict], sessions: Mapping[str, str]) -> dict[str, str]:
+    """Clusters for conversations that come without: equal texts, and exchanges of one session.
 
     Sessions count only where there are enough of them to fill three splits.
     """
-    sessions = {as_conversation(record)["id"] for record in records if is_exchange(record)}
-    by_session = len(sessions) >= len(SPLITS)
-    clusters: dict[str, str] = {}
+    by_session = sessions if len(set(sessions.values())) >= len(SPLITS) else {}
     first: dict[Any, str] = {}
-    for record in records:
-        conversation = as_conversation(record)
-        key: Any = conversation["id"]
-        if is_exchange(record):
-            conversation["id"] = _exchange_id(conversation)
-        if not (is_exchange(record) and by_session):
-            key = json.dumps([m.get("content") for m in conversation["messages"] or [] if isinstance(m, dict)])
-            key = " ".join(key.casefold().split())
-        clusters[conversation["id"]] = first.setdefault(key, conversation["id"])
+    clusters: dict[str, str] = {}
+    for conversation in conversations:
+        identity = conversation["id"]
+        key = by_session.get(identity)
+        if key is None:
+            texts = [str(m.get("content")) for m in conversation["messages"] or () if isinstance(m, dict)]
+            key = ("text", " ".join("\n".join(texts).casefold().split()))
+        clusters[identity] = first.setdefault(key, identity)
     return clusters
+
+
+def _long_texts(example: Example, least: int) -> Iterable[list[str]]:
+    """The words of every message of at least `least` words, system messages apart."""
+    for message in example.messages:
+        # Shorter texts cannot have as many words, unless their script writes no spaces.
+        if message["role"] != "system" and len(message["content"]) >= least:
+            words = _words(message["content"])
+            if len(words) >= least:
+                yield words
+
+
+def _runs(words: list[str], length: int, step: int = 1) -> Iterable[tuple[str, ...]]:
+    """`length` neighbouring words from every `step`-th position."""
+    return zip(*(words[start::step] for start in range(length)), strict=False)
+
+
+def _words(text: str) -> list[str]:
+    text = text.casefold()
+    return text.translate(_PUNCTUATION).split() if text.isascii() else _WORD.findall(text)
 
 
 def _plain(column: str, value: Any) -> Any:
