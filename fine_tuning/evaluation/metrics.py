@@ -7,7 +7,7 @@ A metric names the columns it wants as its features; the evaluator has these for
     predictions, references       the generated reply and the reference
     finished, reply_tokens        whether the model ended its reply itself, and its length
 
-A user's metric is a file `<name>.py` in the folder `evaluate.metrics_folder`, named in `evaluate.metrics`. Any
+A user's metric is a file `<name>.py` in metric_modules/, named in `evaluate.metrics`. Any
 `evaluate.Metric` will do; one that is no SummedMetric is computed item by item and averaged.
 """
 
@@ -37,7 +37,8 @@ class SummedMetric(evaluate.Metric, ABC):
     draw costs one addition instead of one evaluation.
     """
 
-    higher_is_better = True
+    # True, False, or by the name of the value; None where neither more nor less is better.
+    higher_is_better: bool | Mapping[str, bool | None] | None = True
 
     @abstractmethod
     def statistics(self, **columns: Sequence[Any]) -> np.ndarray:
@@ -113,3 +114,11 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
 def columns_of(metric: SummedMetric | ItemwiseMetric) -> list[str]:
     """Names of the columns that a metric wants."""
     return list((metric.metric if isinstance(metric, ItemwiseMetric) else metric).features)
+
+
+def direction(metric: SummedMetric | ItemwiseMetric, name: str) -> int:
+    """1 where more of the value `name` is better, -1 where less is, 0 where neither is."""
+    better = metric.higher_is_better
+    if isinstance(better, Mapping):
+        better = better[name]
+    return 0 if better is None else 1 if better else -1

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import ClassVar
 
 import datasets
 import evaluate
@@ -15,6 +16,15 @@ LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric
 
 class Replies(SummedMetric):
     """Shares of replies, the length against the reference, and distinct-2 (Li et al. 2016) within a reply."""
+
+    higher_is_better: ClassVar = {
+        "self_ended": True,
+        "empty": False,
+        "loops": False,
+        "control_tokens": False,
+        "length_ratio": None,
+        "distinct_2": True,
+    }
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

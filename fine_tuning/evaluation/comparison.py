@@ -1,0 +1,258 @@
+"""Is the candidate better? Paired differences on the same items, and a verdict with its reasons.
+
+PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, no secondary
+               metric is shown to be lost, and quantising costs little
+INCONCLUSIVE   too few conversations to tell
+HOLD           anything else, a number that is none included
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics, finite
+from fine_tuning.evaluation.metrics import columns_of, direction
+from fine_tuning.evaluation.statistics import Resampling, bootstrap, holm, interval, share_at_most
+from fine_tuning.settings import Settings
+
+CANDIDATE, QUANTISED = "candidate", "candidate_quantised"
+RIVALS = ("base", "champion")
+Records = Sequence[dict[str, Any]]
+
+
+class CompareSettings(Settings):
+    """Section `compare` of params.yaml."""
+
+    primary: str
+    minimum_effect: float = Field(ge=0)
+    minimum_conversations: int = Field(ge=2)
+    secondary: dict[str, float]
+    quantisation_tolerance: float = Field(ge=0)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Candidate minus rival in one metric, on the items that both have. `better` is 1 where more is better, else -1."""
+
+    metric: str
+    rival: str
+    candidate_value: float
+    rival_value: float
+    low: float
+    high: float
+    draws: np.ndarray
+    better: int
+    n: int
+    clusters: int
+
+    @property
+    def value(self) -> float:
+        """The difference on all items."""
+        return self.candidate_value - self.rival_value
+
+    @property
+    def gains(self) -> np.ndarray:
+        """The draws with their sign turned so that more is better."""
+        return self.better * self.draws
+
+    def as_json(self) -> dict[str, Any]:
+        """For metrics/comparison.json."""
+        numbers = {
+            "difference": self.value,
+            "low": self.low,
+            "high": self.high,
+            "candidate": self.candidate_value,
+            "rival": self.rival_value,
+        }
+        return {name: finite(number) for name, number in numbers.items()} | {"n": self.n, "clusters": self.clusters}
+
+
+def differences(
+    records: Records, metrics: Metrics, rival: str, settings: IntervalSettings, candidate: str = CANDIDATE
+) -> dict[str, Difference]:
+    """Paired differences in every metric that both contenders have items for."""
+    by_id = {name: {line["id"]: line for line in records if line["contender"] == name} for name in (candidate, rival)}
+    found: dict[str, Difference] = {}
+    for metric in metrics:
+        columns = columns_of(metric)
+        ids = [
+            id
+            for id in sorted(by_id[candidate].keys() & by_id[rival].keys())
+            if all(column in by_id[name][id] for name in by_id for column in columns)
+        ]
+        if not ids:
+            continue
+        clusters = [by_id[candidate][id]["cluster"] for id in ids]
+        resampling = Resampling.over(clusters, settings.draws, settings.seed)
+        ours, theirs = (
+            bootstrap(
+                metric.values,
+                metric.statistics(**{column: [by_id[name][id][column] for id in ids] for column in columns}),
+                resampling,
+            )
+            for name in (candidate, rival)
+        )
+        for name, (value, drawn) in ours.items():
+            their_value, their_draws = theirs[name]
+            bounds = interval(value - their_value, drawn - their_draws, settings.confidence)
+            found[name] = Difference(
+                name, rival, value, their_value, bounds.low, bounds.high, drawn - their_draws,
+                direction(metric, name), len(ids), resampling.clusters,
+            )  # fmt: skip
+    return found
+
+
+def compare(
+    records: Records, metrics: Metrics, settings: CompareSettings, intervals: IntervalSettings
+) -> dict[str, Any]:
+    """The content of metrics/comparison.json but for the identities of candidate and suite.
+
+    Raises:
+        UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
+    """
+    check_same_suite(records)
+    present = {line["contender"] for line in records}
+    pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
+    for name in (settings.primary, *settings.secondary):
+        if not all(name in found for found in pairs.values()):
+            raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
+    primary = [found[settings.primary] for found in pairs.values()]
+    if not all(difference.better for difference in primary):
+        raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
+
+    against: list[str] = []  # reasons not to promote
+    for difference in primary:
+        against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
+    secondary, lost = non_inferiority(pairs, settings.secondary, 1 - intervals.confidence)
+    against += lost
+    quantisation = quantising_loss(records, metrics, intervals, settings)
+    against += quantisation.pop("reasons")
+
+    clusters = min(difference.clusters for difference in primary)
+    undefined = any(not np.isfinite(difference.value) for difference in primary)
+    if undefined:
+        verdict, reasons = "HOLD", against
+    elif clusters < settings.minimum_conversations:
+        verdict = "INCONCLUSIVE"
+        reasons = [
+            f"only {clusters} different conversations in the test split, {settings.minimum_conversations} are needed "
+            "to tell: collect more"
+        ]
+    elif against:
+        verdict, reasons = "HOLD", against
+    else:
+        verdict, reasons = "PROMOTE", [told(difference) for difference in primary]
+        if settings.secondary:
+            reasons.append(f"not worse in {', '.join(settings.secondary)}")
+    return {
+        "verdict": verdict,
+        "reasons": reasons,
+        "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect}
+        | {difference.rival: difference.as_json() for difference in primary},
+        "secondary": secondary,
+        "differences": {
+            rival: {name: difference.as_json() for name, difference in found.items()} for rival, found in pairs.items()
+        },
+        "quantisation": quantisation,
+        "n": min(difference.n for difference in primary),
+        "clusters": clusters,
+    }
+
+
+def check_same_suite(records: Records) -> None:
+    """Refuse contenders that were not asked the same.
+
+    Raises:
+        UserError: they were not, or one that is needed is missing.
+    """
+    ids: dict[str, set[str]] = {}
+    for line in records:
+        ids.setdefault(line["contender"], set()).add(line["id"])
+    missing = [name for name in (CANDIDATE, "base") if name not in ids]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f evaluate`")
+    if any(ids[name] != ids[CANDIDATE] for name in RIVALS if name in ids):
+        raise UserError("the contenders were not asked the same items: run `dvc repro -f evaluate`")
+
+
+def told(difference: Difference) -> str:
+    """The difference in words."""
+    return (
+        f"{difference.metric} {difference.candidate_value:.4g} against {difference.rival_value:.4g} of the "
+        f"{difference.rival}: {difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
+    )
+
+
+def shortfall(difference: Difference, minimum_effect: float) -> str | None:
+    """Why this difference does not suffice; None if the whole interval lies beyond the minimum effect."""
+    if not np.isfinite(difference.value):
+        return f"{difference.metric} is not a number for candidate or {difference.rival}"
+    needed = minimum_effect * abs(difference.rival_value)
+    gain, (low, high) = difference.better * difference.value, gain_bounds(difference)
+    if low > needed:
+        return None
+    words = told(difference)
+    if high < 0:
+        return f"worse: {words}"
+    if gain <= needed:
+        return f"no gain of {minimum_effect:.1%}: {words}"
+    return f"a gain of {minimum_effect:.1%} is not certain: {words}"
+
+
+def gain_bounds(difference: Difference) -> tuple[float, float]:
+    """The interval with its sign turned so that more is better."""
+    low, high = sorted((difference.better * difference.low, difference.better * difference.high))
+    return low, high
+
+
+def non_inferiority(
+    pairs: Mapping[str, Mapping[str, Difference]], margins: Mapping[str, float], level: float
+) -> tuple[dict[str, dict], list[str]]:
+    """Whether every secondary metric is shown to lose less than its margin against every rival.
+
+    One-sided tests at `level` / 2, the level of one end of the intervals, corrected together (Holm 1979).
+    """
+    tests = [(name, rival, margin) for name, margin in margins.items() for rival in pairs]
+    p_values = []
+    for name, rival, margin in tests:
+        difference = pairs[rival][name]
+        p_values.append(share_at_most(difference.gains, -margin) if np.isfinite(difference.value) else 1.0)
+    table: dict[str, dict] = {}
+    reasons = []
+    for (name, rival, margin), p_value in zip(tests, holm(p_values), strict=True):
+        kept = p_value <= level / 2
+        table.setdefault(name, {})[rival] = pairs[rival][name].as_json() | {
+            "margin": margin,
+            "p_holm": p_value,
+            "non_inferior": kept,
+        }
+        if not kept:
+            reasons.append(f"a loss of more than {margin:g} is not ruled out: {told(pairs[rival][name])}")
+    return table, reasons
+
+
+def quantising_loss(
+    records: Records, metrics: Metrics, intervals: IntervalSettings, settings: CompareSettings
+) -> dict[str, Any]:
+    """What the GGUF loses against the merged weights, in perplexity, and the reason to hold if that is too much."""
+    if not any(line["contender"] == QUANTISED for line in records):
+        return {"reasons": []}
+    found = differences(records, metrics, CANDIDATE, intervals, candidate=QUANTISED)
+    if "perplexity" not in found:
+        return {"reasons": []}
+    loss = found["perplexity"]
+    share = loss.value / loss.rival_value
+    reasons = []
+    if not share <= settings.quantisation_tolerance:  # NaN is too much as well
+        reasons.append(
+            f"quantising costs {share:.1%} of perplexity, more than {settings.quantisation_tolerance:.1%}: choose a "
+            "finer package.quantisation"
+        )
+    return {name: difference.as_json() for name, difference in found.items()} | {
+        "perplexity_lost": finite(share),
+        "reasons": reasons,
+    }

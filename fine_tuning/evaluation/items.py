@@ -1,0 +1,115 @@
+"""The frozen suite: held-out conversations as the models see them, and who wrote their replies."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
+from fine_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Item:
+    """A held-out conversation. `runs` are the ranges [start, end) of its replies in `input_ids`.
+
+    `authors` says who wrote each reply: "edited" and "liked" are a person's choice, "imported" came without a model's
+    name, anything else is the name of the model whose own words they are.
+    """
+
+    id: str
+    source: str
+    cluster: str
+    input_ids: list[int]
+    labels: list[int]
+    runs: list[tuple[int, int]]
+    authors: list[str]
+    bytes: int  # of all its replies, as UTF-8
+    reference: str  # the last reply
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """All before the last reply."""
+        return self.input_ids[: self.runs[-1][0]]
+
+    @property
+    def target_ids(self) -> list[int]:
+        """The last reply, with the token that ends it."""
+        return self.input_ids[slice(*self.runs[-1])]
+
+
+def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
+    """Conversations of a prepared split that hold a reply, in order of id.
+
+    Raises:
+        UserError: the file is missing, or no conversation in it holds a reply.
+    """
+    from datasets import Dataset
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro prepare`")
+    columns = ["id", "source", "cluster", "messages", "input_ids", "labels"]
+    table = Dataset.from_parquet(str(path), keep_in_memory=True).select_columns(columns)
+    items = []
+    for row in table:
+        runs = label_runs(row["labels"])
+        if not runs:
+            continue
+        texts = [tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True) for start, end in runs]
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        authors = reply_authors(json.loads(row.pop("messages")), len(runs))
+        items.append(Item(**row, runs=runs, authors=authors, bytes=size, reference=texts[-1].strip()))
+    if not items:
+        raise UserError(
+            "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
+        )
+    return sorted(items, key=lambda item: item.id)
+
+
+def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
+    """Authors of the last `count` replies that preparation labelled: those edited by a person or not disliked."""
+    authors = []
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        if message.get("edited"):
+            authors.append("edited")
+        elif message.get("rating", 0) > 0:
+            authors.append("liked")
+        elif message.get("rating", 0) == 0:
+            authors.append(message.get("model") or "imported")
+    return [*["imported"] * (count - len(authors)), *authors[-count:]]
+
+
+def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges [start, end) of labels that are trained; the first position has nothing before it to be predicted from."""
+    runs: list[tuple[int, int]] = []
+    for position, label in enumerate(labels):
+        if label == NOT_TRAINED or position == 0:
+            continue
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
+
+
+def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Identity of what is asked: items, tokens, tokenizer and chat template. Scores compare only if it is equal."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.id, item.cluster, item.input_ids, item.labels]).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(tokenizer.chat_template).encode())
+    return digest.hexdigest()
+
+
+def sample(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` items, the same whatever else is in the suite: those with the smallest hash of their id."""
+    chosen = sorted(items, key=lambda item: hashlib.sha256(item.id.encode("utf-8", "surrogatepass")).digest())[:count]
+    return sorted(chosen, key=lambda item: item.id)

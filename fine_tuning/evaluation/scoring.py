@@ -1,0 +1,143 @@
+"""What one model makes of the suite: how likely it finds the references, and what it replies itself."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.items import Item
+from fine_tuning.evaluation.llama_engine import LlamaEngine
+from fine_tuning.training.training_utils import Hardware, batch_by_tokens, collate, detect_hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How one model finds the replies of one item: for each reply (nats, tokens, tokens that were its first choice)."""
+
+    turns: list[tuple[float, int, int]]
+
+
+def scoring_hardware(threads: int | None) -> Hardware:
+    """float32 on a CPU, so that scores are the same on any; bfloat16 on a GPU that computes in it."""
+    found = detect_hardware("auto", threads)
+    return Hardware(found.device, found.precision if found.device == "cuda" else "float32", found.threads, found.name)
+
+
+@contextlib.contextmanager
+def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
+    """A model folder in memory, ready to score.
+
+    Raises:
+        UserError: the folder holds no model that transformers can load.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(hardware.threads)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, hardware.precision), local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
+    try:
+        yield model.to(hardware.device).eval()
+    finally:
+        del model
+        if hardware.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def likelihoods(
+    model: "PreTrainedModel",
+    items: Sequence[Item],
+    batch_tokens: int,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Likelihood]:
+    """Teacher-forced scores of the items' replies, in the order of `items`.
+
+    Batches hold items of like length and at most `batch_tokens` padded tokens. The output head sees the positions
+    before replies alone. Sums are taken in float64, so that the order of batches does not show.
+    """
+    import torch
+    from torch.nn import functional
+
+    found: dict[str, Likelihood] = {}
+    positions: list[torch.Tensor] = []
+
+    def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        return (inputs[0][positions[-1]].unsqueeze(0),)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        with torch.inference_mode():
+            for batch in batch_by_tokens(items, batch_tokens):
+                tensors = {name: tensor.to(model.device) for name, tensor in collate(batch, 0).items()}
+                labels = tensors["labels"][:, 1:]
+                wanted = torch.zeros_like(tensors["labels"], dtype=torch.bool)
+                wanted[:, :-1] = labels != NOT_TRAINED
+                positions[:] = [wanted]
+                logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits[0]
+                targets = labels[wanted[:, :-1]]
+                nll = functional.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
+                first = (logits.argmax(dim=-1) == targets).cpu()
+                taken = 0
+                for item in batch:
+                    turns = []
+                    for start, end in item.runs:
+                        part = slice(taken, taken + end - start)
+                        turns.append((float(nll[part].sum()), end - start, int(first[part].sum())))
+                        taken = part.stop
+                    found[item.id] = Likelihood(turns)
+                if on_done is not None:
+                    on_done(len(batch))
+    finally:
+        hook.remove()
+    return [found[item.id] for item in items]
+
+
+def quantised_likelihoods(
+    engine: LlamaEngine, items: Sequence[Item], on_done: Callable[[int], None] | None = None
+) -> list[Likelihood]:
+    """The same for a GGUF in llama.cpp, token by token: slow, and exactly what will be served."""
+    pairs = [(item.input_ids[:start], item.input_ids[start:end]) for item in items for start, end in item.runs]
+    scores = iter(engine.score_many(pairs, (lambda _: on_done(1)) if on_done else None))
+    return [
+        Likelihood(
+            [
+                (-sum(score.logprob for score in turn), len(turn), sum(score.first for score in turn))
+                for turn in (next(scores) for _ in item.runs)
+            ]
+        )
+        for item in items
+    ]
+
+
+# -----------------------------------------------------------------------------
+# replies
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote. `finished`: it ended by itself, before the cap on tokens."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+def replies(
+    engine: LlamaEngine,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Reply]:
+    """Greedy replies to prompts of token ids, capped at `max_tokens`."""
+    done = engine.complete_many(prompts, max_tokens, on_done=(lambda _: on_done(1)) if on_done else None)
+    return [Reply(completion.text.strip(), len(completion.ids), completion.finished) for completion in done]
