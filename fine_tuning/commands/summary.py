@@ -1,0 +1,95 @@
+"""`summary`: the result of the last `dvc repro` on one screen."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.records import read_json
+
+EVALUATION = Path("metrics/evaluation.json")
+COMPARISON = Path("metrics/comparison.json")
+MODELFILE = Path("models/package/Modelfile")
+PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
+COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add `summary`."""
+    command = subparsers.add_parser("summary", help="print the result of the last `dvc repro`")
+    command.set_defaults(func=summary)
+
+
+def summary(arguments: argparse.Namespace) -> None:
+    """Print every metric of base and candidate, the verdict with its reasons, and what to type next."""
+    from rich.console import Console
+
+    evaluation, comparison = read_result(EVALUATION), read_result(COMPARISON)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(metric_table(evaluation, comparison))
+    verdict = comparison["verdict"]
+    colour = COLOURS.get(verdict, "default")
+    console.print(f"Verdict: [bold {colour}]{verdict}[/]")
+    for reason in comparison["reasons"]:
+        console.print(f"  - {reason}", markup=False)
+    console.print()
+    for label, text in next_steps(verdict):
+        console.print(f"{label:<22}{text}", markup=False, soft_wrap=True)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A JSON file of the pipeline.
+
+    Raises:
+        UserError: the pipeline has not written it yet.
+    """
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: `dvc repro` writes it anew") from None
+
+
+def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
+    """One row a metric: each contender with its interval, and the candidate's difference to its strongest rival."""
+    from rich.table import Table
+
+    contenders = [name for name in ("base", "champion", "candidate") if name in evaluation]
+    rival = contenders[-2]
+    suite = evaluation["suite"]
+    table = Table(title=f"{suite['conversations']} held-out conversations", title_justify="left")
+    table.add_column("metric")
+    for name in (*contenders, f"candidate - {rival}"):
+        table.add_column(name, justify="right")
+    table.add_column("n", justify="right")
+    for metric in evaluation["candidate"]:
+        found = [evaluation[name].get(metric) for name in contenders]
+        difference = comparison["differences"][rival].get(metric)
+        primary = " *" if metric == comparison["primary"]["metric"] else ""
+        cells = [f"{metric}{primary}", *(with_interval(cell, "value") for cell in found)]
+        table.add_row(*cells, with_interval(difference, "difference", "+"), str(evaluation["candidate"][metric]["n"]))
+    return table
+
+
+def with_interval(cell: dict[str, Any] | None, key: str, sign: str = "") -> str:
+    """`9.21 (8.4 to 10.1)`, with a dash for what is undefined."""
+    if cell is None or cell[key] is None:
+        return "-"
+    if cell["low"] is None:
+        return f"{cell[key]:{sign}.3g}"
+    return f"{cell[key]:{sign}.3g} ({cell['low']:{sign}.3g} to {cell['high']:{sign}.3g})"
+
+
+def next_steps(verdict: str) -> list[tuple[str, str]]:
+    """(label, path or command) lines."""
+    steps = [("Modelfile", str(MODELFILE))] if MODELFILE.is_file() else []
+    steps += [("Report" if page.suffix == ".html" else "Replies side by side", str(page)) for page in PAGES]
+    if verdict == "PROMOTE":
+        steps.append(("Make it the champion", "make promote"))
+    else:
+        steps.append(("Try other parameters", "dvc exp run -S train.epochs=2"))
+    steps.append(("Talk to it", "make chat"))
+    return steps
