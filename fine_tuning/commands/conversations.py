@@ -43,12 +43,12 @@ def import_files(args: argparse.Namespace) -> None:
     """Import every file into one new shard; conversations that are there already are not taken again."""
     from fine_tuning.data_collection.conversation import version_hash
     from fine_tuning.data_collection.importers import Problem, import_file
-    from fine_tuning.data_collection.shards import known_versions, next_stamp, shard_paths, write_shard
+    from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
 
     _check_folder()
     with _pipeline_stands_still() as repo:
         _seal_closed_logs(repo)
-        known = known_versions(shard_paths(CONVERSATIONS, MANIFEST))
+        known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
 
         def taken(path: Path) -> Iterator[dict]:
             counts: Counter[str] = Counter()
@@ -89,7 +89,7 @@ def import_files(args: argparse.Namespace) -> None:
 
 def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
-    from fine_tuning.data_collection.shards import close_log
+    from fine_tuning.data_collection.sealing import close_log
 
     _check_folder()
     with _pipeline_stands_still() as repo:
@@ -185,7 +185,7 @@ def _track(repo: "Repo") -> None:
 
 def _seal_closed_logs(repo: "Repo") -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
-    from fine_tuning.data_collection.shards import seal_log
+    from fine_tuning.data_collection.sealing import seal_log
 
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:

@@ -71,8 +71,7 @@ def recognise(record: Any) -> Found:
     for applies, read in _FORMS:
         if applies(record):
             found = read(record)
-            found.messages = [m for m in found.messages if m["content"].strip()]
-            if not found.messages:
+            if not any(m["content"].strip() for m in found.messages):
                 raise NotRecognised(f"{found.format}: no message has text")
             return found
     raise NotRecognised("none of the known forms")

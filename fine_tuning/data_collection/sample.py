@@ -26,5 +26,6 @@ def _records() -> Iterator[dict[str, Any]]:
     for file in sorted(files, key=str):
         rows = yaml.load(file.locate().read_bytes(), Loader=loader)["conversations"]
         for row in rows:
-            turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(row)]
+            texts = row if isinstance(row, list) else [row]  # one row of trivia.yml is a question without its answer
+            turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
             yield {"messages": turns, "metadata": {"category": file.name.removesuffix(".yml")}}

@@ -13,10 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.data_collection.conversation import fold, version_hash
-from fine_tuning.data_collection.conversation_logger import read_log, rename_log
 from fine_tuning.errors import UserError
-from fine_tuning.records import dump_line, read_json, read_lines, replacing
+from fine_tuning.records import dump_line, read_json, read_lines
 from fine_tuning.settings import Settings
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
@@ -88,11 +86,6 @@ def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
     return {record["id"]: record for record in versions(paths, ids.__contains__)}
 
 
-def known_versions(paths: Iterable[Path]) -> dict[str, str]:
-    """Conversation id → hash of what its newest version says."""
-    return {record["id"]: version_hash(record) for record in versions(paths)}
-
-
 def next_stamp(*folders: Path) -> str:
     """The current time for the name of a new shard, moved behind every stamp in `folders` if the clock went back."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:18]
@@ -111,59 +104,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# -----------------------------------------------------------------------------
-# sealing the inbox
-
-
-def close_log(log: Path, folder: Path) -> list[Path]:
-    """Rename the live log into `closed/` beside it, and return all closed logs, the oldest first.
-
-    Its new name is a stamp behind those of the shards in `folder`: the shard that it becomes is newer than they are.
-    """
-    closed = log.parent / "closed"
-    rename_log(log, closed / f"{next_stamp(folder, closed)}.jsonl")
-    return sorted(closed.glob("*.jsonl"))
-
-
-def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
-    """Fold a closed log onto the newest versions of the conversations that it touches, and write them as a shard.
-
-    Doing it again, after a crash or not, gives the same conversations. What cannot be used is kept beside the log:
-    `<name>.torn` for lines that are no events, `<name>.unmatched` for events on conversations nobody knows.
-    """
-    lines = list(read_log(closed))
-    events = [event for _, event in lines if event is not None]
-    torn = [line for line, event in lines if event is None and line.strip()]
-    paths = shard_paths(folder, manifest)
-    conversations = newest_versions(paths, _touched(events, paths))
-    before = {identity: version_hash(conversation) for identity, conversation in conversations.items()}
-    unmatched = fold(events, conversations)
-    changed = [c for i, c in conversations.items() if before.get(i) != version_hash(c)]
-    path, count = write_shard(folder, f"{closed.stem}-chat", changed)
-    for suffix, rest in ((".torn", torn), (".unmatched", [dump_line(event).rstrip(b"\n") for event in unmatched])):
-        if rest:
-            with replacing(closed.parent.parent / f"{closed.name}{suffix}") as file:
-                file.writelines(line + b"\n" for line in rest)
-    return {
-        "shard": path,
-        "events": len(events),
-        "conversations": count,
-        "torn": len(torn),
-        "unmatched": len(unmatched),
-    }
-
-
-def _touched(events: list[dict], paths: list[Path]) -> set[str]:
-    """Ids of the conversations that the events are about, also where an event names only a message."""
-    own = {event["id"] for event in events if event["event"] == "exchange"}
-    ids = {event["conversation_id"] for event in events if event.get("conversation_id")}
-    ids |= {event["id"] for event in events if event["event"] == "exchange" and not event.get("conversation_id")}
-    loose = {e["message_id"] for e in events if not e.get("conversation_id") and e.get("message_id")} - own
-    if loose:
-        ids |= {v["id"] for v in versions(paths) if any(m.get("id") in loose for m in v["messages"])}
-    return ids
 
 
 # -----------------------------------------------------------------------------

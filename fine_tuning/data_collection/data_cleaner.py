@@ -1,0 +1,221 @@
+"""Cleaning of one conversation, and of lists of them: repair, mask, filter, deduplicate, each drop with its reason.
+
+Order: roles → characters, encoding, control tokens and white space → personal data → lengths and content → exact
+duplicates. `shard_cleaner` does the same over files, with near-duplicates.
+"""
+
+from collections import Counter
+from typing import Any
+
+from fine_tuning.data_collection import personal_data
+from fine_tuning.data_collection.conversation import as_conversation, is_exchange, short_hash
+from fine_tuning.data_collection.filters import (
+    Drop,
+    FilterSettings,
+    check_content,
+    check_lengths,
+    check_roles,
+    inappropriate,
+    trim_end,
+)
+from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType
+from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
+from fine_tuning.settings import Settings
+
+MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
+PRIVATE_METADATA = ("session_id", "user_id", "user", "username", "email", "name", "ip", "title")
+
+
+class CleanSettings(Settings):
+    """The section `clean` of params.yaml."""
+
+    mask: list[PersonalDataType]
+    phone_regions: list[str]
+    fix_encoding: bool
+    filters: FilterSettings
+    drop_near_duplicates: bool
+    near_duplicate_threshold: float
+    max_same_reply: int
+    max_user_share: float
+    processes: int
+
+
+def default_settings(**filters: Any) -> CleanSettings:
+    """What a DataCleaner does when it is told nothing else; `filters` replaces thresholds."""
+    thresholds = {
+        "min_length": 1,
+        "max_length": 8000,
+        "min_turns": 2,
+        "max_turns": 200,
+        "max_repetition": 1.0,
+        "max_special_characters": 0.4,
+        "languages": [],
+        "min_language_confidence": 0.6,
+        "inappropriate": "off",
+        "inappropriate_words": [],
+        "max_echo": 0.9,
+    }
+    return CleanSettings(
+        mask=list(personal_data.TYPES),
+        phone_regions=list(personal_data.REGIONS),
+        fix_encoding=True,
+        filters=FilterSettings(**(thresholds | filters)),
+        drop_near_duplicates=False,
+        near_duplicate_threshold=0.8,
+        max_same_reply=0,
+        max_user_share=1.0,
+        processes=0,
+    )
+
+
+class Cleaned:
+    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it."""
+
+    __slots__ = ("conversation", "drop", "masked")
+
+    def __init__(self, conversation: dict | None, drop: Drop | None, masked: dict[str, int]) -> None:
+        self.conversation, self.drop, self.masked = conversation, drop, masked
+
+
+class DataCleaner:
+    """Cleans texts and conversations.
+
+    Args:
+        min_length, max_length: characters that every user and assistant message must have.
+        settings: everything else; the two lengths win over it where they are given.
+        control_tokens: what the base model's tokenizer reads as commands.
+    """
+
+    def __init__(
+        self,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        *,
+        settings: CleanSettings | None = None,
+        control_tokens: tuple[str, ...] = CONTROL_TOKENS,
+    ) -> None:
+        lengths = {"min_length": min_length, "max_length": max_length}
+        given = {name: value for name, value in lengths.items() if value is not None}
+        settings = settings or default_settings()
+        self.settings = settings.model_copy(update={"filters": settings.filters.model_copy(update=given)})
+        self._regions = tuple(self.settings.phone_regions)
+        self._types = tuple(self.settings.mask)
+        self._repair = TextRepair(control_tokens, self.settings.fix_encoding)
+
+    def clean_text(self, text: str) -> str:
+        """The repaired text with its personal data masked. Cleaning it again changes nothing."""
+        masker = self._masker()
+        text = self._repair(text)
+        masker.reserve(text)
+        return masker.mask(text)
+
+    def find_personal_data(self, text: str) -> list[Hit]:
+        """The personal data in a text as (type, start, end), in its order."""
+        return personal_data.find(text, self._types, self._regions)
+
+    def clean_conversation(self, record: dict) -> Cleaned:
+        """Clean one logged exchange or conversation. The record is not changed."""
+        if record.get("deleted"):
+            return Cleaned(None, Drop("deleted", True), {})
+        conversation = as_conversation(record)
+        if drop := _malformed(conversation):
+            return Cleaned(None, drop, {})
+        messages = trim_end(conversation["messages"])
+        if drop := check_roles(messages):
+            return Cleaned(None, drop, {})
+        masker = self._masker()
+        messages = [self._repaired_message(message) for message in messages]
+        messages = [m for m in messages if m["content"] or m["role"] in ("user", "assistant")]
+        feedback = [self._repaired(entry) for entry in conversation["feedback"]]
+        for text in self._texts(messages, feedback):
+            masker.reserve(text)
+        for message in messages:
+            for version in (message, *message.get("alternatives", ())):
+                version["content"] = masker.mask(version["content"])
+        for entry in feedback:
+            entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}
+        filters = self.settings.filters
+        if drop := check_lengths(messages, filters) or check_content(messages, filters):
+            return Cleaned(None, drop, masker.counts)
+        ids = {message.get("id") for message in messages}
+        metadata = self._clean_metadata(conversation["metadata"], masker)
+        if filters.inappropriate == "flag" and inappropriate(messages, filters.inappropriate_words):
+            metadata["inappropriate"] = True
+        conversation |= {
+            "messages": messages,
+            "feedback": [entry for entry in feedback if entry.get("message_id") in ids],
+            "metadata": metadata,
+        }
+        return Cleaned(conversation, None, masker.counts)
+
+    def filter_conversations(self, conversations: list[dict]) -> list[dict]:
+        """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
+        kept, seen = [], set()
+        for record in conversations:
+            cleaned = self.clean_conversation(record).conversation
+            if cleaned is None or (digest := content_hash(cleaned)) in seen:
+                continue
+            seen.add(digest)
+            if is_exchange(record):
+                user, assistant = (message["content"] for message in cleaned["messages"])
+                cleaned = record | {"user_message": user, "assistant_response": assistant}
+            kept.append(cleaned)
+        return kept
+
+    def count_drops(self, conversations: list[dict]) -> Counter[str]:
+        """How many of the conversations are dropped for which reason, duplicates apart."""
+        drops = (self.clean_conversation(record).drop for record in conversations)
+        return Counter(drop.reason for drop in drops if drop is not None)
+
+    def _masker(self) -> Masker:
+        return Masker(self._types, self._regions)
+
+    def _repaired_message(self, message: dict) -> dict:
+        kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None}
+        kept["content"] = self._repair(message["content"])
+        others = message.get("alternatives")
+        if isinstance(others, list):
+            texts = [other for other in others if isinstance(other, dict) and isinstance(other.get("content"), str)]
+            kept["alternatives"] = [self._repaired_message(other) for other in texts]
+        return kept
+
+    def _repaired(self, entry: dict) -> dict:
+        texts = {key: self._repair(entry[key]) for key in ("comment", "edited") if isinstance(entry.get(key), str)}
+        rest = {key: value for key, value in entry.items() if key not in ("comment", "edited", "by")}
+        return rest | {key: text for key, text in texts.items() if text}
+
+    @staticmethod
+    def _texts(messages: list[dict], feedback: list[dict]) -> list[str]:
+        versions = (version for m in messages for version in (m, *m.get("alternatives", ())))
+        return [version["content"] for version in versions] + [
+            e[k] for e in feedback for k in ("comment", "edited") if k in e
+        ]
+
+    def _clean_metadata(self, metadata: dict, masker: Masker) -> dict:
+        """Flat values that say nothing about the person."""
+        kept: dict[str, Any] = {}
+        for key, value in metadata.items():
+            if key in PRIVATE_METADATA or not isinstance(value, (str, int, float, bool)):
+                continue
+            kept[key] = masker.mask(self._repair(value)) if isinstance(value, str) else value
+        return kept
+
+
+def _malformed(conversation: dict) -> Drop | None:
+    messages = conversation["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return Drop("messages_malformed", type(messages).__name__)
+    if not all(isinstance(message.get("content"), str) for message in messages):
+        return Drop("content_is_no_text", 0)
+    if not isinstance(conversation["feedback"], list) or not isinstance(conversation["metadata"], dict):
+        return Drop("feedback_or_metadata_malformed", 0)
+    if not all(isinstance(entry, dict) for entry in conversation["feedback"]):
+        return Drop("feedback_or_metadata_malformed", 0)
+    return None
+
+
+def content_hash(conversation: dict) -> str:
+    """What makes two conversations exact duplicates: roles, contents and a person's edits."""
+    contents = [[message["role"], message["content"]] for message in conversation["messages"]]
+    edited = [entry["edited"] for entry in conversation["feedback"] if entry.get("edited")]
+    return short_hash([contents, edited], 32)

@@ -1,0 +1,286 @@
+"""Conversations out, in the formats that other tools read. What is exported can be imported again as it was.
+
+All formats are written in one pass over the conversations, each into a temporary file that replaces the old one at
+the end. A person's edit stands in the place of the reply, except in the `json` format, which keeps both.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from fine_tuning.data_collection.conversation import as_conversation, edits
+from fine_tuning.records import dump_line, replacing
+from fine_tuning.settings import Settings
+
+ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt"]
+SEED_FORMATS: tuple[ExportFormat, ...] = ("json", "csv", "chatml", "alpaca", "instruction")
+FILES: dict[str, str] = {
+    "json": "conversations.json",
+    "csv": "conversations.csv",
+    "chatml": "chatml.jsonl",
+    "alpaca": "alpaca.json",
+    "instruction": "instruction.jsonl",
+    "openai": "openai.jsonl",
+    "sharegpt": "sharegpt.json",
+}
+SUFFIXES = {"none": "", "gzip": ".gz", "zstd": ".zst"}
+CSV_COLUMNS = (
+    "conversation_id",
+    "turn",
+    "started_at",
+    "source",
+    "model",
+    "system",
+    "user_message",
+    "assistant_response",
+    "rating",
+)
+SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+Write = Callable[[bytes], Any]
+
+
+class ExportSettings(Settings):
+    """The section `export` of params.yaml."""
+
+    formats: list[ExportFormat]
+    compression: Literal["none", "gzip", "zstd"]
+
+
+class DataExporter:
+    """Writes conversations into files of one folder.
+
+    Args:
+        folder: where the files go; made if it is not there.
+        compression: none, gzip or zstd.
+    """
+
+    def __init__(self, folder: str | Path, compression: Literal["none", "gzip", "zstd"] = "none") -> None:
+        self.folder = Path(folder)
+        self.compression = compression
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def export_all_formats(
+        self, conversations: Iterable[dict], formats: Iterable[ExportFormat] = tuple(FILES)
+    ) -> dict[str, Path]:
+        """Write every format and return its file. `counts` says how many conversations each could take.
+
+        Conversations with turns that a format has no place for (tool messages in question-answer formats) are left
+        out of that format and counted as skipped.
+        """
+        formats = tuple(formats)
+        paths = {name: self.folder / (FILES[name] + SUFFIXES[self.compression]) for name in formats}
+        self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(self._writer(name, path)) for name, path in paths.items()}
+            for record in conversations:
+                conversation = as_conversation(record)
+                final = with_edits(conversation)
+                for name, write in writers.items():
+                    taken = write(conversation if name == "json" else final)
+                    self.counts[name]["exported" if taken else "skipped"] += 1
+        return paths
+
+    def export(self, conversations: Iterable[dict], format: ExportFormat) -> Path:
+        """Write one format and return its file."""
+        return self.export_all_formats(conversations, [format])[format]
+
+    @contextmanager
+    def _writer(self, name: str, path: Path) -> Iterator[Callable[[dict], bool]]:
+        with (
+            replacing(path) as raw,
+            _compressed(raw, self.compression) as file,
+            _CONTAINERS[name](file) as write,
+        ):
+            yield write
+
+
+def with_edits(conversation: dict) -> dict:
+    """The conversation with a person's edits in the place of the replies."""
+    edited = edits(conversation)
+    if not edited:
+        return conversation
+    messages = [
+        message | {"content": edited[message["id"]]} if message.get("id") in edited else message
+        for message in conversation["messages"]
+    ]
+    return conversation | {"messages": messages}
+
+
+@contextmanager
+def _compressed(raw: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+    if compression == "gzip":
+        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
+            yield file
+    elif compression == "zstd":
+        import zstandard
+
+        with zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as file:
+            yield file
+    else:
+        yield raw
+
+
+# -----------------------------------------------------------------------------
+# containers: a context that gives a function which writes one conversation and says whether it could
+
+
+def _lines(convert: Callable[[dict], dict | None]) -> Callable:
+    @contextmanager
+    def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
+        def write(conversation: dict) -> bool:
+            record = convert(conversation)
+            if record is not None:
+                file.write(dump_line(record))
+            return record is not None
+
+        yield write
+
+    return container
+
+
+def _array(convert: Callable[[dict], dict | None]) -> Callable:
+    @contextmanager
+    def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
+        separator = b"[\n"
+
+        def write(conversation: dict) -> bool:
+            nonlocal separator
+            record = convert(conversation)
+            if record is not None:
+                file.write(separator + dump_line(record).rstrip(b"\n"))
+                separator = b",\n"
+            return record is not None
+
+        yield write
+        file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
+
+    return container
+
+
+@contextmanager
+def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
+    """One row an exchange; consecutive rows with one conversation_id are one conversation."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+
+    def flush() -> None:
+        file.write(text.getvalue().encode("utf-8", "replace"))
+        text.seek(0)
+        text.truncate()
+
+    def write(conversation: dict) -> bool:
+        parts = split_turns(conversation)
+        if parts is None:
+            return False
+        system, exchanges = parts
+        ratings = {e["message_id"]: e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
+        for turn, (question, reply) in enumerate(exchanges, start=1):
+            row = (
+                conversation["id"],
+                turn,
+                conversation["started_at"] or "",
+                conversation["source"],
+                reply.get("model") or "",
+                (system or "") if turn == 1 else "",
+                question["content"],
+                reply["content"],
+                ratings.get(reply.get("id"), ""),
+            )
+            table.writerow([neutralise(cell) if isinstance(cell, str) else cell for cell in row])
+        flush()
+        return True
+
+    table.writerow(CSV_COLUMNS)
+    yield write
+    flush()
+
+
+def neutralise(cell: str) -> str:
+    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection); the importers take the apostrophe off."""
+    return f"'{cell}" if _FORMULA.match(cell) else cell
+
+
+# -----------------------------------------------------------------------------
+# records
+
+
+def split_turns(conversation: dict) -> tuple[str | None, list[tuple[dict, dict]]] | None:
+    """(system prompt, exchanges) of a conversation that is nothing but exchanges, otherwise None."""
+    messages = conversation["messages"]
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    turns = messages[system is not None :]
+    pairs = list(zip(turns[::2], turns[1::2], strict=False))
+    plain = all(q["role"] == "user" and a["role"] == "assistant" for q, a in pairs)
+    return (system, pairs) if pairs and plain and len(turns) == 2 * len(pairs) else None
+
+
+def to_chatml(conversation: dict) -> dict:
+    """{"id", "text"}: the turns between <|im_start|> and <|im_end|>, as OpenAI's ChatML document has them."""
+    turns = (f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation["messages"])
+    return {"id": conversation["id"], "text": "".join(turns)}
+
+
+def to_alpaca(conversation: dict) -> dict | None:
+    """{"instruction", "input", "output"} of the last exchange; earlier ones as LLaMA-Factory's `history`."""
+    record = _last_exchange(conversation, "instruction", "output")
+    return record and {**record, "input": ""}
+
+
+def to_instruction(conversation: dict) -> dict | None:
+    """{"instruction", "response"} of the last exchange, with "history" and "system" where there are any."""
+    return _last_exchange(conversation, "instruction", "response")
+
+
+def _last_exchange(conversation: dict, question_key: str, answer_key: str) -> dict | None:
+    parts = split_turns(conversation)
+    if parts is None:
+        return None
+    system, exchanges = parts
+    question, answer = exchanges[-1]
+    record = {"id": conversation["id"], question_key: question["content"], answer_key: answer["content"]}
+    if system is not None:
+        record["system"] = system
+    if len(exchanges) > 1:
+        record["history"] = [[q["content"], a["content"]] for q, a in exchanges[:-1]]
+    return record
+
+
+def to_openai(conversation: dict) -> dict:
+    """{"id", "messages": [{"role", "content"}]}, the form of chat completions and of TRL."""
+    messages = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
+    return {"id": conversation["id"], "messages": messages}
+
+
+def to_sharegpt(conversation: dict) -> dict:
+    """{"id", "conversations": [{"from", "value"}]}."""
+    turns = [{"from": SHAREGPT_ROLES[m["role"]], "value": m["content"]} for m in conversation["messages"]]
+    return {"id": conversation["id"], "conversations": turns}
+
+
+_CONTAINERS: dict[str, Callable] = {
+    "json": _array(lambda conversation: conversation),
+    "csv": _csv,
+    "chatml": _lines(to_chatml),
+    "alpaca": _array(to_alpaca),
+    "instruction": _lines(to_instruction),
+    "openai": _lines(to_openai),
+    "sharegpt": _array(to_sharegpt),
+}
+
+
+def read_clean(folder: str | Path) -> Iterator[dict]:
+    """The conversations of a folder of clean shards, in the order of its clusters file's making."""
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        if path.name in ("rejected.jsonl", "clusters.jsonl"):
+            continue
+        with open(path, "rb") as file:
+            for line in file:
+                yield json.loads(line)

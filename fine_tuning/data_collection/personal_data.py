@@ -1,0 +1,573 @@
+"""Personal data in text: candidates by patterns that cannot run away, decided by validators.
+
+Order of precedence: SECRET, URL, EMAIL, IP, MAC, IBAN, CREDIT_CARD, US_SSN, NATIONAL_ID, PHONE. Where two overlap the
+longer one counts, of two equal ones the earlier in this order. Every pattern starts only where its first character
+can start a value and repeats with an upper bound or possessively, so a scan is linear in the text.
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Literal, NamedTuple, get_args
+
+PersonalDataType = Literal[
+    "SECRET", "URL", "EMAIL", "IP", "MAC", "IBAN", "CREDIT_CARD", "US_SSN", "NATIONAL_ID", "PHONE"
+]
+TYPES: tuple[str, ...] = get_args(PersonalDataType)
+PLACEHOLDER = re.compile(r"<(" + "|".join(TYPES) + r")_(\d{1,6})>")
+REGIONS = ("US", "GB", "DE", "FR")
+_ROUNDS = 8
+
+
+class Hit(NamedTuple):
+    """Personal data at text[start:end]."""
+
+    type: str
+    start: int
+    end: int
+
+
+def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REGIONS) -> list[Hit]:
+    """The personal data of a text in its order, without overlaps.
+
+    Args:
+        types: which of TYPES to look for.
+        regions: countries (ISO 3166) whose national phone numbers count; numbers with a + always do.
+    """
+    wanted = set(types)
+    hits: list[Hit] = []
+    has_digit = _DIGIT.search(text) is not None
+    for kind, finder in _finders(has_digit, text, regions):
+        if kind in wanted:
+            hits += (Hit(kind, start, end) for start, end in finder(text))
+    return _without_overlaps(hits) if len(hits) > 1 else hits
+
+
+def _finders(
+    has_digit: bool, text: str, regions: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
+    """The finders that the characters of the text leave possible: most texts have neither @ nor digits."""
+    yield "SECRET", _secrets
+    if "." in text:
+        yield "URL", _urls
+        if "@" in text:
+            yield "EMAIL", _emails
+    if has_digit or "::" in text:
+        yield "IP", _ips
+    if has_digit:
+        yield "MAC", _macs
+        yield "IBAN", _ibans
+        yield "CREDIT_CARD", _cards
+        yield "US_SSN", _ssns
+        yield "NATIONAL_ID", _national_ids
+        yield "PHONE", partial(_phones, regions=regions)
+
+
+def _without_overlaps(hits: list[Hit]) -> list[Hit]:
+    hits.sort(key=lambda hit: (hit.start - hit.end, TYPES.index(hit.type), hit.start))
+    taken: list[Hit] = []
+    for hit in hits:
+        if all(hit.end <= other.start or other.end <= hit.start for other in taken):
+            taken.append(hit)
+    return sorted(taken, key=lambda hit: hit.start)
+
+
+class Masker:
+    """Replaces personal data in the texts of one conversation by numbered placeholders, the same for the same value."""
+
+    def __init__(self, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REGIONS) -> None:
+        self._types, self._regions = tuple(types), regions
+        self._names: dict[tuple[str, str], str] = {}
+        self._used: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
+
+    def reserve(self, text: str) -> None:
+        """Keep the numbers of placeholders that stand in a text already, from an earlier cleaning or by hand."""
+        if "<" in text:
+            for match in PLACEHOLDER.finditer(text):
+                kind, number = match.group(1), int(match.group(2))
+                self._used[kind] = max(self._used.get(kind, 0), number)
+
+    def mask(self, text: str) -> str:
+        """The text with its personal data replaced. What a replacement uncovers beside it is replaced too."""
+        for _ in range(_ROUNDS):
+            hits = find(text, self._types, self._regions)
+            if not hits:
+                break
+            pieces, position = [], 0
+            for hit in hits:
+                pieces += (text[position : hit.start], self._name(hit.type, text[hit.start : hit.end]))
+                position = hit.end
+            text = "".join(pieces) + text[position:]
+        return text
+
+    def _name(self, kind: str, value: str) -> str:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        key = (kind, _same_value(kind, value))
+        if key not in self._names:
+            self._used[kind] = self._used.get(kind, 0) + 1
+            self._names[key] = f"<{kind}_{self._used[kind]}>"
+        return self._names[key]
+
+
+def _same_value(kind: str, value: str) -> str:
+    """The value without how it was written: 555-0100 and 555 0100 are one number."""
+    if kind in ("SECRET", "URL"):
+        return value
+    if kind in ("EMAIL", "IP"):
+        return value.lower()
+    return _SEPARATOR.sub("", value).upper()
+
+
+_DIGIT = re.compile(r"\d")
+_SEPARATOR = re.compile(r"[\s().:/-]+")
+_DIGITS = re.compile(r"\D+")
+
+
+def _digits(text: str) -> str:
+    return _DIGITS.sub("", text)
+
+
+# -----------------------------------------------------------------------------
+# secrets: formats that their issuers document, and values that are called a password or a key
+
+_TOKENS = re.compile(
+    r"(?<![A-Za-z0-9_])(?:"
+    r"(?:AKIA|ASIA|AGPA|AIDA|AROA)[A-Z0-9]{16}"  # AWS
+    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,100}"  # GitHub
+    r"|glpat-[A-Za-z0-9_-]{20,64}"  # GitLab
+    r"|sk-(?:proj-|ant-[a-z0-9]{1,10}-|or-v1-|svcacct-)?[A-Za-z0-9_-]{20,200}"  # OpenAI, Anthropic, OpenRouter
+    r"|xox[abeoprs]-[A-Za-z0-9-]{10,200}|xapp-[A-Za-z0-9-]{10,200}"  # Slack
+    r"|AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,200}|GOCSPX-[A-Za-z0-9_-]{28}"  # Google
+    r"|(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,128}|whsec_[A-Za-z0-9]{24,64}"  # Stripe
+    r"|SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}"  # SendGrid
+    r"|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,300}|hf_[A-Za-z0-9]{30,40}|dckr_pat_[A-Za-z0-9_-]{20,40}"
+    r"|do[opr]_v1_[a-f0-9]{64}|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}"
+    r"|(?:AC|SK)[0-9a-f]{32}|key-[0-9a-f]{32}|[0-9]{8,10}:AA[A-Za-z0-9_-]{33}"  # Twilio, Mailgun, Telegram
+    r"|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,1000}"  # JSON Web Token
+    r"|AGE-SECRET-KEY-1[A-Z0-9]{58}|dapi[a-f0-9]{32}|lin_api_[A-Za-z0-9]{40}|gsk_[A-Za-z0-9]{40,64}"
+    r")(?![A-Za-z0-9_])"
+)
+_TOKEN_HINT = re.compile(
+    r"AKIA|ASIA|AGPA|AIDA|AROA|gh[pousr]_|github_pat_|glpat-|sk-|xox|xapp-|AIza|ya29\.|GOCSPX|[srp]k_|whsec_|SG\.|npm_"
+    r"|pypi-|hf_|dckr_pat_|_v1_|shp|sq0|AC|SK|key-|:AA|eyJ|AGE-|dapi|lin_api_|gsk_"
+)
+_PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_NAMED = re.compile(
+    r"(?<![A-Za-z0-9])(?:[a-z0-9]{1,24}[_.-]){0,4}"
+    r"(?:pass(?:word|wd|phrase|code)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?(?:key|token|secret)|"
+    r"access[_ -]?(?:key|token)|auth[_ -]?token|client[_ -]?secret|private[_ -]?key|account[_ -]?key|token)"
+    r"[\"']?(?:\s{0,3}(?:=>|:=|==|=|:)\s{0,3}|\s{1,3}(?:is|was)\s{0,3}:?\s{1,3})"
+    r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))",
+    re.IGNORECASE,
+)
+_NAMED_HINT = re.compile(r"pass|pwd|secret|key|token", re.IGNORECASE)
+_BEARER = re.compile(
+    r"(?<![A-Za-z])(?:authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(?:bearer|basic)\s{1,2}([A-Za-z0-9_.~+/=-]{16,2000})",
+    re.IGNORECASE,
+)
+_BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+])|\d{6,}$")
+
+
+def _secrets(text: str) -> Iterator[tuple[int, int]]:
+    if _TOKEN_HINT.search(text):
+        yield from (match.span() for match in _TOKENS.finditer(text))
+    if "PRIVATE KEY" in text:
+        for start in _PRIVATE_KEY.finditer(text):
+            end = _PRIVATE_KEY_END.search(text, start.end())
+            yield start.start(), end.end() if end else len(text)
+    if _NAMED_HINT.search(text):
+        for match in _NAMED.finditer(text):
+            group = match.lastindex or 4
+            value, (start, end) = match.group(group), match.span(group)
+            if group == 4:
+                value = value.rstrip(".!?:")
+                end = start + len(value)
+            if _is_secret_value(value, quoted=group != 4):
+                yield start, end
+    if "earer" in text or "asic" in text or "EARER" in text:
+        for match in _BEARER.finditer(text):
+            if _DIGIT.search(match.group(1)):
+                yield match.span(1)
+
+
+_STAND_IN = re.compile(r"(?:your|my|the|some|an?|example|placeholder|change|insert|enter|todo)[_ -]?[a-z_ -]*$", re.I)
+
+
+def _is_secret_value(value: str, quoted: bool) -> bool:
+    """Whether a named value looks like a secret rather than a word, a placeholder or an expression of code."""
+    if "<" in value or value.startswith(("$", "%", "{", "os.", "process.", "env.", "http://", "https://", "/")):
+        return False
+    if set(value) <= set("*xX.-_•") or _STAND_IN.match(value):
+        return False
+    if quoted and len(value) >= 6:
+        return True
+    return len(value) >= 6 and _BARE_VALUE.match(value) is not None and not re.match(r"[A-Za-z_]\w*\.[A-Za-z_]", value)
+
+
+# -----------------------------------------------------------------------------
+# addresses of the net
+
+_SCHEME_URL = re.compile(r"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^\s<>\"'`{}|\\^]{3,2000}+", re.IGNORECASE)
+_WWW_URL = re.compile(r"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^\s<>\"'`{}|\\^]{2,2000}+", re.IGNORECASE)
+_BARE_URL = re.compile(
+    r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
+    r"([A-Za-z]{2,8}+)(?![A-Za-z0-9_@(-])(:\d{2,5})?(/[^\s<>\"'`{}|\\^]{0,1000}+)?"
+)
+# domains that people write without a scheme; others need a path behind them
+_BARE_DOMAINS = frozenset(
+    ("com", "org", "net", "edu", "gov", "info", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch", "at")
+)
+_PATH_DOMAINS = _BARE_DOMAINS | frozenset(
+    (
+        "io",
+        "me",
+        "ly",
+        "co",
+        "gl",
+        "gg",
+        "tv",
+        "app",
+        "dev",
+        "ai",
+        "us",
+        "xyz",
+        "to",
+        "be",
+        "gle",
+        "link",
+        "page",
+        "site",
+    )
+)
+_NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
+_EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+'-])([A-Za-z0-9_][A-Za-z0-9._%+'-]{0,63}+)@"
+    r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_][\w-]{1,23})(?![\w-]|\.[^\W_])"
+)
+_QUOTED_EMAIL = re.compile(r"\"[^\"\s@]{1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
+_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2}))?(?![\w]|\.\d|/\d)")
+_IPV6 = re.compile(
+    r"(?<![\w:.])([0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+(?:(?<=:)(?:\d{1,3}\.){3}\d{1,3})?)(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
+)
+_VERSION_BEFORE = re.compile(
+    r"(?:\bv|\bver\.?|\bversions?:?|\brelease|\bbuild|\bfirmware|\bupgrade[sd]? to|\bupdate[sd]? to|/|\bsection|"
+    r"\bchapter|\brev(?:ision)?\.?|==|>=|<=|~=|\bOID)\s{0,2}$",
+    re.IGNORECASE,
+)
+_MAC = re.compile(
+    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}|"
+    r"[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![\w:-]|\.\w)"
+)
+
+
+def _urls(text: str) -> Iterator[tuple[int, int]]:
+    for pattern, hint in ((_SCHEME_URL, "://"), (_WWW_URL, "ww.")):
+        if hint in text or hint.upper() in text:
+            for match in pattern.finditer(text):
+                end = _url_end(text, *match.span())
+                if end > match.start() + 6:
+                    yield match.start(), end
+    for match in _BARE_URL.finditer(text):
+        domain, path = match.group(2), match.group(4)
+        name = match.group(1) + domain
+        if domain.lower() not in (_PATH_DOMAINS if path else _BARE_DOMAINS) or name.lower() in _NOT_DOMAINS:
+            continue
+        if (path or domain == domain.lower()) and not name.lower().startswith(("www.", "e.g.", "i.e.")):
+            labels = match.group(1).rstrip(".").split(".")
+            if len(domain) > 2 or path or len(labels) > 1 or len(labels[0]) > 3:
+                yield match.start(), _url_end(text, *match.span())
+
+
+def _url_end(text: str, start: int, end: int) -> int:
+    """Where a URL ends once the sentence's own punctuation and closing brackets are taken off."""
+    opened = {")": text.count("(", start, end), "]": text.count("[", start, end)}
+    closed = {")": text.count(")", start, end), "]": text.count("]", start, end)}
+    while end > start:
+        last = text[end - 1]
+        if last in ".,;:!?'*_~…。、，）»”’":
+            end -= 1
+        elif last in ")]" and closed[last] > opened[last]:
+            closed[last] -= 1
+            end -= 1
+        elif last in "([":
+            end -= 1
+        else:
+            break
+    return end
+
+
+def _emails(text: str) -> Iterator[tuple[int, int]]:
+    for match in _EMAIL.finditer(text):
+        local = match.group(1)
+        lead = len(local) - len(local.lstrip("'"))
+        if ".." not in local and not local.endswith(".") and "_" not in match.group(2):
+            yield match.start() + lead, match.end()
+    if '"@' in text:
+        yield from (match.span() for match in _QUOTED_EMAIL.finditer(text))
+
+
+def _ips(text: str) -> Iterator[tuple[int, int]]:
+    if "." in text:
+        for match in _IPV4.finditer(text):
+            if _is_address(match.group(1), match.group(2)) and not _VERSION_BEFORE.search(
+                text, max(0, match.start() - 16), match.start()
+            ):
+                yield match.span()
+    if text.count(":") >= 2:
+        for match in _IPV6.finditer(text):
+            if _is_address(match.group(1), None):
+                yield match.span()
+
+
+def _is_address(value: str, prefix: str | None) -> bool:
+    """A valid address that can be somebody's: loopback and the unspecified address are everybody's."""
+    try:
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    if prefix is not None and int(prefix) > 32:
+        return False
+    return not (address.is_loopback or address.is_unspecified)
+
+
+def _macs(text: str) -> Iterator[tuple[int, int]]:
+    for match in _MAC.finditer(text):
+        digits = _SEPARATOR.sub("", match.group()).upper()
+        if digits not in ("000000000000", "FFFFFFFFFFFF"):
+            yield match.span()
+
+
+# -----------------------------------------------------------------------------
+# numbers that name a person or an account
+
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{1,4}){3,9}", re.IGNORECASE)
+_CARD = re.compile(r"(?<![\w.-])(?<!\d[ ,])\d(?:[ -]?\d){11,18}+(?![\w-]|[.,]\d)")
+_NOT_A_CARD = re.compile(
+    r"(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|reference|ref|id|"
+    r"timestamp|part|hash)\b[\w\s.]{0,12}[:#=]?\s{0,2}#?$",
+    re.IGNORECASE,
+)
+_SSN = re.compile(r"(?<![\w-])(?<!\d[. ])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
+_BARE_SSN = re.compile(
+    r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
+)
+_NATIONAL = re.compile(
+    r"(?<![\w.-])(?:"
+    r"(?P<cpf>\d{3}\.\d{3}\.\d{3}-\d{2})"  # Brazil
+    r"|(?P<nino>[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D])"  # United Kingdom
+    r"|(?P<codice>[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z])"  # Italy
+    r"|(?P<dni>(?:\d{8}|[XYZ]-?\d{7})-?[A-Z])"  # Spain
+    r"|(?P<nir>[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2})"  # France
+    r"|(?P<sin>\d{3}[ -]\d{3}[ -]\d{3})"  # Canada
+    r"|(?P<aadhaar>[2-9]\d{3} \d{4} \d{4})"  # India
+    r"|(?P<pan>[A-Z]{3}[PCHFATBLJG][A-Z]\d{4}[A-Z])"  # India, tax
+    r"|(?P<curp>[A-Z]{4}\d{6}[HM][A-Z]{5}[A-Z0-9]\d)"  # Mexico
+    r"|(?P<pesel>\d{11})"  # Poland
+    r")(?![\w-]|\.\d)"
+)
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    for match in _IBAN.finditer(text):
+        value, end = match.group(), match.end()
+        known = _iban_lengths().get(value[:2].upper())
+        if known is None:
+            continue
+        end = _end_after(value, known)
+        if end is None or text[match.start() + end : match.start() + end + 1].isalnum():
+            continue
+        compact = re.sub(r"[ -]", "", value[:end]).upper()
+        if _iban_checksum(compact):
+            yield match.start(), match.start() + end
+
+
+def _end_after(value: str, count: int) -> int | None:
+    """Index behind the `count`th letter or digit of a value that may have separators."""
+    seen = 0
+    for index, character in enumerate(value):
+        seen += character.isalnum()
+        if seen == count:
+            return index + 1
+    return None
+
+
+@cache
+def _iban_lengths() -> dict[str, int]:
+    """Country → length of its IBANs, from the registry (ISO 13616) that python-stdnum carries."""
+    from stdnum import numdb
+
+    return {
+        country: 4 + sum(int(count) for count in re.findall(r"(\d+)!", properties["bban"]))
+        for _, country, _, properties, _ in numdb.get("iban").prefixes
+    }
+
+
+def _iban_checksum(value: str) -> bool:
+    """ISO 13616: the first four characters go to the end, letters count from 10, and the number is 1 modulo 97."""
+    moved = value[4:] + value[:4]
+    return int("".join(str(int(c, 36)) for c in moved)) % 97 == 1
+
+
+def _cards(text: str) -> Iterator[tuple[int, int]]:
+    for match in _CARD.finditer(text):
+        digits = _digits(match.group())
+        if _is_card(digits) and not _NOT_A_CARD.search(text, max(0, match.start() - 30), match.start()):
+            yield match.span()
+
+
+def _is_card(digits: str) -> bool:
+    """Length and prefix of a known scheme (ISO/IEC 7812), Luhn checksum, and more than one digit in use."""
+    length, two, three, four = len(digits), int(digits[:2]), int(digits[:3]), int(digits[:4])
+    scheme = (
+        (digits[0] == "4" and length in (13, 16, 19))
+        or ((51 <= two <= 55 or 2221 <= four <= 2720) and length == 16)
+        or (two in (34, 37) and length == 15)
+        or ((300 <= three <= 305 or two in (36, 38, 39)) and 14 <= length <= 19)
+        or ((four == 6011 or two == 65 or 644 <= three <= 649 or two in (62, 81)) and 16 <= length <= 19)
+        or (3528 <= four <= 3589 and 16 <= length <= 19)
+        or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
+    )
+    return scheme and len(set(digits)) > 2 and luhn(digits)
+
+
+def luhn(digits: str) -> bool:
+    """ISO/IEC 7812-1, annex B."""
+    total = 0
+    for index, digit in enumerate(reversed(digits)):
+        value = int(digit) * (1 + index % 2)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def _ssns(text: str) -> Iterator[tuple[int, int]]:
+    from stdnum.us import ssn
+
+    for match in _SSN.finditer(text):
+        if ssn.is_valid(_digits(match.group())):
+            yield match.span()
+    if "ssn" in text.lower() or "ecurity" in text:
+        for match in _BARE_SSN.finditer(text):
+            if ssn.is_valid(match.group(1)):
+                yield match.span(1)
+
+
+def _national_ids(text: str) -> Iterator[tuple[int, int]]:
+    for match in _NATIONAL.finditer(text):
+        if _national_check(match.lastgroup or "", match.group(), text[max(0, match.start() - 24) : match.start()]):
+            yield match.span()
+
+
+def _national_check(kind: str, value: str, before: str) -> bool:
+    from stdnum.br import cpf
+    from stdnum.ca import sin
+    from stdnum.es import dni, nie
+    from stdnum.fr import nir
+    from stdnum.in_ import aadhaar
+    from stdnum.it import codicefiscale
+    from stdnum.mx import curp
+    from stdnum.pl import pesel
+
+    if kind in ("nino", "pan"):
+        return kind == "nino" or _NAMED_ID.search(before) is not None
+    if kind in ("pesel", "sin", "aadhaar") and not _NAMED_ID.search(before):
+        return False
+    if kind == "dni":
+        return dni.is_valid(value) or nie.is_valid(value)
+    checks = {
+        "cpf": cpf,
+        "sin": sin,
+        "nir": nir,
+        "aadhaar": aadhaar,
+        "codice": codicefiscale,
+        "curp": curp,
+        "pesel": pesel,
+    }
+    return checks[kind].is_valid(value)
+
+
+_NAMED_ID = re.compile(
+    r"(?:\b(?:pan|sin|pesel|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
+)
+
+# -----------------------------------------------------------------------------
+# phone numbers
+
+_PHONE = re.compile(r"(?<![\w.,/=#$€£&+-])(?<!\d[ (])(?:\+|\(\+?)?\d[\d ().\u00a0\u2010\u2011/-]{5,}+")
+_EXTENSION = re.compile(r"\s{0,2}(?:ext\.?|extension|x|#)\s{0,2}\d{1,6}(?!\w)", re.IGNORECASE)
+_CALLED_A_PHONE = re.compile(
+    r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
+    r"telefon|handy|rufnummer|t[ée]l[ée]phone|tel[ée]fono|celular|telefone|numero|number)\b)[^\d\n]{0,24}$",
+    re.IGNORECASE,
+)
+_CALLED_OTHERWISE = re.compile(
+    r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
+    r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent)\b"
+    r"(?:\s(?:number|no|num|id|code))?\.?[^\w\n]{0,4}$",
+    re.IGNORECASE,
+)
+_DATE_OR_TIME = re.compile(
+    r"(?:(?:19|20)\d{2}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d{2})(?:$|[ T(-])"
+    r"|(?:19|20)\d{2} ?- ?(?:19|20)\d{2}$"
+)
+_ISBN_13 = re.compile(r"97[89][- ]?\d")
+
+
+def _phones(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    for match in _PHONE.finditer(text):
+        start = match.start()
+        value = match.group().rstrip(" ().\u00a0\u2010\u2011/-")
+        if value.count("(") > value.count(")"):
+            value = value[: value.rfind("(")].rstrip(" -.")
+        count = sum(map(str.isdigit, value))
+        follows = text[start + len(value) : start + len(value) + 1]
+        if not 7 <= count <= 15 or len(value) > 28 or follows.isalnum() or follows in ("_", "%", "°", "€"):
+            continue
+        if _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
+            continue
+        before = text[max(0, start - 40) : start]
+        if _is_phone(value, before, regions):
+            end = start + len(value)
+            extension = _EXTENSION.match(text, end)
+            yield start, extension.end() if extension else end
+
+
+def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
+    """Valid for its country, and either international, or written the way the country writes it, or called a phone."""
+    if _CALLED_OTHERWISE.search(before):
+        return False
+    if value.startswith(("+", "(+")):
+        return _valid_grouping(value, None) is not None
+    if value.startswith("00") and _valid_grouping("+" + value[2:], None):
+        return True
+    called = _CALLED_A_PHONE.search(before) is not None
+    if not called and value.isdigit():
+        return False
+    for region in regions:
+        groups = _valid_grouping(value, region)
+        if groups is None:
+            continue
+        written = _GROUP.findall(value)
+        if written[0] in ("1", "0") and len(written) > 2:  # the trunk prefix, written apart
+            written = written[1:]
+        if called or (len(written) > 1 and written[0] == groups[0]):
+            return True
+    return False
+
+
+_GROUP = re.compile(r"\d+")
+
+
+def _valid_grouping(value: str, region: str | None) -> tuple[str, ...] | None:
+    """How the number's own country groups its digits, or None if it is no valid number."""
+    import phonenumbers
+
+    try:
+        number = phonenumbers.parse(value, region)
+    except phonenumbers.NumberParseException:
+        return None
+    if not phonenumbers.is_valid_number(number):
+        return None
+    return tuple(_GROUP.findall(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)))
