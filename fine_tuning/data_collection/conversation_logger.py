@@ -82,6 +82,15 @@ class ConversationLogger:
             raise ValueError("a rating is 1, -1 or None")
         return self._log("feedback", message_id, conversation_id, rating=rating, comment=comment, by=by)
 
+    def log_preference(
+        self, message_id: str, over: list[str], by: str | None = None, conversation_id: str | None = None
+    ) -> str:
+        """Log that a reply is better than others to the same question. Returns the event's id.
+
+        Replies to one question are exchanges whose `metadata["replaces"]` names the exchange before.
+        """
+        return self._log("feedback", message_id, conversation_id, over=list(over), by=by)
+
     def log_edit(self, message_id: str, content: str, by: str | None = None, conversation_id: str | None = None) -> str:
         """Log what a person would have answered instead. Returns the event's id."""
         return self._log("edit", message_id, conversation_id, content=content, by=by)

@@ -15,7 +15,7 @@ MANIFEST = Path("data/manifest.json")
 DERIVED = ("data/clean", "data/exports", "data/prepared")
 TITLES = Path(".whetstone/titles.json")
 CHAT = "chat"  # the source of conversations that were held here, not imported
-TITLE_CHARACTERS = 48
+TITLE_CHARACTERS = 32
 
 
 def conversations(checkout: Path, logger: ConversationLogger) -> list[dict]:

@@ -121,12 +121,18 @@ def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
 def _delete(here: App, conversation: dict) -> None:
     for line in chat_history.whereabouts(here.checkout, here.logger, conversation["id"]):
         st.markdown(f"- {line}")
-    if st.button("Delete it", type="primary", icon=":material/delete:", key="delete-now"):
-        desk.drop(conversation["id"])
-        here.logger.log_delete(conversation_id=conversation["id"])
-        chat_history.rename(here.checkout, conversation["id"], "")
-        _open_new()
+    if st.button(
+        "Delete it", type="primary", icon=":material/delete:", key="delete-now",
+        on_click=_delete_now, args=(here, conversation["id"]),
+    ):  # fmt: skip
         st.rerun()
+
+
+def _delete_now(here: App, identity: str) -> None:
+    desk.drop(identity)
+    here.logger.log_delete(conversation_id=identity)
+    chat_history.rename(here.checkout, identity, "")
+    _open_new()
 
 
 def _choose_model(here: App, models: list[ChatModel]) -> Asking:
@@ -193,6 +199,7 @@ def _below_reply(
             )  # fmt: skip
         if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
             _edit(here, conversation["id"], identity, text)
+        st.caption(plain(_origin(message, bool(entry.get("edited")))))
     if rating is not None:
         st.text_input(
             "Why?", entry.get("comment") or "", key=f"why-{identity}", placeholder="Why? (optional)",
@@ -200,7 +207,6 @@ def _below_reply(
         )  # fmt: skip
     if others := message.get("alternatives"):
         _alternatives(here, conversation, message, others)
-    st.caption(plain(_origin(message, bool(entry.get("edited")))))
 
 
 def _origin(message: dict, edited: bool) -> str:
@@ -249,10 +255,18 @@ def _comment(here: App, conversation_id: str, message_id: str) -> None:
 
 @st.dialog("What should the reply have been?", width="large")
 def _edit(here: App, conversation_id: str, message_id: str, text: str) -> None:
-    content = st.text_area("Reply", text, height=300, key=f"edited-{message_id}", label_visibility="collapsed")
-    if st.button("Save", type="primary", key="save-edit", disabled=not content.strip()):
-        here.logger.log_edit(message_id, content, conversation_id=conversation_id)
+    key = f"edited-{message_id}"
+    st.text_area("Reply", text, height=300, key=key, label_visibility="collapsed")
+    if st.button(
+        "Save", type="primary", key="save-edit", on_click=_save_edit, args=(here, conversation_id, message_id)
+    ):
         st.rerun()
+
+
+def _save_edit(here: App, conversation_id: str, message_id: str) -> None:
+    content = st.session_state[f"edited-{message_id}"].strip()
+    if content:
+        here.logger.log_edit(message_id, content, conversation_id=conversation_id)
 
 
 # ------------------------------------------------------------------------------------------------ what is on its way

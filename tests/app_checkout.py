@@ -1,0 +1,33 @@
+"""A checkout that the app can run in: a tiny base with its GGUF, params.yaml with short replies, no Ollama."""
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from fine_tuning.model_management.gguf_writer import write_gguf
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+APP = REPOSITORY / "fine_tuning" / "integration" / "streamlit_app.py"
+NOBODY = "http://127.0.0.1:9"  # the discard port: a connection is refused at once
+
+
+def write_checkout(folder: Path, base: Path, host: str = NOBODY, **app: object) -> Path:
+    """Make `folder` a checkout with `base` (a tiny model folder) as the base; `app` changes that section."""
+    shutil.copy(REPOSITORY / "dvc.yaml", folder)
+    params = yaml.safe_load((REPOSITORY / "params.yaml").read_bytes())
+    params["deploy"] |= {"host": host}
+    params["app"] |= {"max_tokens": 24, "context": 512, "slots": 2, **app}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.copytree(base, folder / "models" / "base")
+    shutil.copytree(REPOSITORY / ".streamlit", folder / ".streamlit")
+    gguf = folder / "models" / "base" / "base-Q8_0.gguf"
+    if not gguf.exists():
+        write_gguf(folder / "models" / "base", gguf, "Q8_0")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """The environment without an Ollama or MLflow of the person who runs the tests."""
+    return {name: value for name, value in os.environ.items() if name not in ("OLLAMA_HOST", "MLFLOW_TRACKING_URI")}

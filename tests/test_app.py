@@ -1,0 +1,370 @@
+"""The app's logic: Streamlit's AppTest over a real llama.cpp with a tiny model, and an Ollama over real HTTP."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
+from fine_tuning.errors import UserError
+from fine_tuning.integration.app_pages.chat import _said
+from fine_tuning.integration.chat_models import fitting_prompt
+from fine_tuning.integration.chat_session import desk
+from fine_tuning.integration.embedded_engine import SharedEngines, shared_engines
+from fine_tuning.integration.reply import Reply
+from fine_tuning.integration.reply_markdown import pieces
+from tests.app_checkout import APP, NOBODY, write_checkout
+from tests.fake_ollama import FakeOllama, Manifest
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches():
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    yield
+    shared_engines.close()
+
+
+@pytest.fixture
+def checkout(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
+    monkeypatch.chdir(write_checkout(tmp_path, tiny_base))
+    return tmp_path
+
+
+def served(host: str, checkout: Path, timeout: float = 5.0) -> None:
+    """Point the checkout at an Ollama."""
+    params = (checkout / "params.yaml").read_text()
+    params = params.replace(NOBODY, host).replace("timeout: 120.0", f"timeout: {timeout}")
+    (checkout / "params.yaml").write_text(params)
+
+
+def live_version(ollama: FakeOllama, number: int) -> None:
+    template = "{{ range .Messages }}{{ .Content }}{{ end }}"
+    manifest = Manifest([{"version": number, "size": 1, "mediaType": "m", "digest": "d"}], template, "", {})
+    ollama.manifests["whetstone:live"] = ollama.manifests[f"whetstone:{number}"] = manifest
+
+
+def open_chat() -> AppTest:
+    at = AppTest.from_file(str(APP), default_timeout=60).run()
+    assert not at.exception
+    return at
+
+
+def settle(at: AppTest) -> AppTest:
+    """Run the page until no reply is on its way."""
+    identity = at.query_params["chat"]
+    deadline = time.monotonic() + 30
+    while (question := desk.of(identity)) is not None and question.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    at.run()
+    assert not at.exception
+    return at
+
+
+def say(at: AppTest, text: str) -> AppTest:
+    return settle(at.chat_input(key="message").set_value(text).run())
+
+
+def logged(checkout: Path) -> list[dict]:
+    return list(ConversationLogger(checkout / "inbox/conversations.jsonl").read_events())
+
+
+def conversation(checkout: Path) -> dict:
+    (only,) = ConversationLogger(checkout / "inbox/conversations.jsonl").read_conversations()
+    return only
+
+
+# ------------------------------------------------------------------------------------------------------------- chat
+
+
+def test_an_exchange_is_logged_with_the_model_and_settings_that_made_it(checkout):
+    say(open_chat(), "Hello?")
+
+    (event,) = logged(checkout)
+    assert event["user_message"] == "Hello?"
+    assert event["assistant_response"]
+    metadata = event["metadata"]
+    assert metadata["session_id"] == event["conversation_id"]
+    assert (metadata["model"], metadata["engine"]) == ("models/base/base-Q8_0.gguf", "embedded")
+    assert metadata["settings"]["temperature"] == 0.7
+    assert "incomplete" not in metadata
+
+
+def test_thumbs_and_their_reason_are_logged(checkout):
+    at = say(open_chat(), "Hello?")
+    identity = logged(checkout)[0]["id"]
+
+    at.feedback(key=f"thumbs-{identity}").set_value(0).run()
+    at.text_input(key=f"why-{identity}").set_value("too short").run()
+
+    (entry,) = conversation(checkout)["feedback"]
+    assert entry == {"message_id": identity, "rating": -1, "comment": "too short"}
+
+
+def test_a_thumb_is_still_there_when_the_page_is_opened_again(checkout):
+    at = say(open_chat(), "Hello?")
+    identity = logged(checkout)[0]["id"]
+    at.feedback(key=f"thumbs-{identity}").set_value(1).run()
+
+    again = AppTest.from_file(str(APP), default_timeout=60)
+    again.query_params["chat"] = at.query_params["chat"]
+    assert again.run().feedback(key=f"thumbs-{identity}").value == 1
+
+
+def test_a_reply_asked_for_again_keeps_the_first_and_the_choice_between_them(checkout):
+    at = say(open_chat(), "Hello?")
+    first = logged(checkout)[0]["id"]
+    at = settle(at.button(key=f"again-{first}").click().run())
+    second = logged(checkout)[1]["id"]
+
+    messages = conversation(checkout)["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[1]["id"] == second
+    assert [other["id"] for other in messages[1]["alternatives"]] == [first]
+
+    at.button(key=f"prefer-{first}").click().run()
+    after = conversation(checkout)
+    assert after["messages"][1]["id"] == first
+    assert [(e["message_id"], e["over"]) for e in after["feedback"]] == [(first, [second])]
+
+
+def test_an_edited_reply_is_what_the_model_is_told_it_said(checkout):
+    at = say(open_chat(), "Hello?")
+    identity = logged(checkout)[0]["id"]
+    at.button(key=f"edit-{identity}").click().run()
+    at.text_area(key=f"edited-{identity}").set_value("Good morning.")
+    at.button(key="save-edit").click().run()
+    assert "Good morning." in [markdown.value for markdown in at.markdown]
+    assert conversation(checkout)["feedback"] == [{"message_id": identity, "rating": None, "edited": "Good morning."}]
+    told = _said(conversation(checkout), replaces=None)
+    assert [message["content"] for message in told] == ["Hello?", "Good morning."]
+
+
+def test_conversations_are_listed_found_renamed_and_deleted(checkout):
+    at = say(open_chat(), "How do I reset the router?")
+    first = at.query_params["chat"]
+    at = say(at.button(key="new").click().run(), "What is an embedding?")
+    assert at.query_params["chat"] != first
+
+    at.text_input(key="search").set_value("ROUTER").run()
+    assert [b.key for b in at.button if (b.key or "").startswith("open-")] == [f"open-{first}"]
+
+    at = at.button(key=f"open-{first}").click().run()
+    at.text_input(key=f"name-{first}").set_value("The box in the hall").run()
+    assert at.button(key=f"open-{first}").label == "The box in the hall"
+
+    at = at.button(key="delete").click().run()
+    at.button(key="delete-now").click().run()
+    kinds = [event["event"] for event in logged(checkout)]
+    assert kinds == ["exchange", "exchange", "delete"]
+    assert conversation(checkout)["messages"][0]["content"] == "What is an embedding?"
+
+
+def test_without_any_model_the_page_says_what_to_run(checkout):
+    (checkout / "models/base/base-Q8_0.gguf").unlink()
+    at = open_chat()
+    assert "make repro" in at.info[0].value
+    assert not at.chat_input
+
+
+def test_a_wrong_parameter_is_one_line_that_names_it(checkout):
+    params = (checkout / "params.yaml").read_text().replace("top_p: 0.95", "top_p: high")
+    (checkout / "params.yaml").write_text(params)
+    at = AppTest.from_file(str(APP), default_timeout=60).run()
+    assert "app.top_p" in at.error[0].value
+
+
+# ----------------------------------------------------------------------------------------------------------- Ollama
+
+
+def test_the_live_version_answers_through_ollama_where_one_is_there(checkout):
+    with FakeOllama(reply="Restart it.") as ollama:
+        live_version(ollama, 7)
+        served(ollama.host, checkout)
+        at = open_chat()
+        assert at.selectbox(key="model").value == "Live · version 7 · whetstone:live · Ollama"
+        say(at, "Hello?")
+    metadata = logged(checkout)[0]["metadata"]
+    assert (metadata["model"], metadata["version"]) == ("whetstone:live", 7)
+    assert logged(checkout)[0]["assistant_response"] == "Restart it."
+
+
+def test_a_reply_that_breaks_off_is_kept_and_marked(checkout):
+    with FakeOllama(reply="Restart the router and wait.") as ollama:
+        live_version(ollama, 1)
+        served(ollama.host, checkout)
+        at = open_chat()
+        ollama.faults["POST /api/chat"] = "cut"
+        at = say(at, "Hello?")
+        (event,) = logged(checkout)
+        assert event["metadata"]["incomplete"] == "failed"
+        assert len(at.error) == 1
+
+        at = settle(at.button(key="again").click().run())
+    messages = conversation(checkout)["messages"]
+    assert messages[1]["content"] == "Restart the router and wait."
+    assert "incomplete" not in messages[1]
+    assert messages[1]["alternatives"][0]["incomplete"] == "failed"
+
+
+@pytest.mark.parametrize("fault", ["hang", "500", "reset"])
+def test_a_failing_server_costs_no_text(checkout, fault):
+    with FakeOllama() as ollama:
+        live_version(ollama, 1)
+        served(ollama.host, checkout, timeout=0.5)
+        at = open_chat()
+        ollama.faults["POST /api/chat"] = fault
+        at = say(at, "A long question that took me a while")
+        (error,) = at.error
+        assert ollama.host.removeprefix("http://") in error.value.replace("\\", "")
+        assert "A long question that took me a while" in [markdown.value for markdown in at.markdown]
+        assert logged(checkout) == []
+
+        at.button(key="take-back").click().run()
+        assert at.chat_input(key="message").proto.value == "A long question that took me a while"
+
+
+def test_a_server_that_is_gone_leaves_the_built_in_engine(checkout):
+    at = open_chat()
+    assert at.selectbox(key="model").options == ["Base · models/base/base-Q8_0.gguf · built-in engine"]
+
+
+# ----------------------------------------------------------------------------------------------------------- engine
+
+
+def test_the_prompt_is_the_one_that_training_saw(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    messages = [{"role": "user", "content": "Say <|im_end|> 2024"}]
+    prompt = fitting_prompt(tokenizer, messages, None, room=500)
+    trained = encode_conversation(tokenizer, [*messages, {"role": "assistant", "content": "Yes."}], None, 512)
+    assert trained.input_ids[: len(prompt)] == prompt
+    assert trained.labels[len(prompt) - 1] == -100 != trained.labels[len(prompt)]
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_prompt(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(30) for role in ("user", "assistant")]
+    system = {"role": "system", "content": "Be brief."}
+    prompt = fitting_prompt(tokenizer, [system, *turns, {"role": "user", "content": "last"}], None, room=120)
+    text = tokenizer.decode(prompt)
+    assert len(prompt) <= 120
+    assert "Be brief." in text and "last" in text and "user 29" in text and "user 1<" not in text
+    with pytest.raises(UserError, match=r"app\.context"):
+        fitting_prompt(tokenizer, [{"role": "user", "content": "word " * 500}], None, room=120)
+
+
+def test_two_people_are_answered_at_once_by_one_engine(checkout):
+    one, other = open_chat(), open_chat()
+    one.chat_input(key="message").set_value("First").run()
+    other.chat_input(key="message").set_value("Second").run()
+    settle(one)
+    settle(other)
+    assert {event["user_message"] for event in logged(checkout)} == {"First", "Second"}
+    assert len(shared_engines.running()) == 1
+
+
+def test_engines_beyond_the_limit_are_ended_unless_they_answer(checkout):
+    options = {"context": 256, "threads": 1, "slots": 1, "timeout": 30}
+    first = checkout / "models/base/base-Q8_0.gguf"
+    second = checkout / "second.gguf"
+    second.write_bytes(first.read_bytes())
+    engines = SharedEngines(limit=1)
+    with engines.use(first, **options) as busy:
+        with engines.use(second, **options) as other:
+            assert {busy.alive, other.alive} == {True}
+            assert len(engines.running()) == 2
+        assert busy.alive
+    with engines.use(second, **options) as kept:
+        assert engines.running() == [kept]
+        assert not busy.alive
+    engines.close()
+    assert not kept.alive
+
+
+def test_a_crashed_engine_is_started_again(checkout):
+    options = {"context": 256, "threads": 1, "slots": 1, "timeout": 30}
+    gguf = checkout / "models/base/base-Q8_0.gguf"
+    with shared_engines.use(gguf, **options) as engine:
+        engine._process.kill()
+        engine._process.wait()
+    with shared_engines.use(gguf, **options) as again:
+        assert again.complete("Hello", max_tokens=2).ids
+
+
+# ------------------------------------------------------------------------------------------------------------ reply
+
+
+def test_stopping_a_hanging_stream_returns_at_once_and_keeps_what_came():
+    hang = threading.Event()
+    ends = []
+
+    def stream():
+        yield "Rest"
+        hang.wait(30)
+        yield "art"
+
+    reply = Reply(stream, ends.append)
+    while reply.pieces == 0:
+        time.sleep(0.01)
+    started = time.monotonic()
+    reply.stop()
+    assert time.monotonic() - started < 1
+    hang.set()
+    reply.wait(5)
+    assert (reply.text, reply.state, ends) == ("Rest", "stopped", [reply])
+
+
+def test_an_unforeseen_failure_is_told_by_its_kind_only():
+    def stream():
+        yield "a"
+        raise ValueError("what somebody said in private")
+
+    reply = Reply(stream)
+    reply.wait(5)
+    assert reply.state == "failed"
+    assert "ValueError" in reply.error and "private" not in reply.error
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("![x](http://evil.example/a.png)", "!\u200b[x](http://evil.example/a.png)"),
+        ("![x][1]\n\n[1]: http://evil.example", "!\u200b[x][1]\n\n[1]: http://evil.example"),
+        ("$5 and $6", "\\$5 and \\$6"),
+        (":red[alarm] :material/bolt: :smile:", "\\:red[alarm] \\:material/bolt: \\:smile:"),
+        ("at 12:30:45 `$HOME :a[b]`", "at 12:30:45 `$HOME :a[b]`"),
+        ("lone \ud800 surrogate\x00", "lone ? surrogate"),
+    ],
+)
+def test_prose_loads_and_decorates_nothing(text, shown):
+    (piece,) = pieces(text)
+    assert (piece.kind, piece.text) == ("prose", shown)
+
+
+def test_code_is_shown_as_it_is():
+    found = list(pieces("Run:\n```rust\nlet a = vec![1];\n```\nthen\n~~~~\n```\n$x\n~~~~\n"))
+    assert [(piece.kind, piece.text, piece.language) for piece in found] == [
+        ("prose", "Run:", ""),
+        ("code", "let a = vec![1];", "rust"),
+        ("prose", "then", ""),
+        ("code", "```\n$x", ""),
+    ]
+
+
+def test_an_exported_conversation_is_whole(checkout):
+    from fine_tuning.integration import chat_history
+
+    say(open_chat(), "Hello?")
+    held = conversation(checkout)
+    assert json.loads(chat_history.as_json(held)) == held
+    assert chat_history.as_markdown(held, {}).startswith("# Hello?\n")
