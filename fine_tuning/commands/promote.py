@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.commands.dvc_files import LOCK, files_below, locate, locked_md5, md5_file, md5_path, read_lock
+from fine_tuning.commands.dvc_files import LOCK, dvc_add, files_below, locate, locked_md5, md5_file, md5_path, read_lock
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
-from fine_tuning.project import artifact_root, git_commit, main_checkout, root, run_command, sha256_file, tracking_uri
+from fine_tuning.project import artifact_root, git_commit, main_checkout, root, sha256_file, tracking_uri
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params
 from fine_tuning.training.tracking import flatten
@@ -292,7 +291,7 @@ def keep_champion(version: ModelVersion, verdict: Verdict, probes: list[Probe], 
     write_json(STAGED / "probes.json", [asdict(probe) for probe in probes])
     shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
     STAGED.rename(CHAMPION_FILES)
-    run_command(sys.executable, "-m", "dvc", "add", "--quiet", CHAMPION_FILES.as_posix())
+    dvc_add(CHAMPION_FILES)
     known, merged = read_champion(), CHAMPION_FILES / "merged" / "model.safetensors"
     same = known.get("version") == version.number and known.get("adapter_sha256") == verdict.adapter_sha256
     described = {

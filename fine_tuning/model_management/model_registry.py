@@ -1,5 +1,6 @@
 """Model versions in MLflow: registered once each, with aliases that move only from where they were seen."""
 
+import logging
 import math
 import os
 import re
@@ -62,6 +63,8 @@ class ModelRegistry:
     def __init__(self, name: str, uri: str, artifacts: Path, locks: Path, *, patience: float = 30.0) -> None:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        # It prints a traceback for every attempt on a locked database; `_try` has the one line for it.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self.name = check_model_name(name)
         self.uri = uri
         self.patience = patience

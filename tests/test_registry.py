@@ -1,0 +1,186 @@
+"""The registry on a real SQLite store: one version for one content, aliases that always name something whole."""
+
+import math
+import sqlite3
+import subprocess
+import sys
+import threading
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry
+from tests.registered import environment
+
+FIRST, SECOND, THIRD = ("1" * 64, "2" * 64, "3" * 64)
+NUMBERS = count()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def registry(store):
+    return open_registry(store, f"model{next(NUMBERS)}")
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "weights").write_bytes(b"weights")
+    return folder
+
+
+def open_registry(store: Path, name: str, **options) -> ModelRegistry:
+    return ModelRegistry(name, f"sqlite:///{store / 'mlflow.db'}", store / "artifacts", store / "locks", **options)
+
+
+def register(registry, files, content):
+    return registry.register(content, files, {"adapter_sha256": content, "base_model": "tiny"}, {"perplexity": 9.2})
+
+
+def test_a_version_carries_its_files_tags_and_metrics(registry, files, tmp_path):
+    version, new = register(registry, files, FIRST)
+    assert new and version.number == 1 and version.tag == f"{registry.name}:1"
+    assert version.tags["base_model"] == "tiny"
+    assert registry.download(version, "adapter/weights", tmp_path).read_bytes() == b"weights"
+    run = registry._client.get_run(version.run_id)
+    assert run.data.metrics == {"perplexity": 9.2} and run.info.status == "FINISHED"
+
+
+def test_the_same_content_is_the_same_version(registry, files):
+    first, _ = register(registry, files, FIRST)
+    again, new = register(registry, files, FIRST)
+    assert not new and again == first
+    assert register(registry, files, SECOND)[0].number == 2
+
+
+def test_a_version_belongs_to_the_run_that_trained_its_adapter(registry, files):
+    run = registry._client.create_run(registry._experiment, tags={"adapter_sha256": THIRD})
+    version, _ = register(registry, files, THIRD)
+    assert version.run_id == run.info.run_id
+
+
+def test_three_processes_that_register_at_once_make_one_version(store, files):
+    program = (
+        "import sys; from pathlib import Path; from tests.test_registry import open_registry, register;"
+        "registry = open_registry(Path(sys.argv[1]), 'racing'); print(registry.name, flush=True); sys.stdin.readline();"
+        f"print(register(registry, Path(sys.argv[2]), '{FIRST}')[0].number)"
+    )
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(store), str(files)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for _ in range(3)
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "racing\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    assert [racer.communicate(timeout=120)[0] for racer in racers] == ["1\n"] * 3
+    assert len(open_registry(store, "racing").versions()) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_no_number_registers_nothing(registry, files, value):
+    with pytest.raises(UserError, match="perplexity is not a finite number"):
+        registry.register(FIRST, files, {}, {"perplexity": value})
+    assert registry.versions() == []
+
+
+def test_promotion_moves_champion_and_previous(registry, files):
+    for content in (FIRST, SECOND):
+        register(registry, files, content)
+    registry.nominate(1)
+    assert registry.by_alias(CANDIDATE).number == 1
+    assert registry.promote(1, None) is None
+    assert registry.by_alias(CANDIDATE) is None
+    assert registry.promote(2, 1).number == 1
+    assert (registry.by_alias(CHAMPION).number, registry.by_alias(PREVIOUS).number) == (2, 1)
+    assert [version.aliases for version in registry.versions()] == [("previous",), ("champion",)]
+    assert registry.promote(2, 1).number == 1
+    assert registry.by_alias(PREVIOUS).number == 1
+
+
+def test_a_champion_that_changed_in_the_meantime_is_not_replaced(registry, files):
+    for content in (FIRST, SECOND, THIRD):
+        register(registry, files, content)
+    registry.promote(1, None)
+    registry.promote(2, 1)
+    with pytest.raises(UserError, match="version 2 became champion in the meantime"):
+        registry.promote(3, 1)
+    assert registry.by_alias(CHAMPION).number == 2
+
+
+def test_a_champion_and_the_way_back_cannot_be_deleted(registry, files):
+    for content in (FIRST, SECOND, THIRD):
+        register(registry, files, content)
+    registry.promote(1, None)
+    registry.promote(2, 1)
+    for number, alias in ((2, "champion"), (1, "previous")):
+        with pytest.raises(UserError, match=f"version {number} is the {alias} and stays"):
+            registry.remove(number)
+    registry.remove(3)
+    assert [version.number for version in registry.versions()] == [1, 2]
+
+
+def test_a_number_that_is_not_there_is_one_clear_line(registry):
+    with pytest.raises(UserError, match="has no version 7"):
+        registry.version(7)
+    assert registry.by_alias(CHAMPION) is None and registry.versions() == []
+
+
+def test_a_file_that_is_gone_is_named(registry, files, tmp_path):
+    version, _ = register(registry, files, FIRST)
+    with pytest.raises(UserError, match=r"probes\.json of version 1 is gone"):
+        registry.download(version, "probes.json", tmp_path)
+
+
+def test_a_locked_database_is_waited_for(registry, store, files):
+    holder = sqlite3.connect(store / "mlflow.db", isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(0.5, lambda: holder.execute("ROLLBACK"))
+    release.start()
+    assert register(registry, files, FIRST)[1]
+    release.join()
+    holder.close()
+
+
+def test_a_database_that_stays_locked_is_one_clear_line(store, files, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+
+    registry = open_registry(store, "waiting", patience=0.3)
+    tries = []
+
+    def locked(*_: object) -> None:
+        """What MLflow raises after the 20 seconds that it lets SQLite wait."""
+        tries.append(1)
+        raise MlflowException("(sqlite3.OperationalError) database is locked", TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(registry._client, "create_registered_model", locked)
+    with pytest.raises(UserError, match="database stayed locked"):
+        register(registry, files, FIRST)
+    assert len(tries) > 1
+
+
+def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="MLflow store"):
+        ModelRegistry("trial", f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "../models", "Trial", "a b", "a:b", "-x", "x" * 65])
+def test_a_name_outside_the_allow_list_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="no model name"):
+        open_registry(tmp_path, name)
