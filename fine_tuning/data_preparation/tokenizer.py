@@ -6,6 +6,7 @@ control token typed by a user, such as `<|im_start|>`, stays ordinary text.
 
 import copy
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
+_MARK = "\ue000\ue001"  # private-use characters: they stand where the template puts a content
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -101,30 +103,32 @@ def render(
     messages = list(messages)
     if system_prompt is not None and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    # Private-use characters mark where the template puts each content.
-    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    marks = [f"{_MARK[0]}{index}{_MARK[1]}" for index in range(len(messages))]
     marked = _apply_template(tokenizer, messages, marks, add_generation_prompt)
     text = _apply_template(tokenizer, messages, [message["content"] for message in messages], add_generation_prompt)
-    if any(marked.count(mark) != 1 for mark in marks):
+    # What the template writes around the contents, and whose content stands after each piece but the last.
+    first, *rest = marked.split(_MARK[0])
+    order, pieces = [], [first]
+    for part in rest:
+        index, _, piece = part.partition(_MARK[1])
+        order.append(int(index))
+        pieces.append(piece)
+    if sorted(order) != list(range(len(marks))):
         raise RenderError("the chat template drops or repeats a message: choose another base.model in params.yaml")
 
-    order = sorted(range(len(marks)), key=lambda index: marked.index(marks[index]))
     spans = [(0, 0)] * len(marks)
-    taken = position = 0
-    for index in order:
-        piece = marked[taken : marked.index(marks[index])]
-        taken += len(piece) + len(marks[index])
-        following = re.match("[^\ue000]*", marked[taken:]).group()
-        start = position + len(piece)
+    position = len(first)
+    faithful = text.startswith(first)
+    for index, piece in zip(order, pieces[1:], strict=True):
         content = messages[index]["content"]
         for written in (content, content.strip(), content.lstrip(), content.rstrip()):
-            if text.startswith(piece + written + following, position):
+            if text.startswith(written + piece, position):
                 break
         else:
-            raise RenderError("the chat template rewrites a message: choose another base.model in params.yaml")
-        position = start + len(written)
-        spans[index] = (start, position)
-    if text[position:] != marked[taken:]:
+            faithful = False
+        spans[index] = (position, position + len(written))
+        position += len(written) + len(piece)
+    if not faithful or position != len(text):
         raise RenderError("the chat template rewrites a message: choose another base.model in params.yaml")
     return Rendered(text, messages, spans)
 
@@ -253,8 +257,10 @@ def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tu
     chat = _chat_format(tokenizer)
     text = rendered.text
     written, typed = [], []
+    contents = sorted(span for span in rendered.spans if span[0] < span[1])
     for match in chat.control.finditer(text):
-        in_content = any(start < match.end() and match.start() < end for start, end in rendered.spans)
+        before = bisect_left(contents, (match.end(), 0)) - 1  # the last content that starts before the match ends
+        in_content = before >= 0 and match.start() < contents[before][1]
         (typed if in_content else written).append(match.span())
     if not typed:
         tokens = chat.encode(text)

@@ -1,0 +1,187 @@
+"""Splits are sticky: whatever arrives and goes, a conversation stays where it was dealt."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from fine_tuning.data_preparation.splits import (
+    LEFT_OUT,
+    SPLITS,
+    Fractions,
+    Member,
+    assign_splits,
+    salted_fraction,
+)
+
+TENTHS = Fractions(validation=0.1, test=0.1)
+
+
+def alone(*ids: str) -> list[Member]:
+    return [Member(identity, identity) for identity in ids]
+
+
+def numbered(count: int, start: int = 0) -> list[Member]:
+    return alone(*(f"c{index}" for index in range(start, start + count)))
+
+
+def test_fractions_are_met_on_many_conversations():
+    counts = Counter(assign_splits(numbered(5000), {}, Fractions(0.1, 0.2), "salt").values())
+    assert 0.18 < counts["test"] / 5000 < 0.22
+    assert 0.08 < counts["validation"] / 5000 < 0.12
+    assert set(counts) == set(SPLITS)
+
+
+def test_the_order_of_arrival_does_not_matter_to_a_deal():
+    members = numbered(200)
+    assert assign_splits(members, {}, TENTHS, "s") == assign_splits(members[::-1], {}, TENTHS, "s")
+
+
+def test_another_salt_deals_otherwise():
+    members = numbered(200)
+    assert assign_splits(members, {}, TENTHS, "a") != assign_splits(members, {}, TENTHS, "b")
+    assert salted_fraction("a", "x") == salted_fraction("a", "x") != salted_fraction("b", "x")
+
+
+def test_near_duplicates_share_a_split():
+    members = [Member(f"c{index}", f"c{index % 50}") for index in range(500)]
+    splits = assign_splits(members, {}, TENTHS, "s")
+    assert all(splits[member.id] == splits[member.cluster] for member in members)
+
+
+def test_three_conversations_fill_three_splits_and_one_is_train():
+    for count in range(3, 30):
+        assert set(assign_splits(numbered(count), {}, TENTHS, "s").values()) == set(SPLITS)
+    assert set(assign_splits(numbered(2), {}, TENTHS, "s").values()) == {"train", "test"}
+    assert assign_splits(numbered(1), {}, TENTHS, "s") == {"c0": "train"}
+
+
+def test_a_newcomer_joins_the_split_of_its_near_duplicates():
+    dealt = {"a": "test", "b": "train"}
+    members = [Member("a", "a"), Member("new", "a"), Member("b", "b")]
+    assert assign_splits(members, dealt, TENTHS, "s")["new"] == "test"
+
+
+def test_a_newcomer_between_two_splits_is_left_out_and_they_stay():
+    dealt = {"a": "test", "b": "train"}
+    members = [Member("a", "a"), Member("b", "a"), Member("bridge", "a")]
+    splits = assign_splits(members, dealt, TENTHS, "s")
+    assert splits == {"a": "test", "b": "train", "bridge": LEFT_OUT}
+    # It stays out when the ones that it linked are gone.
+    assert assign_splits([Member("bridge", "bridge")], splits, TENTHS, "s") == {"bridge": LEFT_OUT}
+
+
+def test_a_cluster_keeps_its_split_when_its_oldest_member_is_deleted():
+    dealt = assign_splits([Member(f"c{i}", f"c{i // 2 * 2}") for i in range(100)], {}, TENTHS, "s")
+    survivors = [Member(f"c{i}", f"c{i}") for i in range(1, 100, 2)]
+    assert assign_splits(survivors, dealt, TENTHS, "s") == {m.id: dealt[m.id] for m in survivors}
+
+
+def test_larger_fractions_move_nobody():
+    dealt = assign_splits(numbered(100), {}, TENTHS, "s")
+    assert assign_splits(numbered(100), dealt, Fractions(0.3, 0.3), "s") == dealt
+
+
+def test_a_date_makes_the_latest_conversations_the_test_split():
+    members = [Member(f"c{day}", f"c{day}", f"2026-01-{day:02}T08:00:00Z") for day in range(1, 31)]
+    members += [Member("undated", "undated")]
+    splits = assign_splits(members, {}, Fractions(0.2, 0.1, latest_from="2026-01-20"), "s")
+    assert {key for key, split in splits.items() if split == "test"} == {f"c{day}" for day in range(20, 31)}
+    assert set(splits.values()) == set(SPLITS)
+
+
+def test_a_near_duplicate_of_an_old_conversation_is_not_latest():
+    members = [Member("old", "old", "2025-01-01"), Member("new", "old", "2026-02-01")]
+    splits = assign_splits(members, {}, Fractions(0.1, 0.1, latest_from="2026-01-01"), "s")
+    assert splits["old"] == splits["new"] != "test"
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text(min_size=1, max_size=3), max_size=60), st.text(min_size=1))
+@settings(max_examples=100, deadline=None)
+def test_any_conversations_are_dealt_by_whole_clusters_and_train_is_never_empty(clusters, salt):
+    splits = assign_splits([Member(key, cluster) for key, cluster in clusters.items()], {}, TENTHS, salt)
+    assert splits.keys() == clusters.keys()
+    by_cluster: dict[str, set[str]] = {}
+    for key, split in splits.items():
+        by_cluster.setdefault(clusters[key], set()).add(split)
+    assert all(len(found) == 1 for found in by_cluster.values())
+    assert not splits or "train" in splits.values()
+    if len(by_cluster) >= 3:
+        assert set(splits.values()) == set(SPLITS)
+
+
+class Arrivals(RuleBasedStateMachine):
+    """Conversations arrive, link others, disappear and come back; fractions and dates change; the ledger is all that
+    is kept from one deal to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.links: dict[str, set[str]] = {}  # near-duplicates among all conversations that ever were
+        self.present: set[str] = set()
+        self.ledger: dict[str, str] = {}
+        self.fractions = TENTHS
+
+    @rule(near=st.lists(st.integers(0, 40), max_size=3), earlier=st.integers(0, 3))
+    def arrive(self, near, earlier):
+        for _ in range(earlier + 1):
+            identity = f"c{len(self.links):03}"
+            self.links[identity] = {f"c{index:03}" for index in near if index < len(self.links)}
+            for other in self.links[identity]:
+                self.links[other].add(identity)
+            self.present.add(identity)
+
+    @rule(index=st.integers(0, 40))
+    def delete(self, index):
+        self.present.discard(f"c{index:03}")
+
+    @rule(index=st.integers(0, 40))
+    def come_back(self, index):
+        if f"c{index:03}" in self.links:
+            self.present.add(f"c{index:03}")
+
+    @rule(
+        validation=st.floats(0.05, 0.4),
+        test=st.floats(0.05, 0.4),
+        latest=st.sampled_from([None, "2026-01-01", "2027-01-01"]),
+    )
+    def change_parameters(self, validation, test, latest):
+        self.fractions = Fractions(validation, test, latest)
+
+    @rule()
+    def deal(self):
+        before = dict(self.ledger)
+        clusters = self.clusters()
+        members = [Member(key, clusters[key], "2026-06-01") for key in sorted(self.present)]
+        splits = assign_splits(members, before, self.fractions, "salt")
+        assert splits.keys() == self.present
+        # Nobody that was dealt moves.
+        assert all(splits[key] == before[key] for key in splits if key in before)
+        # A newcomer is in no other split than its near-duplicates.
+        for member in members:
+            if member.id not in before and splits[member.id] != LEFT_OUT:
+                same = {splits[other.id] for other in members if other.cluster == member.cluster} - {LEFT_OUT}
+                assert same == {splits[member.id]}
+        # The same deal again changes nothing.
+        self.ledger |= splits
+        assert assign_splits(members, self.ledger, self.fractions, "salt") == splits
+
+    @invariant()
+    def ledger_knows_only_splits(self):
+        assert set(self.ledger.values()) <= {*SPLITS, LEFT_OUT}
+
+    def clusters(self) -> dict[str, str]:
+        """Connected near-duplicates among those present, named by the oldest."""
+        named: dict[str, str] = {}
+        for start in sorted(self.present):
+            waiting = [start] if start not in named else []
+            while waiting:
+                current = waiting.pop()
+                if current not in named:
+                    named[current] = start
+                    waiting += [other for other in self.links[current] if other in self.present]
+        return named
+
+
+TestArrivals = Arrivals.TestCase
+TestArrivals.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
