@@ -19,6 +19,7 @@ from typing import Any
 import gotpl
 
 NAME = re.compile(r"(?:[\w.-]+/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]{0,79})?")
+BEFORE_AN_ANSWER = ("hang", "500", "507", "reset")
 GUESSED_TEMPLATE = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
 
 
@@ -133,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         call = re.sub(r"/sha256:.*", "", f"{self.command} {self.path}")
         with self.ollama.lock:
             self.ollama.requests.append(call)
-            fault = self.ollama.faults.pop(call, None)
+            fault = self.ollama.faults.get(call)
+            if fault in BEFORE_AN_ANSWER:
+                del self.ollama.faults[call]
         try:
             if fault == "hang":
                 self.close_connection = True
@@ -146,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refusal(500, "llama runner process has terminated: signal: killed")
             if fault == "507":
                 raise _Refusal(507, "write blob: no space left on device")
-            self._route(call, fault)
+            self._route(call)
         except _Refusal as refusal:
             self.close_connection = True
             self._answer({"error": str(refusal)}, refusal.status)
@@ -155,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_DELETE = _serve
 
-    def _route(self, call: str, fault: str | None) -> None:
+    def _route(self, call: str) -> None:
         match call:
             case "GET /" | "HEAD /":
                 self._send(200, b"Ollama is running", "text/plain; charset=utf-8")
@@ -168,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST /api/blobs":
                 self._receive_blob()
             case "POST /api/create":
-                self._stream(self._create(self._body()), fault)
+                self._stream(self._create(self._body()))
             case "POST /api/show":
                 self._show(self._body())
             case "POST /api/copy":
@@ -176,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "DELETE /api/delete":
                 self._delete(self._body())
             case "POST /api/chat":
-                self._chat(self._body(), fault)
+                self._chat(self._body())
             case _:
                 raise _Refusal(404, "404 page not found")
 
@@ -288,7 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
         del self.ollama.manifests[_name(body["model"])]
         self._send(200)
 
-    def _chat(self, body: dict, fault: str | None) -> None:
+    def _chat(self, body: dict) -> None:
         manifest = self._manifest(body.get("model"))
         prompt = self.ollama.render(manifest, body.get("messages") or [])
         stamp = {"model": body["model"], "created_at": datetime.now(UTC).isoformat()}
@@ -314,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({**last, "message": {"role": "assistant", "content": "".join(shown)}})
             return
         pieces = ({**stamp, "message": {"role": "assistant", "content": word}, "done": False} for word in shown)
-        self._stream((line for part in (pieces, [last]) for line in part), fault)
+        self._stream(line for part in (pieces, [last]) for line in part)
 
     def _manifest(self, name: object) -> Manifest:
         manifest = self.ollama.manifests.get(_name(name))
@@ -344,8 +347,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _stream(self, lines: Iterator[dict], fault: str | None) -> None:
+    def _stream(self, lines: Iterator[dict]) -> None:
         """NDJSON in chunks; a fault strikes after the first line, when the status 200 is long sent."""
+        fault = self.ollama.faults.pop(f"{self.command} {self.path}", None)
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Transfer-Encoding", "chunked")

@@ -1,0 +1,260 @@
+"""Deployment: nothing goes live that has not proved itself. Against a fake server, and a real one where one answers."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer, render
+from fine_tuning.errors import UserError
+from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
+from fine_tuning.model_management.chat_template import derive_template
+from fine_tuning.model_management.gguf_writer import write_gguf
+from fine_tuning.model_management.model_deployer import Bundle, ModelDeployer, Probe, shown_parameters
+from fine_tuning.project import sha256_file
+from tests.fake_ollama import FakeOllama, silent_host
+
+NAME = "whetstone-trial"
+CONVERSATIONS = (
+    [{"role": "user", "content": "How do I restart it?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Say "2024" {{ twice }}'}],
+)
+REAL = os.environ.get("OLLAMA_HOST")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base):
+    return load_tokenizer(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_base, tokenizer, tmp_path_factory):
+    """Version 1 of a model that really runs."""
+    gguf = tmp_path_factory.mktemp("bundle") / "model.gguf"
+    write_gguf(tiny_base, gguf, "F16")
+
+    def prompt(messages):
+        return render(tokenizer, messages, None, add_generation_prompt=True).text
+
+    probes = [
+        Probe(messages, prompt(messages), len(encode_prompt(tokenizer, messages, None))) for messages in CONVERSATIONS
+    ]
+    request = {
+        "template": derive_template(prompt),
+        "parameters": {"stop": ["<|im_end|>", "<|im_start|>"], "num_ctx": 512, "temperature": 0.7},
+    }
+    return Bundle(1, gguf, sha256_file(gguf), request, probes)
+
+
+@pytest.fixture
+def other(bundle, tmp_path):
+    """Version 2: the same weights in another file."""
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(bundle.gguf.read_bytes() + b"\0" * 32)
+    return replace(bundle, version=2, gguf=gguf, gguf_sha256=sha256_file(gguf))
+
+
+@pytest.fixture
+def fake(tokenizer):
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizer(prompt, add_special_tokens=False).input_ids)
+
+    with FakeOllama(count_tokens=count_tokens) as server:
+        yield server
+
+
+@pytest.fixture
+def client(fake):
+    with OllamaClient(fake.host, timeout=1.0, stream_timeout=1.0) as client:
+        yield client
+
+
+@pytest.fixture(params=["fake", "real"] if REAL else ["fake"])
+def any_client(request) -> Iterator[OllamaClient]:
+    """The fake server's client, and a real server's where OLLAMA_HOST names one that answers."""
+    if request.param == "fake":
+        yield request.getfixturevalue("client")
+        return
+    with OllamaClient(REAL, timeout=10.0, stream_timeout=120.0) as client:
+        assert client.is_up(), "OLLAMA_HOST is set and nothing answers there"
+        yield client
+        for tag in ("1", "2", "live", "1-trial"):
+            client.delete(f"{NAME}:{tag}")
+
+
+def deploy(client, bundle, **options) -> SimpleNamespace:
+    said, digests = [], []
+    deployer = ModelDeployer(client, NAME, said.append, **options)
+    done = deployer.deploy(bundle, digests.append)
+    return SimpleNamespace(done=done, said="\n".join(said), recorded=digests)
+
+
+def test_nine_steps_end_with_the_version_live(any_client, bundle):
+    seen = []
+    result = deploy(any_client, bundle, progress=lambda sent, size: seen.append((sent, size)))
+    digests = any_client.digests()
+    assert digests[f"{NAME}:live"] == digests[f"{NAME}:1"] == result.done.digest
+    assert result.recorded == [result.done.digest]
+    assert [line[:3] for line in result.said.split("\n")] == [f"{step}/9" for step in range(1, 10)]
+    assert result.done.created and result.done.replaced is None
+    assert result.done.prompt_tokens == bundle.probes[0].tokens
+    assert not result.done.uploaded or seen[-1] == (bundle.gguf.stat().st_size,) * 2
+
+
+def test_the_next_version_replaces_it_and_the_old_one_stays(any_client, bundle, other):
+    first = deploy(any_client, bundle).done
+    second = deploy(any_client, other).done
+    digests = any_client.digests()
+    assert second.replaced == first.digest != second.digest
+    assert digests[f"{NAME}:live"] == second.digest and digests[f"{NAME}:1"] == first.digest
+
+
+def test_deploying_again_sends_and_makes_nothing(any_client, bundle):
+    first = deploy(any_client, bundle).done
+    again = deploy(any_client, replace(bundle, recorded_digest=first.digest)).done
+    assert again.digest == first.digest
+    assert not again.uploaded and not again.created
+
+
+def test_a_run_that_was_killed_before_it_recorded_is_taken_up(any_client, bundle):
+    first = deploy(any_client, bundle).done
+    any_client.delete(f"{NAME}:live")
+    again = deploy(any_client, bundle).done
+    assert again.digest == first.digest and not again.created
+    assert f"{NAME}:1-trial" not in any_client.digests()
+
+
+def test_a_version_of_somebody_else_is_left_alone(any_client, bundle, other):
+    first = deploy(any_client, replace(other, version=1)).done
+    with pytest.raises(UserError, match="has another model as whetstone-trial:1"):
+        deploy(any_client, bundle)
+    assert any_client.digests()[f"{NAME}:1"] == any_client.digests()[f"{NAME}:live"] == first.digest
+
+
+def test_a_version_that_changed_after_it_was_recorded_is_refused(any_client, bundle):
+    deploy(any_client, bundle)
+    with pytest.raises(UserError, match="is not what was deployed there"):
+        deploy(any_client, replace(bundle, recorded_digest="0" * 64))
+
+
+def test_a_bundle_whose_template_is_not_the_tokenizers_does_not_go_live(any_client, bundle):
+    changed = bundle.request["template"].replace("<|im_end|>\n", "<|im_end|>")
+    with pytest.raises(UserError, match="gets another prompt than in training: at character"):
+        deploy(any_client, replace(bundle, request={**bundle.request, "template": changed}))
+    assert not {f"{NAME}:1", f"{NAME}:live"} & set(any_client.digests())
+
+
+def test_a_server_that_ignores_the_template_is_found_out(fake, client, bundle):
+    fake.ignores_template = True
+    with pytest.raises(UserError, match="gets another prompt than in training"):
+        deploy(client, bundle)
+    assert not client.digests()
+
+
+def test_a_server_that_does_not_show_prompts_is_judged_by_their_tokens(fake, client, bundle):
+    fake.offers_render = False
+    result = deploy(client, bundle)
+    assert result.done.rendered == 0 and "only the token count" in result.done.notes[0]
+
+
+def test_a_doubled_bos_is_found_by_the_token_count(fake, client, bundle):
+    fake.extra_tokens = 1
+    with pytest.raises(UserError, match="a doubled BOS"):
+        deploy(client, bundle)
+    assert not client.digests()
+
+
+def test_a_count_that_a_cache_made_smaller_is_noted(fake, client, bundle):
+    fake.extra_tokens = -5
+    assert "cached" in deploy(client, bundle).done.notes[0]
+
+
+def test_a_model_that_answers_nothing_does_not_go_live(fake, client, bundle, monkeypatch):
+    monkeypatch.setattr(client, "chat", lambda *_: ("", SimpleNamespace(reply_tokens=0, prompt_tokens=1)))
+    with pytest.raises(UserError, match="answers nothing"):
+        deploy(client, bundle)
+    assert not client.digests()
+
+
+def test_a_model_that_writes_its_stop_does_not_go_live(fake, client, bundle):
+    fake.reply = "Sure.<|im_end|> And then"
+    with pytest.raises(UserError, match="writes its own stop"):
+        deploy(client, bundle)
+
+
+def test_a_server_that_rewrites_the_file_is_known_by_its_digest(fake, client, bundle):
+    fake.rewrites_gguf = True
+    result = deploy(client, bundle)
+    layers = [layer["digest"] for layer in fake.manifests[f"{NAME}:1"].layers]
+    assert f"sha256:{bundle.gguf_sha256}" not in layers
+    assert result.recorded == [fake.digest(f"{NAME}:live")]
+
+
+def test_a_server_that_is_too_old_is_told_so(client, bundle, monkeypatch):
+    monkeypatch.setattr(client, "version", lambda: "0.5.4")
+    with pytest.raises(UserError, match=r"0\.5\.4 .* too old: update it to 0\.5\.5"):
+        deploy(client, bundle)
+
+
+def test_a_server_that_is_down_is_one_clear_line(bundle):
+    with silent_host() as host, OllamaClient(host, timeout=0.5) as client, pytest.raises(OllamaError) as failure:
+        deploy(client, bundle)
+    assert "start it" in str(failure.value)
+
+
+STEPS = (
+    "GET /api/version",
+    "GET /api/tags",
+    "HEAD /api/blobs",
+    "POST /api/blobs",
+    "POST /api/create",
+    "POST /api/show",
+    "POST /api/chat",
+    "POST /api/copy",
+)
+
+
+@pytest.mark.parametrize("fault", ["500", "507", "reset", "hang"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failure_at_any_step_leaves_live_where_it_was(fake, client, bundle, other, step, fault):
+    before = deploy(client, bundle).done
+    client._short = client._long = 0.3
+    fake.faults[step] = fault
+    with pytest.raises(UserError) as failure:
+        deploy(client, other)
+    assert "\n" not in str(failure.value)
+    assert fake.digest(f"{NAME}:live") == before.digest
+    assert deploy(client, other).done.digest == fake.digest(f"{NAME}:live") != before.digest
+
+
+@pytest.mark.parametrize("fault", ["cut", "error line", "reset in stream", "hang in stream"])
+@pytest.mark.parametrize("step", ["POST /api/create", "POST /api/chat"])
+def test_a_stream_that_fails_after_http_200_leaves_live_where_it_was(fake, client, bundle, other, step, fault):
+    before = deploy(client, bundle).done
+    client._long = 0.3
+    fake.faults[step] = fault
+    with pytest.raises(UserError):
+        deploy(client, other)
+    assert fake.digest(f"{NAME}:live") == before.digest
+
+
+def test_a_copy_that_came_out_different_is_put_back(fake, client, bundle, other, monkeypatch):
+    before = deploy(client, bundle).done
+    copy = client.copy
+
+    def wrong(source: str, destination: str) -> None:
+        copy(source, destination)
+        if source == f"{NAME}:2":
+            fake.manifests[destination] = replace(fake.manifests[destination], layers=[])
+
+    monkeypatch.setattr(client, "copy", wrong)
+    with pytest.raises(UserError, match="they differ"):
+        deploy(client, other)
+    assert fake.digest(f"{NAME}:live") == before.digest
+
+
+def test_parameters_are_read_back_as_the_server_prints_them():
+    text = 'num_ctx                        512\nstop    "<|im_end|>"\nstop    "a b"\ntemperature 0.7'
+    assert shown_parameters(text) == {"num_ctx": [512], "stop": ["<|im_end|>", "a b"], "temperature": [0.7]}
