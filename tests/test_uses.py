@@ -1,0 +1,122 @@
+"""The four uses of the project, as a user types them: new conversations, experiments, differences, remotes."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from tests.project import Project, conversations, new_project
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base) -> Project:
+    """A project whose pipeline has run once on forty conversations."""
+    project = new_project(tmp_path_factory.mktemp("uses") / "project", tiny_base)
+    project.import_conversations(conversations(), "first")
+    project.run("dvc", "repro")
+    project.commit("First model")
+    return project
+
+
+def read(project: Project, name: str):
+    return json.loads((project.folder / name).read_bytes())
+
+
+def test_the_pipeline_leaves_a_bundle_a_verdict_and_nothing_to_do(trained):
+    assert {file.name for file in (trained.folder / "models/package").iterdir()} >= {
+        "model.gguf",
+        "Modelfile",
+        "create.json",
+    }
+    assert read(trained, "metrics/comparison.json")["verdict"] in ("PROMOTE", "HOLD", "INCONCLUSIVE")
+    assert "up to date" in trained.run("dvc", "repro")
+    summary = trained.run("python", "-m", "fine_tuning", "summary")
+    assert read(trained, "metrics/comparison.json")["verdict"] in summary
+    assert "Modelfile" in summary
+
+
+def test_new_conversations_are_trained_on_by_the_next_repro(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    before, adapter = read(project, "metrics/clean.json"), _adapter(project)
+    project.run(
+        "python",
+        "-c",
+        "from fine_tuning.data_collection.conversation_logger import ConversationLogger as L\n"
+        "log = L('inbox/conversations.jsonl')\n"
+        "for n in range(20):\n"
+        "    log.log_conversation(f'What does lamp number {n} cost here?', f'Lamp {n} costs {n + 10} euros today.',"
+        " {'session_id': f's{n}'})",
+    )
+    project.run("python", "-m", "fine_tuning", "seal")
+    output = project.run("dvc", "repro")
+    assert "Stage 'base' didn't change" in output
+    after = read(project, "metrics/clean.json")
+    assert after["kept"] == before["kept"] + 20
+    assert _adapter(project) != adapter
+
+
+def test_an_experiment_changes_a_parameter_and_shows_beside_the_others(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    adapter = _adapter(project)
+    project.run("dvc", "exp", "run", "-n", "faster", "-S", "train.learning_rate=1.0e-2")
+    assert _adapter(project) != adapter
+    assert yaml.safe_load((project.folder / "params.yaml").read_text())["train"]["learning_rate"] == 0.01
+    table = project.run("dvc", "exp", "show", "--csv", "--no-pager")
+    assert "faster" in table
+    assert "train.learning_rate" in table
+
+
+def test_an_experiment_in_a_temporary_copy_tracks_its_run_in_the_main_checkout(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    before = _runs(project)
+    project.run("dvc", "exp", "run", "--temp", "-n", "aside", "-S", "train.lora.rank=4")
+    assert _runs(project) == before + 1
+    assert not list((project.folder / ".dvc/tmp/exps").rglob("mlflow.db"))
+
+
+def test_metrics_parameters_and_plots_are_compared_across_commits(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    project.set_params(train={"learning_rate": 0.02})
+    project.run("dvc", "repro")
+    project.commit("Higher learning rate")
+    metrics = json.loads(project.run("dvc", "metrics", "diff", "HEAD~1", "--json"))
+    assert metrics["metrics/train.json"]["validation_loss"]["diff"] != 0
+    assert "candidate" in project.run("dvc", "metrics", "diff", "HEAD~1")
+    params = json.loads(project.run("dvc", "params", "diff", "HEAD~1", "--json"))
+    assert params["params.yaml"]["train.learning_rate"] == {"old": 0.0005, "new": 0.02}
+    page = project.run("dvc", "plots", "diff", "HEAD~1", "-o", "plots").strip().splitlines()[-1]
+    assert (project.folder / "plots/index.html").is_file(), page
+
+
+def test_another_clone_pulls_data_and_adapter_and_has_nothing_to_do(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    project.run("dvc", "remote", "add", "-d", "storage", str(tmp_path / "storage"))
+    project.commit("Add a remote")
+    project.run("dvc", "push")
+    project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    clone.run("dvc", "pull")
+    assert _adapter(clone) == _adapter(project)
+    assert sorted(os.listdir(clone.folder / "data/conversations")) == sorted(
+        os.listdir(project.folder / "data/conversations")
+    )
+    assert "up to date" in clone.run("dvc", "repro")
+
+
+def test_a_second_clone_rebuilds_the_same_bytes(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    before = (project.folder / "dvc.lock").read_text()
+    project.run("dvc", "repro", "--force", "--no-run-cache")
+    assert (project.folder / "dvc.lock").read_text() == before
+
+
+def _adapter(project: Project) -> bytes:
+    return (project.folder / "models/adapter/adapter_model.safetensors").read_bytes()
+
+
+def _runs(project: Project) -> int:
+    import sqlite3
+
+    with sqlite3.connect(project.folder / "mlflow.db") as database:
+        return database.execute("select count(*) from runs").fetchone()[0]
