@@ -7,8 +7,12 @@ pieces between two messages become a Go template. What cannot be said that way i
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fine_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Messages = Sequence[dict[str, str]]
 # Renders messages with the generation prompt at the end; raises UserError for roles that the template refuses.
@@ -16,6 +20,7 @@ Render = Callable[[Messages], str]
 
 START, END = "", "end"
 _PROBES = ("U", "UAU", "UAUAU", "SU", "SUAU", "SUAUAU", "AU", "SAU", "UA", "UAUA", "SUA")
+_PLAIN = ("U", "UAU", "UAUAU")  # what every chat template must be able to write
 _ROLES = {"S": "system", "U": "user", "A": "assistant"}
 _REFUSED = (
     "the chat template cannot be written as an Ollama template ({reason}): "
@@ -46,6 +51,22 @@ _SPACES = "".join(character for character in map(chr, range(0x3001)) if characte
 _TRIM_PROBES = ("\n \t{}\t \n", "\n\n{}\n\n", " {} ", "\u00a0\u3000{}\u2009\u0085")
 
 
+def jinja_renderer(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None) -> Render:
+    """The tokenizer's own template, which transformers runs in a sandbox, with `system_prompt` where none is given."""
+    from jinja2 import TemplateError
+
+    def render(messages: Messages) -> str:
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        if system_prompt is not None and not (turns and turns[0]["role"] == "system"):
+            turns.insert(0, {"role": "system", "content": system_prompt})
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(f"the chat template refuses a conversation ({type(error).__name__})") from None
+
+    return render
+
+
 def derive_template(render: Render) -> str:
     """The Go template that writes what `render` writes, for conversations as Ollama passes them on.
 
@@ -53,31 +74,43 @@ def derive_template(render: Render) -> str:
         UserError: the template writes a role in ways that depend on more than the message before it.
     """
     gaps: dict[tuple[str, str], str] = {}
-    roles = set()
+    system_last = False
     for probe in _PROBES:
-        names = [_ROLES[letter] for letter in probe]
-        pieces = _cut(render, names)
+        roles = [_ROLES[letter] for letter in probe]
+        pieces = _cut(render, roles)
+        if pieces is None and probe.startswith("SUA"):
+            # Mistral's later templates put the system prompt into the last user message.
+            roles = [*roles[1:-1], "system", roles[-1]]
+            pieces = _cut(render, roles, order=[*range(1, len(roles) - 1), 0, len(roles) - 1])
+            system_last = system_last or pieces is not None
         if pieces is None:
-            if probe.strip("UA") == "" and probe in ("U", "UAU", "UAUAU"):
+            if probe in _PLAIN:
                 raise UserError(_REFUSED.format(reason="it refuses or changes plain conversations"))
             continue
-        roles.update(names)
-        for pair, piece in zip(zip([START, *names], [*names, END], strict=True), pieces, strict=True):
+        for pair, piece in zip(zip([START, *roles], [*roles, END], strict=True), pieces, strict=True):
             if gaps.setdefault(pair, piece) != piece:
                 before, after = pair
                 raise UserError(
                     _REFUSED.format(reason=f"what stands between {before or 'start'} and {after} depends on the place")
                 )
-    trims = {role: _trim_of(render, role) for role in _ROLES.values() if role in roles}
-    skip_empty_system = "system" in roles and _skips_empty_system(render)
-    return _write(gaps, trims, skip_empty_system)
+    known = {following for _, following in gaps}
+    trims = {role: _trim_of(render, role) for role in _ROLES.values() if role in known}
+    skip_empty_system = "system" in known and _skips_empty_system(render)
+    return _write(gaps, trims, skip_empty_system, system_last)
 
 
-def _cut(render: Render, roles: Sequence[str]) -> list[str] | None:
-    """The rendered text around the contents of messages of these roles; None where the template refuses them."""
+def _cut(render: Render, roles: Sequence[str], order: Sequence[int] | None = None) -> list[str] | None:
+    """The text around the contents of messages of these roles as they are written; None where it does not work out.
+
+    `order` gives the place of each in the conversation that is rendered.
+    """
     sentinels = [f"Zq{number}x{role}x{number}qZ" for number, role in enumerate(roles)]
+    places = list(order or range(len(roles)))
+    conversation = [
+        {"role": roles[at], "content": sentinels[at]} for at in sorted(range(len(roles)), key=lambda at: places[at])
+    ]
     try:
-        text = render([{"role": role, "content": mark} for role, mark in zip(roles, sentinels, strict=True)])
+        text = render(conversation)
     except UserError:
         return None
     pieces = []
@@ -111,27 +144,43 @@ def _skips_empty_system(render: Render) -> bool:
 # ------------------------------------------------------------------------------------------------ writing Go
 
 
-def _write(gaps: dict[tuple[str, str], str], trims: dict[str, Trim], skip_empty_system: bool) -> str:
+def _write(gaps: dict[tuple[str, str], str], trims: dict[str, Trim], skip_empty_system: bool, system_last: bool) -> str:
     names: dict[Trim, str] = {}
     for trim in trims.values():
         if trim.left or trim.right:
             names.setdefault(trim, f"trim{len(names) or ''}")
 
+    def content(role: str, value: str = ".Content") -> str:
+        name = names.get(trims[role])
+        return f'{{{{ template "{name}" {value} }}}}' if name else f"{{{{ {value} }}}}"
+
+    def before(role: str, besides: str | None = None) -> str:
+        pairs = gaps.items()
+        return _choose({first: piece for (first, second), piece in pairs if second == role and first != besides})
+
     branches = []
     for role in ("system", "user", "assistant"):
         if role not in trims:
             continue
-        name = names.get(trims[role])
-        content = f'{{{{ template "{name}" .Content }}}}' if name else "{{ .Content }}"
-        before = {previous: piece for (previous, following), piece in gaps.items() if following == role}
         condition = f'eq .Role "{role}"'
+        body = f"{before(role)}{content(role)}{{{{ $previous = .Role }}}}"
+        if system_last and role == "system":
+            body = "{{ $given = true }}{{ $system = .Content }}"
+        elif system_last and role == "user":
+            first = f"{before('system')}{content('system', '$system')}{_literal(gaps['system', 'user'])}"
+            last = "and $given (eq (len (slice $.Messages $at)) 1)"
+            body = f"{{{{ if {last} }}}}{first}{{{{ else }}}}{before('user', besides='system')}{{{{ end }}}}"
+            body += f"{content(role)}{{{{ $previous = .Role }}}}"
         if role == "system" and skip_empty_system:
             condition = f"and ({condition}) .Content"
-        branches.append(f"if {condition} }}}}{_choose(before)}{content}{{{{ $previous = .Role }}}}")
+        branches.append(f"if {condition} }}}}{body}")
     loop = "{{ " + "{{ else ".join(branches) + "{{ end }}"
-    ends = {previous: piece for (previous, following), piece in gaps.items() if following == END}
     definitions = "".join(_define(name, trim) for trim, name in names.items())
-    return definitions + '{{ $previous := "" }}{{ range .Messages }}' + loop + "{{ end }}" + _choose(ends)
+    variables, messages = '{{ $previous := "" }}', ".Messages"
+    if system_last:
+        variables += '{{ $system := "" }}{{ $given := false }}'
+        messages = "$at, $message := .Messages"
+    return f"{definitions}{variables}{{{{ range {messages} }}}}{loop}{{{{ end }}}}{before(END)}"
 
 
 def _choose(pieces: dict[str, str]) -> str:
@@ -161,8 +210,8 @@ def _quoted(text: str) -> str:
 def _define(name: str, trim: Trim) -> str:
     """A Go template that writes its argument without white space at its ends, one character a call.
 
-    Ollama offers no trim function. `slice` counts bytes, so white space is compared by its length in UTF-8, and
-    `len (slice . n)` is the only way to subtract.
+    Ollama offers no trim function. `slice` counts bytes, so white space is compared by its length in UTF-8. Go
+    templates cannot subtract: the length of as many blanks, less the first few, does it.
     """
     characters = sorted(trim.characters or _SPACES)
     by_length: dict[int, list[str]] = {}
@@ -171,7 +220,7 @@ def _define(name: str, trim: Trim) -> str:
     tests = []
     for left in [True] * trim.left + [False] * trim.right:
         for length, members in by_length.items():
-            rest = f"(len (slice . {length}))"
+            rest = f'(len (slice (printf "%*s" (len .) "") {length}))'
             end = f"(slice . 0 {length})" if left else f"(slice . {rest})"
             kept = f"(slice . {length})" if left else f"(slice . 0 {rest})"
             choices = " ".join(map(_quoted, members))

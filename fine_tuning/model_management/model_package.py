@@ -21,6 +21,7 @@ from fine_tuning.evaluation.llama_engine import LlamaEngine
 from fine_tuning.model_management.chat_template import (
     conversation_bank,
     derive_template,
+    jinja_renderer,
     prove_template,
     turn_openers,
 )
@@ -145,7 +146,7 @@ def write_package(merged_dir: Path, package_dir: Path, settings: PackageSettings
     write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation)
     request = {
         "files": {"model.gguf": f"sha256:{hash_file(package_dir / 'model.gguf')}"},
-        "template": derive_template(_renderer(tokenizer, chat)),
+        "template": derive_template(jinja_renderer(tokenizer, chat.system_prompt)),
         "parameters": {**settings.parameters.model_dump(), "stop": find_stops(tokenizer, chat)},
     }
     if chat.system_prompt:
@@ -157,16 +158,14 @@ def write_package(merged_dir: Path, package_dir: Path, settings: PackageSettings
     (package_dir / "Modelfile").write_bytes(write_modelfile(request).encode())
 
 
-def _renderer(tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings) -> Any:
-    return lambda messages: render(tokenizer, messages, chat.system_prompt, add_generation_prompt=True).text
-
-
 def find_stops(tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings) -> list[str]:
     """Strings at which a reply ends: the tokens that close it in training, and those that open a turn."""
     closing = [tokenizer.convert_ids_to_tokens(number) for number in end_of_turn_ids(tokenizer)]
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return closing + [
-        token for token in turn_openers(_renderer(tokenizer, chat), control, closing) if token not in closing
+        token
+        for token in turn_openers(jinja_renderer(tokenizer, chat.system_prompt), control, closing)
+        if token not in closing
     ]
 
 
@@ -315,7 +314,7 @@ def prove_rendering(
     chat: ChatSettings,
 ) -> dict[str, int]:
     """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data."""
-    renderer = _renderer(tokenizer, chat)
+    renderer = jinja_renderer(tokenizer, chat.system_prompt)
 
     def serve(messages: Sequence[dict]) -> list[dict]:
         # The server puts the Modelfile's SYSTEM in front of conversations that bring none.
