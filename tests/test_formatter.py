@@ -43,14 +43,29 @@ def test_an_exchange_becomes_a_chatml_conversation():
 
 def test_an_exchange_becomes_an_alpaca_record():
     question, answer = EXCHANGE["user_message"], EXCHANGE["assistant_response"]
-    assert pairs("alpaca", EXCHANGE) == [{"instruction": question, "input": "", "output": answer}]
-    assert pairs("instruction", EXCHANGE) == [{"instruction": question, "response": answer}]
+    identity = {"id": "e1", "instruction": question}
+    assert pairs("alpaca", EXCHANGE) == [{**identity, "input": "", "output": answer}]
+    assert pairs("instruction", EXCHANGE) == [{**identity, "response": answer}]
 
 
 def test_earlier_turns_are_history_where_the_format_has_one_question():
-    expected = {"system": "Be brief.", "history": [["Hi", "Hello."]]}
-    assert pairs("alpaca", CONVERSATION) == [{"instruction": "2+2?", "input": "", "output": "Five.", **expected}]
-    assert pairs("instruction", CONVERSATION) == [{"instruction": "2+2?", "response": "Five.", **expected}]
+    expected = {"id": "c1", "instruction": "2+2?", "system": "Be brief.", "history": [["Hi", "Hello."]]}
+    assert pairs("alpaca", CONVERSATION) == [{**expected, "input": "", "output": "Five."}]
+    assert pairs("instruction", CONVERSATION) == [{**expected, "response": "Five."}]
+
+
+def test_neighbours_of_one_side_are_one_text_in_a_question_and_answer_format():
+    messages = [
+        {"role": "assistant", "content": "Welcome."},
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "tool", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ]
+    record = pairs("alpaca", CONVERSATION | {"messages": messages})[0]
+    assert record["history"] == [["", "Welcome."], ["a\n\nb", "c"]]
+    assert (record["instruction"], record["output"]) == ("d", "e")
 
 
 def test_chatml_keeps_every_turn():

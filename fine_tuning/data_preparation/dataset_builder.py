@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_tuning.data_collection.conversation import is_exchange
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
 from fine_tuning.data_preparation.splits import (
     LEFT_OUT,
@@ -154,8 +153,8 @@ class DatasetBuilder:
         Raises:
             UserError: nothing is left to train on.
         """
-        newest, sessions = _read(conversations)
-        built = self.build(newest, clusters=_equal_clusters(newest, sessions))
+        newest = _newest(conversations)
+        built = self.build(newest, clusters=_equal_clusters(newest))
         if not built.splits["train"]:
             raise UserError(f"no conversation is left to train on: {_reasons(built.left_out)}")
         return SplitRows({split: [example.row() for example in built.splits[split]] for split in SPLITS})
@@ -174,7 +173,7 @@ class DatasetBuilder:
         """
         left_out: dict[str, str] = {}
         usable = []
-        for conversation in _read(conversations)[0]:
+        for conversation in _newest(conversations):
             problem = structure_problem(conversation)
             if problem:
                 left_out[conversation["id"]] = problem
@@ -360,36 +359,28 @@ def _no_progress_bars() -> Any:
 # records
 
 
-def _read(records: Iterable[dict]) -> tuple[list[dict], dict[str, str]]:
-    """(conversations, session of each that has one): the newest version of each id, without deleted ones.
-
-    Logged exchanges stay single: sealing is what makes conversations of them.
-    """
-    newest: dict[str, dict] = {}
-    sessions: dict[str, str] = {}
+def _newest(records: Iterable[dict]) -> list[dict]:
+    """The newest version of each conversation, without deleted ones."""
+    newest = {}
     for record in records:
         conversation = read_conversation(record)
-        if is_exchange(record):
-            identity = str(conversation["messages"][-1]["id"])
-            if conversation["id"] != identity:
-                sessions[identity] = conversation["id"]
-                conversation["id"] = identity
         newest[conversation["id"]] = conversation
-    return [conversation for conversation in newest.values() if not conversation.get("deleted")], sessions
+    return [conversation for conversation in newest.values() if not conversation.get("deleted")]
 
 
-def _equal_clusters(conversations: Iterable[dict], sessions: Mapping[str, str]) -> dict[str, str]:
+def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
     """Clusters for conversations that come without: equal texts, and exchanges of one session.
 
     Sessions count only where there are enough of them to fill three splits.
     """
-    by_session = sessions if len(set(sessions.values())) >= len(SPLITS) else {}
+    by_session = len({c["session"] for c in conversations if "session" in c}) >= len(SPLITS)
     first: dict[Any, str] = {}
     clusters: dict[str, str] = {}
     for conversation in conversations:
         identity = conversation["id"]
-        key = by_session.get(identity)
-        if key is None:
+        if by_session and "session" in conversation:
+            key: Any = conversation["session"]
+        else:
             texts = [str(m.get("content")) for m in conversation["messages"] or () if isinstance(m, dict)]
             key = ("text", " ".join("\n".join(texts).casefold().split()))
         clusters[identity] = first.setdefault(key, identity)
@@ -422,4 +413,4 @@ def _plain(column: str, value: Any) -> Any:
 
 def _reasons(left_out: Mapping[str, str]) -> str:
     counts = Counter(left_out.values())
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none was given"
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing was given"

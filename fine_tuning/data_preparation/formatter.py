@@ -4,9 +4,10 @@ The project's own training renders the base model's chat template instead (see t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
 from fine_tuning.data_preparation.tokenizer import ROLES
 from fine_tuning.errors import UserError
@@ -19,9 +20,9 @@ _CHATML_TURN = re.compile(r"<\|im_start\|>([a-z]+)\n(.*?)<\|im_end\|>(?:\n|\Z)",
 class TrainingDataFormatter:
     """Writes one record a conversation in one format.
 
-    - `chatml`: {"text": turns between <|im_start|> and <|im_end|>, "messages": the same as a list}
-    - `alpaca`: {"instruction", "input", "output"} with "history" and "system" where the conversation has them
-    - `instruction`: {"instruction", "response"} with "history" and "system" likewise
+    - `chatml`: {"id", "text": turns between <|im_start|> and <|im_end|>, "messages": the same as a list}
+    - `alpaca`: {"id", "instruction", "input", "output"}, "history" and "system" where the conversation has them
+    - `instruction`: {"id", "instruction", "response"}, "history" and "system" likewise
 
     The last trained reply is the output; earlier exchanges are `history`, pairs of question and answer.
 
@@ -41,14 +42,14 @@ class TrainingDataFormatter:
 
     def create_training_pairs(self, conversations: Iterable[dict]) -> list[dict[str, Any]]:
         """Records of logged exchanges or conversations with `messages`; those without a usable reply give none."""
-        write = {"chatml": _chatml, "alpaca": _alpaca, "instruction": _instruction}[self.format]
+        write = _WRITERS[self.format]
         pairs = []
         for record in conversations:
             conversation = read_conversation(record)
             if structure_problem(conversation) is None:
                 selected = select(conversation, self.train_on)
                 if selected is not None:
-                    pairs.append(write(selected[0]))
+                    pairs.append(write({"id": conversation["id"], "messages": selected[0]}))
         return pairs
 
     def validate_format(self, pairs: Any) -> bool:
@@ -72,10 +73,9 @@ class TrainingDataFormatter:
 # writing
 
 
-def _chatml(messages: Sequence[dict]) -> dict[str, Any]:
-    turns = [{"role": m["role"], "content": _plain(m["content"])} for m in messages]
-    text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
-    return {"text": text, "messages": turns}
+def _chatml(conversation: dict) -> dict[str, Any]:
+    turns = [{"role": m["role"], "content": _plain(m["content"])} for m in conversation["messages"]]
+    return {**to_chatml({"id": conversation["id"], "messages": turns}), "messages": turns}
 
 
 def _plain(content: str) -> str:
@@ -85,41 +85,25 @@ def _plain(content: str) -> str:
     return content
 
 
-def _alpaca(messages: Sequence[dict]) -> dict[str, Any]:
-    question, answer, context = _exchange(messages)
-    return {"instruction": question, "input": "", "output": answer, **context}
-
-
-def _instruction(messages: Sequence[dict]) -> dict[str, Any]:
-    question, answer, context = _exchange(messages)
-    return {"instruction": question, "response": answer, **context}
-
-
-def _exchange(messages: Sequence[dict]) -> tuple[str, str, dict[str, Any]]:
-    """(last question, its answer, {"system"?, "history"?}); neighbours of the same side are one text."""
+def _alternating(conversation: dict) -> dict:
+    """The conversation as questions and answers in turn, system message first; neighbours of a side are one text."""
+    messages = conversation["messages"]
     if len(messages) == 2:  # the common case, a question and its answer
-        return messages[0]["content"], messages[1]["content"], {}
-    system: list[str] = []
-    sides: list[tuple[bool, str]] = []
+        return conversation
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    turns: list[dict] = []
     for message in messages:
-        content = message["content"]
+        role, content = "assistant" if message["role"] == "assistant" else "user", message["content"]
         if message["role"] == "system":
-            system.append(content)
             continue
-        answers = message["role"] == "assistant"
-        if sides and sides[-1][0] == answers:
-            sides[-1] = (answers, f"{sides[-1][1]}\n\n{content}")
+        if turns and turns[-1]["role"] == role:
+            turns[-1] = {"role": role, "content": f"{turns[-1]['content']}\n\n{content}"}
         else:
-            sides.append((answers, content))
-    if sides[0][0]:  # a greeting before the first question
-        sides.insert(0, (False, ""))
-    pairs = [[sides[index][1], sides[index + 1][1]] for index in range(0, len(sides), 2)]
-    context: dict[str, Any] = {}
-    if system:
-        context["system"] = "\n\n".join(system)
-    if len(pairs) > 1:
-        context["history"] = pairs[:-1]
-    return pairs[-1][0], pairs[-1][1], context
+            turns.append({"role": role, "content": content})
+    if turns[0]["role"] == "assistant":  # a greeting before the first question
+        turns.insert(0, {"role": "user", "content": ""})
+    head = [{"role": "system", "content": system}] if system else []
+    return {"id": conversation["id"], "messages": head + turns}
 
 
 # -----------------------------------------------------------------------------
@@ -170,3 +154,15 @@ def _pair_problem(pair: dict, asked: str, answered: str) -> str | None:
     ):
         return "history is not a list of pairs"
     return None
+
+
+_WRITERS: dict[str, Callable[[dict], dict[str, Any]]] = {
+    "chatml": _chatml,
+    "alpaca": lambda conversation: to_alpaca(_alternating(conversation)),
+    "instruction": lambda conversation: to_instruction(_alternating(conversation)),
+}
+_CHECKS: dict[str, Callable[[dict], str | None]] = {
+    "chatml": _chatml_problem,
+    "alpaca": _alpaca_problem,
+    "instruction": _instruction_problem,
+}

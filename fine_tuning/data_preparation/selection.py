@@ -2,17 +2,23 @@
 
 from typing import Literal
 
-from fine_tuning.data_collection.conversation import as_conversation
+from fine_tuning.data_collection.conversation import as_conversation, is_exchange
 from fine_tuning.data_preparation.tokenizer import ROLES
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
 
 
 def read_conversation(record: dict) -> dict:
-    """A logged exchange or a conversation, as a conversation; the latter is not copied."""
+    """A conversation as it is, or a logged exchange as one.
+
+    An exchange stays single, with its own id and its `session`: sealing is what makes conversations of exchanges.
+    """
     if "messages" in record and isinstance(record.get("id"), str):
         return record
-    return as_conversation(record)
+    conversation = as_conversation(record)
+    if is_exchange(record):
+        return conversation | {"id": str(conversation["messages"][-1]["id"]), "session": conversation["id"]}
+    return conversation
 
 
 def structure_problem(conversation: dict) -> str | None:

@@ -8,13 +8,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = "none"  # in the ledger: near-duplicates on both sides, so part of no split
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A conversation as the deal sees it. `started_at` is ISO 8601 or None."""
 
     id: str

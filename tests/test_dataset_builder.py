@@ -1,0 +1,436 @@
+"""Building datasets: what is trained on, what is left out and why, files that are the same every time."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fine_tuning.data_preparation.dataset_builder import (
+    DatasetBuilder,
+    PrepareSettings,
+    length_histogram,
+    read_split,
+    statistics,
+    write_split,
+)
+from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, load_tokenizer
+from fine_tuning.errors import UserError
+from fine_tuning.records import read_jsonl, write_jsonl
+from fine_tuning.settings import read_params
+from stages import prepare
+
+ROOT = Path(__file__).parents[1]
+WORDS = [f"word{number}" for number in range(400)]
+
+
+def conversation(identity: str, *contents: str, feedback: list[dict] | None = None, **more) -> dict:
+    messages = [
+        {"id": f"{identity}-{i}", "role": ("user", "assistant")[i % 2], "content": text}
+        for i, text in enumerate(contents)
+    ]
+    return {
+        "id": identity,
+        "source": "chat",
+        "started_at": "2026-01-31T10:00:00Z",
+        "messages": messages,
+        "feedback": feedback or [],
+        "metadata": {},
+        **more,
+    }
+
+
+def random_conversations(count: int, words: int = 8) -> list[dict]:
+    draw = random.Random(0)
+    texts = lambda: " ".join(draw.choices(WORDS, k=words))  # noqa: E731
+    return [conversation(f"c{index:03}", texts() + "?", texts() + ".") for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base):
+    return load_tokenizer(tiny_base)
+
+
+def everything(built) -> dict[str, str]:
+    return {example.id: split for split in SPLITS for example in built.splits[split]} | built.left_out
+
+
+# --- the direct use --------------------------------------------------------------------------------------------------
+
+
+def test_conversations_become_train_validation_and_test():
+    dataset = DatasetBuilder().build_dataset(random_conversations(100))
+    assert list(dataset) == ["train", "validation", "test"]
+    assert sum(map(len, dataset.values())) == 100
+    assert len(dataset["train"]) > len(dataset["test"]) > 0
+    row = dataset["train"][0]
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+
+
+def test_logged_exchanges_are_accepted():
+    exchanges = [
+        {"id": f"e{i}", "user_message": f"q {i}?", "assistant_response": f"a {i}.", "metadata": {"session_id": f"{i}"}}
+        for i in range(12)
+    ]
+    dataset = DatasetBuilder().build_dataset(exchanges)
+    assert sum(map(len, dataset.values())) == 12
+    assert all(dataset[split] for split in SPLITS)
+
+
+def test_exchanges_of_one_session_share_a_split():
+    exchanges = [
+        {
+            "id": f"e{i}",
+            "user_message": f"q {i}?",
+            "assistant_response": f"a {i}.",
+            "metadata": {"session_id": f"{i % 5}"},
+        }
+        for i in range(50)
+    ]
+    dataset = DatasetBuilder().build_dataset(exchanges)
+    found = {}
+    for split, rows in dataset.items():
+        for row in rows:
+            found.setdefault(int(row["id"][1:]) % 5, set()).add(split)
+    assert all(len(splits) == 1 for splits in found.values())
+
+
+def test_one_session_alone_still_fills_the_splits():
+    exchanges = [
+        {"user_message": f"q {i}?", "assistant_response": f"a {i}.", "metadata": {"session_id": "test_session"}}
+        for i in range(10)
+    ]
+    assert all(DatasetBuilder().build_dataset(exchanges).values())
+
+
+def test_one_conversation_is_train():
+    dataset = DatasetBuilder().build_dataset([conversation("c", "q", "a")])
+    assert {split: len(rows) for split, rows in dataset.items()} == {"train": 1, "validation": 0, "test": 0}
+
+
+def test_equal_conversations_share_a_split():
+    twins = [conversation(f"c{i}", f"question {i // 2}?", f"ANSWER {i // 2}") for i in range(60)]
+    dataset = DatasetBuilder().build_dataset(twins)
+    where = {row["id"]: split for split, rows in dataset.items() for row in rows}
+    assert all(where[f"c{i}"] == where[f"c{i + 1}"] for i in range(0, 60, 2))
+
+
+def test_nothing_to_train_on_is_one_line_with_the_reasons():
+    with pytest.raises(UserError, match="1 malformed, 2 no_reply"):
+        DatasetBuilder().build_dataset(
+            [conversation("a", "q"), conversation("b", "q"), conversation("c", "q", "a", messages=[{"role": "x"}])]
+        )
+    with pytest.raises(UserError, match="nothing was given"):
+        DatasetBuilder().build_dataset([])
+
+
+def test_rows_become_a_hugging_face_dataset(tokenizer):
+    light = DatasetBuilder().build_dataset(random_conversations(20)).to_datasets()
+    assert light["train"].column_names == ["id", "source", "cluster", "messages"]
+    encoded = DatasetBuilder(tokenizer=tokenizer).build_dataset(random_conversations(20)).to_datasets()
+    assert encoded["test"].num_rows == light["test"].num_rows
+    assert encoded["train"].features["input_ids"].feature.dtype == "int32"
+
+
+def test_building_imports_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from fine_tuning.data_preparation.dataset_builder import DatasetBuilder\n"
+        "from fine_tuning.data_preparation.formatter import TrainingDataFormatter\n"
+        "DatasetBuilder().build_dataset([{'user_message': 'q', 'assistant_response': 'a'}])\n"
+        "assert not {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# --- what is trained on ----------------------------------------------------------------------------------------------
+
+JUDGED = conversation(
+    "c",
+    "q1",
+    "liked",
+    "q2",
+    "disliked",
+    "q3",
+    "unrated",
+    "q4",
+    "wrong",
+    "q5",
+    "last",
+    feedback=[
+        {"message_id": "c-1", "rating": 1},
+        {"message_id": "c-3", "rating": 1, "by": "a"},
+        {"message_id": "c-3", "rating": -1, "by": "b"},
+        {"message_id": "c-7", "rating": -1, "edited": "right"},
+        {"message_id": "c-9", "rating": -1},
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("train_on", "trained"),
+    [
+        ("all", ["liked", "disliked", "unrated", "right", "last"]),
+        ("not_disliked", ["liked", "unrated", "right"]),
+        ("endorsed", ["liked", "right"]),
+    ],
+)
+def test_the_policy_says_which_replies_are_trained(train_on, trained):
+    built = DatasetBuilder(train_on=train_on).build([JUDGED], {})
+    example = built.splits["train"][0]
+    found = [m["content"] for m, wanted in zip(example.messages, example.trained, strict=True) if wanted]
+    assert found == trained
+    # The others are context, up to the last reply that is trained.
+    assert example.messages[-1]["content"] == trained[-1]
+    assert "disliked" in [m["content"] for m in example.messages]
+
+
+def test_the_author_of_a_reply_stays_known():
+    judged = json.loads(json.dumps(JUDGED))
+    judged["messages"][1]["model"] = "whetstone:3"
+    messages = DatasetBuilder().build([judged], {}).splits["train"][0].messages
+    assert messages[1] == {"role": "assistant", "content": "liked", "model": "whetstone:3", "rating": 1}
+    assert messages[7] == {"role": "assistant", "content": "right", "edited": True, "rating": -1}
+
+
+def test_held_out_splits_do_not_change_with_what_is_trained_on():
+    conversations = random_conversations(60)
+    for index, one in enumerate(conversations):
+        one["feedback"] = [{"message_id": f"{one['id']}-1", "rating": (1, -1, None)[index % 3]}]
+    builds = {policy: DatasetBuilder(train_on=policy).build(conversations, {}) for policy in ("all", "endorsed")}
+    for split in ("validation", "test"):
+        assert builds["all"].splits[split] == builds["endorsed"].splits[split]
+    assert len(builds["endorsed"].splits["train"]) < len(builds["all"].splits["train"])
+    assert "not_endorsed" in builds["endorsed"].left_out.values()
+
+
+def test_a_greeting_before_the_first_question_is_not_trained():
+    greeted = conversation("c", "q", "a")
+    greeted["messages"].insert(0, {"role": "assistant", "content": "Welcome!"})
+    assert DatasetBuilder().build([greeted], {}).splits["train"][0].trained == [False, False, True]
+
+
+# --- what is left out ------------------------------------------------------------------------------------------------
+
+
+def test_every_conversation_is_in_a_split_or_left_out_with_a_reason(tokenizer):
+    conversations = [*random_conversations(30), conversation("x", "q"), conversation("y", "why " * 600, "so")]
+    built = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=1500).build(conversations, {}, {"y": "test"})
+    assert everything(built).keys() == {c["id"] for c in conversations}
+    assert built.left_out["x"] == "no_reply"
+    assert built.left_out["y"] == "too_long"
+    assert "max_train_tokens" in built.left_out.values()
+
+
+def test_the_newest_version_of_a_conversation_wins_and_a_deleted_one_is_gone():
+    versions = [conversation("a", "q", "old"), conversation("a", "q", "new"), conversation("b", "q", "a")]
+    built = DatasetBuilder().build([*versions, {"id": "b", "messages": [], "deleted": True}], {})
+    assert list(everything(built)) == ["a"]
+    assert built.splits["train"][0].messages[1]["content"] == "new"
+
+
+def test_train_conversations_that_quote_the_test_split_are_left_out():
+    quoted = "one two three four five six seven eight nine ten eleven twelve"
+    clean = [conversation(f"c{i}", f"question {i}", f"answer {i}") for i in range(20)]
+    held_out = conversation("t", "quote?", f"It says: {quoted}.")
+    copies = conversation("copy", "again?", f"well, {quoted.upper().replace(' ', ', ')}!")
+    shorter = conversation("shorter", "again?", quoted.removesuffix(" twelve"))
+    dealt = {"t": "test", "copy": "train", "shorter": "train"}
+    built = DatasetBuilder().build([*clean, held_out, copies, shorter], {}, dealt)
+    assert built.left_out == {"copy": "overlaps_test"}
+    assert built.dealt["copy"] == "train"
+    assert not DatasetBuilder(decontamination_words=0).build([*clean, held_out, copies], {}, dealt).left_out
+
+
+def test_scripts_without_spaces_are_decontaminated_too():
+    text = "今日は天気がいいから散歩しましょう"
+    dealt = {"t": "test", "copy": "train", "other": "train"}
+    conversations = [conversation("t", "q", text), conversation("copy", "p", "ね、" + text)]
+    built = DatasetBuilder().build([*conversations, conversation("other", "x", "y")], {}, dealt)
+    assert built.left_out == {"copy": "overlaps_test"}
+
+
+def test_a_phrase_that_everyone_uses_is_no_copy():
+    phrase = "As an assistant of this house I would always be glad to help you further with"
+    conversations = [conversation(f"c{i}", f"question {i}", f"{phrase} {WORDS[i]}") for i in range(100)]
+    assert not DatasetBuilder().build(conversations, {}).left_out
+
+
+def test_no_train_conversation_shares_twelve_words_with_test():
+    draw = random.Random(1)
+    pool = [" ".join(draw.choices(WORDS, k=14)) for _ in range(60)]
+    conversations = [
+        conversation(f"c{i}", " ".join(draw.choices(WORDS, k=draw.randrange(1, 9))), draw.choice(pool))
+        for i in range(80)
+    ]
+    built = DatasetBuilder().build(conversations, {})
+
+    def runs(split):
+        for example in built.splits[split]:
+            words = example.messages[1]["content"].split()
+            yield from (tuple(words[i : i + 12]) for i in range(len(words) - 11))
+
+    assert "overlaps_test" in built.left_out.values()
+    assert set(runs("train")).isdisjoint(runs("test"))
+
+
+def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):
+    builder = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=4000)
+    small, large = random_conversations(100), random_conversations(110)
+    first = builder.build(small, {})
+    second = builder.build(large, {}, first.dealt)
+    before, after = ({e.id for e in built.splits["train"]} for built in (first, second))
+    assert sum(len(e.encoded.input_ids) for e in second.splits["train"]) <= 4000
+    assert len(before & after) >= 0.8 * len(before)
+
+
+def test_the_sample_is_never_empty(tokenizer):
+    built = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=1).build(random_conversations(30), {})
+    assert len(built.splits["train"]) == 1
+
+
+def test_newcomers_move_nobody(tokenizer):
+    conversations = random_conversations(120)
+    first = DatasetBuilder().build(conversations[:60], {})
+    second = DatasetBuilder().build(conversations, {}, first.dealt)
+    where = everything(second)
+    assert all(where[key] == split for key, split in everything(first).items())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_conversations_give_the_same_bytes(tokenizer, tmp_path):
+    for name in ("one", "two"):
+        built = DatasetBuilder(tokenizer=tokenizer).build(random_conversations(30), {})
+        write_split(tmp_path / f"{name}.parquet", built.splits["train"])
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+
+
+def test_a_split_is_read_as_it_was_written(tokenizer, tmp_path):
+    built = DatasetBuilder(tokenizer=tokenizer).build([JUDGED, *random_conversations(5)], {})
+    write_split(tmp_path / "train.parquet", built.splits["train"])
+    rows = read_split(tmp_path / "train.parquet")
+    for row, example in zip(rows, built.splits["train"], strict=True):
+        assert row["input_ids"] == example.encoded.input_ids
+        assert row["labels"] == example.encoded.labels
+        assert json.loads(row["messages"]) == example.encoded.messages
+        assert any(label != NOT_TRAINED for label in row["labels"])
+
+
+def test_a_missing_split_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="dvc repro prepare"):
+        read_split(tmp_path / "test.parquet")
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tiny_base, tmp_path, monkeypatch):
+    """A folder with clean conversations and a base, as the stage finds them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/base").symlink_to(tiny_base)
+    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+    class Project:
+        def clean(self, conversations: list[dict]) -> None:
+            write_jsonl("data/clean/shard.jsonl", conversations)
+            write_jsonl("data/clean/rejected.jsonl", [{"id": "r", "reason": "too_short"}])
+            clusters = ({"id": c["id"], "cluster": c["id"]} for c in conversations)
+            write_jsonl("data/clean/clusters.jsonl", clusters)
+
+        def params(self, **prepare) -> None:
+            changed = document | {"prepare": document["prepare"] | prepare}
+            (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed))
+
+        def split_of(self) -> dict[str, str]:
+            return {row["id"]: split for split in SPLITS for row in read_split(f"data/prepared/{split}.parquet")}
+
+    project = Project()
+    project.clean(random_conversations(60))
+    project.params()
+    return project
+
+
+def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
+    prepare.main()
+    metrics = json.loads(Path("metrics/prepare.json").read_text())
+    assert metrics["conversations"] == 60
+    assert {split: metrics["splits"][split]["conversations"] for split in SPLITS} == {
+        split: len(read_split(f"data/prepared/{split}.parquet")) for split in SPLITS
+    }
+    assert metrics["splits"]["train"]["by_source"]["chat"]["tokens"] == metrics["splits"]["train"]["tokens"]
+    assert 0 < metrics["splits"]["train"]["trained_share"] < 1
+    header, *bins = Path("metrics/plots/prepare_lengths.csv").read_text().splitlines()
+    assert header == "tokens,train,validation,test"
+    assert sum(sum(map(int, line.split(",")[1:])) for line in bins) == 60 - sum(metrics["left_out"].values())
+    assert len(list(read_jsonl("data/splits/ledger.jsonl"))) == 60
+
+
+def test_the_stage_writes_the_same_bytes_again(project):
+    prepare.main()
+    files = [*Path("data/prepared").iterdir(), Path("data/splits/ledger.jsonl"), Path("metrics/prepare.json")]
+    before = [file.read_bytes() for file in files]
+    prepare.main()
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_the_ledger_outlives_arrivals_and_deletions(project):
+    prepare.main()
+    before = project.split_of()
+    project.clean(random_conversations(90)[30:])
+    prepare.main()
+    after = project.split_of()
+    assert all(after[key] == before[key] for key in after.keys() & before.keys())
+    project.clean(random_conversations(60))
+    prepare.main()
+    assert project.split_of() == before
+
+
+def test_another_salt_deals_anew(project):
+    prepare.main()
+    before = project.split_of()
+    project.params(salt="other")
+    prepare.main()
+    assert project.split_of() != before
+
+
+def test_a_split_without_conversations_is_one_line(project):
+    project.clean(random_conversations(2))
+    with pytest.raises(UserError, match=r"no conversation is left for the validation split.*fine_tuning import"):
+        prepare.main()
+    assert not Path("data/splits/ledger.jsonl").exists()
+
+
+def test_three_conversations_are_enough(project):
+    project.clean(random_conversations(3))
+    prepare.main()
+    assert sorted(project.split_of().values()) == sorted(SPLITS)
+
+
+def test_a_date_in_params_makes_the_latest_test(project):
+    conversations = random_conversations(40)
+    for one in conversations[30:]:
+        one["started_at"] = "2026-03-01T00:00:00Z"
+    project.clean(conversations)
+    project.params(latest_from="2026-02-01")
+    prepare.main()
+    assert {key for key, split in project.split_of().items() if split == "test"} == {
+        c["id"] for c in conversations[30:]
+    }
+
+
+def test_the_section_of_params_is_read():
+    assert read_params("prepare", PrepareSettings).test_fraction > 0
+
+
+def test_statistics_count_what_was_left_out_by_reason(tokenizer):
+    built = DatasetBuilder(tokenizer=tokenizer).build([*random_conversations(10), conversation("x", "q")], {})
+    assert statistics(built)["left_out"] == {"no_reply": 1}
+    assert sum(row["train"] for row in length_histogram(built)) == len(built.splits["train"])
