@@ -138,7 +138,7 @@ def stream_reply(
         yield from _from_ollama(model, messages, sampling, system_prompt, client)
         return
     assert model.gguf is not None
-    tokenizer = _tokenizer(str(_tokenizer_folder(model.gguf, checkout)))
+    tokenizer = tokenizer_of(_tokenizer_folder(model.gguf, checkout))
     room = settings.context - min(sampling.max_tokens, settings.context // 2)
     prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
     with shared_engines.use(
@@ -211,5 +211,6 @@ def _tokenizer_folder(gguf: Path, checkout: Path) -> Path:
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: str) -> "PreTrainedTokenizerFast":
+def tokenizer_of(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer in a folder, loaded once."""
     return load_tokenizer(folder)

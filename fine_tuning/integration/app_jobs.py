@@ -1,0 +1,52 @@
+"""How pages show a command that runs, and what came of the last one."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from fine_tuning.errors import UserError
+from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.jobs import Job, jobs
+
+LOOK_SECONDS = 1.0
+SHOWN_LINES = 14
+STAGES = ("base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare")
+
+
+def start(title: str, command: list[str], checkout: Path) -> None:
+    """Start a command from a button's callback; a refusal is shown as a message."""
+    try:
+        jobs.start(title, command, checkout)
+    except UserError as error:
+        st.toast(str(error), icon=":material/error:")
+
+
+def show_job(title: str | None = None) -> None:
+    """The command that runs, live, with a stop button; or what came of the last one. `title`: only of this one."""
+    job = jobs.latest
+    if job is None or (title is not None and job.title != title):
+        return
+    if job.running:
+        _live(job)
+        return
+    stopped_or_failed = job.stopped or job.returncode != 0
+    say = st.warning if job.stopped else st.error if stopped_or_failed else st.success
+    say(f"{job.title}: {plain(job.outcome())}", icon=":material/error:" if stopped_or_failed else ":material/check:")
+    with st.expander("Its output"):
+        st.code("\n".join(job.lines()[-200:]) or "(none)", language=None, wrap_lines=True)
+
+
+@st.fragment(run_every=LOOK_SECONDS)
+def _live(job: Job) -> None:
+    if not job.running:
+        st.rerun()
+    done = [stage for stage in job.stages() if stage in STAGES]
+    note = f"{job.title} · {job.seconds:.0f} s"
+    if done:
+        st.progress((STAGES.index(done[-1]) + 0.5) / len(STAGES), f"{note} · stage {done[-1]}")
+    else:
+        st.caption(note)
+    st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)
+    if st.button("Stop", icon=":material/stop_circle:", key="stop-job"):
+        job.stop()
+        st.rerun()

@@ -1,0 +1,181 @@
+"""Data: what was collected and what became of it, one conversation from the log to its tokens, and the seal."""
+
+import html
+
+import pandas as pd
+import streamlit as st
+
+from fine_tuning.data_collection.data_cleaner import CleanSettings
+from fine_tuning.integration import data_view
+from fine_tuning.integration.app_context import App, app
+from fine_tuning.integration.app_jobs import show_job, start
+from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.data_view import Entry, Stretch
+from fine_tuning.integration.jobs import jobs, own_command
+from fine_tuning.settings import read_params
+
+SEAL = "Seal"
+CHOICES = 200  # conversations in the picker; the search narrows it down
+COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
+
+
+def page() -> None:
+    """The whole page."""
+    here = app()
+    st.title("Data")
+    found = data_view.entries(here.checkout, here.logger)
+    _sealing(here, found)
+    if not found:
+        st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
+        return
+    _counts(here, found)
+    _charts(found)
+    _one(here, found)
+
+
+# ------------------------------------------------------------------------------------------------------------- seal
+
+
+def _sealing(here: App, found: list[Entry]) -> None:
+    new = sum(entry.fate == "new" for entry in found)
+    waiting = data_view.unprocessed(here.checkout)
+    with st.container(border=True):
+        if new:
+            st.markdown(f"**{new} conversation{'s' * (new != 1)}** with news since the last seal.")
+        elif waiting:
+            st.markdown(
+                f"Nothing new to seal. {len(waiting)} shard{'s' * (len(waiting) != 1)} not trained on yet: "
+                "start `dvc repro` on the page Runs."
+            )
+        else:
+            st.markdown("Nothing new since the last seal.")
+        reason = None
+        if jobs.running is not None:
+            reason = f"{jobs.running.title} is running"
+        elif not here.logger.path.exists():
+            reason = "the log is empty"
+        st.button(
+            "Seal", icon=":material/lock:", key="seal", type="primary", disabled=reason is not None, help=reason,
+            on_click=start, args=(SEAL, own_command("seal"), here.checkout),
+        )  # fmt: skip
+        show_job(SEAL)
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def _counts(here: App, found: list[Entry]) -> None:
+    clean = data_view.metrics(here.checkout, data_view.CLEAN_METRICS)
+    prepare = data_view.metrics(here.checkout, data_view.PREPARE_METRICS)
+    train = prepare.get("splits", {}).get("train", {})
+    numbers = {"Collected": len(found)}
+    if clean:
+        numbers |= {"Kept": clean["kept"], "Dropped": clean["dropped"], "Masked": sum(clean["masked"].values())}
+    if train:
+        numbers["Trained on"] = train["conversations"]
+    with st.container(horizontal=True):
+        for name, number in numbers.items():
+            st.metric(name, f"{number:,}", width="content")
+    if not clean:
+        st.caption("The pipeline has not cleaned anything yet: start `dvc repro` on the page Runs.")
+        return
+    rows = [{"what": "dropped", "why": _words(k), "number": v} for k, v in clean["reasons"].items()]
+    rows += [{"what": "masked", "why": k, "number": v} for k, v in clean["masked"].items()]
+    rows += [{"what": "not trained on", "why": _words(k), "number": v} for k, v in prepare.get("left_out", {}).items()]
+    if rows:
+        table = pd.DataFrame(rows).sort_values("number", ascending=False)
+        st.dataframe(table, hide_index=True, width="stretch", column_config={"number": st.column_config.NumberColumn()})
+
+
+def _charts(found: list[Entry]) -> None:
+    days, lengths = st.tabs(["Over time", "Length in characters"])
+    for tab, table in ((days, data_view.per_day(found)), (lengths, data_view.lengths(found))):
+        if table:
+            frame = pd.DataFrame.from_dict(table, orient="index").fillna(0).astype(int)
+            tab.bar_chart(frame, height=220, y_label="conversations")
+
+
+# ------------------------------------------------------------------------------------------------- one conversation
+
+
+def _one(here: App, found: list[Entry]) -> None:
+    st.subheader("One conversation")
+    fates = list(dict.fromkeys(["all", *sorted({entry.fate for entry in found})]))
+    with st.container(horizontal=True):
+        fate = st.selectbox("Which", fates, format_func=_words, key="fate")
+        words = st.text_input("Search", key="find", placeholder="words of its beginning, or an id")
+    matches = [
+        entry
+        for entry in found
+        if fate in ("all", entry.fate)
+        and all(word in f"{entry.id} {entry.begins}".lower() for word in words.lower().split())
+    ]
+    if not matches:
+        st.caption("None.")
+        return
+    if len(matches) > CHOICES:
+        st.caption(f"{len(matches):,} conversations; the first {CHOICES} are in the list.")
+    shown = {
+        f"{entry.begins or '(empty)'} · {_words(entry.fate)} · {entry.id[:8]}": entry for entry in matches[:CHOICES]
+    }
+    label = st.selectbox("Conversation", list(shown), key="conversation", format_func=str)
+    entry = shown[label]
+    conversation = data_view.conversation(here.checkout, here.logger, entry.id)
+    if conversation is None:
+        return
+    settings = read_params("clean", CleanSettings)
+    cleaner = data_view.cleaner(here.checkout, settings)
+    cleaned = cleaner.clean_conversation(conversation)
+    if reason := data_view.why_dropped(cleaned, entry.fate):
+        st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
+    before, after, tokens = st.tabs(["Before cleaning", "After cleaning", "Tokens"])
+    with before:
+        for message in conversation["messages"]:
+            _stretches(message["role"], data_view.before(cleaner, message["content"] or ""), "mask")
+    with after:
+        if cleaned.conversation is None:
+            st.caption("Nothing is left of it.")
+        else:
+            masked = sum(cleaned.masked.values())
+            st.caption(
+                f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now."
+            )
+            for message in cleaned.conversation["messages"]:
+                _stretches(message["role"], data_view.after(message["content"]), "mask")
+    with tokens:
+        _tokens(here, entry)
+
+
+def _tokens(here: App, entry: Entry) -> None:
+    prepared = data_view.tokens(here.checkout, entry.id)
+    if prepared is None:
+        st.caption(
+            "It is not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`."
+        )
+        return
+    split, pieces = prepared
+    trained = sum(kind is not None for _, kind in pieces)
+    does = "is trained" if split == "train" else "counts"
+    st.caption(f"In the split {split}: {trained} of {len(pieces)} tokens; what {does} is coloured.")
+    _stretches("", pieces, "trained", marked_apart=True)
+
+
+def _stretches(role: str, stretches: list[Stretch], kind: str, marked_apart: bool = False) -> None:
+    """Text with the special stretches coloured. Everything in it is escaped: it is text, whatever it says."""
+    parts = []
+    for text, special in stretches:
+        # A token that is a line break is shown as one, and as a sign.
+        shown = html.escape(text.replace("\n", "⏎\n") if marked_apart else text)
+        if special:
+            style = f"background:{COLOURS[kind]};color:#222;border-radius:3px"
+            parts.append(f'<span title="{html.escape(special)}" style="{style}">{shown}</span>')
+        else:
+            parts.append(shown)
+        if marked_apart:
+            parts.append("<wbr><span style='opacity:.25'>|</span>")
+    head = f"<b>{html.escape(role)}</b><br>" if role else ""
+    st.html(f"<div style='white-space:pre-wrap;overflow-wrap:anywhere'>{head}{''.join(parts)}</div>")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,205 @@
+"""What the page Data shows: where every conversation is on its way from the log to the tokens."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
+from fine_tuning.data_collection.personal_data import PLACEHOLDER
+from fine_tuning.data_collection.shards import shard_paths, versions
+from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
+from fine_tuning.records import read_json, read_jsonl
+
+SHARDS = Path("data/conversations")
+MANIFEST = Path("data/manifest.json")
+REJECTED = Path("data/clean/rejected.jsonl")
+CLEAN_METRICS = Path("metrics/clean.json")
+PREPARE_METRICS = Path("metrics/prepare.json")
+PREPARED = Path("data/prepared")
+SPLITS = ("train", "validation", "test")
+
+Stretch = tuple[str, str | None]  # text, and what is special about it
+Stamp = tuple[Path, int, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped."""
+
+    id: str
+    source: str
+    started_at: str
+    messages: int
+    characters: int
+    begins: str
+    fate: str
+
+
+def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
+    """What changes when one of the files changes; the key of everything that is read from them."""
+    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists())
+
+
+def entries(checkout: Path, logger: ConversationLogger) -> list[Entry]:
+    """Every conversation, those of the live log first."""
+    new = [_entry(conversation, "new") for conversation in logger.read_conversations()]
+    names = {entry.id for entry in new}
+    shards = stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST))
+    fates = _fates(stamps([checkout / REJECTED]))
+    cleaned = {shard["name"] for shard in manifest(checkout)} if (checkout / REJECTED).exists() else set()
+    sealed = [
+        _entry(conversation, fates.get(identity, "kept") if shard in cleaned else "not cleaned yet")
+        for identity, (shard, conversation) in _sealed(shards).items()
+        if identity not in names and conversation["messages"]
+    ]
+    return new + sealed
+
+
+def conversation(checkout: Path, logger: ConversationLogger, identity: str) -> dict | None:
+    """The newest version of a conversation as it was logged or imported."""
+    found = next((c for c in logger.read_conversations() if c["id"] == identity), None)
+    shards = stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST))
+    return found or _sealed(shards).get(identity, (None, None))[1]
+
+
+def manifest(checkout: Path) -> list[dict]:
+    """The shards that the last run of the pipeline took in."""
+    path = checkout / MANIFEST
+    return read_json(path)["shards"] if path.is_file() else []
+
+
+def unprocessed(checkout: Path) -> list[Path]:
+    """Sealed or imported shards that no run of the pipeline has taken in."""
+    known = {shard["name"] for shard in manifest(checkout)}
+    return [path for path in shard_paths(checkout / SHARDS) if path.name not in known]
+
+
+def metrics(checkout: Path, path: Path) -> dict:
+    """A metrics file, empty where its stage has not run."""
+    return read_json(checkout / path) if (checkout / path).is_file() else {}
+
+
+def per_day(found: list[Entry]) -> dict[str, Counter[str]]:
+    """Day → conversations by source; what has no date is left out."""
+    days: dict[str, Counter[str]] = {}
+    for entry in found:
+        if entry.started_at:
+            days.setdefault(entry.started_at[:10], Counter())[entry.source] += 1
+    return dict(sorted(days.items()))
+
+
+def lengths(found: list[Entry]) -> dict[str, Counter[str]]:
+    """Length class in characters → conversations by source."""
+    edges = (100, 300, 1000, 3000, 10_000)
+    names = ["under 100", *(f"from {edge:,}" for edge in edges)]
+    table: dict[str, Counter[str]] = {name: Counter() for name in names}
+    for entry in found:
+        table[names[sum(entry.characters >= edge for edge in edges)]][entry.source] += 1
+    return {f"{number} {name}": counts for number, (name, counts) in enumerate(table.items(), 1)}
+
+
+# ------------------------------------------------------------------------------------------------- one conversation
+
+
+def cleaner(checkout: Path, settings: CleanSettings) -> DataCleaner:
+    """The cleaner as the stage `clean` makes it."""
+    path = checkout / "models/base/tokenizer.json"
+    added = json.loads(path.read_bytes()).get("added_tokens", []) if path.is_file() else []
+    control = {token["content"] for token in added if token.get("special")}
+    return DataCleaner(settings=settings, control_tokens=tuple(sorted(control | set(CONTROL_TOKENS))))
+
+
+def before(cleaner: DataCleaner, text: str) -> list[Stretch]:
+    """The text as it came, cut so that each piece of personal data stands alone, with its type."""
+    stretches: list[Stretch] = []
+    position = 0
+    for hit in cleaner.find_personal_data(text):
+        stretches += [(text[position : hit.start], None), (text[hit.start : hit.end], hit.type)]
+        position = hit.end
+    return [*stretches, (text[position:], None)]
+
+
+def after(text: str) -> list[Stretch]:
+    """The cleaned text, cut so that each placeholder stands alone, with its type."""
+    stretches: list[Stretch] = []
+    position = 0
+    for match in PLACEHOLDER.finditer(text):
+        stretches += [(text[position : match.start()], None), (match.group(), match.group(1))]
+        position = match.end()
+    return [*stretches, (text[position:], None)]
+
+
+def why_dropped(cleaned: Cleaned, fate: str) -> str | None:
+    """The reason in words: of the last run where it knows one, else of the cleaner as it is set now."""
+    if fate not in ("kept", "new", "not cleaned yet"):
+        return fate.replace("_", " ")
+    if cleaned.drop is None:
+        return None
+    value = cleaned.drop.value
+    shown = f" ({value})" if isinstance(value, int | float) and not isinstance(value, bool) else ""
+    return cleaned.drop.reason.replace("_", " ") + shown
+
+
+def tokens(checkout: Path, identity: str) -> tuple[str, list[Stretch]] | None:
+    """(split, tokens) of a conversation in the prepared data; what is special about a token is that it is trained."""
+    import pyarrow.parquet
+
+    from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
+    from fine_tuning.integration.chat_models import BASE, tokenizer_of
+
+    for split in SPLITS:
+        path = checkout / PREPARED / f"{split}.parquet"
+        if not path.is_file():
+            continue
+        table = pyarrow.parquet.read_table(path, filters=[("id", "=", identity)])
+        if table.num_rows:
+            row = table.slice(0, 1).to_pylist()[0]
+            return split, _pieces(tokenizer_of(checkout / BASE), row["input_ids"], row["labels"], NOT_TRAINED)
+    return None
+
+
+def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> list[Stretch]:
+    """The text of each token. A character that several tokens spell stands with the last of them."""
+    pieces: list[Stretch] = []
+    waiting: list[int] = []
+    for token, label in zip(ids, labels, strict=True):
+        waiting.append(token)
+        text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if "\ufffd" in text and len(waiting) < 4:
+            pieces.append(("", None))
+            continue
+        pieces.append((text, "trained" if label != not_trained else None))
+        waiting = []
+    return [piece for piece in pieces if piece[0]]
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def _entry(conversation: dict, fate: str) -> Entry:
+    messages = conversation["messages"]
+    first = next((message["content"] for message in messages if message.get("role") == "user"), "") or ""
+    return Entry(
+        id=conversation["id"],
+        source=conversation.get("source") or "unknown",
+        started_at=str(conversation.get("started_at") or ""),
+        messages=len(messages),
+        characters=sum(len(message.get("content") or "") for message in messages),
+        begins=" ".join(str(first).split())[:60],
+        fate=fate,
+    )
+
+
+@lru_cache(maxsize=2)
+def _sealed(shards: tuple[Stamp, ...]) -> dict[str, tuple[str, dict]]:
+    """Conversation id → (name of the shard, newest version)."""
+    return {version["id"]: (path.name, version) for path, _, _ in shards for version in versions([path])}
+
+
+@lru_cache(maxsize=2)
+def _fates(rejected: tuple[Stamp, ...]) -> dict[str, str]:
+    drops = (drop for path, _, _ in rejected for drop in read_jsonl(path))
+    return {drop["id"]: drop["reason"] for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
