@@ -10,6 +10,9 @@ from fine_tuning.data_preparation.tokenizer import (
     NOT_TRAINED,
     ChatSettings,
     RenderError,
+    TokenizerUtils,
+    compare_tokenizers,
+    comparison_table,
     encode_conversation,
     encode_prompt,
     end_of_turn_ids,
@@ -314,3 +317,84 @@ def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):
 
 def test_the_chat_section_of_params_is_read():
     assert read_params("chat", ChatSettings).max_length >= 16
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(with_template, tmp_path):
+    """Folders of tokenizers made from the tiny one."""
+
+    def save(name: str, template: str | None, change=lambda tokenizer: None):
+        tokenizer = with_template(template)
+        change(tokenizer)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_tokenizers_are_compared_on_the_same_conversations(tiny_base, saved):
+    conversations = [{"messages": chat("What is it? 12345", "A thing. " * n, "And?", "So.")} for n in (1, 200)]
+    conversations.append({"messages": chat("a", "b", system="s")})
+    small, other = compare_tokenizers([tiny_base, saved("mistral", MISTRAL)], conversations, max_length=256)
+    assert (small.conversations, small.turns) == (3, 11)
+    characters = sum(len(m["content"]) for c in conversations for m in c["messages"])
+    assert 0 < small.tokens_per_character <= 1
+    assert small.tokens_per_turn == pytest.approx(small.tokens_per_character * characters / 11)
+    assert small.truncated_share == pytest.approx(1 / 3)
+    assert (small.unknown_share, small.lossy_share, small.refused_share) == (0, 0, 0)
+    assert 0 < other.template_share < small.template_share
+    assert other.refused_share == pytest.approx(1 / 3)  # it takes no system message
+    table = comparison_table([small, other]).splitlines()
+    assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
+    assert str(tiny_base) in table[0]
+
+
+def test_a_tokenizer_counts_and_gives_text_back(tiny_base):
+    utils = TokenizerUtils(tiny_base)
+    text = "naïve <|im_end|> 日本 42"
+    assert utils.decode(utils.encode(text)) == text
+    assert utils.count(text) == len(utils.encode(text)) < len(text.encode())
+
+
+def test_unknown_and_lossy_turns_are_counted(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, "world": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(tmp_path)
+    report = TokenizerUtils(tmp_path).measure([{"messages": chat("hello world", "hello mars")}])
+    assert report.unknown_share == 0.25
+    assert report.lossy_share == 0.5
+    assert report.refused_share == 1
+    assert {"no chat template", "no end-of-sequence token", "no padding token"} <= set(report.problems)
+
+
+def add_bos(tokenizer) -> None:
+    from tokenizers import processors
+
+    tokenizer.bos_token = "<|begin|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.convert_tokens_to_ids("<|begin|>"))]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "change", "problem"),
+    [
+        (LLAMA3, add_bos, "doubles the beginning-of-sequence"),
+        (LLAMA3, lambda t: None, "replies end with <|eot|>"),
+        ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", lambda t: None, "no end-of-turn token"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", lambda t: None, "rewrites a message"),
+    ],
+)
+def test_special_tokens_that_would_go_wrong_are_told(saved, template, change, problem):
+    assert any(problem in found for found in TokenizerUtils(saved("t", template, change)).special_token_problems())
+
+
+def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="give a folder"):
+        TokenizerUtils(tmp_path / "nothing")

@@ -7,7 +7,7 @@ control token typed by a user, such as `<|im_start|>`, stays ordinary text.
 import copy
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -299,7 +299,6 @@ class _ChatFormat:
         self._added = _any_of(token.content for token in added.values() if token.content)
         # Tokenizers without byte fallback write the unknown token for characters that users type.
         self.control_ids = set(special) - {tokenizer.unk_token_id}
-        self._tokenizer_name = tokenizer.name_or_path
 
     @cached_property
     def plain(self) -> "Tokenizer":
@@ -358,12 +357,190 @@ def _chat_format(tokenizer: "PreTrainedTokenizerFast") -> _ChatFormat:
     known = _formats.get(tokenizer)
     if known is None or known.template != tokenizer.chat_template:
         known = _ChatFormat(tokenizer)
-        _formats[tokenizer] = known
         known.learn(tokenizer)
+        _formats[tokenizer] = known
     return known
 
 
-def _any_of(strings: Any) -> re.Pattern[str]:
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """Pattern of any of `strings`, the longest first; of nothing where there are none."""
     ordered = sorted(strings, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+# -----------------------------------------------------------------------------
+# comparing tokenizers
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """How one tokenizer fares on conversations. Shares are between 0 and 1; contents are counted without template."""
+
+    name: str
+    vocabulary: int
+    conversations: int
+    turns: int
+    tokens_per_turn: float
+    tokens_per_character: float
+    template_share: float  # of all tokens of rendered conversations, those that the template writes
+    truncated_share: float  # of conversations, those longer than max_length
+    refused_share: float  # of conversations, those that the template cannot carry
+    unknown_share: float  # of the contents' tokens
+    lossy_share: float  # of turns, those that decode to another text
+    problems: tuple[str, ...]  # with special tokens
+
+
+class TokenizerUtils:
+    """Any fast Hugging Face tokenizer, and how it fares on conversations.
+
+    Args:
+        name: a folder, a .gguf file or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has no fast form.
+    """
+
+    def __init__(self, name: str | Path, revision: str | None = None) -> None:
+        self.name = str(name)
+        self.tokenizer = _load_any(self.name, revision)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain text: no token is added, and control tokens in it are parsed."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens shown."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a plain text."""
+        return len(self.encode(text))
+
+    def measure(
+        self, conversations: Iterable[dict], max_length: int = 512, system_prompt: str | None = None
+    ) -> TokenizerReport:
+        """Count tokens of conversations with `messages`, turn by turn and as the template renders them."""
+        total = turns = characters = tokens = unknown = lossy = truncated = refused = written = carried = 0
+        for conversation in conversations:
+            contents = [message["content"] for message in conversation["messages"]]
+            total += 1
+            turns += len(contents)
+            characters += sum(map(len, contents))
+            here = 0
+            for content in contents:
+                ids = self._encode_plain(content)
+                here += len(ids)
+                unknown += ids.count(self.tokenizer.unk_token_id) if self.tokenizer.unk_token_id is not None else 0
+                lossy += self.decode(ids) != content
+            tokens += here
+            try:
+                length = len(_tokens(self.tokenizer, render(self.tokenizer, conversation["messages"], system_prompt)))
+            except UserError:
+                refused += 1
+                continue
+            written += length
+            carried += here
+            truncated += length > max_length
+        return TokenizerReport(
+            name=self.name,
+            vocabulary=len(self.tokenizer),
+            conversations=total,
+            turns=turns,
+            tokens_per_turn=tokens / max(turns, 1),
+            tokens_per_character=tokens / max(characters, 1),
+            template_share=max(0.0, 1 - carried / written) if written else 0.0,
+            truncated_share=truncated / max(total, 1),
+            refused_share=refused / max(total, 1),
+            unknown_share=unknown / max(tokens, 1),
+            lossy_share=lossy / max(turns, 1),
+            problems=tuple(self.special_token_problems()),
+        )
+
+    def special_token_problems(self) -> list[str]:
+        """What would go wrong with control tokens in training or serving, each in a few words."""
+        tokenizer = self.tokenizer
+        found = [
+            f"{token.content} is not one token"
+            for index, token in tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
+            if token.special and self.encode(token.content) != [index]
+        ]
+        if tokenizer.eos_token_id is None:
+            found.append("no end-of-sequence token")
+        if tokenizer.pad_token_id is None:
+            found.append("no padding token")
+        if not tokenizer.chat_template:
+            return [*found, "no chat template"]
+        question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+        try:
+            stops = end_of_turn_ids(tokenizer)
+            text = render(tokenizer, [question, answer]).text
+        except UserError as error:
+            return [*found, str(error).partition(":")[0]]
+        if not stops:
+            found.append("the template writes no end-of-turn token")
+        elif tokenizer.eos_token_id not in stops:
+            found.append(f"replies end with {self.decode(stops[:1])}, not with the end-of-sequence token")
+        if tokenizer.pad_token_id in stops:
+            found.append("padding is the end-of-turn token: a mask by id would untrain it")
+        if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+            start = tokenizer.encode(text)[:2]
+            if start == [tokenizer.bos_token_id] * 2:
+                found.append("encoding a rendered text doubles the beginning-of-sequence token")
+        typed = next(iter(tokenizer.all_special_tokens), None)
+        try:
+            if typed is not None:
+                _tokens(tokenizer, render(tokenizer, [question | {"content": f"q {typed} q"}, answer]))
+        except UserError:
+            found.append("control tokens that users type cannot be kept apart")
+        return found
+
+    def _encode_plain(self, content: str) -> list[int]:
+        if not self.tokenizer.chat_template:
+            return self.encode(content)
+        return _chat_format(self.tokenizer).plain.encode(content, add_special_tokens=False).ids
+
+
+def compare_tokenizers(
+    names: Iterable[str | Path],
+    conversations: Sequence[dict],
+    max_length: int = 512,
+    system_prompt: str | None = None,
+) -> list[TokenizerReport]:
+    """Reports of several tokenizers on the same conversations, in the order of `names`."""
+    return [TokenizerUtils(name).measure(conversations, max_length, system_prompt) for name in names]
+
+
+def comparison_table(reports: Sequence[TokenizerReport]) -> str:
+    """The reports side by side as a Markdown table, a column a tokenizer."""
+    header = ["", *(report.name for report in reports)]
+    rows = [header, ["---", *("---:" for _ in reports)]]
+    for field in ("vocabulary", "conversations", "turns"):
+        rows.append([field, *(f"{getattr(report, field):,}" for report in reports)])
+    for field in ("tokens_per_turn", "tokens_per_character"):
+        rows.append([field.replace("_", " "), *(f"{getattr(report, field):.3f}" for report in reports)])
+    for field in ("template_share", "truncated_share", "refused_share", "unknown_share", "lossy_share"):
+        rows.append([field.replace("_", " "), *(f"{getattr(report, field):.2%}" for report in reports)])
+    rows.append(["special tokens", *("; ".join(report.problems).replace("|", r"\|") or "sound" for report in reports)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
+    path = Path(name)
+    if (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    try:
+        if path.suffix == ".gguf" and path.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", use_fast=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"no tokenizer {name!r}: give a folder, a .gguf file or a hub id ({reason})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{name} has no fast tokenizer: save one with `save_pretrained` from a fast class first")
+    return tokenizer
