@@ -16,6 +16,7 @@ from fine_tuning.settings import read_params
 
 SEAL = "Seal"
 CHOICES = 200  # conversations in the picker; the search narrows it down
+VIEWS = ("Before cleaning", "After cleaning", "Tokens")
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
 
 
@@ -128,22 +129,21 @@ def _one(here: App, found: list[Entry]) -> None:
     cleaned = cleaner.clean_conversation(conversation)
     if reason := data_view.why_dropped(cleaned, entry.fate):
         st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
-    before, after, tokens = st.tabs(["Before cleaning", "After cleaning", "Tokens"])
-    with before:
+    view = st.segmented_control(
+        "View", VIEWS, default=VIEWS[0], required=True, key="view", label_visibility="collapsed"
+    )
+    if view == "Tokens":
+        _tokens(here, entry)
+    elif view == "Before cleaning":
         for message in conversation["messages"]:
             _stretches(message["role"], data_view.before(cleaner, message["content"] or ""), "mask")
-    with after:
-        if cleaned.conversation is None:
-            st.caption("Nothing is left of it.")
-        else:
-            masked = sum(cleaned.masked.values())
-            st.caption(
-                f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now."
-            )
-            for message in cleaned.conversation["messages"]:
-                _stretches(message["role"], data_view.after(message["content"]), "mask")
-    with tokens:
-        _tokens(here, entry)
+    elif cleaned.conversation is None:
+        st.caption("Nothing is left of it.")
+    else:
+        masked = sum(cleaned.masked.values())
+        st.caption(f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now.")
+        for message in cleaned.conversation["messages"]:
+            _stretches(message["role"], data_view.after(message["content"]), "mask")
 
 
 def _tokens(here: App, entry: Entry) -> None:
