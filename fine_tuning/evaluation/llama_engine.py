@@ -237,6 +237,9 @@ class LlamaEngine:
             "temperature": 0,
             "post_sampling_probs": False,
             "cache_prompt": False,  # a reused prefix is computed in other batches and differs in the last digits
+            # Half a character would be held back and its probabilities with it: a whole one is forced, and the
+            # probabilities are those from before.
+            "logit_bias": [[self.tokenize("a")[-1], 1000.0]],
         }
         first = self._post("/completion", body)["completion_probabilities"][0]
         return [(top["id"], top["logprob"]) for top in first["top_logprobs"]]
@@ -248,13 +251,28 @@ class LlamaEngine:
         a teacher-forced score of what is shipped, in the runtime that it is shipped for. `target` may end with an
         end-of-turn token; one in its middle is refused by llama.cpp.
         """
+        return [
+            TokenScore(step["logprob"], step["top_logprobs"][0]["id"] == step["id"])
+            for step in self._forced(prompt, target, 1)
+        ]
+
+    def forced_logprobs(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[list[tuple[int, float]]]:
+        """The `n` likeliest tokens with natural-log probabilities before each token of `target`, which is forced.
+
+        Much quicker than `next_token_logprobs` at every place. `target` must not end inside a character.
+        """
+        return [
+            [(top["id"], top["logprob"]) for top in step["top_logprobs"]] for step in self._forced(prompt, target, n)
+        ]
+
+    def _forced(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[dict[str, Any]]:
         *body, last = target
         answer = self._post(
             "/completion",
             {
                 "prompt": list(prompt),
                 "n_predict": len(target),
-                "n_probs": 1,
+                "n_probs": n,
                 "temperature": 0,
                 "samplers": ["temperature"],
                 "post_sampling_probs": False,
@@ -266,10 +284,7 @@ class LlamaEngine:
         )
         if answer["tokens"] != list(target):
             raise UserError(f"llama.cpp could not be made to say a reference with {self.gguf.name}: report this bug")
-        return [
-            TokenScore(step["logprob"], step["top_logprobs"][0]["id"] == step["id"])
-            for step in answer["completion_probabilities"]
-        ]
+        return answer["completion_probabilities"]
 
     def score_many(
         self,

@@ -37,7 +37,7 @@ Quantisation = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4
 
 # Next tokens whose probabilities are compared one by one; the others count as one. Merging outcomes can only lower
 # a divergence (Cover and Thomas, Elements of Information Theory, section 2.8), and these hold nearly all of the mass.
-COMPARED_TOKENS = 1000
+COMPARED_TOKENS = 200
 
 
 class OllamaParameters(Settings):
@@ -249,15 +249,15 @@ def prove_package(
     report["metadata"] = prove_metadata(merged_dir, package_dir / "model.gguf")
     report["template"] = prove_rendering(tokenizer, request, sample, chat)
     report["stops"] = prove_stops(tokenizer, request, conversations)
-    points = _points(sample, settings.parity.positions)
-    adapted = _log_probabilities(_load_adapted(base_dir, adapter_dir), points)
-    merged = _log_probabilities(_load(merged_dir), points)
+    passages = _passages(tokenizer, sample, settings.parity.positions)
+    adapted = _log_probabilities(_load_adapted(base_dir, adapter_dir), passages)
+    merged = _log_probabilities(_load(merged_dir), passages)
     report["merge"] = prove_merge(adapted, merged, settings.parity)
     threads = settings.threads or len(os.sched_getaffinity(0))
     context = max(chat.max_length, 512) + 64
     with LlamaEngine(package_dir / "model.gguf", context=context, threads=threads) as engine:
         report["tokens"] = prove_tokens(tokenizer, engine, sample, chat)
-        report["gguf"] = prove_predictions(engine, points, merged, settings)
+        report["gguf"] = prove_predictions(engine, passages, merged, settings)
     return report
 
 
@@ -401,39 +401,43 @@ def adversarial_strings(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Point:
-    """A place in a conversation where the next token is predicted: after `ids[:at]`."""
+class _Passage:
+    """The beginning of a reply, `ids[start:]`, after all that stands before it."""
 
-    ids: tuple[int, ...]
-    at: int
-
-
-def _points(sample: Sequence[PreparedConversation], count: int) -> list[_Point]:
-    """About `count` trained positions, spread over the sample and over each reply."""
-    each = max(1, round(count / len(sample)))
-    points = []
-    for row in sample:
-        trained = [at for at, label in enumerate(row.labels) if label >= 0 and at > 0]
-        points += [_Point(tuple(row.input_ids), at) for at in sample_evenly(trained, each)]
-    return points[:count]
+    ids: list[int]
+    start: int
 
 
-def _log_probabilities(model: Any, points: Sequence[_Point]) -> "np.ndarray":
-    """Natural-log probabilities of the next token at every point, float32, shape (points, vocabulary)."""
+def _passages(
+    tokenizer: "PreTrainedTokenizerFast", sample: Sequence[PreparedConversation], positions: int
+) -> list[_Passage]:
+    """Beginnings of last replies, spread over the sample, with about `positions` tokens in all."""
+    each = max(8, -(-positions // len(sample)))
+    passages = []
+    for row in sample_evenly(sample, max(1, positions // each)):
+        end = max(at for at, label in enumerate(row.labels) if label >= 0) + 1
+        start = end
+        while start > 1 and row.labels[start - 1] >= 0:
+            start -= 1
+        end = min(end, start + each)
+        # Inside a character llama.cpp holds its answer back.
+        while end > start + 1 and tokenizer.decode(row.input_ids[start:end]).endswith("\ufffd"):
+            end -= 1
+        passages.append(_Passage(row.input_ids[:end], start))
+    return passages
+
+
+def _log_probabilities(model: Any, passages: Sequence[_Passage]) -> "np.ndarray":
+    """Natural-log probabilities at every token of the passages, float32, shape (tokens, vocabulary)."""
     import numpy as np
     import torch
 
-    rows: dict[tuple[int, ...], Any] = {}
     result = []
     with torch.no_grad():
-        for point in points:
-            ids = point.ids
-            if ids not in rows:
-                rows.clear()  # the points of a conversation follow each other
-                last = max(other.at for other in points if other.ids == ids)
-                rows[ids] = model(torch.tensor([ids[:last]])).logits[0].float()
-            result.append(torch.log_softmax(rows[ids][point.at - 1], -1).numpy())
-    return np.stack(result)
+        for passage in passages:
+            logits = model(torch.tensor([passage.ids[:-1]])).logits[0, passage.start - 1 :].float()
+            result.append(torch.log_softmax(logits, -1).numpy())
+    return np.concatenate(result)
 
 
 def prove_merge(adapted: "np.ndarray", merged: "np.ndarray", parity: ParitySettings) -> dict[str, float]:
@@ -454,23 +458,25 @@ def prove_merge(adapted: "np.ndarray", merged: "np.ndarray", parity: ParitySetti
 
 
 def prove_predictions(
-    engine: LlamaEngine, points: Sequence[_Point], merged: "np.ndarray", settings: PackageSettings
+    engine: LlamaEngine, passages: Sequence[_Passage], merged: "np.ndarray", settings: PackageSettings
 ) -> dict[str, float]:
     """llama.cpp with the GGUF predicts what the merged model predicts, as far as its quantisation can."""
     import numpy as np
 
+    wanted = min(COMPARED_TOKENS, merged.shape[-1])
+    answers = []
+    for passage in passages:
+        answers += engine.forced_logprobs(passage.ids[: passage.start], passage.ids[passage.start :], wanted)
     divergences, agreeing = [], 0
-    for point, reference in zip(points, merged, strict=True):
-        wanted = min(COMPARED_TOKENS, len(reference))
-        answered = engine.next_token_logprobs(list(point.ids[: point.at]), wanted)
-        numbers = np.array([number for number, _ in answered])
-        found = np.array([value for _, value in answered], dtype=np.float64)
+    for answer, reference in zip(answers, merged, strict=True):
+        numbers = np.array([number for number, _ in answer])
+        found = np.array([value for _, value in answer], dtype=np.float64)
         expected = reference[numbers].astype(np.float64)
         rest = [max(1.0 - float(np.exp(values).sum()), 1e-8) for values in (expected, found)]
         divergence = float((np.exp(expected) * (expected - found)).sum()) + rest[0] * float(np.log(rest[0] / rest[1]))
         divergences.append(max(divergence, 0.0))
         agreeing += int(numbers[found.argmax()]) == int(reference.argmax())
-    kl, top1 = float(np.mean(divergences)), agreeing / len(points)
+    kl, top1 = float(np.mean(divergences)), agreeing / len(answers)
     kind = settings.quantisation
     max_kl, min_top1 = _threshold(settings.parity.max_kl, kind), _threshold(settings.parity.min_top1, kind)
     if not kl <= max_kl:
@@ -484,7 +490,7 @@ def prove_predictions(
             f"fewer than package.parity.min_top1.{kind} = {min_top1:g}",
             "choose a quantisation with more bits or lower the threshold",
         )
-    return {"mean_kl": kl, "max_kl": max(divergences), "top1": top1, "positions": len(points)}
+    return {"mean_kl": kl, "max_kl": max(divergences), "top1": top1, "positions": len(answers)}
 
 
 def _threshold(thresholds: dict[Any, float], kind: str) -> float:

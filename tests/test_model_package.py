@@ -1,0 +1,268 @@
+"""The package stage: what it makes, and that every planted fault fails its proof."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import yaml
+
+from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
+from fine_tuning.errors import UserError
+from fine_tuning.model_management import gguf_writer, model_package
+from fine_tuning.records import read_json, write_json
+from stages import package as stage
+
+ROOT = Path(__file__).parents[1]
+CONVERSATIONS = [
+    [("user", "What is machine learning?"), ("assistant", "I do not know, but I can find out for you.")],
+    [("user", "How do I reset my password?"), ("assistant", "1. First\n2. Second  2024-01-31\n")],
+    [("user", "Hello!"), ("assistant", "How can I help?"), ("user", "naïve 日本 🙂"), ("assistant", "Try again.")],
+    [("system", "Be kind."), ("user", "Is the cable plugged in?"), ("assistant", "Please check.")],
+]
+
+
+def write_vivid_base(source: Path, folder: Path) -> None:
+    """The tiny base with weights so large that every part of it shows in its predictions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(source, folder)
+    config = LlamaConfig.from_pretrained(source)
+    config.initializer_range = 0.2
+    config.rope_parameters = {"rope_theta": 5000.0, "rope_type": "default"}
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_adapter(base: Path, folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+
+
+def write_prepared(base: Path, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    tokenizer = load_tokenizer(base)
+    rows = []
+    for number, conversation in enumerate(CONVERSATIONS):
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        encoded = encode_conversation(tokenizer, messages, None, 512)
+        rows.append(
+            {
+                "id": f"c{number}",
+                "messages": json.dumps(messages),
+                "input_ids": encoded.input_ids,
+                "labels": encoded.labels,
+            }
+        )
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def change_params(path: Path, section: str, **values) -> None:
+    document = yaml.safe_load(path.read_text())
+    document[section] |= values
+    path.write_text(yaml.safe_dump(document))
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_base, tmp_path_factory):
+    """A checkout in which base, adapter and conversations are there and the package is not."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_vivid_base(tiny_base, folder / "models/base")
+    write_adapter(folder / "models/base", folder / "models/adapter")
+    write_prepared(folder / "models/base", folder / "data/prepared/validation.parquet")
+    shutil.copy(ROOT / "params.yaml", folder)
+    change_params(folder / "params.yaml", "package", quantisation="F16")
+    return folder
+
+
+@pytest.fixture
+def checkout(inputs, tmp_path, monkeypatch):
+    folder = tmp_path / "checkout"
+    shutil.copytree(inputs, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(inputs, tmp_path_factory):
+    """The same checkout after the stage."""
+    folder = tmp_path_factory.mktemp("made") / "checkout"
+    shutil.copytree(inputs, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stage.main()
+    return folder
+
+
+def test_the_stage_writes_the_bundle_its_proof_and_its_metrics(made):
+    package = made / "models/package"
+    assert {file.name for file in package.iterdir()} == {
+        "model.gguf",
+        "Modelfile",
+        "create.json",
+        "template.gotmpl",
+        "parity.json",
+    }
+    metrics = read_json(made / "metrics/package.json")
+    assert metrics["gguf_top1"] > 0.9 and metrics["gguf_mean_kl"] < 2e-3
+    assert metrics["template_conversations"] > 250 and metrics["gguf_bytes"] == (package / "model.gguf").stat().st_size
+    report = read_json(package / "parity.json")
+    assert report["stops"]["stop"] == ["<|im_end|>", "<|im_start|>"]
+    assert report["tokens"]["as_prepared"] == len(CONVERSATIONS)
+
+
+def test_the_same_inputs_give_the_same_bytes(made, checkout):
+    stage.main()
+    for name in ("models/merged/model.safetensors", "models/package/model.gguf", "models/package/create.json"):
+        assert (checkout / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_the_modelfile_says_what_the_request_to_ollama_says(made):
+    request = read_json(made / "models/package/create.json")
+    modelfile = (made / "models/package/Modelfile").read_text()
+    assert f'TEMPLATE """{request["template"]}"""' in modelfile
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile and "PARAMETER num_ctx 4096" in modelfile
+    assert request["parameters"]["num_ctx"] == 4096 and request["files"]["model.gguf"].startswith("sha256:")
+
+
+def test_a_system_prompt_reaches_template_modelfile_and_request(checkout):
+    change_params(checkout / "params.yaml", "chat", system_prompt="Be brief.")
+    write_prepared_with_prompt(checkout)
+    stage.main()
+    request = read_json(checkout / "models/package/create.json")
+    assert request["system"] == "Be brief." and "Be brief." in request["template"]
+    assert 'SYSTEM """Be brief."""' in (checkout / "models/package/Modelfile").read_text()
+
+
+def write_prepared_with_prompt(checkout: Path) -> None:
+    import pyarrow.parquet
+
+    path = checkout / "data/prepared/validation.parquet"
+    table = pyarrow.parquet.read_table(path)
+    tokenizer = load_tokenizer(checkout / "models/base")
+    rows = table.to_pylist()
+    for row in rows:
+        encoded = encode_conversation(tokenizer, json.loads(row["messages"]), "Be brief.", 512)
+        row |= {"input_ids": encoded.input_ids, "labels": encoded.labels}
+    pyarrow.parquet.write_table(type(table).from_pylist(rows, schema=table.schema), path)
+
+
+# ---------------------------------------------------------------------------------------------- planted faults
+
+
+def lose_a_stop(patch):
+    real = model_package.find_stops
+    patch.setattr(model_package, "find_stops", lambda *given: [s for s in real(*given) if s != "<|im_end|>"])
+
+
+def double_the_bos(patch):
+    patch.setattr(
+        gguf.GGUFWriter, "add_add_bos_token", lambda self, _: self.add_bool("tokenizer.ggml.add_bos_token", True)
+    )
+
+
+def change_a_newline(patch):
+    real = model_package.derive_template
+    patch.setattr(model_package, "derive_template", lambda renderer: real(renderer).replace("user\n", "user\r\n"))
+
+
+def change_the_rope_base(patch):
+    real = gguf_writer.rope_parameters
+    patch.setattr(gguf_writer, "rope_parameters", lambda config: real(config) | {"rope_theta": 50000.0})
+
+
+def leave_q_unpermuted(patch):
+    real = gguf_writer.permute_rotary
+    patch.setattr(gguf_writer, "permute_rotary", lambda values, heads: values if heads == 4 else real(values, heads))
+
+
+def take_another_pre_tokenizer(patch):
+    patch.setattr(gguf_writer, "detect_pre_tokenizer", lambda _: "llama-bpe")
+
+
+def lose_a_control_token(patch):
+    real = gguf.GGUFWriter.add_token_types
+    patch.setattr(
+        gguf.GGUFWriter, "add_token_types", lambda self, types: real(self, [1 if t == 3 else t for t in types])
+    )
+
+
+def shift_a_norm(patch):
+    gemma = gguf_writer.Architecture("llama", permute=True, norm_shift=1.0)
+    patch.setitem(gguf_writer.ARCHITECTURES, "LlamaForCausalLM", gemma)
+
+
+def forget_the_adapter(patch):
+    real = stage.merge_adapter
+
+    def merge(base, adapter, merged, dtype):
+        real(base, adapter, merged, dtype)
+        shutil.copy(base / "model.safetensors", merged / "model.safetensors")
+
+    patch.setattr(stage, "merge_adapter", merge)
+
+
+FAULTS = [
+    (lose_a_stop, "ends replies in training and is no stop"),
+    (double_the_bos, "add_bos_token"),
+    (change_a_newline, r"Jinja '\\n"),
+    (change_the_rope_base, "rope.freq_base"),
+    (leave_q_unpermuted, "mean KL"),
+    (take_another_pre_tokenizer, "token ids"),
+    (lose_a_control_token, "token ids"),
+    (shift_a_norm, "mean KL"),
+    (forget_the_adapter, "merged weights and adapter differ"),
+]
+
+
+@pytest.mark.parametrize(("fault", "named"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_a_planted_fault_fails_the_stage(fault, named, checkout, monkeypatch):
+    fault(monkeypatch)
+    with pytest.raises(UserError, match=named):
+        stage.main()
+    assert not (checkout / "metrics/package.json").exists()
+
+
+def test_a_bundle_that_was_edited_afterwards_is_not_proven(made, tmp_path):
+    package = tmp_path / "package"
+    shutil.copytree(made / "models/package", package)
+    with open(package / "model.gguf", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match="names another"):
+        model_package.prove_files(package, read_json(package / "create.json"))
+    shutil.copytree(made / "models/package", package, dirs_exist_ok=True)
+    request = read_json(package / "create.json") | {"template": "{{ .Prompt }}"}
+    write_json(package / "create.json", request)
+    with pytest.raises(UserError, match=r"template\.gotmpl and create\.json differ"):
+        model_package.prove_files(package, request)
+
+
+def test_a_context_shorter_than_the_training_length_is_refused(checkout):
+    change_params(checkout / "params.yaml", "chat", max_length=8192)
+    with pytest.raises(UserError, match="num_ctx"):
+        stage.main()
+
+
+def test_an_adapter_that_is_missing_is_one_clear_line(checkout):
+    shutil.rmtree(checkout / "models/adapter")
+    with pytest.raises(UserError, match="dvc repro train"):
+        stage.main()
+
+
+def test_quotation_marks_that_no_modelfile_can_hold_stay_in_the_request(made):
+    request = read_json(made / "models/package/create.json") | {"system": 'Say """hi"""'}
+    modelfile = model_package.write_modelfile(request)
+    assert "# SYSTEM" in modelfile and 'Say """hi"""' not in modelfile
