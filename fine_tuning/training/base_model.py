@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -181,6 +182,10 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     Returns:
         The content of base.json: model, revision, sha256 of the weights, license, architecture, parameters (count).
     """
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     source = locate_base(settings.model, settings.revision)
     tokenizer = load_base_tokenizer(source)
     model = load_base_model(source)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,8 @@ def train_adapter(
     if settings.method == "qlora":
         check_quantisation()
     transformers.utils.logging.disable_progress_bar()
+    # transformers 5.23 warns of its own old names, which no line of this project uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     hardware = detect_hardware(settings.precision, settings.threads)
     torch.set_num_threads(hardware.threads)
     set_seed(settings.seed)

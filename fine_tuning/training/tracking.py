@@ -27,9 +27,13 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     Raises:
         UserError: the store cannot be opened.
     """
+    import logging
+
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=120):

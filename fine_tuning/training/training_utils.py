@@ -109,8 +109,9 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         UserError: the file is missing.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     if not path.is_file():
         raise UserError(f"{path} is missing: run `dvc repro prepare`")
     table = Dataset.from_parquet(str(path), keep_in_memory=True).select_columns(["id", "input_ids", "labels"])
