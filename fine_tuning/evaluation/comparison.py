@@ -14,8 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from fine_tuning.errors import UserError
-from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics, finite
+from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics
 from fine_tuning.evaluation.metrics import columns_of, direction
+from fine_tuning.evaluation.scoring import finite
 from fine_tuning.evaluation.statistics import Resampling, bootstrap, holm, interval, share_at_most
 from fine_tuning.settings import Settings
 

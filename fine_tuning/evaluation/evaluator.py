@@ -4,10 +4,12 @@ Scores depend on the model's bytes, the suite, a few settings and this code; the
 that the same base is scored on the same items once.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, ItemwiseMetric, S
 from fine_tuning.evaluation.scoring import (
     Likelihood,
     Reply,
+    finite,
     likelihoods,
     loaded,
     quantised_likelihoods,
@@ -152,27 +155,30 @@ class Evaluator:
         """Likelihood of every item's replies by the contender's folder."""
 
         def compute() -> list:
-            with loaded(contender.folder, self.hardware) as model, self._progress(contender, "scores") as bar:
-                bar.reset(len(self.items))
-                return [score.turns for score in likelihoods(model, self.items, self.settings.batch_tokens, bar.update)]
+            count, budget = len(self.items), self.settings.batch_tokens
+            with (
+                loaded(contender.folder, self.hardware) as model,
+                self._progress(contender, "scores", count, "conversation") as done,
+            ):
+                return [score.as_json() for score in likelihoods(model, self.items, budget, done)]
 
         # Not the number of threads: it moves the last digits only.
         key = ["likelihoods", contender.weights_sha256(), self.suite, self.hardware.precision, self.hardware.device]
-        return [Likelihood([tuple(turn) for turn in turns]) for turns in self.memo.get(key, compute)]
+        return [Likelihood.from_json(turns) for turns in self.memo.get(key, compute)]
 
     def score_quantised(self, contender: Contender) -> list[dict[str, Any]]:
         """Records of a sample of the items, scored by the contender's GGUF in llama.cpp, as `<name>_quantised`."""
         chosen = sample(self.items, self.settings.quantised_items)
 
         def compute() -> list:
-            with self._engine(contender) as engine, self._progress(contender, "quantised") as bar:
-                bar.reset(sum(len(item.runs) for item in chosen))
-                return [score.turns for score in quantised_likelihoods(engine, chosen, bar.update)]
+            count = sum(len(item.runs) for item in chosen)
+            with self._engine(contender) as engine, self._progress(contender, "scores as GGUF", count, "turn") as done:
+                return [score.as_json() for score in quantised_likelihoods(engine, chosen, done)]
 
         key = ["quantised", sha256_file(contender.gguf), self.suite, [item.id for item in chosen]]
         found = self.memo.get(key, compute) if chosen else []
         return [
-            describe(f"{contender.name}_quantised", item, Likelihood([tuple(turn) for turn in turns]), None)
+            describe(f"{contender.name}_quantised", item, Likelihood.from_json(turns), None)
             for item, turns in zip(chosen, found, strict=True)
         ]
 
@@ -181,9 +187,9 @@ class Evaluator:
         most = self.settings.generation.max_tokens
 
         def compute() -> list:
-            with self._engine(contender) as engine, self._progress(contender, "replies") as bar:
-                bar.reset(len(prompts))
-                return [asdict(reply) for reply in replies(engine, prompts, most, bar.update)]
+            count = len(prompts)
+            with self._engine(contender) as engine, self._progress(contender, "answers", count, "prompt") as done:
+                return [asdict(reply) for reply in replies(engine, prompts, most, done)]
 
         if not prompts:
             return []
@@ -193,8 +199,15 @@ class Evaluator:
     def _engine(self, contender: Contender) -> LlamaEngine:
         return LlamaEngine(contender.gguf, self.context, self.hardware.threads, self.settings.generation.slots)
 
-    def _progress(self, contender: Contender, what: str) -> tqdm:
-        return tqdm(total=0, desc=f"evaluate: {contender.name} {what}", unit="item", mininterval=1.0)
+    @contextlib.contextmanager
+    def _progress(self, contender: Contender, what: str, total: int, unit: str) -> Iterator[Callable[[int], Any]]:
+        """A bar on a terminal, one line at the end elsewhere."""
+        started = time.monotonic()
+        with tqdm(total=total, desc=f"evaluate: {contender.name} {what}", unit=unit, disable=None) as bar:
+            yield bar.update
+        if bar.disable:
+            seconds = time.monotonic() - started
+            print(f"evaluate: {contender.name} {what}: {total} {unit}s in {seconds:.0f} s", flush=True)
 
 
 def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | None) -> dict[str, Any]:
@@ -208,10 +221,10 @@ def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | 
         "author": item.authors[-1],
         "length": len(item.input_ids),
         "turns": [
-            {"author": author, "nll": turn[0], "tokens": turn[1], "correct": turn[2]}
+            {"author": author, "nll": finite(turn[0]), "tokens": turn[1], "correct": turn[2]}
             for author, turn in zip(item.authors, likelihood.turns, strict=True)
         ],
-        **dict(zip(LIKELIHOOD_COLUMNS, (nll, tokens, correct, item.bytes), strict=True)),
+        **dict(zip(LIKELIHOOD_COLUMNS, (finite(nll), tokens, correct, item.bytes), strict=True)),
     }
     if reply is not None:
         line |= {"predictions": reply.text, "references": item.reference}
@@ -269,8 +282,3 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: Int
             found = asdict(interval(value, draws, settings.confidence))
             table[name] = {key: finite(number) for key, number in found.items()} | {"n": len(usable)}
     return table
-
-
-def finite(number: float) -> float | None:
-    """The number, or None where JSON has no word for it."""
-    return number if number == number and abs(number) != float("inf") else None

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fine_tuning.data_preparation.dataset_builder import read_split
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
 from fine_tuning.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,8 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
     Raises:
         UserError: the file is missing, or no conversation in it holds a reply.
     """
-    from datasets import Dataset
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `dvc repro prepare`")
-    columns = ["id", "source", "cluster", "messages", "input_ids", "labels"]
-    table = Dataset.from_parquet(str(path), keep_in_memory=True).select_columns(columns)
     items = []
-    for row in table:
+    for row in read_split(path).select_columns(COLUMNS):
         runs = label_runs(row["labels"])
         if not runs:
             continue

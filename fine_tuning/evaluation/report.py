@@ -77,7 +77,7 @@ def bullets(lines: Iterable[str]) -> str:
 
 def number(value: float | None) -> str:
     """Four digits, or a dash for what is undefined."""
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None or value != value else f"{value:.4g}"
 
 
 def interval_plot(differences: dict[str, dict[str, Any]]) -> str:
@@ -178,7 +178,11 @@ def text(words: str, finished: bool = True) -> str:
 def extremes(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(heading, base's record, candidate's record) of the largest gains and losses in likelihood a token."""
     base, candidate = (
-        {line["id"]: line for line in records if line["contender"] == name and "predictions" in line}
+        {
+            line["id"]: line
+            for line in records
+            if line["contender"] == name and line["nll"] is not None and "predictions" in line
+        }
         for name in ("base", "candidate")
     )
 

@@ -1,6 +1,7 @@
 """What one model makes of the suite: how likely it finds the references, and what it replies itself."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,20 @@ class Likelihood:
 
     turns: list[tuple[float, int, int]]
 
+    def as_json(self) -> list[list[float | None]]:
+        """The turns in a form that JSON has; a likelihood that is no number is null."""
+        return [[finite(nll), tokens, correct] for nll, tokens, correct in self.turns]
+
+    @classmethod
+    def from_json(cls, turns: Sequence[Sequence[float | None]]) -> "Likelihood":
+        """The inverse of `as_json`."""
+        return cls([(math.nan if nll is None else nll, tokens, correct) for nll, tokens, correct in turns])
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where JSON has no word for it."""
+    return number if math.isfinite(number) else None
+
 
 def scoring_hardware(threads: int | None) -> Hardware:
     """float32 on a CPU, so that scores are the same on any; bfloat16 on a GPU that computes in it."""
@@ -38,7 +53,9 @@ def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(hardware.threads)
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -14,7 +14,8 @@ def slices(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, d
     for line in records:
         for dimension, name, turn in _turns(line):
             own = sums.setdefault(dimension, {}).setdefault(name, {}).setdefault(line["contender"], [0.0, 0, 0, 0])
-            for index, number in enumerate((turn["nll"], turn["tokens"], turn["correct"], 1)):
+            nll = math.nan if turn["nll"] is None else turn["nll"]
+            for index, number in enumerate((nll, turn["tokens"], turn["correct"], 1)):
                 own[index] += number
     return {
         dimension: {

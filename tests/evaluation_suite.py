@@ -1,0 +1,85 @@
+"""What the tests of evaluation share: the tiny base, a candidate that knows the answers, held-out conversations."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fine_tuning.data_preparation.dataset_builder import Example, write_split
+from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
+from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings
+from fine_tuning.evaluation.items import Item, read_items
+from fine_tuning.model_management.gguf_writer import write_gguf
+
+SETTINGS = EvaluateSettings.model_validate(
+    {
+        "metrics": ["perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge", "exact_match", "replies"],
+        "batch_tokens": 256,
+        "threads": 1,
+        "generation": {"items": 6, "max_tokens": 12, "slots": 2},
+        "quantised_items": 4,
+        "interval": {"draws": 500, "confidence": 0.95, "seed": 0},
+        "test_prompts": ["Where is the router?"],
+    }
+)
+MODULES = Path(__file__).parents[1] / "fine_tuning/evaluation/metric_modules"
+THINGS = ("router", "password", "cable", "fox", "dog", "France", "Paris", "help")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Models, items and where they lie."""
+
+    base: Contender
+    candidate: Contender
+    parquet: Path
+    items: list[Item]
+
+
+def conversation(text: str, reply: str, **fields: object) -> list[dict]:
+    """A question and its answer; `fields` go to the answer."""
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": reply, **fields}]
+
+
+def write_items(path: Path, model: Path, conversations: dict[str, list[dict]], max_length: int = 200) -> Path:
+    """A prepared split of `conversations` by id, each its own cluster."""
+    tokenizer = load_tokenizer(model)
+    examples = []
+    for id, messages in conversations.items():
+        encoded = encode_conversation(tokenizer, messages, None, max_length)
+        examples.append(Example(id, "sample", id, messages, [True] * len(messages), encoded))
+    write_split(path, examples)
+    return path
+
+
+def build_suite(folder: Path, base: Path) -> Suite:
+    """Train a copy of the tiny base on the very items, so that it is surely better, and write both GGUF files."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    conversations = {
+        f"c{index:02d}": conversation(f"Where is the {thing}?", f"The {thing} is in the box, number {index}.")
+        for index, thing in enumerate(THINGS)
+    }
+    parquet = write_items(folder / "test.parquet", base, conversations)
+    tokenizer = load_tokenizer(base)
+    items = read_items(parquet, tokenizer)
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        for item in items:
+            loss = model(torch.tensor([item.input_ids]), labels=torch.tensor([item.labels])).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    candidate = folder / "candidate"
+    model.save_pretrained(candidate)
+    tokenizer.save_pretrained(candidate)
+    for source, gguf in ((base, folder / "base.gguf"), (candidate, folder / "candidate.gguf")):
+        write_gguf(source, gguf, "F16")
+    return Suite(
+        Contender("base", base, folder / "base.gguf"),
+        Contender("candidate", candidate, folder / "candidate.gguf"),
+        parquet,
+        items,
+    )
