@@ -1,0 +1,149 @@
+"""Metrics: local `evaluate` modules, equal to their sources, and sums that give them intervals."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.metrics import ItemwiseMetric, columns_of, direction, load_metric
+from tests.evaluation_suite import MODULES, SETTINGS
+
+PREDICTIONS = ["the cat sat on the mat", "", "Der Fluss ist lang und breit und tief.", "日本語のテキストです"]
+REFERENCES = ["the cat is on the mat", "nothing here", "Der Fluss ist lang, breit und tief.", "日本語の文章です"]
+
+OWN = '''"""Mean number of question marks."""
+
+import datasets
+import evaluate
+
+
+class Questions(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="", citation="", features=datasets.Features({"predictions": datasets.Value("string")})
+        )
+
+    def _compute(self, predictions):
+        return {"questions": sum(text.count("?") for text in predictions)}
+'''
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return {name: load_metric(name, MODULES) for name in SETTINGS.metrics}
+
+
+def texts(metric, predictions=PREDICTIONS, references=REFERENCES):
+    return metric.compute(predictions=predictions, references=references)
+
+
+def test_perplexity_weighs_tokens_not_batches(metrics):
+    value = metrics["perplexity"].compute(nll=[1.0, 30.0], tokens=[1, 99])["perplexity"]
+    assert value == pytest.approx(math.exp(31 / 100))
+
+
+def test_likelihood_a_byte_and_token_accuracy_are_ratios_of_sums(metrics):
+    assert metrics["nll_per_byte"].compute(nll=[1.0, 2.0], bytes=[2, 4]) == {"nll_per_byte": 0.5}
+    assert metrics["token_accuracy"].compute(correct=[1, 5], tokens=[2, 8]) == {"token_accuracy": 0.6}
+
+
+def test_bleu_and_chrf_are_sacrebleus_corpus_scores(metrics):
+    assert texts(metrics["bleu"])["bleu"] == pytest.approx(sacrebleu.corpus_bleu(PREDICTIONS, [REFERENCES]).score)
+    assert texts(metrics["chrf"])["chrf"] == pytest.approx(sacrebleu.corpus_chrf(PREDICTIONS, [REFERENCES]).score)
+    assert "version" in metrics["bleu"].signature()
+    assert "version" in metrics["chrf"].signature()
+
+
+def test_rouge_is_rouge_scores_mean_f1_and_serves_other_scripts(metrics):
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scores = [scorer.score(r, p) for p, r in zip(PREDICTIONS[:1], REFERENCES[:1], strict=True)]
+    found = texts(metrics["rouge"], PREDICTIONS[:1], REFERENCES[:1])
+    assert found == {name: pytest.approx(scores[0][name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")}
+    assert texts(metrics["rouge"], ["Привет, мир"], ["Привет мир"])["rouge1"] == 1
+
+
+def test_exact_match_looks_past_case_and_white_space(metrics):
+    assert texts(metrics["exact_match"], ["  Yes\n sir ", "no"], ["yes sir", "yes"]) == {"exact_match": 0.5}
+
+
+def test_the_shape_of_replies_is_counted(metrics):
+    found = metrics["replies"].compute(
+        predictions=["go on and on and on and on and on", "", "fine <|im_end|>", "all good"],
+        references=["a", "b", "c", "d"],
+        finished=[False, True, True, True],
+    )
+    assert found["self_ended"] == 0.75
+    assert found["empty"] == found["loops"] == found["control_tokens"] == 0.25
+    assert found["distinct_2"] < 1
+
+
+def test_empty_replies_and_references_give_numbers_or_nothing(metrics):
+    for name in ("bleu", "chrf", "rouge", "exact_match"):
+        assert all(np.isfinite(value) for value in texts(metrics[name], [""], ["a reference"]).values())
+    assert math.isnan(texts(metrics["bleu"], ["words"], [""])["bleu"])
+    assert math.isnan(texts(metrics["chrf"], ["words"], [""])["chrf"])
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf", "rouge"])
+def test_a_corpus_score_comes_from_sums_alone(metrics, name):
+    metric = metrics[name]
+    statistics = metric.statistics(predictions=PREDICTIONS, references=REFERENCES)
+    weights = np.array([[1, 1, 1, 1], [2, 0, 1, 0], [0, 0, 0, 3]])
+    drawn = metric.values(weights @ statistics)
+    for row, counts in enumerate(weights):
+        p, r = ([text for text, n in zip(group, counts, strict=True) for _ in range(n)]
+                for group in (PREDICTIONS, REFERENCES))  # fmt: skip
+        assert {key: values[row] for key, values in drawn.items()} == pytest.approx(texts(metric, p, r))
+
+
+def test_every_metric_also_loads_through_evaluate_itself_without_a_hub(tmp_path):
+    script = (
+        "import evaluate\n"
+        f"for name in {SETTINGS.metrics!r}:\n"
+        f"    print(evaluate.load({str(MODULES)!r} + f'/{{name}}.py').name)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(MODULES.parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == SETTINGS.metrics, done.stderr[-2000:]
+
+
+def test_every_file_of_the_folder_is_a_metric(metrics):
+    assert {path.stem for path in MODULES.glob("*.py")} - {"__init__"} == set(metrics)
+    assert all(columns_of(metric) for metric in metrics.values())
+
+
+def test_a_users_own_module_is_averaged_over_items(tmp_path):
+    (tmp_path / "questions.py").write_text(OWN)
+    metric = load_metric("questions", tmp_path)
+    assert isinstance(metric, ItemwiseMetric)
+    statistics = metric.statistics(predictions=["a?", "b??", "c"])
+    assert metric.values(statistics.sum(axis=0)) == {"questions": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "words"),
+    [
+        ("missing", None, r"does not exist: choose among own"),
+        ("own", "import nothing_of_this_name\n", "does not load: ModuleNotFoundError"),
+        ("own", "x = 1\n", "defines 0 evaluate.Metric classes"),
+        ("own", OWN.replace('"predictions"', '"moods"'), "wants columns that no item has: moods"),
+    ],
+)
+def test_a_bad_module_is_one_clear_line(tmp_path: Path, name, source, words):
+    (tmp_path / "own.py").write_text(source or OWN)
+    with pytest.raises(UserError, match=words):
+        load_metric(name, tmp_path)
+
+
+def test_each_value_knows_whether_more_is_better(metrics):
+    assert direction(metrics["perplexity"], "perplexity") == -1
+    assert direction(metrics["bleu"], "bleu") == 1
+    assert direction(metrics["replies"], "loops") == -1
+    assert direction(metrics["replies"], "length_ratio") == 0
