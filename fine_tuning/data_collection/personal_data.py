@@ -7,8 +7,10 @@ can start a value and repeats with an upper bound or possessively, so a scan is 
 
 import ipaddress
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
+from operator import itemgetter
 from typing import Literal, NamedTuple, get_args
 
 PersonalDataType = Literal[
@@ -17,7 +19,7 @@ PersonalDataType = Literal[
 TYPES: tuple[str, ...] = get_args(PersonalDataType)
 PLACEHOLDER = re.compile(r"<(" + "|".join(TYPES) + r")_(\d{1,6})>")
 REGIONS = ("US", "GB", "DE", "FR")
-_ROUNDS = 8
+_ROUNDS = 16
 
 
 class Hit(NamedTuple):
@@ -49,10 +51,10 @@ def _finders(
 ) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
     """The finders that the characters of the text leave possible: most texts have neither @ nor digits."""
     yield "SECRET", _secrets
-    if "." in text:
+    if "." in text or "://" in text:
         yield "URL", _urls
-        if "@" in text:
-            yield "EMAIL", _emails
+    if "@" in text:
+        yield "EMAIL", _emails
     if has_digit or "::" in text:
         yield "IP", _ips
     if has_digit:
@@ -66,11 +68,13 @@ def _finders(
 
 def _without_overlaps(hits: list[Hit]) -> list[Hit]:
     hits.sort(key=lambda hit: (hit.start - hit.end, TYPES.index(hit.type), hit.start))
-    taken: list[Hit] = []
+    taken: list[tuple[int, Hit]] = []
     for hit in hits:
-        if all(hit.end <= other.start or other.end <= hit.start for other in taken):
-            taken.append(hit)
-    return sorted(taken, key=lambda hit: hit.start)
+        index = bisect(taken, hit.start, key=itemgetter(0))
+        free_before = index == 0 or taken[index - 1][1].end <= hit.start
+        if free_before and (index == len(taken) or hit.end <= taken[index][0]):
+            taken.insert(index, (hit.start, hit))
+    return [hit for _, hit in taken]
 
 
 class Masker:
@@ -175,15 +179,17 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
     if _TOKEN_HINT.search(text):
         yield from (match.span() for match in _TOKENS.finditer(text))
     if "PRIVATE KEY" in text:
-        for start in _PRIVATE_KEY.finditer(text):
+        position = 0
+        while start := _PRIVATE_KEY.search(text, position):
             end = _PRIVATE_KEY_END.search(text, start.end())
-            yield start.start(), end.end() if end else len(text)
+            position = end.end() if end else len(text)
+            yield start.start(), position
     if _NAMED_HINT.search(text):
         for match in _NAMED.finditer(text):
             group = match.lastindex or 4
             value, (start, end) = match.group(group), match.span(group)
             if group == 4:
-                value = value.rstrip(".!?:")
+                value = value.rstrip(".?:")
                 end = start + len(value)
             if _is_secret_value(value, quoted=group != 4):
                 yield start, end
@@ -210,11 +216,13 @@ def _is_secret_value(value: str, quoted: bool) -> bool:
 # -----------------------------------------------------------------------------
 # addresses of the net
 
-_SCHEME_URL = re.compile(r"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^\s<>\"'`{}|\\^]{3,2000}+", re.IGNORECASE)
-_WWW_URL = re.compile(r"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^\s<>\"'`{}|\\^]{2,2000}+", re.IGNORECASE)
+# not in a URL: white space, quotes, brackets of markup, and the punctuation of scripts that write no spaces
+_NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
+_SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^{_NO_URL}]{{3,2000}}+", re.IGNORECASE)
+_WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
 _BARE_URL = re.compile(
     r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
-    r"([A-Za-z]{2,8}+)(?![A-Za-z0-9_@(-])(:\d{2,5})?(/[^\s<>\"'`{}|\\^]{0,1000}+)?"
+    rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
 # domains that people write without a scheme; others need a path behind them
 _BARE_DOMAINS = frozenset(
@@ -242,15 +250,20 @@ _PATH_DOMAINS = _BARE_DOMAINS | frozenset(
         "site",
     )
 )
+_SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
 _NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
+# of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
+_LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
 _EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+'-])([A-Za-z0-9_][A-Za-z0-9._%+'-]{0,63}+)@"
-    r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_][\w-]{1,23})(?![\w-]|\.[^\W_])"
+    rf"(?<![{_LETTERS}._%+-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
+    r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[^\W\d_a-zA-Z]{2,10}))"
+    r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
 )
 _QUOTED_EMAIL = re.compile(r"\"[^\"\s@]{1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
 _IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2}))?(?![\w]|\.\d|/\d)")
 _IPV6 = re.compile(
-    r"(?<![\w:.])([0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+(?:(?<=:)(?:\d{1,3}\.){3}\d{1,3})?)(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
+    r"(?<![\w:.])((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
+    r"(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
 )
 _VERSION_BEFORE = re.compile(
     r"(?:\bv|\bver\.?|\bversions?:?|\brelease|\bbuild|\bfirmware|\bupgrade[sd]? to|\bupdate[sd]? to|/|\bsection|"
@@ -273,12 +286,15 @@ def _urls(text: str) -> Iterator[tuple[int, int]]:
     for match in _BARE_URL.finditer(text):
         domain, path = match.group(2), match.group(4)
         name = match.group(1) + domain
-        if domain.lower() not in (_PATH_DOMAINS if path else _BARE_DOMAINS) or name.lower() in _NOT_DOMAINS:
+        labels = match.group(1).lower().rstrip(".").split(".")
+        known = domain.lower() in (_PATH_DOMAINS if path else _BARE_DOMAINS) or (
+            len(domain) == 2 and len(labels) > 1 and labels[-1] in _SECOND_LEVEL
+        )
+        if not known or name.lower() in _NOT_DOMAINS:
             continue
-        if (path or domain == domain.lower()) and not name.lower().startswith(("www.", "e.g.", "i.e.")):
-            labels = match.group(1).rstrip(".").split(".")
-            if len(domain) > 2 or path or len(labels) > 1 or len(labels[0]) > 3:
-                yield match.start(), _url_end(text, *match.span())
+        word_like = len(domain) == 2 and len(labels) == 1 and len(labels[0]) <= 3  # "it.is", "to.be"
+        if path or (domain == domain.lower() and labels[0] not in ("www", "e", "i") and not word_like):
+            yield match.start(), _url_end(text, *match.span())
 
 
 def _url_end(text: str, start: int, end: int) -> int:
@@ -318,7 +334,8 @@ def _ips(text: str) -> Iterator[tuple[int, int]]:
                 yield match.span()
     if text.count(":") >= 2:
         for match in _IPV6.finditer(text):
-            if _is_address(match.group(1), None):
+            # C++ and Ruby write names as a::b; an address without any digit would be a rare one
+            if _DIGIT.search(match.group(1)) and _is_address(match.group(1), None):
                 yield match.span()
 
 
@@ -343,14 +360,21 @@ def _macs(text: str) -> Iterator[tuple[int, int]]:
 # -----------------------------------------------------------------------------
 # numbers that name a person or an account
 
-_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{1,4}){3,9}", re.IGNORECASE)
-_CARD = re.compile(r"(?<![\w.-])(?<!\d[ ,])\d(?:[ -]?\d){11,18}+(?![\w-]|[.,]\d)")
+_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ -]?[A-Za-z0-9])")
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){11,}+(?![\w-]|[.,]\d)")
+# how cards are printed; among more digits than a card has, only these count
+_CARD_GROUPS = re.compile(
+    r"(?<!\d)(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
+)
 _NOT_A_CARD = re.compile(
     r"(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|reference|ref|id|"
     r"timestamp|part|hash)\b[\w\s.]{0,12}[:#=]?\s{0,2}#?$",
     re.IGNORECASE,
 )
-_SSN = re.compile(r"(?<![\w-])(?<!\d[. ])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
+_CALLED_A_CARD = re.compile(
+    r"(?:\bcards?|\bvisa|\bmaster ?card|\bamex|\bdiners|\bmaestro)\b[^\d\n]{0,20}$", re.IGNORECASE
+)
+_SSN = re.compile(r"(?<![\w-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
 _BARE_SSN = re.compile(
     r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
 )
@@ -371,27 +395,16 @@ _NATIONAL = re.compile(
 
 
 def _ibans(text: str) -> Iterator[tuple[int, int]]:
-    for match in _IBAN.finditer(text):
-        value, end = match.group(), match.end()
-        known = _iban_lengths().get(value[:2].upper())
-        if known is None:
-            continue
-        end = _end_after(value, known)
-        if end is None or text[match.start() + end : match.start() + end + 1].isalnum():
-            continue
-        compact = re.sub(r"[ -]", "", value[:end]).upper()
-        if _iban_checksum(compact):
-            yield match.start(), match.start() + end
+    for head in _IBAN_HEAD.finditer(text):
+        length = _iban_lengths().get(head.group()[:2].upper())
+        rest = _iban_rest(length).match(text, head.end()) if length else None
+        if rest and _iban_checksum(head.group() + rest.group()):
+            yield head.start(), rest.end()
 
 
-def _end_after(value: str, count: int) -> int | None:
-    """Index behind the `count`th letter or digit of a value that may have separators."""
-    seen = 0
-    for index, character in enumerate(value):
-        seen += character.isalnum()
-        if seen == count:
-            return index + 1
-    return None
+@cache
+def _iban_rest(length: int) -> re.Pattern[str]:
+    return re.compile(rf"(?:[ -]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
 
 
 @cache
@@ -407,19 +420,25 @@ def _iban_lengths() -> dict[str, int]:
 
 def _iban_checksum(value: str) -> bool:
     """ISO 13616: the first four characters go to the end, letters count from 10, and the number is 1 modulo 97."""
+    value = value.replace(" ", "").replace("-", "")
     moved = value[4:] + value[:4]
-    return int("".join(str(int(c, 36)) for c in moved)) % 97 == 1
+    return int("".join(str(int(character, 36)) for character in moved)) % 97 == 1
 
 
 def _cards(text: str) -> Iterator[tuple[int, int]]:
-    for match in _CARD.finditer(text):
-        digits = _digits(match.group())
-        if _is_card(digits) and not _NOT_A_CARD.search(text, max(0, match.start() - 30), match.start()):
-            yield match.span()
+    for run in _CARD.finditer(text):
+        before = text[max(0, run.start() - 30) : run.start()]
+        if _NOT_A_CARD.search(before):
+            continue
+        called = _CALLED_A_CARD.search(before) is not None
+        parts = [run] if len(_digits(run.group())) <= 19 else _CARD_GROUPS.finditer(text, *run.span())
+        for part in parts:
+            if _is_card(_digits(part.group()), called):
+                yield part.span()
 
 
-def _is_card(digits: str) -> bool:
-    """Length and prefix of a known scheme (ISO/IEC 7812), Luhn checksum, and more than one digit in use."""
+def _is_card(digits: str, called: bool) -> bool:
+    """Luhn checksum, and the length and prefix of a known scheme (ISO/IEC 7812) unless it is called a card."""
     length, two, three, four = len(digits), int(digits[:2]), int(digits[:3]), int(digits[:4])
     scheme = (
         (digits[0] == "4" and length in (13, 16, 19))
@@ -430,7 +449,7 @@ def _is_card(digits: str) -> bool:
         or (3528 <= four <= 3589 and 16 <= length <= 19)
         or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
     )
-    return scheme and len(set(digits)) > 2 and luhn(digits)
+    return (scheme or called) and len(set(digits)) > 1 and luhn(digits)
 
 
 def luhn(digits: str) -> bool:
@@ -495,16 +514,22 @@ _NAMED_ID = re.compile(
 # -----------------------------------------------------------------------------
 # phone numbers
 
-_PHONE = re.compile(r"(?<![\w.,/=#$€£&+-])(?<!\d[ (])(?:\+|\(\+?)?\d[\d ().\u00a0\u2010\u2011/-]{5,}+")
+_BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digits of a number
+_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
+_NATIONAL_PHONE = re.compile(rf"(?<![\w.,/=#$€£&+-])(?=[\d() .\u00a0\u2010\u2011–/-]{{7}})\(?\d++(?:{_BETWEEN}\d++)*+")
+_MOST_GROUPS = 8
 _EXTENSION = re.compile(r"\s{0,2}(?:ext\.?|extension|x|#)\s{0,2}\d{1,6}(?!\w)", re.IGNORECASE)
 _CALLED_A_PHONE = re.compile(
     r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
-    r"telefon|handy|rufnummer|t[ée]l[ée]phone|tel[ée]fono|celular|telefone|numero|number)\b)[^\d\n]{0,24}$",
+    r"telefon|handy|rufnummer|t[ée]l[ée]phone|tel[ée]fono|celular|telefone|"
+    r"(?:my|his|her|our|their|your) (?:new )?number)\b)"
+    r"[^\d\n]{0,24}$",
     re.IGNORECASE,
 )
 _CALLED_OTHERWISE = re.compile(
     r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
-    r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent)\b"
+    r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
+    r"card|social security)\b"
     r"(?:\s(?:number|no|num|id|code))?\.?[^\w\n]{0,4}$",
     re.IGNORECASE,
 )
@@ -516,37 +541,53 @@ _ISBN_13 = re.compile(r"97[89][- ]?\d")
 
 
 def _phones(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
-    for match in _PHONE.finditer(text):
-        start = match.start()
-        value = match.group().rstrip(" ().\u00a0\u2010\u2011/-")
-        if value.count("(") > value.count(")"):
-            value = value[: value.rfind("(")].rstrip(" -.")
-        count = sum(map(str.isdigit, value))
-        follows = text[start + len(value) : start + len(value) + 1]
-        if not 7 <= count <= 15 or len(value) > 28 or follows.isalnum() or follows in ("_", "%", "°", "€"):
+    for pattern, possible in ((_INTERNATIONAL, ()), (_NATIONAL_PHONE, regions)):
+        if pattern is _INTERNATIONAL and "+" not in text and "00" not in text:
             continue
-        if _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
-            continue
-        before = text[max(0, start - 40) : start]
-        if _is_phone(value, before, regions):
-            end = start + len(value)
-            extension = _EXTENSION.match(text, end)
-            yield start, extension.end() if extension else end
+        for run in pattern.finditer(text):
+            for start, end in _phones_of_run(text, *run.span(), possible):
+                extension = _EXTENSION.match(text, end)
+                yield start, extension.end() if extension else end
+
+
+def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Phone numbers that follow each other from the start of a run of groups of digits.
+
+    The longest sequence of groups that is a number counts. What follows no number is none: figures in a table.
+    """
+    groups = [group.span() for group in _GROUP.finditer(text, start, end)]
+    if groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
+        return
+    first = 0
+    while first < len(groups):
+        for last in range(min(len(groups), first + _MOST_GROUPS) - 1, first - 1, -1):
+            stop = groups[last][1]
+            count = sum(b - a for a, b in groups[first : last + 1])
+            if 7 <= count <= 15 and _is_phone(text[start:stop], text[max(0, start - 40) : start], regions):
+                yield start, stop
+                break
+        else:
+            return
+        first = last + 1
+        start = groups[first][0] if first < len(groups) else end
+        start -= start > 0 and text[start - 1] == "("
 
 
 def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     """Valid for its country, and either international, or written the way the country writes it, or called a phone."""
+    if value.count("(") != value.count(")") or _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
+        return False
     if _CALLED_OTHERWISE.search(before):
         return False
     if value.startswith(("+", "(+")):
-        return _valid_grouping(value, None) is not None
-    if value.startswith("00") and _valid_grouping("+" + value[2:], None):
-        return True
+        return _national_groups(value, None) is not None
+    if value.startswith("00"):
+        return _national_groups("+" + value[2:], None) is not None
     called = _CALLED_A_PHONE.search(before) is not None
     if not called and value.isdigit():
         return False
     for region in regions:
-        groups = _valid_grouping(value, region)
+        groups = _national_groups(value, region)
         if groups is None:
             continue
         written = _GROUP.findall(value)
@@ -558,9 +599,10 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
 
 
 _GROUP = re.compile(r"\d+")
+_NO_PHONE_BEFORE = tuple("%°€$£_")
 
 
-def _valid_grouping(value: str, region: str | None) -> tuple[str, ...] | None:
+def _national_groups(value: str, region: str | None) -> tuple[str, ...] | None:
     """How the number's own country groups its digits, or None if it is no valid number."""
     import phonenumbers
 

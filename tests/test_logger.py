@@ -1,0 +1,151 @@
+"""The inbox: what is acknowledged is on disk, whole, once, whoever else writes or crashes."""
+
+import json
+import multiprocessing
+import os
+import resource
+import stat
+import threading
+
+import pytest
+
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.errors import UserError
+
+
+@pytest.fixture
+def logger(tmp_path):
+    return ConversationLogger(tmp_path / "conversations.jsonl")
+
+
+def test_the_seed_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = ConversationLogger("conversations.jsonl")
+    identity = logger.log_conversation(
+        "What is machine learning?", "Machine learning is…", {"session_id": "test_session"}
+    )
+    assert isinstance(identity, str) and identity
+    assert logger.get_conversation_stats()["total_conversations"] == 1
+
+
+def test_an_exchange_is_one_json_line_that_only_its_owner_reads(logger):
+    identity = logger.log_conversation("Hello\u2028there", "Hi\nyou", {"session_id": "s", "model": "m:1"})
+    (line,) = logger.path.read_bytes().split(b"\n")[:-1]
+    event = json.loads(line)
+    assert (event["id"], event["user_message"], event["assistant_response"]) == (
+        identity,
+        "Hello\u2028there",
+        "Hi\nyou",
+    )
+    assert stat.S_IMODE(logger.path.stat().st_mode) == 0o600
+
+
+def test_exchanges_of_a_session_are_one_conversation(logger):
+    for text in ("one", "two", "three"):
+        logger.log_conversation(text, text.upper(), {"session_id": "s"})
+    logger.log_conversation("alone", "ALONE")
+    stats = logger.get_conversation_stats()
+    assert (stats["total_conversations"], stats["total_exchanges"]) == (2, 4)
+    talk = logger.read_conversations()[0]
+    assert [m["content"] for m in talk["messages"]] == ["one", "ONE", "two", "TWO", "three", "THREE"]
+
+
+def test_the_same_id_again_counts_once(logger):
+    for _ in range(3):
+        logger.log_conversation("q", "a", {"session_id": "s"}, id="e1")
+    assert logger.get_conversation_stats()["total_exchanges"] == 1
+
+
+def test_feedback_edit_and_delete_change_what_is_read(logger):
+    first = logger.log_conversation("q1", "a1", {"session_id": "s"})
+    second = logger.log_conversation("q2", "a2", {"session_id": "s"})
+    logger.log_feedback(first, 1, comment="good", by="ann")
+    logger.log_feedback(first, -1, by="ann")
+    logger.log_edit(second, "better", by="ann")
+    (talk,) = logger.read_conversations()
+    assert {e["message_id"]: (e["rating"], e.get("comment"), e.get("edited")) for e in talk["feedback"]} == {
+        first: (-1, "good", None),
+        second: (None, None, "better"),
+    }
+    logger.log_delete(message_id=first)
+    assert [m["content"] for m in logger.read_conversations()[0]["messages"]] == ["q2", "a2"]
+    logger.log_delete(conversation_id="s")
+    assert logger.read_conversations() == []
+
+
+def test_statistics_count_days_models_lengths_and_judgements(logger):
+    one = logger.log_conversation("12345678", "1234", {"model": "m:1"}, timestamp="2026-01-01T10:00:00Z")
+    logger.log_conversation("1234", "1234", {"model": "m:2"}, timestamp="2026-01-02T10:00:00Z")
+    logger.log_feedback(one, 1)
+    stats = logger.get_conversation_stats()
+    assert stats["conversations_per_day"] == {"2026-01-01": 1, "2026-01-02": 1}
+    assert stats["exchanges_per_model"] == {"m:1": 1, "m:2": 1}
+    assert (stats["total_tokens"], stats["average_user_length"], stats["feedback_share"]) == (5, 6.0, 0.5)
+    assert stats["liked"] == 1
+
+
+def test_lone_surrogates_and_odd_metadata_are_kept(logger):
+    logger.log_conversation("half \ud83d", "fine", {"path": logger.path})
+    (exchange,) = logger.read_exchanges()
+    assert exchange["user_message"] == "half \ud83d"
+    assert exchange["metadata"]["path"] == str(logger.path)
+
+
+def test_a_torn_last_line_is_set_aside_and_never_merged(logger):
+    logger.log_conversation("whole", "yes")
+    with open(logger.path, "ab") as file:
+        file.write(b'{"event":"exchange","id":"torn","user_mess')
+    assert [e["user_message"] for e in logger.read_exchanges()] == ["whole"]
+    logger.log_conversation("next", "yes")
+    assert [e["user_message"] for e in logger.read_exchanges()] == ["whole", "next"]
+    assert b'"torn"' in logger.path.with_name("conversations.jsonl.torn").read_bytes()
+
+
+def _log_many(path, count, name):
+    logger = ConversationLogger(path, durable=False)
+    for number in range(count):
+        logger.log_conversation(f"{name} {number}", "x" * 5000)
+
+
+def test_eight_processes_and_threads_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "conversations.jsonl"
+    workers = [multiprocessing.Process(target=_log_many, args=(path, 50, f"p{n}")) for n in range(4)]
+    workers += [threading.Thread(target=_log_many, args=(path, 50, f"t{n}")) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    written = {e["user_message"] for e in ConversationLogger(path).read_exchanges()}
+    assert written == {f"{kind}{n} {number}" for kind in "pt" for n in range(4) for number in range(50)}
+
+
+def _log_on_a_full_disk(path, sender):
+    logger = ConversationLogger(path)
+    logger.log_conversation("fits", "yes")
+    size = os.path.getsize(path)
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, size + 100))
+    try:
+        logger.log_conversation("does not fit", "secret " * 100)
+    except UserError as error:
+        sender.send((str(error), os.path.getsize(path) - size))
+
+
+def test_a_short_write_is_undone_and_one_clear_error(tmp_path):
+    path = tmp_path / "conversations.jsonl"
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_log_on_a_full_disk, args=(path, sender))
+    process.start()
+    message, grown = receiver.recv()
+    process.join()
+    assert grown == 0
+    assert "could not be logged" in message and "secret" not in message and "\n" not in message
+    assert [e["user_message"] for e in ConversationLogger(path).read_exchanges()] == ["fits"]
+
+
+def test_an_unwritable_place_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be logged"):
+        ConversationLogger(tmp_path / "file" / "log.jsonl").log_conversation("q", "a")

@@ -1,0 +1,92 @@
+"""Personal data: precision and recall on labelled cases, and what masking does to a conversation."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fine_tuning.data_collection.data_cleaner import DataCleaner
+from fine_tuning.data_collection.personal_data import TYPES, Masker, find, luhn
+from fine_tuning.records import read_jsonl
+
+CASES = list(read_jsonl(Path(__file__).parent / "personal_data_cases.jsonl"))
+FLOOR = 0.95
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    found, missed, extra = Counter(), Counter(), Counter()
+    for case in CASES:
+        text = case["text"]
+        expected = {tuple(hit) for hit in case["hits"]}
+        got = {(hit.type, text[hit.start : hit.end]) for hit in find(text)}
+        found.update(kind for kind, _ in got & expected)
+        missed.update(kind for kind, _ in expected - got)
+        extra.update(kind for kind, _ in got - expected)
+    return found, missed, extra
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_precision_and_recall_stay_above_the_floor(outcome, kind):
+    found, missed, extra = outcome
+    assert found[kind] >= 5
+    assert found[kind] / (found[kind] + missed[kind]) >= FLOOR, f"recall of {kind}"
+    assert found[kind] / (found[kind] + extra[kind]) >= FLOOR, f"precision of {kind}"
+
+
+def test_find_personal_data_gives_type_start_and_end():
+    (hit,) = DataCleaner().find_personal_data("mail jane@example.com now")
+    assert tuple(hit) == ("EMAIL", 5, 21)
+
+
+def test_the_same_value_has_the_same_placeholder_however_it_is_written():
+    masker = Masker()
+    assert masker.mask("650-253-0000 or a@x.example") == "<PHONE_1> or <EMAIL_1>"
+    assert masker.mask("(650) 253-0000, b@x.example, A@x.example") == "<PHONE_1>, <EMAIL_2>, <EMAIL_1>"
+    assert masker.counts == {"PHONE": 2, "EMAIL": 3}
+
+
+def test_numbers_of_placeholders_that_are_there_already_are_not_given_again():
+    assert DataCleaner().clean_text("<EMAIL_1> and jane@example.com") == "<EMAIL_1> and <EMAIL_2>"
+
+
+def test_only_the_listed_types_and_regions_count():
+    text = "jane@example.com, 030 901820"
+    assert [hit.type for hit in find(text, ["EMAIL"])] == ["EMAIL"]
+    assert [hit.type for hit in find(text, regions=("US",))] == ["EMAIL"]
+
+
+def test_the_longer_of_two_that_overlap_counts():
+    (hit,) = find("https://example.com/?mail=jane@example.com&ip=192.0.2.1")
+    assert hit.type == "URL"
+
+
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize(
+    "value",
+    ["jane@example.com", "650-253-0000", "+49 30 901820", "4111 1111 1111 1111", "536-90-4399", "192.0.2.7",
+     "DE89 3704 0044 0532 0130 00", "00:1b:44:11:3a:b7", "https://a.example/x", "2001:db8::1"],
+)  # fmt: skip
+def test_values_side_by_side_are_all_found(value, count):
+    assert len(find(" ".join([value] * count))) == count
+
+
+WORDS = st.text(st.characters(categories=("Ll", "Lu", "Lo")), min_size=1, max_size=8)
+VALUES = st.sampled_from(
+    ["jane@example.com", "+1 650-253-0000", "4111 1111 1111 1111", "https://a.example/x", "192.0.2.7",
+     "DE89370400440532013000", "00:1b:44:11:3a:b7"]
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=4), VALUES, st.lists(WORDS, min_size=1, max_size=4))
+def test_no_placeholder_swallows_its_neighbours(before, value, after):
+    left, right = " ".join(before), " ".join(after)
+    masked = Masker().mask(f"{left} {value} {right}")
+    assert masked.startswith(f"{left} <") and masked.endswith(f"> {right}")
+
+
+def test_luhn_is_the_standards():
+    assert luhn("79927398713") and not luhn("79927398710")
