@@ -208,6 +208,19 @@ def test_held_out_splits_do_not_change_with_what_is_trained_on():
     assert "not_endorsed" in builds["endorsed"].left_out.values()
 
 
+def test_a_reply_that_was_broken_off_is_context():
+    broken = conversation("c", "q1", "half a", "q2", "whole")
+    broken["messages"][1]["incomplete"] = "stopped"
+    assert DatasetBuilder().build([broken], {}).splits["train"][0].trained == [False, False, False, True]
+    mended = broken | {"feedback": [{"message_id": "c-1", "rating": None, "edited": "half a loaf"}]}
+    assert DatasetBuilder().build([mended], {}).splits["train"][0].trained == [False, True, False, True]
+
+
+def test_a_reply_preferred_to_others_is_endorsed():
+    preferred = conversation("c", "q1", "better", feedback=[{"message_id": "c-1", "rating": None, "over": ["x"]}])
+    assert DatasetBuilder(train_on="endorsed").build([preferred], {}).splits["train"]
+
+
 def test_a_greeting_before_the_first_question_is_not_trained():
     greeted = conversation("c", "q", "a")
     greeted["messages"].insert(0, {"role": "assistant", "content": "Welcome!"})

@@ -45,9 +45,9 @@ def structure_problem(conversation: dict) -> str | None:
 def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool]] | None:
     """The messages to render and which of them are trained; None where nothing is.
 
-    Edits stand in place of replies. Messages after the last trained reply are cut off: they would only be prompt. A
-    message bears its `model`, `"edited": true` for a person's words, and its `rating`, so that evaluation knows whose
-    words it compares with.
+    Edits stand in place of replies; replies that were broken off are context only. Messages after the last trained
+    reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true` for a person's words,
+    and its `rating`, so that evaluation knows whose words it compares with.
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
@@ -58,6 +58,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
         if entry.get("rating"):
             # Of several people's thumbs, one down weighs more than any up.
             ratings[target] = min(entry["rating"], ratings.get(target, 1))
+        elif entry.get("over"):  # preferred to other replies
+            ratings.setdefault(target, 1)
     least = {"all": -1, "not_disliked": 0, "endorsed": 1}[train_on]
 
     messages, trained = [], []
