@@ -15,6 +15,7 @@ from fine_tuning.settings import read_params
 
 INBOX = Path("inbox/conversations.jsonl")
 PROBE_SECONDS = 1.5  # a server that does not say what it has within this time is left out of the list
+CONNECT_SECONDS = 5.0
 MODELS_SECONDS = 10  # how long a list of models is believed
 
 
@@ -32,6 +33,10 @@ class App:
     def models(self) -> list[ChatModel]:
         """What can answer now, the model that should answer first."""
         return _models(str(self.checkout), self.host, self.name, _champion_stamp(self.checkout))
+
+    def probe(self) -> OllamaClient:
+        """The Ollama server, with little patience: for questions whose answer may be that it is not there."""
+        return _client(self.host, PROBE_SECONDS)
 
     def client(self) -> OllamaClient:
         """The Ollama server, with the app's patience."""
@@ -64,7 +69,18 @@ def _models(checkout: str, host: str, name: str, champion_stamp: tuple[int, ...]
 
 @st.cache_resource(show_spinner=False)
 def _client(host: str, timeout: float) -> OllamaClient:
-    return OllamaClient(host, timeout=5.0, stream_timeout=timeout)
+    return OllamaClient(host, timeout=min(timeout, CONNECT_SECONDS), stream_timeout=timeout)
+
+
+def signed_in() -> str | None:
+    """The name of whoever is signed in, "" of nobody; None where no sign-in is configured (.streamlit/secrets.toml)."""
+    try:
+        configured = "auth" in st.secrets
+    except FileNotFoundError:
+        return None
+    if not configured:
+        return None
+    return str(st.user.get("email") or st.user.get("name") or "unnamed") if st.user.is_logged_in else ""
 
 
 def _champion_stamp(checkout: Path) -> tuple[int, ...]:

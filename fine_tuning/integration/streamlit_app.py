@@ -16,12 +16,13 @@ if PROJECT not in sys.path:
 
 def main() -> None:
     from fine_tuning.errors import UserError
-    from fine_tuning.integration.app_pages import chat, data
+    from fine_tuning.integration.app_pages import chat, data, models
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
     pages = [
         st.Page(chat.page, title="Chat", icon=":material/forum:", url_path="chat", default=True),
         st.Page(data.page, title="Data", icon=":material/dataset:", url_path="data"),
+        st.Page(models.page, title="Models", icon=":material/workspace_premium:", url_path="models"),
     ]
     chosen = st.navigation(pages)
     try:

@@ -1,0 +1,177 @@
+"""Models: the candidate and its verdict, the registry's versions, and the switches, each with its confirmation."""
+
+import pandas as pd
+import streamlit as st
+
+from fine_tuning.integration import models_view
+from fine_tuning.integration.app_context import App, app, signed_in
+from fine_tuning.integration.app_jobs import show_job, start
+from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.jobs import jobs, own_command
+from fine_tuning.integration.models_view import PROMOTE, Candidate, Shelf
+from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
+
+COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "orange"}
+TITLES = ("Promote", "Deploy", "Switch", "Roll back")
+REPORT_HEIGHT = 800
+
+
+def page() -> None:
+    """The whole page."""
+    here = app()
+    st.title("Models")
+    for title in TITLES:
+        show_job(title)
+    _candidate(here, models_view.candidate(here.checkout))
+    st.subheader("Versions")
+    if not models_view.has_registry(here.checkout):
+        st.info("No version yet: the first promotion registers one.", icon=":material/inventory_2:")
+        return
+    with st.spinner("Opening the registry…"):
+        registry = _registry(str(here.checkout), here.name)
+        shelf = models_view.shelf(registry, here.probe())
+    if shelf.silence:
+        st.warning(plain(shelf.silence), icon=":material/cloud_off:")
+    if not shelf.versions:
+        st.info("No version yet: the first promotion registers one.", icon=":material/inventory_2:")
+        return
+    rows = [models_view.row(version, shelf.live) for version in reversed(shelf.versions)]
+    registered = st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm")
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config={"registered": registered})
+    _version(here, registry, shelf)
+
+
+@st.cache_resource(show_spinner=False)
+def _registry(checkout: str, name: str) -> ModelRegistry:
+    from pathlib import Path
+
+    return models_view.open_registry(Path(checkout), name)
+
+
+# ---------------------------------------------------------------------------------------------------------- candidate
+
+
+def _candidate(here: App, found: Candidate | None) -> None:
+    with st.container(border=True):
+        st.subheader("Candidate")
+        if found is None:
+            st.markdown("No comparison yet: start `dvc repro` on the page Runs.")
+            return
+        st.badge(found.verdict, color=COLOURS.get(found.verdict, "gray"))
+        st.markdown("\n".join(f"- {plain(reason)}" for reason in found.reasons))
+        obstacle = found.obstacle or _busy() or _unsigned()
+        with st.container(horizontal=True):
+            gate = None if found.verdict == PROMOTE else f"the verdict is {found.verdict}"
+            if st.button(
+                "Promote", icon=":material/workspace_premium:", type="primary", key="promote",
+                disabled=bool(obstacle or gate), help=obstacle or gate,
+            ):  # fmt: skip
+                _confirm_promotion(here, found)
+            if gate and st.button("Promote anyway…", key="force", disabled=bool(obstacle), help=obstacle):
+                _confirm_force(here, found)
+        if reason := obstacle or gate:
+            st.caption(f"Promotion is off: {plain(reason)}.")
+        report = here.checkout / models_view.REPORT
+        if report.is_file() and st.toggle("Show the report", key="report"):
+            st.iframe(models_view.as_page(report.read_bytes()), height=REPORT_HEIGHT, alt="Report")
+
+
+@st.dialog("Promote the candidate?")
+def _confirm_promotion(here: App, found: Candidate) -> None:
+    st.markdown(
+        f"The adapter `{found.adapter_sha256[:10]}` becomes a version in the registry and the champion; the champion "
+        "of now becomes `previous`. What answers in Ollama stays until you deploy."
+    )
+    if st.button(
+        "Promote it", type="primary", key="promote-now",
+        on_click=start, args=("Promote", own_command("promote"), here.checkout),
+    ):  # fmt: skip
+        st.rerun()
+
+
+@st.dialog("Promote against the verdict?")
+def _confirm_force(here: App, found: Candidate) -> None:
+    st.markdown(f"The verdict is **{found.verdict}**. The reason that you give is recorded with the version.")
+    why = st.text_input("Why", key="force-why", max_chars=300).strip()
+    by = signed_in()
+    reason = f"{why} ({by})" if by else why
+    if st.button(
+        "Promote it", type="primary", key="force-now", disabled=not why,
+        on_click=start, args=("Promote", own_command("promote", "--force", reason), here.checkout),
+    ):  # fmt: skip
+        st.rerun()
+
+
+# ----------------------------------------------------------------------------------------------------------- versions
+
+
+def _version(here: App, registry: ModelRegistry, shelf: Shelf) -> None:
+    numbers = [version.number for version in reversed(shelf.versions)]
+    number = st.selectbox("Version", numbers, key="version")
+    version = next(version for version in shelf.versions if version.number == number)
+    current = shelf.live.version if shelf.live else None
+    busy = _busy() or _unsigned() or ("Ollama does not answer" if shelf.silence else None)
+    with st.container(horizontal=True):
+        deploy = busy or ("it is live already" if current == number else None)
+        switch = busy or _why_no_switch(number, current, shelf)
+        back = busy or (None if shelf.earlier else "nothing was live before")
+        if st.button("Deploy", icon=":material/rocket_launch:", key="deploy", disabled=bool(deploy), help=deploy):
+            _confirm(
+                here, "Deploy", ("deploy", str(number)), f"Version {number} is put on Ollama, proved, and answers."
+            )
+        if st.button("Switch to it", icon=":material/swap_horiz:", key="switch", disabled=bool(switch), help=switch):
+            _confirm(here, "Switch", ("switch", str(number)), f"Version {number} answers from now on.")
+        if st.button("Roll back", icon=":material/undo:", key="rollback", disabled=bool(back), help=back):
+            _confirm(here, "Roll back", ("rollback",), f"Version {shelf.earlier[-1]} answers again.")
+    off: dict[str, list[str]] = {}
+    for name, reason in (("Deploy", deploy), ("Switch", switch), ("Roll back", back)):
+        if reason:
+            off.setdefault(reason, []).append(name)
+    if off:
+        st.caption(" ".join(f"{', '.join(names)}: off, {plain(reason)}." for reason, names in off.items()))
+    _about(registry, version, current == number)
+
+
+def _why_no_switch(number: int, current: int | None, shelf: Shelf) -> str | None:
+    if current == number:
+        return "it is live already"
+    return None if number in shelf.deployed else "it is not on Ollama: deploy it"
+
+
+@st.dialog("Are you sure?")
+def _confirm(here: App, title: str, words: tuple[str, ...], what: str) -> None:
+    st.markdown(what)
+    if st.button(
+        title, type="primary", key="confirm-now", on_click=start, args=(title, own_command(*words), here.checkout)
+    ):
+        st.rerun()
+
+
+def _about(registry: ModelRegistry, version: ModelVersion, live: bool) -> None:
+    tags = version.tags
+    st.badge(tags.get("verdict", "no verdict"), color=COLOURS.get(tags.get("verdict", ""), "gray"))
+    if forced := tags.get("forced_reason"):
+        st.markdown(f"Forced: {plain(forced)}")
+    if reasons := models_view.reasons(registry, version):
+        st.markdown("\n".join(f"- {plain(reason)}" for reason in reasons))
+    names = [f"version {version.number}", *version.aliases]
+    st.graphviz_chart(models_view.lineage(tags, names, live), width="content")
+    with st.expander("Tags"):
+        st.dataframe(pd.DataFrame(sorted(tags.items()), columns=["tag", "value"]), hide_index=True, width="stretch")
+    if st.toggle("Show its report", key="version-report"):
+        report = models_view.artifact(registry, version, "reports/report.html")
+        if report is None:
+            st.caption("The registry keeps no report of it.")
+        else:
+            st.iframe(models_view.as_page(report), height=REPORT_HEIGHT, alt=f"Report of version {version.number}")
+
+
+# --------------------------------------------------------------------------------------------------------------- gate
+
+
+def _busy() -> str | None:
+    return f"{jobs.running.title} is running" if jobs.running is not None else None
+
+
+def _unsigned() -> str | None:
+    return "sign in first" if signed_in() == "" else None

@@ -1,0 +1,154 @@
+"""What the page Models shows: the candidate and whether it may be promoted, the versions, what is live, the lineage."""
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
+from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_switcher import Live, ModelSwitcher, live_history
+from fine_tuning.project import artifact_root, tracking_uri
+from fine_tuning.records import read_json
+
+COMPARISON = Path("metrics/comparison.json")
+REPORT = Path("metrics/report.html")
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
+CHAMPION = Path("models/champion.json")
+PROMOTE = "PROMOTE"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the last `dvc repro` made of the adapter. `obstacle` says why it cannot be promoted, even by force."""
+
+    verdict: str
+    reasons: list[str]
+    adapter_sha256: str
+    obstacle: str | None
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The registry and the server as they are now. `silence` says why nothing is known of the server."""
+
+    versions: list[ModelVersion]
+    live: Live | None
+    deployed: set[int]
+    earlier: list[int]
+    silence: str | None
+
+
+def candidate(checkout: Path) -> Candidate | None:
+    """The compared candidate, None before the first comparison.
+
+    Raises:
+        UserError: the comparison is damaged.
+    """
+    if not (checkout / COMPARISON).is_file():
+        return None
+    try:
+        found = read_json(checkout / COMPARISON)
+        verdict, sha256 = str(found["verdict"]), str(found["adapter_sha256"])
+        reasons = [str(reason) for reason in found["reasons"]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{COMPARISON} is damaged: run `dvc repro compare`") from None
+    obstacle = None
+    if not (checkout / ADAPTER).is_file():
+        obstacle = "its files are not here: run `dvc pull` or `dvc repro`"
+    elif (checkout / CHAMPION).is_file() and read_json(checkout / CHAMPION).get("adapter_sha256") == sha256:
+        obstacle = "it is the champion already"
+    return Candidate(verdict, reasons, sha256, obstacle)
+
+
+def has_registry(checkout: Path) -> bool:
+    """Whether there is a store to look into; looking would make one."""
+    uri = tracking_uri(checkout)
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
+
+
+def open_registry(checkout: Path, name: str) -> ModelRegistry:
+    """The registry of a checkout."""
+    return ModelRegistry(name, tracking_uri(checkout), artifact_root(checkout), checkout / ".whetstone")
+
+
+def shelf(registry: ModelRegistry, client: OllamaClient) -> Shelf:
+    """Versions, and what is live on the server."""
+    versions = registry.versions()
+    switcher = ModelSwitcher(client, registry)
+    try:
+        live, names = switcher.live(), set(client.digests())
+    except OllamaError as error:
+        return Shelf(versions, None, set(), [], str(error))
+    deployed = {v.number for v in versions if v.tag in names and switcher.recorded_digest(v) is not None}
+    current = live.version if live else None
+    earlier = [number for _, number in live_history(versions, switcher.key) if number != current]
+    return Shelf(versions, live, deployed, earlier, None)
+
+
+def artifact(registry: ModelRegistry, version: ModelVersion, path: str) -> bytes | None:
+    """A file that the registry keeps of a version, None where it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return registry.download(version, path, Path(folder)).read_bytes()
+        except (UserError, OSError):
+            return None
+
+
+def reasons(registry: ModelRegistry, version: ModelVersion) -> list[str]:
+    """Why the version got its verdict."""
+    data = artifact(registry, version, "reports/comparison.json")
+    try:
+        return [str(reason) for reason in json.loads(data or b"{}").get("reasons") or []]
+    except (ValueError, AttributeError):
+        return []
+
+
+def as_page(report: bytes) -> str:
+    """An address of an HTML report. A page of this kind has no origin: whatever is in it cannot reach the app."""
+    return "data:text/html;charset=utf-8;base64," + base64.b64encode(report).decode("ascii")
+
+
+def lineage(tags: Mapping[str, str], names: list[str], live: bool) -> str:
+    """Where a version comes from and where it went, as a Graphviz drawing."""
+
+    def short(key: str) -> str:
+        value = tags.get(key, "unknown")
+        return value[:10] if len(value) >= 32 else value
+
+    dirty = " (changed files)" if tags.get("git_dirty") == "true" else ""
+    nodes = {
+        "data": f"conversations\n{short('data_md5')}",
+        "base": f"base\n{short('base_model')}",
+        "code": f"commit\n{short('git_commit')}{dirty}",
+        "adapter": f"adapter\n{short('adapter_sha256')}",
+        "gguf": f"GGUF\n{short('gguf_sha256')}",
+        "suite": f"held-out suite\n{short('eval_set_sha256')}",
+        "verdict": f"verdict\n{tags.get('verdict', 'none')}",
+        "version": "\n".join(names),
+    }
+    edges = ["data -> adapter", "base -> adapter", "code -> adapter", "adapter -> gguf", "gguf -> version",
+             "suite -> verdict", "adapter -> verdict", "verdict -> version"]  # fmt: skip
+    if live:
+        nodes["live"] = "answers in the chat"
+        edges.append("version -> live")
+    lines = [f"{name} [label={json.dumps(label)}]" for name, label in nodes.items()]
+    style = 'rankdir=TB; node [shape=box, style="rounded", fontname="sans-serif", fontsize=11]'
+    return f"digraph {{ {style}; {'; '.join(lines + edges)} }}"
+
+
+def row(version: ModelVersion, live: Live | None) -> dict[str, Any]:
+    """A version as a line of the table."""
+    return {
+        "version": version.number,
+        "aliases": ", ".join(version.aliases),
+        "live": live is not None and live.version == version.number,
+        "verdict": "forced" if version.tags.get("forced_reason") else version.tags.get("verdict", ""),
+        "registered": version.created_at,
+        "commit": version.tags.get("git_commit", "")[:10],
+        "base": version.tags.get("base_model", ""),
+    }
