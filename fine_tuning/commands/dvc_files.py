@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def dvc_add(path: Path) -> None:
     from dvc.lock import LockError
     from dvc.repo import Repo
 
+    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         with Repo() as repo:
             repo.add(path.as_posix())

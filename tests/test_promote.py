@@ -1,0 +1,234 @@
+"""Promotion on a real git and DVC repository: what was compared is what is registered, or nothing is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fine_tuning.commands import promote as module
+from fine_tuning.commands.dvc_files import md5_path
+from fine_tuning.commands.promote import open_registry, read_champion
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS
+from fine_tuning.project import sha256_file
+from tests.registered import here, repro, sh, type_command
+
+WEIGHTS = Path("models/adapter/adapter_model.safetensors")
+
+
+def test_the_candidate_becomes_champion_in_registry_git_and_dvc(candidate, capsys):
+    here("promote")
+    champion = read_champion()
+    assert champion["version"] == 1 and champion["name"] == "trial" and champion["verdict"] == "PROMOTE"
+    assert champion["adapter_sha256"] == sha256_file(WEIGHTS)
+    assert champion["gguf_sha256"] == sha256_file(Path("models/champion/package/model.gguf"))
+    assert sh(candidate, "git status --porcelain").split() == ["M", "models/champion.json", "??", "models/champion.dvc"]
+    version = open_registry("trial").by_alias(CHAMPION)
+    assert version.number == 1
+    wanted = {"adapter_sha256", "dvc_lock_sha256", "git_commit", "git_dirty", "data_md5", "eval_set_sha256"}
+    assert wanted | {"base_model", "base_revision"} <= set(version.tags)
+    assert version.tags["git_commit"] == sh(candidate, "git rev-parse HEAD").strip()
+    assert version.tags["git_dirty"] == "false"
+    assert version.tags["data_md5"] == md5_path(Path("data/conversations"))
+    assert version.artifacts.startswith(f"file://{candidate}/mlartifacts/")
+    said = capsys.readouterr().out
+    assert "git add models/champion.json" in said and "deploy" in said
+
+
+def test_the_registry_keeps_adapter_bundle_reports_and_origin(candidate, tmp_path):
+    here("promote")
+    registry = open_registry("trial")
+    folder = registry.download(registry.version(1), "", tmp_path / "out")
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert files >= {
+        "adapter/adapter_model.safetensors",
+        "adapter/README.md",
+        "package/create.json",
+        "package/Modelfile",
+        "reports/comparison.json",
+        "provenance/dvc.lock",
+        "provenance/params.yaml",
+        "provenance/conversations.json",
+        "probes.json",
+        "files.json",
+    }
+    assert "package/model.gguf" not in files
+    described = json.loads((folder / "files.json").read_text())
+    assert described["package/model.gguf"]["sha256"] == sha256_file(Path("models/package/model.gguf"))
+    assert json.loads((folder / "provenance/conversations.json").read_text())["train"] == ["c1", "c2"]
+    assert len(json.loads((folder / "probes.json").read_text())) == 3
+
+
+def test_promoting_again_changes_nothing(candidate):
+    here("promote")
+    before = Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()
+    here("promote")
+    assert (Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()) == before
+    registry = open_registry("trial")
+    assert len(registry.versions()) == 1 and registry.by_alias(PREVIOUS) is None
+
+
+def test_the_next_champion_makes_the_old_one_previous(candidate):
+    here("promote")
+    repro(candidate, seed=2)
+    here("promote")
+    registry = open_registry("trial")
+    assert (registry.by_alias(CHAMPION).number, registry.by_alias(PREVIOUS).number) == (2, 1)
+    assert read_champion()["version"] == 2
+
+
+@pytest.mark.parametrize("verdict", ["HOLD", "INCONCLUSIVE"])
+def test_without_the_verdict_promote_nothing_is_registered(candidate, verdict):
+    repro(candidate, verdict=verdict)
+    with pytest.raises(UserError, match=rf"the verdict is {verdict} .*9\.2.*--force"):
+        here("promote")
+    assert not Path("models/champion").exists() and open_registry("trial").versions() == []
+
+
+def test_a_forced_promotion_keeps_its_reason(candidate):
+    repro(candidate, verdict="HOLD")
+    here("promote", "--force", "the customer wants it today")
+    assert open_registry("trial").version(1).tags["forced_reason"] == "the customer wants it today"
+    assert read_champion()["forced_reason"] == "the customer wants it today"
+    assert read_champion()["verdict"] == "HOLD"
+
+
+def test_force_without_a_reason_is_no_force(candidate):
+    repro(candidate, verdict="HOLD")
+    with pytest.raises(UserError, match="the verdict is HOLD"):
+        here("promote", "--force", "  ")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (WEIGHTS, "models/adapter is not the one that was compared"),
+        (Path("models/package/model.gguf"), r"models/package is not what dvc\.lock describes"),
+        (Path("models/merged/config.json"), r"models/merged is not what dvc\.lock describes"),
+    ],
+)
+def test_files_that_were_not_compared_are_refused(candidate, path, reason):
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(UserError, match=reason):
+        here("promote")
+    assert open_registry("trial").versions() == []
+
+
+def test_a_candidate_that_met_another_champion_is_refused(candidate):
+    here("promote")
+    repro(candidate, seed=2)
+    Path("models/champion.json").write_text('{"version": 7, "adapter_sha256": "pulled from elsewhere"}')
+    with pytest.raises(UserError, match="the champion has changed since the comparison: run `dvc repro`"):
+        here("promote")
+
+
+def test_a_registry_with_another_champion_is_refused_unless_forced(candidate):
+    here("promote")
+    sh(candidate, "git checkout -q models/champion.json")
+    repro(candidate, seed=2)
+    with pytest.raises(UserError, match="version 1 became champion in the meantime"):
+        here("promote")
+    here("promote", "--force", "the registry is right")
+    assert read_champion()["version"] == 2
+
+
+def test_a_nan_in_the_evaluation_is_refused(candidate):
+    Path("metrics/evaluation.json").write_text('{"candidate": {"perplexity": NaN}}')
+    with pytest.raises(UserError, match=r"evaluation\.candidate\.perplexity is not a finite number"):
+        here("promote")
+    assert open_registry("trial").versions() == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("rm metrics/comparison.json", r"comparison\.json is missing: run `dvc repro`"),
+        ("echo [] > metrics/comparison.json", r"comparison\.json is damaged"),
+        ("rm -r models/adapter", r"adapter_model\.safetensors is missing"),
+        ("rm dvc.lock", r"dvc\.lock is missing"),
+        ("echo x > models/champion.json", r"champion\.json is missing or damaged"),
+        ("rm dvc.yaml", "not the project's top folder"),
+    ],
+)
+def test_what_is_missing_is_one_line_with_the_remedy(candidate, damage, reason):
+    sh(candidate, damage)
+    with pytest.raises(UserError, match=reason):
+        here("promote")
+
+
+def test_a_temporary_experiment_promotes_nothing(candidate, monkeypatch):
+    temporary = candidate / ".dvc" / "tmp" / "exps" / "tmpabc"
+    temporary.mkdir(parents=True)
+    shutil.copyfile("dvc.yaml", temporary / "dvc.yaml")
+    monkeypatch.chdir(temporary)
+    with pytest.raises(UserError, match="promote in the main checkout"):
+        here("promote")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it."""
+
+
+def test_killed_at_any_point_there_is_one_champion_and_a_rerun_converges(candidate, monkeypatch):
+    """Each run is killed one effect later than the one before, until one ends by itself."""
+    here("promote")
+    repro(candidate, seed=2)
+    from mlflow import MlflowClient
+
+    effects, limit = [], 0
+    places = [
+        *((MlflowClient, name) for name in ("log_artifacts", "log_batch", "create_model_version")),
+        *((MlflowClient, name) for name in ("set_registered_model_alias", "delete_registered_model_alias")),
+        *((module, name) for name in ("dvc_add", "write_json", "copy_file")),
+        (shutil, "rmtree"),
+        (Path, "rename"),
+    ]
+
+    def deadly(name, original):
+        def effect(*args, **kwargs):
+            effects.append(name)
+            if len(effects) > limit:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return effect
+
+    kills, ended = 0, False
+    while not ended:
+        effects.clear()
+        with monkeypatch.context() as patch:
+            for owner, name in places:
+                patch.setattr(owner, name, deadly(name, getattr(owner, name)))
+            try:
+                here("promote")
+                ended = True
+            except Killed:
+                kills += 1
+                limit += 4 if effects[-1] == "copy_file" else 1  # one copied file is like the next
+        registry = open_registry("trial")
+        champion = registry.by_alias(CHAMPION)
+        assert champion.number in (1, 2) and "content_sha256" in champion.tags
+        assert len(registry.versions()) <= 2
+    assert kills > 8
+    assert (registry.by_alias(CHAMPION).number, registry.by_alias(PREVIOUS).number) == (2, 1)
+    assert read_champion()["version"] == 2
+    assert sh(candidate, "dvc status -q models/champion.dvc") == ""
+    assert not Path("models/.champion.new").exists()
+
+
+def test_another_clone_pulls_the_champion(candidate, tmp_path):
+    here("promote")
+    sh(candidate, f"dvc remote add -q -d store {tmp_path / 'remote'}")
+    sh(candidate, "git add -A && git commit -qm Promote")
+    sh(candidate, "dvc push -q")
+    sh(tmp_path, f"git clone -q {candidate} clone")
+    sh(tmp_path / "clone", "dvc pull -q models/champion.dvc")
+    assert md5_path(tmp_path / "clone/models/champion") == md5_path(Path("models/champion"))
+
+
+def test_the_command_line_says_it_in_one_line(candidate):
+    repro(candidate, verdict="HOLD")
+    done = type_command(candidate, "promote")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: the verdict is HOLD") and done.stderr.count("\n") == 1
