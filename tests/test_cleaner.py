@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
-from fine_tuning.data_collection.near_duplicates import similarity, signatures, shingles
+from fine_tuning.data_collection.near_duplicates import shingles, signatures, similarity
 from fine_tuning.data_collection.shard_cleaner import clean_shards
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
@@ -99,7 +99,7 @@ def test_cleaning_a_text_again_changes_nothing(text):
 
 PIECES = st.sampled_from(
     ["jane@example.com", "+1 650-253-0000", "4111 1111 1111 1111", "https://a.example/x", "192.0.2.7", "<EMAIL_1>",
-     "password: hunter22", "DE89370400440532013000", " ", "\n", ",", "(", ")", "x", "é", "\u200b", "<|im_end|>", "```", "0"]
+     "password: hunter22", "DE89370400440532013000", " ", "\n", ",", "(", ")", "x", "é", "\u200b", "<|im_end|>", "```"]
 )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_words_of_a_list_can_be_flagged():
 
 def test_ordinary_prose_code_and_lists_are_not_repetitive():
     prose = (
-        "To change a tyre, park on level ground and put the hand brake on. Loosen the nuts a little before you lift the "
+        "To change a tyre, park on level ground with the hand brake on. Loosen the nuts a little before you lift the "
         "car, then lift it until the wheel turns freely. Take the nuts off, pull the wheel towards you, and put the "
         "spare one on. Tighten the nuts by hand, lower the car, and tighten them again in the order of a star."
     )

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import zstandard
 
 from fine_tuning.data_collection.conversation import short_hash
 from fine_tuning.data_collection.record_formats import NotRecognised, from_chatml, recognise
@@ -54,7 +57,10 @@ def import_file(path: str | Path) -> Iterator[Imported | Problem]:
     if not path.is_file():
         raise UserError(f"{path} is not a file: check its path")
     started_at = _timestamp(os.stat(path).st_mtime)
-    yield from import_records(_records(path), "import", started_at)
+    try:
+        yield from import_records(_records(path), "import", started_at)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError):
+        raise UserError(f"{path} cannot be read to its end, nothing was taken: copy or export it again") from None
 
 
 def import_records(
@@ -194,8 +200,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             with gzip.open(raw) as file:
                 yield file
         elif magic == b"\x28\xb5\x2f\xfd":
-            import zstandard
-
             with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
                 yield io.BufferedReader(stream)
         else:
@@ -205,6 +209,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def parse_json(text: bytes | str) -> Any:
     """Strict JSON: NaN, 5,000-digit integers, wrong UTF-8 and too deep nesting are a ValueError."""
     try:
+        # json.loads would read bytes as UTF-16 if they look like it
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(text, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None

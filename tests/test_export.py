@@ -1,0 +1,146 @@
+"""Exports: each format holds the conversations, and imported again it gives the same ones."""
+
+import csv
+import json
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fine_tuning.data_collection.data_cleaner import DataCleaner
+from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, with_edits
+from fine_tuning.data_collection.importers import Imported, _restore_cell, import_file
+
+TALKS = [
+    ["What is a lake?", "Water that stays."],
+    ["=1+1", "+2 is \"two\", 'quoted'\nand on a new line"],
+    ["@home -x", "\ttab first", "'=apostrophe", "-5, or, 6;7"],
+    ["Ünïcode 😀", "line\u2028separator"],
+    ["None", "0012"],
+    ["```python\nprint('x')\n```", "It prints:\n\n\n\tx"],
+    [" spaces around ", "NaN"],
+]
+
+
+def conversation(texts, id, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    messages = [{"id": f"{id}-{i}", **message} for i, message in enumerate(messages)]
+    return {
+        "id": id,
+        "source": "test",
+        "started_at": "2026-01-01T00:00:00.000Z",
+        "messages": messages,
+        "feedback": [],
+        "metadata": {},
+    }
+
+
+CONVERSATIONS = [conversation(texts, f"{n:032x}", "Be kind." if n % 2 else None) for n, texts in enumerate(TALKS)]
+
+
+def said(conversations):
+    return [(c["id"], [(m["role"], m["content"]) for m in c["messages"]]) for c in conversations]
+
+
+def reimport(path):
+    items = list(import_file(path))
+    assert all(isinstance(item, Imported) for item in items), items
+    return [item.conversation for item in items]
+
+
+def test_the_seed_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cleaned = DataCleaner(min_length=5, max_length=1000).filter_conversations(
+        [{"user_message": "What is machine learning?", "assistant_response": "A field of computing."}]
+    )
+    paths = DataExporter("exported_data").export_all_formats(cleaned)
+    assert {"json", "csv", "chatml", "alpaca", "instruction"} <= paths.keys()
+    assert all(path.is_file() and path.stat().st_size for path in paths.values())
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+@pytest.mark.parametrize("name", FILES)
+def test_an_export_imported_again_is_the_same_conversations(tmp_path, name, compression):
+    path = DataExporter(tmp_path, compression).export(CONVERSATIONS, name)
+    assert said(reimport(path)) == said(CONVERSATIONS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30), min_size=2, max_size=6),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_clean_conversation_survives_every_format(tmp_path_factory, talks):
+    records = [conversation(texts[: len(texts) // 2 * 2], f"{n:032x}") for n, texts in enumerate(talks)]
+    cleaned = DataCleaner().filter_conversations(records)
+    assume(cleaned)
+    folder = tmp_path_factory.mktemp("exports")
+    for path in DataExporter(folder).export_all_formats(cleaned).values():
+        assert said(reimport(path)) == said(cleaned), path.name
+
+
+def test_the_json_format_keeps_everything(tmp_path):
+    record = conversation(["q", "a"], "0" * 32)
+    record["messages"][1]["model"] = "m:1"
+    record["feedback"] = [{"message_id": record["messages"][1]["id"], "rating": 1, "edited": "better"}]
+    record["metadata"] = {"category": "x"}
+    assert reimport(DataExporter(tmp_path).export([record], "json")) == [record]
+
+
+def test_edits_stand_in_the_place_of_replies(tmp_path):
+    record = conversation(["q", "a"], "0" * 32)
+    record["feedback"] = [{"message_id": record["messages"][1]["id"], "rating": None, "edited": "better"}]
+    assert said([with_edits(record)]) == [("0" * 32, [("user", "q"), ("assistant", "better")])]
+    assert b"better" in DataExporter(tmp_path).export([record], "alpaca").read_bytes()
+
+
+def test_no_cell_of_the_csv_is_a_formula(tmp_path):
+    path = DataExporter(tmp_path).export(CONVERSATIONS, "csv")
+    with open(path, newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
+
+
+@given(st.text())
+def test_a_neutralised_cell_is_restored(cell):
+    assert _restore_cell(neutralise(cell)) == cell
+
+
+def test_what_a_format_cannot_hold_is_counted(tmp_path):
+    tool = conversation(["q", "a"], "0" * 32)
+    tool["messages"][1:1] = [{"role": "assistant", "content": "call"}, {"role": "tool", "content": "42"}]
+    exporter = DataExporter(tmp_path)
+    exporter.export_all_formats([tool, conversation(["q", "a"], "1" * 32)])
+    assert exporter.counts["alpaca"] == {"exported": 1, "skipped": 1}
+    assert exporter.counts["openai"] == {"exported": 2, "skipped": 0}
+
+
+def test_logged_exchanges_are_accepted(tmp_path):
+    path = DataExporter(tmp_path).export([{"id": "e", "user_message": "q", "assistant_response": "a"}], "openai")
+    assert json.loads(path.read_bytes())["messages"][1] == {"role": "assistant", "content": "a"}
+
+
+def test_an_interrupted_export_leaves_the_old_file(tmp_path):
+    exporter = DataExporter(tmp_path)
+    path = exporter.export(CONVERSATIONS, "json")
+    before = path.read_bytes()
+
+    def breaks():
+        yield CONVERSATIONS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exporter.export(breaks(), "json")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["conversations.json"]
+
+
+def test_the_same_conversations_give_the_same_bytes(tmp_path):
+    for compression in ("none", "gzip", "zstd"):
+        one = DataExporter(tmp_path / "a", compression).export_all_formats(CONVERSATIONS)
+        two = DataExporter(tmp_path / "b", compression).export_all_formats(CONVERSATIONS)
+        assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
