@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Letters of scripts that write no spaces count as words of their own.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+")
-_PUNCTUATION = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) == "_")}
+_LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
 
 
 class PrepareSettings(Settings):
@@ -216,7 +216,7 @@ class DatasetBuilder:
         suspects = [
             identity
             for identity, of_example in texts.items()
-            if any(not halves.isdisjoint(_runs(words, half, half)) for words in of_example)
+            if any(not halves.isdisjoint(_apart(words, half)) for words in of_example)
         ]
         runs = {run for words in held_out for run in _runs(words, length)} if suspects else set()
         shared = {
@@ -382,29 +382,36 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
             key: Any = conversation["session"]
         else:
             texts = [str(m.get("content")) for m in conversation["messages"] or () if isinstance(m, dict)]
-            key = ("text", " ".join("\n".join(texts).casefold().split()))
+            key = ("text", "\n".join(texts).casefold())
         clusters[identity] = first.setdefault(key, identity)
     return clusters
 
 
-def _long_texts(example: Example, least: int) -> Iterable[list[str]]:
+def _long_texts(example: Example, least: int) -> Iterable[list[bytes]]:
     """The words of every message of at least `least` words, system messages apart."""
     for message in example.messages:
-        # Shorter texts cannot have as many words, unless their script writes no spaces.
+        # A text of fewer characters cannot have as many words.
         if message["role"] != "system" and len(message["content"]) >= least:
             words = _words(message["content"])
             if len(words) >= least:
                 yield words
 
 
-def _runs(words: list[str], length: int, step: int = 1) -> Iterable[tuple[str, ...]]:
-    """`length` neighbouring words from every `step`-th position."""
-    return zip(*(words[start::step] for start in range(length)), strict=False)
+def _runs(words: list[bytes], length: int) -> Iterable[tuple[bytes, ...]]:
+    """`length` neighbouring words from every position."""
+    return zip(*(words[start:] for start in range(length)), strict=False)
 
 
-def _words(text: str) -> list[str]:
-    text = text.casefold()
-    return text.translate(_PUNCTUATION).split() if text.isascii() else _WORD.findall(text)
+def _apart(words: list[bytes], length: int) -> Iterable[tuple[bytes, ...]]:
+    """`length` neighbouring words, and the next, and the next."""
+    return zip(*[iter(words)] * length, strict=False)
+
+
+def _words(text: str) -> list[bytes]:
+    """Lower case, in UTF-8: for ASCII, most of what there is, that is one pass of a table."""
+    if text.isascii():
+        return text.encode().translate(_LETTERS).split()
+    return [word.encode() for word in _WORD.findall(text.casefold())]
 
 
 def _plain(column: str, value: Any) -> Any:
