@@ -1,0 +1,138 @@
+"""Deploy, switch, roll back and list as a person types them, on two servers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fine_tuning.commands.promote import open_registry
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
+from fine_tuning.errors import UserError
+from tests.fake_ollama import FakeOllama, silent_host
+from tests.registered import here
+
+
+@pytest.fixture(scope="module")
+def count_tokens(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    return lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)
+
+
+@pytest.fixture
+def ollama(count_tokens, promoted, monkeypatch):
+    """The server that OLLAMA_HOST names, empty; the current folder is a project with versions 1 and 2."""
+    with FakeOllama(count_tokens=count_tokens) as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.host)
+        yield server
+
+
+@pytest.fixture
+def twice(ollama):
+    """Both versions are deployed, the second is live."""
+    here("deploy", "1")
+    here("deploy")
+    return ollama
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().out.rstrip("\n").split("\n")[-1]
+
+
+def test_switch_rollback_and_list_agree_on_what_is_live(twice, capsys):
+    assert twice.digest("trial:live") == twice.digest("trial:2") != twice.digest("trial:1")
+    here("list")
+    assert f"{twice.host}: trial:live is version 2 since " in last_line(capsys)
+
+    here("rollback")
+    assert last_line(capsys) == f"{twice.host}: trial:live is version 1 again (before: version 2)"
+    assert twice.digest("trial:live") == twice.digest("trial:1")
+
+    here("switch", "v2")
+    assert last_line(capsys) == f"{twice.host}: trial:live is version 2 (before: version 1)"
+    assert twice.digest("trial:live") == twice.digest("trial:2")
+
+    here("list", "--json")
+    shown = json.loads(capsys.readouterr().out)
+    assert [version["version"] for version in shown["versions"]] == [1, 2]
+    assert shown["versions"][1]["aliases"] == ["champion"]
+    assert shown["hosts"][twice.host]["version"] == 2 and shown["hosts"][twice.host]["since"]
+
+
+def test_an_older_version_is_deployed_from_dvcs_cache(twice):
+    for name in list(twice.manifests):
+        del twice.manifests[name]
+    twice.blobs.clear()
+    here("deploy", "trial:1")
+    assert twice.digest("trial:live") == twice.digest("trial:1")
+    version = open_registry("trial").version(1)
+    weights = next(layer for layer in twice.manifests["trial:1"].layers if layer["mediaType"].endswith("model"))
+    assert weights["digest"] == f"sha256:{version.tags['gguf_sha256']}"
+
+
+def test_a_version_whose_gguf_is_nowhere_names_the_command_that_fetches_it(twice):
+    twice.manifests.clear()
+    md5 = open_registry("trial").version(1).tags["gguf_md5"]
+    (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).unlink()
+    with pytest.raises(UserError, match="version 1 is not in this checkout: `dvc fetch --all-commits"):
+        here("deploy", "1")
+
+
+def test_two_hosts_are_deployed_to_and_listed(ollama, count_tokens, capsys):
+    with FakeOllama(count_tokens=count_tokens) as second:
+        here("deploy", "--host", ollama.host, "--host", second.host)
+        assert ollama.digest("trial:live") == second.digest("trial:live") is not None
+        capsys.readouterr()
+        here("list", "--host", ollama.host, "--host", second.host)
+        shown = capsys.readouterr().out
+        assert f"{ollama.host}: trial:live is version 2" in shown and f"{second.host}: trial:live is version 2" in shown
+
+
+def test_a_host_that_is_down_stops_a_deployment_before_it_begins(ollama):
+    with silent_host() as silent, pytest.raises(UserError, match="no Ollama answers"):
+        here("deploy", "--host", ollama.host, "--host", silent)
+    assert not ollama.manifests
+
+
+def test_list_goes_on_without_a_server(ollama, capsys):
+    with silent_host() as silent:
+        here("list", "--host", silent)
+    shown = capsys.readouterr().out
+    assert "champion" in shown and f"no Ollama answers at {silent}" in shown
+
+
+def test_a_version_that_is_not_deployed_cannot_be_switched_to(ollama):
+    with pytest.raises(UserError, match=r"trial:1 is not on .* `python -m fine_tuning deploy 1`"):
+        here("switch", "1")
+    with pytest.raises(UserError, match="has no version 9"):
+        here("switch", "9")
+    with pytest.raises(UserError, match="trial:1 is not on"):  # the version before by the registry
+        here("rollback")
+
+
+def test_a_tag_that_somebody_replaced_is_not_switched_to(twice):
+    twice.manifests["trial:1"] = twice.manifests["trial:2"]
+    with pytest.raises(UserError, match="is not what was deployed there"):
+        here("switch", "1")
+    assert twice.digest("trial:live") == twice.digest("trial:2")
+
+
+def test_a_live_model_of_somebody_else_is_said_to_be_one(twice, capsys):
+    twice.manifests["trial:live"] = twice.manifests.pop("trial:1")
+    twice.manifests["trial:live"].layers.pop()
+    here("list")
+    assert "is a model that is not in the registry" in last_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["0", "latest", "../../etc", "1; rm -rf /", ""])
+def test_what_is_no_version_is_refused(candidate, name):
+    with pytest.raises(UserError, match="is no version"):
+        here("switch", name)
+
+
+def test_before_the_first_promotion_every_command_says_what_to_do(candidate, monkeypatch, capsys):
+    with FakeOllama() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.host)
+        with pytest.raises(UserError, match="no champion yet"):
+            here("deploy")
+        here("list")
+    assert "has no version yet" in capsys.readouterr().out
