@@ -21,7 +21,7 @@ def root() -> Path:
 
 
 def main_checkout(start: Path | None = None) -> Path:
-    """The checkout that owns the inbox and the registry: temporary experiments run in copies below its .dvc/tmp/exps."""
+    """The checkout that owns inbox and registry: temporary experiments run in copies below its .dvc/tmp/exps."""
     here = (start or Path.cwd()).resolve()
     parts = here.parts
     for index in range(len(parts) - 2):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
-from fine_tuning.errors import UserError
 from fine_tuning.evaluation.items import Item
 from fine_tuning.evaluation.llama_engine import LlamaEngine
+from fine_tuning.training.base_model import load_model
 from fine_tuning.training.training_utils import Hardware, batch_by_tokens, collate, detect_hardware
 
 if TYPE_CHECKING:
@@ -52,17 +52,9 @@ def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
         UserError: the folder holds no model that transformers can load.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     torch.set_num_threads(hardware.threads)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, hardware.precision), local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
+    model = load_model(folder, getattr(torch, hardware.precision))
     try:
         yield model.to(hardware.device).eval()
     finally:

@@ -28,6 +28,7 @@ from fine_tuning.model_management.chat_template import (
 from fine_tuning.model_management.gguf_writer import PROBES, architecture_of, rope_parameters, write_gguf
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import Settings
+from fine_tuning.training.base_model import load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,9 +122,8 @@ def _load_adapted(base_dir: Path, adapter_dir: Path) -> Any:
 
 def _load(folder: Path) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    return load_model(folder, torch.float32).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ bundle

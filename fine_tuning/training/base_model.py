@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -149,6 +150,29 @@ def gguf_field(path: Path, key: str) -> Any:
     return field.contents() if field else None
 
 
+def quiet_transformers() -> None:
+    """Keep transformers' bars for loading and its warnings of its own old names out of our output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
+    """The causal language model of a local folder, in the torch dtype given.
+
+    Raises:
+        UserError: the folder holds no model that transformers can load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    except OSError as error:
+        raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
+
+
 def load_base_model(source: BaseSource) -> Any:
     """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
 
@@ -182,10 +206,8 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     Returns:
         The content of base.json: model, revision, sha256 of the weights, license, architecture, parameters (count).
     """
-    from transformers.utils import logging
-
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        quiet_transformers()
     source = locate_base(settings.model, settings.revision)
     tokenizer = load_base_tokenizer(source)
     model = load_base_model(source)

@@ -3,18 +3,15 @@
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -24,6 +21,7 @@ from transformers import (
 )
 
 from fine_tuning.errors import UserError
+from fine_tuning.training.base_model import load_model, quiet_transformers
 from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
 from fine_tuning.training.training_utils import (
     IGNORED_LABEL,
@@ -91,9 +89,7 @@ def train_adapter(
     check_rows(validation_rows, "validation")
     if settings.method == "qlora":
         check_quantisation()
-    transformers.utils.logging.disable_progress_bar()
-    # transformers 5.23 warns of its own old names, which no line of this project uses.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_transformers()
     hardware = detect_hardware(settings.precision, settings.threads)
     torch.set_num_threads(hardware.threads)
     set_seed(settings.seed)
@@ -147,7 +143,7 @@ def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreT
     if settings.method == "qlora":
         return load_quantised_base(folder, hardware, settings.gradient_checkpointing)
     width = torch.bfloat16 if hardware.precision == "bfloat16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=width)
+    model = load_model(folder, width)
     config = model.config.get_text_config()
     check_memory(model.num_parameters(), settings, hardware, config.num_hidden_layers, config.hidden_size)
     return model

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.errors import UserError
+from fine_tuning.training.base_model import load_model
 from fine_tuning.training.training_utils import Hardware
 
 
@@ -32,7 +33,7 @@ def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing
     """
     import torch
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     compute = getattr(torch, hardware.precision)
     quantisation = BitsAndBytesConfig(
@@ -42,9 +43,7 @@ def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing
         bnb_4bit_compute_dtype=compute,
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=quantisation, dtype=compute, device_map={"": hardware.device}
-        )
+        model = load_model(folder, compute, quantization_config=quantisation, device_map={"": hardware.device})
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"bitsandbytes refuses this hardware ({reason}): set train.method to lora") from None
