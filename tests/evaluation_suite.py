@@ -14,7 +14,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "metrics": ["perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge", "exact_match", "replies"],
         "batch_tokens": 256,
         "threads": 1,
-        "generation": {"items": 6, "max_tokens": 12, "slots": 2},
+        "generation": {"items": 6, "max_tokens": 24, "slots": 2},
         "quantised_items": 4,
         "interval": {"draws": 500, "confidence": 0.95, "seed": 0},
         "test_prompts": ["Where is the router?"],

@@ -99,7 +99,7 @@ def differences(
         )
         for name, (value, drawn) in ours.items():
             their_value, their_draws = theirs[name]
-            bounds = interval(value - their_value, drawn - their_draws, settings.confidence)
+            bounds = interval(value - their_value, drawn - their_draws, settings.confidence, resampling.clusters)
             found[name] = Difference(
                 name, rival, value, their_value, bounds.low, bounds.high, drawn - their_draws,
                 direction(metric, name), len(ids), resampling.clusters,
@@ -221,7 +221,8 @@ def non_inferiority(
     p_values = []
     for name, rival, margin in tests:
         difference = pairs[rival][name]
-        p_values.append(share_at_most(difference.gains, -margin) if np.isfinite(difference.value) else 1.0)
+        known = np.isfinite(difference.value)
+        p_values.append(share_at_most(difference.gains, -margin, difference.clusters) if known else 1.0)
     table: dict[str, dict] = {}
     reasons = []
     for (name, rival, margin), p_value in zip(tests, holm(p_values), strict=True):

@@ -279,6 +279,6 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: Int
         statistics = metric.statistics(**{column: [line[column] for line in usable] for column in columns})
         resampling = Resampling.over([line["cluster"] for line in usable], settings.draws, settings.seed)
         for name, (value, draws) in bootstrap(metric.values, statistics, resampling).items():
-            found = asdict(interval(value, draws, settings.confidence))
+            found = asdict(interval(value, draws, settings.confidence, resampling.clusters))
             table[name] = {key: finite(number) for key, number in found.items()} | {"n": len(usable)}
     return table

@@ -1,0 +1,218 @@
+"""Evaluator: the same frozen items for every model, exact sums, the shipped GGUF scored too, nothing computed twice."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.evaluator import Contender, Evaluator, find_champion, summarise
+from fine_tuning.evaluation.items import label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.metrics import load_metric
+from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.slices import slices
+from fine_tuning.project import sha256_file
+from fine_tuning.records import write_json
+from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, write_items
+
+
+@pytest.fixture(scope="module")
+def suite(tiny_base, tmp_path_factory):
+    return build_suite(tmp_path_factory.mktemp("suite"), tiny_base)
+
+
+@pytest.fixture(scope="module")
+def evaluator(suite, tmp_path_factory):
+    tokenizer = load_tokenizer(suite.base.folder)
+    identity = suite_sha256(suite.items, tokenizer)
+    prompts = [tokenizer("Hi")["input_ids"]]
+    return Evaluator(suite.items, identity, prompts, 200, SETTINGS, tmp_path_factory.mktemp("memo"))
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return [load_metric(name, MODULES) for name in SETTINGS.metrics]
+
+
+def plain_sums(folder, item):
+    """Likelihood of an item the slow and obvious way: one row, all logits."""
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([item.input_ids])).logits[0]
+    chosen = torch.log_softmax(logits.double(), -1)
+    positions = [p for p, label in enumerate(item.labels) if label != -100]
+    nll = -sum(chosen[p - 1, item.labels[p]].item() for p in positions)
+    correct = sum(logits[p - 1].argmax().item() == item.labels[p] for p in positions)
+    return nll, len(positions), correct
+
+
+def test_scores_equal_a_plain_forward_pass_whatever_the_batches(suite):
+    with loaded(suite.candidate.folder, scoring_hardware(1)) as model:
+        small, large = (likelihoods(model, suite.items, budget) for budget in (1, 4096))
+    for item, one, other in zip(suite.items, small, large, strict=True):
+        nll, tokens, correct = plain_sums(suite.candidate.folder, item)
+        for found in (one, other):
+            assert sum(turn[0] for turn in found.turns) == pytest.approx(nll, abs=1e-3)
+            assert sum(turn[1] for turn in found.turns) == tokens
+            assert sum(turn[2] for turn in found.turns) == correct
+
+
+def test_the_gguf_is_scored_in_llama_cpp_and_agrees_with_the_folder(evaluator, suite):
+    folder = {item.id: score.turns for item, score in zip(suite.items, evaluator.score(suite.candidate), strict=True)}
+    records = evaluator.score_quantised(suite.candidate)
+    assert len(records) == SETTINGS.quantised_items
+    for record in records:
+        assert record["contender"] == "candidate_quantised"
+        assert record["nll"] == pytest.approx(sum(turn[0] for turn in folder[record["id"]]), rel=0.02)
+
+
+def test_records_hold_scores_of_all_items_and_replies_of_a_fixed_sample(evaluator, suite):
+    records, answers = evaluator.evaluate(suite.candidate)
+    assert [record["id"] for record in records] == [item.id for item in suite.items]
+    replied = [record for record in records if "predictions" in record]
+    assert {record["id"] for record in replied} == {item.id for item in sample(suite.items, 6)}
+    assert any(record["predictions"].startswith("The ") and record["finished"] for record in replied)
+    assert len(answers) == 1
+    assert json.dumps(records, allow_nan=False)
+
+
+def test_the_same_model_on_the_same_items_is_scored_once(evaluator, suite, monkeypatch):
+    first = evaluator.evaluate(suite.base)
+
+    def fail(*_, **__):
+        raise AssertionError("computed twice")
+
+    monkeypatch.setattr("fine_tuning.evaluation.evaluator.loaded", fail)
+    monkeypatch.setattr("fine_tuning.evaluation.evaluator.LlamaEngine", fail)
+    assert evaluator.evaluate(suite.base) == first
+    with pytest.raises(AssertionError, match="computed twice"):
+        Evaluator(suite.items[:3], "another suite", [], 200, SETTINGS, evaluator.memo.folder).score(suite.base)
+
+
+def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):
+    table = {
+        contender.name: summarise(evaluator.evaluate(contender)[0], metrics, SETTINGS.interval)
+        for contender in (suite.base, suite.candidate)
+    }
+    assert table["candidate"]["perplexity"]["value"] < 0.5 * table["base"]["perplexity"]["value"]
+    for row in table.values():
+        assert {"perplexity", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL"} <= set(row)
+        assert row["perplexity"]["n"] == 8
+        assert row["bleu"]["n"] == 6
+        for cell in row.values():
+            assert cell["value"] is None or cell["low"] <= cell["value"] <= cell["high"]
+
+
+def test_slices_add_up_to_the_whole(evaluator, suite):
+    records = [
+        *evaluator.evaluate(suite.base)[0],
+        *evaluator.evaluate(suite.candidate)[0],
+    ]
+    records[0] = records[0] | {"source": "elsewhere"}
+    found = slices(records)
+    assert set(found) == {"source"}
+    assert found["source"]["elsewhere"]["base"]["replies"] == 1
+    assert found["source"]["sample"]["base"]["replies"] == 7
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_the_replies_and_never_the_first_position():
+    assert label_runs([5, -100, 3, 4, -100, 6]) == [(2, 4), (5, 6)]
+
+
+def test_a_reply_knows_who_wrote_it():
+    messages = [
+        *conversation("a", "b", model="whetstone:1"),
+        *conversation("a", "b", model="whetstone:1", rating=1),
+        *conversation("a", "b", model="whetstone:1", edited=True),
+        *conversation("a", "b", model="whetstone:1", rating=-1),
+        *conversation("a", "b"),
+    ]
+    assert reply_authors(messages, 4) == ["whetstone:1", "liked", "edited", "imported"]
+    assert reply_authors(messages, 2) == ["edited", "imported"]
+
+
+def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):
+    tokenizer = load_tokenizer(suite.base.folder)
+    whole = suite_sha256(suite.items, tokenizer)
+    assert whole == suite_sha256(suite.items, load_tokenizer(suite.candidate.folder))
+    assert whole != suite_sha256(suite.items[1:], tokenizer)
+    tokenizer.chat_template += " "
+    assert whole != suite_sha256(suite.items, tokenizer)
+
+
+def test_a_sample_keeps_its_items_when_the_suite_grows(suite):
+    kept = sample(suite.items[:6], 2)
+    assert {item.id for item in sample(suite.items, 8)} >= {item.id for item in kept}
+
+
+def test_several_turns_and_other_scripts_are_items_like_any(tiny_base, tmp_path):
+    messages = [*conversation("Привет", "你好，世界"), *conversation("שלום", "🦊 नमस्ते")]
+    path = write_items(tmp_path / "test.parquet", tiny_base, {"x": messages})
+    (item,) = read_items(path, load_tokenizer(tiny_base))
+    assert len(item.runs) == 2
+    assert item.reference == "🦊 नमस्ते"
+    assert item.bytes == len("你好，世界🦊 नमस्ते".encode())
+
+
+def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):
+    path = write_items(tmp_path / "test.parquet", tiny_base, {})
+    with pytest.raises(UserError, match="holds no reply to evaluate on"):
+        read_items(path, load_tokenizer(tiny_base))
+    with pytest.raises(UserError, match="run `dvc repro prepare`"):
+        read_items(tmp_path / "missing.parquet", load_tokenizer(tiny_base))
+
+
+def test_one_conversation_has_values_and_intervals_of_no_width(tiny_base, suite, tmp_path, metrics):
+    path = write_items(tmp_path / "test.parquet", tiny_base, {"x": conversation("a", "b")})
+    items = read_items(path, load_tokenizer(tiny_base))
+    evaluator = Evaluator(items, "one", [], 200, SETTINGS, tmp_path / "memo")
+    cell = summarise(evaluator.evaluate(suite.base)[0], metrics, SETTINGS.interval)["perplexity"]
+    assert cell["low"] == pytest.approx(cell["value"]) == cell["high"]
+    assert cell["n"] == 1
+
+
+def test_a_model_of_nans_gives_nulls_and_no_crash(suite, tmp_path, metrics):
+    model = AutoModelForCausalLM.from_pretrained(suite.base.folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    broken = Contender("candidate", tmp_path / "broken", suite.base.gguf)
+    evaluator = Evaluator(suite.items, "nan", [], 200, SETTINGS, tmp_path / "memo")
+    records = evaluator.evaluate(broken)[0]
+    assert json.dumps(records, allow_nan=False)
+    table = summarise(records, metrics, SETTINGS.interval)
+    assert table["perplexity"] == {"value": None, "low": None, "high": None, "n": 8}
+    assert json.dumps(slices([records[0], records[1] | {"source": "other"}]))
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_no_champion_before_the_first_promotion(tmp_path):
+    write_json(tmp_path / "champion.json", {"version": None})
+    assert find_champion(tmp_path / "champion.json", tmp_path / "champion") is None
+
+
+def test_a_champion_is_taken_only_as_it_was_promoted(tmp_path, suite):
+    folder = tmp_path / "champion"
+    (folder / "package").mkdir(parents=True)
+    record = tmp_path / "champion.json"
+    write_json(record, {"version": 3, "gguf_sha256": sha256_file(suite.candidate.gguf)})
+    with pytest.raises(UserError, match="run `dvc pull"):
+        find_champion(record, folder)
+    (folder / "merged").symlink_to(suite.candidate.folder)
+    (folder / "package/model.gguf").symlink_to(suite.candidate.gguf)
+    assert find_champion(record, folder).name == "champion"
+    write_json(record, {"version": 3, "gguf_sha256": "0" * 64})
+    with pytest.raises(UserError, match="is not the file that was promoted"):
+        find_champion(record, folder)
+
+
+def test_a_folder_without_a_model_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="holds no model: run `dvc repro`"):
+        Contender("candidate", tmp_path, tmp_path / "x.gguf").weights_sha256()
