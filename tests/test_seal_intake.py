@@ -1,0 +1,330 @@
+"""From the inbox to the manifest, on real git and DVC: nothing lost, nothing twice, nothing during a run."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fine_tuning.commands import conversations
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.shards import newest_versions, next_stamp, shard_paths
+from fine_tuning.errors import UserError
+from fine_tuning.records import read_json, read_jsonl
+from stages import intake
+from tests.project import Project, new_project
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A checkout with DVC and no conversations, whose base is never needed."""
+    folder = tmp_path_factory.mktemp("template")
+    project = new_project(folder, folder / "base")
+    if not (folder / ".dvc").exists():
+        project.run("dvc", "init", "-q")
+    return folder
+
+
+@pytest.fixture
+def project(template, tmp_path):
+    shutil.copytree(template, tmp_path / "checkout", symlinks=True)
+    return Project(tmp_path / "checkout")
+
+
+def log(project):
+    return ConversationLogger(project.folder / "inbox/conversations.jsonl")
+
+
+def shards(project):
+    return shard_paths(project.folder / "data/conversations", project.folder / "data/manifest.json")
+
+
+def versions(project, *ids):
+    return newest_versions(shards(project), set(ids))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command of this room in this process: what it prints, or its one-line error."""
+
+    def run(project, *arguments):
+        parser = argparse.ArgumentParser()
+        conversations.add_commands(parser.add_subparsers())
+        parsed = parser.parse_args(arguments)
+        monkeypatch.chdir(project.folder)
+        try:
+            parsed.func(parsed)
+        except UserError as error:
+            return f"error: {error}"
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def intake_stage(monkeypatch):
+    """Run the stage in this process: None, or its one-line error."""
+
+    def run(project):
+        monkeypatch.chdir(project.folder)
+        try:
+            intake.main()
+        except UserError as error:
+            return str(error)
+
+    return run
+
+
+def test_seal_makes_an_immutable_shard_and_tracks_it(project, command):
+    identity = log(project).log_conversation("What is a lake?", "Water that stays.", {"session_id": "s"})
+    log(project).log_feedback(identity, 1)
+    command(project, "seal")
+    (path,) = shards(project)
+    assert path.stat().st_mode & 0o222 == 0
+    assert not (project.folder / "inbox/conversations.jsonl").exists()
+    assert list((project.folder / "inbox/closed").iterdir()) == []
+    assert versions(project, "s")["s"]["feedback"] == [{"message_id": identity, "rating": 1}]
+    assert "path: conversations" in (project.folder / "data/conversations.dvc").read_text()
+    assert "nothing to seal" in command(project, "seal")
+
+
+def test_what_is_logged_later_changes_the_newest_version(project, command):
+    first = log(project).log_conversation("one", "ONE", {"session_id": "s"})
+    command(project, "seal")
+    log(project).log_conversation("two", "TWO", {"session_id": "s"})
+    log(project).log_edit(first, "Uno")
+    log(project).log_conversation("other", "OTHER", id="gone")
+    command(project, "seal")
+    log(project).log_delete(conversation_id="gone")
+    log(project).log_feedback("nobody knows this", 1)
+    output = command(project, "seal")
+    found = versions(project, "s", "gone")
+    assert [m["content"] for m in found["s"]["messages"]] == ["one", "ONE", "two", "TWO"]
+    assert found["s"]["feedback"] == [{"message_id": first, "rating": None, "edited": "Uno"}]
+    assert found["gone"]["deleted"] and found["gone"]["messages"] == []
+    assert "1 unmatched" in output
+    assert len(shards(project)) == 3
+
+
+@pytest.mark.parametrize("step", ["write_shard", "_track", "unlink"])
+def test_a_seal_that_is_killed_converges_when_it_runs_again(project, step, command):
+    for number in range(20):
+        log(project).log_conversation(f"q{number}", f"a{number}", id=f"e{number}")
+    patched = {
+        "write_shard": "import fine_tuning.data_collection.sealing as m; m.write_shard = kill",
+        "_track": "import fine_tuning.commands.conversations as m; m._track = kill",
+        "unlink": "import pathlib; old = pathlib.Path.unlink\n"
+        "pathlib.Path.unlink = lambda p, **k: kill() if 'closed' in str(p) else old(p, **k)",
+    }[step]
+    script = (
+        "import os, signal\n"
+        "def kill(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{patched}\nimport fine_tuning.commands.conversations as c\nc.seal(None)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=project.folder, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == -signal.SIGKILL
+    log(project).log_conversation("later", "LATER", id="later")
+    command(project, "seal")
+    lines = [record["id"] for path in shards(project) for record in read_jsonl(path)]
+    assert sorted(lines) == sorted([f"e{n}" for n in range(20)] + ["later"])
+    assert "up to date" in project.run("dvc", "status", "data/conversations.dvc")
+
+
+def test_seal_refuses_while_the_pipeline_runs(project, command):
+    log(project).log_conversation("q", "a")
+    command(project, "seal")
+    stage = project.folder / "stages/intake.py"
+    stage.write_text(
+        "import pathlib, time\npathlib.Path('running').touch()\n"
+        "while pathlib.Path('running').exists(): time.sleep(0.05)\n"
+        "pathlib.Path('data/manifest.json').write_text('{\"shards\": []}')\n"
+    )
+    running = subprocess.Popen(["dvc", "repro", "-q", "intake"], cwd=project.folder, env=os.environ | {"PATH": _path()})
+    try:
+        while not (project.folder / "running").exists():
+            assert running.poll() is None
+            time.sleep(0.05)
+        log(project).log_conversation("during", "the run")
+        before = shards(project)
+        output = command(project, "seal")
+        assert "a pipeline run is using the conversations" in output and "Traceback" not in output
+        assert shards(project) == before
+    finally:
+        (project.folder / "running").unlink()
+        running.wait()
+    command(project, "seal")
+    assert len(shards(project)) == 2
+
+
+def _path():
+    return f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_logging_while_sealing_loses_nothing(project, command):
+    script = (
+        "from fine_tuning.data_collection.conversation_logger import ConversationLogger\n"
+        "import itertools, pathlib\n"
+        "logger = ConversationLogger('inbox/conversations.jsonl', durable=False)\n"
+        "for n in itertools.count():\n"
+        "    logger.log_conversation(f'q{n}', 'a', id=f'e{n}')\n"
+        "    pathlib.Path('logged').write_text(str(n))\n"
+        "    if pathlib.Path('stop').exists(): break\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", script], cwd=project.folder, env={**os.environ, "PYTHONPATH": "."})
+    try:
+        for _ in range(3):
+            time.sleep(0.3)
+            command(project, "seal")
+    finally:
+        (project.folder / "stop").touch()
+        writer.wait()
+    command(project, "seal")
+    count = int((project.folder / "logged").read_text()) + 1
+    lines = [record["id"] for path in shards(project) for record in read_jsonl(path)]
+    assert sorted(lines) == sorted(f"e{n}" for n in range(count))
+
+
+def test_a_clock_that_goes_back_makes_no_old_shard(tmp_path):
+    (tmp_path / "29990101T000000000-chat-x.jsonl").touch()
+    assert next_stamp(tmp_path) == "29990101T000000001"
+
+
+# -----------------------------------------------------------------------------
+# import
+
+
+def test_import_says_what_it_took_and_twice_adds_nothing(project, tmp_path, command):
+    file = tmp_path / "foreign.jsonl"
+    row = {"prompt": "What is a lake?", "completion": "Water."}
+    file.write_text(f"{json.dumps(row)}\nbroken\n{json.dumps(row)}\n")
+    output = command(project, "import", str(file))
+    assert "recognised prompt-completion (2)" in output
+    assert "2 taken, 0 skipped (there already), 1 not taken" in output
+    assert "line 2: not JSON" in output
+    assert len(shards(project)) == 1
+    output = command(project, "import", str(file))
+    assert "0 taken, 2 skipped (there already)" in output
+    assert len(shards(project)) == 1
+    file.write_text(file.read_text() + json.dumps(row) + "\n")
+    assert "1 taken, 2 skipped" in command(project, "import", str(file))
+
+
+def test_the_logger_s_own_file_can_be_imported(project, tmp_path, command):
+    ConversationLogger(tmp_path / "other.jsonl").log_conversation("q", "a")
+    assert "recognised exchange (1)" in command(project, "import", str(tmp_path / "other.jsonl"))
+
+
+# -----------------------------------------------------------------------------
+# intake
+
+
+def sealed(command, project, *texts):
+    for text in texts:
+        log(project).log_conversation(text, text.upper(), id=text)
+        command(project, "seal")
+
+
+def test_intake_lists_shards_in_the_order_of_their_arrival(project, command, intake_stage):
+    sealed(command, project, "b", "a")
+    assert intake_stage(project) is None
+    before = [shard["name"] for shard in read_json(project.folder / "data/manifest.json")["shards"]]
+    sealed(command, project, "c")
+    assert intake_stage(project) is None
+    manifest = read_json(project.folder / "data/manifest.json")
+    names = [shard["name"] for shard in manifest["shards"]]
+    assert names[:2] == before and len(names) == 3
+    assert manifest["total_conversations"] == 3
+    assert {shard["source"] for shard in manifest["shards"]} == {"chat"}
+
+
+def test_a_vanished_shard_is_one_line_with_the_command_that_mends_it(project, command, intake_stage):
+    sealed(command, project, "a", "b")
+    assert intake_stage(project) is None
+    shards(project)[0].unlink()
+    output = intake_stage(project)
+    assert "is gone: bring it back with `dvc checkout data/conversations.dvc`" in output
+    assert len(read_json(project.folder / "data/manifest.json")["shards"]) == 2
+
+
+def test_the_command_that_intake_names_brings_the_shard_back(project, command, intake_stage):
+    sealed(command, project, "a", "b")
+    assert intake_stage(project) is None
+    shards(project)[0].unlink()
+    project.run("dvc", "checkout", "-q", "data/conversations.dvc")
+    assert intake_stage(project) is None
+    assert len(shards(project)) == 2
+
+
+def test_a_changed_shard_is_refused(project, command, intake_stage):
+    sealed(command, project, "a")
+    assert intake_stage(project) is None
+    (path,) = shards(project)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b"A", b"B"))
+    assert "was changed, and shards never change" in intake_stage(project)
+
+
+def test_a_shard_that_arrives_meanwhile_asks_for_another_run(project, monkeypatch, command):
+    sealed(command, project, "a")
+    monkeypatch.chdir(project.folder)
+
+    def arrives(paths):
+        (project.folder / "data/conversations/29990101T000000000-chat-x.jsonl").write_text("{}\n")
+        return 0
+
+    monkeypatch.setattr(intake, "count_conversations", arrives)
+    with pytest.raises(UserError, match="run `dvc repro` again"):
+        intake.main()
+    assert not (project.folder / "data/manifest.json").exists()
+
+
+def test_no_conversations_is_one_clear_line(project, intake_stage):
+    (project.folder / "data/conversations").mkdir(parents=True)
+    assert "there are no conversations" in intake_stage(project)
+
+
+# -----------------------------------------------------------------------------
+# the sample
+
+
+def test_the_sample_is_brought_in_once_and_a_clone_regenerates_it(project, tmp_path, command, intake_stage):
+    project.set_params(intake={"sample": True})
+    assert "2026 sample conversations" in command(project, "sample")
+    tracked = (project.folder / "data/conversations.dvc").read_text()
+    assert "is complete" in command(project, "sample")
+    assert intake_stage(project) is None
+    project.commit("Sample")
+    project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    clone.run("dvc", "config", "--local", "cache.dir", str(tmp_path / "empty-cache"))
+    assert "2026 sample conversations" in command(clone, "sample")
+    assert (clone.folder / "data/conversations.dvc").read_text() == tracked
+    assert clone.run("git", "status", "--porcelain").strip() == ""
+
+
+def test_without_the_sample_nothing_is_brought_in_and_nothing_of_it_is_used(project, command, intake_stage):
+    assert "left out" in command(project, "sample")
+    project.set_params(intake={"sample": True})
+    command(project, "sample")
+    sealed(command, project, "mine")
+    project.set_params(intake={"sample": False})
+    assert intake_stage(project) is None
+    assert [s["source"] for s in read_json(project.folder / "data/manifest.json")["shards"]] == ["chat"]
+
+
+def test_the_sample_never_stands_in_for_shards_that_a_clone_lacks(project, tmp_path, command, intake_stage):
+    project.set_params(intake={"sample": True})
+    command(project, "sample")
+    sealed(command, project, "mine")
+    assert intake_stage(project) is None
+    project.commit("Own data")
+    project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
+    clone = Project(tmp_path / "clone")
+    output = command(clone, "sample")
+    assert "dvc pull data/conversations.dvc" in output and "Traceback" not in output
+    assert "nfiles: 2" in (clone.folder / "data/conversations.dvc").read_text()
