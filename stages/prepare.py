@@ -45,6 +45,7 @@ def main() -> None:
         latest_from=settings.latest_from and settings.latest_from.isoformat(),
         decontamination_words=settings.decontamination_words,
         max_train_tokens=settings.max_train_tokens,
+        max_held_out_tokens=settings.max_held_out_tokens,
         tokenizer=load_tokenizer(TOKENIZER[0].parent),
         system_prompt=chat.system_prompt,
         max_length=chat.max_length,

@@ -301,6 +301,12 @@ def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):
     assert len(before & after) >= 0.8 * len(before)
 
 
+def test_held_out_splits_are_sampled_likewise(tokenizer):
+    built = DatasetBuilder(tokenizer=tokenizer, max_held_out_tokens=300).build(random_conversations(100), {})
+    assert all(0 < sum(len(e.encoded.input_ids) for e in built.splits[s]) <= 300 for s in ("validation", "test"))
+    assert "max_held_out_tokens" in built.left_out.values()
+
+
 def test_the_sample_is_never_empty(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=1).build(random_conversations(30), {})
     assert len(built.splits["train"]) == 1

@@ -3,7 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -44,6 +45,7 @@ class PrepareSettings(Settings):
     latest_from: date | None = Field(strict=False)
     decontamination_words: int = Field(ge=0)
     max_train_tokens: int | None = Field(ge=1)
+    max_held_out_tokens: int | None = Field(ge=1)
 
 
 @dataclass
@@ -114,8 +116,9 @@ class DatasetBuilder:
         salt: deals and samples differ from salt to salt.
         latest_from: ISO date; test is what started on or after it, instead of a fraction.
         decontamination_words: a train conversation that shares this many words in a row with a test conversation is
-            left out, unless more than a tenth of the train split says them; 0 leaves all in.
-        max_train_tokens: a sample of the train split with at most this many tokens; None for all of it.
+            left out, unless more than ten train conversations (of few, a tenth) say them; 0 leaves all in.
+        max_train_tokens, max_held_out_tokens: a sample of train, of validation and of test, with at most this many
+            tokens; None for all.
         tokenizer, system_prompt, max_length: how to encode; without a tokenizer, rows hold messages only.
         progress: wraps the examples of a split while they are encoded.
     """
@@ -129,6 +132,7 @@ class DatasetBuilder:
         latest_from: str | None = None,
         decontamination_words: int = 12,
         max_train_tokens: int | None = None,
+        max_held_out_tokens: int | None = None,
         tokenizer: "PreTrainedTokenizerFast | None" = None,
         system_prompt: str | None = None,
         max_length: int = 512,
@@ -139,6 +143,7 @@ class DatasetBuilder:
         self.salt = salt
         self.decontamination_words = decontamination_words
         self.max_train_tokens = max_train_tokens
+        self.max_held_out_tokens = max_held_out_tokens
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.max_length = max_length
@@ -197,10 +202,11 @@ class DatasetBuilder:
         # The order of the salted hash: any first n are a fair sample, and stay much the same when data grow.
         for split in SPLITS:
             examples[split].sort(key=lambda example: (salted_fraction(self.salt + "/order", example.id), example.id))
-        if self.decontamination_words:
-            examples["train"] = self._decontaminate(examples["train"], examples["test"], left_out)
-        if self.tokenizer is not None:
-            examples = {split: self._encode(split, examples[split], left_out) for split in SPLITS}
+        for split in ("test", "validation", "train"):
+            if split == "train" and self.decontamination_words:
+                examples[split] = self._decontaminate(examples[split], examples["test"], left_out)
+            if self.tokenizer is not None:
+                examples[split] = self._encode(split, examples[split], left_out)
         return Build(examples, {**(dealt or {}), **assigned}, left_out)
 
     def _decontaminate(self, train: list[Example], test: list[Example], left_out: dict[str, str]) -> list[Example]:
@@ -212,26 +218,27 @@ class DatasetBuilder:
         length, half = self.decontamination_words, (self.decontamination_words + 1) // 2
         held_out = [words for example in test for words in _long_texts(example, length)]
         halves = {run for words in held_out for run in _runs(words, half)}
-        texts = {example.id: list(_long_texts(example, length)) for example in train} if halves else {}
         suspects = [
-            identity
-            for identity, of_example in texts.items()
-            if any(not halves.isdisjoint(_apart(words, half)) for words in of_example)
+            example
+            for example in (train if halves else ())
+            if any(not halves.isdisjoint(_apart(words, half)) for words in _long_texts(example, length))
         ]
         runs = {run for words in held_out for run in _runs(words, length)} if suspects else set()
         shared = {
-            identity: runs.intersection(run for words in texts[identity] for run in _runs(words, length))
-            for identity in suspects
+            example.id: runs.intersection(run for words in _long_texts(example, length) for run in _runs(words, length))
+            for example in suspects
         }
         conversations = Counter(run for of_example in shared.values() for run in of_example)
-        # What more than a tenth of the conversations say is a common phrase, and no sign of a copy.
-        common = max(1, len(train) // 10)
+        # What more than ten conversations say, or a tenth of few, is a common phrase and no sign of a copy (NeMo
+        # Curator's TaskDecontamination has the same ten).
+        common = min(10, max(1, len(train) // 10))
         repeats = {identity for identity, found in shared.items() if any(conversations[run] <= common for run in found)}
         left_out.update(dict.fromkeys(repeats, "overlaps_test"))
         return [example for example in train if example.id not in repeats]
 
     def _encode(self, split: str, examples: list[Example], left_out: dict[str, str]) -> list[Example]:
-        budget = self.max_train_tokens if split == "train" else None
+        limit = "max_train_tokens" if split == "train" else "max_held_out_tokens"
+        budget = getattr(self, limit)
         kept: list[Example] = []
         total = 0
         for index, example in enumerate(self.progress(split, examples)):
@@ -247,7 +254,7 @@ class DatasetBuilder:
                 continue
             total += len(encoded.input_ids)
             if budget is not None and kept and total > budget:
-                left_out.update((rest.id, "max_train_tokens") for rest in examples[index:])
+                left_out.update((rest.id, limit) for rest in examples[index:])
                 break
             example.encoded = encoded
             kept.append(example)
@@ -324,7 +331,6 @@ def _split_statistics(examples: Sequence[Example]) -> dict[str, Any]:
         )
     return {
         "conversations": len(examples),
-        "replies_trained": sum(sum(example.trained) for example in examples),
         "tokens": tokens,
         "trained_tokens": trained,
         "trained_share": round(trained / tokens, 4) if tokens else 0.0,
@@ -337,22 +343,17 @@ def _split_statistics(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _no_progress_bars() -> Any:
-    from contextlib import contextmanager
-
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    @contextmanager
-    def quiet() -> Any:
-        before = are_progress_bars_disabled()
-        disable_progress_bars()
-        try:
-            yield
-        finally:
-            if not before:
-                enable_progress_bars()
-
-    return quiet()
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 # -----------------------------------------------------------------------------
