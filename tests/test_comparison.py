@@ -36,6 +36,7 @@ def records(contender: str, nats: list[float], correct: float = 0.5, cluster_siz
             "nll": None if value is None else value * TOKENS,
             "tokens": TOKENS,
             "correct": round(correct * TOKENS),
+            "turns": [],
         }
         for index, value in enumerate(nats)
     ]
@@ -140,6 +141,39 @@ def test_a_metric_that_was_not_measured_cannot_decide(metrics):
 def test_the_same_records_give_the_same_bytes(metrics):
     lines = [records("base", spread(3.0)), records("candidate", spread(2.9))]
     assert decide(metrics, *lines) == decide(metrics, *[list(reversed(group)) for group in lines])
+
+
+def own_words(lines: list[dict], nats: float) -> list[dict]:
+    """The same records with a second reply each, which is a model's own."""
+    columns = ("nll", "tokens", "correct")
+    return [
+        line
+        | {
+            "turns": [
+                {name: line[name] for name in columns} | {"reference": True, "bytes": 1},
+                {"nll": nats * TOKENS, "tokens": TOKENS, "correct": 10, "reference": False, "bytes": 1},
+            ]
+        }
+        for line in lines
+    ]
+
+
+def test_the_bias_of_a_models_own_words_is_shown_and_decides_nothing(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    plain = decide(metrics, base, candidate)
+    found = decide(metrics, own_words(base, 0.1), own_words(candidate, 5.0))
+    assert found["verdict"] == plain["verdict"] == "PROMOTE"
+    assert found["primary"] == plain["primary"]
+    assert found["provenance"]["left_out"] == 60
+    assert found["provenance"]["with_own_words"]["difference"] > 0
+
+
+def test_own_words_alone_are_inconclusive(metrics):
+    lines = [
+        {"contender": name, "id": "a", "cluster": "a", "turns": [{"reference": False}]}
+        for name in ("base", "candidate")
+    ]
+    assert decide(metrics, lines)["verdict"] == "INCONCLUSIVE"
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -136,6 +136,19 @@ def test_a_reply_knows_who_wrote_it():
     assert reply_authors(messages, 2) == ["edited", "imported"]
 
 
+def test_a_models_own_words_are_scored_apart_and_are_no_reference(tiny_base, suite, tmp_path):
+    own = {"x": [*conversation("a", "first reply"), *conversation("b", "second", model="whetstone:1")],
+           "y": conversation("c", "third", model="whetstone:1")}  # fmt: skip
+    items = read_items(write_items(tmp_path / "test.parquet", tiny_base, own), load_tokenizer(tiny_base))
+    records = Evaluator(items, "own", [], 200, SETTINGS, tmp_path / "memo").evaluate(suite.base)[0]
+    assert [turn["reference"] for turn in records[0]["turns"]] == [True, False]
+    assert records[0]["tokens"] == records[0]["turns"][0]["tokens"]
+    assert records[0]["references"] == "first reply"
+    assert "tokens" not in records[1]
+    assert "predictions" not in records[1]
+    assert set(slices(records)["author of the reply"]) == {"imported", "whetstone:1 (no reference)"}
+
+
 def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):
     tokenizer = load_tokenizer(suite.base.folder)
     whole = suite_sha256(suite.items, tokenizer)
@@ -155,8 +168,8 @@ def test_several_turns_and_other_scripts_are_items_like_any(tiny_base, tmp_path)
     path = write_items(tmp_path / "test.parquet", tiny_base, {"x": messages})
     (item,) = read_items(path, load_tokenizer(tiny_base))
     assert len(item.runs) == 2
-    assert item.reference == "🦊 नमस्ते"
-    assert item.bytes == len("你好，世界🦊 नमस्ते".encode())
+    assert item.texts == ["你好，世界", "🦊 नमस्ते"]
+    assert item.asked == 1
 
 
 def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):

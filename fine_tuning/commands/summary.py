@@ -67,7 +67,7 @@ def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
     table.add_column("n", justify="right")
     for metric in evaluation["candidate"]:
         found = [evaluation[name].get(metric) for name in contenders]
-        difference = comparison["differences"][rival].get(metric)
+        difference = comparison["differences"].get(rival, {}).get(metric)
         primary = " *" if metric == comparison["primary"]["metric"] else ""
         cells = [f"{metric}{primary}", *(with_interval(cell, "value") for cell in found)]
         table.add_row(*cells, with_interval(difference, "difference", "+"), str(evaluation["candidate"][metric]["n"]))

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from fine_tuning.errors import UserError
-from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics
-from fine_tuning.evaluation.metrics import columns_of, direction
+from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics, likelihood_columns
+from fine_tuning.evaluation.metrics import REPLY_COLUMNS, columns_of, direction
 from fine_tuning.evaluation.scoring import finite
 from fine_tuning.evaluation.statistics import Resampling, bootstrap, holm, interval, share_at_most
 from fine_tuning.settings import Settings
@@ -116,6 +116,8 @@ def compare(
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
     """
     check_same_suite(records)
+    if not any("nll" in line for line in records):
+        return no_references(settings, len({line["id"] for line in records}))
     present = {line["contender"] for line in records}
     pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
     for name in (settings.primary, *settings.secondary):
@@ -159,9 +161,44 @@ def compare(
             rival: {name: difference.as_json() for name, difference in found.items()} for rival, found in pairs.items()
         },
         "quantisation": quantisation,
+        "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": min(difference.n for difference in primary),
         "clusters": clusters,
     }
+
+
+def no_references(settings: CompareSettings, count: int) -> dict[str, Any]:
+    """The verdict on a test split that holds nothing but models' own words."""
+    return {
+        "verdict": "INCONCLUSIVE",
+        "reasons": [
+            "every reply in the test split is a model's own word and proves nothing: rate or edit replies in the app, "
+            "or import conversations"
+        ],
+        "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect},
+        "secondary": {},
+        "differences": {},
+        "quantisation": {},
+        "provenance": {"references": 0, "left_out": count},
+        "n": 0,
+        "clusters": 0,
+    }
+
+
+def provenance(records: Records, metrics: Metrics, primary: str, intervals: IntervalSettings) -> dict[str, Any]:
+    """How many replies are references, how many are own words of models, and what counting those would show."""
+    turns = [turn for line in records if line["contender"] == CANDIDATE for turn in line["turns"]]
+    left_out = [turn for turn in turns if not turn["reference"]]
+    found: dict[str, Any] = {"references": len(turns) - len(left_out), "left_out": len(left_out)}
+    if left_out:
+        everything = [
+            {key: value for key, value in line.items() if key not in REPLY_COLUMNS} | likelihood_columns(line["turns"])
+            for line in records
+        ]
+        biased = differences(everything, metrics, "base", intervals)
+        if primary in biased:
+            found["with_own_words"] = biased[primary].as_json()
+    return found
 
 
 def check_same_suite(records: Records) -> None:

@@ -142,8 +142,8 @@ class Evaluator:
     def evaluate(self, contender: Contender) -> tuple[list[dict[str, Any]], list[Reply]]:
         """Records of the contender's items, and its answers to the further prompts."""
         scores = self.score(contender)
-        asked = sample(self.items, self.settings.generation.items)
-        answers = self.answer(contender, [*(item.prompt_ids for item in asked), *self.prompts])
+        asked = sample([item for item in self.items if item.references], self.settings.generation.items)
+        answers = self.answer(contender, [*(item.prompt_ids(item.asked) for item in asked), *self.prompts])
         by_id = {item.id: reply for item, reply in zip(asked, answers, strict=False)}
         records = [
             describe(contender.name, item, score, by_id.get(item.id))
@@ -168,7 +168,7 @@ class Evaluator:
 
     def score_quantised(self, contender: Contender) -> list[dict[str, Any]]:
         """Records of a sample of the items, scored by the contender's GGUF in llama.cpp, as `<name>_quantised`."""
-        chosen = sample(self.items, self.settings.quantised_items)
+        chosen = sample([item for item in self.items if item.references], self.settings.quantised_items)
 
         def compute() -> list:
             count = sum(len(item.runs) for item in chosen)
@@ -211,25 +211,46 @@ class Evaluator:
 
 
 def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | None) -> dict[str, Any]:
-    """One line of the records: all that metrics, slices and the report need about one contender and one item."""
-    nll, tokens, correct = (sum(column) for column in zip(*likelihood.turns, strict=True))
+    """One line of the records: all that metrics, slices and the report need about one contender and one item.
+
+    The columns of the metrics cover references alone and are absent where an item has none; `turns` covers all.
+    """
+    turns = [
+        {
+            "author": author,
+            "reference": index in item.references,
+            "nll": finite(nll),
+            "tokens": tokens,
+            "correct": correct,
+            "bytes": len(text.encode("utf-8", "surrogatepass")),
+        }
+        for index, (author, text, (nll, tokens, correct)) in enumerate(
+            zip(item.authors, item.texts, likelihood.turns, strict=True)
+        )
+    ]
     line: dict[str, Any] = {
         "contender": contender,
         "id": item.id,
         "source": item.source,
         "cluster": item.cluster,
-        "author": item.authors[-1],
         "length": len(item.input_ids),
-        "turns": [
-            {"author": author, "nll": finite(turn[0]), "tokens": turn[1], "correct": turn[2]}
-            for author, turn in zip(item.authors, likelihood.turns, strict=True)
-        ],
-        **dict(zip(LIKELIHOOD_COLUMNS, (finite(nll), tokens, correct, item.bytes), strict=True)),
+        "turns": turns,
+        **likelihood_columns([turn for turn in turns if turn["reference"]]),
     }
     if reply is not None:
-        line |= {"predictions": reply.text, "references": item.reference}
+        line |= {"predictions": reply.text, "references": item.texts[item.asked]}
         line |= {"finished": reply.finished, "reply_tokens": reply.tokens}
     return line
+
+
+def likelihood_columns(turns: Sequence[dict[str, Any]]) -> dict[str, float | int | None]:
+    """Sums over turns, {} over none; null where a term is."""
+    if not turns:
+        return {}
+    return {
+        name: None if any(turn[name] is None for turn in turns) else sum(turn[name] for turn in turns)
+        for name in LIKELIHOOD_COLUMNS
+    }
 
 
 class Memo:

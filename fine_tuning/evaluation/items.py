@@ -14,6 +14,7 @@ from fine_tuning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+ENDORSED = ("edited", "liked", "imported")
 COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 
 
@@ -22,7 +23,8 @@ class Item:
     """A held-out conversation. `runs` are the ranges [start, end) of its replies in `input_ids`.
 
     `authors` says who wrote each reply: "edited" and "liked" are a person's choice, "imported" came without a model's
-    name, anything else is the name of the model whose own words they are.
+    name, anything else is the name of the model whose own words they are. Likelihood and overlap with a model's own
+    words favour that model and its descendants, so they are no references.
     """
 
     id: str
@@ -32,18 +34,21 @@ class Item:
     labels: list[int]
     runs: list[tuple[int, int]]
     authors: list[str]
-    bytes: int  # of all its replies, as UTF-8
-    reference: str  # the last reply
+    texts: list[str]
 
     @property
-    def prompt_ids(self) -> list[int]:
-        """All before the last reply."""
-        return self.input_ids[: self.runs[-1][0]]
+    def references(self) -> list[int]:
+        """Indices of the replies that a model may be compared with: a person wrote or chose them."""
+        return [index for index, author in enumerate(self.authors) if author in ENDORSED]
 
     @property
-    def target_ids(self) -> list[int]:
-        """The last reply, with the token that ends it."""
-        return self.input_ids[slice(*self.runs[-1])]
+    def asked(self) -> int | None:
+        """Index of the reply that models are asked to write themselves: the last reference."""
+        return self.references[-1] if self.references else None
+
+    def prompt_ids(self, reply: int) -> list[int]:
+        """All before a reply."""
+        return self.input_ids[: self.runs[reply][0]]
 
 
 def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
@@ -58,9 +63,8 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
         if not runs:
             continue
         texts = [tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True) for start, end in runs]
-        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
         authors = reply_authors(json.loads(row.pop("messages")), len(runs))
-        items.append(Item(**row, runs=runs, authors=authors, bytes=size, reference=texts[-1].strip()))
+        items.append(Item(**row, runs=runs, authors=authors, texts=[text.strip() for text in texts]))
     if not items:
         raise UserError(
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
@@ -100,7 +104,7 @@ def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") ->
     """Identity of what is asked: items, tokens, tokenizer and chat template. Scores compare only if it is equal."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps([item.id, item.cluster, item.input_ids, item.labels]).encode())
+        digest.update(json.dumps([item.id, item.cluster, item.authors, item.input_ids, item.labels]).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(str(tokenizer.chat_template).encode())
     return digest.hexdigest()

@@ -53,6 +53,7 @@ def write_report(
         "<h2>Every metric</h2>",
         metric_table(table),
         quantising(comparison["quantisation"]),
+        references(comparison["provenance"], comparison["primary"]["metric"]),
         "<h2>Where</h2>",
         *(slice_table(dimension, found) for dimension, found in slices(records).items()),
         "<h2>Test prompts</h2>",
@@ -142,6 +143,20 @@ def quantising(found: dict[str, Any]) -> str:
     )
 
 
+def references(found: dict[str, Any], metric: str) -> str:
+    """One line on whose words the models were compared with."""
+    words = f"<p>{found['references']} replies that a person wrote or chose are the references"
+    if not found["left_out"]:
+        return words + ".</p>"
+    words += f"; {found['left_out']} that are a model's own words are left out"
+    if biased := found.get("with_own_words"):
+        words += (
+            f": counting them, {escape(metric)} would differ from the base's by {number(biased['difference'])} "
+            f"[{number(biased['low'])}, {number(biased['high'])}]"
+        )
+    return words + ".</p>"
+
+
 def slice_table(dimension: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
     """Perplexity and token accuracy of every contender in every slice of one dimension."""
     contenders = list(dict.fromkeys(name for row in found.values() for name in row))
@@ -181,7 +196,7 @@ def extremes(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any
         {
             line["id"]: line
             for line in records
-            if line["contender"] == name and line["nll"] is not None and "predictions" in line
+            if line["contender"] == name and line.get("nll") is not None and "predictions" in line
         }
         for name in ("base", "candidate")
     )

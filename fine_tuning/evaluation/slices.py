@@ -37,8 +37,10 @@ def slices(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, d
 
 def _turns(line: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for index, turn in enumerate(line["turns"], start=1):
+        yield "author of the reply", turn["author"] if turn["reference"] else f"{turn['author']} (no reference)", turn
+        if not turn["reference"]:
+            continue
         yield "source", line["source"], turn
-        yield "author of the reference", turn["author"], turn
         yield "turn", str(index) if index < LATER_TURNS else f"{LATER_TURNS} and later", turn
         yield "length of the reply", _length(turn["tokens"]), turn
 
