@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fine_tuning.project import sha256_file
+
 ROOT = Path(__file__).parents[1]
 # Stands for train, package, evaluate and compare: the same paths, with weights that depend on one parameter.
 STAGE = """
@@ -80,6 +82,8 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     (shards / "first.jsonl").write_text(
         "".join(json.dumps({"id": f"c{n}", "messages": []}) + "\n" for n in range(1, 5))
     )
+    shard = {"name": "first.jsonl", "lines": 4, "sha256": sha256_file(shards / "first.jsonl"), "source": "import"}
+    (folder / "data" / "manifest.json").write_text(json.dumps({"shards": [shard], "total_conversations": 4}))
     (folder / "make.py").write_text(STAGE)
     (folder / "dvc.yaml").write_text(PIPELINE.format(python=sys.executable))
     (folder / "models" / "champion.json").write_text('{\n  "version": null\n}\n')

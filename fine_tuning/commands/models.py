@@ -42,6 +42,11 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     _add_host(parser)
     parser.set_defaults(func=list_versions)
 
+    parser = subparsers.add_parser("lineage", help="what made a version or a reply; which models a conversation taught")
+    parser.add_argument("name", metavar="NAME", help="a version, a tag, an alias, or the id of a reply or conversation")
+    parser.add_argument("--json", action="store_true", help="as JSON, with the ids of all conversations")
+    parser.set_defaults(func=lineage)
+
 
 def _add_host(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", action="append", help="an Ollama to act on instead of deploy.host; may be repeated")
@@ -139,6 +144,15 @@ def list_versions(arguments: argparse.Namespace) -> None:
         print(f"{host}: {_live_line(settings.name, found)}")
     for reason in silent.values():
         print(reason)
+
+
+def lineage(arguments: argparse.Namespace) -> None:
+    """Show what made a model, or which models a conversation taught."""
+    from fine_tuning.commands.lineage import lineage as run_lineage
+    from fine_tuning.project import root
+
+    root()
+    run_lineage(arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------- bundle

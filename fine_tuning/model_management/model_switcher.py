@@ -11,7 +11,7 @@ from fine_tuning.model_management.model_registry import PREVIOUS, ModelRegistry,
 from fine_tuning.model_management.names import host_key
 
 STAMP = "%Y%m%dT%H%M%S.%fZ"
-WENT_LIVE = re.compile(r"live\.(\d{8}T\d{6}\.\d{6}Z)")
+LIVE_TAG = re.compile(r"live\.(\d{8}T\d{6}\.\d{6}Z)")
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,26 @@ class ModelSwitcher:
         return now, earlier[-1]
 
 
-def live_history(versions: Iterable[ModelVersion], key: str) -> list[tuple[datetime, int]]:
-    """(when, version) of each time a version went live on the host with this key, the oldest first."""
+@dataclass(frozen=True)
+class WentLive:
+    """A version went live on a host, which is named by its `host_key`."""
+
+    at: datetime
+    host: str
+    number: int
+
+
+def went_live(versions: Iterable[ModelVersion]) -> list[WentLive]:
+    """Every time that one of the versions went live anywhere, the oldest first."""
     found = []
     for version in versions:
-        for tag, value in version.tags.items():
-            stamp = WENT_LIVE.fullmatch(tag)
-            if stamp and value == key:
-                found.append((datetime.strptime(stamp[1], STAMP).replace(tzinfo=UTC), version.number))
-    return sorted(found)
+        for tag, host in version.tags.items():
+            stamp = LIVE_TAG.fullmatch(tag)
+            if stamp:
+                found.append(WentLive(datetime.strptime(stamp[1], STAMP).replace(tzinfo=UTC), host, version.number))
+    return sorted(found, key=lambda event: event.at)
+
+
+def live_history(versions: Iterable[ModelVersion], key: str) -> list[tuple[datetime, int]]:
+    """(when, version) of each time a version went live on the host with this key, the oldest first."""
+    return [(event.at, event.number) for event in went_live(versions) if event.host == key]

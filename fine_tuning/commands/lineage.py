@@ -1,0 +1,290 @@
+"""`lineage`: from a tag, a version or a reply to all that made it; from a conversation to every model it taught."""
+
+import argparse
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fine_tuning.commands.dvc_files import show_file
+from fine_tuning.commands.promote import open_registry
+from fine_tuning.data_collection.conversation import as_conversation
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
+from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_switcher import went_live
+from fine_tuning.model_management.names import split_tag
+from fine_tuning.project import run_command
+from fine_tuning.records import read_lines
+from fine_tuning.settings import read_params
+from fine_tuning.training.tracking import flatten
+
+SHARDS = Path("data/conversations")
+LOGS = (Path("inbox/conversations.jsonl"), Path("inbox/closed"))
+IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+COMMIT = re.compile(r"[0-9a-f]{40,64}")
+SHOWN_SECTIONS = ("base", "chat", "train", "package")
+
+
+def lineage(arguments: argparse.Namespace) -> None:
+    """Print the lineage of what the person named."""
+    registry = open_registry(read_params("deploy", DeploySettings).name)
+    found = trace(registry, arguments.name)
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(_as_text(found)))
+
+
+def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
+    """What is known of a version (`3`, `name:3`), a tag (`name:live`), an alias, a reply or a conversation.
+
+    Returns:
+        {"asked", "reply"?, "conversation"?, "versions"}: the versions that it is, that wrote it or learned from it
+
+    Raises:
+        UserError: nothing here is called that.
+    """
+    named = _named_version(registry, asked)
+    if named is not None:
+        return {"asked": asked, "versions": [describe_version(registry, registry.version(named))]}
+    if not IDENTITY.fullmatch(asked):
+        raise UserError("that is no name, version or id: letters, digits, . _ and - make one")
+    places = list(_places_of(asked))
+    taught = {
+        version.number: split
+        for version in registry.versions()
+        for split, members in conversations_of(registry, version).items()
+        if asked in members
+    }
+    if not places and not taught:
+        raise UserError(f"no version, reply or conversation here is called {asked}: `dvc pull` brings what others have")
+    reply = next((place["reply"] for place in places if place.get("reply")), None)
+    if reply:
+        number = _author(registry, reply)
+        versions = [] if number is None else [describe_version(registry, registry.version(number))]
+        return {"asked": asked, "reply": reply, "versions": versions}
+    conversation = {"id": asked, "in": [place["file"] for place in places], "splits": taught}
+    described = [describe_version(registry, registry.version(number)) for number in sorted(taught)]
+    return {"asked": asked, "conversation": conversation, "versions": described}
+
+
+# ------------------------------------------------------------------------------------------------------------ versions
+
+
+def _named_version(registry: ModelRegistry, asked: str) -> int | None:
+    """The version that a number, a tag or an alias names; None if it looks like none of them.
+
+    Raises:
+        UserError: it is a tag, and no version is behind it.
+    """
+    name, tag = split_tag(asked) if ":" in asked else (registry.name, asked)
+    if name != registry.name:
+        raise UserError(f"the registry knows {registry.name} and not {name}: look at deploy.name in params.yaml")
+    if re.fullmatch(r"v?[1-9][0-9]{0,8}", tag or ""):
+        return int(tag.removeprefix("v"))
+    if tag in (CHAMPION, PREVIOUS, CANDIDATE):
+        version = registry.by_alias(tag)
+        if version is None:
+            raise UserError(f"no version is the {tag}: `python -m fine_tuning list`")
+        return version.number
+    if tag == LIVE:
+        history = went_live(registry.versions())
+        if not history:
+            raise UserError(f"nothing went live as {name}:live yet: `python -m fine_tuning deploy`")
+        return history[-1].number
+    if ":" in asked:
+        raise UserError(f"{asked} is none of the registry's tags: `python -m fine_tuning list` shows them")
+    return None
+
+
+def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str, Any]:
+    """All that made a version and became of it, from its tags and from what the registry kept of its origin."""
+    tags = version.tags
+    commit = tags.get("git_commit") or "none"
+    commit = commit if COMMIT.fullmatch(commit) else "none"
+    kept = {name: _kept(registry, version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
+    manifest = json.loads(_kept(registry, version, "provenance/manifest.json") or b"{}")
+    committed = show_file(Path.cwd(), commit, "dvc.lock") if commit != "none" else None
+    return {
+        "name": version.name,
+        "version": version.number,
+        "aliases": list(version.aliases),
+        "registered_at": version.created_at.isoformat(timespec="seconds"),
+        "verdict": tags.get("verdict"),
+        "forced_reason": tags.get("forced_reason"),
+        "run": {"id": version.run_id, "tracking": registry.uri, "artifacts": version.artifacts},
+        "commit": {"id": commit, "dirty": tags.get("git_dirty") == "true", "subject": _subject(commit)},
+        "dvc_lock": {
+            "sha256": tags.get("dvc_lock_sha256"),
+            "kept": kept["dvc.lock"] is not None,
+            "in_commit": committed is not None and hashlib.sha256(committed).hexdigest() == tags.get("dvc_lock_sha256"),
+        },
+        "parameters": yaml.safe_load(kept["params.yaml"] or b"{}"),
+        "base": {"model": tags.get("base_model"), "revision": tags.get("base_revision")},
+        "data": {"md5": tags.get("data_md5"), "shards": manifest.get("shards", [])},
+        "conversations": conversations_of(registry, version),
+        "adapter_sha256": tags.get("adapter_sha256"),
+        "gguf_sha256": tags.get("gguf_sha256"),
+        "eval_set_sha256": tags.get("eval_set_sha256"),
+        "deployments": [
+            {"host": host, "digest": digest, "deployed_at": tags.get(f"ollama.{host}.deployed_at")}
+            for host, digest in deployments(version)
+        ],
+        "went_live": [
+            {"host": event.host, "at": event.at.isoformat(timespec="seconds")} for event in went_live([version])
+        ],
+    }
+
+
+def deployments(version: ModelVersion) -> list[tuple[str, str]]:
+    """(host's key, manifest digest) of each server that the version was deployed to."""
+    found = ((re.fullmatch(r"ollama\.(.+)\.digest", tag), value) for tag, value in version.tags.items())
+    return sorted((match[1], digest) for match, digest in found if match)
+
+
+def conversations_of(registry: ModelRegistry, version: ModelVersion) -> dict[str, list[str]]:
+    """{split: ids of conversations} of a version; empty if the registry lost the list."""
+    return json.loads(_kept(registry, version, "provenance/conversations.json") or b"{}")
+
+
+def _kept(registry: ModelRegistry, version: ModelVersion, path: str) -> bytes | None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return registry.download(version, path, Path(folder)).read_bytes()
+        except (UserError, OSError):
+            return None
+
+
+def _subject(commit: str) -> str | None:
+    if commit == "none":
+        return None
+    try:
+        return run_command("git", "log", "-1", "--format=%s", commit).strip()
+    except UserError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------- replies and conversations
+
+
+def _places_of(identity: str) -> Iterator[dict[str, Any]]:
+    """Files that hold a conversation or a reply of this id. No content is passed on."""
+    for path in sorted(SHARDS.glob("*.jsonl")):
+        for conversation in _conversations_with(path, identity):
+            yield from _places_in(conversation, identity, path)
+    logs = [LOGS[0], *sorted(LOGS[1].glob("*.jsonl"))]
+    for path in logs:
+        if path.is_file():
+            for conversation in ConversationLogger(path).read_conversations():
+                yield from _places_in(conversation, identity, path)
+
+
+def _conversations_with(path: Path, identity: str) -> Iterator[dict]:
+    """Conversations of a shard whose line holds the id anywhere; only those lines are parsed."""
+    wanted = identity.encode()
+    for _, line in read_lines(path):
+        if wanted in line:
+            try:
+                yield as_conversation(json.loads(line))
+            except (ValueError, AttributeError):
+                continue
+
+
+def _places_in(conversation: dict, identity: str, path: Path) -> Iterator[dict[str, Any]]:
+    if conversation["id"] == identity:
+        yield {"file": path.as_posix()}
+    for message in conversation.get("messages") or []:
+        for said in (message, *(message.get("alternatives") or [])):
+            if said.get("id") == identity and said.get("role") == "assistant":
+                yield {
+                    "file": path.as_posix(),
+                    "reply": {
+                        "id": identity,
+                        "conversation": conversation["id"],
+                        "in": path.as_posix(),
+                        "model": said.get("model"),
+                        "version": said.get("version"),
+                        "at": said.get("at"),
+                    },
+                }
+
+
+def _author(registry: ModelRegistry, reply: dict) -> int | None:
+    """The version that wrote a reply: the one logged with it, the one in its tag, or the one that was live then."""
+    known = {version.number for version in registry.versions()}
+    if isinstance(reply.get("version"), int):
+        return reply["version"] if reply["version"] in known else None
+    name, _, tag = str(reply.get("model") or "").partition(":")
+    if name != registry.name:
+        return None
+    if tag.isdigit():
+        return int(tag) if int(tag) in known else None
+    if tag != LIVE or not reply.get("at"):
+        return None
+    try:
+        at = datetime.fromisoformat(reply["at"])
+    except ValueError:
+        return None
+    before = [event.number for event in went_live(registry.versions()) if event.at <= at]
+    return before[-1] if before else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _as_text(found: dict[str, Any]) -> Iterator[str]:
+    if reply := found.get("reply"):
+        author = reply["model"] or "an unknown model"
+        yield f"reply {reply['id']} of conversation {reply['conversation']}, in {reply['in']}"
+        yield f"written by {author}" + (f" at {reply['at']}" if reply["at"] else "")
+        if not found["versions"]:
+            yield "that is no version of the registry"
+    if conversation := found.get("conversation"):
+        yield f"conversation {conversation['id']}, in {', '.join(conversation['in']) or 'no file here'}"
+        if not conversation["splits"]:
+            yield "no registered model learned from it or was measured with it"
+        for number, split in conversation["splits"].items():
+            yield f"  version {number}: {split}"
+    for version in found["versions"]:
+        yield from _version_text(version)
+
+
+def _version_text(version: dict[str, Any]) -> Iterator[str]:
+    names = f" ({', '.join(version['aliases'])})" if version["aliases"] else ""
+    yield f"{version['name']} version {version['version']}{names}"
+    how = f"forced: {version['forced_reason']}" if version["forced_reason"] else "by its verdict"
+    yield f"  registered    {version['registered_at']}, {version['verdict']}, {how}"
+    yield f"  run           {version['run']['id']} in {version['run']['tracking']}"
+    commit = version["commit"]
+    yield f"  commit        {commit['id']}{' and uncommitted changes' if commit['dirty'] else ''}" + (
+        f": {commit['subject']}" if commit["subject"] else ""
+    )
+    lock = version["dvc_lock"]
+    where = "the commit has it" if lock["in_commit"] else "kept by the registry" if lock["kept"] else "lost"
+    yield f"  dvc.lock      sha256 {lock['sha256']}, {where}"
+    for section in SHOWN_SECTIONS:
+        values = (version["parameters"] or {}).get(section)
+        if isinstance(values, dict):
+            pairs = " ".join(f"{key}={value}" for key, value in flatten(values).items())
+            yield f"  {section:13} {pairs}"
+    yield f"  base model    {version['base']['model']} revision {version['base']['revision']}"
+    yield f"  data          md5 {version['data']['md5']}"
+    for shard in version["data"]["shards"]:
+        yield f"    {shard.get('name')}: {shard.get('lines')} conversations, sha256 {str(shard.get('sha256'))[:12]}"
+    counts = ", ".join(f"{split} {len(members)}" for split, members in version["conversations"].items())
+    yield f"  conversations {counts or 'the list is lost'} (--json names them)"
+    yield f"  adapter       sha256 {version['adapter_sha256']}"
+    yield f"  gguf          sha256 {version['gguf_sha256']}"
+    yield f"  measured on   sha256 {version['eval_set_sha256']}"
+    for place in version["deployments"]:
+        yield f"  deployed      {place['host']} at {place['deployed_at']}, manifest {place['digest'][:12]}"
+    for event in version["went_live"]:
+        yield f"  went live     {event['host']} at {event['at']}"
