@@ -11,6 +11,7 @@ EVALUATION = Path("metrics/evaluation.json")
 COMPARISON = Path("metrics/comparison.json")
 MODELFILE = Path("models/package/Modelfile")
 PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
+ORDER = ("perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match")
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
 
 
@@ -65,13 +66,18 @@ def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
     for name in (*contenders, f"candidate - {rival}"):
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
-    for metric in evaluation["candidate"]:
+    for metric in sorted(evaluation["candidate"], key=place):
         found = [evaluation[name].get(metric) for name in contenders]
         difference = comparison["differences"].get(rival, {}).get(metric)
         primary = " *" if metric == comparison["primary"]["metric"] else ""
         cells = [f"{metric}{primary}", *(with_interval(cell, "value") for cell in found)]
         table.add_row(*cells, with_interval(difference, "difference", "+"), str(evaluation["candidate"][metric]["n"]))
     return table
+
+
+def place(metric: str) -> tuple[int, str]:
+    """Sorting key: the metrics that people know first, then the others by name."""
+    return (ORDER.index(metric) if metric in ORDER else len(ORDER), metric)
 
 
 def with_interval(cell: dict[str, Any] | None, key: str, sign: str = "") -> str:

@@ -114,7 +114,7 @@ def interval_plot(differences: dict[str, dict[str, Any]]) -> str:
 
 def metric_table(table: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One row a metric, one column a contender, with intervals and the number of conversations."""
-    names = list(dict.fromkeys(name for row in table.values() for name in row))
+    names = dict.fromkeys(name for row in table.values() for name in row)
     head = "".join(f"<th>{escape(contender)}</th>" for contender in table)
     rows = []
     for name in names:

@@ -1,0 +1,139 @@
+"""The report and the summary: one file that needs no network, one screen that says what to do."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from fine_tuning.commands import summary
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.comparison import CompareSettings, compare
+from fine_tuning.evaluation.evaluator import IntervalSettings, summarise
+from fine_tuning.evaluation.metrics import load_metric
+from fine_tuning.evaluation.report import write_report
+from fine_tuning.evaluation.scoring import Reply
+from fine_tuning.evaluation.side_by_side import side_by_side
+from fine_tuning.records import write_json
+from tests.evaluation_suite import MODULES, SETTINGS
+
+INTERVALS = IntervalSettings(draws=200, confidence=0.95, seed=0)
+COMPARE = CompareSettings(
+    primary="perplexity",
+    minimum_effect=0.01,
+    minimum_conversations=5,
+    secondary={"token_accuracy": 0.02},
+    quantisation_tolerance=0.05,
+)
+EVIL = "<script>alert(1)</script> & ```"
+
+
+class Tags(HTMLParser):
+    """Collects start tags, and sees that those which need an end have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def line(contender: str, index: int, nats: float) -> dict:
+    turn = {"author": "imported", "reference": True, "nll": nats * 10, "tokens": 10, "correct": 5, "bytes": 40}
+    return {
+        "contender": contender,
+        "id": f"c{index}",
+        "source": "a" if index % 2 else "b",
+        "cluster": f"c{index}",
+        "length": 30,
+        "turns": [turn],
+        "nll": nats * 10,
+        "tokens": 10,
+        "correct": 5,
+        "bytes": 40,
+        "predictions": EVIL,
+        "references": f"reference {index}",
+        "finished": index > 2,
+        "reply_tokens": 7,
+    }
+
+
+@pytest.fixture(scope="module")
+def result():
+    records = [line("base", i, 3 + i / 10) for i in range(12)] + [line("candidate", i, 2 + i / 20) for i in range(12)]
+    records += [line("candidate_quantised", i, 2.01 + i / 20) for i in range(4)]
+    metrics = [load_metric(name, MODULES) for name in SETTINGS.metrics]
+    comparison = compare(records, metrics, COMPARE, INTERVALS) | {"adapter_sha256": "ab" * 32}
+    names = ("base", "candidate", "candidate_quantised")
+    evaluation = {n: summarise([x for x in records if x["contender"] == n], metrics, INTERVALS) for n in names}
+    evaluation["suite"] = {"sha256": "cd" * 32, "conversations": 12, "clusters": 12}
+    return records, comparison, evaluation
+
+
+@pytest.fixture
+def page(result, tmp_path):
+    records, comparison, evaluation = result
+    reply = {"text": EVIL, "finished": False}
+    write_report(
+        tmp_path / "report.html", comparison, evaluation, records,
+        [{"prompt": EVIL, "replies": {"base": reply, "candidate": reply}}],
+    )  # fmt: skip
+    return (tmp_path / "report.html").read_text()
+
+
+def test_the_report_asks_nothing_of_the_network_and_runs_no_script(page):
+    assert not re.search(r"https?://|src=|@import|url\(", page)
+    tags = Tags()
+    tags.feed(page)
+    assert "script" not in tags.seen
+    assert not tags.open
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_the_report_leads_with_verdict_and_reasons(page, result):
+    _, comparison, _ = result
+    assert comparison["verdict"] == "PROMOTE"
+    assert page.index("PROMOTE</h1>") < page.index("<li>perplexity ") < page.index("<svg")
+
+
+def test_the_report_shows_intervals_slices_quantisation_and_examples(page):
+    for words in ("Every metric", "Quantised as it is shipped", "source", "Largest wins", "reference 11", "(cut off)"):
+        assert words in page
+    assert page.count("<circle") >= 10
+
+
+def test_the_page_side_by_side_keeps_replies_as_they_are():
+    answers = {"base": [Reply("```\n# heading", 3, True)], "candidate": [Reply("", 0, False)]}
+    found = side_by_side(["Why\nso?"], answers)
+    assert "## 1. Why so?" in found
+    assert "> ````text\n> ```\n> # heading\n> ````" in found
+    assert "**candidate** (cut off)\n\n> *(nothing)*" in found
+
+
+def test_the_summary_says_verdict_reasons_modelfile_and_what_to_type(result, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, comparison, evaluation = result
+    write_json("metrics/comparison.json", comparison)
+    write_json("metrics/evaluation.json", evaluation)
+    (tmp_path / "models/package").mkdir(parents=True)
+    (tmp_path / "models/package/Modelfile").touch()
+    summary.summary(None)
+    printed = capsys.readouterr().out
+    for words in ("perplexity *", "rougeL", "Verdict: PROMOTE", "models/package/Modelfile", "make promote"):
+        assert words in printed
+    assert printed.index("perplexity") < printed.index("bleu") < printed.index("self_ended")
+
+
+def test_the_summary_of_nothing_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"metrics/evaluation\.json is missing: run `dvc repro`"):
+        summary.summary(None)
