@@ -16,12 +16,14 @@ if PROJECT not in sys.path:
 
 def main() -> None:
     from fine_tuning.errors import UserError
-    from fine_tuning.integration.app_pages import chat, data, models
+    from fine_tuning.integration.app_pages import chat, compare, data, models, runs
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
     pages = [
         st.Page(chat.page, title="Chat", icon=":material/forum:", url_path="chat", default=True),
+        st.Page(compare.page, title="Compare", icon=":material/balance:", url_path="compare"),
         st.Page(data.page, title="Data", icon=":material/dataset:", url_path="data"),
+        st.Page(runs.page, title="Runs", icon=":material/monitoring:", url_path="runs"),
         st.Page(models.page, title="Models", icon=":material/workspace_premium:", url_path="models"),
     ]
     chosen = st.navigation(pages)

@@ -1,0 +1,154 @@
+"""Compare: two models answer the same message side by side, unnamed and in random order, until somebody votes."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+import streamlit as st
+
+from fine_tuning.errors import UserError
+from fine_tuning.integration import votes
+from fine_tuning.integration.app_context import App, app
+from fine_tuning.integration.app_text import plain, show_text
+from fine_tuning.integration.chat_models import ChatModel, Sampling, stream_reply
+from fine_tuning.integration.reply import Reply
+
+LOOK_SECONDS = 0.2
+SIDES = ("Left", "Right")
+
+
+@dataclass
+class Duel:
+    """One message, two replies on their way, and the vote. The order of `models` is the order on the page."""
+
+    prompt: str
+    models: tuple[ChatModel, ChatModel]
+    sampling: Sampling
+    replies: tuple[Reply, Reply]
+    vote: votes.Vote | None = None
+    problem: str | None = None
+
+
+def page() -> None:
+    """The whole page."""
+    here = app()
+    st.title("Compare")
+    models = {model.label: model for model in here.models()}
+    if len(models) < 2:
+        st.info("It takes two models: `make repro` makes a candidate beside the base.", icon=":material/balance:")
+        return
+    labels = list(models)
+    with st.container(horizontal=True):
+        one = st.selectbox("One model", labels, key="one-model")
+        other = st.selectbox("The other", labels, index=1, key="other-model")
+    with st.form("ask", clear_on_submit=False, border=False):
+        prompt = st.text_area("Message for both", key="prompt", max_chars=20_000, height=100)
+        asked = st.form_submit_button("Ask both", type="primary", icon=":material/send:", key="ask-both")
+    if asked and prompt.strip():
+        if one == other:
+            st.warning("Choose two different models.")
+        else:
+            st.session_state["duel"] = _ask(here, prompt, models[one], models[other])
+    duel: Duel | None = st.session_state.get("duel")
+    if duel is not None:
+        if any(reply.writing for reply in duel.replies):
+            _writing(duel)
+        else:
+            _replies(duel)
+            _judge(here, duel)
+    _standings(here)
+
+
+def _ask(here: App, prompt: str, one: ChatModel, other: ChatModel) -> Duel:
+    models = (one, other) if random.random() < 0.5 else (other, one)
+    settings = here.settings
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens)
+    client = here.client()
+
+    def stream(model: ChatModel) -> Callable[[], Iterator[str]]:
+        return lambda: stream_reply(
+            model,
+            [{"role": "user", "content": prompt}],
+            sampling,
+            checkout=here.checkout,
+            system_prompt=here.chat.system_prompt,
+            settings=settings,
+            client=client,
+        )
+
+    return Duel(prompt, models, sampling, (Reply(stream(models[0])), Reply(stream(models[1]))))
+
+
+@st.fragment(run_every=LOOK_SECONDS)
+def _writing(duel: Duel) -> None:
+    if not any(reply.writing for reply in duel.replies):
+        st.rerun()
+    _replies(duel)
+    if st.button("Stop both", icon=":material/stop_circle:", key="stop-both"):
+        for reply in duel.replies:
+            reply.stop()
+        st.rerun()
+
+
+def _replies(duel: Duel) -> None:
+    for column, side, model, reply in zip(st.columns(2, border=True), SIDES, duel.models, duel.replies, strict=True):
+        with column:
+            # Neither speed nor name: both would tell who it is.
+            st.markdown(f"**{side if duel.vote is None else plain(model.label)}**")
+            show_text(reply.text + (" ▌" if reply.writing else ""))
+            if reply.error:
+                st.error(plain(reply.error) if duel.vote else "no whole reply came")
+
+
+def _judge(here: App, duel: Duel) -> None:
+    if duel.problem:
+        st.error(plain(duel.problem))
+    if duel.vote is not None:
+        st.caption(f"Your vote: {_told(duel)}. It is in the log as a preference where it decides.")
+        return
+    if any(reply.state != "complete" or not reply.text.strip() for reply in duel.replies):
+        st.caption("Only whole replies are voted on: ask both again.")
+        return
+    st.markdown("Which is better?")
+    with st.container(horizontal=True):
+        for label, vote in (("Left", "first"), ("Right", "second"), ("As good", "tie"), ("Both bad", "both bad")):
+            st.button(label, key=f"vote-{vote}", on_click=_vote, args=(here, duel, vote))
+
+
+def _told(duel: Duel) -> str:
+    if duel.vote in ("first", "second"):
+        return plain(duel.models[0 if duel.vote == "first" else 1].label)
+    return str(duel.vote)
+
+
+def _vote(here: App, duel: Duel, vote: votes.Vote) -> None:
+    replies = (duel.replies[0].text, duel.replies[1].text)
+    try:
+        votes.record(here.checkout, here.logger, duel.prompt, replies, duel.models, vote, duel.sampling)
+        duel.vote, duel.problem = vote, None
+    except UserError as error:
+        duel.problem = str(error)
+
+
+def _standings(here: App) -> None:
+    found = votes.standings(votes.read(here.checkout))
+    if not found:
+        return
+    st.subheader("Votes so far")
+    rows = []
+    for standing in found:
+        low, high = standing.interval or (None, None)
+        rows.append(
+            {
+                "model": standing.first,
+                "against": standing.second,
+                "won": standing.wins,
+                "lost": standing.losses,
+                "as good": standing.ties,
+                "both bad": standing.both_bad,
+                "win rate": None if standing.rate is None else f"{standing.rate:.0%} ({low:.0%} to {high:.0%})",
+            }
+        )
+    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    st.caption("The win rate is over the votes that decided, with its 95 % interval.")

@@ -1,0 +1,186 @@
+"""What the page Runs shows: DVC's commits and experiments and MLflow's runs as one table, curves and intervals."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.integration.jobs import dvc_command
+from fine_tuning.project import artifact_root, run_command, tracking_uri
+from fine_tuning.records import read_json
+from fine_tuning.training.tracking import flatten, open_store
+
+EVALUATION = Path("metrics/evaluation.json")
+LOSS = Path("metrics/plots/train_loss.csv")
+COMMITS = 10  # that are looked back at
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=[^\s=].*")
+SAME_RUN = ("train_loss", "validation_loss")  # numbers that a DVC experiment and its MLflow run share to the last digit
+
+
+@dataclass
+class Line:
+    """One commit, experiment or run."""
+
+    kind: str
+    name: str
+    when: datetime | None
+    params: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    run_id: str | None = None
+    status: str = ""
+
+
+def dvc_lines(checkout: Path) -> list[Line]:
+    """The workspace, those of the last commits that have results, and their experiments, the newest first.
+
+    Raises:
+        UserError: DVC does not answer.
+    """
+    answer = run_command(*dvc_command("exp", "show", "--json", "--num", str(COMMITS)), cwd=checkout)
+    lines = []
+    for commit in json.loads(answer):
+        line = _dvc_line("workspace" if commit["rev"] == "workspace" else "commit", commit)
+        if line.kind == "workspace" or line.metrics:
+            lines.append(line)
+        for experiment in commit.get("experiments") or []:
+            for revision in (experiment.get("revs") or [])[:1]:
+                named = revision | {"name": experiment.get("name") or revision.get("name")}
+                line = _dvc_line("experiment", named)
+                line.status = str((experiment.get("executor") or {}).get("state") or "")
+                lines.append(line)
+    return lines
+
+
+def _dvc_line(kind: str, revision: dict) -> Line:
+    data = revision.get("data") or {}
+    name = revision.get("name") or ""
+    short = "" if revision["rev"] == "workspace" else revision["rev"][:7]
+    return Line(
+        kind=kind,
+        name=" ".join(part for part in (name, short) if part) or kind,
+        when=datetime.fromisoformat(data["timestamp"]).astimezone(UTC) if data.get("timestamp") else None,
+        params=_contents(data.get("params"), with_file=False),
+        metrics=_contents(data.get("metrics"), with_file=True),
+    )
+
+
+def _contents(files: dict | None, with_file: bool) -> dict[str, Any]:
+    """{"train.seed": 42} of DVC's {file: {"data": …}}; metrics are named after their file, `metrics/` left out."""
+    flat: dict[str, Any] = {}
+    for path, content in (files or {}).items():
+        values = flatten(content["data"]) if isinstance(content.get("data"), dict) else {}
+        prefix = f"{Path(path).stem}." if with_file else ""
+        flat |= {f"{prefix}{key}": value for key, value in values.items()}
+    return flat
+
+
+def mlflow_lines(checkout: Path) -> list[Line]:
+    """The runs of the store, the newest first; none where there is no store yet."""
+    uri = tracking_uri(checkout)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        return []
+    client, experiment = open_store(uri, artifact_root(checkout), checkout / ".whetstone" / "mlflow.lock")
+    runs = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=100)
+    return [
+        Line(
+            kind="MLflow run",
+            name=run.info.run_name or run.info.run_id[:8],
+            when=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+            params={f"train.{key}": value for key, value in run.data.params.items()},
+            metrics={f"train.{key}": value for key, value in run.data.metrics.items()},
+            run_id=run.info.run_id,
+            status=run.info.status.lower(),
+        )
+        for run in runs
+    ]
+
+
+def joined(dvc: list[Line], mlflow: list[Line]) -> list[Line]:
+    """One table: a run stands with the commit or experiment that has its numbers, the others on their own."""
+    unmatched = list(mlflow)
+    for line in dvc:
+        numbers = [line.metrics.get(f"train.{name}") for name in SAME_RUN]
+        if None in numbers:
+            continue
+        for run in mlflow:
+            if numbers == [run.metrics.get(f"train.{name}") for name in SAME_RUN]:
+                line.run_id = run.run_id
+                line.metrics = run.metrics | line.metrics
+                if run in unmatched:
+                    unmatched.remove(run)
+                break
+    return dvc + unmatched
+
+
+def numeric(lines: list[Line]) -> list[str]:
+    """Names of the metrics that are numbers, those that people ask for first."""
+    names = {
+        name
+        for line in lines
+        for name, value in line.metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    first = ["evaluation.candidate.perplexity.value", "evaluation.base.perplexity.value", "train.validation_loss",
+             "train.train_loss", "train.tokens_per_second"]  # fmt: skip
+    return [name for name in first if name in names] + sorted(names - set(first))
+
+
+def changed(line: Line, against: Line) -> dict[str, Any]:
+    """Parameters that differ from another line's."""
+    return {name: value for name, value in line.params.items() if against.params.get(name) != value}
+
+
+def differences(one: Line, other: Line) -> list[dict[str, Any]]:
+    """Parameters and metrics that are not the same."""
+    rows = []
+    for what in ("params", "metrics"):
+        left, right = getattr(one, what), getattr(other, what)
+        for name in sorted(left.keys() | right.keys()):
+            if left.get(name) != right.get(name):
+                rows.append({"what": what, "name": name, one.name: _shown(left.get(name)),
+                             other.name: _shown(right.get(name))})  # fmt: skip
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def loss_history(checkout: Path, run_id: str) -> list[dict[str, float]]:
+    """[{"step", "loss"}] of an MLflow run."""
+    client, _ = open_store(tracking_uri(checkout), artifact_root(checkout), checkout / ".whetstone" / "mlflow.lock")
+    history = client.get_metric_history(run_id, "loss")
+    return [{"step": point.step, "loss": point.value} for point in history]
+
+
+def intervals(checkout: Path) -> list[dict[str, Any]]:
+    """[{"metric", "model", "value", "low", "high"}] of the last evaluation."""
+    path = checkout / EVALUATION
+    if not path.is_file():
+        return []
+    return [
+        {"metric": metric, "model": model} | {key: cell[key] for key in ("value", "low", "high")}
+        for model, metrics in read_json(path).items()
+        if isinstance(metrics, dict)
+        for metric, cell in metrics.items()
+        if isinstance(cell, dict) and cell.get("value") is not None and cell.get("low") is not None
+    ]
+
+
+def overrides(text: str) -> list[str]:
+    """`-S` arguments from lines like `train.learning_rate=1.0e-4`.
+
+    Raises:
+        UserError: a line is no assignment.
+    """
+    arguments = []
+    for line in text.splitlines():
+        if not (line := line.strip()):
+            continue
+        if not OVERRIDE.fullmatch(line):
+            raise UserError(f"{line[:60]!r} changes no parameter: write one a line, like train.learning_rate=1.0e-4")
+        arguments += ["-S", line]
+    return arguments
