@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
@@ -49,7 +51,7 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:
 def dump_line(record: dict) -> bytes:
     """One record as a UTF-8 JSON line, newline included. A lone surrogate has no UTF-8: its line is ASCII escapes."""
     try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        return _ENCODER.encode(record).encode("utf-8") + b"\n"
     except UnicodeEncodeError:
         return json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 

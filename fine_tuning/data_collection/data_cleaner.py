@@ -4,11 +4,12 @@ Order: roles → characters, encoding, control tokens and white space → person
 duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 """
 
+import hashlib
 from collections import Counter
 from typing import Any
 
 from fine_tuning.data_collection import personal_data
-from fine_tuning.data_collection.conversation import as_conversation, is_exchange, short_hash
+from fine_tuning.data_collection.conversation import as_conversation, is_exchange
 from fine_tuning.data_collection.filters import (
     Drop,
     FilterSettings,
@@ -216,6 +217,11 @@ def _malformed(conversation: dict) -> Drop | None:
 
 def content_hash(conversation: dict) -> str:
     """What makes two conversations exact duplicates: roles, contents and a person's edits."""
-    contents = [[message["role"], message["content"]] for message in conversation["messages"]]
-    edited = [entry["edited"] for entry in conversation["feedback"] if entry.get("edited")]
-    return short_hash([contents, edited], 32)
+    digest = hashlib.blake2b(digest_size=16)
+    for message in conversation["messages"]:
+        text = message["content"].encode("utf-8", "surrogatepass")
+        digest.update(f"{message['role']} {len(text)} ".encode() + text)
+    for entry in conversation["feedback"]:
+        if entry.get("edited"):
+            digest.update(f"edited {entry['edited']}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

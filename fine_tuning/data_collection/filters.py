@@ -95,7 +95,6 @@ def check_lengths(messages: list[dict], settings: FilterSettings) -> Drop | None
 # -----------------------------------------------------------------------------
 # content
 
-_WORDS = re.compile(r"\S+")
 _TEMPLATE = re.compile(
     r"\{\{\s{0,4}[\w. |]{1,64}\s{0,4}\}\}|\{%-?\s{0,4}\w{1,32}[^%\n]{0,128}%\}|<%=?[^%\n]{1,128}%>"
     r"|\[(?:INSERT|YOUR)[ _][A-Z _]{2,40}\]"
@@ -174,22 +173,29 @@ def _echo(question: str, answer: str) -> float:
 
 def repetition(text: str) -> float:
     """How repetitive a text is, relative to Gopher's thresholds: above 1 the paper would drop it."""
-    words = _WORDS.findall(text)
+    words = text.split()
     if len(words) < SHORT_TEXT:
         return 0.0
-    total = sum(map(len, words))
     worst = 0.0
-    if len(set(words)) * 2 < len(words) or len(words) > 2 * SHORT_TEXT:
-        for size, limit in TOP_GRAM_SHARES.items():
-            gram, count = Counter(zip(*(words[i:] for i in range(size)), strict=False)).most_common(1)[0]
-            if count > 2:
-                worst = max(worst, count * sum(map(len, gram)) / total / limit)
+    total = sum(map(len, words))
+    pairs = len(words) - 1 - len(set(pairwise(words)))
+    if pairs > 1:  # otherwise no pair stands there three times
+        worst = _top_share(words, 2, total) / TOP_GRAM_SHARES[2]
+    if pairs and len(set(zip(words, words[1:], words[2:], strict=False))) < len(words) - 2:
+        for size in (3, 4):
+            worst = max(worst, _top_share(words, size, total) / TOP_GRAM_SHARES[size])
         for size, limit in DUPLICATE_GRAM_SHARES.items():
             worst = max(worst, _duplicate_share(words, size, total) / limit)
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()] if "\n" in text else []
     if len(lines) > 3:
         worst = max(worst, (1 - len(set(lines)) / len(lines)) / DUPLICATE_LINE_SHARE)
     return round(worst, 4)
+
+
+def _top_share(words: list[str], size: int, total: int) -> float:
+    """Share of the characters that stand in the most frequent run of `size` words, if it is there three times."""
+    gram, count = Counter(zip(*(words[i:] for i in range(size)), strict=False)).most_common(1)[0]
+    return count * sum(map(len, gram)) / total if count > 2 else 0.0
 
 
 def _duplicate_share(words: list[str], size: int, total: int) -> float:

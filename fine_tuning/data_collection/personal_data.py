@@ -153,10 +153,6 @@ _TOKENS = re.compile(
     r"|AGE-SECRET-KEY-1[A-Z0-9]{58}|dapi[a-f0-9]{32}|lin_api_[A-Za-z0-9]{40}|gsk_[A-Za-z0-9]{40,64}"
     r")(?![A-Za-z0-9_])"
 )
-_TOKEN_HINT = re.compile(
-    r"AKIA|ASIA|AGPA|AIDA|AROA|gh[pousr]_|github_pat_|glpat-|sk-|xox|xapp-|AIza|ya29\.|GOCSPX|[srp]k_|whsec_|SG\.|npm_"
-    r"|pypi-|hf_|dckr_pat_|_v1_|shp|sq0|AC|SK|key-|:AA|eyJ|AGE-|dapi|lin_api_|gsk_"
-)
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _NAMED = re.compile(
@@ -167,7 +163,7 @@ _NAMED = re.compile(
     r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))",
     re.IGNORECASE,
 )
-_NAMED_HINT = re.compile(r"pass|pwd|secret|key|token", re.IGNORECASE)
+_NAMED_HINTS = ("pass", "pwd", "secret", "key", "token")
 _BEARER = re.compile(
     r"(?<![A-Za-z])(?:authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(?:bearer|basic)\s{1,2}([A-Za-z0-9_.~+/=-]{16,2000})",
     re.IGNORECASE,
@@ -176,7 +172,7 @@ _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+]
 
 
 def _secrets(text: str) -> Iterator[tuple[int, int]]:
-    if _TOKEN_HINT.search(text):
+    if _DIGIT.search(text):
         yield from (match.span() for match in _TOKENS.finditer(text))
     if "PRIVATE KEY" in text:
         position = 0
@@ -184,7 +180,8 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
             end = _PRIVATE_KEY_END.search(text, start.end())
             position = end.end() if end else len(text)
             yield start.start(), position
-    if _NAMED_HINT.search(text):
+    lower = text.lower()
+    if any(hint in lower for hint in _NAMED_HINTS):
         for match in _NAMED.finditer(text):
             group = match.lastindex or 4
             value, (start, end) = match.group(group), match.span(group)
@@ -193,7 +190,7 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
                 end = start + len(value)
             if _is_secret_value(value, quoted=group != 4):
                 yield start, end
-    if "earer" in text or "asic" in text or "EARER" in text:
+    if "bearer" in lower or "basic" in lower:
         for match in _BEARER.finditer(text):
             if _DIGIT.search(match.group(1)):
                 yield match.span(1)
@@ -220,6 +217,7 @@ def _is_secret_value(value: str, quoted: bool) -> bool:
 _NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
 _SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^{_NO_URL}]{{3,2000}}+", re.IGNORECASE)
 _WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
+_INNER_DOT = re.compile(r"[A-Za-z0-9]\.[A-Za-z]")
 _BARE_URL = re.compile(
     r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
@@ -283,7 +281,7 @@ def _urls(text: str) -> Iterator[tuple[int, int]]:
                 end = _url_end(text, *match.span())
                 if end > match.start() + 6:
                     yield match.start(), end
-    for match in _BARE_URL.finditer(text):
+    for match in _BARE_URL.finditer(text) if _INNER_DOT.search(text) else ():
         domain, path = match.group(2), match.group(4)
         name = match.group(1) + domain
         labels = match.group(1).lower().rstrip(".").split(".")

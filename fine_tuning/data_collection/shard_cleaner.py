@@ -228,7 +228,7 @@ def _parse(line: bytes | None) -> tuple[dict | None, str]:
     except UnicodeDecodeError:
         return None, "not_utf8"
     try:
-        record = json.loads(text.removeprefix("\ufeff"), parse_constant=_no_constant)
+        record = _DECODER.decode(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         return None, "not_json"
     return (record, "") if isinstance(record, dict) else (None, "not_an_object")
@@ -236,6 +236,9 @@ def _parse(line: bytes | None) -> tuple[dict | None, str]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(name)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def _spoken(conversation: dict) -> Iterator[str]:
@@ -268,8 +271,8 @@ def _scratch_database() -> Iterator[sqlite3.Connection]:
         database = sqlite3.connect(Path(folder) / "index.sqlite", isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-16384", "temp_store=FILE"):
             database.execute(f"PRAGMA {pragma}")
-        database.execute("CREATE TABLE newest (id TEXT PRIMARY KEY, row INTEGER, person TEXT) WITHOUT ROWID")
-        database.execute("CREATE TABLE seen (content TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        database.execute("CREATE TABLE newest (id TEXT PRIMARY KEY, row INTEGER, passed INTEGER) WITHOUT ROWID")
+        database.execute("CREATE TABLE seen (content INTEGER PRIMARY KEY, row INTEGER)")
         database.execute("CREATE TABLE reply (reply TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID")
         database.execute("CREATE TABLE member (row INTEGER PRIMARY KEY, id TEXT, started_at TEXT, kept INTEGER)")
         database.execute("BEGIN")
@@ -280,8 +283,8 @@ def _scratch_database() -> Iterator[sqlite3.Connection]:
 def _merge(
     pieces: list[Piece], memo: Path, output: Path, settings: CleanSettings, database: sqlite3.Connection
 ) -> dict[str, Any]:
-    total = _note_newest(pieces, memo, database)
-    merge = _Merge(settings, database, total)
+    newest, candidates = _note_newest(pieces, memo, database)
+    merge = _Merge(settings, database, newest, candidates)
     masked: Counter[str] = Counter()
     with replacing(output / "rejected.jsonl") as rejected:
         for shard, group in _by_shard(pieces):
@@ -310,25 +313,34 @@ def _by_shard(pieces: list[Piece]) -> Iterator[tuple[str, list[Piece]]]:
     return iter(groups.items())
 
 
-def _note_newest(pieces: Iterable[Piece], memo: Path, database: sqlite3.Connection) -> int:
-    """Note which row is the newest version of each conversation; returns how many of those passed the first pass."""
+def _note_newest(pieces: Iterable[Piece], memo: Path, database: sqlite3.Connection) -> tuple[bytearray, int]:
+    """(for each row whether it is the newest version of its conversation, how many of those passed the first pass)."""
     row = 0
     for piece in pieces:
+        versions = []
         for entry in read_jsonl(memo / piece.key / "index.jsonl"):
             if entry.get("id"):
-                person = "" if "reason" in entry else entry.get("person", "?")
-                database.execute("INSERT OR REPLACE INTO newest VALUES (?, ?, ?)", (entry["id"], row, person))
+                versions.append((entry["id"], row, "reason" not in entry))
             row += 1
-    return database.execute("SELECT count(*) FROM newest WHERE person <> ''").fetchone()[0]
+            if len(versions) == BATCH:
+                database.executemany("INSERT OR REPLACE INTO newest VALUES (?, ?, ?)", versions)
+                versions.clear()
+        database.executemany("INSERT OR REPLACE INTO newest VALUES (?, ?, ?)", versions)
+    newest = bytearray(row)
+    for (newest_row,) in database.execute("SELECT row FROM newest"):
+        newest[newest_row] = 1
+    return newest, database.execute("SELECT count(*) FROM newest WHERE passed").fetchone()[0]
 
 
 class _Merge:
     """Decides, conversation by conversation in their order, what concerns more than one of them."""
 
-    def __init__(self, settings: CleanSettings, database: sqlite3.Connection, candidates: int) -> None:
+    def __init__(
+        self, settings: CleanSettings, database: sqlite3.Connection, newest: bytearray, candidates: int
+    ) -> None:
         self.seen = self.kept = 0
         self.reasons: Counter[str] = Counter()
-        self._settings, self._database = settings, database
+        self._settings, self._database, self._newest = settings, database, newest
         self._clusters = Clusters(database, settings.near_duplicate_threshold)
         self._persons: Counter[str] = Counter()
         self._person_limit = max(1, int(settings.max_user_share * candidates))
@@ -361,11 +373,8 @@ class _Merge:
         return line
 
     def _decide(self, entry: dict) -> tuple[str | None, Any]:
-        row, newest = self.seen, entry.get("id")
-        if newest:
-            (newest_row,) = self._database.execute("SELECT row FROM newest WHERE id = ?", (newest,)).fetchone()
-            if newest_row != row:
-                return "superseded", None
+        if entry.get("id") and not self._newest[self.seen]:
+            return "superseded", None
         if "reason" in entry:
             return entry["reason"], entry["value"]
         candidate = self._candidates
@@ -377,9 +386,10 @@ class _Merge:
         return reason, value
 
     def _judge(self, entry: dict, candidate: int) -> tuple[str | None, Any]:
-        keys = [key.encode() for key in (entry["content"], entry["question"]) if key]
+        keys = [key for key in (entry["content"], entry["question"]) if key]
         twin = self._clusters.add(base64.b64decode(entry["signature"]), keys)
-        first = self._database.execute("SELECT row FROM seen WHERE content = ?", (entry["content"],)).fetchone()
+        content = int(entry["content"][:15], 16)  # 60 bits: an integer key is the quickest
+        first = self._database.execute("SELECT row FROM seen WHERE content = ?", (content,)).fetchone()
         if first:
             return "duplicate", self._id_of(first[0])
         if twin is not None and self._settings.drop_near_duplicates:
@@ -395,7 +405,7 @@ class _Merge:
             self._persons[entry["person"]] += 1
             if self._persons[entry["person"]] > self._person_limit:
                 return "user_share", self._persons[entry["person"]]
-        self._database.execute("INSERT INTO seen VALUES (?, ?)", (entry["content"], candidate))
+        self._database.execute("INSERT INTO seen VALUES (?, ?)", (content, candidate))
         return None, None
 
     def _id_of(self, candidate: int) -> str:
