@@ -256,6 +256,13 @@ def test_a_context_shorter_than_the_training_length_is_refused(checkout):
         stage.main()
 
 
+def test_a_chat_template_that_writes_todays_date_is_refused(checkout):
+    template = checkout / "models/base/chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    with pytest.raises(UserError, match="today's date"):
+        stage.main()
+
+
 def test_an_adapter_that_is_missing_is_one_clear_line(checkout):
     shutil.rmtree(checkout / "models/adapter")
     with pytest.raises(UserError, match="dvc repro train"):

@@ -142,6 +142,11 @@ def write_package(merged_dir: Path, package_dir: Path, settings: PackageSettings
             f"{chat.max_length}: Ollama would drop turns that training saw; raise num_ctx in params.yaml"
         )
     tokenizer = load_tokenizer(merged_dir)
+    if "strftime_now" in tokenizer.chat_template:
+        raise UserError(
+            "the chat template writes today's date, so that training and serving would differ: give base.model a copy "
+            "of the folder with a fixed date in its chat_template.jinja"
+        )
     package_dir.mkdir(parents=True, exist_ok=True)
     write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation)
     request = {
