@@ -47,6 +47,13 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON, with the ids of all conversations")
     parser.set_defaults(func=lineage)
 
+    parser = subparsers.add_parser("verify", help="read again what DVC, registry and Ollama hold; name what is damaged")
+    parser.add_argument("--local", action="store_true", help="neither the remote nor Ollama")
+    parser.add_argument("--remote", help="a DVC remote other than the default one")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    _add_host(parser)
+    parser.set_defaults(func=verify)
+
 
 def _add_host(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", action="append", help="an Ollama to act on instead of deploy.host; may be repeated")
@@ -153,6 +160,15 @@ def lineage(arguments: argparse.Namespace) -> None:
 
     root()
     run_lineage(arguments)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Read again what is trusted unread; the exit status is 1 if something is damaged."""
+    from fine_tuning.commands.verify import verify as run_verify
+
+    settings = _settings()
+    with _servers(settings, arguments.host) as servers:
+        return run_verify(arguments, settings, servers)
 
 
 # --------------------------------------------------------------------------------------------------------------- bundle

@@ -195,7 +195,7 @@ class ModelRegistry:
         return {alias: int(number) for alias, number in model.aliases.items()}
 
     def download(self, version: ModelVersion, path: str, folder: Path) -> Path:
-        """Fetch a file or folder of a version's artifacts into `folder` (left where it is if it is on this disk).
+        """Fetch a file or folder of a version's artifacts into `folder`.
 
         Raises:
             UserError: the artifact is gone.

@@ -1,0 +1,278 @@
+"""`verify`: read again what is trusted unread. DVC never hashes an object twice, so a flipped byte spreads."""
+
+import argparse
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
+from fine_tuning.commands.promote import CHAMPION_FILES, GGUF, WEIGHTS, open_registry, read_champion
+from fine_tuning.errors import UserError
+from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
+from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
+from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_switcher import ModelSwitcher
+from fine_tuning.project import sha256_file
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+CHUNK_BYTES = 1 << 20
+DAMAGED, NOTE = "damaged", "note"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong and the command that mends it. A note is no damage: something is not here or could not be read."""
+
+    kind: str
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One place that was read."""
+
+    place: str
+    files: int
+    size: int
+    findings: list[Finding]
+
+
+def verify(arguments: argparse.Namespace, settings: DeploySettings, servers: list[OllamaClient]) -> int:
+    """Read everything and report. Returns the exit status: 1 if something is damaged."""
+    parts = [check_cache(Path.cwd())]
+    if not arguments.local:
+        parts.append(check_remote(arguments.remote))
+    registry = open_registry(settings.name)
+    parts += [check_registry(registry), check_champion(registry)]
+    if not arguments.local:
+        parts += [check_server(registry, server) for server in servers]
+    if arguments.json:
+        print(json.dumps([_as_json(part) for part in parts], indent=2))
+    else:
+        for part in parts:
+            _print(part)
+    return int(any(finding.kind == DAMAGED for part in parts for finding in part.findings))
+
+
+# ----------------------------------------------------------------------------------------------------------------- DVC
+
+
+def check_cache(checkout: Path) -> Checked:
+    """Hash every object of DVC's cache: its name is its MD5."""
+    findings, size, objects = [], 0, list(dvc_objects(checkout))
+    used = _users(checkout)
+    for path in tqdm(objects, desc="cache", unit="file", disable=None, leave=False):
+        size += path.stat().st_size
+        name = path.parent.name + path.name
+        if md5_file(path) != name.removesuffix(".dir"):
+            users = ", ".join(sorted(used.get(name, ()))) or "nothing here"
+            remedy = f"rm -f {path} && dvc fetch (or `dvc repro -f` where no remote has it)"
+            findings.append(Finding(DAMAGED, f"{path} (used by {users})", remedy))
+    return Checked(f"DVC's cache {cache_folder(checkout)}", len(objects), size, findings)
+
+
+def _users(checkout: Path) -> dict[str, set[str]]:
+    """{object: paths in the workspace that it stands for}."""
+    from dvc.repo import Repo
+
+    used: dict[str, set[str]] = {}
+    with Repo(str(checkout)) as repo:
+        for name, path in _used(repo):
+            used.setdefault(name, set()).add(path)
+    return used
+
+
+def _used(repo: "Repo") -> Iterator[tuple[str, str]]:
+    """(object, path) of everything that dvc.lock and the .dvc files name."""
+    for out in repo.index.outs:
+        if not out.use_cache or out.hash_info is None or not out.hash_info.value:
+            continue
+        name, path = out.hash_info.value, repo.fs.relpath(out.fspath, repo.root_dir)
+        yield name, path
+        listing = cached(Path(repo.root_dir), name) if name.endswith(".dir") else None
+        if listing is not None:
+            try:
+                entries = json.loads(listing.read_bytes())
+                yield from ((entry["md5"], f"{path}/{entry['relpath']}") for entry in entries)
+            except (ValueError, TypeError, KeyError):
+                continue  # a damaged listing is a finding of its own
+
+
+def check_remote(name: str | None) -> Checked:
+    """Read and hash what the remote holds of this checkout's data."""
+    from dvc.config import NoRemoteError, RemoteNotFoundError
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    findings, files, size = [], 0, 0
+    with Repo() as repo:
+        try:
+            odb = repo.cloud.get_remote_odb(name)
+        except RemoteNotFoundError:
+            raise UserError(f"there is no remote {name}: `dvc remote list` shows them") from None
+        except NoRemoteError:
+            return Checked("DVC's remote", 0, 0, [Finding(NOTE, "no remote is set", "dvc remote add -d NAME ADDRESS")])
+        wanted = dict(_used(repo))
+        try:
+            for oid in tqdm(sorted(wanted), desc="remote", unit="file", disable=None, leave=False):
+                digest, read = _hash_remote(odb, oid)
+                if digest is None:
+                    findings.append(Finding(NOTE, f"{wanted[oid]} is not in the remote", "dvc push"))
+                    continue
+                files, size = files + 1, size + read
+                if digest != oid.removesuffix(".dir"):
+                    remedy = f"remove {odb.oid_to_path(oid)} from the remote, then dvc push"
+                    findings.append(Finding(DAMAGED, f"{wanted[oid]} in the remote", remedy))
+        except (DvcException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            findings.append(Finding(NOTE, f"the remote cannot be read: {reason}", "dvc remote list"))
+        return Checked(f"DVC's remote {odb.path}", files, size, findings)
+
+
+def _hash_remote(odb: Any, oid: str) -> tuple[str | None, int]:
+    """(MD5, bytes) of a remote object; (None, 0) if it is not there."""
+    digest, size = hashlib.md5(), 0
+    try:
+        with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+    except FileNotFoundError:
+        return None, 0
+    return digest.hexdigest(), size
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def check_registry(registry: ModelRegistry) -> Checked:
+    """Hash the artifacts of every version and its GGUF; see that there is a champion where there are promotions."""
+    findings: list[Finding] = []
+    files = size = 0
+    versions = registry.versions()
+    for version in versions:
+        found, count, read = _check_version(registry, version)
+        findings, files, size = findings + found, files + count, size + read
+    if read_champion().get("version") and versions and registry.by_alias(CHAMPION) is None:
+        findings.append(Finding(DAMAGED, "the registry has no champion", "python -m fine_tuning promote"))
+    return Checked(f"the registry {registry.uri}", files, size, findings)
+
+
+def _check_version(registry: ModelRegistry, version: ModelVersion) -> tuple[list[Finding], int, int]:
+    label = f"version {version.number}"
+    rebuilt = "dvc repro, then python -m fine_tuning promote"
+    findings, files, size = [], 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            folder = registry.download(version, "", Path(name))
+            wanted = json.loads((folder / "files.json").read_bytes())
+        except (UserError, OSError, ValueError):
+            return [Finding(DAMAGED, f"the artifacts of {label} are gone from {version.artifacts}", rebuilt)], 0, 0
+        remedy = (
+            f"restore {version.artifacts} from a copy, or `git checkout {version.tags.get('git_commit')}` and repro"
+        )
+        wanted = {path: entry["sha256"] for path, entry in wanted.items() if path != GGUF}
+        wanted["provenance/dvc.lock"] = version.tags.get("dvc_lock_sha256", "")
+        if wanted.get(WEIGHTS) != version.tags.get("adapter_sha256"):
+            findings.append(Finding(DAMAGED, f"files.json of {label} does not fit its tags", remedy))
+        for path, sha256 in sorted(wanted.items()):
+            file = folder / path
+            if not file.is_file():
+                findings.append(Finding(DAMAGED, f"{path} of {label} is gone", remedy))
+                continue
+            files, size = files + 1, size + file.stat().st_size
+            if sha256_file(file) != sha256:
+                findings.append(Finding(DAMAGED, f"{path} of {label}", remedy))
+    kept = cached(Path.cwd(), version.tags.get("gguf_md5", ""))
+    if kept is None:
+        fetch = "dvc fetch --all-commits models/champion.dvc"
+        findings.append(Finding(NOTE, f"the GGUF of {label} is not in DVC's cache", fetch))
+    elif sha256_file(kept) != version.tags.get("gguf_sha256"):
+        findings.append(Finding(DAMAGED, f"the GGUF of {label}, {kept}", f"rm -f {kept} && dvc fetch"))
+    else:
+        files, size = files + 1, size + kept.stat().st_size
+    return findings, files, size
+
+
+def check_champion(registry: ModelRegistry) -> Checked:
+    """See that models/champion holds what models/champion.json says, and that the registry says the same."""
+    champion, findings = read_champion(), []
+    if not champion.get("version"):
+        return Checked("the champion's files", 0, 0, [])
+    files = files_below(CHAMPION_FILES) if CHAMPION_FILES.is_dir() else []
+    if not files:
+        findings.append(Finding(NOTE, f"{CHAMPION_FILES} is not here", "dvc pull models/champion.dvc"))
+    else:
+        restore = f"rm -r {CHAMPION_FILES} && dvc checkout models/champion.dvc"
+        for key, path in (
+            ("adapter_sha256", WEIGHTS),
+            ("gguf_sha256", GGUF),
+            ("merged_sha256", "merged/model.safetensors"),
+        ):
+            file = CHAMPION_FILES / path
+            if key in champion and (not file.is_file() or sha256_file(file) != champion[key]):
+                findings.append(Finding(DAMAGED, str(file), restore))
+    known = registry.by_alias(CHAMPION)
+    if known is not None and known.tags.get("adapter_sha256") != champion.get("adapter_sha256"):
+        what = f"the registry's champion is version {known.number}, models/champion.json names another"
+        findings.append(Finding(DAMAGED, what, "git pull, or python -m fine_tuning promote"))
+    return Checked("the champion's files", len(files), sum(file.stat().st_size for file in files), findings)
+
+
+# -------------------------------------------------------------------------------------------------------------- Ollama
+
+
+def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
+    """Compare the manifests that were recorded at deployment with those that the server has now."""
+    switcher, findings, seen = ModelSwitcher(server, registry), [], 0
+    try:
+        digests = server.digests()
+    except OllamaError as error:
+        return Checked(f"Ollama at {server.host}", 0, 0, [Finding(NOTE, str(error), "ollama serve")])
+    recorded = {}
+    for version in registry.versions():
+        digest = switcher.recorded_digest(version)
+        if digest is None:
+            continue
+        recorded[digest] = version
+        redo = f"ollama rm {version.tag}, then python -m fine_tuning deploy {version.number}"
+        if version.tag not in digests:
+            findings.append(Finding(NOTE, f"{version.tag} was deployed and is gone", redo.partition(", then ")[2]))
+        elif digests[version.tag] != digest:
+            findings.append(Finding(DAMAGED, f"{version.tag} is not what was deployed", redo))
+        else:
+            seen += 1
+    live = digests.get(f"{registry.name}:{LIVE}")
+    if live is not None and live not in recorded:
+        what = f"{registry.name}:{LIVE} is none of the versions that were deployed"
+        findings.append(Finding(DAMAGED, what, "python -m fine_tuning deploy"))
+    return Checked(f"Ollama at {server.host}", seen, 0, findings)
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def _print(part: Checked) -> None:
+    damaged = sum(finding.kind == DAMAGED for finding in part.findings)
+    size = f", {part.size / 1e6:.1f} MB" if part.size else ""
+    print(f"{'DAMAGED' if damaged else 'ok':7} {part.place}: {part.files} read{size}")
+    for line in _unique(f"  {finding.kind}: {finding.what}\n    mend: {finding.remedy}" for finding in part.findings):
+        print(line)
+
+
+def _unique(lines: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(lines))
+
+
+def _as_json(part: Checked) -> dict[str, Any]:
+    findings = [{"kind": f.kind, "what": f.what, "remedy": f.remedy} for f in part.findings]
+    return {"place": part.place, "files": part.files, "bytes": part.size, "findings": findings}

@@ -1,0 +1,153 @@
+"""Whatever rots is found, named and mended by the command that is shown."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fine_tuning.commands.dvc_files import cached, md5_file
+from fine_tuning.commands.promote import open_registry
+from fine_tuning.errors import UserError
+from tests.fake_ollama import FakeOllama
+from tests.registered import sh
+
+GGUF = Path("models/package/model.gguf")
+
+
+@pytest.fixture
+def project(promoted):
+    """Two versions; a remote that holds everything."""
+    sh(promoted, f"dvc remote add -q -d store {promoted.parent / 'remote'}")
+    sh(promoted, "dvc push -q")
+    return promoted
+
+
+def verify(capsys, *words: str) -> tuple[int, list[dict]]:
+    """Exit status and all findings."""
+    capsys.readouterr()
+    status = run("verify", "--json", *words)
+    parts = json.loads(capsys.readouterr().out)
+    return status, [{**finding, "place": part["place"]} for part in parts for finding in part["findings"]]
+
+
+def run(*words: str) -> int:
+    import argparse
+
+    from fine_tuning.commands import models
+
+    parser = argparse.ArgumentParser()
+    models.add_commands(parser.add_subparsers())
+    arguments = parser.parse_args(words)
+    return arguments.func(arguments) or 0
+
+
+def flip(path: Path) -> None:
+    """Change one bit, as a disk does: neither size nor time tells."""
+    known = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    os.chmod(path, 0o644)
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    os.chmod(path, known.st_mode)
+
+
+def test_a_sound_project_is_said_to_be_sound(project, capsys):
+    with FakeOllama() as server:
+        assert run("verify", "--host", server.host) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ok  ") == 5 and "DAMAGED" not in shown
+
+
+def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, capsys):
+    flip(cached(project, md5_file(GGUF)))
+    assert sh(project, "dvc status -q models/champion.dvc") == ""  # DVC does not notice
+    status, findings = verify(capsys, "--local")
+    assert status == 1
+    (damage,) = (finding for finding in findings if "cache" in finding["place"])
+    assert "models/champion/package/model.gguf, models/package/model.gguf" in damage["what"]
+    sh(project, damage["remedy"].replace("&& dvc fetch", "").partition(" (")[0])
+    sh(project, "dvc fetch -q")
+    assert verify(capsys, "--local") == (0, [])
+
+
+def test_a_flipped_bit_in_the_remote_is_found(project, capsys):
+    md5 = md5_file(GGUF)
+    flip(project.parent / "remote" / "files" / "md5" / md5[:2] / md5[2:])
+    with FakeOllama() as server:
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 1 and "in the remote" in findings[0]["what"] and "dvc push" in findings[0]["remedy"]
+
+
+def test_what_was_not_pushed_is_noted_and_no_damage(project, capsys):
+    md5 = md5_file(GGUF)
+    (project.parent / "remote" / "files" / "md5" / md5[:2] / md5[2:]).unlink()
+    with FakeOllama() as server:
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 0 and findings[0]["remedy"] == "dvc push"
+
+
+def test_without_a_remote_that_is_noted(promoted, capsys):
+    with FakeOllama() as server:
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 0 and findings[0]["what"] == "no remote is set"
+    with pytest.raises(UserError, match="there is no remote elsewhere"):
+        verify(capsys, "--remote", "elsewhere")
+
+
+@pytest.mark.parametrize("path", ["adapter/adapter_model.safetensors", "package/create.json", "provenance/dvc.lock"])
+def test_a_damaged_or_lost_artifact_is_named(project, capsys, path):
+    file = Path(open_registry("trial").version(1).artifacts.removeprefix("file://")) / path
+    kept = file.read_bytes()
+    try:
+        flip(file)
+        status, findings = verify(capsys, "--local")
+        assert status == 1 and findings[0]["what"] == f"{path} of version 1"
+        file.unlink()
+        assert verify(capsys, "--local")[1][0]["what"] == f"{path} of version 1 is gone"
+    finally:
+        file.write_bytes(kept)
+
+
+def test_a_changed_champion_is_restored_by_the_remedy(project, capsys):
+    flip(Path("models/champion/package/model.gguf"))
+    status, findings = verify(capsys, "--local")
+    assert status == 1 and findings[0]["what"] == "models/champion/package/model.gguf"
+    remove, restore = findings[0]["remedy"].split(" && ")
+    sh(project, remove)
+    sh(project, restore)
+    assert verify(capsys, "--local") == (0, [])
+
+
+def test_a_registry_without_its_champion_is_damage(project, capsys):
+    registry = open_registry("trial")
+    registry._client.delete_registered_model_alias("trial", "champion")
+    status, findings = verify(capsys, "--local")
+    assert status == 1 and findings[0]["what"] == "the registry has no champion"
+
+
+def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
+    with FakeOllama() as server:
+        registry = open_registry("trial")
+        from fine_tuning.integration.ollama_client import OllamaClient
+        from fine_tuning.model_management.model_switcher import ModelSwitcher
+
+        switcher = ModelSwitcher(OllamaClient(server.host), registry)
+        switcher.record(1, "d" * 64)
+        assert verify(capsys, "--host", server.host)[1][0]["what"] == "trial:1 was deployed and is gone"
+        switcher.server.upload_blob(GGUF, open_registry("trial").version(2).tags["gguf_sha256"])
+        request = {"files": {"model.gguf": f"sha256:{registry.version(2).tags['gguf_sha256']}"}}
+        switcher.server.create("trial:1", request)
+        switcher.server.create("trial:live", request)
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 1
+    assert [finding["what"] for finding in findings] == [
+        "trial:1 is not what was deployed",
+        "trial:live is none of the versions that were deployed",
+    ]
+
+
+def test_a_server_that_is_down_is_noted(project, capsys):
+    status, findings = verify(capsys, "--host", "127.0.0.1:9")
+    assert status == 0 and "no Ollama answers" in findings[0]["what"]
