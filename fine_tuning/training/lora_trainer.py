@@ -22,6 +22,7 @@ from transformers import (
 
 from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import load_model, quiet_transformers
+from fine_tuning.training.fused import fuse, has_plain_head, summed_label_loss
 from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
 from fine_tuning.training.training_utils import (
     IGNORED_LABEL,
@@ -94,6 +95,8 @@ def train_adapter(
     torch.set_num_threads(hardware.threads)
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
+    if hardware.precision == "float32":
+        fuse(model)
     batches = batch_by_tokens(train_rows, settings.batch_tokens)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     trainer = LabelTrainer(
@@ -240,12 +243,17 @@ class LabelTrainer(Trainer):
         super().__init__(**arguments)
         self.loss_is_scaled_for_ga = True
         self._positions: torch.Tensor | None = None
-        head = self.model.get_output_embeddings()
-        head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
+        self._hidden: torch.Tensor | None = None
+        self._head = self.model.get_output_embeddings()
+        self._head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
+        self._quick_head = not (self.args.bf16 or self.args.fp16) and has_plain_head(self.model)
 
     def _select(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-        # (rows, tokens, hidden) -> (1, trained positions, hidden)
-        return (hidden if self._positions is None else hidden[self._positions].unsqueeze(0),)
+        # (rows, tokens, hidden) -> (1, trained positions, hidden); the quick head is given them aside.
+        if self._positions is None:
+            return (hidden,)
+        self._hidden = hidden[self._positions]
+        return (hidden[:1, :1] if self._quick_head else self._hidden.unsqueeze(0),)
 
     def compute_loss(
         self,
@@ -273,6 +281,8 @@ class LabelTrainer(Trainer):
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
         finally:
             self._positions = None
+        if self._quick_head:
+            return summed_label_loss(self._hidden, self._head.weight, targets), targets.numel()
         return functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
     @torch.no_grad()

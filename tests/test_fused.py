@@ -1,0 +1,58 @@
+"""The quicker forms give the values and gradients of the forms they stand in for."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fine_tuning.training import fused
+from tests.test_training import SETTINGS
+
+
+def test_the_label_loss_is_cross_entropy():
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    weight, targets = torch.randn(50, 16, dtype=torch.float64), torch.randint(0, 50, (7,))
+    expected = functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(3 * expected, hidden)
+    loss = fused.summed_label_loss(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], gradient)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rslora": True}, {"target_modules": "attention"}, {"top_layers": 1}])
+def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(tiny_base, changes):
+    from fine_tuning.training.base_model import load_model
+    from fine_tuning.training.lora_trainer import attach_adapter
+
+    settings = SETTINGS.model_copy(update={"lora": SETTINGS.lora.model_copy(update=changes)})
+    plain = attach_adapter(load_model(tiny_base, torch.float64), settings).double()
+    torch.manual_seed(1)
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    quick = copy.deepcopy(plain)
+    assert fused.fuse(quick) > 0
+    ids = torch.randint(3, 500, (3, 11))
+    results = []
+    for model in (plain, quick):
+        logits = model(input_ids=ids).logits
+        functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum").backward()
+        results.append((logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    # transformers takes the norm in float32 whatever the model's type.
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dora": True}])
+def test_layers_of_another_kind_keep_their_own_form(tiny_base, changes):
+    from fine_tuning.training.base_model import load_model
+    from fine_tuning.training.lora_trainer import attach_adapter
+
+    settings = SETTINGS.model_copy(update={"lora": SETTINGS.lora.model_copy(update=changes)})
+    model = attach_adapter(load_model(tiny_base, torch.float32), settings)
+    fused.fuse(model)
+    assert not any("forward" in vars(module) for name, module in model.named_modules() if name.endswith("_proj"))
