@@ -13,6 +13,7 @@ from fine_tuning.settings import read_params
 
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
+GENERAL = Path("data/evaluation/general.jsonl")
 EVALUATION = Path("metrics/evaluation.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
 COMPARISON = Path("metrics/comparison.json")
@@ -24,7 +25,7 @@ def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
     metrics = [load_metric(name, MODULES) for name in evaluate.metrics]
     records, evaluation = list(read_jsonl(RECORDS)), read_json(EVALUATION)
-    verdict = compare(records, metrics, settings, evaluate.interval) | {
+    verdict = compare(records, metrics, settings, evaluate.interval, list(read_jsonl(GENERAL))) | {
         "adapter_sha256": sha256_file(ADAPTER),
         "eval_set_sha256": evaluation["suite"]["sha256"],
     }

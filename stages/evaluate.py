@@ -6,6 +6,7 @@ from pathlib import Path
 from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt, load_tokenizer
 from fine_tuning.errors import UserError, run
 from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings, Evaluator, find_champion, summarise
+from fine_tuning.evaluation.forgetting import general_items, knowledge
 from fine_tuning.evaluation.items import read_items, suite_sha256
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.side_by_side import side_by_side
@@ -19,6 +20,7 @@ CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/m
 CHAMPION = Path("models/champion.json")
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
+GENERAL = Path("data/evaluation/general.jsonl")
 METRICS = Path("metrics/evaluation.json")
 PAGE = Path("metrics/side_by_side.md")
 MODULES = Path("fine_tuning/evaluation/metric_modules")
@@ -38,10 +40,14 @@ def main() -> None:
         items, suite, prompts, chat.max_length, settings, main_checkout() / ".whetstone/memo/evaluate"
     )
 
-    records, answers = [], {}
+    general, general_suite = general_items(tokenizer, chat.system_prompt, chat.max_length)
+    records, known, answers = [], [], {}
     for contender in contenders():
         lines, answers[contender.name] = evaluator.evaluate(contender)
         records += lines
+        if settings.forgetting:
+            scores = evaluator.score(contender, general, general_suite, "general knowledge")
+            known += knowledge(contender.name, general, scores)
     records += evaluator.score_quantised(CANDIDATE)
 
     table = {}
@@ -50,6 +56,7 @@ def main() -> None:
         table[name] = summarise(own, metrics, settings.interval)
     clusters = len({item.cluster for item in items})
     write_jsonl(RECORDS, records)
+    write_jsonl(GENERAL, known)
     write_jsonl(
         ANSWERS,
         (

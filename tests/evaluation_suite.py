@@ -16,6 +16,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "threads": 1,
         "generation": {"items": 6, "max_tokens": 24, "slots": 2},
         "quantised_items": 4,
+        "forgetting": True,
         "interval": {"draws": 500, "confidence": 0.95, "seed": 0},
         "test_prompts": ["Where is the router?"],
     }

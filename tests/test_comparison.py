@@ -17,6 +17,7 @@ SETTINGS = CompareSettings(
     minimum_conversations=20,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
+    goldens=["facts-01"],
 )
 TOKENS = 20
 

@@ -48,6 +48,10 @@ def plain_sums(folder, item):
     return nll, len(positions), correct
 
 
+def scored(evaluator, contender):
+    return evaluator.score(contender, evaluator.items, evaluator.suite)
+
+
 def test_scores_equal_a_plain_forward_pass_whatever_the_batches(suite):
     with loaded(suite.candidate.folder, scoring_hardware(1)) as model:
         small, large = (likelihoods(model, suite.items, budget) for budget in (1, 4096))
@@ -60,7 +64,7 @@ def test_scores_equal_a_plain_forward_pass_whatever_the_batches(suite):
 
 
 def test_the_gguf_is_scored_in_llama_cpp_and_agrees_with_the_folder(evaluator, suite):
-    folder = {item.id: score.turns for item, score in zip(suite.items, evaluator.score(suite.candidate), strict=True)}
+    folder = {item.id: score.turns for item, score in zip(suite.items, scored(evaluator, suite.candidate), strict=True)}
     records = evaluator.score_quantised(suite.candidate)
     assert len(records) == SETTINGS.quantised_items
     for record in records:
@@ -88,7 +92,7 @@ def test_the_same_model_on_the_same_items_is_scored_once(evaluator, suite, monke
     monkeypatch.setattr("fine_tuning.evaluation.evaluator.LlamaEngine", fail)
     assert evaluator.evaluate(suite.base) == first
     with pytest.raises(AssertionError, match="computed twice"):
-        Evaluator(suite.items[:3], "another suite", [], 200, SETTINGS, evaluator.memo.folder).score(suite.base)
+        evaluator.score(suite.base, suite.items[:3], "another suite")
 
 
 def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sacrebleu
+import yaml
 from rouge_score import rouge_scorer
 
 from fine_tuning.errors import UserError
@@ -147,3 +148,11 @@ def test_each_value_knows_whether_more_is_better(metrics):
     assert direction(metrics["bleu"], "bleu") == 1
     assert direction(metrics["replies"], "loops") == -1
     assert direction(metrics["replies"], "length_ratio") == 0
+
+
+def test_the_pipeline_runs_again_when_a_metric_or_a_general_question_changes():
+    # Read by path, so that no test of imports sees them.
+    stages = yaml.safe_load((MODULES.parents[2] / "dvc.yaml").read_text())["stages"]
+    assert "fine_tuning/evaluation/metric_modules" in stages["evaluate"]["deps"]
+    assert "fine_tuning/evaluation/metric_modules" in stages["compare"]["deps"]
+    assert "fine_tuning/evaluation/general_items.jsonl" in stages["evaluate"]["deps"]

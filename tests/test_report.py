@@ -23,6 +23,7 @@ COMPARE = CompareSettings(
     minimum_conversations=5,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
+    goldens=["facts-01"],
 )
 EVIL = "<script>alert(1)</script> & ```"
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics, likelihood_columns
+from fine_tuning.evaluation.forgetting import forgotten
 from fine_tuning.evaluation.metrics import REPLY_COLUMNS, columns_of, direction
 from fine_tuning.evaluation.scoring import finite
 from fine_tuning.evaluation.statistics import Resampling, bootstrap, holm, interval, share_at_most
@@ -33,6 +34,7 @@ class CompareSettings(Settings):
     minimum_conversations: int = Field(ge=2)
     secondary: dict[str, float]
     quantisation_tolerance: float = Field(ge=0)
+    goldens: list[str]
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,17 @@ def differences(
 
 
 def compare(
-    records: Records, metrics: Metrics, settings: CompareSettings, intervals: IntervalSettings
+    records: Records,
+    metrics: Metrics,
+    settings: CompareSettings,
+    intervals: IntervalSettings,
+    general: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of metrics/comparison.json but for the identities of candidate and suite.
+
+    Args:
+        records: lines of items.jsonl, all contenders.
+        general: lines of general.jsonl, the suite against forgetting.
 
     Raises:
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
@@ -134,6 +144,8 @@ def compare(
     against += lost
     quantisation = quantising_loss(records, metrics, intervals, settings)
     against += quantisation.pop("reasons")
+    forgetting, lost = forgotten(general, settings.goldens)
+    against += lost
 
     clusters = min(difference.clusters for difference in primary)
     undefined = any(not np.isfinite(difference.value) for difference in primary)
@@ -161,6 +173,7 @@ def compare(
             rival: {name: difference.as_json() for name, difference in found.items()} for rival, found in pairs.items()
         },
         "quantisation": quantisation,
+        "forgetting": forgetting,
         "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": min(difference.n for difference in primary),
         "clusters": clusters,
@@ -179,6 +192,7 @@ def no_references(settings: CompareSettings, count: int) -> dict[str, Any]:
         "secondary": {},
         "differences": {},
         "quantisation": {},
+        "forgetting": {},
         "provenance": {"references": 0, "left_out": count},
         "n": 0,
         "clusters": 0,

@@ -61,6 +61,7 @@ class EvaluateSettings(Settings):
     threads: int | None = Field(ge=1)
     generation: GenerationSettings
     quantised_items: int = Field(ge=0)
+    forgetting: bool
     interval: IntervalSettings
     test_prompts: list[str]
 
@@ -141,7 +142,7 @@ class Evaluator:
 
     def evaluate(self, contender: Contender) -> tuple[list[dict[str, Any]], list[Reply]]:
         """Records of the contender's items, and its answers to the further prompts."""
-        scores = self.score(contender)
+        scores = self.score(contender, self.items, self.suite)
         asked = sample([item for item in self.items if item.references], self.settings.generation.items)
         answers = self.answer(contender, [*(item.prompt_ids(item.asked) for item in asked), *self.prompts])
         by_id = {item.id: reply for item, reply in zip(asked, answers, strict=False)}
@@ -151,19 +152,18 @@ class Evaluator:
         ]
         return records, answers[len(asked) :]
 
-    def score(self, contender: Contender) -> list[Likelihood]:
-        """Likelihood of every item's replies by the contender's folder."""
+    def score(self, contender: Contender, items: Sequence[Item], suite: str, what: str = "scores") -> list[Likelihood]:
+        """Likelihood of every item's replies by the contender's folder; `suite` identifies the items."""
 
         def compute() -> list:
-            count, budget = len(self.items), self.settings.batch_tokens
             with (
                 loaded(contender.folder, self.hardware) as model,
-                self._progress(contender, "scores", count, "conversation") as done,
+                self._progress(contender, what, len(items), "conversation") as done,
             ):
-                return [score.as_json() for score in likelihoods(model, self.items, budget, done)]
+                return [score.as_json() for score in likelihoods(model, items, self.settings.batch_tokens, done)]
 
         # Not the number of threads: it moves the last digits only.
-        key = ["likelihoods", contender.weights_sha256(), self.suite, self.hardware.precision, self.hardware.device]
+        key = ["likelihoods", contender.weights_sha256(), suite, self.hardware.precision, self.hardware.device]
         return [Likelihood.from_json(turns) for turns in self.memo.get(key, compute)]
 
     def score_quantised(self, contender: Contender) -> list[dict[str, Any]]:

@@ -54,6 +54,8 @@ def write_report(
         metric_table(table),
         quantising(comparison["quantisation"]),
         references(comparison["provenance"], comparison["primary"]["metric"]),
+        "<h2>Forgetting</h2>",
+        forgetting(comparison["forgetting"]),
         "<h2>Where</h2>",
         *(slice_table(dimension, found) for dimension, found in slices(records).items()),
         "<h2>Test prompts</h2>",
@@ -155,6 +157,20 @@ def references(found: dict[str, Any], metric: str) -> str:
             f"[{number(biased['low'])}, {number(biased['high'])}]"
         )
     return words + ".</p>"
+
+
+def forgetting(found: dict[str, dict[str, Any]]) -> str:
+    """What the candidate still knows of the general questions."""
+    if not found:
+        return "<p>Not measured.</p>"
+    rows = "".join(
+        f"<tr><td>{escape(rival)}</td><td>{row['rival_knows']} of {row['questions']}</td>"
+        f"<td>{row['candidate_knows']}</td><td>{len(row['lost'])} <small>{escape(', '.join(row['lost']))}</small></td>"
+        f"<td>{len(row['gained'])}</td><td>{row['p_value']:.2g}</td></tr>"
+        for rival, row in found.items()
+    )
+    head = "<tr><th>rival</th><th>it knows</th><th>candidate knows</th><th>lost</th><th>gained</th><th>p</th></tr>"
+    return f'<div class="scroll"><table>{head}{rows}</table></div>'
 
 
 def slice_table(dimension: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
