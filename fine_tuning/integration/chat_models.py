@@ -1,5 +1,6 @@
 """The models a person can talk to: what Ollama serves, the champion's and the base's GGUF, and how each is asked."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,10 @@ BASE = Path("models/base")
 BASE_GGUF = BASE / "base-Q8_0.gguf"
 CHAMPION = Path("models/champion.json")
 CHAMPION_GGUF = Path("models/champion/package/model.gguf")
+COMPARISON = Path("metrics/comparison.json")
 CANDIDATE_GGUF = Path("models/package/model.gguf")
+# transformers imports its parts when they are first used, and two threads that do so at once fail.
+_one_at_a_time = threading.Lock()
 NO_MODEL = "there is no model to talk to yet: run `make repro`"
 
 
@@ -106,8 +110,16 @@ def _local_models(checkout: Path) -> list[ChatModel]:
     if (checkout / BASE_GGUF).is_file():
         models.append(ChatModel("Base", "embedded", str(BASE_GGUF), None, checkout / BASE_GGUF))
     if (checkout / CANDIDATE_GGUF).is_file():
-        models.append(ChatModel("Candidate", "embedded", str(CANDIDATE_GGUF), None, checkout / CANDIDATE_GGUF))
+        tag = f"{CANDIDATE_GGUF}{_candidate_mark(checkout)}"
+        models.append(ChatModel("Candidate", "embedded", tag, None, checkout / CANDIDATE_GGUF))
     return models
+
+
+def _candidate_mark(checkout: Path) -> str:
+    """Part of the adapter's hash: the next candidate has the same path and is another model."""
+    path = checkout / COMPARISON
+    sha256 = read_json(path).get("adapter_sha256") if path.is_file() else None
+    return f"@{sha256[:8]}" if sha256 else ""
 
 
 def champion_version(checkout: Path) -> int | None:
@@ -138,9 +150,10 @@ def stream_reply(
         yield from _from_ollama(model, messages, sampling, system_prompt, client)
         return
     assert model.gguf is not None
-    tokenizer = tokenizer_of(_tokenizer_folder(model.gguf, checkout))
     room = settings.context - min(sampling.max_tokens, settings.context // 2)
-    prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
+    with _one_at_a_time:
+        tokenizer = tokenizer_of(_tokenizer_folder(model.gguf, checkout))
+        prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
     with shared_engines.use(
         model.gguf,
         context=settings.context,

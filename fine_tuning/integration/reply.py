@@ -78,7 +78,7 @@ class Reply:
         except UserError as error:
             self._end("failed", str(error))
         except Exception as error:
-            self._end("failed", f"the model's server broke off ({type(error).__name__}): try again")
+            self._end("failed", f"the reply failed ({type(error).__name__}): try again, or choose another model")
         finally:
             close = getattr(pieces, "close", None)
             if close is not None:

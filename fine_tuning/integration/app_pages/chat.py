@@ -203,7 +203,8 @@ def _below_reply(
     if rating is not None:
         st.text_input(
             "Why?", entry.get("comment") or "", key=f"why-{identity}", placeholder="Why? (optional)",
-            label_visibility="collapsed", on_change=_comment, args=(here, conversation["id"], identity), max_chars=500,
+            label_visibility="collapsed", on_change=_comment,
+            args=(here, conversation["id"], identity, entry.get("comment") or ""), max_chars=500,
         )  # fmt: skip
     if others := message.get("alternatives"):
         _alternatives(here, conversation, message, others)
@@ -247,10 +248,11 @@ def _judge(here: App, conversation_id: str, message_id: str) -> None:
     here.logger.log_feedback(message_id, rating, conversation_id=conversation_id)
 
 
-def _comment(here: App, conversation_id: str, message_id: str) -> None:
-    rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
+def _comment(here: App, conversation_id: str, message_id: str, before: str) -> None:
     comment = st.session_state[f"why-{message_id}"].strip()
-    here.logger.log_feedback(message_id, rating, comment, conversation_id=conversation_id)
+    if comment != before:
+        rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
+        here.logger.log_feedback(message_id, rating, comment, conversation_id=conversation_id)
 
 
 @st.dialog("What should the reply have been?", width="large")

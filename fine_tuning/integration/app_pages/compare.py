@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import pandas as pd
 import streamlit as st
 
 from fine_tuning.errors import UserError
@@ -98,7 +97,7 @@ def _replies(duel: Duel) -> None:
             st.markdown(f"**{side if duel.vote is None else plain(model.label)}**")
             show_text(reply.text + (" ▌" if reply.writing else ""))
             if reply.error:
-                st.error(plain(reply.error) if duel.vote else "no whole reply came")
+                st.error(plain(reply.error))
 
 
 def _judge(here: App, duel: Duel) -> None:
@@ -136,19 +135,11 @@ def _standings(here: App) -> None:
     if not found:
         return
     st.subheader("Votes so far")
-    rows = []
     for standing in found:
-        low, high = standing.interval or (None, None)
-        rows.append(
-            {
-                "model": standing.first,
-                "against": standing.second,
-                "won": standing.wins,
-                "lost": standing.losses,
-                "as good": standing.ties,
-                "both bad": standing.both_bad,
-                "win rate": None if standing.rate is None else f"{standing.rate:.0%} ({low:.0%} to {high:.0%})",
-            }
-        )
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
-    st.caption("The win rate is over the votes that decided, with its 95 % interval.")
+        st.markdown(f"**{plain(standing.first)}** against **{plain(standing.second)}**")
+        parts = [f"won {standing.wins}, lost {standing.losses}"]
+        if standing.rate is not None and standing.interval is not None:
+            low, high = standing.interval
+            parts.append(f"win rate {standing.rate:.0%} (95 % interval {low:.0%} to {high:.0%})")
+        parts += [f"{number} {word}" for number, word in ((standing.ties, "as good"), (standing.both_bad, "both bad"))]
+        st.caption(" · ".join(parts))

@@ -1,0 +1,289 @@
+"""The pages Data, Models, Runs and Compare: AppTest over real shards, DVC, MLflow and a registry."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import streamlit as st
+import yaml
+from streamlit.testing.v1 import AppTest
+
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.shards import write_shard
+from fine_tuning.errors import UserError
+from fine_tuning.integration import models_view, runs_view, votes
+from fine_tuning.integration.chat_models import ChatModel, Sampling
+from fine_tuning.integration.embedded_engine import shared_engines
+from fine_tuning.integration.jobs import Job, Jobs, jobs
+from fine_tuning.integration.runs_view import Line
+from stages import clean, intake, prepare
+from tests import registered
+from tests.app_checkout import REPOSITORY, write_checkout
+
+WORDS = ("router", "cable", "printer", "screen", "mouse", "battery", "window", "button", "server", "account")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("OLLAMA_HOST", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    jobs.latest = None
+    yield
+    jobs.stop()
+    shared_engines.close()
+
+
+def open_page(name: str) -> AppTest:
+    program = f"from fine_tuning.integration.app_pages.{name} import page\npage()\n"
+    at = AppTest.from_string(program, default_timeout=120).run()
+    assert not at.exception
+    return at
+
+
+def shown(at: AppTest) -> str:
+    """All text of the page."""
+    elements = [*at.markdown, *at.caption, *at.info, *at.warning, *at.error, *at.success]
+    return "\n".join(str(element.value) for element in elements).replace("\\", "")
+
+
+def talk(number: int, question: str, reply: str) -> dict:
+    return {
+        "id": f"c{number}",
+        "source": "chat",
+        "started_at": f"2026-01-{1 + number % 28:02}T10:00:00.000Z",
+        "messages": [
+            {"id": f"c{number}-q", "role": "user", "content": question},
+            {"id": f"c{number}-a", "role": "assistant", "content": reply},
+        ],
+        "feedback": [],
+        "metadata": {},
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture
+def collected(tmp_path, tiny_base, monkeypatch):
+    """A checkout whose conversations went through intake, clean and prepare."""
+    write_checkout(tmp_path, tiny_base)
+    monkeypatch.chdir(tmp_path)
+    talks = [
+        talk(n, f"Why does the {a} of my {b} fail?", f"Unplug the {b}, wait, and look at the {a} again, number {n}.")
+        for n, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a < b)
+    ]
+    talks.append(talk(900, "Write to jane.doe@example.org please", "I wrote to jane.doe@example.org for you today."))
+    talks.append(talk(901, talks[0]["messages"][0]["content"], talks[0]["messages"][1]["content"]))
+    write_shard("data/conversations", "import", talks)
+    for stage in (intake, clean, prepare):
+        stage.main()
+    return tmp_path
+
+
+def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collected):
+    ConversationLogger("inbox/conversations.jsonl").log_conversation("New one", "Yes.", {"session_id": "s1"})
+    at = open_page("data")
+    numbers = {metric.label: metric.value for metric in at.metric}
+    assert (numbers["Collected"], numbers["Dropped"], numbers["Masked"]) == ("48", "1", "2")
+    assert "**1 conversation** with news since the last seal." in shown(at)
+
+    at.text_input(key="find").set_value("jane").run()
+    assert "background" in at.html[0].proto.body and "jane.doe@example.org</span>" in at.html[0].proto.body
+    at.segmented_control(key="view").set_value("After cleaning").run()
+    after = "".join(element.proto.body for element in at.html)
+    assert "jane" not in after and "&lt;EMAIL_1&gt;</span>" in after
+    at.segmented_control(key="view").set_value("Tokens").run()
+    assert "In the split" in shown(at)
+    assert "&lt;|im_end|&gt;</span>" in at.html[0].proto.body, "the token that ends the reply is trained"
+
+
+def test_a_dropped_conversation_tells_its_reason(collected):
+    at = open_page("data")
+    at.selectbox(key="fate").set_value("duplicate").run()
+    assert "Dropped: duplicate" in shown(at)
+
+
+def test_html_in_a_conversation_stays_text(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.chdir(write_checkout(tmp_path, tiny_base))
+    ConversationLogger("inbox/conversations.jsonl").log_conversation("<img src=http://evil.example>", "<script>")
+    at = open_page("data")
+    bodies = "".join(element.proto.body for element in at.html)
+    assert "&lt;img" in bodies and "<img" not in bodies and "<script" not in bodies
+
+
+# -------------------------------------------------------------------------------------------------- models and runs
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_base):
+    """A project with version 1 promoted and a second candidate whose verdict is HOLD."""
+    folder = registered.write_project(tmp_path_factory.mktemp("registered") / "project", tiny_base)
+    assert registered.type_command(folder, "promote").returncode == 0
+    registered.repro(folder, seed=2, verdict="HOLD")
+    ours = yaml.safe_load((REPOSITORY / "params.yaml").read_bytes())
+    params = yaml.safe_load((folder / "params.yaml").read_bytes()) | {name: ours[name] for name in ("app", "clean")}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def test_the_gate_disables_promotion_and_says_why(project, monkeypatch):
+    monkeypatch.chdir(project)
+    at = open_page("models")
+    assert at.button(key="promote").disabled
+    assert not at.button(key="force").disabled
+    assert "Promotion is off: the verdict is HOLD." in shown(at)
+    assert "no Ollama answers" in shown(at)
+    assert "Deploy, Switch, Roll back: off, Ollama does not answer." in shown(at)
+
+
+def test_a_forced_promotion_needs_a_reason_and_registers_a_version(project, monkeypatch):
+    monkeypatch.chdir(project)
+    at = open_page("models")
+    at.button(key="force").click().run()
+    assert at.button(key="force-now").disabled
+    registry = models_view.open_registry(project, "trial")
+    (first,) = registry.versions()
+    assert models_view.reasons(registry, first) == ["perplexity 9.2 < 23.6"]
+    drawing = models_view.lineage(first.tags, ["version 1"], live=True)
+    assert first.tags["adapter_sha256"][:10] in drawing and "version -> live" in drawing
+
+
+def test_the_champion_is_not_promoted_twice(project, monkeypatch, tmp_path):
+    found = models_view.candidate(project)
+    assert found is not None and found.obstacle is None
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "models/adapter").mkdir(parents=True)
+    (tmp_path / "metrics/comparison.json").write_bytes((project / "metrics/comparison.json").read_bytes())
+    assert "dvc pull" in str(models_view.candidate(tmp_path).obstacle)
+    (tmp_path / "models/adapter/adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "models/champion.json").write_text(f'{{"adapter_sha256": "{found.adapter_sha256}"}}')
+    assert models_view.candidate(tmp_path).obstacle == "it is the champion already"
+
+
+def test_a_report_is_shown_without_an_origin():
+    assert models_view.as_page(b"<script>1</script>").startswith("data:text/html;charset=utf-8;base64,")
+
+
+def test_commits_and_the_workspace_are_lines_of_one_table(project, monkeypatch):
+    monkeypatch.chdir(project)
+    lines = runs_view.dvc_lines(project)
+    assert lines[0].kind == "workspace"
+    assert runs_view.changed(lines[0], lines[1])["train.seed"] == 2
+    names = {row["name"] for row in runs_view.differences(lines[0], lines[1])}
+    assert {"train.seed", "compare.verdict", "comparison.verdict"} <= names
+    at = open_page("runs")
+    assert not at.button(key="repro").disabled
+    assert at.dataframe[0].value["what"].tolist()[0] == "workspace"
+
+
+def test_a_run_stands_with_the_experiment_that_has_its_numbers():
+    numbers = {"train.train_loss": 2.5, "train.validation_loss": 2.25}
+    one, other = Line("commit", "a", None, metrics=numbers), Line("commit", "b", None)
+    same = Line("MLflow run", "r", None, metrics=numbers | {"train.tokens_per_second": 181.0}, run_id="1")
+    alone = Line("MLflow run", "s", None, metrics={}, run_id="2")
+    table = runs_view.joined([one, other], [same, alone])
+    assert [(line.name, line.run_id) for line in table] == [("a", "1"), ("b", None), ("s", "2")]
+    assert table[0].metrics["train.tokens_per_second"] == 181.0
+
+
+def test_only_assignments_reach_the_command_line():
+    assert runs_view.overrides("train.epochs=2\n\n train.lora.rank=16 ") == [
+        "-S", "train.epochs=2", "-S", "train.lora.rank=16",
+    ]  # fmt: skip
+    for wrong in ("--force", "train.epochs", "x; rm -rf ~", "seed=1"):
+        with pytest.raises(UserError, match="changes no parameter"):
+            runs_view.overrides(wrong)
+
+
+# --------------------------------------------------------------------------------------------------------------- jobs
+
+
+def wait(job: Job) -> None:
+    deadline = time.monotonic() + 20
+    while job.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_job_tells_its_stages_progress_and_outcome(tmp_path):
+    program = (
+        "print(\"Running stage 'clean':\"); print('10%\\r20%\\r90%'); print('\\x1b[31merror: it is full: mend it')"
+    )
+    job = Job("dvc repro", [sys.executable, "-c", program + "; raise SystemExit(1)"], tmp_path)
+    wait(job)
+    assert job.stages() == ["clean"]
+    assert job.lines() == ["Running stage 'clean':", "90%", "error: it is full: mend it"]
+    assert job.outcome() == "it is full: mend it"
+
+
+def test_a_stopped_job_leaves_no_process_behind(tmp_path):
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    running = Jobs()
+    job = running.start("long", [sys.executable, "-c", f"{child}; print('up', flush=True); time.sleep(60)"], tmp_path)
+    while "up" not in job.lines():
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="long is running"):
+        running.start("other", ["true"], tmp_path)
+    job.stop(patience=2)
+    assert (job.running, job.outcome()) == (False, "stopped")
+    group = [path for path in Path("/proc").glob("[0-9]*/stat") if _in_group(path, job._process.pid)]
+    assert group == []
+
+
+def _in_group(path: Path, group: int) -> bool:
+    try:
+        state, _, found = path.read_text().rpartition(") ")[2].split()[:3]
+    except OSError:
+        return False
+    return int(found) == group and state != "Z"
+
+
+# ------------------------------------------------------------------------------------------------------------ compare
+
+
+def test_two_models_answer_blind_and_the_vote_is_a_preference(tmp_path, tiny_base, monkeypatch):
+    checkout = write_checkout(tmp_path, tiny_base)
+    monkeypatch.chdir(checkout)
+    (checkout / "models/package").mkdir()
+    candidate = checkout / "models/package/model.gguf"
+    candidate.write_bytes((checkout / "models/base/base-Q8_0.gguf").read_bytes())
+    at = open_page("compare")
+    at.text_area(key="prompt").set_value("Hello?")
+    at.button(key="ask-both").click().run()
+    duel = at.session_state["duel"]
+    for reply in duel.replies:
+        assert reply.wait(30)
+    at.run()
+    assert "gguf" not in "".join(markdown.value for markdown in at.markdown), "nobody knows who is who"
+    at.button(key="vote-second").click().run()
+
+    (held,) = ConversationLogger("inbox/conversations.jsonl").read_conversations()
+    assert held["source"] == "compare"
+    assert held["messages"][1]["content"] == duel.replies[1].text
+    assert [other["content"] for other in held["messages"][1]["alternatives"]] == [duel.replies[0].text]
+    assert held["feedback"][0]["over"] == [held["messages"][1]["alternatives"][0]["id"]]
+    (standing,) = votes.standings(votes.read(checkout))
+    assert standing.wins + standing.losses == 1
+    assert "win rate" in shown(at)
+
+
+def test_votes_count_for_a_pair_whatever_side_it_stood_on(tmp_path):
+    one, other = (ChatModel(name, "embedded", f"{name}.gguf") for name in "ab")
+    logger = ConversationLogger(tmp_path / "inbox/conversations.jsonl")
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=8)
+    for models, vote in (((one, other), "first"), ((other, one), "second"), ((one, other), "tie")):
+        votes.record(tmp_path, logger, "Hi", ("x", "y"), models, vote, sampling)
+    standing = votes.standing(votes.read(tmp_path), one.label, other.label)
+    assert (standing.wins, standing.losses, standing.ties) == (2, 0, 1)
+    assert len(logger.read_conversations()) == 2, "a tie prefers nothing"
+
+
+def test_the_interval_is_wilsons():
+    # 8 of 10, worked by hand: centre (0.8 + 0.19207) / 1.38415, half width 0.22660.
+    low, high = votes.wilson(8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert votes.wilson(0, 0) is None
