@@ -1,341 +1,315 @@
-"""Cleaning and preparing side by side with presidio and datasketch: time, peak memory and what was found.
+"""This cleaner beside Presidio's pattern recognisers and datasketch, on the same generated conversations, in one run.
 
-    python -m benchmarks.cleaning --peers .venv-peers/bin/python
+    pip install -r benchmarks/requirements.txt    # presidio-analyzer, datasketch
+    python -m benchmarks.cleaning [--conversations 10000] [--runs 3]
 
-`benchmarks/requirements.txt` says how to make the environment of the peers; without it only this project is measured.
-Every contestant runs alone in a process of its own, on the same generated conversations: sentences of the sample with
-injected personal data, exact and near duplicates and mojibake. Times are CPU time of one core, medians of --rounds.
+Measured are seconds of CPU, in a process of its own for each side and run, imports apart; the median over the runs is
+printed with the smallest and the largest. Peak memory is that of the process (VmHWM), with what it is without work.
+Presidio's side only masks (its pattern recognisers, no language model), datasketch's only finds near-duplicates; ours
+is shown for the same part and as a whole: parse, repair, mask, filter, deduplicate, cluster, write.
 """
 
 import argparse
 import json
 import logging
+import multiprocessing
 import random
-import re
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PERSONAL = {
-    "EMAIL": ["anna.schmidt@example.org", "j.doe+shop@mail.example.co.uk", "info@uni-koeln.example"],
-    "URL": ["https://www.example.com/a/b?c=d", "http://example.org/path_(x)", "https://sub.example.net:8080/"],
-    "PHONE": ["+49 30 901820", "+1 212-736-5000", "+44 20 7946 0958"],
-    "IP": ["203.0.113.77", "2001:db8::8a2e:370:7334", "198.51.100.4"],
-    "IBAN": ["DE89370400440532013000", "GB29 NWBK 6016 1331 9268 19", "FR1420041010050500013M02606"],
-    "CREDIT_CARD": ["4111 1111 1111 1111", "5555-5555-5555-4444", "378282246310005"],
-    "US_SSN": ["536-90-4399", "219-09-9998"],
-}
-PRESIDIO = {
-    "EMAIL": "EmailRecognizer",
-    "URL": "UrlRecognizer",
-    "PHONE": "PhoneRecognizer",
-    "IP": "IpRecognizer",
-    "IBAN": "IbanRecognizer",
-    "CREDIT_CARD": "CreditCardRecognizer",
-    "US_SSN": "UsSsnRecognizer",
-}
-PERMUTATIONS, THRESHOLD = 64, 0.8
+SUBJECTS = ("router", "printer", "invoice", "holiday", "recipe", "garden", "contract", "engine", "password", "camera")
+VERBS = ("restart", "repair", "cancel", "describe", "compare", "clean", "translate", "explain", "order", "update")
+PLACES = ("at home", "in the office", "near the station", "on my phone", "in the kitchen", "on the server")
+OPENINGS = (
+    "Please tell me how I can {verb} the {subject} {place}.",
+    "Why does the {subject} not work {place}?",
+    "What is the best way to {verb} a {subject} {place}?",
+    "I would like to {verb} my {subject} {place}, what do I need?",
+)
+ADVICE = (
+    "First look at the {subject} and note what you see.",
+    "Then {verb} it slowly, step by step, and wait a minute.",
+    "Most people {place} never need more than that.",
+    "If the {subject} still does not answer, write down the time and the message.",
+    "It helps to {verb} one thing at a time, and to keep the old {subject} until the new one runs.",
+    "Remember that a {subject} {place} is warmer than you think.",
+)
+PERSONAL = (
+    lambda r: f"My address is {r.choice(SUBJECTS)}.{r.randrange(999)}@example.com.",
+    lambda r: f"Call me at +1 650-253-{r.randrange(10_000):04d}.",
+    lambda r: f"The server is 192.0.2.{r.randrange(1, 255)}.",
+    lambda r: "My card is 4242 4242 4242 4242.",
+    lambda r: f"See https://example.org/{r.choice(SUBJECTS)}/{r.randrange(9999)}.",
+    lambda r: "Transfer it to DE89 3704 0044 0532 0130 00.",
+    lambda r: "The key is sk_live_A1b2C3d4E5f6G7h8I9j0K1l2.",
+)
+FOREIGN = ("schön", "café", "naïve", "Größe", "señor", "déjà vu")
 
 
-# -----------------------------------------------------------------------------
-# conversations
-
-
-def generate(count: int) -> Iterator[dict]:
-    """`count` conversations, the same every time; "injected" and "copy_of" say what was done to them."""
-    from fine_tuning.data_collection.sample import sample_conversations
-
-    draw = random.Random(0)
-    turns = [[message["content"] for message in c["messages"]] for c in sample_conversations()]
-    questions = sorted({texts[0] for texts in turns})
-    answers = sorted({texts[1] for texts in turns if len(texts) > 1})
+def conversations(count: int, seed: int = 7) -> list[dict]:
+    """Conversations of one to three exchanges: personal data in 15 %, exact duplicates 5 %, near 5 %, mojibake 3 %."""
+    random_ = random.Random(seed)
     made: list[dict] = []
-    for index in range(count):
-        kind = draw.random()
-        if made and kind < 0.2:
-            earlier = draw.choice(made)
-            texts, injected = [m["content"] for m in earlier["messages"]], earlier["injected"]
-            if kind < 0.1:  # a near duplicate: one word more
-                texts = [*texts[:-1], f"{texts[-1]} Indeed."]
-            copy_of = earlier["copy_of"] or earlier["id"]
+    for number in range(count):
+        kind = random_.random()
+        if made and kind < 0.10:
+            texts = [message["content"] for message in made[random_.randrange(len(made))]["messages"]]
+            if kind >= 0.05:
+                texts[-1] += " Good luck!"
         else:
-            texts, injected, copy_of = [], [], None
-            for _ in range(draw.randint(1, 3)):
-                texts.append(" ".join(draw.choices(questions, k=2)))
-                texts.append(" ".join(draw.choices(answers, k=4)))
-            if kind < 0.5:
-                name = draw.choice(sorted(PERSONAL))
-                injected = [[name, draw.choice(PERSONAL[name])]]
-                texts[0] += f" Reach me under {injected[0][1]} please."
-            elif kind < 0.6:
-                texts[1] += " Schöne Grüße, naïve café – “quoted”…".encode().decode("windows-1252", "replace")
+            texts = [text for _ in range(random_.choice((1, 1, 2, 3))) for text in _exchange(random_)]
+            if random_.random() < 0.15:
+                texts[0] += " " + random_.choice(PERSONAL)(random_)
+            if random_.random() < 0.03:
+                texts[-1] += " " + random_.choice(FOREIGN).encode().decode("latin-1")
         messages = [
-            {"id": f"{index}-{i}", "role": ("user", "assistant")[i % 2], "content": text}
-            for i, text in enumerate(texts)
+            {"id": f"g{number}-{index}", "role": ("user", "assistant")[index % 2], "content": text}
+            for index, text in enumerate(texts)
         ]
-        conversation = {"id": f"c{index:06}", "source": "benchmark", "started_at": None, "messages": messages}
-        conversation |= {"feedback": [], "metadata": {}, "injected": injected, "copy_of": copy_of}
-        made.append(conversation)
-        yield conversation
+        made.append(
+            {
+                "id": f"g{number:08d}",
+                "source": "generated",
+                "started_at": f"2026-01-01T{number // 3600 % 24:02d}:{number // 60 % 60:02d}:{number % 60:02d}.000Z",
+                "messages": messages,
+                "feedback": [],
+                "metadata": {},
+            }
+        )
+    return made
 
 
-def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_bytes().splitlines()]
+def _exchange(random_: random.Random) -> tuple[str, str]:
+    def fill(pattern: str) -> str:
+        return pattern.format(
+            subject=random_.choice(SUBJECTS), verb=random_.choice(VERBS), place=random_.choice(PLACES)
+        )
 
-
-def texts_of(file: Path) -> list[str]:
-    return [message["content"] for conversation in read(file) for message in conversation["messages"]]
+    question = fill(random_.choice(OPENINGS))
+    return question, " ".join(fill(pattern) for pattern in random_.sample(ADVICE, random_.randint(2, 5)))
 
 
 # -----------------------------------------------------------------------------
-# contestants: each takes the file and gives (what is timed, what it found when it is done)
+# the sides: each prepares and returns what is measured
 
 
-def whole_cleaning(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    """Parse, repair, mask, filter, deduplicate and cluster, from file to files, in one process."""
+def _texts(path: Path) -> list[str]:
+    with open(path, "rb") as file:
+        return [message["content"] for line in file for message in json.loads(line)["messages"]]
+
+
+def whole_cleaning(path: Path) -> Callable[[], object]:
     from fine_tuning.data_collection.data_cleaner import default_settings
     from fine_tuning.data_collection.shard_cleaner import clean_shards
     from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
 
+    _warm_masking()
     settings = default_settings().model_copy(update={"processes": 1})
-
-    def run() -> dict:
-        with tempfile.TemporaryDirectory() as folder:
-            here = Path(folder)
-            return clean_shards([(file, "0" * 64)], here / "clean", here / "memo", settings, CONTROL_TOKENS)
-
-    return run, lambda summary: {"kept": summary["kept"], "clusters": summary["clusters"]}
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=path.parent))
+    return lambda: clean_shards([(path, "0")], folder / "clean", folder / "memo", settings, CONTROL_TOKENS)
 
 
-def masking(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    from fine_tuning.data_collection.personal_data import find
+def our_masking(path: Path) -> Callable[[], object]:
+    from fine_tuning.data_collection.personal_data import Masker
 
-    texts = texts_of(file)
-    kinds = tuple(PERSONAL)
-
-    def run() -> list[list[tuple[str, int, int]]]:
-        return [[(hit.type, hit.start, hit.end) for hit in find(text, kinds)] for text in texts]
-
-    return run, lambda hits: recall(file, hits)
+    texts = _texts(path)
+    _warm_masking()
+    return lambda: [Masker().mask(text) for text in texts]
 
 
-def presidio(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    logging.disable(logging.CRITICAL)  # it wants to fetch a list of domains, and does without
-    from presidio_analyzer import predefined_recognizers
+def _warm_masking() -> None:
+    from fine_tuning.data_collection.data_cleaner import DataCleaner
 
-    recognisers = [(kind, getattr(predefined_recognizers, name)()) for kind, name in PRESIDIO.items()]
-    texts = texts_of(file)
-
-    def run() -> list[list[tuple[str, int, int]]]:
-        return [
-            [
-                (kind, hit.start, hit.end)
-                for kind, recogniser in recognisers
-                for hit in recogniser.analyze(text, recogniser.supported_entities, None) or []
-                if hit.score >= 0.4
-            ]
-            for text in texts
-        ]
-
-    return run, lambda hits: recall(file, hits)
-
-
-def recall(file: Path, hits: list[list[tuple[str, int, int]]]) -> dict:
-    """Share of the injected values that a hit of their type covers."""
-    found = total = position = 0
-    for conversation in read(file):
-        for kind, value in conversation["injected"]:
-            text = conversation["messages"][0]["content"]
-            start = text.index(value)
-            total += 1
-            found += any(k == kind and s <= start and e >= start + len(value) for k, s, e in hits[position])
-        position += len(conversation["messages"])
-    return {"recall": round(found / total, 4)}
-
-
-def near_duplicates(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    import sqlite3
-
-    from fine_tuning.data_collection.near_duplicates import Clusters, shingles, signatures
-
-    documents = [[message["content"] for message in conversation["messages"]] for conversation in read(file)]
-
-    def run() -> list[int]:
-        clusters = Clusters(sqlite3.connect(""), THRESHOLD)
-        for start in range(0, len(documents), 256):
-            for signature in signatures([shingles(texts) for texts in documents[start : start + 256]]):
-                clusters.add(signature)
-        return [clusters.cluster(row) for row in range(len(documents))]
-
-    return run, lambda clusters: joined(file, clusters)
-
-
-def datasketch(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    from datasketch import MinHash, MinHashLSH
-
-    documents = [[message["content"] for message in conversation["messages"]] for conversation in read(file)]
-    word = re.compile(r"\w+")
-
-    def run() -> list[int]:
-        index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
-        parents: list[int] = []
-        for row, texts in enumerate(documents):
-            words = word.findall(" ".join(texts).lower())
-            signature = MinHash(num_perm=PERMUTATIONS)
-            signature.update_batch({f"{a} {b}".encode() for a, b in pairwise(words)})
-            near = [parents[int(other)] for other in index.query(signature)]
-            parents.append(min(near, default=row))
-            index.insert(str(row), signature)
-        return parents
-
-    return run, lambda clusters: joined(file, clusters)
-
-
-def joined(file: Path, clusters: list[int]) -> dict:
-    """Share of the copies, exact and near, that are in a cluster with their original."""
-    rows = {conversation["id"]: row for row, conversation in enumerate(read(file))}
-    copies = [(rows[c["id"]], rows[c["copy_of"]]) for c in read(file) if c["copy_of"]]
-    found = sum(clusters[copy] == clusters[original] for copy, original in copies)
-    return {"recall": round(found / len(copies), 4)}
-
-
-def formatting(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    from fine_tuning.data_preparation.formatter import TrainingDataFormatter
-
-    conversations, formatter = read(file), TrainingDataFormatter("chatml")
-    return lambda: formatter.create_training_pairs(conversations), lambda pairs: {"pairs": len(pairs)}
-
-
-def splitting(file: Path) -> tuple[Callable[[], Any], Callable[[Any], dict]]:
-    """100 conversations at a time, as a first user of DatasetBuilder has them."""
-    from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
-
-    conversations = read(file)
-    portions = [conversations[start : start + 100] for start in range(0, len(conversations), 100)]
-    return (
-        lambda: [DatasetBuilder().build_dataset(portion) for portion in portions],
-        lambda built: {"rows": sum(len(rows) for dataset in built for rows in dataset.values())},
+    DataCleaner().clean_text(
+        "é a@b.example +1 650-253-0000 192.0.2.1 DE89370400440532013000 536-90-4399 cpf 390.533.447-05"
     )
 
 
-CONTESTANTS: dict[str, tuple[Callable[[Path], tuple], str | None]] = {
-    "whole cleaning": (whole_cleaning, None),
-    "masking": (masking, "presidio"),
-    "presidio": (presidio, None),
-    "near duplicates": (near_duplicates, "datasketch"),
-    "datasketch": (datasketch, None),
-    "formatting": (formatting, None),
-    "splitting": (splitting, None),
-}
-PEERS = ("presidio", "datasketch")
+def presidio_masking(path: Path) -> Callable[[], object]:
+    """The pattern recognisers for the types that we mask too, each applied to each text, merged as its engine does."""
+    from presidio_analyzer import EntityRecognizer
+    from presidio_analyzer.predefined_recognizers import (
+        CreditCardRecognizer,
+        EmailRecognizer,
+        IbanRecognizer,
+        IpRecognizer,
+        PhoneRecognizer,
+        UrlRecognizer,
+        UsSsnRecognizer,
+    )
+
+    kinds = (EmailRecognizer, UrlRecognizer, IpRecognizer, IbanRecognizer, CreditCardRecognizer, UsSsnRecognizer)
+    recognisers = [kind() for kind in kinds] + [PhoneRecognizer(supported_regions=("US", "GB", "DE", "FR"))]
+    texts = _texts(path)
+
+    def mask(text: str) -> str:
+        found = [hit for r in recognisers for hit in r.analyze(text, r.supported_entities, None) or []]
+        hits = [hit for hit in EntityRecognizer.remove_duplicates(found) if hit.score >= 0.3]
+        for hit in sorted(hits, key=lambda hit: hit.start, reverse=True):
+            text = f"{text[: hit.start]}<{hit.entity_type}>{text[hit.end :]}"
+        return text
+
+    mask("a@b.example +1 650-253-0000")
+    return lambda: [mask(text) for text in texts]
 
 
-def contest(name: str, file: Path, rounds: int) -> dict:
-    """Run one contestant in this process."""
-    run, judge = CONTESTANTS[name][0](file)
-    with open(file, "rb") as lines:
-        conversations = sum(1 for _ in lines)
-    baseline = peak_mb()
-    seconds = []
-    for _ in range(rounds):
-        start = time.process_time()
-        result = run()
-        seconds.append(time.process_time() - start)
-    return {
-        "ms": 1000 * statistics.median(seconds) / conversations,
-        "peak": peak_mb(),
-        "grown": peak_mb() - baseline,
-        **judge(result),
-    }
+def _documents(path: Path) -> list[list[str]]:
+    from fine_tuning.data_collection.near_duplicates import shingles
+
+    with open(path, "rb") as file:
+        return [shingles(m["content"] for m in json.loads(line)["messages"]) for line in file]
 
 
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def our_near_duplicates(path: Path) -> Callable[[], object]:
+    import sqlite3
+
+    from fine_tuning.data_collection.near_duplicates import Clusters, signatures
+
+    documents = _documents(path)
+    signatures(documents[:1])
+
+    def work() -> int:
+        clusters = Clusters(sqlite3.connect(""), 0.8)
+        for start in range(0, len(documents), 256):
+            for signature in signatures(documents[start : start + 256]):
+                clusters.add(signature)
+        return len({clusters.cluster(row) for row in range(len(documents))})
+
+    return work
 
 
-def durable_logging(count: int = 300) -> float:
-    """Median wall time in ms of logging one exchange until the disk has it."""
+def datasketch_near_duplicates(path: Path) -> Callable[[], object]:
+    from datasketch import MinHash, MinHashLSH
+
+    from fine_tuning.data_collection.near_duplicates import BANDS, PERMUTATIONS, ROWS
+
+    documents = [[shingle.encode() for shingle in document] for document in _documents(path)]
+
+    def work() -> int:
+        index = MinHashLSH(threshold=0.8, params=(BANDS, ROWS), num_perm=PERMUTATIONS)
+        parents = list(range(len(documents)))
+
+        def root(row: int) -> int:
+            while parents[row] != row:
+                row = parents[row]
+            return row
+
+        sketches = MinHash.bulk(documents, num_perm=PERMUTATIONS, seed=1)
+        for row, sketch in enumerate(sketches):
+            for other in index.query(sketch):
+                if sketches[other].jaccard(sketch) >= 0.8:
+                    first, second = sorted((root(other), root(row)))
+                    parents[second] = first
+            index.insert(row, sketch)
+        return len({root(row) for row in range(len(documents))})
+
+    return work
+
+
+def logging_durably(path: Path) -> Callable[[], object]:
     from fine_tuning.data_collection.conversation_logger import ConversationLogger
 
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        logger = ConversationLogger(Path(folder) / "log.jsonl")
+    logger = ConversationLogger(path.parent / "inbox" / "log.jsonl")
+
+    def work() -> float:
         times = []
-        for number in range(count):
-            start = time.perf_counter()
-            logger.log_conversation("What is machine learning?", f"Answer {number}.", {"session_id": "benchmark"})
-            times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+        for _ in range(1000):
+            before = time.perf_counter()
+            logger.log_conversation("What is a lake?", "Water that stays. " * 10, {"session_id": "s"})
+            times.append(time.perf_counter() - before)
+        return statistics.median(times)
+
+    return work
 
 
 # -----------------------------------------------------------------------------
-# the table
+# measuring
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _measure(side: Callable[[Path], Callable[[], object]], path: Path, sender: object) -> None:
+    logging.disable()  # Presidio's URL recogniser tells at length that it found no network
+    try:
+        work = side(path)
+    except ImportError as error:
+        sender.send(str(error))
+        return
+    before, start = _peak(), time.process_time()
+    result = work()
+    sender.send((time.process_time() - start, _peak(), before, result))
+
+
+def measure(side: Callable[[Path], Callable[[], object]], path: Path, runs: int) -> list[tuple] | str:
+    """(CPU seconds, peak MB, MB before the work, result) of each run, or why the side cannot run here."""
+    context, outcomes = multiprocessing.get_context("spawn"), []
+    for _ in range(runs):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_measure, args=(side, path, sender))
+        process.start()
+        sender.close()
+        outcome = receiver.recv()
+        process.join()
+        if isinstance(outcome, str):
+            return outcome
+        outcomes.append(outcome)
+    return outcomes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=10_000, help="conversations")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each contestant")
-    parser.add_argument("--peers", help="python of an environment with presidio and datasketch")
-    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.contestant:
-        print(json.dumps(contest(arguments.contestant, arguments.file, arguments.rounds)))
-        return
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "conversations.jsonl"
-        write(file, arguments.count)
-        results = {}
-        for name in CONTESTANTS:
-            if name not in PEERS or arguments.peers:
-                python = arguments.peers if name in PEERS else sys.executable
-                results[name] = apart(python, name, file, arguments.rounds)
-                show(name, results[name])
-        four_times = Path(folder) / "four_times.jsonl"
-        write(four_times, 4 * arguments.count)
-        larger = apart(sys.executable, "whole cleaning", four_times, 1)
-        show("whole cleaning, 4 times as many", larger)
-    for ours, (_, peer) in CONTESTANTS.items():
-        if peer in results:
-            ratio = results[peer]["ms"] / results[ours]["ms"]
-            print(f"{ours}: {ratio:.1f} times as fast as {peer}, {memory_ratio(results, ours, peer):.1f} of its memory")
-    print(f"durable logging: {durable_logging():.3f} ms an exchange (median, wall time)")
-
-
-def memory_ratio(results: dict[str, dict], ours: str, peer: str) -> float:
-    return results[ours]["peak"] / results[peer]["peak"]
-
-
-def write(file: Path, count: int) -> None:
-    with open(file, "w", encoding="utf-8") as out:
-        for conversation in generate(count):
-            out.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--conversations", type=int, default=10_000)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cleaning-") as folder:
+        path = Path(folder) / "generated.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(c, ensure_ascii=False) + "\n" for c in conversations(options.conversations))
+        print(
+            f"{options.conversations} conversations, {path.stat().st_size / 1e6:.1f} MB, median of {options.runs} runs"
+        )
+        print(f"{'':34}{'CPU ms a conversation':>28}{'peak MB':>10}{'before':>9}   result")
+        medians = {}
+        for side in (
+            whole_cleaning,
+            our_masking,
+            presidio_masking,
+            our_near_duplicates,
+            datasketch_near_duplicates,
+            logging_durably,
+        ):
+            outcomes = measure(side, path, options.runs)
+            name = side.__name__.replace("_", " ")
+            if isinstance(outcomes, str):
+                print(f"{name:34} not measured: {outcomes}")
+                continue
+            count = 1000 if side is logging_durably else options.conversations
+            each = sorted(outcome[0] / count * 1000 for outcome in outcomes)
+            medians[side] = statistics.median(each)
+            _, peak, before, result = outcomes[-1]
+            print(
+                f"{name:34}{medians[side]:12.3f} ({each[0]:.3f} to {each[-1]:.3f}){peak:10.0f}{before:9.0f}   "
+                f"{_told(side, result)}"
+            )
+        for ours, theirs in ((our_masking, presidio_masking), (our_near_duplicates, datasketch_near_duplicates)):
+            if ours in medians and theirs in medians:
+                print(f"{theirs.__name__.replace('_', ' ')} / ours: {medians[theirs] / medians[ours]:.1f}")
 
 
-def apart(python: str, name: str, file: Path, rounds: int) -> dict:
-    command = [python, "-m", "benchmarks.cleaning", "--contestant", name, "--file", str(file), "--rounds", str(rounds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def show(name: str, result: dict) -> None:
-    rest = ", ".join(f"{key} {value}" for key, value in result.items() if key not in ("ms", "peak", "grown"))
-    print(
-        f"{name:<32} {result['ms']:8.4f} ms a conversation  peak {result['peak']:6.1f} MB"
-        f" (+{result['grown']:.1f})  {rest}",
-        flush=True,
-    )
+def _told(side: Callable, result: object) -> str:
+    if side is whole_cleaning:
+        return f"{result['kept']} kept, {json.dumps(result['reasons'])}, masked {sum(result['masked'].values())}"
+    if side is logging_durably:
+        return f"{result * 1000:.3f} ms a call at the median, on disk"
+    if isinstance(result, int):
+        return f"{result} clusters"
+    return f"{sum('<' in text for text in result)} texts masked"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import ipaddress
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import cache
 from operator import itemgetter
 from typing import Literal, NamedTuple, get_args
 
@@ -39,31 +39,38 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
     """
     wanted = set(types)
     hits: list[Hit] = []
-    has_digit = _DIGIT.search(text) is not None
-    for kind, finder in _finders(has_digit, text, regions):
+    for kind, finder in _finders(text):
         if kind in wanted:
-            hits += (Hit(kind, start, end) for start, end in finder(text))
+            hits += [Hit(kind, start, end) for start, end in finder(text)]
+    if "PHONE" in wanted and len(_DIGIT.findall(text)) >= 7:
+        spans = [(start, end) for _, start, end in hits]
+        hits += [Hit("PHONE", start, end) for start, end in _phones(text, regions, spans)]
     return _without_overlaps(hits) if len(hits) > 1 else hits
 
 
-def _finders(
-    has_digit: bool, text: str, regions: tuple[str, ...]
-) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
-    """The finders that the characters of the text leave possible: most texts have neither @ nor digits."""
+def _finders(text: str) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
+    """The finders that the characters of the text leave possible: most texts have neither @ nor many digits."""
     yield "SECRET", _secrets
-    if "." in text or "://" in text:
+    dots, colons = text.count("."), text.count(":")
+    if dots or "://" in text:
         yield "URL", _urls
     if "@" in text:
         yield "EMAIL", _emails
-    if has_digit or "::" in text:
-        yield "IP", _ips
-    if has_digit:
+    if colons >= 5 or dots >= 2 or text.count("-") >= 5:
         yield "MAC", _macs
-        yield "IBAN", _ibans
-        yield "CREDIT_CARD", _cards
-        yield "US_SSN", _ssns
+    if not _DIGIT.search(text):
+        return
+    digits = len(_DIGIT.findall(text))
+    if dots >= 3 or colons >= 2:
+        yield "IP", _ips
+    if digits >= 4:
         yield "NATIONAL_ID", _national_ids
-        yield "PHONE", partial(_phones, regions=regions)
+    if digits >= 6:
+        yield "IBAN", _ibans
+    if digits >= 9:
+        yield "US_SSN", _ssns
+    if digits >= 12:
+        yield "CREDIT_CARD", _cards
 
 
 def _without_overlaps(hits: list[Hit]) -> list[Hit]:
@@ -153,6 +160,7 @@ _TOKENS = re.compile(
     r"|AGE-SECRET-KEY-1[A-Z0-9]{58}|dapi[a-f0-9]{32}|lin_api_[A-Za-z0-9]{40}|gsk_[A-Za-z0-9]{40,64}"
     r")(?![A-Za-z0-9_])"
 )
+_SHORTEST_TOKEN = 15
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _NAMED = re.compile(
@@ -172,7 +180,7 @@ _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+]
 
 
 def _secrets(text: str) -> Iterator[tuple[int, int]]:
-    if _DIGIT.search(text):
+    if _DIGIT.search(text) and max(map(len, text.split())) >= _SHORTEST_TOKEN:
         yield from (match.span() for match in _TOKENS.finditer(text))
     if "PRIVATE KEY" in text:
         position = 0
@@ -377,7 +385,7 @@ _BARE_SSN = re.compile(
     r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
 )
 _NATIONAL = re.compile(
-    r"(?<![\w.-])(?:"
+    r"(?<![\w.-])(?=[A-Z0-9])(?:"
     r"(?P<cpf>\d{3}\.\d{3}\.\d{3}-\d{2})"  # Brazil
     r"|(?P<nino>[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D])"  # United Kingdom
     r"|(?P<codice>[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z])"  # Italy
@@ -538,12 +546,16 @@ _DATE_OR_TIME = re.compile(
 _ISBN_13 = re.compile(r"97[89][- ]?\d")
 
 
-def _phones(text: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+def _phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Phone numbers; digits inside what is `taken` already (a card, an IBAN) are not asked again."""
     for pattern, possible in ((_INTERNATIONAL, ()), (_NATIONAL_PHONE, regions)):
         if pattern is _INTERNATIONAL and "+" not in text and "00" not in text:
             continue
         for run in pattern.finditer(text):
-            for start, end in _phones_of_run(text, *run.span(), possible):
+            first, last = run.span()
+            if any(start <= first and last <= end for start, end in taken):
+                continue
+            for start, end in _phones_of_run(text, first, last, possible):
                 extension = _EXTENSION.match(text, end)
                 yield start, extension.end() if extension else end
 
@@ -584,7 +596,11 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     called = _CALLED_A_PHONE.search(before) is not None
     if not called and value.isdigit():
         return False
+    count = sum(map(str.isdigit, value))
     for region in regions:
+        prefix, lengths = _numbering(region)
+        if count not in lengths or (prefix == "0" and not called and value.lstrip("(")[0] != "0"):
+            continue
         groups = _national_groups(value, region)
         if groups is None:
             continue
@@ -598,6 +614,19 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
 
 _GROUP = re.compile(r"\d+")
 _NO_PHONE_BEFORE = tuple("%°€$£_")
+
+
+@cache
+def _numbering(region: str) -> tuple[str, frozenset[int]]:
+    """(trunk prefix, how many digits a number dialled within the region can have) by libphonenumber's metadata."""
+    from phonenumbers import PhoneMetadata
+
+    metadata = PhoneMetadata.metadata_for_region(region, None)
+    if metadata is None:
+        return "", frozenset()
+    prefix = metadata.national_prefix or ""
+    lengths = metadata.general_desc.possible_length
+    return prefix, frozenset(lengths) | frozenset(length + len(prefix) for length in lengths)
 
 
 def _national_groups(value: str, region: str | None) -> tuple[str, ...] | None:

@@ -269,7 +269,7 @@ def _short_digest(text: str) -> str:
 def _scratch_database() -> Iterator[sqlite3.Connection]:
     with tempfile.TemporaryDirectory(prefix="clean-") as folder:
         database = sqlite3.connect(Path(folder) / "index.sqlite", isolation_level=None)
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-16384", "temp_store=FILE"):
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-8192", "temp_store=FILE"):
             database.execute(f"PRAGMA {pragma}")
         database.execute("CREATE TABLE newest (id TEXT PRIMARY KEY, row INTEGER, passed INTEGER) WITHOUT ROWID")
         database.execute("CREATE TABLE seen (content INTEGER PRIMARY KEY, row INTEGER)")
