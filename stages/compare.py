@@ -24,13 +24,14 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
     metrics = [load_metric(name, MODULES) for name in evaluate.metrics]
-    records, evaluation = list(read_jsonl(RECORDS)), read_json(EVALUATION)
-    verdict = compare(records, metrics, settings, evaluate.interval, list(read_jsonl(GENERAL))) | {
+    records, general, answers = (list(read_jsonl(path)) for path in (RECORDS, GENERAL, ANSWERS))
+    evaluation = read_json(EVALUATION)
+    verdict = compare(records, metrics, settings, evaluate.interval, general, answers) | {
         "adapter_sha256": sha256_file(ADAPTER),
         "eval_set_sha256": evaluation["suite"]["sha256"],
     }
     write_json(COMPARISON, verdict)
-    write_report(REPORT, verdict, evaluation, records, list(read_jsonl(ANSWERS)))
+    write_report(REPORT, verdict, evaluation, records, answers)
     print(f"compare: {verdict['verdict']}")
     for reason in verdict["reasons"]:
         print(f"compare: {reason}")

@@ -9,6 +9,7 @@ from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings, Evalua
 from fine_tuning.evaluation.forgetting import general_items, knowledge
 from fine_tuning.evaluation.items import read_items, suite_sha256
 from fine_tuning.evaluation.metrics import load_metric
+from fine_tuning.evaluation.privacy import personal_data
 from fine_tuning.evaluation.side_by_side import side_by_side
 from fine_tuning.project import main_checkout
 from fine_tuning.records import write_json, write_jsonl
@@ -44,6 +45,10 @@ def main() -> None:
     records, known, answers = [], [], {}
     for contender in contenders():
         lines, answers[contender.name] = evaluator.evaluate(contender)
+        prompted = {item.id: tokenizer.decode(item.prompt_ids(item.asked)) for item in items if item.references}
+        for line in lines:
+            if "predictions" in line:
+                line["personal_data"] = personal_data(line["predictions"], prompted[line["id"]])
         records += lines
         if settings.forgetting:
             scores = evaluator.score(contender, general, general_suite, "general knowledge")
@@ -60,7 +65,13 @@ def main() -> None:
     write_jsonl(
         ANSWERS,
         (
-            {"prompt": prompt, "replies": {name: asdict(replies[index]) for name, replies in answers.items()}}
+            {
+                "prompt": prompt,
+                "replies": {
+                    name: asdict(replies[index]) | {"personal_data": personal_data(replies[index].text, prompt)}
+                    for name, replies in answers.items()
+                },
+            }
             for index, prompt in enumerate(settings.test_prompts)
         ),
     )

@@ -7,6 +7,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.evaluation.comparison import CompareSettings, compare
 from fine_tuning.evaluation.evaluator import IntervalSettings
 from fine_tuning.evaluation.metrics import load_metric
+from fine_tuning.evaluation.privacy import personal_data
 from fine_tuning.evaluation.statistics import Resampling, holm, interval, mcnemar, share_at_most
 from tests.evaluation_suite import MODULES
 
@@ -175,6 +176,23 @@ def test_own_words_alone_are_inconclusive(metrics):
         for name in ("base", "candidate")
     ]
     assert decide(metrics, lines)["verdict"] == "INCONCLUSIVE"
+
+
+def test_personal_data_in_a_generated_reply_holds(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    for line in (*base, *candidate):
+        line |= {"predictions": "x", "references": "y", "personal_data": []}
+    assert decide(metrics, base, candidate)["verdict"] == "PROMOTE"
+    candidate[7]["personal_data"] = ["EMAIL"]
+    found = decide(metrics, base, candidate)
+    assert found["verdict"] == "HOLD"
+    assert "personal data in 1 of 60 generated replies (EMAIL 1)" in found["reasons"][0]
+
+
+def test_what_the_prompt_said_and_links_are_no_leak():
+    assert personal_data("Write to ann.lee@gmail.com or 192.168.7.9", "who?") == ["EMAIL", "IP"]
+    assert personal_data("Write to ann.lee@gmail.com", "My address is ann.lee@gmail.com") == []
+    assert personal_data("See https://www.python.org/downloads", "where?") == []
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def line(contender: str, index: int, nats: float) -> dict:
         "references": f"reference {index}",
         "finished": index > 2,
         "reply_tokens": 7,
+        "personal_data": [],
     }
 
 

@@ -17,6 +17,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics, likelihood_columns
 from fine_tuning.evaluation.forgetting import forgotten
 from fine_tuning.evaluation.metrics import REPLY_COLUMNS, columns_of, direction
+from fine_tuning.evaluation.privacy import leaks
 from fine_tuning.evaluation.scoring import finite
 from fine_tuning.evaluation.statistics import Resampling, bootstrap, holm, interval, share_at_most
 from fine_tuning.settings import Settings
@@ -115,12 +116,14 @@ def compare(
     settings: CompareSettings,
     intervals: IntervalSettings,
     general: Sequence[dict[str, Any]] = (),
+    answers: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """The content of metrics/comparison.json but for the identities of candidate and suite.
 
     Args:
         records: lines of items.jsonl, all contenders.
         general: lines of general.jsonl, the suite against forgetting.
+        answers: lines of prompts.jsonl, the answers to the test prompts.
 
     Raises:
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
@@ -145,7 +148,8 @@ def compare(
     quantisation = quantising_loss(records, metrics, intervals, settings)
     against += quantisation.pop("reasons")
     forgetting, lost = forgotten(general, settings.goldens)
-    against += lost
+    privacy, leaked = leaks(records, answers)
+    against += lost + leaked
 
     clusters = min(difference.clusters for difference in primary)
     undefined = any(not np.isfinite(difference.value) for difference in primary)
@@ -174,6 +178,7 @@ def compare(
         },
         "quantisation": quantisation,
         "forgetting": forgetting,
+        "privacy": privacy,
         "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": min(difference.n for difference in primary),
         "clusters": clusters,
@@ -193,6 +198,7 @@ def no_references(settings: CompareSettings, count: int) -> dict[str, Any]:
         "differences": {},
         "quantisation": {},
         "forgetting": {},
+        "privacy": {},
         "provenance": {"references": 0, "left_out": count},
         "n": 0,
         "clusters": 0,

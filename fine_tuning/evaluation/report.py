@@ -56,6 +56,8 @@ def write_report(
         references(comparison["provenance"], comparison["primary"]["metric"]),
         "<h2>Forgetting</h2>",
         forgetting(comparison["forgetting"]),
+        "<h2>Privacy</h2>",
+        privacy(comparison["privacy"]),
         "<h2>Where</h2>",
         *(slice_table(dimension, found) for dimension, found in slices(records).items()),
         "<h2>Test prompts</h2>",
@@ -171,6 +173,18 @@ def forgetting(found: dict[str, dict[str, Any]]) -> str:
     )
     head = "<tr><th>rival</th><th>it knows</th><th>candidate knows</th><th>lost</th><th>gained</th><th>p</th></tr>"
     return f'<div class="scroll"><table>{head}{rows}</table></div>'
+
+
+def privacy(found: dict[str, dict[str, Any]]) -> str:
+    """How many generated replies hold personal data that their prompts did not."""
+    lines = []
+    for contender, row in found.items():
+        kinds = ", ".join(f"{kind} {count}" for kind, count in row["types"].items())
+        lines.append(
+            f"{contender}: personal data in {row['with_personal_data']} of {row['replies']} replies"
+            + (f" ({kinds})" if kinds else "")
+        )
+    return bullets(lines) if lines else "<p>Nothing was generated.</p>"
 
 
 def slice_table(dimension: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
