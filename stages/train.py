@@ -2,7 +2,10 @@
 
 import csv
 import math
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,14 +17,15 @@ from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256
 from fine_tuning.records import write_json
 from fine_tuning.settings import read_params
 from fine_tuning.training.base_model import read_base_card
-from fine_tuning.training.lora_trainer import TrainingResult, train_adapter
+from fine_tuning.training.lora_trainer import Progress, TrainingResult, train_adapter
 from fine_tuning.training.model_card import model_card
-from fine_tuning.training.tracking import Run, flatten, open_store, tracked_run
+from fine_tuning.training.tracking import Run, find_adapter, flatten, open_store, tracked_run, versions
 from fine_tuning.training.training_utils import (
-    Row,
     TrainSettings,
     check_only_assistants_train,
     checkpoint_key,
+    detect_hardware,
+    is_main_process,
     read_rows,
 )
 
@@ -31,35 +35,49 @@ VALIDATION = Path("data/prepared/validation.parquet")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
 CURVE = Path("metrics/plots/train_loss.csv")
+CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 SCRATCH = main_checkout() / ".whetstone"
 
 
 def main() -> None:
     settings = read_params("train", TrainSettings)
+    if settings.launch != "single" and "RANK" not in os.environ:
+        launch(settings.launch)
     rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
-    tokenizer = load_tokenizer(BASE)
-    user = [{"role": "user", "content": "?"}]
-    asked = render(tokenizer, user, None, add_generation_prompt=True).text
-    opener = asked.removeprefix(render(tokenizer, user, None).text)
-    check_only_assistants_train([*rows, *validation], tokenizer, {opener})
+    check_only_assistants_train([*rows, *validation], load_tokenizer(BASE), {reply_opener()})
     base = read_base_card(BASE)
-    hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
     checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, rows, base["sha256"])
 
+    def train(progress: Progress | None) -> TrainingResult:
+        name = base["model"]
+        return train_adapter(BASE, name, rows, validation, settings, ADAPTER, checkpoints, progress, start)
+
+    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
+    start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
+    if not is_main_process():
+        train(None)
+        return
     parameters = flatten(settings.model_dump())
     commit, dirty = git_commit(Path.cwd())
-    tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base["model"]}
-    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
-    with tracked_run(client, experiment, "train", parameters, tags) as tracked:
-        result = train_with_progress(settings, base["model"], rows, validation, checkpoints, tracked)
+    tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base["model"], **versions()}
+    with (
+        tracked_run(client, experiment, "pipeline", {}, tags) as pipeline,
+        tracked_run(client, experiment, "train", parameters, tags, parent=pipeline, system_metrics=True) as tracked,
+    ):
+        tokens = sum(len(row.input_ids) for row in rows)
+        print(f"train: {settings.method} on {len(rows)} conversations, {tokens} tokens", flush=True)
+        with progress_bar(tracked) as progress:
+            result = train(progress)
         metrics = quality(result)
         write_json(METRICS, metrics)
         write_curve(result)
+        hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
         (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
-        tracked.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"))
-        tracked.tag(**{name: str(value) for name, value in asdict(result.hardware).items()})
+        for run in (pipeline, tracked):
+            run.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"))
+            run.tag(**{name: str(value) for name, value in asdict(result.hardware).items()})
         tracked.log_metrics({**metrics, **speed(result)})
-        tracked.log_artifacts(ADAPTER, "adapter")
+        pipeline.log_artifacts(ADAPTER, "adapter")
     shutil.rmtree(checkpoints, ignore_errors=True)
     print(
         f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
@@ -68,18 +86,29 @@ def main() -> None:
     )
 
 
-def train_with_progress(
-    settings: TrainSettings, base_name: str, rows: list[Row], validation: list[Row], checkpoints: Path, tracked: Run
-) -> TrainingResult:
-    """Train with a progress bar on a terminal, ten lines elsewhere, and every step in MLflow."""
-    tokens = sum(len(row.input_ids) for row in rows)
-    print(f"train: {settings.method} on {len(rows)} conversations, {tokens} tokens", flush=True)
+def launch(name: str) -> None:
+    """Start this stage anew in the processes that the configuration asks for."""
+    command = ["accelerate", "launch", "--config_file", f"configs/accelerate/{name}.yaml", "-m", "stages.train"]
+    if detect_hardware("auto", None).device == "cpu":
+        command.insert(4, "--cpu")
+    os.execvp(command[0], command)
+
+
+def reply_opener() -> str:
+    """What the chat template writes right before a reply."""
+    tokenizer, user = load_tokenizer(BASE), [{"role": "user", "content": "?"}]
+    asked = render(tokenizer, user, None, add_generation_prompt=True).text
+    return asked.removeprefix(render(tokenizer, user, None).text)
+
+
+@contextmanager
+def progress_bar(tracked: Run) -> Iterator[Progress]:
+    """A bar on a terminal, ten lines elsewhere, and every step in MLflow."""
     bar = tqdm(unit="step", desc="train", disable=None)
 
     def show(values: dict[str, float]) -> None:
         step, steps = int(values["step"]), int(values["steps"])
-        numbers = {k: v for k, v in values.items() if k in ("loss", "grad_norm", "learning_rate", "eval_loss")}
-        tracked.log_step(numbers, step)
+        tracked.log_step({name: values[name] for name in CURVES if name in values}, step)
         if "loss" not in values:
             return
         bar.total = steps
@@ -89,7 +118,7 @@ def train_with_progress(
             print(f"train: step {step} of {steps}, loss {values['loss']:.3f}", flush=True)
 
     try:
-        return train_adapter(BASE, base_name, rows, validation, settings, ADAPTER, checkpoints, show)
+        yield show
     finally:
         bar.close()
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
 
 class _LoraLinear(torch.autograd.Function):
     """y = x W' + b + s (x A') B', with the low-rank product added in place, forward and backward."""
@@ -111,10 +113,9 @@ def fuse(model: nn.Module) -> int:
         if _is_plain_lora(module):
             module.forward = _lora_forward(module)
             changed += 1
-        elif type(module).__name__ in ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm"):
-            if not module.weight.requires_grad:
-                module.forward = _norm_forward(module)
-                changed += 1
+        elif type(module).__name__ in PLAIN_NORMS and not module.weight.requires_grad:
+            module.forward = _norm_forward(module)
+            changed += 1
     return changed
 
 

@@ -2,14 +2,19 @@
 
 import contextlib
 import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import (
     PreTrainedModel,
@@ -21,6 +26,7 @@ from transformers import (
 )
 
 from fine_tuning.errors import UserError
+from fine_tuning.records import replacing
 from fine_tuning.training.base_model import load_model, quiet_transformers
 from fine_tuning.training.fused import fuse, has_plain_head, summed_label_loss
 from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
@@ -33,8 +39,10 @@ from fine_tuning.training.training_utils import (
     check_memory,
     check_rows,
     collate,
+    collate_packed,
     count_labels,
     detect_hardware,
+    is_main_process,
     mark_complete,
     newest_checkpoint,
     sort_adapter_config,
@@ -73,6 +81,7 @@ def train_adapter(
     output: Path,
     checkpoints: Path,
     progress: Progress | None = None,
+    start_from: Path | None = None,
 ) -> TrainingResult:
     """Train an adapter on `base` and write it to `output`; resume from `checkpoints` if a run was cut off.
 
@@ -80,11 +89,13 @@ def train_adapter(
         base: Hugging Face folder.
         base_name: what the adapter's configuration calls its base, such as the id on the hub.
         checkpoints: folder of this run's checkpoints, named by `checkpoint_key`; emptied by the caller when done.
-        progress: called with each logged step's values (step, loss, learning_rate, grad_norm, validation_loss).
+        progress: called with each logged step's values (step, loss, learning_rate, grad_norm, eval_loss).
+        start_from: folder of an adapter of the same shape to go on from, instead of a new one.
 
     Raises:
-        UserError: nothing to train, too little memory, a target module that the base lacks, or a loss that is no
-            number (the last good checkpoint stays).
+        UserError: nothing to train, too little memory, a target module that the base lacks, an adapter to start from
+            that does not fit, or a loss that is no number (the last good checkpoint stays).
+        KeyboardInterrupt: Ctrl-C, after the step under way and a checkpoint.
     """
     check_rows(train_rows, "train")
     check_rows(validation_rows, "validation")
@@ -95,8 +106,12 @@ def train_adapter(
     torch.set_num_threads(hardware.threads)
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
+    if start_from:
+        load_adapter(model, start_from / "adapter_model.safetensors")
     if hardware.precision == "float32":
         fuse(model)
+    guard = RunGuard(settings, progress)
+    pad = model.config.get_text_config().pad_token_id or 0
     batches = batch_by_tokens(train_rows, settings.batch_tokens)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     trainer = LabelTrainer(
@@ -104,8 +119,8 @@ def train_adapter(
         args=arguments,
         train_dataset=batches,
         eval_dataset=batch_by_tokens(validation_rows, 2 * settings.batch_tokens),
-        data_collator=lambda batch: collate(batch[0], model.config.pad_token_id or 0),
-        callbacks=[RunGuard(settings, progress)],
+        data_collator=lambda batch: collate_packed(batch[0]) if settings.packing else collate(batch[0], pad),
+        callbacks=[guard],
     )
     trainer.remove_callback(PrinterCallback)
     before = trainer.mean_loss()
@@ -113,13 +128,17 @@ def train_adapter(
     resume = newest_checkpoint(checkpoints)
     if resume:
         print(f"train: going on from {resume.name}", flush=True)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with guard.stopping_on_interrupt():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if settings.early_stopping_patience:
+        load_adapter(model, guard.best_file(checkpoints, trainer.state))
     seconds = time.monotonic() - started
     after = trainer.mean_loss()
-    output.mkdir(parents=True, exist_ok=True)
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(output, save_embedding_layers=False)
-    sort_adapter_config(output)
+    if is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(output, save_embedding_layers=False)
+        sort_adapter_config(output)
     steps = trainer.state.global_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     resumed_at = int(resume.name.split("-")[1]) if resume else 0
@@ -173,6 +192,21 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
     )
     model.config.use_cache = False
     return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, file: Path) -> None:
+    """Give a model's adapter the weights of another of the same shape.
+
+    Raises:
+        UserError: the weights have other names or shapes.
+    """
+    weights = load_file(file)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
+        raise UserError(
+            f"the adapter {file.parent} does not fit: start from one of the same base.model and train.lora settings"
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
@@ -278,7 +312,7 @@ class LabelTrainer(Trainer):
         targets = labels[:, 1:][trained[:, :-1]]
         self._positions = trained
         try:
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
+            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0]
         finally:
             self._positions = None
         if self._quick_head:
@@ -314,14 +348,37 @@ class LabelTrainer(Trainer):
 
 
 class RunGuard(TrainerCallback):
-    """Reports progress, stops on time, on patience or on a loss that is no number, and marks whole checkpoints."""
+    """Reports progress, stops on time, on patience, on Ctrl-C or on a loss that is no number, marks whole checkpoints.
+
+    What it knows of earlier measurements it reads from the trainer's state, which checkpoints keep: a resumed run
+    decides as an uninterrupted one would.
+    """
 
     def __init__(self, settings: TrainSettings, progress: Progress | None) -> None:
         self.settings = settings
         self.progress = progress
         self.started = time.monotonic()
-        self.best = math.inf
-        self.evaluations_without_gain = 0
+        self.interrupted = False
+
+    @contextlib.contextmanager
+    def stopping_on_interrupt(self) -> Iterator[None]:
+        """Let Ctrl-C end the training after the step under way, with a checkpoint; a second one ends it at once."""
+
+        def note(number: int, frame: Any) -> None:
+            print("train: stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            self.interrupted = True
+            signal.signal(signal.SIGINT, previous)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Pass a step's numbers on."""
@@ -335,26 +392,49 @@ class RunGuard(TrainerCallback):
             self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Stop when the minutes are over."""
+        """Stop when the minutes are over, and on Ctrl-C with a checkpoint."""
         limit = self.settings.max_minutes
         if limit and time.monotonic() - self.started > 60 * limit:
             control.should_training_stop = True
+        if self.interrupted:
+            control.should_training_stop = control.should_save = True
         return control
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> Any:
-        """Stop when the validation loss has not improved for `early_stopping_patience` evaluations."""
-        if metrics["eval_loss"] < self.best:
-            self.best, self.evaluations_without_gain = metrics["eval_loss"], 0
-        else:
-            self.evaluations_without_gain += 1
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> Any:
+        """Keep the best adapter, and stop when `early_stopping_patience` measurements brought no gain."""
         patience = self.settings.early_stopping_patience
-        if patience and self.evaluations_without_gain >= patience:
+        if not patience:
+            return control
+        measured = validation_history(state)
+        best = best_step(state)
+        if best == state.global_step and is_main_process():
+            weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+            with replacing(self.best_file(Path(args.output_dir), state)) as file:
+                file.write(safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}))
+        since = sum(step > best for step in measured)
+        if since >= patience:
             control.should_training_stop = True
         return control
 
+    def best_file(self, folder: Path, state: Any) -> Path:
+        """Where the weights of the best measurement so far are kept."""
+        return folder / f"best-{best_step(state)}.safetensors"
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written as whole."""
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if is_main_process():
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def validation_history(state: Any) -> dict[int, float]:
+    """Validation loss by step, as the trainer's state has it."""
+    return {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+
+
+def best_step(state: Any) -> int:
+    """The step with the lowest validation loss, the earliest of equals."""
+    history = validation_history(state)
+    return min(history, key=lambda step: (history[step], step))
 
 
 def peak_memory_mb(hardware: Hardware) -> float:

@@ -1,8 +1,11 @@
 """Runs in MLflow: one store for the checkout and all its temporary experiments."""
 
+import contextlib
+import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +84,29 @@ class Run:
 
 @contextmanager
 def tracked_run(
-    client: Any, experiment_id: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
+    client: Any,
+    experiment_id: str,
+    name: str,
+    parameters: dict[str, Any],
+    tags: dict[str, str],
+    parent: Run | None = None,
+    system_metrics: bool = False,
 ) -> Iterator[Run]:
-    """An MLflow run around a block: FINISHED when the block ends, FAILED or KILLED when it raises."""
-    from mlflow.entities import Param
+    """An MLflow run around a block: FINISHED when the block ends, FAILED or KILLED when it raises.
 
-    run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    Args:
+        parent: the run that this one is nested under.
+        system_metrics: record CPU, memory, disk and GPU while the block runs.
+    """
+    from mlflow.entities import Param
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    nested = {"mlflow.parentRunId": parent.id} if parent else {}
+    run_id = client.create_run(experiment_id, run_name=name, tags={**tags, **nested}).info.run_id
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flatten(parameters).items()])
+    monitor = SystemMetricsMonitor(run_id, tracking_uri=client.tracking_uri) if system_metrics else None
+    if monitor:
+        monitor.start()
     status = "FAILED"
     try:
         yield Run(client, run_id)
@@ -96,7 +115,41 @@ def tracked_run(
         status = "KILLED"
         raise
     finally:
+        if monitor:
+            monitor.finish()
         client.set_terminated(run_id, status)
+
+
+def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> Path:
+    """Fetch the adapter whose weights' SHA-256 starts with `sha256` from the run that trained it into `folder`.
+
+    Raises:
+        UserError: no run, or more than one adapter, has such a hash, or its files are damaged.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    runs = client.search_runs([experiment_id], f"tags.adapter_sha256 LIKE '{sha256}%'")
+    found = {run.data.tags["adapter_sha256"] for run in runs}
+    if len(found) != 1:
+        known = "no adapter" if not found else "more than one adapter"
+        raise UserError(f"train.start_from = {sha256}: {known} in MLflow has such a SHA-256: see models/champion.json")
+    for run in runs:
+        with contextlib.suppress(Exception):
+            local = download_artifacts(
+                artifact_uri=f"{run.info.artifact_uri}/adapter",
+                dst_path=str(folder / run.info.run_id),
+                tracking_uri=client.tracking_uri,
+            )
+            weights = (Path(local) / "adapter_model.safetensors").read_bytes()
+            if hashlib.sha256(weights).hexdigest() in found:
+                return Path(local)
+    raise UserError(f"train.start_from = {sha256}: its artifacts in MLflow are gone or damaged: choose another")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that a run's bytes depend on, as tags."""
+    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    return {f"version_{name}": metadata.version(name) for name in names}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,6 +34,8 @@ class TrainSettings(Settings):
     """The section `train`."""
 
     method: Literal["lora", "qlora"]
+    start_from: str | None = Field(pattern="^[0-9a-f]{8,64}$")
+    launch: Literal["single", "ddp", "fsdp"]
     seed: int
     epochs: float = Field(gt=0)
     max_steps: int | None = Field(ge=1)
@@ -45,6 +47,7 @@ class TrainSettings(Settings):
     max_grad_norm: float = Field(gt=0)
     optimizer: Literal["adamw", "adamw_8bit", "lion_8bit", "sgd"]
     batch_tokens: int = Field(ge=16)
+    packing: bool
     gradient_accumulation: int = Field(ge=1)
     lora: LoraSettings
     precision: Literal["auto", "float32", "bfloat16", "float16"]
@@ -198,6 +201,21 @@ def collate(batch: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def collate_packed(batch: Sequence[Row]) -> dict[str, Any]:
+    """Lay a batch's rows end to end in one: input_ids, position_ids and labels, each an int64 tensor (1, tokens).
+
+    Positions start anew with each row and no attention mask is passed, from which transformers makes the mask that
+    keeps a row from seeing its neighbours. A row's first token is no label: its neighbour would have to predict it.
+    """
+    import torch
+
+    return {
+        "input_ids": torch.tensor([[token for row in batch for token in row.input_ids]]),
+        "position_ids": torch.tensor([[position for row in batch for position in range(len(row.input_ids))]]),
+        "labels": torch.tensor([[label for row in batch for label in (IGNORED_LABEL, *row.labels[1:])]]),
+    }
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -251,13 +269,18 @@ def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: st
     return digest.hexdigest()[:24]
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that writes files, of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole; half-written ones are removed."""
     complete = []
     for path in folder.glob("checkpoint-*"):
         if (path / CHECKPOINT_COMPLETE).is_file():
             complete.append(path)
-        else:
+        elif is_main_process():
             shutil.rmtree(path)
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
