@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.llama_engine import LlamaEngine
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, full_name
 from fine_tuning.records import read_json
@@ -27,6 +29,7 @@ COMPARISON = Path("metrics/comparison.json")
 CANDIDATE_GGUF = Path("models/package/model.gguf")
 # transformers imports its parts when they are first used, and two threads that do so at once fail.
 _one_at_a_time = threading.Lock()
+_warm: set[Path] = set()
 NO_MODEL = "there is no model to talk to yet: run `make repro`"
 
 
@@ -154,13 +157,7 @@ def stream_reply(
     with _one_at_a_time:
         tokenizer = tokenizer_of(_tokenizer_folder(model.gguf, checkout))
         prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
-    with shared_engines.use(
-        model.gguf,
-        context=settings.context,
-        threads=settings.threads,
-        slots=settings.slots,
-        timeout=settings.timeout,
-    ) as engine:
+    with _engine(model.gguf, settings) as engine:
         yield from engine.complete_stream(
             prompt,
             max_tokens=min(sampling.max_tokens, settings.context - len(prompt)),
@@ -168,6 +165,27 @@ def stream_reply(
             top_p=sampling.top_p,
             seed=sampling.seed,
         )
+
+
+def warm_up(model: ChatModel, checkout: Path, settings: AppSettings) -> None:
+    """Load tokenizer and engine in the background while somebody is still typing. A failure shows with the reply."""
+    if model.gguf is None or model.gguf in _warm:
+        return
+    _warm.add(model.gguf)
+
+    def load(gguf: Path) -> None:
+        with suppress(UserError), _one_at_a_time:
+            encode_prompt(tokenizer_of(_tokenizer_folder(gguf, checkout)), [{"role": "user", "content": "Hello"}])
+        with suppress(UserError), _engine(gguf, settings):
+            pass
+
+    threading.Thread(target=load, args=(model.gguf,), daemon=True, name="warm-up").start()
+
+
+def _engine(gguf: Path, settings: AppSettings) -> AbstractContextManager[LlamaEngine]:
+    return shared_engines.use(
+        gguf, context=settings.context, threads=settings.threads, slots=settings.slots, timeout=settings.timeout
+    )
 
 
 def _from_ollama(

@@ -4,6 +4,8 @@ Settings of the server are in .streamlit/config.toml: this machine only, no tele
 """
 
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import streamlit as st
@@ -14,17 +16,26 @@ if PROJECT not in sys.path:
     sys.path.insert(0, PROJECT)
 
 
+PAGES = {"chat": "forum", "compare": "balance", "data": "dataset", "runs": "monitoring", "models": "workspace_premium"}
+
+
+def load(name: str) -> Callable[[], None]:
+    """A page that is imported when it is opened: the chat need not wait for what the others import."""
+
+    def page() -> None:
+        import_module(f"fine_tuning.integration.app_pages.{name}").page()
+
+    page.__name__ = name
+    return page
+
+
 def main() -> None:
     from fine_tuning.errors import UserError
-    from fine_tuning.integration.app_pages import chat, compare, data, models, runs
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
     pages = [
-        st.Page(chat.page, title="Chat", icon=":material/forum:", url_path="chat", default=True),
-        st.Page(compare.page, title="Compare", icon=":material/balance:", url_path="compare"),
-        st.Page(data.page, title="Data", icon=":material/dataset:", url_path="data"),
-        st.Page(runs.page, title="Runs", icon=":material/monitoring:", url_path="runs"),
-        st.Page(models.page, title="Models", icon=":material/workspace_premium:", url_path="models"),
+        st.Page(load(name), title=name.capitalize(), icon=f":material/{icon}:", url_path=name, default=name == "chat")
+        for name, icon in PAGES.items()
     ]
     chosen = st.navigation(pages)
     try:

@@ -9,7 +9,7 @@ from fine_tuning.data_collection.conversation import edits
 from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text
-from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply
+from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, ask, desk, new_conversation_id
 
 LOOK_SECONDS = 0.15  # how often the page looks at a reply that is being written
@@ -154,6 +154,7 @@ def _choose_model(here: App, models: list[ChatModel]) -> Asking:
                 help="The model was trained with chat.system_prompt of params.yaml: with another one it answers worse.",
             )  # fmt: skip
     sampling = Sampling(temperature=float(temperature), top_p=float(top_p), max_tokens=int(longest), seed=seed)
+    warm_up(labels[label], here.checkout, here.settings)
     return Asking(here, labels[label], sampling, given.strip() or here.chat.system_prompt)
 
 
