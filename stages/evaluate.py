@@ -78,8 +78,9 @@ def main() -> None:
     PAGE.write_text(side_by_side(settings.test_prompts, answers), encoding="utf-8", errors="replace")
     write_json(METRICS, table | {"suite": {"sha256": suite, "conversations": len(items), "clusters": clusters}})
     for name, row in table.items():
-        shown = ", ".join(f"{key} {row[key]['value']:.3f}" for key in list(row)[:4] if row[key]["value"] is not None)
-        print(f"evaluate: {name} on {len(items)} conversations: {shown}")
+        shown = ", ".join(f"{key} {row[key]['value']:.3f}" for key in list(row)[:3] if row[key]["value"] is not None)
+        count = max((cell["n"] for cell in row.values()), default=0)
+        print(f"evaluate: {name} on {count} conversations: {shown}")
 
 
 def contenders() -> list[Contender]:
