@@ -72,7 +72,11 @@ class Difference:
             "candidate": self.candidate_value,
             "rival": self.rival_value,
         }
-        return {name: finite(number) for name, number in numbers.items()} | {"n": self.n, "clusters": self.clusters}
+        return {name: finite(number) for name, number in numbers.items()} | {
+            "better": self.better,
+            "n": self.n,
+            "clusters": self.clusters,
+        }
 
 
 def differences(

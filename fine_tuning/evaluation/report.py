@@ -21,7 +21,6 @@ details { margin: .5rem 0; } svg { max-width: 100%; height: auto; } svg text { f
 .open { fill: #888; stroke: #888; } .scroll { overflow-x: auto; }
 """
 EXAMPLES = 5  # largest wins, and as many losses
-LOWER_IS_BETTER = ("perplexity", "nll_per_byte", "empty", "loops", "control_tokens")
 
 
 def write_report(
@@ -96,10 +95,8 @@ def interval_plot(differences: dict[str, dict[str, Any]]) -> str:
             continue
         widest = max(abs(low), abs(high), abs(value)) or 1.0
         left, centre, right = (330 + 140 * bound / widest for bound in (low, value, high))
-        sign = -1 if name in LOWER_IS_BETTER else 1
-        kind = "open" if low <= 0 <= high else "good" if sign * value > 0 else "bad"
-        if name == "length_ratio":
-            kind = "open"
+        certain = found["better"] and not low <= 0 <= high
+        kind = "open" if not certain else "good" if found["better"] * value > 0 else "bad"
         rows.append(
             f'<text x="0" y="{y + 4}">{escape(name)}</text>'
             f'<line class="{kind}" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke-width="3"/>'
@@ -109,7 +106,7 @@ def interval_plot(differences: dict[str, dict[str, Any]]) -> str:
         )
     height = 28 * len(rows) + 16
     return (
-        f'<div class="scroll"><svg viewBox="0 0 860 {height}" width="860" height="{height}" role="img" '
+        f'<div class="scroll"><svg viewBox="0 0 920 {height}" width="920" height="{height}" role="img" '
         'aria-label="differences with intervals">'
         f'<line x1="330" x2="330" y1="4" y2="{height - 4}" stroke="#888" stroke-dasharray="3 3"/>'
         f"{''.join(rows)}</svg></div>"
