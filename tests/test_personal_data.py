@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.data_cleaner import DataCleaner
-from fine_tuning.data_collection.personal_data import TYPES, Masker, find, luhn
+from fine_tuning.data_collection.personal_data import TYPES, Masker, find, luhn, may_hold
 from fine_tuning.records import read_jsonl
 
 CASES = list(read_jsonl(Path(__file__).parent / "personal_data_cases.jsonl"))
@@ -90,3 +90,14 @@ def test_no_placeholder_swallows_its_neighbours(before, value, after):
 
 def test_luhn_is_the_standards():
     assert luhn("79927398713") and not luhn("79927398710")
+
+
+def test_what_may_hold_nothing_holds_nothing():
+    assert all(may_hold(case["text"]) for case in CASES if case["hits"])
+    assert not may_hold("Most people never need more than that. Then wait, step by step!")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=80))
+def test_the_quick_look_misses_nothing(text):
+    assert may_hold(text) or find(text) == []

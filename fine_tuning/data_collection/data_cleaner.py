@@ -19,7 +19,7 @@ from fine_tuning.data_collection.filters import (
     inappropriate,
     trim_end,
 )
-from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType
+from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.settings import Settings
 
@@ -128,13 +128,10 @@ class DataCleaner:
         messages = [self._repaired_message(message) for message in messages]
         messages = [m for m in messages if m["content"] or m["role"] in ("user", "assistant")]
         feedback = [self._repaired(entry) for entry in conversation["feedback"]]
-        for text in self._texts(messages, feedback):
-            masker.reserve(text)
-        for message in messages:
-            for version in (message, *message.get("alternatives", ())):
-                version["content"] = masker.mask(version["content"])
-        for entry in feedback:
-            entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}
+        texts = "\n".join(self._texts(messages, feedback))
+        masker.reserve(texts)
+        if may_hold(texts):
+            _mask(messages, feedback, masker)
         filters = self.settings.filters
         if drop := check_lengths(messages, filters) or check_content(messages, filters):
             return Cleaned(None, drop, masker.counts)
@@ -200,6 +197,14 @@ class DataCleaner:
                 continue
             kept[key] = masker.mask(self._repair(value)) if isinstance(value, str) else value
         return kept
+
+
+def _mask(messages: list[dict], feedback: list[dict], masker: Masker) -> None:
+    for message in messages:
+        for version in (message, *message.get("alternatives", ())):
+            version["content"] = masker.mask(version["content"])
+    for entry in feedback:
+        entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}
 
 
 def _malformed(conversation: dict) -> Drop | None:

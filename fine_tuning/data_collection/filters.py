@@ -1,6 +1,7 @@
 """Which conversations are worth training on. Each rule names its reason and the value that it measured."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -140,12 +141,10 @@ def _special_share(text: str) -> float:
     """Share of characters that are no letter, digit, white space or usual punctuation of any script."""
     if not text:
         return 0.0
-    plain = sum(map(str.isalnum, text)) if not text.isascii() else 0
-    if text.isascii():
-        special = len(text.translate(_ORDINARY_ASCII))
-    else:
-        special = len(text) - plain - sum(c.isspace() or c in _PUNCTUATION or _is_mark(c) for c in text)
-    return round(special / len(text), 4)
+    rest = text.translate(_ORDINARY_ASCII)
+    if rest and not rest.isascii():
+        rest = [c for c in rest if not (c.isalnum() or c.isspace() or c in _PUNCTUATION or _is_mark(c))]
+    return round(len(rest) / len(text), 4)
 
 
 _PUNCTUATION = frozenset(".,;:!?'\"()-’‘“”„«»…–—、。，！？：；（）「」『』・¿¡،؟।")
@@ -153,8 +152,6 @@ _ORDINARY_ASCII = {i: None for i in range(128) if chr(i).isalnum() or chr(i).iss
 
 
 def _is_mark(character: str) -> bool:
-    import unicodedata
-
     return unicodedata.category(character)[0] == "M"
 
 

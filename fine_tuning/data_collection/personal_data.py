@@ -48,6 +48,13 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
     return _without_overlaps(hits) if len(hits) > 1 else hits
 
 
+def may_hold(text: str) -> bool:
+    """Whether `find` could find anything: false for most conversations, at a tenth of its cost."""
+    if "@" in text or "://" in text or _DIGIT.search(text) or _INNER_DOT.search(text) or text.count(":") >= 5:
+        return True
+    return _names_a_secret(text.lower())
+
+
 def _finders(text: str) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
     """The finders that the characters of the text leave possible: most texts have neither @ nor many digits."""
     yield "SECRET", _secrets
@@ -171,7 +178,6 @@ _NAMED = re.compile(
     r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))",
     re.IGNORECASE,
 )
-_NAMED_HINTS = ("pass", "pwd", "secret", "key", "token")
 _BEARER = re.compile(
     r"(?<![A-Za-z])(?:authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(?:bearer|basic)\s{1,2}([A-Za-z0-9_.~+/=-]{16,2000})",
     re.IGNORECASE,
@@ -189,7 +195,7 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
             position = end.end() if end else len(text)
             yield start.start(), position
     lower = text.lower()
-    if any(hint in lower for hint in _NAMED_HINTS):
+    if _names_a_secret(lower):
         for match in _NAMED.finditer(text):
             group = match.lastindex or 4
             value, (start, end) = match.group(group), match.span(group)
@@ -202,6 +208,10 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
         for match in _BEARER.finditer(text):
             if _DIGIT.search(match.group(1)):
                 yield match.span(1)
+
+
+def _names_a_secret(lower: str) -> bool:
+    return "pass" in lower or "pwd" in lower or "secret" in lower or "key" in lower or "token" in lower
 
 
 _STAND_IN = re.compile(r"(?:your|my|the|some|an?|example|placeholder|change|insert|enter|todo)[_ -]?[a-z_ -]*$", re.I)
@@ -225,7 +235,7 @@ def _is_secret_value(value: str, quoted: bool) -> bool:
 _NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
 _SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^{_NO_URL}]{{3,2000}}+", re.IGNORECASE)
 _WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
-_INNER_DOT = re.compile(r"[A-Za-z0-9]\.[A-Za-z]")
+_INNER_DOT = re.compile(r"\.\w")
 _BARE_URL = re.compile(
     r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
