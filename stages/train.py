@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
@@ -87,10 +88,12 @@ def main() -> None:
 
 
 def launch(name: str) -> None:
-    """Start this stage anew in the processes that the configuration asks for."""
-    command = ["accelerate", "launch", "--config_file", f"configs/accelerate/{name}.yaml", "-m", "stages.train"]
+    """Start this stage anew in the processes that the configuration asks for; on a CPU they talk through gloo."""
+    config = f"configs/accelerate/{name}.yaml"
+    command = ["accelerate", "launch", "--config_file", config, "-m", "stages.train"]
     if detect_hardware("auto", None).device == "cpu":
-        command.insert(4, "--cpu")
+        processes = yaml.safe_load(Path(config).read_text())["num_processes"]
+        command = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "stages.train"]
     os.execvp(command[0], command)
 
 

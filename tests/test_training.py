@@ -1,6 +1,7 @@
 """Training: batches within their budget, the loss of the trained tokens only, the same bytes every time."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -181,3 +182,96 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoints(tiny_b
 def test_a_checkpoint_that_knows_the_optimizer_is_bounded_in_number(tiny_base, tmp_path):
     train(tiny_base, tmp_path / "adapter", tmp_path / "ck", checkpoint_steps=1)
     assert len(list((tmp_path / "ck").glob("checkpoint-*"))) == 2
+
+
+def test_packed_rows_do_not_see_their_neighbours(tiny_base, tmp_path):
+    plain = train(tiny_base, tmp_path / "plain", tmp_path / "ck1", max_steps=1)
+    packed = train(tiny_base, tmp_path / "packed", tmp_path / "ck2", max_steps=1, packing=True)
+    assert packed.validation_loss_before == pytest.approx(plain.validation_loss_before, abs=1e-5)
+
+
+def test_early_stopping_keeps_the_best_adapter(tiny_base, tmp_path):
+    # At such a learning rate the loss on foreign rows falls first and rises soon.
+    result = train(
+        tiny_base, tmp_path / "a", tmp_path / "ck", early_stopping_patience=2, validations=40, epochs=30.0,
+        learning_rate=3e-2,
+    )  # fmt: skip
+    losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
+    assert len(losses) < 40
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert result.validation_loss == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_an_adapter_can_be_gone_on_from(tiny_base, tmp_path):
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    first = train(tiny_base, tmp_path / "first", tmp_path / "ck1", learning_rate=1e-2)
+    settings = SETTINGS.model_copy(update={"threads": 1, "max_steps": 1})
+    second = train_adapter(
+        tiny_base, "tiny", make_rows(60), make_rows(8, seed=1), settings, tmp_path / "second", tmp_path / "ck2",
+        start_from=tmp_path / "first",
+    )  # fmt: skip
+    assert second.validation_loss_before == pytest.approx(first.validation_loss, abs=1e-5)
+    other = settings.model_copy(update={"lora": settings.lora.model_copy(update={"rank": 4})})
+    with pytest.raises(UserError, match="does not fit"):
+        train_adapter(
+            tiny_base, "tiny", make_rows(60), make_rows(8, seed=1), other, tmp_path / "third", tmp_path / "ck3",
+            start_from=tmp_path / "first",
+        )  # fmt: skip
+
+
+INTERRUPTED_RUN = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_training import train
+from fine_tuning.training import lora_trainer
+original = lora_trainer.RunGuard.on_log
+def interrupting(self, args, state, control, **rest):
+    if state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(self, args, state, control, **rest)
+lora_trainer.RunGuard.on_log = interrupting
+train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), epochs=2.0)
+"""
+
+
+def test_ctrl_c_saves_a_checkpoint_before_it_ends(tiny_base, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED_RUN, str(tiny_base), str(tmp_path / "adapter"), str(tmp_path / "ck")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr
+    assert newest_checkpoint(tmp_path / "ck").name in ("checkpoint-4", "checkpoint-5")
+    assert not (tmp_path / "adapter").exists()
+
+
+PARALLEL_RUN = """
+import json, sys
+from pathlib import Path
+from tests.test_training import train
+from fine_tuning.training.training_utils import is_main_process
+result = train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), learning_rate=3e-3, epochs=8.0, batch_tokens=300)
+if is_main_process():
+    Path(sys.argv[4]).write_text(json.dumps([result.steps, result.train_loss, result.validation_loss]))
+"""
+
+
+def test_two_processes_train_what_one_trains(tiny_base, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(PARALLEL_RUN)
+    root = Path(__file__).parents[1]
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(script), str(tiny_base)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two"), str(tmp_path / "ck2"), str(tmp_path / "result.json")],
+        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps, train_loss, validation_loss = json.loads((tmp_path / "result.json").read_text())
+    # Two processes take two batches a step, as one does that accumulates over two; eight batches come out even.
+    one = train(
+        tiny_base, tmp_path / "one", tmp_path / "ck1", learning_rate=3e-3, epochs=8.0, gradient_accumulation=2, batch_tokens=300
+    )  # fmt: skip
+    assert steps == one.steps
+    assert train_loss == pytest.approx(one.train_loss, abs=3e-3)
+    assert validation_loss == pytest.approx(one.validation_loss, abs=3e-3)
+    losses = [entry["loss"] for entry in one.history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.08
