@@ -1,17 +1,23 @@
 """The registry on a real SQLite store: one version for one content, aliases that always name something whole."""
 
+import contextlib
 import math
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from itertools import count
 from pathlib import Path
 
+import httpx
 import pytest
 
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry
+from tests.fake_ollama import silent_host
 from tests.registered import environment
 
 FIRST, SECOND, THIRD = ("1" * 64, "2" * 64, "3" * 64)
@@ -172,6 +178,44 @@ def test_a_database_that_stays_locked_is_one_clear_line(store, files, monkeypatc
     with pytest.raises(UserError, match="database stayed locked"):
         register(registry, files, FIRST)
     assert len(tries) > 1
+
+
+def test_an_mlflow_server_serves_as_well(tmp_path, files):
+    with silent_host() as address:
+        port = address.rpartition(":")[2]
+    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path / 'server.db'}",
+        "--artifacts-destination",
+        str(tmp_path / "kept"),
+    ]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    server = subprocess.Popen(
+        [sys.executable, *command, *stores], **quiet, env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    )
+    try:
+        wait_for(address)
+        registry = ModelRegistry("served", address, tmp_path / "unused", tmp_path / "locks")
+        version, new = register(registry, files, FIRST)
+        assert new and version.artifacts.startswith("mlflow-artifacts:/")
+        assert not register(registry, files, FIRST)[1]
+        registry.promote(1, None)
+        assert [found.aliases for found in registry.versions()] == [("champion",)]
+        assert registry.download(version, "adapter/weights", tmp_path / "out").read_bytes() == b"weights"
+        assert not (tmp_path / "unused").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def wait_for(address: str) -> None:
+    for _ in range(720):
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{address}/health", timeout=1).status_code == 200:
+                return
+        time.sleep(0.25)
+    raise AssertionError("the MLflow server did not start in three minutes")
 
 
 def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):

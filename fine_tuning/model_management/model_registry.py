@@ -23,6 +23,7 @@ CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 CONTENT_TAG = "content_sha256"
 ADAPTER_TAG = "adapter_sha256"
 LOCK_SECONDS = 120.0
+ANSWERS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # errors that are answers to a question of ours
 
 Value = TypeVar("Value")
 
@@ -300,8 +301,11 @@ class ModelRegistry:
             try:
                 return call()
             except MlflowException as error:
-                if not _is_locked(error):
+                if error.error_code in ANSWERS:
                     raise
+                if not _is_locked(error):
+                    reason = " ".join(str(error).split())[:200]
+                    raise UserError(f"the registry at {self.uri} failed ({reason}): mend it, then run again") from None
                 if time.monotonic() + wait > end:
                     raise UserError(
                         f"the registry's database stayed locked for {self.patience:.0f} s: end the program that "

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     """
     import logging
 
+    # Seven retries, MLflow's default, keep a person waiting for four minutes when the server is down.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
     from mlflow.exceptions import MlflowException
 
