@@ -1,5 +1,7 @@
 """The four uses of the project, as a user types them: new conversations, experiments, differences, remotes."""
 
+import csv
+import io
 import json
 import os
 
@@ -104,11 +106,30 @@ def test_another_clone_pulls_data_and_adapter_and_has_nothing_to_do(trained, tmp
     assert "up to date" in clone.run("dvc", "repro")
 
 
-def test_a_second_clone_rebuilds_the_same_bytes(trained, tmp_path):
+def test_verify_rebuilds_the_same_bytes_and_names_the_stage_that_gives_others(trained, tmp_path):
     project = trained.copy(tmp_path / "project")
-    before = (project.folder / "dvc.lock").read_text()
-    project.run("dvc", "repro", "--force", "--no-run-cache")
-    assert (project.folder / "dvc.lock").read_text() == before
+    verify = ("python", "-m", "fine_tuning", "verify", "--rebuild")
+    assert "all 9 stages give the bytes" in project.run(*verify)
+    lock = project.folder / "dvc.lock"
+    locked = yaml.safe_load(lock.read_text())
+    locked["stages"]["prepare"]["outs"][0]["md5"] = "0" * 32 + ".dir"
+    lock.write_text(yaml.safe_dump(locked))
+    project.commit("Another hash")
+    assert "prepare is the first stage that gives other bytes: data/prepared" in project.run(*verify, check=False)
+
+
+def test_a_sweep_trains_every_combination_and_shows_them_in_one_table(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    project.run(
+        "dvc", "exp", "run", "--queue", "-S", "train.learning_rate=1.0e-4,5.0e-3", "-S", "train.lora.rank=2,4"
+    )  # fmt: skip
+    project.run("dvc", "exp", "run", "--run-all")
+    rows = list(csv.DictReader(io.StringIO(project.run("dvc", "exp", "show", "--csv", "--no-pager"))))
+    tried = {(row["train.learning_rate"], row["train.lora.rank"]) for row in rows if row["Experiment"]}
+    assert tried == {("0.0001", "2"), ("0.0001", "4"), ("0.005", "2"), ("0.005", "4")}
+    names = [row["Experiment"] for row in rows if row["Experiment"]]
+    project.run("dvc", "plots", "diff", *names, "-o", "plots")
+    assert (project.folder / "plots/index.html").is_file()
 
 
 def _adapter(project: Project) -> bytes:

@@ -49,6 +49,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
     parser = subparsers.add_parser("verify", help="read again what DVC, registry and Ollama hold; name what is damaged")
     parser.add_argument("--local", action="store_true", help="neither the remote nor Ollama")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="run HEAD's pipeline once more; name the first difference"
+    )
     parser.add_argument("--remote", help="a DVC remote other than the default one")
     parser.add_argument("--json", action="store_true", help="as JSON")
     _add_host(parser)
@@ -164,6 +167,10 @@ def lineage(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Read again what is trusted unread; the exit status is 1 if something is damaged."""
+    if arguments.rebuild:
+        from fine_tuning.commands.rebuild import rebuild
+
+        return rebuild()
     from fine_tuning.commands.verify import verify as run_verify
 
     settings = _settings()

@@ -1,0 +1,79 @@
+"""verify --rebuild: run the committed pipeline once more in a copy and name the first stage that gives other bytes."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fine_tuning.errors import UserError
+from fine_tuning.project import git_commit, root, run_command
+
+
+def rebuild() -> int:
+    """Rebuild HEAD stage by stage; 0 if every output has the hash that dvc.lock names, 1 at the first that has not.
+
+    Raises:
+        UserError: there is no committed dvc.lock, or its conversations are not in this checkout's cache.
+    """
+    checkout = root()
+    commit, dirty = git_commit(checkout)
+    if commit is None or not (checkout / "dvc.lock").is_file():
+        raise UserError("there is no committed dvc.lock to rebuild from: run `dvc repro` and commit")
+    if dirty:
+        print("rebuild: uncommitted changes are left out, HEAD is rebuilt")
+    with tempfile.TemporaryDirectory(prefix="rebuild-") as folder:
+        copy = Path(folder) / "checkout"
+        run_command("git", "clone", "-q", "--shared", str(checkout), str(copy))
+        run_command(*DVC, "cache", "dir", "--local", _cache(checkout), cwd=copy)
+        try:
+            run_command(*DVC, "checkout", "data/conversations.dvc", cwd=copy)
+        except UserError:
+            raise UserError(
+                "the conversations of HEAD are not in DVC's cache: `dvc pull data/conversations.dvc`"
+            ) from None
+        expected = _outputs(copy)
+        for stage in expected:
+            print(f"rebuild: {stage}", flush=True)
+            # Its runs belong to nobody: they go into a store of the copy's own.
+            environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{copy / 'mlflow.db'}"}
+            command = [*DVC, "repro", "--quiet", "--single-item", "--force", "--no-run-cache", stage]
+            if subprocess.run(command, cwd=copy, env=environment).returncode != 0:
+                print(f"rebuild: the stage {stage} failed")
+                return 1
+            different = sorted(_differences(expected[stage], _outputs(copy)[stage]))
+            if different:
+                print(f"rebuild: {stage} is the first stage that gives other bytes: {', '.join(different)}")
+                return 1
+    print(f"rebuild: all {len(expected)} stages give the bytes that dvc.lock of {commit[:8]} names")
+    return 0
+
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def _cache(checkout: Path) -> str:
+    folder = run_command(*DVC, "cache", "dir", cwd=checkout).strip()
+    return str((checkout / folder).resolve())
+
+
+def _outputs(checkout: Path) -> dict[str, dict[str, Any]]:
+    """Hash of each output by path, by stage, in the order in which stages run."""
+    locked = yaml.safe_load((checkout / "dvc.lock").read_bytes())["stages"]
+    order = [stage for stage in _order(checkout) if stage in locked]
+    return {stage: {out["path"]: out.get("md5") for out in locked[stage].get("outs", [])} for stage in order}
+
+
+def _order(checkout: Path) -> Iterator[str]:
+    # dvc.yaml lists the stages so that each comes after those it reads from.
+    yield from yaml.safe_load((checkout / "dvc.yaml").read_bytes())["stages"]
+
+
+def _differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    for path in expected.keys() | found.keys():
+        if expected.get(path) != found.get(path):
+            yield path
