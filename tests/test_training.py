@@ -248,9 +248,10 @@ import json, sys
 from pathlib import Path
 from tests.test_training import train
 from fine_tuning.training.training_utils import is_main_process
-result = train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), learning_rate=3e-3, epochs=8.0, batch_tokens=300)
+base, output, checkpoints, answer = map(Path, sys.argv[1:])
+result = train(base, output, checkpoints, learning_rate=3e-3, epochs=8.0, batch_tokens=300)
 if is_main_process():
-    Path(sys.argv[4]).write_text(json.dumps([result.steps, result.train_loss, result.validation_loss]))
+    answer.write_text(json.dumps([result.steps, result.train_loss, result.validation_loss]))
 """
 
 
@@ -268,7 +269,8 @@ def test_two_processes_train_what_one_trains(tiny_base, tmp_path):
     steps, train_loss, validation_loss = json.loads((tmp_path / "result.json").read_text())
     # Two processes take two batches a step, as one does that accumulates over two; eight batches come out even.
     one = train(
-        tiny_base, tmp_path / "one", tmp_path / "ck1", learning_rate=3e-3, epochs=8.0, gradient_accumulation=2, batch_tokens=300
+        tiny_base, tmp_path / "one", tmp_path / "ck1", learning_rate=3e-3, epochs=8.0, batch_tokens=300,
+        gradient_accumulation=2,
     )  # fmt: skip
     assert steps == one.steps
     assert train_loss == pytest.approx(one.train_loss, abs=3e-3)
