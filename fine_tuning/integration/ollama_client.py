@@ -127,9 +127,13 @@ class OllamaClient:
         self._short = httpx.Timeout(timeout)
         self._long = httpx.Timeout(timeout, read=stream_timeout, write=stream_timeout)
         # A proxy for the outside world must not be asked for a server on this machine.
-        # Loading certificates takes a tenth of a second; plain HTTP needs none.
         self._http = httpx.Client(
-            base_url=self.host, trust_env=not _is_local(self.host), verify=self.host.startswith("https:")
+            base_url=self.host,
+            trust_env=not _is_local(self.host),
+            # Loading certificates takes a tenth of a second; plain HTTP needs none.
+            verify=self.host.startswith("https:"),
+            # A kept connection that the server has just closed looks like a server that went down.
+            limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     def __enter__(self) -> "OllamaClient":
