@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.data_collection.account_numbers import luhn
 from fine_tuning.data_collection.data_cleaner import DataCleaner
-from fine_tuning.data_collection.personal_data import TYPES, Masker, find, luhn, may_hold
+from fine_tuning.data_collection.personal_data import TYPES, Masker, find, may_hold
 from fine_tuning.records import read_jsonl
 
 CASES = list(read_jsonl(Path(__file__).parent / "personal_data_cases.jsonl"))

@@ -29,6 +29,10 @@ PIECE_BYTES = 64 << 20
 BATCH = 256
 MAX_LINE_BYTES = 64 << 20
 MODULES = (
+    "account_numbers",
+    "net_addresses",
+    "phone_numbers",
+    "secret_patterns",
     "conversation",
     "data_cleaner",
     "filters",
@@ -170,15 +174,17 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
     """(line number from 1 within the piece, line); None for a line that is longer than any conversation may be."""
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
-        number = 0
-        while file.tell() < piece.end:
+        number, position = 0, piece.start
+        while position < piece.end:
             number += 1
             line = file.readline(MAX_LINE_BYTES)
+            position += len(line)
             if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
                 yield number, line
                 continue
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
+                position += len(line)
             yield number, None
 
 

@@ -1,0 +1,170 @@
+"""Numbers that name a person or an account: IBAN, cards, social security and other national numbers.
+
+A pattern proposes and a checksum decides. Every pattern repeats possessively or with an upper bound.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+_NO_DIGITS = re.compile(r"\D+")
+
+
+def _digits(text: str) -> str:
+    return _NO_DIGITS.sub("", text)
+
+
+_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ -]?[A-Za-z0-9])")
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){11,}+(?![\w-]|[.,]\d)")
+# how cards are printed; among more digits than a card has, only these count
+_CARD_GROUPS = re.compile(
+    r"(?<!\d)(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
+)
+_NOT_A_CARD = re.compile(
+    r"(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|reference|ref|id|"
+    r"timestamp|part|hash)\b[\w\s.]{0,12}[:#=]?\s{0,2}#?$",
+    re.IGNORECASE,
+)
+_CALLED_A_CARD = re.compile(
+    r"(?:\bcards?|\bvisa|\bmaster ?card|\bamex|\bdiners|\bmaestro)\b[^\d\n]{0,20}$", re.IGNORECASE
+)
+_SSN = re.compile(r"(?<![\w-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
+_BARE_SSN = re.compile(
+    r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
+)
+_NATIONAL = re.compile(
+    r"(?<![\w.-])(?=[A-Z0-9])(?:"
+    r"(?P<cpf>\d{3}\.\d{3}\.\d{3}-\d{2})"  # Brazil
+    r"|(?P<nino>[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D])"  # United Kingdom
+    r"|(?P<codice>[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z])"  # Italy
+    r"|(?P<dni>(?:\d{8}|[XYZ]-?\d{7})-?[A-Z])"  # Spain
+    r"|(?P<nir>[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2})"  # France
+    r"|(?P<sin>\d{3}[ -]\d{3}[ -]\d{3})"  # Canada
+    r"|(?P<aadhaar>[2-9]\d{3} \d{4} \d{4})"  # India
+    r"|(?P<pan>[A-Z]{3}[PCHFATBLJG][A-Z]\d{4}[A-Z])"  # India, tax
+    r"|(?P<curp>[A-Z]{4}\d{6}[HM][A-Z]{5}[A-Z0-9]\d)"  # Mexico
+    r"|(?P<pesel>\d{11})"  # Poland
+    r")(?![\w-]|\.\d)"
+)
+
+
+def find_ibans(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of IBANs of the length that their country has, with a right checksum."""
+    for head in _IBAN_HEAD.finditer(text):
+        length = _iban_lengths().get(head.group()[:2].upper())
+        rest = _iban_rest(length).match(text, head.end()) if length else None
+        if rest and _iban_checksum(head.group() + rest.group()):
+            yield head.start(), rest.end()
+
+
+@cache
+def _iban_rest(length: int) -> re.Pattern[str]:
+    return re.compile(rf"(?:[ -]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
+
+
+@cache
+def _iban_lengths() -> dict[str, int]:
+    """Country → length of its IBANs, from the registry (ISO 13616) that python-stdnum carries."""
+    from stdnum import numdb
+
+    return {
+        country: 4 + sum(int(count) for count in re.findall(r"(\d+)!", properties["bban"]))
+        for _, country, _, properties, _ in numdb.get("iban").prefixes
+    }
+
+
+def _iban_checksum(value: str) -> bool:
+    """ISO 13616: the first four characters go to the end, letters count from 10, and the number is 1 modulo 97."""
+    value = value.replace(" ", "").replace("-", "")
+    moved = value[4:] + value[:4]
+    return int("".join(str(int(character, 36)) for character in moved)) % 97 == 1
+
+
+def find_cards(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of card numbers; what is called an order, an ISBN and the like is none."""
+    for run in _CARD.finditer(text):
+        before = text[max(0, run.start() - 30) : run.start()]
+        if _NOT_A_CARD.search(before):
+            continue
+        called = _CALLED_A_CARD.search(before) is not None
+        parts = [run] if len(_digits(run.group())) <= 19 else _CARD_GROUPS.finditer(text, *run.span())
+        for part in parts:
+            if _is_card(_digits(part.group()), called):
+                yield part.span()
+
+
+def _is_card(digits: str, called: bool) -> bool:
+    """Luhn checksum, and the length and prefix of a known scheme (ISO/IEC 7812) unless it is called a card."""
+    length, two, three, four = len(digits), int(digits[:2]), int(digits[:3]), int(digits[:4])
+    scheme = (
+        (digits[0] == "4" and length in (13, 16, 19))
+        or ((51 <= two <= 55 or 2221 <= four <= 2720) and length == 16)
+        or (two in (34, 37) and length == 15)
+        or ((300 <= three <= 305 or two in (36, 38, 39)) and 14 <= length <= 19)
+        or ((four == 6011 or two == 65 or 644 <= three <= 649 or two in (62, 81)) and 16 <= length <= 19)
+        or (3528 <= four <= 3589 and 16 <= length <= 19)
+        or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
+    )
+    return (scheme or called) and len(set(digits)) > 1 and luhn(digits)
+
+
+def luhn(digits: str) -> bool:
+    """ISO/IEC 7812-1, annex B."""
+    total = 0
+    for index, digit in enumerate(reversed(digits)):
+        value = int(digit) * (1 + index % 2)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def find_ssns(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of US social security numbers that were given out."""
+    from stdnum.us import ssn
+
+    for match in _SSN.finditer(text):
+        if ssn.is_valid(_digits(match.group())):
+            yield match.span()
+    if "ssn" in text.lower() or "ecurity" in text:
+        for match in _BARE_SSN.finditer(text):
+            if ssn.is_valid(match.group(1)):
+                yield match.span(1)
+
+
+def find_national_ids(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of national numbers that are unmistakable, or are called what they are."""
+    for match in _NATIONAL.finditer(text):
+        if _national_check(match.lastgroup or "", match.group(), text[max(0, match.start() - 24) : match.start()]):
+            yield match.span()
+
+
+def _national_check(kind: str, value: str, before: str) -> bool:
+    from stdnum.br import cpf
+    from stdnum.ca import sin
+    from stdnum.es import dni, nie
+    from stdnum.fr import nir
+    from stdnum.in_ import aadhaar
+    from stdnum.it import codicefiscale
+    from stdnum.mx import curp
+    from stdnum.pl import pesel
+
+    if kind in ("nino", "pan"):
+        return kind == "nino" or _NAMED_ID.search(before) is not None
+    if kind in ("pesel", "sin", "aadhaar") and not _NAMED_ID.search(before):
+        return False
+    if kind == "dni":
+        return dni.is_valid(value) or nie.is_valid(value)
+    checks = {
+        "cpf": cpf,
+        "sin": sin,
+        "nir": nir,
+        "aadhaar": aadhaar,
+        "codice": codicefiscale,
+        "curp": curp,
+        "pesel": pesel,
+    }
+    return checks[kind].is_valid(value)
+
+
+_NAMED_ID = re.compile(
+    r"(?:\b(?:pan|sin|pesel|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
+)

@@ -1,0 +1,155 @@
+"""Addresses of the net in text: URLs, e-mail, IP and MAC addresses.
+
+Every pattern starts only where a value can start and repeats possessively or with an upper bound.
+"""
+
+import ipaddress
+import re
+from collections.abc import Iterator
+
+_DIGIT = re.compile(r"\d")
+_SEPARATOR = re.compile(r"[.:-]")
+# not in a URL: white space, quotes, brackets of markup, and the punctuation of scripts that write no spaces
+_NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
+_SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^{_NO_URL}]{{3,2000}}+", re.IGNORECASE)
+_WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
+INNER_DOT = re.compile(r"\.\w")
+_BARE_URL = re.compile(
+    r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
+    rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
+)
+# domains that people write without a scheme; others need a path behind them
+_BARE_DOMAINS = frozenset(
+    ("com", "org", "net", "edu", "gov", "info", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch", "at")
+)
+_PATH_DOMAINS = _BARE_DOMAINS | frozenset(
+    (
+        "io",
+        "me",
+        "ly",
+        "co",
+        "gl",
+        "gg",
+        "tv",
+        "app",
+        "dev",
+        "ai",
+        "us",
+        "xyz",
+        "to",
+        "be",
+        "gle",
+        "link",
+        "page",
+        "site",
+    )
+)
+_SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
+_NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
+# of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
+_LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
+_EMAIL = re.compile(
+    rf"(?<![{_LETTERS}._%+-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
+    r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[^\W\d_a-zA-Z]{2,10}))"
+    r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
+)
+_QUOTED_EMAIL = re.compile(r"\"[^\"\s@]{1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
+_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2}))?(?![\w]|\.\d|/\d)")
+_IPV6 = re.compile(
+    r"(?<![\w:.])((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
+    r"(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
+)
+_VERSION_BEFORE = re.compile(
+    r"(?:\bv|\bver\.?|\bversions?:?|\brelease|\bbuild|\bfirmware|\bupgrade[sd]? to|\bupdate[sd]? to|/|\bsection|"
+    r"\bchapter|\brev(?:ision)?\.?|==|>=|<=|~=|\bOID)\s{0,2}$",
+    re.IGNORECASE,
+)
+_MAC = re.compile(
+    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}|"
+    r"[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![\w:-]|\.\w)"
+)
+
+
+def find_urls(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of URLs with a scheme, with www, and of bare domains that people write."""
+    for pattern, hint in ((_SCHEME_URL, "://"), (_WWW_URL, "ww.")):
+        if hint in text or hint.upper() in text:
+            for match in pattern.finditer(text):
+                end = _url_end(text, *match.span())
+                if end > match.start() + 6:
+                    yield match.start(), end
+    for match in _BARE_URL.finditer(text) if INNER_DOT.search(text) else ():
+        domain, path = match.group(2), match.group(4)
+        name = match.group(1) + domain
+        labels = match.group(1).lower().rstrip(".").split(".")
+        known = domain.lower() in (_PATH_DOMAINS if path else _BARE_DOMAINS) or (
+            len(domain) == 2 and len(labels) > 1 and labels[-1] in _SECOND_LEVEL
+        )
+        if not known or name.lower() in _NOT_DOMAINS:
+            continue
+        word_like = len(domain) == 2 and len(labels) == 1 and len(labels[0]) <= 3  # "it.is", "to.be"
+        if path or (domain == domain.lower() and labels[0] not in ("www", "e", "i") and not word_like):
+            yield match.start(), _url_end(text, *match.span())
+
+
+def _url_end(text: str, start: int, end: int) -> int:
+    """Where a URL ends once the sentence's own punctuation and closing brackets are taken off."""
+    opened = {")": text.count("(", start, end), "]": text.count("[", start, end)}
+    closed = {")": text.count(")", start, end), "]": text.count("]", start, end)}
+    while end > start:
+        last = text[end - 1]
+        if last in ".,;:!?'*_~…。、，）»”’":
+            end -= 1
+        elif last in ")]" and closed[last] > opened[last]:
+            closed[last] -= 1
+            end -= 1
+        elif last in "([":
+            end -= 1
+        else:
+            break
+    return end
+
+
+def find_emails(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of e-mail addresses (RFC 5322 dot-atoms, RFC 6531 letters, quoted local parts)."""
+    for match in _EMAIL.finditer(text):
+        local = match.group(1)
+        lead = len(local) - len(local.lstrip("'"))
+        if ".." not in local and not local.endswith(".") and "_" not in match.group(2):
+            yield match.start() + lead, match.end()
+    if '"@' in text:
+        yield from (match.span() for match in _QUOTED_EMAIL.finditer(text))
+
+
+def find_ips(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of IPv4 and IPv6 addresses and networks; versions and loopback are none."""
+    if "." in text:
+        for match in _IPV4.finditer(text):
+            if _is_address(match.group(1), match.group(2)) and not _VERSION_BEFORE.search(
+                text, max(0, match.start() - 16), match.start()
+            ):
+                yield match.span()
+    if text.count(":") >= 2:
+        for match in _IPV6.finditer(text):
+            # C++ and Ruby write names as a::b; an address without any digit would be a rare one
+            if _DIGIT.search(match.group(1)) and _is_address(match.group(1), None):
+                yield match.span()
+
+
+def _is_address(value: str, prefix: str | None) -> bool:
+    """A valid address that can be somebody's: loopback and the unspecified address are everybody's."""
+    try:
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    if prefix is not None and int(prefix) > 32:
+        return False
+    return not (address.is_loopback or address.is_unspecified)
+
+
+def find_macs(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of MAC addresses, but not the broadcast and the null address."""
+    for match in _MAC.finditer(text):
+        digits = _SEPARATOR.sub("", match.group()).upper()
+        if digits not in ("000000000000", "FFFFFFFFFFFF"):
+            yield match.span()

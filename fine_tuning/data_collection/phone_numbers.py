@@ -1,0 +1,126 @@
+"""Phone numbers in text: groups of digits as candidates, libphonenumber as the judge."""
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+_BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digits of a number
+_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
+_NATIONAL_PHONE = re.compile(rf"(?<![\w.,/=#$€£&+-])(?=[\d() .\u00a0\u2010\u2011–/-]{{7}})\(?\d++(?:{_BETWEEN}\d++)*+")
+_MOST_GROUPS = 8
+_EXTENSION = re.compile(r"\s{0,2}(?:ext\.?|extension|x|#)\s{0,2}\d{1,6}(?!\w)", re.IGNORECASE)
+_CALLED_A_PHONE = re.compile(
+    r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
+    r"telefon|handy|rufnummer|t[ée]l[ée]phone|tel[ée]fono|celular|telefone|"
+    r"(?:my|his|her|our|their|your) (?:new )?number)\b)"
+    r"[^\d\n]{0,24}$",
+    re.IGNORECASE,
+)
+_CALLED_OTHERWISE = re.compile(
+    r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
+    r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
+    r"card|social security)\b"
+    r"(?:\s(?:number|no|num|id|code))?\.?[^\w\n]{0,4}$",
+    re.IGNORECASE,
+)
+_DATE_OR_TIME = re.compile(
+    r"(?:(?:19|20)\d{2}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d{2})(?:$|[ T(-])"
+    r"|(?:19|20)\d{2} ?- ?(?:19|20)\d{2}$"
+)
+_ISBN_13 = re.compile(r"97[89][- ]?\d")
+
+
+def find_phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Phone numbers; digits inside what is `taken` already (a card, an IBAN) are not asked again."""
+    for pattern, possible in ((_INTERNATIONAL, ()), (_NATIONAL_PHONE, regions)):
+        if pattern is _INTERNATIONAL and "+" not in text and "00" not in text:
+            continue
+        for run in pattern.finditer(text):
+            first, last = run.span()
+            if any(start <= first and last <= end for start, end in taken):
+                continue
+            for start, end in _phones_of_run(text, first, last, possible):
+                extension = _EXTENSION.match(text, end)
+                yield start, extension.end() if extension else end
+
+
+def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    """Phone numbers that follow each other from the start of a run of groups of digits.
+
+    The longest sequence of groups that is a number counts. What follows no number is none: figures in a table.
+    """
+    groups = [group.span() for group in _GROUP.finditer(text, start, end)]
+    if groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
+        return
+    first = 0
+    while first < len(groups):
+        for last in range(min(len(groups), first + _MOST_GROUPS) - 1, first - 1, -1):
+            stop = groups[last][1]
+            count = sum(b - a for a, b in groups[first : last + 1])
+            if 7 <= count <= 15 and _is_phone(text[start:stop], text[max(0, start - 40) : start], regions):
+                yield start, stop
+                break
+        else:
+            return
+        first = last + 1
+        start = groups[first][0] if first < len(groups) else end
+        start -= start > 0 and text[start - 1] == "("
+
+
+def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
+    """Valid for its country, and either international, or written the way the country writes it, or called a phone."""
+    if value.count("(") != value.count(")") or _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
+        return False
+    if _CALLED_OTHERWISE.search(before):
+        return False
+    if value.startswith(("+", "(+")):
+        return _national_groups(value, None) is not None
+    if value.startswith("00"):
+        return _national_groups("+" + value[2:], None) is not None
+    called = _CALLED_A_PHONE.search(before) is not None
+    if not called and value.isdigit():
+        return False
+    count = sum(map(str.isdigit, value))
+    for region in regions:
+        prefix, lengths = _numbering(region)
+        if count not in lengths or (prefix == "0" and not called and value.lstrip("(")[0] != "0"):
+            continue
+        groups = _national_groups(value, region)
+        if groups is None:
+            continue
+        written = _GROUP.findall(value)
+        if written[0] in ("1", "0") and len(written) > 2:  # the trunk prefix, written apart
+            written = written[1:]
+        if called or (len(written) > 1 and written[0] == groups[0]):
+            return True
+    return False
+
+
+_GROUP = re.compile(r"\d+")
+_NO_PHONE_BEFORE = tuple("%°€$£_")
+
+
+@cache
+def _numbering(region: str) -> tuple[str, frozenset[int]]:
+    """(trunk prefix, how many digits a number dialled within the region can have) by libphonenumber's metadata."""
+    from phonenumbers import PhoneMetadata
+
+    metadata = PhoneMetadata.metadata_for_region(region, None)
+    if metadata is None:
+        return "", frozenset()
+    prefix = metadata.national_prefix or ""
+    lengths = metadata.general_desc.possible_length
+    return prefix, frozenset(lengths) | frozenset(length + len(prefix) for length in lengths)
+
+
+def _national_groups(value: str, region: str | None) -> tuple[str, ...] | None:
+    """How the number's own country groups its digits, or None if it is no valid number."""
+    import phonenumbers
+
+    try:
+        number = phonenumbers.parse(value, region)
+    except phonenumbers.NumberParseException:
+        return None
+    if not phonenumbers.is_valid_number(number):
+        return None
+    return tuple(_GROUP.findall(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)))
