@@ -86,7 +86,7 @@ def test_metrics_parameters_and_plots_are_compared_across_commits(trained, tmp_p
     assert metrics["metrics/train.json"]["validation_loss"]["diff"] != 0
     assert "candidate" in project.run("dvc", "metrics", "diff", "HEAD~1")
     params = json.loads(project.run("dvc", "params", "diff", "HEAD~1", "--json"))
-    assert params["params.yaml"]["train.learning_rate"] == {"old": 0.0005, "new": 0.02}
+    assert params["params.yaml"]["train.learning_rate"] == {"old": 0.001, "new": 0.02}
     page = project.run("dvc", "plots", "diff", "HEAD~1", "-o", "plots").strip().splitlines()[-1]
     assert (project.folder / "plots/index.html").is_file(), page
 
