@@ -91,7 +91,7 @@ def contenders() -> list[Contender]:
         folder = main_checkout() / folder
     champion = find_champion(CHAMPION, folder)
     if champion is not None and load_tokenizer(champion.folder).backend_tokenizer.to_str() != tokenizer_of(BASE):
-        raise UserError("the champion has another tokenizer than models/base: `python -m fine_tuning promote --force`")
+        raise UserError("the champion has another tokenizer than models/base: promote this candidate with `python -m fine_tuning promote --force WHY`")
     return [BASE, *([champion] if champion else []), CANDIDATE]
 
 
