@@ -1,19 +1,25 @@
 """Base, champion, candidate and the test split in; scores with intervals, replies and a page side by side out."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt, load_tokenizer
-from fine_tuning.errors import UserError, run
-from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings, Evaluator, find_champion, summarise
+from fine_tuning.errors import run
+from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings, Evaluator, find_champion, left_out, summarise
 from fine_tuning.evaluation.forgetting import general_items, knowledge
-from fine_tuning.evaluation.items import read_items, suite_sha256
+from fine_tuning.evaluation.items import Item, chat_format, encoded_anew, read_items, suite_sha256
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.privacy import personal_data
+from fine_tuning.evaluation.scoring import Reply
 from fine_tuning.evaluation.side_by_side import side_by_side
 from fine_tuning.project import main_checkout
 from fine_tuning.records import write_json, write_jsonl
 from fine_tuning.settings import read_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEST = Path("data/prepared/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
@@ -32,28 +38,23 @@ def main() -> None:
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     tokenizer = load_tokenizer(BASE.folder)
     items = read_items(TEST, tokenizer)
-    suite = suite_sha256(items, tokenizer)
-    prompts = [
-        encode_prompt(tokenizer, [{"role": "user", "content": text}], chat.system_prompt)
-        for text in settings.test_prompts
-    ]
-    evaluator = Evaluator(
-        items, suite, prompts, chat.max_length, settings, main_checkout() / ".whetstone/memo/evaluate"
-    )
 
-    general, general_suite = general_items(tokenizer, chat.system_prompt, chat.max_length)
     records, known, answers = [], [], {}
     for contender in contenders():
-        lines, answers[contender.name] = evaluator.evaluate(contender)
-        prompted = {item.id: tokenizer.decode(item.prompt_ids(item.asked)) for item in items if item.references}
-        for line in lines:
-            if "predictions" in line:
-                line["personal_data"] = personal_data(line["predictions"], prompted[line["id"]])
-        records += lines
-        if settings.forgetting:
-            scores = evaluator.score(contender, general, general_suite, "general knowledge")
-            known += knowledge(contender.name, general, scores)
-    records += evaluator.score_quantised(CANDIDATE)
+        own = load_tokenizer(contender.folder)
+        asked = items if chat_format(own) == chat_format(tokenizer) else encoded_anew(items, own, chat.max_length)
+        if asked:
+            evaluator = evaluator_of(asked, own, settings, chat)
+            lines, answers[contender.name], knows = ask(contender, evaluator, own, chat)
+            records, known = records + lines, known + knows
+        missing = [item for item in items if item.id not in {other.id for other in asked}]
+        records += [left_out(contender.name, item) for item in missing]
+        if missing:
+            print(
+                f"evaluate: {contender.name} is not asked {len(missing)} of {len(items)} conversations: its chat "
+                f"template refuses them or {chat.max_length} of its tokens do not hold them"
+            )
+    records += evaluator_of(items, tokenizer, settings, chat).score_quantised(CANDIDATE)
 
     table = {}
     for name in dict.fromkeys(line["contender"] for line in records):
@@ -76,7 +77,8 @@ def main() -> None:
         ),
     )
     PAGE.write_text(side_by_side(settings.test_prompts, answers), encoding="utf-8", errors="replace")
-    write_json(METRICS, table | {"suite": {"sha256": suite, "conversations": len(items), "clusters": clusters}})
+    suite = {"sha256": suite_sha256(items, tokenizer), "conversations": len(items), "clusters": clusters}
+    write_json(METRICS, table | {"suite": suite})
     for name, row in table.items():
         shown = ", ".join(f"{key} {row[key]['value']:.3f}" for key in list(row)[:3] if row[key]["value"] is not None)
         count = max((cell["n"] for cell in row.values()), default=0)
@@ -90,14 +92,35 @@ def contenders() -> list[Contender]:
     if not folder.is_dir():
         folder = main_checkout() / folder
     champion = find_champion(CHAMPION, folder)
-    if champion is not None and load_tokenizer(champion.folder).backend_tokenizer.to_str() != tokenizer_of(BASE):
-        raise UserError("the champion has another tokenizer than models/base: promote this candidate with `python -m fine_tuning promote --force WHY`")
     return [BASE, *([champion] if champion else []), CANDIDATE]
 
 
-def tokenizer_of(contender: Contender) -> str:
-    """The tokenizer of a contender as text."""
-    return load_tokenizer(contender.folder).backend_tokenizer.to_str()
+def evaluator_of(
+    items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", settings: EvaluateSettings, chat: ChatSettings
+) -> Evaluator:
+    """The evaluator of all models that share a tokenizer."""
+    prompts = [
+        encode_prompt(tokenizer, [{"role": "user", "content": text}], chat.system_prompt)
+        for text in settings.test_prompts
+    ]
+    memo = main_checkout() / ".whetstone/memo/evaluate"
+    return Evaluator(items, suite_sha256(items, tokenizer), prompts, chat.max_length, settings, memo)
+
+
+def ask(
+    contender: Contender, evaluator: Evaluator, tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings
+) -> tuple[list[dict[str, Any]], list[Reply], list[dict[str, Any]]]:
+    """Records of the items, replies to the test prompts, and what the contender knows in general."""
+    records, answers = evaluator.evaluate(contender)
+    prompted = {item.id: tokenizer.decode(item.prompt_ids(item.asked)) for item in evaluator.items if item.references}
+    for line in records:
+        if "predictions" in line:
+            line["personal_data"] = personal_data(line["predictions"], prompted[line["id"]])
+    if not evaluator.settings.forgetting:
+        return records, answers, []
+    general, suite = general_items(tokenizer, chat.system_prompt, chat.max_length)
+    scores = evaluator.score(contender, general, suite, "general knowledge")
+    return records, answers, knowledge(contender.name, general, scores)
 
 
 if __name__ == "__main__":

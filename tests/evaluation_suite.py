@@ -45,8 +45,9 @@ def write_items(path: Path, model: Path, conversations: dict[str, list[dict]], m
     tokenizer = load_tokenizer(model)
     examples = []
     for id, messages in conversations.items():
-        encoded = encode_conversation(tokenizer, messages, None, max_length)
-        examples.append(Example(id, "sample", id, messages, [True] * len(messages), encoded))
+        trained = [message.get("rating", 0) >= 0 for message in messages]
+        encoded = encode_conversation(tokenizer, messages, None, max_length, trained)
+        examples.append(Example(id, "sample", id, messages, trained, encoded))
     write_split(path, examples)
     return path
 

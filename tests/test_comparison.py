@@ -135,6 +135,47 @@ def test_contenders_with_different_items_are_refused(metrics):
         decide(metrics, records("base", spread(3.0)))
 
 
+def in_other_tokens(lines: list[dict]) -> list[dict]:
+    """The same likelihoods of the same bytes, in twice as many tokens."""
+    return [line | {"tokens": 2 * line["tokens"], "correct": 2 * line["correct"]} for line in lines]
+
+
+def test_a_champion_with_another_tokenizer_is_compared_by_bytes(metrics):
+    measured = [*metrics, load_metric("nll_per_byte", MODULES)]
+    base, candidate, weak, strong = (
+        [line | {"bytes": 80} for line in records(name, spread(mean))]
+        for name, mean in (("base", 3.0), ("candidate", 2.0), ("champion", 2.5), ("champion", 1.5))
+    )
+    # Its perplexity is lower, only because its tokens are half as long.
+    found = decide(measured, base, in_other_tokens(weak), candidate)
+    assert found["verdict"] == "PROMOTE"
+    assert found["primary"]["base"]["metric"] == "perplexity"
+    assert found["primary"]["champion"]["metric"] == "nll_per_byte"
+    assert set(found["differences"]["champion"]) == {"nll_per_byte"}
+    assert found["reasons"][-2:] == [
+        "the champion has another tokenizer: nll_per_byte decides against it instead of perplexity",
+        "not compared with the champion: token_accuracy",
+    ]
+    found = decide(measured, base, in_other_tokens(strong), candidate)
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("worse: nll_per_byte")
+    with pytest.raises(UserError, match="decides by nll_per_byte, which was not measured"):
+        decide(metrics, base, in_other_tokens(weak), candidate)
+
+
+def test_a_champion_that_could_be_asked_nothing_holds(metrics):
+    measured = [*metrics, load_metric("nll_per_byte", MODULES)]
+    base, candidate, champion = (
+        [line | {"bytes": 80} for line in records(name, spread(mean))]
+        for name, mean in (("base", 3.0), ("candidate", 2.0), ("champion", 2.5))
+    )
+    nothing = [{key: line[key] for key in ("contender", "id", "cluster", "turns")} for line in champion]
+    found = decide(measured, base, nothing, candidate)
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("nothing is comparable with the champion")
+    assert decide(measured, base, [*nothing[:5], *champion[5:]], candidate)["n"] == 55
+
+
 def test_a_metric_that_was_not_measured_cannot_decide(metrics):
     with pytest.raises(UserError, match="decides by bleu, which was not measured"):
         decide(metrics, records("base", spread(3.0)), records("candidate", spread(2.0)), primary="bleu")

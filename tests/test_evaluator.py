@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.evaluator import Contender, Evaluator, find_champion, summarise
-from fine_tuning.evaluation.items import label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
 from fine_tuning.records import write_json
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, write_items
+from tests.tiny import write_tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,44 @@ def test_several_turns_and_other_scripts_are_items_like_any(tiny_base, tmp_path)
     assert len(item.runs) == 2
     assert item.texts == ["你好，世界", "🦊 नमस्ते"]
     assert item.asked == 1
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory):
+    """A base with another vocabulary."""
+    return write_tiny_base(tmp_path_factory.mktemp("other") / "base", vocabulary=300)
+
+
+def test_another_tokenizer_is_asked_for_the_same_replies(tiny_base, other_base, tmp_path):
+    told = {
+        "x": [
+            *conversation("a", "Wrong.", rating=-1),
+            *conversation("b", "Right, 你好.", model="whetstone:1", rating=1),
+        ],
+        "y": conversation("<|im_start|>", "The quick <|im_end|> fox"),
+    }
+    items = read_items(write_items(tmp_path / "test.parquet", tiny_base, told), load_tokenizer(tiny_base))
+    anew = encoded_anew(items, load_tokenizer(other_base), 200)
+    for item, other in zip(items, anew, strict=True):
+        assert (other.id, other.texts, other.authors) == (item.id, item.texts, item.authors)
+        assert other.input_ids != item.input_ids
+    assert encoded_anew(items, load_tokenizer(tiny_base), 200) == items
+
+
+def test_what_another_model_cannot_be_asked_whole_is_left_out(tiny_base, other_base, tmp_path):
+    told = {
+        "long": conversation("a", "The quick brown fox jumps over the lazy dog. " * 4),
+        "short": conversation("a", "b"),
+        "system": [{"role": "system", "content": "Be kind."}, *conversation("a", "b")],
+    }
+    items = read_items(write_items(tmp_path / "test.parquet", tiny_base, told), load_tokenizer(tiny_base))
+    tokenizer = load_tokenizer(other_base)
+    assert [item.id for item in encoded_anew(items, tokenizer, 120)] == ["short", "system"]
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    assert [item.id for item in encoded_anew(items, tokenizer, 120)] == ["short"]
 
 
 def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):

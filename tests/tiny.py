@@ -19,8 +19,11 @@ Please restart the router, then check whether the cable is plugged in. Hello! Ho
 def add(a, b):\n    return a + b\n1. First\n2. Second\n2024-01-31 10:15 3.14159"""
 
 
-def write_tiny_base(folder: Path, seed: int = 0) -> Path:
-    """Write a loadable Hugging Face model folder: 2 layers, hidden size 64, 4 heads, 2 key-value heads."""
+def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
+    """Write a loadable Hugging Face model folder: 2 layers, hidden size 64, 4 heads, 2 key-value heads.
+
+    Another size of vocabulary is another tokenizer; 259 is the least: every byte and three control tokens.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,7 +38,7 @@ def write_tiny_base(folder: Path, seed: int = 0) -> Path:
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocabulary, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     core.train_from_iterator(TEXT.splitlines(), trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -44,7 +47,7 @@ def write_tiny_base(folder: Path, seed: int = 0) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=512,
+        vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -1,7 +1,8 @@
 """Is the candidate better? Paired differences on the same items, and a verdict with its reasons.
 
 PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, no secondary
-               metric is shown to be lost, and quantising costs little
+               metric is shown to be lost, and quantising costs little; against a champion with another tokenizer
+               the likelihood a byte decides instead of metrics that count tokens
 INCONCLUSIVE   too few conversations to tell
 HOLD           anything else, a number that is none included
 """
@@ -16,7 +17,7 @@ from pydantic import Field
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.evaluator import IntervalSettings, Metrics, likelihood_columns
 from fine_tuning.evaluation.forgetting import forgotten
-from fine_tuning.evaluation.metrics import REPLY_COLUMNS, columns_of, direction
+from fine_tuning.evaluation.metrics import REPLY_COLUMNS, TOKEN_COLUMNS, columns_of, direction
 from fine_tuning.evaluation.privacy import leaks
 from fine_tuning.evaluation.scoring import finite
 from fine_tuning.evaluation.statistics import Resampling, bootstrap, holm, interval, share_at_most
@@ -24,6 +25,7 @@ from fine_tuning.settings import Settings
 
 CANDIDATE, QUANTISED = "candidate", "candidate_quantised"
 RIVALS = ("base", "champion")
+ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a rival counts others
 Records = Sequence[dict[str, Any]]
 
 
@@ -82,16 +84,20 @@ class Difference:
 def differences(
     records: Records, metrics: Metrics, rival: str, settings: IntervalSettings, candidate: str = CANDIDATE
 ) -> dict[str, Difference]:
-    """Paired differences in every metric that both contenders have items for."""
+    """Paired differences in every metric that both contenders have items for.
+
+    Metrics that count tokens are left out where the two count the same replies differently.
+    """
     by_id = {name: {line["id"]: line for line in records if line["contender"] == name} for name in (candidate, rival)}
+    shared = sorted(by_id[candidate].keys() & by_id[rival].keys())
+    counts = [[by_id[name][id].get("tokens") for name in by_id] for id in shared]
+    other_tokens = any(None not in pair and pair[0] != pair[1] for pair in counts)
     found: dict[str, Difference] = {}
     for metric in metrics:
         columns = columns_of(metric)
-        ids = [
-            id
-            for id in sorted(by_id[candidate].keys() & by_id[rival].keys())
-            if all(column in by_id[name][id] for name in by_id for column in columns)
-        ]
+        if other_tokens and not set(columns).isdisjoint(TOKEN_COLUMNS):
+            continue
+        ids = [id for id in shared if all(column in by_id[name][id] for name in by_id for column in columns)]
         if not ids:
             continue
         clusters = [by_id[candidate][id]["cluster"] for id in ids]
@@ -137,14 +143,23 @@ def compare(
         return no_references(settings, len({line["id"] for line in records}))
     present = {line["contender"] for line in records}
     pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
-    for name in (settings.primary, *settings.secondary):
-        if not all(name in found for found in pairs.values()):
+    deciding = {
+        rival: settings.primary if settings.primary in found else ANY_TOKENIZER for rival, found in pairs.items()
+    }
+    # The base shares the candidate's tokenizer: what it lacks was not measured at all.
+    for name in (settings.primary, *settings.secondary, *deciding.values()):
+        if name not in pairs["base"]:
             raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
-    primary = [found[settings.primary] for found in pairs.values()]
+    primary = [pairs[rival][name] for rival, name in deciding.items() if name in pairs[rival]]
     if not all(difference.better for difference in primary):
         raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
+    notes = other_tokenizers(pairs, deciding, settings)
 
-    against: list[str] = []  # reasons not to promote
+    against = [
+        f"nothing is comparable with the {rival}: promote with --force if the {rival} has to go"
+        for rival, name in deciding.items()
+        if name not in pairs[rival]
+    ]  # reasons not to promote
     for difference in primary:
         against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
     secondary, lost = non_inferiority(pairs, settings.secondary, 1 - intervals.confidence)
@@ -173,9 +188,9 @@ def compare(
             reasons.append(f"not worse in {', '.join(settings.secondary)}")
     return {
         "verdict": verdict,
-        "reasons": reasons,
+        "reasons": reasons + notes,
         "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect}
-        | {difference.rival: difference.as_json() for difference in primary},
+        | {difference.rival: {"metric": difference.metric} | difference.as_json() for difference in primary},
         "secondary": secondary,
         "differences": {
             rival: {name: difference.as_json() for name, difference in found.items()} for rival, found in pairs.items()
@@ -241,6 +256,21 @@ def check_same_suite(records: Records) -> None:
         raise UserError("the contenders were not asked the same items: run `dvc repro -f evaluate`")
 
 
+def other_tokenizers(
+    pairs: Mapping[str, Mapping[str, Difference]], deciding: Mapping[str, str], settings: CompareSettings
+) -> list[str]:
+    """What is compared otherwise with rivals whose tokens are others, in words."""
+    notes = []
+    for rival, found in pairs.items():
+        if deciding[rival] != settings.primary and deciding[rival] in found:
+            notes.append(
+                f"the {rival} has another tokenizer: {deciding[rival]} decides against it instead of {settings.primary}"
+            )
+        if skipped := [name for name in settings.secondary if name not in found]:
+            notes.append(f"not compared with the {rival}: {', '.join(skipped)}")
+    return notes
+
+
 def told(difference: Difference) -> str:
     """The difference in words."""
     return (
@@ -278,7 +308,7 @@ def non_inferiority(
 
     One-sided tests at `level` / 2, the level of one end of the intervals, corrected together (Holm 1979).
     """
-    tests = [(name, rival, margin) for name, margin in margins.items() for rival in pairs]
+    tests = [(name, rival, margin) for name, margin in margins.items() for rival in pairs if name in pairs[rival]]
     p_values = []
     for name, rival, margin in tests:
         difference = pairs[rival][name]

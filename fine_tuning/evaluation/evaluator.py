@@ -243,6 +243,11 @@ def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | 
     return line
 
 
+def left_out(contender: str, item: Item) -> dict[str, Any]:
+    """The line of an item that the contender cannot be asked: it has no columns, so no metric counts it."""
+    return {"contender": contender, "id": item.id, "source": item.source, "cluster": item.cluster, "turns": []}
+
+
 def likelihood_columns(turns: Sequence[dict[str, Any]]) -> dict[str, float | int | None]:
     """Sums over turns, {} over none; null where a term is."""
     if not turns:

@@ -39,8 +39,8 @@ def general_items(
             name = f"{question['id']}/{answer}"
             items.append(
                 Item(
-                    name, question["category"], question["id"], encoded.input_ids, encoded.labels, runs, ["imported"],
-                    [question[answer]],
+                    name, question["category"], question["id"], messages, encoded.input_ids, encoded.labels, runs,
+                    ["imported"], [question[answer]],
                 )
             )  # fmt: skip
     digest = hashlib.sha256(SUITE.read_bytes())

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.data_preparation.dataset_builder import read_split
-from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
+from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, RenderError, encode_conversation
 from fine_tuning.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Item:
     id: str
     source: str
     cluster: str
+    messages: list[dict]
     input_ids: list[int]
     labels: list[int]
     runs: list[tuple[int, int]]
@@ -62,9 +63,9 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
         runs = label_runs(row["labels"])
         if not runs:
             continue
-        texts = [tokenizer.decode(row["input_ids"][start:end], skip_special_tokens=True) for start, end in runs]
-        authors = reply_authors(json.loads(row.pop("messages")), len(runs))
-        items.append(Item(**row, runs=runs, authors=authors, texts=[text.strip() for text in texts]))
+        messages = json.loads(row.pop("messages"))
+        authors, texts = reply_authors(messages, len(runs)), reply_texts(tokenizer, row["input_ids"], runs)
+        items.append(Item(**row, messages=messages, runs=runs, authors=authors, texts=texts))
     if not items:
         raise UserError(
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
@@ -72,19 +73,50 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
     return sorted(items, key=lambda item: item.id)
 
 
-def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
-    """Authors of the last `count` replies that preparation labelled: those edited by a person or not disliked."""
-    authors = []
-    for message in messages:
-        if message["role"] != "assistant":
+def encoded_anew(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Item]:
+    """The same conversations and replies as a model with another tokenizer or chat template sees them.
+
+    Left out is what its template cannot carry, and what does not keep all its replies whole in `max_length` tokens.
+    """
+    found = []
+    for item in items:
+        scored = labelled_replies(item.messages, len(item.runs))
+        trained = [any(message is reply for reply in scored) for message in item.messages]
+        try:
+            # A system prompt that was configured is among the messages already.
+            encoded = encode_conversation(tokenizer, item.messages, None, max_length, trained)
+        except RenderError:
             continue
+        runs = label_runs(encoded.labels)
+        if reply_texts(tokenizer, encoded.input_ids, runs) == item.texts:
+            found.append(replace(item, input_ids=encoded.input_ids, labels=encoded.labels, runs=runs))
+    return found
+
+
+def reply_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int], runs: Sequence[tuple[int, int]]) -> list[str]:
+    """The replies as text, without control tokens and the white space that templates put around contents."""
+    texts = (
+        tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for start, end in runs
+    )
+    return [text.strip() for text in texts]
+
+
+def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
+    """Authors of the last `count` replies that preparation labelled."""
+    authors = []
+    for message in labelled_replies(messages, count):
         if message.get("edited"):
             authors.append("edited")
-        elif message.get("rating", 0) > 0:
-            authors.append("liked")
-        elif message.get("rating", 0) == 0:
-            authors.append(message.get("model") or "imported")
-    return [*["imported"] * (count - len(authors)), *authors[-count:]]
+        else:
+            authors.append("liked" if message.get("rating", 0) > 0 else message.get("model") or "imported")
+    return [*["imported"] * (count - len(authors)), *authors]
+
+
+def labelled_replies(messages: Sequence[dict], count: int) -> list[dict]:
+    """The last `count` replies that preparation labelled: those edited by a person or not disliked."""
+    replies = (message for message in messages if message["role"] == "assistant")
+    return [reply for reply in replies if reply.get("edited") or reply.get("rating", 0) >= 0][-count:]
 
 
 def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -105,9 +137,14 @@ def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") ->
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.id, item.cluster, item.authors, item.input_ids, item.labels]).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(str(tokenizer.chat_template).encode())
+    for part in chat_format(tokenizer):
+        digest.update(part.encode())
     return digest.hexdigest()
+
+
+def chat_format(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, str]:
+    """Tokenizer and chat template as text: models with the same see the same tokens."""
+    return tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template)
 
 
 def sample(items: Sequence[Item], count: int) -> list[Item]:

@@ -26,6 +26,7 @@ from fine_tuning.errors import UserError
 
 LIKELIHOOD_COLUMNS = ("nll", "tokens", "correct", "bytes")
 REPLY_COLUMNS = ("predictions", "references", "finished", "reply_tokens")
+TOKEN_COLUMNS = ("tokens", "correct", "reply_tokens")  # mean something else with another tokenizer
 
 Columns = Mapping[str, Sequence[Any]]
 

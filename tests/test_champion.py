@@ -1,0 +1,54 @@
+"""A promoted model is what later ones are compared with, whatever data, parameters and base come after it."""
+
+import json
+
+from tests.project import Project, conversations, new_project
+from tests.tiny import write_tiny_base
+
+
+def test_the_champion_is_a_rival_of_what_comes_after_it_on_another_base_too(tmp_path, tiny_base):
+    project = new_project(tmp_path / "project", tiny_base)
+    project.set_params(compare={"minimum_conversations": 2})
+    project.import_conversations(conversations(), "first")
+    project.run("dvc", "repro")
+    evaluation, comparison = results(project)
+    assert "champion" not in evaluation
+    assert set(comparison["differences"]) == {"base"}
+    project.commit("First model")
+    project.run("python", "-m", "fine_tuning", "promote", "--force", "the first")
+    project.commit("Promote version 1")
+
+    project.import_conversations(conversations(("tablet", "monitor", "scanner")), "second")
+    output = project.run("dvc", "repro")
+    assert "is not asked" not in output
+    evaluation, comparison = results(project)
+    assert set(comparison["differences"]) == {"base", "champion"}
+    assert comparison["primary"]["champion"]["metric"] == "perplexity"
+    assert "champion" in project.run("python", "-m", "fine_tuning", "summary")
+    project.commit("Second model")
+
+    # Without new data the champion is asked the same in its own tokens, and so scores the same.
+    before = evaluation["champion"]
+    project.set_params(base={"model": str(write_tiny_base(tmp_path / "other", seed=1, vocabulary=300))})
+    project.run("dvc", "repro")
+    evaluation, comparison = results(project)
+    assert evaluation["champion"] == before
+    assert evaluation["base"]["perplexity"]["n"] == evaluation["champion"]["perplexity"]["n"]
+    assert set(comparison["differences"]) == {"base", "champion"}
+    assert comparison["primary"]["base"]["metric"] == "perplexity"
+    assert comparison["primary"]["champion"]["metric"] == "nll_per_byte"
+    assert not {"perplexity", "token_accuracy"} & set(comparison["differences"]["champion"])
+    assert (
+        "the champion has another tokenizer: nll_per_byte decides against it instead of perplexity"
+        in (comparison["reasons"])
+    )
+    assert "up to date" in project.run("dvc", "repro")
+
+
+def results(project: Project) -> tuple[dict, dict]:
+    """metrics/evaluation.json and metrics/comparison.json; a verdict is always there."""
+    evaluation, comparison = (
+        json.loads((project.folder / "metrics" / f"{name}.json").read_bytes()) for name in ("evaluation", "comparison")
+    )
+    assert comparison["verdict"] in ("PROMOTE", "HOLD", "INCONCLUSIVE")
+    return evaluation, comparison
