@@ -233,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path.startswith("/") or ".." in path.split("/"):
                 raise _Refusal(400, "file path must be relative")
             if digest not in self.ollama.blobs:
-                raise _Refusal(400, f"open /root/.ollama/models/blobs/{digest}: no such file or directory")
+                raise _Refusal(400, f"open /usr/share/ollama/.ollama/models/blobs/{digest}: no such file or directory")
             if not self.ollama.blobs[digest].startswith(b"GGUF"):
                 raise _Refusal(400, "supplied file was not in GGUF format")
         template = body.get("template") or GUESSED_TEMPLATE
