@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from fine_tuning.errors import UserError
 
 
 class Settings(BaseModel):
-    """A section of params.yaml. Unknown keys and wrong types are refused: "2e-4" is text to YAML, not a number."""
+    """A section of params.yaml. Unknown keys and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -25,10 +26,11 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
         UserError: the file, the section or a parameter is missing, unknown or of the wrong type; names the parameter.
     """
     try:
-        document = yaml.safe_load(Path(path).read_bytes())
+        # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
+        document = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: restore it with `git checkout {path}`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None
@@ -53,9 +55,6 @@ def _first_problem(section: str, error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"parameter {name} is missing: restore it from git"
     given = problem["input"]
-    hint = ""
-    if isinstance(given, str) and problem["type"] in ("float_type", "int_type"):
-        hint = ": YAML reads it as text, write it like 2.0e-4"
     shown = repr(given) if isinstance(given, (str, int, float, bool, type(None))) else type(given).__name__
     reason = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"parameter {name} = {shown} should be {reason}{hint}"
+    return f"parameter {name} = {shown} should be {reason}"

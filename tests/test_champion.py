@@ -29,8 +29,8 @@ def test_the_champion_is_a_rival_of_what_comes_after_it_on_another_base_too(tmp_
 
     # Without new data the champion is asked the same in its own tokens, and so scores the same.
     before = evaluation["champion"]
-    project.set_params(base={"model": str(write_tiny_base(tmp_path / "other", seed=1, vocabulary=300))})
-    project.run("dvc", "repro")
+    other = write_tiny_base(tmp_path / "other", seed=1, vocabulary=300)
+    project.run("dvc", "exp", "run", "-S", f"base.model={other}")
     evaluation, comparison = results(project)
     assert evaluation["champion"] == before
     assert evaluation["base"]["perplexity"]["n"] == evaluation["champion"]["perplexity"]["n"]
