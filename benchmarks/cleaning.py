@@ -172,11 +172,12 @@ def our_near_duplicates(path: Path) -> Callable[[], object]:
     signatures(documents[:1])
 
     def work() -> int:
-        clusters = Clusters(sqlite3.connect(""), 0.8)
-        for start in range(0, len(documents), 256):
-            for signature in signatures(documents[start : start + 256]):
-                clusters.add(signature)
-        return len({clusters.cluster(row) for row in range(len(documents))})
+        with tempfile.TemporaryFile(buffering=0) as file:
+            clusters = Clusters(sqlite3.connect(""), file, 0.8)
+            for start in range(0, len(documents), 256):
+                for signature in signatures(documents[start : start + 256]):
+                    clusters.add(signature)
+            return len({clusters.cluster(row) for row in range(len(documents))})
 
     return work
 

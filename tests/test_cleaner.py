@@ -273,6 +273,89 @@ def test_duplicates_are_found_after_masking(tmp_path):
     assert summary["reasons"] == {"duplicate": 1} and summary["masked"] == {"EMAIL": 2}
 
 
+def judged(*texts, id, **feedback):
+    return talk(*texts, id=id, feedback=[{"message_id": f"{id}-1", "rating": None, **feedback}])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_of_exact_duplicates_the_endorsed_one_stays_whatever_the_order(tmp_path, order):
+    words = ("What is a lake?", "Water that stays.")
+    records = [
+        judged(*words, id="disliked", rating=-1, comment="no"),
+        talk(*words, id="plain"),
+        judged(*words, id="liked", rating=1),
+        talk(*words, id="later", started_at="2026-02-02T00:00:00Z"),
+    ]
+    shards = [shard(tmp_path, str(place), [records[number]]) for place, number in enumerate(order)]
+    for piece_bytes in (1 << 26, 100):
+        _, files = run(tmp_path, shards, piece_bytes=piece_bytes)
+        kept = [row["id"] for name in files if name[0].isdigit() for row in rows(files, name)]
+        assert kept == ["liked"]
+        rejected = {row["id"]: row for row in rows(files, "rejected.jsonl")}
+        assert {row["value"] for row in rejected.values()} == {"liked"}
+        assert rejected["disliked"]["feedback"] == {"disliked": 1, "commented": 1}
+        assert "feedback" not in rejected["plain"]
+        assert rows(files, "clusters.jsonl") == [{"id": "liked", "cluster": "disliked"}]
+    assert [c["id"] for c in DataCleaner().filter_conversations([records[number] for number in order])] == ["liked"]
+
+
+def test_an_edited_duplicate_takes_the_place_of_others_and_no_edit_is_lost(tmp_path):
+    words = ("What is a lake?", "Water that stays.")
+    records = [
+        judged(*words, id="liked", rating=1),
+        judged(*words, id="edited", rating=-1, edited="Water in a hollow."),
+        judged(*words, id="same", edited="Water in a hollow."),
+        judged(*words, id="other", edited="Still water."),
+    ]
+    _, files = run(tmp_path, [path := shard(tmp_path, "1", records)])
+    assert [row["id"] for row in rows(files, path.name)] == ["edited", "other"]
+    assert [(row["id"], row["value"], row["feedback"]) for row in rows(files, "rejected.jsonl")] == [
+        ("liked", "edited", {"liked": 1}),
+        ("same", "edited", {"edited": 1}),
+    ]
+    assert [c["id"] for c in DataCleaner().filter_conversations(records)] == ["edited", "other"]
+
+
+def test_without_feedback_the_oldest_duplicate_stays_then_the_first(tmp_path):
+    words = ("What is a lake?", "Water that stays.")
+    dates = {"b": "2026-03-01", "a": "2026-01-01", "c": "2026-01-01"}
+    records = [talk(*words, id=id, started_at=date) for id, date in dates.items()]
+    _, files = run(tmp_path, [path := shard(tmp_path, "1", records)], drop_near_duplicates=True)
+    assert [row["id"] for row in rows(files, path.name)] == ["a"]
+    assert [row["reason"] for row in rows(files, "rejected.jsonl")] == ["duplicate", "duplicate"]
+
+
+def test_what_a_shard_left_in_the_folder_goes_with_the_shard(tmp_path):
+    listed = [(path, sha256_file(path)) for path in (shard(tmp_path, n, questions(3)) for n in "12")]
+    options = default_settings().model_copy(update={"processes": 1})
+    for count in (2, 1):
+        clean_shards(listed[:count], tmp_path / "clean", tmp_path / "memo", options, CONTROL_TOKENS)
+    assert not (tmp_path / "clean" / listed[1][0].name).exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"id": 1e16, "metadata": {"n": 123456789012345678901, "x": 1e16, "y": 1e-7, "z": -0.0}, "messages": %s}',
+        '{"id": "\\ud83d", "started_at": "\\ud83d", "metadata": {"\\udc00": "\\udc00"}, "messages": %s}',
+        '\ufeff{"id": "x", "id": "y", "metadata": {"a": 1, "a": 2}, "messages": %s}\r',
+        '{"started_at": ["when"], "source": {"x": 1}, "id": {"a": [1]}, "messages": %s}',
+        '{"metadata": {"x": 1e400}, "messages": %s}',
+        '{"feedback": [{"message_id": [1], "rating": "up"}], "messages": %s}',
+        '{"feedback": [{"message_id": null, "rating": 0.5, "over": 7, "comment": 3}], "messages": %s}',
+        '{"metadata": {"user_id": [1], "deep": %s}, "messages": %%s}' % ("[" * 900 + "]" * 900),
+    ],
+)
+def test_no_line_of_json_stops_a_run_and_what_is_kept_is_whole(tmp_path, text):
+    messages = json.dumps(talk("What is a lake?", "Water that stays.")["messages"])
+    (tmp_path / "s.jsonl").write_text(text % messages + "\n", newline="", errors="surrogatepass")
+    summary, files = run(tmp_path, [tmp_path / "s.jsonl"])
+    assert summary["seen"] == 1
+    for line in files["s.jsonl"].splitlines():
+        assert line + b"\n" == dump_line(json.loads(line))
+        json.dumps(json.loads(line), ensure_ascii=False).encode()  # no lone surrogate
+
+
 def test_clusters_hold_near_duplicates_and_equal_questions_under_the_oldest_id(tmp_path):
     long = "Please restart the router, wait for a minute, and then check whether the green light is on again"
     records = [

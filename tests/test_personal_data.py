@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.account_numbers import luhn
@@ -82,6 +82,7 @@ VALUES = st.sampled_from(
 
 
 @settings(max_examples=200, deadline=None)
+@example(["PAGE"], "+1 650-253-0000", ["A"])
 @given(st.lists(WORDS, min_size=1, max_size=4), VALUES, st.lists(WORDS, min_size=1, max_size=4))
 def test_no_placeholder_swallows_its_neighbours(before, value, after):
     left, right = " ".join(before), " ".join(after)

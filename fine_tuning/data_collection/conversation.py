@@ -55,6 +55,9 @@ def from_exchange(exchange: dict) -> dict:
     }
 
 
+_KEYS = frozenset(("id", "source", "started_at", "timestamp", "messages", "feedback", "metadata", "deleted"))
+
+
 def as_conversation(record: dict) -> dict:
     """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
 
@@ -63,14 +66,13 @@ def as_conversation(record: dict) -> dict:
     if is_exchange(record):
         return from_exchange(record)
     messages = record.get("messages")
-    known = {"id", "source", "started_at", "messages", "feedback", "metadata", "deleted"}
     conversation = {
         "id": str(record.get("id") or short_hash(["messages", messages])),
         "source": record.get("source") or "unknown",
         "started_at": record.get("started_at") or record.get("timestamp"),
         "messages": messages,
         "feedback": record.get("feedback") or [],
-        "metadata": record.get("metadata") or {k: v for k, v in record.items() if k not in known and k != "timestamp"},
+        "metadata": record.get("metadata") or {key: value for key, value in record.items() if key not in _KEYS},
     }
     if record.get("deleted"):
         conversation["deleted"] = True

@@ -6,6 +6,7 @@ duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 
 import hashlib
 from collections import Counter
+from types import NoneType
 from typing import Any
 
 from fine_tuning.data_collection import personal_data
@@ -148,12 +149,19 @@ class DataCleaner:
 
     def filter_conversations(self, conversations: list[dict]) -> list[dict]:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
-        kept, seen = [], set()
+        passed = []
+        best: dict[str, tuple[int, int]] = {}
         for record in conversations:
             cleaned = self.clean_conversation(record).conversation
-            if cleaned is None or (digest := content_hash(cleaned)) in seen:
+            if cleaned is None:
                 continue
-            seen.add(digest)
+            for key in duplicate_keys(cleaned):
+                best[key] = max(best.get(key, (-9, 0)), (standing(cleaned), -len(passed)))
+            passed.append((record, cleaned))
+        kept = []
+        for index, (record, cleaned) in enumerate(passed):
+            if best[duplicate_keys(cleaned)[0]][1] != -index:
+                continue
             if is_exchange(record):
                 user, assistant = (message["content"] for message in cleaned["messages"])
                 cleaned = record | {"user_message": user, "assistant_response": assistant}
@@ -169,7 +177,7 @@ class DataCleaner:
         return Masker(self._types, self._regions)
 
     def _repaired_message(self, message: dict) -> dict:
-        kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None}
+        kept = {key: value for key in MESSAGE_KEYS if (value := message.get(key)) is not None}
         kept["content"] = self._repair(message["content"])
         others = message.get("alternatives")
         if isinstance(others, list):
@@ -215,18 +223,67 @@ def _malformed(conversation: dict) -> Drop | None:
         return Drop("content_is_no_text", 0)
     if not isinstance(conversation["feedback"], list) or not isinstance(conversation["metadata"], dict):
         return Drop("feedback_or_metadata_malformed", 0)
-    if not all(isinstance(entry, dict) for entry in conversation["feedback"]):
+    if not all(isinstance(entry, dict) and _is_feedback(entry) for entry in conversation["feedback"]):
         return Drop("feedback_or_metadata_malformed", 0)
+    if any(isinstance(message.get("id"), (list, dict)) for message in messages):
+        return Drop("messages_malformed", "id")
     return None
 
 
-def content_hash(conversation: dict) -> str:
-    """What makes two conversations exact duplicates: roles, contents and a person's edits."""
+def _is_feedback(entry: dict) -> bool:
+    return isinstance(entry.get("rating"), (int, float, NoneType)) and not isinstance(
+        entry.get("message_id"), (list, dict)
+    )
+
+
+# -----------------------------------------------------------------------------
+# exact duplicates
+
+
+def duplicate_keys(conversation: dict) -> list[str]:
+    """What a conversation shares with its exact duplicates: roles and contents, and before that a person's edits.
+
+    Of those with the same first key one stays. So an edited conversation takes the place of its unedited duplicates,
+    and of two that were edited differently both stay.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for message in conversation["messages"]:
-        text = message["content"].encode("utf-8", "surrogatepass")
-        digest.update(f"{message['role']} {len(text)} ".encode() + text)
+        text = message["content"].encode()
+        digest.update(b"%b %d %b" % (message["role"].encode(), len(text), text))
+    keys = [digest.hexdigest()]
+    if edited := [entry["edited"] for entry in conversation["feedback"] if entry.get("edited")]:
+        digest.update("\0edited ".join(["", *edited]).encode())
+        keys.insert(0, digest.hexdigest())
+    return keys
+
+
+def standing(conversation: dict) -> int:
+    """Which of several exact duplicates stays, the highest: 3 edited, 2 liked, 0 neither, -1 and -2 disliked.
+
+    An edit stands in place of the reply that was disliked. Of several people's thumbs one down outweighs any up.
+    """
+    if not conversation["feedback"]:
+        return 0
+    ratings: dict[Any, int] = {}
+    edited = set()
     for entry in conversation["feedback"]:
+        target = entry.get("message_id")
         if entry.get("edited"):
-            digest.update(f"edited {entry['edited']}".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+            edited.add(target)
+        if rating := entry.get("rating") or (1 if entry.get("over") else 0):
+            ratings[target] = min(rating, ratings.get(target, rating))
+    ratings |= dict.fromkeys(edited, 1)
+    return (min(ratings.values()) > 0) * 4 - 2 + bool(edited) if ratings else 0
+
+
+def feedback_counts(conversation: dict) -> dict[str, int]:
+    """How much of which feedback a conversation bears, for the line that says that it was dropped."""
+    feedback = conversation["feedback"]
+    counts = {
+        "liked": sum((entry.get("rating") or 0) > 0 for entry in feedback),
+        "disliked": sum((entry.get("rating") or 0) < 0 for entry in feedback),
+        "edited": sum(bool(entry.get("edited")) for entry in feedback),
+        "commented": sum(bool(entry.get("comment")) for entry in feedback),
+        "preferred": sum(bool(entry.get("over")) for entry in feedback),
+    }
+    return {name: count for name, count in counts.items() if count}

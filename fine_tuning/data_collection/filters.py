@@ -157,6 +157,8 @@ def _is_mark(character: str) -> bool:
 
 def _echo(question: str, answer: str) -> float:
     """1 if the answer only says the question again, otherwise the share of its words that copy the question's run."""
+    if [word.lower() for word in question.split(None, 1)[:1]] != [word.lower() for word in answer.split(None, 1)[:1]]:
+        return 0.0
     first, second = question.lower().split(), answer.lower().split()
     if len(second) < 5 or not first:
         return 0.0

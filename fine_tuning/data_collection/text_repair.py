@@ -39,12 +39,25 @@ class TextRepair:
 
     def __call__(self, text: str) -> str:
         """The repaired text. Repairing it again changes nothing."""
+        if self._nothing_to_do(text):
+            return text.strip()
         for _ in range(4):
             repaired = self._once(text)
             if repaired == text:
                 break
             text = repaired
         return text
+
+    def _nothing_to_do(self, text: str) -> bool:
+        """Whether a text is ASCII without control characters, control tokens and runs of white space, as most are."""
+        return (
+            text.isascii()
+            and "  " not in text
+            and " \n" not in text
+            and "\n\n\n" not in text
+            and not any(start in text for start in self._token_starts)
+            and text.replace("\n", "").isprintable()
+        )
 
     def _once(self, text: str) -> str:
         if _NEEDS_LOOK.search(text):
