@@ -204,7 +204,7 @@ def test_import_says_what_it_took_and_twice_adds_nothing(project, tmp_path, comm
     file.write_text(f"{json.dumps(row)}\nbroken\n{json.dumps(row)}\n")
     output = command(project, "import", str(file))
     assert "recognised prompt-completion (2)" in output
-    assert "2 taken, 0 skipped (there already), 1 not taken" in output
+    assert "2 taken, 0 skipped (there already), 1 quarantined" in output
     assert "line 2: not JSON" in output
     assert len(shards(project)) == 1
     output = command(project, "import", str(file))

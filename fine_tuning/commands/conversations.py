@@ -71,7 +71,7 @@ def import_files(args: argparse.Namespace) -> None:
             print(f"{path}: recognised {recognised}")
             print(
                 f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), "
-                f"{counts['quarantined']} not taken"
+                f"{counts['quarantined']} quarantined"
             )
             for problem in problems[:SHOWN_PROBLEMS]:
                 print(f"  line {problem.line}: {problem.reason}")
