@@ -301,6 +301,15 @@ def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):
     assert len(before & after) >= 0.8 * len(before)
 
 
+def test_own_conversations_are_trained_on_before_those_of_the_sample(tokenizer):
+    sample = [{**c, "source": "sample"} for c in random_conversations(100)]
+    own = [{**conversation(f"own{i}", f"question {i}?", f"reply {i}."), "source": "chat"} for i in range(10)]
+    built = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=1500).build([*sample, *own], {})
+    assert "max_train_tokens" in built.left_out.values()
+    assert not {c["id"] for c in own} & built.left_out.keys()
+    assert any(e.id.startswith("own") for e in built.splits["train"])
+
+
 def test_held_out_splits_are_sampled_likewise(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_held_out_tokens=300).build(random_conversations(100), {})
     assert all(0 < sum(len(e.encoded.input_ids) for e in built.splits[s]) <= 300 for s in ("validation", "test"))

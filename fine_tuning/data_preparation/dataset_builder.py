@@ -241,6 +241,8 @@ class DatasetBuilder:
         budget = getattr(self, limit)
         kept: list[Example] = []
         total = 0
+        # The budget goes to people's own conversations first: the sample only fills what they leave.
+        examples = sorted(examples, key=lambda example: example.source == "sample")
         for index, example in enumerate(self.progress(split, examples)):
             try:
                 encoded = encode_conversation(
