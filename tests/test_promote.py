@@ -94,6 +94,26 @@ def test_a_forced_promotion_keeps_its_reason(candidate):
     assert read_champion()["verdict"] == "HOLD"
 
 
+def test_who_promoted_is_kept_in_registry_and_git(candidate):
+    here("promote", "--by", "Ada Lovelace")
+    here("promote", "--by", "Somebody Else")  # nothing is promoted here, so nothing is said of who did it
+    assert read_champion()["promoted_by"] == "Ada Lovelace"
+    tags = open_registry("trial").version(1).tags
+    assert (tags["promoted_by"], tags["promoted_at"]) == ("Ada Lovelace", read_champion()["promoted_at"])
+
+
+def test_who_promotes_is_git_s_user_unless_said(candidate):
+    here("promote")
+    assert read_champion()["promoted_by"] == "Trial"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a" * 101, "Ada\x1b[2J"])
+def test_a_promoter_s_name_is_one_printable_line(candidate, name):
+    with pytest.raises(UserError, match="--by takes the name"):
+        here("promote", "--by", name)
+    assert not Path("models/champion").exists()
+
+
 def test_force_without_a_reason_is_no_force(candidate):
     repro(candidate, verdict="HOLD")
     with pytest.raises(UserError, match="the verdict is HOLD"):

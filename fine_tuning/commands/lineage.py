@@ -120,6 +120,7 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
         "registered_at": version.created_at.isoformat(timespec="seconds"),
         "verdict": tags.get("verdict"),
         "forced_reason": tags.get("forced_reason"),
+        "promoted": {"at": tags.get("promoted_at"), "by": tags.get("promoted_by")},
         "run": {"id": version.run_id, "tracking": registry.uri, "artifacts": version.artifacts},
         "commit": {"id": commit, "dirty": tags.get("git_dirty") == "true", "subject": _subject(commit)},
         "dvc_lock": {
@@ -262,6 +263,8 @@ def _version_text(version: dict[str, Any]) -> Iterator[str]:
     yield f"{version['name']} version {version['version']}{names}"
     how = f"forced: {version['forced_reason']}" if version["forced_reason"] else "by its verdict"
     yield f"  registered    {version['registered_at']}, {version['verdict']}, {how}"
+    if version["promoted"]["at"]:
+        yield f"  promoted      {version['promoted']['at']} by {version['promoted']['by']}"
     yield f"  run           {version['run']['id']} in {version['run']['tracking']}"
     commit = version["commit"]
     yield f"  commit        {commit['id']}{' and uncommitted changes' if commit['dirty'] else ''}" + (

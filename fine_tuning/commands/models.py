@@ -21,6 +21,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     """Add the commands to the program's parser."""
     parser = subparsers.add_parser("promote", help="register the candidate and make it the champion")
     parser.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")
+    parser.add_argument("--by", metavar="NAME", help="who promotes; git's user.name if left out")
     parser.set_defaults(func=promote)
 
     parser = subparsers.add_parser("deploy", help="put a version on Ollama, prove it, make it live")

@@ -20,7 +20,7 @@ from fine_tuning.commands.dvc_files import LOCK, dvc_add, files_below, locate, l
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
-from fine_tuning.project import artifact_root, git_commit, main_checkout, root, sha256_file, tracking_uri
+from fine_tuning.project import artifact_root, git_commit, main_checkout, root, run_command, sha256_file, tracking_uri
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params
 from fine_tuning.training.tracking import flatten
@@ -89,6 +89,7 @@ def promote(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"the verdict is {verdict.verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
         )
+    who = promoter(arguments.by)
     check_unchanged(verdict)
     registry = open_registry(settings.name)
     replaces = champion_compared_with(registry, bool(forced))
@@ -100,7 +101,7 @@ def promote(arguments: argparse.Namespace) -> None:
             version, new = registry.register(content, folder, tags, evaluation_metrics())
         registry.nominate(version.number)
         old = registry.promote(version.number, replaces)
-        keep_champion(version, verdict, probes, forced)
+        keep_champion(registry, version, verdict, probes, who, forced)
     finally:
         shutil.rmtree(STAGED, ignore_errors=True)
     report(version, new, old, verdict, forced)
@@ -171,6 +172,23 @@ def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
         return None
     same = champion.tags.get("adapter_sha256") == read_champion().get("adapter_sha256")
     return champion.number if same or forced else 0
+
+
+def promoter(given: str | None) -> str:
+    """Who promotes: the name that was given, else git's user.name.
+
+    Raises:
+        UserError: the name given is empty, longer than 100 characters, or holds what cannot be printed.
+    """
+    if given is not None:
+        name = " ".join(given.split())
+        if not name or len(name) > 100 or not name.isprintable():
+            raise UserError("--by takes the name of the person who promotes, in at most 100 printable characters")
+        return name
+    try:
+        return run_command("git", "config", "user.name").strip() or "unknown"
+    except UserError:
+        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------ register
@@ -282,8 +300,18 @@ def evaluation_metrics() -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------- keep
 
 
-def keep_champion(version: ModelVersion, verdict: Verdict, probes: list[Probe], forced: str | None) -> None:
-    """Keep the champion's files in models/champion, under DVC, and name it in models/champion.json, under git."""
+def keep_champion(
+    registry: ModelRegistry,
+    version: ModelVersion,
+    verdict: Verdict,
+    probes: list[Probe],
+    who: str,
+    forced: str | None,
+) -> None:
+    """Keep the champion's files in models/champion, under DVC, and name it in models/champion.json, under git.
+
+    Who promoted it and when is written with it, and stays when the command is repeated.
+    """
     shutil.rmtree(STAGED, ignore_errors=True)
     for place, folder in (("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)):
         for file in files_below(folder):
@@ -294,6 +322,9 @@ def keep_champion(version: ModelVersion, verdict: Verdict, probes: list[Probe], 
     dvc_add(CHAMPION_FILES)
     known, merged = read_champion(), CHAMPION_FILES / "merged" / "model.safetensors"
     same = known.get("version") == version.number and known.get("adapter_sha256") == verdict.adapter_sha256
+    if not same:
+        known = {"promoted_at": datetime.now(UTC).isoformat(timespec="seconds"), "promoted_by": who}
+        registry.set_tags(version.number, known)
     described = {
         "version": version.number,
         "name": version.name,
@@ -301,7 +332,8 @@ def keep_champion(version: ModelVersion, verdict: Verdict, probes: list[Probe], 
         **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
         "gguf_sha256": sha256_file(CHAMPION_FILES / GGUF),
         "git_commit": version.tags.get("git_commit"),
-        "promoted_at": known["promoted_at"] if same else datetime.now(UTC).isoformat(timespec="seconds"),
+        "promoted_at": known.get("promoted_at"),
+        "promoted_by": known.get("promoted_by"),
         "verdict": verdict.verdict,
         **({"forced_reason": forced} if forced else {}),
     }
