@@ -390,6 +390,28 @@ def test_one_users_share_and_one_replys_share_are_bounded(tmp_path):
     assert summary["reasons"] == {"same_reply": 4}
 
 
+def test_a_restored_conversation_passes_every_filter_and_is_masked_all_the_same(tmp_path):
+    dropped = [
+        talk("Write to jane.doe@example.org", "no {{ name }}", id="template"),
+        talk("One two three four five", "I do not know.", id="first"),
+        talk("Six seven eight nine ten", "I do not know.", id="same"),
+        talk("Six seven eight nine ten", "I do not know.", id="twin"),
+        talk("", "x", id="empty"),
+        talk("hi", "{{ name }}", id="gone") | {"deleted": True},
+    ]
+    filtered = [shard(tmp_path, "1", dropped)]
+    summary, files = run(tmp_path, filtered, max_same_reply=1)
+    reasons = {"template_field": 1, "same_reply": 1, "duplicate": 1, "empty_message": 1, "deleted": 1}
+    assert summary["reasons"] == reasons
+
+    wanted = [shard(tmp_path, "2", [record | {"restored": True} for record in dropped])]
+    summary, files = run(tmp_path, wanted, max_same_reply=1)
+    assert summary["reasons"] == {"duplicate": 1, "empty_message": 1, "deleted": 1}
+    kept = rows(files, wanted[0].name)
+    assert [record["id"] for record in kept] == ["template", "first", "same"]
+    assert kept[0]["messages"][0]["content"] == "Write to <EMAIL_1>"
+
+
 def test_the_result_depends_neither_on_memo_nor_on_pieces_nor_on_processes(tmp_path):
     first = shard(tmp_path, "1", questions(60))
     run(tmp_path, [first])

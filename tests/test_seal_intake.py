@@ -135,6 +135,23 @@ def test_a_seal_that_is_killed_converges_when_it_runs_again(project, step, comma
     assert "up to date" in project.run("dvc", "status", "data/conversations.dvc")
 
 
+def test_a_restored_conversation_is_sealed_once_more_and_stays_restored(project, command):
+    log(project).log_conversation("Hi", "{{ name }}", {"session_id": "s1"})
+    command(project, "seal")
+    log(project).log_restore("s1")
+    command(project, "seal")
+    assert versions(project, "s1")["s1"]["restored"] is True
+    log(project).log_feedback(versions(project, "s1")["s1"]["messages"][1]["id"], 1)
+    log(project).log_restore("s1")
+    command(project, "seal")
+    assert len(shards(project)) == 3
+    assert versions(project, "s1")["s1"]["restored"] is True, "later versions keep it"
+    log(project).log_delete("s1")
+    log(project).log_restore("s1")
+    command(project, "seal")
+    assert versions(project, "s1")["s1"].get("restored") is None, "what was deleted stays deleted"
+
+
 def test_seal_refuses_while_the_pipeline_runs(project, command):
     log(project).log_conversation("q", "a")
     command(project, "seal")

@@ -7,6 +7,9 @@ id, has no messages and "deleted": true, so that older versions of it stay delet
 A reply may also bear "version" (of the model that wrote it), "incomplete" (why it was not finished: it is not trained
 on) and "alternatives" (other replies to the same question, whole messages). A feedback entry with "over" prefers its
 message to the alternatives of those ids.
+
+A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
+no more.
 """
 
 import hashlib
@@ -55,7 +58,7 @@ def from_exchange(exchange: dict) -> dict:
     }
 
 
-_KEYS = frozenset(("id", "source", "started_at", "timestamp", "messages", "feedback", "metadata", "deleted"))
+_KEYS = frozenset("id source started_at timestamp messages feedback metadata deleted restored".split())
 
 
 def as_conversation(record: dict) -> dict:
@@ -139,6 +142,9 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
             unmatched.append(event)
         elif event["event"] == "delete":
             _delete(event, conversation)
+        elif event["event"] == "restore":
+            if not conversation.get("deleted"):
+                conversation["restored"] = True
         else:
             _judge(event, conversation)
     return unmatched
@@ -201,7 +207,8 @@ def _delete(event: dict, conversation: dict) -> None:
     gone = event.get("message_id")
     if gone is None:
         conversation.update(messages=[], feedback=[], metadata={}, deleted=True)
-        conversation.pop("deleted_messages", None)
+        for key in ("deleted_messages", "restored"):
+            conversation.pop(key, None)
         return
     partners = (gone, f"{gone}-user")
     conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]

@@ -18,7 +18,7 @@ from fine_tuning.data_collection.conversation import fold, now
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_lines
 
-EVENTS = ("exchange", "feedback", "edit", "delete")
+EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
 
 
@@ -100,6 +100,10 @@ class ConversationLogger:
         if conversation_id is None and message_id is None:
             raise ValueError("name a conversation or a message to delete")
         return self._log("delete", message_id, conversation_id)
+
+    def log_restore(self, conversation_id: str) -> str:
+        """Log that a conversation is to be trained on whatever the filters say of it. Returns the event's id."""
+        return self._log("restore", None, conversation_id)
 
     def _log(self, kind: str, message_id: str | None, conversation_id: str | None, **fields: Any) -> str:
         identity = uuid.uuid4().hex

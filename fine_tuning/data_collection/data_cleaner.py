@@ -116,7 +116,10 @@ class DataCleaner:
         return personal_data.find(text, self._types, self._regions)
 
     def clean_conversation(self, record: dict) -> Cleaned:
-        """Clean one logged exchange or conversation. The record is not changed."""
+        """Clean one logged exchange or conversation. The record is not changed.
+
+        One that a person restored passes all filters but those of form; its personal data is masked as any other's.
+        """
         if record.get("deleted"):
             return Cleaned(None, Drop("deleted", True), {})
         conversation = as_conversation(record)
@@ -134,7 +137,11 @@ class DataCleaner:
         if may_hold(texts):
             _mask(messages, feedback, masker)
         filters = self.settings.filters
-        if drop := check_lengths(messages, filters) or check_content(messages, filters):
+        if record.get("restored"):
+            drop = None if all(message["content"] for message in messages) else Drop("empty_message", 0)
+        else:
+            drop = check_lengths(messages, filters) or check_content(messages, filters)
+        if drop:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
         metadata = self._clean_metadata(conversation["metadata"], masker)

@@ -30,9 +30,9 @@ def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
     torn = [line for line, event in lines if event is None and line.strip()]
     paths = shard_paths(folder, manifest)
     conversations = newest_versions(paths, _touched(events, paths))
-    before = {identity: version_hash(conversation) for identity, conversation in conversations.items()}
+    before = {identity: _state(conversation) for identity, conversation in conversations.items()}
     unmatched = fold(events, conversations)
-    changed = [c for i, c in conversations.items() if before.get(i) != version_hash(c)]
+    changed = [c for i, c in conversations.items() if before.get(i) != _state(c)]
     path, count = write_shard(folder, f"{closed.stem}-chat", changed)
     for suffix, rest in ((".torn", torn), (".unmatched", [dump_line(event).rstrip(b"\n") for event in unmatched])):
         if rest:
@@ -45,6 +45,11 @@ def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
         "torn": len(torn),
         "unmatched": len(unmatched),
     }
+
+
+def _state(conversation: dict) -> tuple[str, bool]:
+    """What makes a version another one. That it was restored is no part of the hash: imports compare what was said."""
+    return version_hash(conversation), bool(conversation.get("restored"))
 
 
 def _touched(events: list[dict], paths: list[Path]) -> set[str]:

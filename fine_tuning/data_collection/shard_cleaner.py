@@ -230,6 +230,8 @@ def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[
         "question": _question_key(conversation),
         "reply": _short_digest(conversation["messages"][-1]["content"]),
     }
+    if record.get("restored"):
+        entry["restored"] = True
     metadata = record.get("metadata")
     person = (metadata.get("user_id") or metadata.get("user")) if isinstance(metadata, dict) else None
     if person:
@@ -481,6 +483,8 @@ class _Merge:
         candidate = self._candidates
         self._candidates += 1
         reason, value = self._judge(entry, signature)
+        if reason != "duplicate" and entry.get("restored"):  # of a duplicate the other one is kept
+            reason, value = None, None
         self._database.execute(
             "INSERT INTO member VALUES (?, ?, ?, ?)", (candidate, entry["id"], entry["started_at"], reason is None)
         )
