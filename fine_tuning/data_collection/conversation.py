@@ -58,7 +58,9 @@ def from_exchange(exchange: dict) -> dict:
     }
 
 
-_KEYS = frozenset("id source started_at timestamp messages feedback metadata deleted restored".split())
+_KEYS = frozenset(
+    ("id", "source", "started_at", "timestamp", "messages", "feedback", "metadata", "deleted", "restored")
+)
 
 
 def as_conversation(record: dict) -> dict:
