@@ -274,7 +274,7 @@ def test_two_models_answer_blind_and_the_vote_is_a_preference(tmp_path, tiny_bas
 def test_votes_count_for_a_pair_whatever_side_it_stood_on(tmp_path):
     one, other = (ChatModel(name, "embedded", f"{name}.gguf") for name in "ab")
     logger = ConversationLogger(tmp_path / "inbox/conversations.jsonl")
-    sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=8)
+    sampling = Sampling(temperature=0.7, top_p=0.9, top_k=40, repeat_penalty=1.1, max_tokens=8)
     for models, vote in (((one, other), "first"), ((other, one), "second"), ((one, other), "tie")):
         votes.record(tmp_path, logger, "Hi", ("x", "y"), models, vote, sampling)
     standing = votes.standing(votes.read(tmp_path), one.label, other.label)

@@ -381,6 +381,8 @@ class LlamaEngine:
         max_tokens: int,
         temperature: float = 0.7,
         top_p: float = 0.95,
+        top_k: int = 40,
+        repeat_penalty: float = 1.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
@@ -394,6 +396,8 @@ class LlamaEngine:
             "n_predict": max_tokens,
             "temperature": temperature,
             "top_p": top_p,
+            "top_k": top_k,
+            "repeat_penalty": repeat_penalty,
             "stop": list(stop),
             "stream": True,
         }

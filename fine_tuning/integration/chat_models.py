@@ -38,6 +38,8 @@ class AppSettings(Settings):
 
     temperature: float = Field(ge=0, le=2)
     top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
+    repeat_penalty: float = Field(ge=0.5, le=2)
     max_tokens: int = Field(ge=1)
     context: int = Field(ge=256)
     threads: int = Field(ge=1)
@@ -50,8 +52,15 @@ class Sampling(Settings):
 
     temperature: float = Field(ge=0, le=2)
     top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
+    repeat_penalty: float = Field(ge=0.5, le=2)
     max_tokens: int = Field(ge=1)
     seed: int | None = None
+
+
+def default_sampling(settings: AppSettings) -> Sampling:
+    """How a reply is drawn before anybody changed it."""
+    return Sampling(**settings.model_dump(include=set(Sampling.model_fields)))
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,8 @@ def stream_reply(
             max_tokens=min(sampling.max_tokens, settings.context - len(prompt)),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repeat_penalty=sampling.repeat_penalty,
             seed=sampling.seed,
         )
 
@@ -203,6 +214,8 @@ def _from_ollama(
     options = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "repeat_penalty": sampling.repeat_penalty,
         "num_predict": sampling.max_tokens,
         **({"seed": sampling.seed} if sampling.seed is not None else {}),
     }

@@ -1,8 +1,9 @@
 """Text of people and models made safe to show: Markdown for reading, but nothing that loads, runs or decorates.
 
 Streamlit leaves HTML as text by itself. What is left: images (`![](http://…)` would tell a stranger that the chat is
-being read), Streamlit's own directives (`:red[…]`, `:material/…:`) and `$…$`, which would turn prices into formulas.
-Code blocks are cut out first and shown as code, so that nothing inside them is changed.
+being read), Mermaid drawings, which load images too, Streamlit's own directives (`:red[…]`, `:material/…:`) and `$…$`,
+which would turn prices into formulas. Code blocks are cut out first and shown as code, so that nothing inside them is
+changed; those in quotes and lists stay in the prose, as plain text.
 """
 
 import re
@@ -12,6 +13,8 @@ from typing import Literal, NamedTuple
 # CommonMark 0.31, "Fenced code blocks": up to three spaces, three or more of one character, an info string.
 FENCE = re.compile(r"^ {0,3}(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[ \t]*(?P<language>[\w+#.-]*)")
 INLINE_CODE = re.compile(r"(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL)
+# A code block with a language inside a quote or a list. An info string of backticks has none in it.
+NESTED_FENCE = re.compile(r"^[ \t>*+.)\d-]*(?:`{3,}(?=[ \t]*[^\s`][^`\n]*$)|~{3,}(?=[ \t]*[^\s~]))", re.MULTILINE)
 DECORATION = re.compile(r"\$|:(?=[a-z][\w-]*\[|[a-z]+/[\w.-]+:|[a-z_]+:)")
 
 
@@ -53,6 +56,9 @@ def safe_prose(text: str) -> str:
     # Every Markdown image starts with these two characters, in whatever way a parser reads the rest: with a zero-width
     # space between them it is a link with an exclamation mark.
     text = text.replace("![", "!\u200b[")
+    # "mermaid" has many spellings, such as entities: another word in front is the language, whatever follows. A
+    # footnote may hold a code block too, behind a label of any characters: none are made.
+    text = NESTED_FENCE.sub(r"\g<0>text ", text.replace("[^", "[\u200b^"))
     kept, position = [], 0
     for match in INLINE_CODE.finditer(text):
         kept += [_undecorated(text[position : match.start()]), match.group()]

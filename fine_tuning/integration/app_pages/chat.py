@@ -143,6 +143,11 @@ def _choose_model(here: App, models: list[ChatModel]) -> Asking:
             defaults = here.settings
             temperature = st.slider("Temperature", 0.0, 2.0, defaults.temperature, 0.05, key="temperature")
             top_p = st.slider("Top p", 0.05, 1.0, defaults.top_p, 0.05, key="top_p")
+            top_k = st.number_input("Top k", 0, 1000, defaults.top_k, key="top_k", help="0: all tokens")
+            penalty = st.slider(
+                "Repeat penalty", 0.5, 2.0, defaults.repeat_penalty, 0.05, key="repeat_penalty",
+                help="Above 1 keeps a small model from repeating itself.",
+            )  # fmt: skip
             longest = st.number_input("Longest reply, tokens", 1, 8192, defaults.max_tokens, key="max_tokens")
             seed = st.number_input(
                 "Seed", 0, 2**31 - 1, None, key="seed", placeholder="another one each time",
@@ -153,7 +158,10 @@ def _choose_model(here: App, models: list[ChatModel]) -> Asking:
                 placeholder="the model's own, as in training",
                 help="The model was trained with chat.system_prompt of params.yaml: with another one it answers worse.",
             )  # fmt: skip
-    sampling = Sampling(temperature=float(temperature), top_p=float(top_p), max_tokens=int(longest), seed=seed)
+    sampling = Sampling(
+        temperature=float(temperature), top_p=float(top_p), top_k=int(top_k), repeat_penalty=float(penalty),
+        max_tokens=int(longest), seed=seed,
+    )  # fmt: skip
     warm_up(labels[label], here.checkout, here.settings)
     return Asking(here, labels[label], sampling, given.strip() or here.chat.system_prompt)
 

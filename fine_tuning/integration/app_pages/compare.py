@@ -10,7 +10,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.integration import votes
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text
-from fine_tuning.integration.chat_models import ChatModel, Sampling, stream_reply
+from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply
 from fine_tuning.integration.reply import Reply
 
 LOOK_SECONDS = 0.2
@@ -62,7 +62,7 @@ def page() -> None:
 def _ask(here: App, prompt: str, one: ChatModel, other: ChatModel) -> Duel:
     models = (one, other) if random.random() < 0.5 else (other, one)
     settings = here.settings
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens)
+    sampling = default_sampling(settings)
     client = here.client()
 
     def stream(model: ChatModel) -> Callable[[], Iterator[str]]:
