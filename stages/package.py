@@ -44,6 +44,10 @@ def main() -> None:
             "tokenised_texts": report["tokens"]["conversations"] + report["tokens"]["odd_strings"],
         },
     )
+    if left_out := report["template"]["left_out_for_tools"]:
+        print(
+            f"package: {left_out} prompts with results of tools left out: Ollama's templates cannot say this base's way"
+        )
     print(
         f"package: proven. Mean KL {report['gguf']['mean_kl']:.1e} and top-1 {report['gguf']['top1']:.0%} against the "
         f"merged model, template exact on {report['template']['bank']} conversations"

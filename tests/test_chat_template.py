@@ -74,6 +74,31 @@ FAMILIES = {
         '{% if add_generation_prompt %}{{ \'{{assistant}}"""\' }}{% endif %}'
     ),
 }
+QWEN_TOOLS = (
+    "{%- for m in messages %}{%- if m.role == 'tool' %}"
+    "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+TOOLS = {
+    "a role like the others": CHATML,
+    "responses grouped in one user turn": QWEN_TOOLS,
+    "llama 3's other name, trimmed": FAMILIES["llama 3"].replace(
+        "+ m['role'] +", "+ ('ipython' if m['role'] == 'tool' else m['role']) +"
+    ),
+}
+NO_TOOLS = {
+    "left out": CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"),
+    "refused": CHATML.replace(
+        "<|im_start|>{{", "{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}<|im_start|>{{", 1
+    ),
+    "rewritten": CHATML.replace(
+        "{{ m['content'] }}", "{{ (m['content'] | tojson) if m.role == 'tool' else m['content'] }}"
+    ),
+    "numbered": CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ loop.index if m.role == 'tool' }}"),
+}
 REFUSED = {
     "llama 2, which trims system and user together": (
         "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set s = messages[0]['content'] %}"
@@ -110,6 +135,27 @@ def renderer(tiny_base):
 def test_the_go_template_writes_the_same_bytes_as_the_jinja_template(family, renderer):
     jinja = renderer(FAMILIES[family])
     assert prove_template(derive_template(jinja), jinja, conversation_bank()) >= 36
+
+
+def with_tools(*contents: str) -> list[dict]:
+    results = [{"role": "tool", "content": content} for content in contents]
+    before = [{"role": "user", "content": " Weather? "}, {"role": "assistant", "content": ""}]
+    return [*before, *results, {"role": "assistant", "content": "Sunny."}, {"role": "user", "content": "Sure?"}]
+
+
+@pytest.mark.parametrize("shape", TOOLS)
+def test_results_of_tools_are_written_as_the_jinja_template_writes_them(shape, renderer):
+    jinja = renderer(TOOLS[shape])
+    conversations = [with_tools("{}"), with_tools(" 1 ", '"2"\n'), with_tools("")[:3]]
+    assert prove_template(derive_template(jinja), jinja, conversations) == 3
+
+
+@pytest.mark.parametrize("shape", NO_TOOLS)
+def test_where_go_cannot_say_results_of_tools_everything_else_is_still_exact(shape, renderer):
+    jinja = renderer(NO_TOOLS[shape])
+    template = derive_template(jinja)
+    assert '"tool"' not in template
+    assert prove_template(template, jinja, conversation_bank()) >= 36
 
 
 @pytest.mark.parametrize("shape", REFUSED)
@@ -151,6 +197,8 @@ def test_neighbours_of_one_role_are_joined_as_ollama_does():
         {"role": "assistant", "content": "c"},
     ]
     assert [m["content"] for m in collate(messages)] == ["a\n\nb", "c"]
+    results = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}]
+    assert collate(results) == results
 
 
 def test_turns_open_with_control_tokens(renderer):
