@@ -97,6 +97,21 @@ def test_an_exchange_is_logged_with_the_model_and_settings_that_made_it(checkout
     assert "incomplete" not in metadata
 
 
+def test_the_sampling_settings_reach_the_engine_and_the_log(checkout):
+    def words(penalty: float) -> list[str]:
+        at = open_chat()
+        at.slider(key="temperature").set_value(0.5)
+        at.number_input(key="top_k").set_value(5)
+        at.number_input(key="seed").set_value(1)
+        at.slider(key="repeat_penalty").set_value(penalty).run()
+        say(at, "Hello?")
+        return logged(checkout)[-1]["assistant_response"]
+
+    assert words(1.0) == words(1.0) != words(2.0)
+    settings = logged(checkout)[-1]["metadata"]["settings"]
+    assert settings["top_k"] == 5 and settings["repeat_penalty"] == 2.0 and settings["seed"] == 1
+
+
 def test_thumbs_and_their_reason_are_logged(checkout):
     at = say(open_chat(), "Hello?")
     identity = logged(checkout)[0]["id"]
@@ -344,6 +359,10 @@ def test_an_unforeseen_failure_is_told_by_its_kind_only():
         (":red[alarm] :material/bolt: :smile:", "\\:red[alarm] \\:material/bolt: \\:smile:"),
         ("at 12:30:45 `$HOME :a[b]`", "at 12:30:45 `$HOME :a[b]`"),
         ("lone \ud800 surrogate\x00", "lone ? surrogate"),
+        ("> ```mermaid\n> a\n> ```", "> ```text mermaid\n> a\n> ```"),
+        ("- ~~~ &#109;ermaid `\n  a", "- ~~~text  &#109;ermaid `\n  a"),
+        ("[^1]: ~~~mermaid", "[\u200b^1]: ~~~mermaid"),
+        ("Say ```x = 1``` or ~~no~~", "Say ```x = 1``` or ~~no~~"),
     ],
 )
 def test_prose_loads_and_decorates_nothing(text, shown):
