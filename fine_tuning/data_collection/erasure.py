@@ -1,0 +1,216 @@
+"""Taking conversations out of the files that hold them: which they are, what they say, shards and logs without them."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.data_collection.conversation import as_conversation, from_exchange
+from fine_tuning.data_collection.conversation_logger import read_log, rewrite_log
+from fine_tuning.data_collection.shards import describe_shard, read_manifest, sync_folder, write_lines
+from fine_tuning.data_collection.tombstones import Tombstones
+from fine_tuning.data_collection.traces import Traces
+from fine_tuning.records import read_line, read_lines, write_json, write_jsonl
+
+_HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which conversations to forget: one, those of a session or of a user, or what tombstones already name."""
+
+    conversation: str | None = None
+    session: str | None = None
+    user: str | None = None
+    tombstones: Tombstones | None = None
+
+    def takes(self, conversation: dict) -> bool:
+        """Whether a version of a conversation is meant."""
+        identity, metadata = conversation["id"], conversation.get("metadata") or {}
+        if self.tombstones is not None:
+            return self.tombstones.names(identity)
+        if self.conversation is not None:
+            return identity == self.conversation
+        if self.session is not None:
+            return self.session in (identity, metadata.get("session_id"), metadata.get("session"))
+        return self.user is not None and self.user in (metadata.get("user_id"), metadata.get("user"))
+
+
+@dataclass
+class Found:
+    """The conversations of a selection.
+
+    Args:
+        ids: their ids.
+        messages: ids of their messages.
+        versions: every version, for tombstones. Never written anywhere.
+        people: traces of what people wrote: messages, edits, comments.
+        models: traces of what models wrote, which a model may write again.
+    """
+
+    ids: set[str] = field(default_factory=set)
+    messages: set[str] = field(default_factory=set)
+    versions: list[dict] = field(default_factory=list)
+    people: Traces = field(default_factory=lambda: Traces({}))
+    models: Traces = field(default_factory=lambda: Traces({}))
+
+
+def collect(selection: Selection, shards: list[Path], logs: list[Path]) -> Found:
+    """Find the selected conversations in shards and logs, and what they say that no other conversation says."""
+    found = Found()
+    for conversation in _everything(shards, logs):
+        if selection.takes(conversation):
+            found.ids.add(conversation["id"])
+    if not found.ids:
+        return found
+    said_by_people, said_by_models = [], []
+    for conversation in _everything(shards, logs):
+        if conversation["id"] in found.ids:
+            found.versions.append(conversation)
+            found.messages.update(m["id"] for m in _messages(conversation) if m.get("id"))
+            people, models = _words(conversation)
+            said_by_people += people
+            said_by_models += models
+    for log in logs:
+        for event in _events(log):
+            if event.get("conversation_id") in found.ids or event.get("message_id") in found.messages:
+                said_by_people += [event[key] for key in ("content", "comment") if isinstance(event.get(key), str)]
+    people, models = Traces.of(said_by_people), Traces.of(said_by_models)
+    others = (people | models).all_in(_lines_of_others(shards, logs, found))
+    found.people, found.models = people.without(others), models.without(others | set(people.known))
+    return found
+
+
+def _everything(shards: list[Path], logs: list[Path]) -> Iterator[dict]:
+    """Every version in the shards and every exchange in the logs as a conversation."""
+    for shard in shards:
+        for _, line in read_lines(shard):
+            if (conversation := _parsed(line)) is not None:
+                yield conversation
+    for log in logs:
+        yield from (from_exchange(event) for event in _events(log) if event["event"] == "exchange")
+
+
+def _events(log: Path) -> Iterator[dict]:
+    return (event for _, event in read_log(log) if event is not None)
+
+
+def _parsed(line: bytes) -> dict | None:
+    with suppress(ValueError, RecursionError, AttributeError, TypeError):
+        conversation = as_conversation(read_line(line))
+        if isinstance(conversation["messages"], list) and all(isinstance(m, dict) for m in conversation["messages"]):
+            return conversation
+    return None
+
+
+def _messages(conversation: dict) -> Iterator[dict]:
+    for message in conversation["messages"]:
+        yield message
+        yield from (other for other in message.get("alternatives") or [] if isinstance(other, dict))
+
+
+def _words(conversation: dict) -> tuple[list[str], list[str]]:
+    """(what people wrote, what models wrote)."""
+    people = [value for value in (conversation.get("metadata") or {}).values() if isinstance(value, str)]
+    models = []
+    for message in _messages(conversation):
+        if isinstance(message.get("content"), str):
+            (models if message.get("role") == "assistant" else people).append(message["content"])
+    for entry in conversation.get("feedback") or []:
+        people += [entry[key] for key in ("comment", "edited") if isinstance(entry.get(key), str)]
+    return people, models
+
+
+def _lines_of_others(shards: list[Path], logs: list[Path], found: Found) -> Iterator[bytes]:
+    for shard in shards:
+        yield from (line + b"\n" for _, line in read_lines(shard) if not _is_of(line, found))
+    for log in logs:
+        yield from (line + b"\n" for line, event in read_log(log) if event and not _concerns(event, found))
+
+
+def _is_of(line: bytes, found: Found) -> bool:
+    conversation = _parsed(line)
+    return conversation is not None and conversation["id"] in found.ids
+
+
+def _concerns(event: dict, found: Found) -> bool:
+    if event["event"] == "exchange" and from_exchange(event)["id"] in found.ids:
+        return True
+    return event.get("conversation_id") in found.ids or event.get("message_id") in found.messages
+
+
+# -----------------------------------------------------------------------------
+# where
+
+
+def count_in_shard(shard: Path, found: Found) -> int:
+    """Versions of the conversations in a shard."""
+    return sum(_is_of(line, found) for _, line in read_lines(shard))
+
+
+def count_in_log(log: Path, found: Found) -> int:
+    """Events in a log that concern the conversations, and torn lines that hold their words."""
+    return sum(_goes(line, event, found) for line, event in read_log(log))
+
+
+def _goes(line: bytes, event: dict | None, found: Found) -> bool:
+    if event is not None:
+        return _concerns(event, found)
+    return (found.people | found.models).in_bytes(line) or any(json.dumps(i).encode() in line for i in found.ids)
+
+
+# -----------------------------------------------------------------------------
+# removal
+
+
+def clear_log(log: Path, found: Found) -> int:
+    """Take the events out of a log while its writers wait; returns how many there were."""
+    return rewrite_log(log, lambda line, event: not _goes(line, event, found))
+
+
+def clear_shards(folder: Path, manifest: Path, found: Found) -> int:
+    """Write the shards that hold one of the conversations anew without it; returns how many there were.
+
+    A shard's name keeps its beginning, so its place in the order, and gets the hash of what is left; its entry in the
+    manifest changes with it. Killed and run again, it ends at the same place: an old shard goes after the manifest
+    knows its successor, and the successor of a shard that is still there is written to the same bytes.
+    """
+    cleared = 0
+    for shard in sorted(folder.glob("*.jsonl")):
+        if not count_in_shard(shard, found):
+            continue
+        kept = (line + b"\n" for _, line in read_lines(shard) if not _is_of(line, found))
+        successor, _ = write_lines(folder, _HASH_ENDING.sub("", shard.stem), kept)
+        _rename_in_manifest(manifest, shard.name, successor)
+        shard.unlink()
+        sync_folder(folder)
+        cleared += 1
+    return cleared
+
+
+def _rename_in_manifest(path: Path, old: str, successor: Path | None) -> None:
+    manifest = read_manifest(path)
+    if all(entry["name"] != old for entry in manifest["shards"]):
+        return
+    replaced = [] if successor is None else [describe_shard(successor)]
+    kept: list[dict[str, Any]] = []
+    for entry in manifest["shards"]:
+        if entry["name"] == old:
+            kept += replaced
+        elif successor is None or entry["name"] != successor.name:
+            kept.append(entry)
+    write_json(path, manifest | {"shards": kept})
+
+
+def clear_lines(path: Path, found: Found, key: str = "id") -> int:
+    """Take the lines of a JSON Lines file whose `key` names one of the conversations; returns how many there were."""
+    if not path.is_file():
+        return 0
+    records = [json.loads(line) for _, line in read_lines(path) if line]
+    kept = [record for record in records if record.get(key) not in found.ids]
+    if len(kept) < len(records):
+        write_jsonl(path, kept)
+    return len(records) - len(kept)
