@@ -196,6 +196,46 @@ def test_a_wrong_parameter_is_one_line_that_names_it(checkout):
     assert "app.top_p" in at.error[0].value
 
 
+# ---------------------------------------------------------------------------------------------------------- sign-in
+
+PROVIDER = {"client_id": "a", "client_secret": "b", "server_metadata_url": "https://id.example/openid"}
+AUTH = {"redirect_uri": "http://127.0.0.1:8501/oauth2callback", "cookie_secret": "c" * 32}
+
+
+def open_with_sign_in(user: dict, auth: dict) -> AppTest:
+    at = AppTest.from_file(str(APP), default_timeout=60)
+    at.secrets["auth"] = auth
+    at.user = user
+    at.run()
+    assert not at.exception
+    return at
+
+
+def test_where_sign_in_is_configured_a_stranger_sees_nothing_but_the_button(checkout):
+    say(open_chat(), "Something private")
+    at = open_with_sign_in({"is_logged_in": False}, AUTH | PROVIDER)
+    assert [button.label for button in at.button] == ["Sign in"]
+    assert not at.chat_input and not at.markdown and not at.sidebar.button
+    at = open_with_sign_in({"is_logged_in": False}, AUTH | {"acme": PROVIDER, "home": PROVIDER})
+    assert [button.label for button in at.button] == ["Sign in with acme", "Sign in with home"]
+
+
+def test_a_judgement_bears_the_name_of_whoever_is_signed_in(checkout):
+    ann, bob = ({"is_logged_in": True, "email": f"{name}@example.org"} for name in ("ann", "bob"))
+    at = open_with_sign_in(ann, AUTH | PROVIDER)
+    assert at.sidebar.button[-1].label == "Sign out ann@example\\.org"
+    at = say(at, "Hello?")
+    identity = logged(checkout)[0]["id"]
+    at.feedback(key=f"thumbs-{identity}").set_value(1).run()
+    other = AppTest.from_file(str(APP), default_timeout=60)
+    other.secrets["auth"], other.user = AUTH | PROVIDER, bob
+    other.query_params["chat"] = at.query_params["chat"]
+    assert other.run().feedback(key=f"thumbs-{identity}").value is None, "somebody else's thumb is not one's own"
+    other.feedback(key=f"thumbs-{identity}").set_value(0).run()
+    judged = [(entry["by"], entry["rating"]) for entry in conversation(checkout)["feedback"]]
+    assert judged == [("ann@example.org", 1), ("bob@example.org", -1)]
+
+
 # ----------------------------------------------------------------------------------------------------------- Ollama
 
 

@@ -1,5 +1,6 @@
 """What every page of the app needs: the checkout, its parameters, the log, the models that answer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ MODELS_SECONDS = 10  # how long a list of models is believed
 
 @dataclass(frozen=True)
 class App:
-    """One checkout, as the pages see it."""
+    """One checkout, as the pages see it. `person` is who is signed in, None where nobody needs to."""
 
     checkout: Path
     settings: AppSettings
@@ -29,6 +30,7 @@ class App:
     host: str
     name: str
     logger: ConversationLogger
+    person: str | None
 
     def models(self) -> list[ChatModel]:
         """What can answer now, the model that should answer first."""
@@ -58,6 +60,7 @@ def app() -> App:
         host=ollama_host(deploy.host),
         name=deploy.name,
         logger=ConversationLogger(checkout / INBOX),
+        person=signed_in(),
     )
 
 
@@ -72,15 +75,21 @@ def _client(host: str, timeout: float) -> OllamaClient:
     return OllamaClient(host, timeout=min(timeout, CONNECT_SECONDS), stream_timeout=timeout)
 
 
-def signed_in() -> str | None:
-    """The name of whoever is signed in, "" of nobody; None where no sign-in is configured (.streamlit/secrets.toml)."""
+def sign_in_providers() -> list[str | None]:
+    """Whom Streamlit's OIDC is configured with in .streamlit/secrets.toml: names, None for the unnamed one."""
     try:
-        configured = "auth" in st.secrets
+        auth = st.secrets.get("auth") or {}
     except FileNotFoundError:
+        return []
+    named: list[str | None] = [name for name, section in auth.items() if isinstance(section, Mapping)]
+    return named or ([None] if auth else [])
+
+
+def signed_in() -> str | None:
+    """The name of whoever is signed in, None of nobody or where no sign-in is configured."""
+    if not sign_in_providers() or not st.user.is_logged_in:
         return None
-    if not configured:
-        return None
-    return str(st.user.get("email") or st.user.get("name") or "unnamed") if st.user.is_logged_in else ""
+    return str(st.user.get("email") or st.user.get("name") or st.user.get("sub") or "unnamed")
 
 
 def _champion_stamp(checkout: Path) -> tuple[int, ...]:

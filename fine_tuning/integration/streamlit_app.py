@@ -31,17 +31,35 @@ def load(name: str) -> Callable[[], None]:
 
 def main() -> None:
     from fine_tuning.errors import UserError
+    from fine_tuning.integration.app_context import sign_in_providers, signed_in
+    from fine_tuning.integration.app_text import plain
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
     pages = [
         st.Page(load(name), title=name.capitalize(), icon=f":material/{icon}:", url_path=name, default=name == "chat")
         for name, icon in PAGES.items()
     ]
+    if sign_in_providers() and signed_in() is None:
+        st.navigation([st.Page(_sign_in, title="Whetstone", default=True)], position="hidden").run()
+        return
     chosen = st.navigation(pages)
     try:
         chosen.run()
     except UserError as error:
         st.error(str(error), icon=":material/error:")
+    if (person := signed_in()) is not None:
+        st.sidebar.button(f"Sign out {plain(person)}", icon=":material/logout:", type="tertiary", on_click=st.logout)
+
+
+def _sign_in() -> None:
+    """What a stranger sees where .streamlit/secrets.toml asks for sign-in: no conversation, no model, no number."""
+    from fine_tuning.integration.app_context import sign_in_providers
+
+    st.title("Whetstone")
+    for provider in sign_in_providers():
+        arguments = () if provider is None else (provider,)
+        label = "Sign in" if provider is None else f"Sign in with {provider}"
+        st.button(label, icon=":material/login:", key=f"sign-in-{provider}", on_click=st.login, args=arguments)
 
 
 main()

@@ -61,6 +61,7 @@ def record(
     models: tuple[ChatModel, ChatModel],
     vote: Vote,
     sampling: Sampling,
+    by: str | None = None,
 ) -> None:
     """Count a vote. Where it decides, the exchange is logged with the better reply preferred to the other.
 
@@ -78,7 +79,7 @@ def record(
 
         other = log(worse, {})
         chosen = log(better, {"replaces": other})
-        logger.log_preference(chosen, [other], conversation_id=session["session_id"])
+        logger.log_preference(chosen, [other], by, conversation_id=session["session_id"])
     path = checkout / VOTES
     path.parent.mkdir(parents=True, exist_ok=True)
     line = dump_line({"at": now(), "first": models[0].label, "second": models[1].label, "vote": vote})

@@ -192,7 +192,8 @@ def _below_reply(
     here: App, conversation: dict, message: dict, text: str, asked: dict | None, asking: Asking | None
 ) -> None:
     identity = message["id"]
-    entry = next((e for e in conversation["feedback"] if e.get("message_id") == identity), {})
+    judged = [e for e in conversation["feedback"] if e.get("message_id") == identity]
+    entry = next((e for e in judged if e.get("by") == here.person), {})
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         rating = st.feedback(
             "thumbs",
@@ -208,7 +209,7 @@ def _below_reply(
             )  # fmt: skip
         if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
             _edit(here, conversation["id"], identity, text)
-        st.caption(plain(_origin(message, bool(entry.get("edited")))))
+        st.caption(plain(_origin(message, any(e.get("edited") for e in judged))))
     if rating is not None:
         st.text_input(
             "Why?", entry.get("comment") or "", key=f"why-{identity}", placeholder="Why? (optional)",
@@ -225,7 +226,7 @@ def _origin(message: dict, edited: bool) -> str:
     if message.get("version") is not None:
         parts.append(f"version {message['version']}")
     if edited:
-        parts.append("edited by you, the edit is trained on")
+        parts.append("edited, the edit is trained on")
     elif message.get("incomplete"):
         parts.append(INCOMPLETE.get(message["incomplete"], "incomplete, not trained on"))
     return " · ".join(parts)
@@ -248,20 +249,20 @@ def _alternatives(here: App, conversation: dict, message: dict, others: list[dic
 
 def _prefer(here: App, conversation_id: str, chosen: str, message: dict, others: list[dict]) -> None:
     over = [reply["id"] for reply in (message, *others) if reply["id"] != chosen]
-    here.logger.log_preference(chosen, over, conversation_id=conversation_id)
+    here.logger.log_preference(chosen, over, here.person, conversation_id=conversation_id)
     st.toast("Kept as a preference", icon=":material/check:")
 
 
 def _judge(here: App, conversation_id: str, message_id: str) -> None:
     rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
-    here.logger.log_feedback(message_id, rating, conversation_id=conversation_id)
+    here.logger.log_feedback(message_id, rating, by=here.person, conversation_id=conversation_id)
 
 
 def _comment(here: App, conversation_id: str, message_id: str, before: str) -> None:
     comment = st.session_state[f"why-{message_id}"].strip()
     if comment != before:
         rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
-        here.logger.log_feedback(message_id, rating, comment, conversation_id=conversation_id)
+        here.logger.log_feedback(message_id, rating, comment, here.person, conversation_id=conversation_id)
 
 
 @st.dialog("What should the reply have been?", width="large")
@@ -277,7 +278,7 @@ def _edit(here: App, conversation_id: str, message_id: str, text: str) -> None:
 def _save_edit(here: App, conversation_id: str, message_id: str) -> None:
     content = st.session_state[f"edited-{message_id}"].strip()
     if content:
-        here.logger.log_edit(message_id, content, conversation_id=conversation_id)
+        here.logger.log_edit(message_id, content, here.person, conversation_id=conversation_id)
 
 
 # ------------------------------------------------------------------------------------------------ what is on its way

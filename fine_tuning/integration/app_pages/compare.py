@@ -124,7 +124,7 @@ def _told(duel: Duel) -> str:
 def _vote(here: App, duel: Duel, vote: votes.Vote) -> None:
     replies = (duel.replies[0].text, duel.replies[1].text)
     try:
-        votes.record(here.checkout, here.logger, duel.prompt, replies, duel.models, vote, duel.sampling)
+        votes.record(here.checkout, here.logger, duel.prompt, replies, duel.models, vote, duel.sampling, here.person)
         duel.vote, duel.problem = vote, None
     except UserError as error:
         duel.problem = str(error)

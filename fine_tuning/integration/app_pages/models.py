@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from fine_tuning.integration import models_view
-from fine_tuning.integration.app_context import App, app, signed_in
+from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import jobs, own_command
@@ -59,7 +59,7 @@ def _candidate(here: App, found: Candidate | None) -> None:
             return
         st.badge(found.verdict, color=COLOURS.get(found.verdict, "gray"))
         st.markdown("\n".join(f"- {plain(reason)}" for reason in found.reasons))
-        obstacle = found.obstacle or _busy() or _unsigned()
+        obstacle = found.obstacle or _busy()
         with st.container(horizontal=True):
             gate = None if found.verdict == PROMOTE else f"the verdict is {found.verdict}"
             if st.button(
@@ -84,7 +84,7 @@ def _confirm_promotion(here: App, found: Candidate) -> None:
     )
     if st.button(
         "Promote it", type="primary", key="promote-now",
-        on_click=start, args=("Promote", own_command("promote"), here.checkout),
+        on_click=_promote, args=(here,),
     ):  # fmt: skip
         st.rerun()
 
@@ -93,13 +93,17 @@ def _confirm_promotion(here: App, found: Candidate) -> None:
 def _confirm_force(here: App, found: Candidate) -> None:
     st.markdown(f"The verdict is **{found.verdict}**. The reason that you give is recorded with the version.")
     why = st.text_input("Why", key="force-why", max_chars=300).strip()
-    by = signed_in()
-    reason = f"{why} ({by})" if by else why
     if st.button(
         "Promote it", type="primary", key="force-now", disabled=not why,
-        on_click=start, args=("Promote", own_command("promote", "--force", reason), here.checkout),
+        on_click=_promote, args=(here, "--force", why),
     ):  # fmt: skip
         st.rerun()
+
+
+def _promote(here: App, *words: str) -> None:
+    """Promote in the name of whoever is signed in; the command knows git's name by itself."""
+    by = ("--by", here.person) if here.person else ()
+    start("Promote", own_command("promote", *words, *by), here.checkout)
 
 
 # ----------------------------------------------------------------------------------------------------------- versions
@@ -110,7 +114,7 @@ def _version(here: App, registry: ModelRegistry, shelf: Shelf) -> None:
     number = st.selectbox("Version", numbers, key="version")
     version = next(version for version in shelf.versions if version.number == number)
     current = shelf.live.version if shelf.live else None
-    busy = _busy() or _unsigned() or ("Ollama does not answer" if shelf.silence else None)
+    busy = _busy() or ("Ollama does not answer" if shelf.silence else None)
     with st.container(horizontal=True):
         deploy = busy or ("it is live already" if current == number else None)
         switch = busy or _why_no_switch(number, current, shelf)
@@ -171,7 +175,3 @@ def _about(registry: ModelRegistry, version: ModelVersion, live: bool) -> None:
 
 def _busy() -> str | None:
     return f"{jobs.running.title} is running" if jobs.running is not None else None
-
-
-def _unsigned() -> str | None:
-    return "sign in first" if signed_in() == "" else None
