@@ -86,12 +86,12 @@ def _users(checkout: Path) -> dict[str, set[str]]:
 
     used: dict[str, set[str]] = {}
     with Repo(str(checkout)) as repo:
-        for name, path in _used(repo):
+        for name, path in used_objects(repo):
             used.setdefault(name, set()).add(path)
     return used
 
 
-def _used(repo: "Repo") -> Iterator[tuple[str, str]]:
+def used_objects(repo: "Repo") -> Iterator[tuple[str, str]]:
     """(object, path) of everything that dvc.lock and the .dvc files name."""
     for out in repo.index.outs:
         if not out.use_cache or out.hash_info is None or not out.hash_info.value:
@@ -121,7 +121,7 @@ def check_remote(name: str | None) -> Checked:
             raise UserError(f"there is no remote {name}: `dvc remote list` shows them") from None
         except NoRemoteError:
             return Checked("DVC's remote", 0, 0, [Finding(NOTE, "no remote is set", "dvc remote add -d NAME ADDRESS")])
-        wanted = dict(_used(repo))
+        wanted = dict(used_objects(repo))
         try:
             for oid in tqdm(sorted(wanted), desc="remote", unit="file", disable=None, leave=False):
                 digest, read = _hash_remote(odb, oid)
