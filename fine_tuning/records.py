@@ -1,6 +1,7 @@
 """JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,22 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             yield number, line.rstrip(b"\n")
+
+
+def read_line(line: bytes | str) -> Any:
+    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return _LENIENT.decode(line.decode("utf-8") if isinstance(line, bytes) else line)
+
+
+def _finite_or_null(number: str) -> float | None:
+    return value if math.isfinite(value := float(number)) else None
+
+
+_LENIENT = json.JSONDecoder(parse_float=_finite_or_null, parse_constant=lambda _: None)
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict]:

@@ -9,14 +9,14 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.data_collection.conversation import fold, now
 from fine_tuning.errors import UserError
-from fine_tuning.records import read_lines
+from fine_tuning.records import dump_line, read_line, read_lines, replacing
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
@@ -54,6 +54,8 @@ class ConversationLogger:
         Raises:
             UserError: the log cannot be written; nothing of the event is left in it.
         """
+        if not (isinstance(user_message, str) and isinstance(assistant_response, str)):
+            raise UserError("the conversation could not be logged: both messages must be texts: send it again as text")
         metadata = dict(metadata or {})
         identity = id or uuid.uuid4().hex
         self._append(
@@ -113,16 +115,17 @@ class ConversationLogger:
         return identity
 
     def _append(self, event: dict) -> None:
-        # ASCII escapes only where needed: a lone surrogate has no UTF-8, and losing it would change the record.
-        text = json.dumps(event, ensure_ascii=False, separators=(",", ":"), default=str)
         try:
-            line = text.encode("utf-8")
-        except UnicodeEncodeError:
-            line = json.dumps(event, separators=(",", ":"), default=str).encode("ascii")
+            line = dump_line(read_line(json.dumps(event, default=str)))  # NaN, which is no JSON, becomes null
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"the conversation could not be logged: it is no JSON ({type(error).__name__}): give metadata of "
+                "texts, numbers and shallow lists, then send it again"
+            ) from None
         try:
             with _locked(self.path) as descriptor:
                 _set_torn_tail_aside(descriptor, self.path)
-                _write_whole(descriptor, line + b"\n")
+                _write_whole(descriptor, line)
                 if self.durable:
                     os.fdatasync(descriptor)
         except OSError as error:
@@ -165,7 +168,7 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
     models: Counter[str] = Counter()
     for conversation in conversations:
         totals["conversations"] += 1
-        days[(conversation["started_at"] or "unknown")[:10]] += 1
+        days[(conversation.get("started_at") or "unknown")[:10]] += 1
         totals["judged"] += len({e.get("message_id") for e in conversation["feedback"]})
         for entry in conversation["feedback"]:
             totals[{1: "liked", -1: "disliked"}.get(entry.get("rating"), "unrated")] += 1
@@ -197,11 +200,19 @@ def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:
     """(raw line, event) of a log; the event is None where the line is torn or is no event."""
     for _, line in read_lines(path):
         try:
-            event = json.loads(line)
+            event = read_line(line)
         except (ValueError, RecursionError):
             event = None
-        valid = isinstance(event, dict) and event.get("event") in EVENTS and isinstance(event.get("id"), str)
-        yield line, event if valid else None
+        yield line, event if _is_event(event) else None
+
+
+def _is_event(event: Any) -> bool:
+    if not isinstance(event, dict) or event.get("event") not in EVENTS or not isinstance(event.get("id"), str):
+        return False
+    if event["event"] != "exchange":
+        return True
+    texts = (event.get("user_message"), event.get("assistant_response"))
+    return all(isinstance(text, str) for text in texts) and isinstance(event.get("metadata") or {}, dict)
 
 
 def rename_log(path: Path, target: Path) -> bool:
@@ -217,6 +228,21 @@ def rename_log(path: Path, target: Path) -> bool:
         _sync_folder(path.parent)
         _sync_folder(target.parent)
     return True
+
+
+def rewrite_log(path: Path, keeps: Callable[[bytes, dict | None], bool]) -> int:
+    """Replace a log by its lines that `keeps(line, event)`, under its lock. Returns how many lines went."""
+    if not path.exists():
+        return 0
+    with _locked(path) as descriptor:
+        lines = list(read_log(path))
+        kept = [line for line, event in lines if keeps(line, event)]
+        if len(kept) < len(lines):
+            with replacing(path) as file:
+                os.fchmod(file.fileno(), os.fstat(descriptor).st_mode & 0o777)
+                file.writelines(line + b"\n" for line in kept)
+            _sync_folder(path.parent)
+    return len(lines) - len(kept)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import zlib
@@ -211,13 +212,18 @@ def parse_json(text: bytes | str) -> Any:
     try:
         # json.loads would read bytes as UTF-16 if they look like it
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _STRICT.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError("a number is not JSON")
+    return value
+
+
+_STRICT = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
@@ -268,14 +274,13 @@ def _is_record_list(document: Any, key: str) -> bool:
 
 
 def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int, Any] | Problem]:
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     number, position, ended = 0, 0, False
     while True:
         start = _SEPARATORS.match(buffer, position).end()
         if buffer.startswith("]", start):
             return
         try:
-            value, position = decoder.raw_decode(buffer, start)
+            value, position = _STRICT.raw_decode(buffer, start)
             if position == len(buffer) and not ended:
                 raise ValueError  # a number may go on in the next chunk
             number += 1

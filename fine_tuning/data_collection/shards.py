@@ -5,16 +5,16 @@ shards is that of the manifest: the shards that it names, then newcomers by name
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fine_tuning.errors import UserError
-from fine_tuning.records import dump_line, read_json, read_lines
+from fine_tuning.records import dump_line, read_json, read_line, read_lines
 from fine_tuning.settings import Settings
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
@@ -39,14 +39,18 @@ def write_shard(folder: str | Path, prefix: str, conversations: Iterable[dict]) 
 
     A shard that is there already under that name is left as it is: it has the same bytes.
     """
+    return write_lines(folder, prefix, map(dump_line, conversations))
+
+
+def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tuple[Path | None, int]:
+    """`write_shard` for lines that are bytes already, newlines included."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{prefix}.{os.getpid()}.tmp"  # not in the folder: nobody may see half a shard there
     digest, count = hashlib.sha256(), 0
     try:
         with open(temporary, "wb") as file:
-            for conversation in conversations:
-                line = dump_line(conversation)
+            for line in lines:
                 digest.update(line)
                 file.write(line)
                 count += 1
@@ -72,13 +76,25 @@ def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: Tr
             if start and not wanted(start.group(1).decode("utf-8", "replace")):
                 continue
             try:
-                record = json.loads(line)
+                record = read_line(line)
             except (ValueError, RecursionError):
                 continue
-            if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-                continue
-            if isinstance(record.get("id"), str) and wanted(record["id"]):
+            if _is_conversation(record) and wanted(record["id"]):
                 yield record
+
+
+def _is_conversation(record: Any) -> bool:
+    """Whether the parts of a record have the types of a conversation's; the cleaner judges what they say."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("id"), str)
+        and isinstance(record.get("started_at"), (str, NoneType))
+        and isinstance(record.get("messages"), list)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in record["messages"])
+        and isinstance(record.get("feedback") or [], list)
+        and all(isinstance(entry, dict) for entry in record.get("feedback") or [])
+        and isinstance(record.get("metadata") or {}, dict)
+    )
 
 
 def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:

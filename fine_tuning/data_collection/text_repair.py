@@ -8,14 +8,19 @@ CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # ESC [ … final byte (CSI), ESC ] … BEL or ESC \ (OSC), and the two-character escapes of ECMA-48
 _ANSI = re.compile("\x1b(?:\\[[0-?]{0,64}[ -/]{0,8}[@-~]|\\][^\x07\x1b]{0,2048}(?:\x07|\x1b\\\\)|[@-Z\\\\^_])")
-# C0 without tab and newline, DEL, C1, soft hyphen, bidi marks, embeddings and isolates, zero-width space, word joiner,
-# invisible operators, BOM, interlinear marks, non-characters, tag characters outside emoji flags
+# C0 without tab and newline, DEL, C1, soft hyphen, bidi embeddings, overrides and isolates, zero-width space, word
+# joiner, invisible operators, BOM, interlinear marks, non-characters, tag characters outside emoji flags
 _INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u180e\u200b\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\ufdd0-\ufdef]"
 )
 _NEEDS_LOOK = re.compile("[\x00-\x08\x0b-\x1f\x7f-\U0010ffff]")
 _JOINER = re.compile("[\u200c\u200d]")
+# Marks that place punctuation: they are part of a text that runs from right to left, and nothing in others.
+_DIRECTION_MARK = re.compile("[\u061c\u200e\u200f]")
+_RIGHT_TO_LEFT = re.compile(
+    "[\u0590-\u061b\u061d-\u08ff\ufb1d-\ufdff\ufe70-\ufefe\U00010800-\U00010fff\U0001e800-\U0001efff]"
+)
 _FENCE = re.compile(r"^[ ]{0,3}(```+|~~~+)", re.MULTILINE)
 _SPACES = re.compile(r"(?<=\S)[ \t\u00a0]{2,}|[ \t\u00a0]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -79,6 +84,8 @@ class TextRepair:
             text = unicodedata.normalize("NFC", text)
             if "\u200c" in text or "\u200d" in text:
                 text = _JOINER.sub(_keep_joiner, text)
+            if _DIRECTION_MARK.search(text) and not _RIGHT_TO_LEFT.search(text):
+                text = _DIRECTION_MARK.sub("", text)
         return _INVISIBLE.sub("", text)
 
     def _mend_encoding(self, text: str) -> str:

@@ -208,13 +208,12 @@ def end_of_turn_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
 def _apply_template(
     tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], contents: Sequence[str], prompt: bool
 ) -> str:
-    from jinja2 import TemplateError
-
     turns = [{"role": message["role"], "content": text} for message, text in zip(messages, contents, strict=True)]
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, ValueError, TypeError) as error:
-        reason = str(error) if isinstance(error, TemplateError) else type(error).__name__
+    except Exception as error:  # a template is a program of somebody else's: it may fail in any way
+        # Only what the template says word for word: it may quote the conversation.
+        reason = str(error) if str(error) in (tokenizer.chat_template or "") else type(error).__name__
         roles = ", ".join(message["role"] for message in messages[:6])
         raise RenderError(f"the chat template refuses messages of the roles {roles}: {reason}") from None
 

@@ -215,7 +215,7 @@ class Tensor:
 def _tensors(model_dir: Path, config: dict, architecture: Architecture) -> Iterator[Tensor]:
     import gguf
     import numpy as np
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
@@ -228,8 +228,11 @@ def _tensors(model_dir: Path, config: dict, architecture: Architecture) -> Itera
         raise UserError(f"{model_dir} has no *.safetensors: make the folder again with `dvc repro`")
     where = {}
     for file in weights:
-        with safe_open(file, framework="pt") as handle:
-            where.update({key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()})  # noqa: SIM118
+        try:
+            with safe_open(file, framework="pt") as handle:
+                where.update({key: (file, tuple(handle.get_slice(key).get_shape())) for key in handle.keys()})  # noqa: SIM118
+        except SafetensorError:
+            raise UserError(f"{file} is damaged: make the folder again with `dvc repro`") from None
 
     for key in sorted(where, key=_natural):
         file, shape = where[key]

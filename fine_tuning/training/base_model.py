@@ -164,12 +164,15 @@ def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
     Raises:
         UserError: the folder holds no model that transformers can load.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
-    except OSError as error:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+        )
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
 
 
@@ -182,10 +185,24 @@ def load_base_model(source: BaseSource) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not source.gguf_file:
-        return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+        return _load_safetensors(source.folder)
     model = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
     _forget_quantisation(model)
     return model.to(torch.float16)
+
+
+def _load_safetensors(folder: Path) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Never a pickle, which runs code when it is opened.
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"base.model: {folder} does not load ({type(error).__name__}): give a folder of a chat model whose weights "
+            "are whole .safetensors files"
+        ) from None
 
 
 def _forget_quantisation(model: Any) -> None:

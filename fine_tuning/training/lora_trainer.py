@@ -200,7 +200,10 @@ def load_adapter(model: Any, file: Path) -> None:
     Raises:
         UserError: the weights have other names or shapes.
     """
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}): restore it with `dvc checkout`") from None
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
         raise UserError(
