@@ -11,15 +11,18 @@ from streamlit.testing.v1 import AppTest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.shards import write_shard
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration import models_view, runs_view, votes
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.jobs import Job, Jobs, jobs
+from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.integration.runs_view import Line
 from stages import clean, intake, prepare
 from tests import registered
-from tests.app_checkout import REPOSITORY, write_checkout
+from tests.app_checkout import NOBODY, REPOSITORY, write_checkout
+from tests.fake_ollama import FakeOllama
 
 WORDS = ("router", "cable", "printer", "screen", "mouse", "battery", "window", "button", "server", "account")
 
@@ -124,10 +127,79 @@ def project(tmp_path_factory, tiny_base):
     folder = registered.write_project(tmp_path_factory.mktemp("registered") / "project", tiny_base)
     assert registered.type_command(folder, "promote").returncode == 0
     registered.repro(folder, seed=2, verdict="HOLD")
+    return add_params(folder)
+
+
+def add_params(folder: Path, host: str = NOBODY) -> Path:
+    """Give a project of tests/registered.py what the pages read beyond its own parameters."""
     ours = yaml.safe_load((REPOSITORY / "params.yaml").read_bytes())
     params = yaml.safe_load((folder / "params.yaml").read_bytes()) | {name: ours[name] for name in ("app", "clean")}
+    params["app"] |= {"max_tokens": 16, "context": 512}
+    params["deploy"]["host"] = host
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
+
+
+def finish(at: AppTest, seconds: float = 90.0) -> Job:
+    """Wait until the command that the page started has ended, and show the page again."""
+    assert jobs.latest is not None
+    deadline = time.monotonic() + seconds
+    while jobs.latest.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not at.run().exception
+    return jobs.latest
+
+
+def test_every_action_is_confirmed_then_done_and_told(promoted, tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    with FakeOllama(count_tokens=lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)) as ollama:
+        add_params(promoted, ollama.host)
+        at = open_page("models")
+        assert at.button(key="promote").disabled, "it is the champion already"
+        assert at.button(key="switch").disabled and at.button(key="rollback").disabled
+        for number, key in ((1, "deploy"), (2, "deploy"), (1, "switch")):
+            at.selectbox(key="version").set_value(number).run()
+            at.button(key=key).click().run()
+            at.button(key="confirm-now").click().run()
+            assert finish(at).returncode == 0, jobs.latest.lines()
+            assert ollama.digest("trial:live") == ollama.digest(f"trial:{number}")
+        at.button(key="rollback").click().run()
+        assert "Version 2 answers again." in shown(at)
+        at.button(key="confirm-now").click().run()
+        assert finish(at).returncode == 0
+        assert ollama.digest("trial:live") == ollama.digest("trial:2")
+
+
+def test_a_promotion_bears_the_name_of_whoever_is_signed_in(candidate):
+    add_params(candidate)
+    at = AppTest.from_string("from fine_tuning.integration.app_pages.models import page\npage()\n", default_timeout=120)
+    at.secrets["auth"] = {"client_id": "a", "cookie_secret": "c" * 32}
+    at.user = {"is_logged_in": True, "email": "ann@example.org"}
+    at.run()
+    at.button(key="promote").click().run()
+    at.button(key="promote-now").click().run()
+    assert finish(at).returncode == 0, jobs.latest.lines()
+    (version,) = models_view.open_registry(candidate, "trial").versions()
+    assert version.tags["promoted_by"] == "ann@example.org"
+
+
+def test_an_earlier_version_answers_without_ollama(promoted):
+    add_params(promoted)
+    at = open_page("chat")
+    registered_models(promoted).wait(60)
+    at.run()
+    assert at.selectbox(key="model").options == [
+        "Champion · version 2 · trial:2 · built-in engine",
+        "Version · version 1 · trial:1 · built-in engine",
+    ]
+    at.selectbox(key="model").set_value("Version · version 1 · trial:1 · built-in engine").run()
+    at.chat_input(key="message").set_value("Hello?").run()
+    deadline = time.monotonic() + 60
+    while not (events := list(ConversationLogger("inbox/conversations.jsonl").read_events())):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (events[0]["metadata"]["model"], events[0]["metadata"]["version"]) == ("trial:1", 1)
 
 
 def test_the_gate_disables_promotion_and_says_why(project, monkeypatch):

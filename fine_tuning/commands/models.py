@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
     """Add the commands to the program's parser."""
     parser = subparsers.add_parser("promote", help="register the candidate and make it the champion")
+    parser.add_argument("version", nargs="?", help="a version that was champion before, instead of the candidate")
     parser.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")
     parser.add_argument("--by", metavar="NAME", help="who promotes; git's user.name if left out")
     parser.set_defaults(func=promote)
@@ -80,7 +81,7 @@ def deploy(arguments: argparse.Namespace) -> None:
     from fine_tuning.model_management.names import host_key
 
     settings = _settings()
-    with _servers(settings, arguments.host) as servers:
+    with open_servers(settings, arguments.host) as servers:
         for server in servers:
             server.version()  # a server that is down is known before anything is loaded
         registry = _registry(settings)
@@ -105,7 +106,7 @@ def switch(arguments: argparse.Namespace) -> None:
     from fine_tuning.model_management.names import host_key, parse_version
 
     settings, number = _settings(), parse_version(arguments.version)
-    with _servers(settings, arguments.host) as servers:
+    with open_servers(settings, arguments.host) as servers:
         for server in servers:
             server.version()
         registry = _registry(settings)
@@ -121,7 +122,7 @@ def rollback(arguments: argparse.Namespace) -> None:
     from fine_tuning.model_management.names import host_key
 
     settings = _settings()
-    with _servers(settings, arguments.host) as servers:
+    with open_servers(settings, arguments.host) as servers:
         for server in servers:
             server.version()
         registry = _registry(settings)
@@ -141,7 +142,7 @@ def list_versions(arguments: argparse.Namespace) -> None:
     versions = registry.versions()
     live: dict[str, Live | None] = {}
     silent: dict[str, str] = {}
-    with _servers(settings, arguments.host) as servers:
+    with open_servers(settings, arguments.host) as servers:
         for server in servers:
             try:
                 live[server.host] = ModelSwitcher(server, registry).live()
@@ -175,7 +176,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from fine_tuning.commands.verify import verify as run_verify
 
     settings = _settings()
-    with _servers(settings, arguments.host) as servers:
+    with open_servers(settings, arguments.host) as servers:
         return run_verify(arguments, settings, servers)
 
 
@@ -212,12 +213,11 @@ def find_gguf(version: "ModelVersion") -> Path:
     Raises:
         UserError: it is nowhere here.
     """
-    from fine_tuning.commands.dvc_files import cached
     from fine_tuning.project import sha256_file
 
     wanted = version.tags["gguf_sha256"]
     places = [Path("models/champion/package/model.gguf"), Path("models/package/model.gguf")]
-    kept = cached(Path.cwd(), version.tags["gguf_md5"])
+    kept = kept_gguf(version)
     for path in [*places, *([kept] if kept else [])]:
         if path.is_file() and sha256_file(path) == wanted:
             return path
@@ -225,6 +225,14 @@ def find_gguf(version: "ModelVersion") -> Path:
         f"the GGUF of version {version.number} is not in this checkout: "
         "`dvc fetch --all-commits models/champion.dvc`, then deploy again"
     )
+
+
+def kept_gguf(version: "ModelVersion") -> Path | None:
+    """The version's GGUF in DVC's cache, None if it is not there; its content is not checked."""
+    from fine_tuning.commands.dvc_files import cached
+
+    md5 = version.tags.get("gguf_md5")
+    return cached(Path.cwd(), md5) if md5 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -245,7 +253,7 @@ def _registry(settings: "DeploySettings") -> "ModelRegistry":
 
 
 @contextmanager
-def _servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
+def open_servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
     from fine_tuning.integration.ollama_client import OllamaClient, normalise_host, ollama_host
 
     hosts = [normalise_host(host) for host in given or [ollama_host(settings.host), *settings.more_hosts]]
@@ -347,6 +355,7 @@ def _as_json(
                 "created_at": version.created_at.isoformat(),
                 "run_id": version.run_id,
                 "tags": version.tags,
+                "gguf": str(gguf) if (gguf := kept_gguf(version)) else None,
             }
             for version in versions
         ],

@@ -10,6 +10,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_preparation.tokenizer import ChatSettings
 from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
+from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.project import main_checkout, root
 from fine_tuning.settings import read_params
@@ -33,8 +34,10 @@ class App:
     person: str | None
 
     def models(self) -> list[ChatModel]:
-        """What can answer now, the model that should answer first."""
-        return _models(str(self.checkout), self.host, self.name, _champion_stamp(self.checkout))
+        """What can answer now, the one that should answer first at the head, earlier versions at the end."""
+        stamp = _champion_stamp(self.checkout)
+        first = _models(str(self.checkout), self.host, self.name, stamp)
+        return [*first, *registered_models(self.checkout).known(stamp)]
 
     def probe(self) -> OllamaClient:
         """The Ollama server, with little patience: for questions whose answer may be that it is not there."""

@@ -76,7 +76,7 @@ def _stamps(checkout: Path) -> tuple[tuple[Path, int, int], ...]:
 def _sealed(stamps: tuple[tuple[Path, int, int], ...]) -> dict[str, dict]:
     """The newest version of every conversation in the shards that was held here, by id."""
     newest = {version["id"]: version for version in versions(path for path, _, _ in stamps)}
-    return {identity: c for identity, c in newest.items() if c["source"] == CHAT}
+    return {identity: c for identity, c in newest.items() if c.get("source") == CHAT}
 
 
 # ------------------------------------------------------------------------------------------------------------- export

@@ -67,8 +67,8 @@ def default_sampling(settings: AppSettings) -> Sampling:
 class ChatModel:
     """One model that answers.
 
-    `tag` is what is logged with every reply: Ollama's tag, or the model file in the checkout. `version` is the
-    registry's, None for the base and for a candidate that was not promoted.
+    `tag` is what is logged with every reply: a version's tag, the base's name, or the candidate's file. `version` is
+    the registry's, None for the base and for a candidate that was not promoted.
     """
 
     name: str
@@ -118,26 +118,27 @@ def _local_models(checkout: Path) -> list[ChatModel]:
     models = []
     version = champion_version(checkout)
     if version is not None and (checkout / CHAMPION_GGUF).is_file():
-        models.append(ChatModel("Champion", "embedded", str(CHAMPION_GGUF), version, checkout / CHAMPION_GGUF))
+        tag = f"{_read(checkout / CHAMPION)['name']}:{version}"
+        models.append(ChatModel("Champion", "embedded", tag, version, checkout / CHAMPION_GGUF))
     if (checkout / BASE_GGUF).is_file():
-        models.append(ChatModel("Base", "embedded", str(BASE_GGUF), None, checkout / BASE_GGUF))
-    if (checkout / CANDIDATE_GGUF).is_file():
-        tag = f"{CANDIDATE_GGUF}{_candidate_mark(checkout)}"
+        tag = _read(checkout / BASE / "base.json").get("model") or str(BASE_GGUF)
+        models.append(ChatModel("Base", "embedded", tag, None, checkout / BASE_GGUF))
+    compared = _read(checkout / COMPARISON).get("adapter_sha256")
+    promoted = version is not None and compared == _read(checkout / CHAMPION).get("adapter_sha256")
+    if (checkout / CANDIDATE_GGUF).is_file() and not promoted:
+        # The next candidate has the same path and is another model: part of the adapter's hash tells them apart.
+        tag = f"{CANDIDATE_GGUF}@{compared[:8]}" if compared else str(CANDIDATE_GGUF)
         models.append(ChatModel("Candidate", "embedded", tag, None, checkout / CANDIDATE_GGUF))
     return models
 
 
-def _candidate_mark(checkout: Path) -> str:
-    """Part of the adapter's hash: the next candidate has the same path and is another model."""
-    path = checkout / COMPARISON
-    sha256 = read_json(path).get("adapter_sha256") if path.is_file() else None
-    return f"@{sha256[:8]}" if sha256 else ""
-
-
 def champion_version(checkout: Path) -> int | None:
     """The registry version that models/champion.json names, None before the first promotion."""
-    path = checkout / CHAMPION
-    return read_json(path).get("version") if path.is_file() else None
+    return _read(checkout / CHAMPION).get("version")
+
+
+def _read(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
 def stream_reply(
