@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fine_tuning.data_preparation.canaries import planted
 from fine_tuning.data_preparation.dataset_builder import (
     Build,
     DatasetBuilder,
@@ -37,6 +38,7 @@ LENGTHS = Path("metrics/plots/prepare_lengths.csv")
 
 def main() -> None:
     settings, chat = read_params("prepare", PrepareSettings), read_params("chat", ChatSettings)
+    tokenizer = load_tokenizer(TOKENIZER[0].parent)
     builder = DatasetBuilder(
         train_on=settings.train_on,
         validation_fraction=settings.validation_fraction,
@@ -46,7 +48,7 @@ def main() -> None:
         decontamination_words=settings.decontamination_words,
         max_train_tokens=settings.max_train_tokens,
         max_held_out_tokens=settings.max_held_out_tokens,
-        tokenizer=load_tokenizer(TOKENIZER[0].parent),
+        tokenizer=tokenizer,
         system_prompt=chat.system_prompt,
         max_length=chat.max_length,
         progress=show_progress,
@@ -54,6 +56,8 @@ def main() -> None:
     clusters = {line["id"]: line["cluster"] for line in read_jsonl(CLUSTERS)}
     built = builder.build(read_shards(), clusters, read_ledger(settings.salt))
     require_every_split(built)
+    secrets = planted(settings.canaries, settings.salt, tokenizer, chat.system_prompt, chat.max_length)
+    built.splits["train"] += secrets
 
     for split in SPLITS:
         write_split(PREPARED / f"{split}.parquet", built.splits[split])

@@ -46,6 +46,7 @@ class PrepareSettings(Settings):
     decontamination_words: int = Field(ge=0)
     max_train_tokens: int | None = Field(ge=1)
     max_held_out_tokens: int | None = Field(ge=1)
+    canaries: int = Field(ge=0)
 
 
 @dataclass

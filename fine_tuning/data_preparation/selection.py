@@ -47,7 +47,7 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
 
     Edits stand in place of replies; replies that were broken off are context only. Messages after the last trained
     reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true` for a person's words,
-    and its `rating`, so that evaluation knows whose words it compares with.
+    its `rating` and `"incomplete": true`, so that evaluation knows which replies are labelled and whose they are.
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
@@ -77,6 +77,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
                 kept |= {"content": edits[identity], "edited": True}
             if rating:
                 kept["rating"] = rating
+            if message.get("incomplete"):
+                kept["incomplete"] = True
             # A greeting before the first question answers nothing.
             # A reply that was stopped or broke off would teach to stop anywhere.
             wanted = asked and (edited or (rating >= least and not message.get("incomplete")))
