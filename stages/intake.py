@@ -7,13 +7,16 @@ from fine_tuning.data_collection.shards import (
     check_append_only,
     count_conversations,
     describe_shards,
+    versions,
 )
+from fine_tuning.data_collection.tombstones import Tombstones
 from fine_tuning.errors import UserError, run
 from fine_tuning.records import write_json
 from fine_tuning.settings import read_params
 
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
+FORGOTTEN = Path("data/forgotten.jsonl")
 
 
 def main() -> None:
@@ -21,6 +24,7 @@ def main() -> None:
     shards = describe_shards(CONVERSATIONS, MANIFEST, sample)
     if not shards:
         raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
+    refuse_forgotten([CONVERSATIONS / shard["name"] for shard in shards])
     new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     total = count_conversations(CONVERSATIONS / shard["name"] for shard in shards)
     # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
@@ -29,6 +33,14 @@ def main() -> None:
     lines = sum(shard["lines"] for shard in shards)
     write_json(MANIFEST, {"shards": shards, "total_conversations": total, "total_lines": lines})
     print(f"{len(shards)} shards, {len(new)} of them new, {total} conversations")
+
+
+def refuse_forgotten(paths: list[Path]) -> None:
+    """A shard of another clone may bring back what was forgotten here."""
+    tombstones = Tombstones(FORGOTTEN)
+    returned = next(versions(paths, tombstones.names), None) if len(tombstones) else None
+    if returned is not None:
+        raise UserError("a forgotten conversation came back with a shard: `python -m fine_tuning forget --again`")
 
 
 if __name__ == "__main__":

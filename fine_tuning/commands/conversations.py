@@ -17,6 +17,7 @@ INBOX = Path("inbox/conversations.jsonl")
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 TRACKED = Path("data/conversations.dvc")
+FORGOTTEN = Path("data/forgotten.jsonl")
 SHOWN_PROBLEMS = 10
 
 
@@ -44,11 +45,14 @@ def import_files(args: argparse.Namespace) -> None:
     from fine_tuning.data_collection.conversation import version_hash
     from fine_tuning.data_collection.importers import Problem, import_file
     from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
+    from fine_tuning.data_collection.tombstones import Tombstones
 
     _check_folder()
-    with _pipeline_stands_still() as repo:
+    with pipeline_stands_still() as repo:
         _seal_closed_logs(repo)
         known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
+
+        tombstones = Tombstones(FORGOTTEN)
 
         def taken(path: Path) -> Iterator[dict]:
             counts: Counter[str] = Counter()
@@ -60,6 +64,9 @@ def import_files(args: argparse.Namespace) -> None:
                     problems.append(item)
                     continue
                 formats[item.format] += 1
+                if tombstones.cover(item.conversation):
+                    counts["forgotten"] += 1
+                    continue
                 version = version_hash(item.conversation)
                 if known.get(item.conversation["id"]) == version:
                     counts["skipped"] += 1
@@ -72,6 +79,7 @@ def import_files(args: argparse.Namespace) -> None:
             print(
                 f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), "
                 f"{counts['quarantined']} quarantined"
+                + (f", {counts['forgotten']} left out (forgotten: {FORGOTTEN})" if counts["forgotten"] else "")
             )
             for problem in problems[:SHOWN_PROBLEMS]:
                 print(f"  line {problem.line}: {problem.reason}")
@@ -82,7 +90,7 @@ def import_files(args: argparse.Namespace) -> None:
         prefix = f"{next_stamp(CONVERSATIONS)}-import"
         shard, count = write_shard(CONVERSATIONS, prefix, stream)
         if shard is not None:
-            _track(repo)
+            track(repo)
             print(f"{count} conversations in {shard}")
             _say_next()
 
@@ -92,7 +100,7 @@ def seal(args: argparse.Namespace) -> None:
     from fine_tuning.data_collection.sealing import close_log
 
     _check_folder()
-    with _pipeline_stands_still() as repo:
+    with pipeline_stands_still() as repo:
         close_log(INBOX, CONVERSATIONS)
         if not _seal_closed_logs(repo):
             print(f"nothing to seal: {INBOX} is empty")
@@ -124,9 +132,9 @@ def bring_sample(args: argparse.Namespace) -> None:
         )
     from fine_tuning.data_collection.sample import sample_conversations
 
-    with _pipeline_stands_still() as repo:
+    with pipeline_stands_still() as repo:
         shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
-        _track(repo)
+        track(repo)
     print(f"{count} sample conversations in {shard}")
 
 
@@ -148,7 +156,7 @@ def show_stats(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _pipeline_stands_still() -> Iterator["Repo"]:
+def pipeline_stands_still() -> Iterator["Repo"]:
     """Hold DVC's lock, so that no `dvc repro` of this checkout starts a stage meanwhile; refuse while one runs.
 
     DVC lets go of its lock while a stage's command runs, and notes in .dvc/tmp/rwlock which process reads and writes
@@ -175,7 +183,7 @@ def _pipeline_stands_still() -> Iterator["Repo"]:
         raise UserError("this folder is no DVC repository: run `dvc init` in a clone of the project") from None
 
 
-def _track(repo: "Repo") -> None:
+def track(repo: "Repo") -> None:
     """`dvc add data/conversations`."""
     import logging
 
@@ -186,16 +194,19 @@ def _track(repo: "Repo") -> None:
 def _seal_closed_logs(repo: "Repo") -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
     from fine_tuning.data_collection.sealing import seal_log
+    from fine_tuning.data_collection.tombstones import Tombstones
 
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:
-        done = seal_log(log, CONVERSATIONS, MANIFEST)
+        done = seal_log(log, CONVERSATIONS, MANIFEST, Tombstones(FORGOTTEN))
         print(f"{done['events']} events sealed, {done['conversations']} conversations new or changed")
+        if done["forgotten"]:
+            print(f"{done['forgotten']} conversations were left out: they are forgotten ({FORGOTTEN})")
         for kind in ("torn", "unmatched"):
             if done[kind]:
                 print(f"{done[kind]} {kind} lines were set aside in {INBOX.parent / log.name}.{kind}")
         if any(CONVERSATIONS.glob("*.jsonl")):
-            _track(repo)
+            track(repo)
         log.unlink()
     return bool(logs)
 

@@ -6,6 +6,7 @@ from typing import Any
 from fine_tuning.data_collection.conversation import fold, version_hash
 from fine_tuning.data_collection.conversation_logger import read_log, rename_log
 from fine_tuning.data_collection.shards import newest_versions, next_stamp, shard_paths, versions, write_shard
+from fine_tuning.data_collection.tombstones import Tombstones
 from fine_tuning.records import dump_line, replacing
 
 
@@ -19,12 +20,14 @@ def close_log(log: Path, folder: Path) -> list[Path]:
     return sorted(closed.glob("*.jsonl"))
 
 
-def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
+def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones | None = None) -> dict[str, Any]:
     """Fold a closed log onto the newest versions of the conversations that it touches, and write them as a shard.
 
-    Doing it again, after a crash or not, gives the same conversations. What cannot be used is kept beside the log:
-    `<name>.torn` for lines that are no events, `<name>.unmatched` for events on conversations nobody knows.
+    Doing it again, after a crash or not, gives the same conversations. What was forgotten is left out. What cannot be
+    used is kept beside the log: `<name>.torn` for lines that are no events, `<name>.unmatched` for events on
+    conversations nobody knows.
     """
+    forgotten = 0
     lines = list(read_log(closed))
     events = [event for _, event in lines if event is not None]
     torn = [line for line, event in lines if event is None and line.strip()]
@@ -33,6 +36,11 @@ def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
     before = {identity: _state(conversation) for identity, conversation in conversations.items()}
     unmatched = fold(events, conversations)
     changed = [c for i, c in conversations.items() if before.get(i) != _state(c)]
+    if tombstones is not None:
+        seen = len(changed)
+        changed = [c for c in changed if not tombstones.cover(c)]
+        forgotten = seen - len(changed)
+        unmatched = [e for e in unmatched if not tombstones.names(str(e.get("conversation_id")))]
     path, count = write_shard(folder, f"{closed.stem}-chat", changed)
     for suffix, rest in ((".torn", torn), (".unmatched", [dump_line(event).rstrip(b"\n") for event in unmatched])):
         if rest:
@@ -44,6 +52,7 @@ def seal_log(closed: Path, folder: Path, manifest: Path) -> dict[str, Any]:
         "conversations": count,
         "torn": len(torn),
         "unmatched": len(unmatched),
+        "forgotten": forgotten,
     }
 
 
