@@ -112,9 +112,9 @@ def test_chat_then_thumb_then_seal(tmp_path, tiny_base, page):
         until(lambda: [event["event"] for event in events(checkout)] == ["exchange", "feedback"])
 
         page.goto(f"{address}/data")
-        page.get_by_text("1 conversation with news since the last seal").wait_for()
+        page.get_by_text("1 to seal, 0 sealed.").wait_for()
         page.get_by_role("button", name="Seal").click()
-        page.get_by_text("Nothing new to seal. 1 shard not trained on yet").wait_for()
+        page.get_by_text("0 to seal, 1 sealed.").wait_for()
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= 390, "nothing is wider than a phone"
         assert strangers(page, address) == []

@@ -10,6 +10,7 @@ import yaml
 from streamlit.testing.v1 import AppTest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.sealing import close_log, seal_log
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
@@ -19,6 +20,7 @@ from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.jobs import Job, Jobs, jobs
 from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.integration.runs_view import Line
+from fine_tuning.records import read_jsonl
 from stages import clean, intake, prepare
 from tests import registered
 from tests.app_checkout import NOBODY, REPOSITORY, write_checkout
@@ -81,6 +83,7 @@ def collected(tmp_path, tiny_base, monkeypatch):
     ]
     talks.append(talk(900, "Write to jane.doe@example.org please", "I wrote to jane.doe@example.org for you today."))
     talks.append(talk(901, talks[0]["messages"][0]["content"], talks[0]["messages"][1]["content"]))
+    talks.append(talk(902, "Greet mail@example.org", "Good morning {{ first_name }}, how are you?"))
     write_shard("data/conversations", "import", talks)
     for stage in (intake, clean, prepare):
         stage.main()
@@ -91,8 +94,8 @@ def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collec
     ConversationLogger("inbox/conversations.jsonl").log_conversation("New one", "Yes.", {"session_id": "s1"})
     at = open_page("data")
     numbers = {metric.label: metric.value for metric in at.metric}
-    assert (numbers["Collected"], numbers["Dropped"], numbers["Masked"]) == ("48", "1", "2")
-    assert "**1 conversation** with news since the last seal." in shown(at)
+    assert (numbers["Collected"], numbers["Dropped"], numbers["Masked"]) == ("49", "2", "2")
+    assert "**1 conversation** new or changed since the last training: 1 to seal, 0 sealed." in shown(at)
 
     at.text_input(key="find").set_value("jane").run()
     assert "background" in at.html[0].proto.body and "jane.doe@example.org</span>" in at.html[0].proto.body
@@ -108,6 +111,31 @@ def test_a_dropped_conversation_tells_its_reason(collected):
     at = open_page("data")
     at.selectbox(key="fate").set_value("duplicate").run()
     assert "Dropped: duplicate" in shown(at)
+    assert at.button(key="restore").disabled
+    assert "The same conversation is kept under another id." in shown(at)
+
+
+def test_a_wrongly_dropped_conversation_is_restored_for_good(collected):
+    at = open_page("data")
+    assert "template field" in at.selectbox(key="fate").options
+    at.selectbox(key="fate").set_value("template_field").run()
+    at.button(key="restore").click().run()
+    assert "1 to seal" in shown(at)
+    at.selectbox(key="fate").set_value("new").run()
+    assert "Restored: masked as ever" in shown(at)
+
+    folder, manifest = collected / "data/conversations", collected / "data/manifest.json"
+    (log,) = close_log(collected / "inbox/conversations.jsonl", folder)
+    seal_log(log, folder, manifest)
+    log.unlink()
+    assert "0 to seal, 1 sealed" in shown(at.run())
+    for stage in (intake, clean):
+        stage.main()
+    (kept,) = [c for path in Path("data/clean").glob("*chat*.jsonl") for c in read_jsonl(path)]
+    assert [message["content"] for message in kept["messages"]] == [
+        "Greet <EMAIL_1>", "Good morning {{ first_name }}, how are you?",
+    ]  # fmt: skip
+    assert "template field" not in open_page("data").selectbox(key="fate").options
 
 
 def test_html_in_a_conversation_stays_text(tmp_path, tiny_base, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,12 +21,25 @@ TITLE_CHARACTERS = 32
 
 def conversations(checkout: Path, logger: ConversationLogger) -> list[dict]:
     """The conversations held in this app, the one that was spoken in last first; deleted ones are left out."""
-    known = {identity: copy.deepcopy(conversation) for identity, conversation in _sealed(_stamps(checkout)).items()}
-    for closed in sorted((logger.path.parent / "closed").glob("*.jsonl")):  # a seal that is not done yet
-        fold((event for _, event in read_log(closed) if event is not None), known)
-    fold(logger.read_events(), known)
-    living = [c for c in known.values() if c["messages"] and c["source"] == CHAT]
+    sealed = _sealed(_stamps(checkout))
+    known = sealed | news(logger, sealed.get)
+    living = [c for c in known.values() if c["messages"] and c.get("source") == CHAT]
     return sorted(living, key=last_spoken, reverse=True)
+
+
+def news(logger: ConversationLogger, sealed: Callable[[str], dict | None]) -> dict[str, dict]:
+    """The conversations that were spoken in, judged, restored or deleted since the last seal, as they are now, by id.
+
+    Args:
+        sealed: the newest sealed version of a conversation, by id.
+    """
+    closed = sorted((logger.path.parent / "closed").glob("*.jsonl"))  # a seal that is not done yet
+    events = [event for log in closed for _, event in read_log(log) if event is not None]
+    events += logger.read_events()
+    touched = {event["conversation_id"] for event in events if event.get("conversation_id")}
+    known = {identity: copy.deepcopy(found) for identity in touched if (found := sealed(identity)) is not None}
+    fold(events, known)
+    return known
 
 
 def last_spoken(conversation: dict) -> str:

@@ -11,6 +11,7 @@ from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, Dat
 from fine_tuning.data_collection.personal_data import PLACEHOLDER
 from fine_tuning.data_collection.shards import shard_paths, versions
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
+from fine_tuning.integration.chat_history import news
 from fine_tuning.records import read_json, read_jsonl
 
 SHARDS = Path("data/conversations")
@@ -44,37 +45,29 @@ def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
 
 
 def entries(checkout: Path, logger: ConversationLogger) -> list[Entry]:
-    """Every conversation, those of the live log first."""
-    new = [_entry(conversation, "new") for conversation in logger.read_conversations()]
-    names = {entry.id for entry in new}
-    shards = stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST))
+    """Every conversation, those with news since the last seal first."""
+    shards = _sealed(stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST)))
+    news = _news(logger, shards)
     fates = _fates(stamps([checkout / REJECTED]))
     cleaned = {shard["name"] for shard in manifest(checkout)} if (checkout / REJECTED).exists() else set()
     sealed = [
         _entry(conversation, fates.get(identity, "kept") if shard in cleaned else "not cleaned yet")
-        for identity, (shard, conversation) in _sealed(shards).items()
-        if identity not in names and conversation["messages"]
+        for identity, (shard, conversation) in shards.items()
+        if identity not in news and conversation["messages"]
     ]
-    return new + sealed
+    return [_entry(conversation, "new") for conversation in news.values() if conversation["messages"]] + sealed
 
 
 def conversation(checkout: Path, logger: ConversationLogger, identity: str) -> dict | None:
     """The newest version of a conversation as it was logged or imported."""
-    found = next((c for c in logger.read_conversations() if c["id"] == identity), None)
-    shards = stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST))
-    return found or _sealed(shards).get(identity, (None, None))[1]
+    shards = _sealed(stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST)))
+    return _news(logger, shards).get(identity) or shards.get(identity, (None, None))[1]
 
 
 def manifest(checkout: Path) -> list[dict]:
     """The shards that the last run of the pipeline took in."""
     path = checkout / MANIFEST
     return read_json(path)["shards"] if path.is_file() else []
-
-
-def unprocessed(checkout: Path) -> list[Path]:
-    """Sealed or imported shards that no run of the pipeline has taken in."""
-    known = {shard["name"] for shard in manifest(checkout)}
-    return [path for path in shard_paths(checkout / SHARDS) if path.name not in known]
 
 
 def metrics(checkout: Path, path: Path) -> dict:
@@ -130,6 +123,11 @@ def after(text: str) -> list[Stretch]:
         stretches += [(text[position : match.start()], None), (match.group(), match.group(1))]
         position = match.end()
     return [*stretches, (text[position:], None)]
+
+
+def can_be_restored(cleaner: DataCleaner, conversation: dict, fate: str) -> bool:
+    """Whether it was a filter that dropped it: of a duplicate the other one is kept, and what is malformed stays so."""
+    return fate != "duplicate" and cleaner.clean_conversation(conversation | {"restored": True}).drop is None
 
 
 def why_dropped(cleaned: Cleaned, fate: str) -> str | None:
@@ -191,6 +189,10 @@ def _entry(conversation: dict, fate: str) -> Entry:
         begins=" ".join(str(first).split())[:60],
         fate=fate,
     )
+
+
+def _news(logger: ConversationLogger, shards: dict[str, tuple[str, dict]]) -> dict[str, dict]:
+    return news(logger, lambda identity: shards.get(identity, (None, None))[1])
 
 
 @lru_cache(maxsize=2)

@@ -39,17 +39,16 @@ def page() -> None:
 
 def _sealing(here: App, found: list[Entry]) -> None:
     new = sum(entry.fate == "new" for entry in found)
-    waiting = data_view.unprocessed(here.checkout)
+    waiting = sum(entry.fate == "not cleaned yet" for entry in found)
     with st.container(border=True):
-        if new:
-            st.markdown(f"**{new} conversation{'s' * (new != 1)}** with news since the last seal.")
-        elif waiting:
+        if new or waiting:
             st.markdown(
-                f"Nothing new to seal. {len(waiting)} shard{'s' * (len(waiting) != 1)} not trained on yet: "
-                "start `dvc repro` on the page Runs."
+                f"**{new + waiting} conversation{'s' * (new + waiting != 1)}** new or changed since the last training: "
+                f"{new} to seal, {waiting} sealed."
+                + (" Start `dvc repro` on the page Runs." if waiting and not new else "")
             )
         else:
-            st.markdown("Nothing new since the last seal.")
+            st.markdown("Nothing new since the last training.")
         reason = None
         if jobs.running is not None:
             reason = f"{jobs.running.title} is running"
@@ -129,6 +128,15 @@ def _one(here: App, found: list[Entry]) -> None:
     cleaned = cleaner.clean_conversation(conversation)
     if reason := data_view.why_dropped(cleaned, entry.fate):
         st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
+        off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
+        st.button(
+            "Keep it all the same", icon=":material/settings_backup_restore:", key="restore", disabled=off is not None,
+            help=off or "It is masked as ever, and no filter drops it again.", on_click=_restore, args=(here, entry.id),
+        )  # fmt: skip
+        if off:
+            st.caption(off)
+    elif conversation.get("restored"):
+        st.caption("Restored: masked as ever, and no filter drops it.")
     view = st.segmented_control(
         "View", VIEWS, default=VIEWS[0], required=True, key="view", label_visibility="collapsed"
     )
@@ -144,6 +152,17 @@ def _one(here: App, found: list[Entry]) -> None:
         st.caption(f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now.")
         for message in cleaned.conversation["messages"]:
             _stretches(message["role"], data_view.after(message["content"]), "mask")
+
+
+def _never(fate: str) -> str:
+    if fate == "duplicate":
+        return "The same conversation is kept under another id."
+    return "No filter dropped it: its form cannot be trained on."
+
+
+def _restore(here: App, identity: str) -> None:
+    here.logger.log_restore(identity)
+    st.toast("Kept from the next seal and `dvc repro` on", icon=":material/check:")
 
 
 def _tokens(here: App, entry: Entry) -> None:
