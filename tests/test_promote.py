@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.commands import promote as module
+from fine_tuning.commands import champion as module
+from fine_tuning.commands.champion import read_champion
 from fine_tuning.commands.dvc_files import md5_path
-from fine_tuning.commands.promote import open_registry, read_champion
+from fine_tuning.commands.promote import open_registry
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS
 from fine_tuning.project import sha256_file
@@ -190,17 +191,16 @@ class Killed(BaseException):
     """Stands for SIGKILL: no handler of ours catches it."""
 
 
-def test_killed_at_any_point_there_is_one_champion_and_a_rerun_converges(candidate, monkeypatch):
-    """Each run is killed one effect later than the one before, until one ends by itself."""
-    here("promote")
-    repro(candidate, seed=2)
+def killed_one_effect_later_each_time(monkeypatch, *words: str):
+    """Runs of a command, each killed one effect later than the one before, until one ends by itself."""
     from mlflow import MlflowClient
 
     effects, limit = [], 0
     places = [
         *((MlflowClient, name) for name in ("log_artifacts", "log_batch", "create_model_version")),
         *((MlflowClient, name) for name in ("set_registered_model_alias", "delete_registered_model_alias")),
-        *((module, name) for name in ("dvc_add", "write_json", "copy_file")),
+        (MlflowClient, "set_model_version_tag"),
+        *((module, name) for name in ("dvc_add", "dvc_checkout", "write_json", "copy_file")),
         (shutil, "rmtree"),
         (Path, "rename"),
     ]
@@ -214,19 +214,25 @@ def test_killed_at_any_point_there_is_one_champion_and_a_rerun_converges(candida
 
         return effect
 
-    kills, ended = 0, False
-    while not ended:
+    while True:
         effects.clear()
         with monkeypatch.context() as patch:
             for owner, name in places:
                 patch.setattr(owner, name, deadly(name, getattr(owner, name)))
             try:
-                here("promote")
-                ended = True
+                here(*words)
+                return
             except Killed:
-                kills += 1
                 limit += 4 if effects[-1] == "copy_file" else 1  # one copied file is like the next
-        registry = open_registry("trial")
+        yield
+
+
+def test_killed_at_any_point_there_is_one_champion_and_a_rerun_converges(candidate, monkeypatch):
+    here("promote")
+    repro(candidate, seed=2)
+    kills, registry = 0, open_registry("trial")
+    for _ in killed_one_effect_later_each_time(monkeypatch, "promote"):
+        kills += 1
         champion = registry.by_alias(CHAMPION)
         assert champion.number in (1, 2) and "content_sha256" in champion.tags
         assert len(registry.versions()) <= 2
@@ -235,6 +241,60 @@ def test_killed_at_any_point_there_is_one_champion_and_a_rerun_converges(candida
     assert read_champion()["version"] == 2
     assert sh(candidate, "dvc status -q models/champion.dvc") == ""
     assert not Path("models/.champion.new").exists()
+
+
+# --------------------------------------------------------------------------------------------- an older version again
+
+
+def test_an_older_version_is_champion_again_in_registry_git_and_dvc(promoted, capsys):
+    here("promote", "trial:1", "--by", "Ada")
+    registry = open_registry("trial")
+    assert (registry.by_alias(CHAMPION).number, registry.by_alias(PREVIOUS).number) == (1, 2)
+    champion = read_champion()
+    assert (champion["version"], champion["promoted_by"], champion["verdict"]) == (1, "Ada", "PROMOTE")
+    assert champion["adapter_sha256"] == registry.version(1).tags["adapter_sha256"]
+    assert sha256_file(Path("models/champion/package/model.gguf")) == champion["gguf_sha256"]
+    first = sh(promoted, "git log --format=%h --grep='Promote version 1'").strip()
+    assert Path("models/champion.dvc").read_text() == sh(promoted, f"git show {first}:models/champion.dvc")
+    assert sh(promoted, "dvc status -q models/champion.dvc") == ""
+    assert "champion: version 1, before it version 2" in capsys.readouterr().out
+
+
+def test_an_older_version_comes_from_the_remote_where_the_cache_has_lost_it(promoted, tmp_path):
+    sh(promoted, f"dvc remote add -q -d store {tmp_path / 'remote'}")
+    for command in ("git checkout -q HEAD~2 -- models/champion.dvc", "dvc push -q models/champion.dvc"):
+        sh(promoted, command)
+    sh(promoted, "git checkout -q HEAD -- models/champion.dvc")
+    shutil.rmtree(".dvc/cache")
+    here("promote", "1")
+    assert read_champion()["version"] == 1 and Path("models/champion/package/model.gguf").is_file()
+
+
+def test_an_older_version_whose_files_are_nowhere_changes_nothing(promoted):
+    before = Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()
+    shutil.rmtree(".dvc/cache")
+    with pytest.raises(UserError, match="files of version 1 are neither in DVC's cache nor in its remote: `dvc push`"):
+        here("promote", "1")
+    assert (Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()) == before
+    assert open_registry("trial").by_alias(CHAMPION).number == 2
+
+
+def test_a_version_that_never_was_champion_does_not_become_it_by_its_number(promoted):
+    registry = open_registry("trial")
+    registry._client.delete_model_version_tag("trial", "1", "champion_md5")
+    with pytest.raises(UserError, match="version 1 was never champion"):
+        here("promote", "1")
+    with pytest.raises(UserError, match="has no version 9"):
+        here("promote", "9")
+
+
+def test_killed_on_the_way_back_a_rerun_converges(promoted, monkeypatch):
+    registry = open_registry("trial")
+    for _ in killed_one_effect_later_each_time(monkeypatch, "promote", "1"):
+        assert registry.by_alias(CHAMPION).number in (1, 2)
+    assert (registry.by_alias(CHAMPION).number, registry.by_alias(PREVIOUS).number) == (1, 2)
+    assert read_champion()["version"] == 1
+    assert sh(promoted, "dvc status -q models/champion.dvc") == ""
 
 
 def test_another_clone_pulls_the_champion(candidate, tmp_path):

@@ -6,14 +6,19 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from fine_tuning.errors import UserError
 from fine_tuning.project import run_command
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 LOCK = Path("dvc.lock")
 
@@ -127,18 +132,48 @@ def dvc_add(path: Path) -> None:
     Raises:
         UserError: a pipeline is running, or DVC refuses.
     """
+    with _dvc(f"dvc add {path}") as repo:
+        repo.add(path.as_posix())
+
+
+def dvc_checkout(path: Path) -> None:
+    """`dvc checkout` of a .dvc file, in this process.
+
+    Raises:
+        UserError: a pipeline is running, or DVC refuses.
+    """
+    with _dvc(f"dvc checkout {path}") as repo:
+        repo.checkout(targets=[path.as_posix()], force=True)
+
+
+def fetch(hashes: Iterable[str]) -> bool:
+    """Bring the objects of these MD5s from the default remote into the cache; whether all are there now."""
+    wanted = list(hashes)
+    missing = [md5 for md5 in wanted if cached(Path.cwd(), md5) is None]
+    if missing:
+        from dvc.config import NoRemoteError
+        from dvc_data.hashfile.hash_info import HashInfo
+
+        with _dvc("dvc fetch") as repo, suppress(NoRemoteError):
+            repo.cloud.pull([HashInfo("md5", md5) for md5 in missing])
+    return all(cached(Path.cwd(), md5) is not None for md5 in wanted)
+
+
+@contextmanager
+def _dvc(what: str) -> Iterator["Repo"]:
+    """The DVC repository of the current folder; its failures are one line that names `what`."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.WARNING)
+    logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         with Repo() as repo:
-            repo.add(path.as_posix())
+            yield repo
     except LockError:
         raise UserError("a pipeline run holds the DVC lock: run the command again when it has ended") from None
     except DvcException as error:
-        raise UserError(f"`dvc add {path}` failed ({' '.join(str(error).split())}): mend it, then run again") from None
+        raise UserError(f"`{what}` failed ({' '.join(str(error).split())}): mend it, then run again") from None
 
 
 def dvc_objects(checkout: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""`promote`: the candidate of the last `dvc repro` becomes a version in the registry and the champion.
+"""`promote`: the candidate of the last `dvc repro`, or an older version, becomes the champion.
 
 Registry first, files second, and each step is harmless when repeated: a rerun after a kill ends at the same place.
 """
@@ -12,14 +12,28 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.commands.dvc_files import LOCK, dvc_add, files_below, locate, locked_md5, md5_file, md5_path, read_lock
+from fine_tuning.commands.champion import (
+    CHAMPION_FILES,
+    CHAMPION_JSON,
+    CREATE,
+    GGUF,
+    STAGED,
+    WEIGHTS,
+    copy_file,
+    fetch_files,
+    keep_files,
+    name_champion,
+    read_champion,
+    restore_files,
+)
+from fine_tuning.commands.dvc_files import LOCK, files_below, locate, locked_md5, md5_file, md5_path, read_lock
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
+from fine_tuning.model_management.names import parse_version
 from fine_tuning.project import artifact_root, git_commit, main_checkout, root, run_command, sha256_file, tracking_uri
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params
@@ -33,12 +47,8 @@ PREPARED = Path("data/prepared")
 CONVERSATIONS = Path("data/conversations")
 SPLITS = ("train", "validation", "test")
 COMPARISON = Path("metrics/comparison.json")
-CHAMPION_JSON = Path("models/champion.json")
-CHAMPION_FILES = Path("models/champion")
-STAGED = Path("models/.champion.new")
 REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
 PROVENANCE = ("dvc.lock", "dvc.yaml", "params.yaml", "data/manifest.json")
-WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"
 # What makes a version another version; cards, reports and time stamps do not.
 CONTENT = (WEIGHTS, "adapter/adapter_config.json", GGUF, CREATE)
 
@@ -78,20 +88,26 @@ def open_registry(name: str) -> ModelRegistry:
 
 
 def promote(arguments: argparse.Namespace) -> None:
-    """Register the candidate, make it the champion, keep its files for the next comparison."""
+    """Make the candidate, or a version that was champion before, the champion."""
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: promote in the main checkout after `dvc exp apply`")
-    settings = read_params("deploy", DeploySettings)
+    registry = open_registry(read_params("deploy", DeploySettings).name)
+    who = promoter(arguments.by)
+    if arguments.version:
+        promote_again(registry, parse_version(arguments.version), who)
+    else:
+        promote_candidate(registry, (arguments.force or "").strip() or None, who)
+
+
+def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> None:
+    """Register the candidate, make it the champion, keep its files for the next comparison."""
     verdict = read_verdict()
-    forced = (arguments.force or "").strip() or None
     if verdict.verdict != "PROMOTE" and not forced:
         reasons = "; ".join(verdict.reasons) or "no reason given"
         raise UserError(
             f"the verdict is {verdict.verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
         )
-    who = promoter(arguments.by)
     check_unchanged(verdict)
-    registry = open_registry(settings.name)
     replaces = champion_compared_with(registry, bool(forced))
     files = stage_files()
     content, probes = content_hash(files), make_probes()
@@ -101,10 +117,23 @@ def promote(arguments: argparse.Namespace) -> None:
             version, new = registry.register(content, folder, tags, evaluation_metrics())
         registry.nominate(version.number)
         old = registry.promote(version.number, replaces)
-        keep_champion(registry, version, verdict, probes, who, forced)
+        keep_files((("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)), probes)
+        name_champion(registry, version, verdict.verdict, who, forced)
     finally:
         shutil.rmtree(STAGED, ignore_errors=True)
-    report(version, new, old, verdict, forced)
+    how = f"forced ({forced})" if forced else verdict.verdict
+    print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
+    report(version, old)
+
+
+def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
+    """Make a version that was champion before the champion again, with the files that it was champion with."""
+    version, champion = registry.version(number), registry.by_alias(CHAMPION)
+    fetch_files(version)
+    old = registry.promote(number, champion.number if champion else None)
+    restore_files(version)
+    name_champion(registry, version, version.tags.get("verdict", ""), who, version.tags.get("forced_reason"))
+    report(version, old)
 
 
 # ------------------------------------------------------------------------------------------------------------- may it?
@@ -150,18 +179,6 @@ def check_unchanged(verdict: Verdict) -> None:
     compared = locked_md5(stages, CHAMPION_JSON, "deps")
     if compared and compared != md5_file(CHAMPION_JSON):
         raise UserError("the champion has changed since the comparison: run `dvc repro`, then promote again")
-
-
-def read_champion() -> dict:
-    """The content of models/champion.json.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return dict(read_json(CHAMPION_JSON))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{CHAMPION_JSON} is missing or damaged: `git checkout {CHAMPION_JSON}`") from None
 
 
 def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
@@ -297,59 +314,8 @@ def evaluation_metrics() -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------- keep
-
-
-def keep_champion(
-    registry: ModelRegistry,
-    version: ModelVersion,
-    verdict: Verdict,
-    probes: list[Probe],
-    who: str,
-    forced: str | None,
-) -> None:
-    """Keep the champion's files in models/champion, under DVC, and name it in models/champion.json, under git.
-
-    Who promoted it and when is written with it, and stays when the command is repeated.
-    """
-    shutil.rmtree(STAGED, ignore_errors=True)
-    for place, folder in (("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)):
-        for file in files_below(folder):
-            copy_file(file, STAGED / place / file.relative_to(folder))
-    write_json(STAGED / "probes.json", [asdict(probe) for probe in probes])
-    shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
-    STAGED.rename(CHAMPION_FILES)
-    dvc_add(CHAMPION_FILES)
-    known, merged = read_champion(), CHAMPION_FILES / "merged" / "model.safetensors"
-    same = known.get("version") == version.number and known.get("adapter_sha256") == verdict.adapter_sha256
-    if not same:
-        known = {"promoted_at": datetime.now(UTC).isoformat(timespec="seconds"), "promoted_by": who}
-        registry.set_tags(version.number, known)
-    described = {
-        "version": version.number,
-        "name": version.name,
-        "adapter_sha256": verdict.adapter_sha256,
-        **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
-        "gguf_sha256": sha256_file(CHAMPION_FILES / GGUF),
-        "git_commit": version.tags.get("git_commit"),
-        "promoted_at": known.get("promoted_at"),
-        "promoted_by": known.get("promoted_by"),
-        "verdict": verdict.verdict,
-        **({"forced_reason": forced} if forced else {}),
-    }
-    write_json(CHAMPION_JSON, described)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy content only: DVC's files may be read-only, the copy is not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
-def report(version: ModelVersion, new: bool, old: ModelVersion | None, verdict: Verdict, forced: str | None) -> None:
+def report(version: ModelVersion, old: ModelVersion | None) -> None:
     """Say what changed and what to type next."""
-    how = f"forced ({forced})" if forced else verdict.verdict
-    print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
     print(f"champion: version {version.number}" + (f", before it version {old.number}" if old else ", the first"))
     print(f"kept in {CHAMPION_FILES} and {CHAMPION_JSON}. Next:")
     print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc dvc.lock metrics")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fine_tuning.commands.champion import CHAMPION_FILES, GGUF, WEIGHTS, read_champion
 from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
-from fine_tuning.commands.promote import CHAMPION_FILES, GGUF, WEIGHTS, open_registry, read_champion
+from fine_tuning.commands.promote import open_registry
 from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings

@@ -1,0 +1,106 @@
+"""The champion's files: models/champion under DVC, and models/champion.json under git, which says what they are."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from fine_tuning.commands.dvc_files import dvc_add, dvc_checkout, fetch, files_below, listing, md5_path
+from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_deployer import Probe
+from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
+from fine_tuning.project import sha256_file
+from fine_tuning.records import read_json, write_json
+
+CHAMPION_JSON = Path("models/champion.json")
+CHAMPION_FILES = Path("models/champion")
+CHAMPION_DVC = Path("models/champion.dvc")
+STAGED = Path("models/.champion.new")
+PROBES = "probes.json"
+WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"
+MERGED = "merged/model.safetensors"
+FILES_TAG = "champion_md5"  # DVC's hash of models/champion as it was with a version
+
+
+def read_champion() -> dict:
+    """The content of models/champion.json.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return dict(read_json(CHAMPION_JSON))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{CHAMPION_JSON} is missing or damaged: `git checkout {CHAMPION_JSON}`") from None
+
+
+def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe]) -> None:
+    """Copy folders, each under its name, and the probes to models/champion, and give them to DVC."""
+    shutil.rmtree(STAGED, ignore_errors=True)
+    for place, folder in folders:
+        for file in files_below(folder):
+            copy_file(file, STAGED / place / file.relative_to(folder))
+    write_json(STAGED / PROBES, [asdict(probe) for probe in probes])
+    shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
+    STAGED.rename(CHAMPION_FILES)
+    dvc_add(CHAMPION_FILES)
+
+
+def fetch_files(version: ModelVersion) -> None:
+    """Bring the files that were kept when the version was champion into DVC's cache, from a remote if need be.
+
+    Raises:
+        UserError: the version never was champion, or its files are neither here nor in the remote.
+    """
+    md5 = version.tags.get(FILES_TAG)
+    if not md5:
+        raise UserError(
+            f"version {version.number} was never champion: `git checkout {version.tags.get('git_commit')}`, "
+            "`dvc checkout` and promote there"
+        )
+    if not fetch([md5]) or not fetch((listing(Path.cwd(), md5) or {}).values()):
+        raise UserError(
+            f"the files of version {version.number} are neither in DVC's cache nor in its remote: `dvc push` at the "
+            "commit that promoted it, in a checkout that has them, then run again"
+        )
+
+
+def restore_files(version: ModelVersion) -> None:
+    """Put the files that `fetch_files` brought into models/champion."""
+    out = {"md5": version.tags[FILES_TAG], "hash": "md5", "path": CHAMPION_FILES.name}
+    CHAMPION_DVC.write_text(yaml.safe_dump({"outs": [out]}))
+    shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
+    dvc_checkout(CHAMPION_DVC)
+    CHAMPION_DVC.unlink()
+    dvc_add(CHAMPION_FILES)  # writes the sizes as well, so that the file is the one that was there then
+
+
+def name_champion(registry: ModelRegistry, version: ModelVersion, verdict: str, who: str, forced: str | None) -> None:
+    """Write models/champion.json. Who promoted and when goes with it, and stays when the command is repeated."""
+    known, merged = read_champion(), CHAMPION_FILES / MERGED
+    adapter_sha256 = sha256_file(CHAMPION_FILES / WEIGHTS)
+    if known.get("version") != version.number or known.get("adapter_sha256") != adapter_sha256:
+        known = {"promoted_at": datetime.now(UTC).isoformat(timespec="seconds"), "promoted_by": who}
+        registry.set_tags(version.number, {**known, FILES_TAG: str(md5_path(CHAMPION_FILES))})
+    described = {
+        "version": version.number,
+        "name": version.name,
+        "adapter_sha256": adapter_sha256,
+        **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
+        "gguf_sha256": sha256_file(CHAMPION_FILES / GGUF),
+        "git_commit": version.tags.get("git_commit"),
+        "promoted_at": known.get("promoted_at"),
+        "promoted_by": known.get("promoted_by"),
+        "verdict": verdict,
+        **({"forced_reason": forced} if forced else {}),
+    }
+    write_json(CHAMPION_JSON, described)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy content only: DVC's files may be read-only, the copy is not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
