@@ -38,7 +38,7 @@ def make_rows(count: int, seed: int = 0) -> list[Row]:
 def train(base: Path, output: Path, checkpoints: Path, **changes):
     from fine_tuning.training.lora_trainer import train_adapter
 
-    settings = SETTINGS.model_copy(update={"threads": 1, **changes})
+    settings = SETTINGS.model_copy(update={"threads": 1} | changes)
     return train_adapter(base, "tiny", make_rows(60), make_rows(8, seed=1), settings, output, checkpoints)
 
 
@@ -101,6 +101,28 @@ def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_
             if label != -100:
                 total, count = total - scores[position, label].item(), count + 1
     assert result.validation_loss_before == pytest.approx(total / count, abs=1e-4)
+
+
+def test_batches_for_two_at_once_have_even_numbers_of_rows():
+    rows = [*make_rows(31), Row("long", [5] * 100, [5] * 100)]
+    batches = batch_by_tokens(rows, 64, 2)
+    assert sorted(row.id for batch in batches for row in batch) == sorted(row.id for row in rows)
+    assert all(len(batch) % 2 == 0 for batch in batches)
+    assert all(len(batch) == 2 or len(batch) * len(batch[-1].input_ids) <= 64 for batch in batches)
+
+
+def test_two_parts_at_once_give_the_gradient_of_the_whole_and_the_same_bytes_every_time(tiny_base, tmp_path):
+    # An epoch of one batch: after one step the adapters are equal but for rounding.
+    changes = {"batch_tokens": 8192, "max_steps": 1, "schedule": "constant", "optimizer": "sgd", "learning_rate": 1.0}
+    results = {
+        name: train(tiny_base, tmp_path / name, tmp_path / f"{name}-checkpoints", threads=threads, **changes)
+        for name, threads in (("one", 1), ("two", 2), ("again", 2))
+    }
+    assert results["two"].history[0]["grad_norm"] == pytest.approx(results["one"].history[0]["grad_norm"], rel=1e-5)
+    assert results["two"].validation_loss == pytest.approx(results["one"].validation_loss, abs=1e-6)
+    assert abs(results["two"].validation_loss - results["two"].validation_loss_before) > 1e-5
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("two", "again")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -1,37 +1,25 @@
 """Train a LoRA adapter (Hu et al. 2021) on assistant tokens: sorted batches, logits at trained positions only."""
 
-import contextlib
 import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.nn import functional
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 
 from fine_tuning.errors import UserError
-from fine_tuning.records import replacing
 from fine_tuning.training.base_model import load_model, quiet_transformers
-from fine_tuning.training.fused import fuse, has_plain_head, summed_label_loss
+from fine_tuning.training.fused import fuse
+from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
+from fine_tuning.training.run_guard import Progress, RunGuard
 from fine_tuning.training.training_utils import (
-    IGNORED_LABEL,
     Hardware,
     Row,
     TrainSettings,
@@ -43,15 +31,13 @@ from fine_tuning.training.training_utils import (
     count_labels,
     detect_hardware,
     is_main_process,
-    mark_complete,
+    lanes,
     newest_checkpoint,
     sort_adapter_config,
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}
-
-Progress = Callable[[dict[str, float]], None]
 
 
 @dataclass
@@ -103,7 +89,8 @@ def train_adapter(
         check_quantisation()
     quiet_transformers()
     hardware = detect_hardware(settings.precision, settings.threads)
-    torch.set_num_threads(hardware.threads)
+    at_once = lanes(settings, hardware)
+    torch.set_num_threads(hardware.threads // at_once)
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
     if start_from:
@@ -112,9 +99,10 @@ def train_adapter(
         fuse(model)
     guard = RunGuard(settings, progress)
     pad = model.config.get_text_config().pad_token_id or 0
-    batches = batch_by_tokens(train_rows, settings.batch_tokens)
+    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     trainer = LabelTrainer(
+        lanes=at_once,
         model=model,
         args=arguments,
         train_dataset=batches,
@@ -202,7 +190,7 @@ def load_adapter(model: Any, file: Path) -> None:
     """
     try:
         weights = load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}): restore it with `dvc checkout`") from None
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
@@ -267,177 +255,6 @@ def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path
         disable_tqdm=True,
         label_names=["labels"],
     )
-
-
-class LabelTrainer(Trainer):
-    """A Trainer whose output head sees only the positions that carry a label.
-
-    The head of a small model with a large vocabulary costs a fifth of the work, most of it for prompts and padding.
-    The dataset's items are whole batches, so that any sampler shuffles them and any launcher shards them.
-    """
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.loss_is_scaled_for_ga = True
-        self._positions: torch.Tensor | None = None
-        self._hidden: torch.Tensor | None = None
-        self._head = self.model.get_output_embeddings()
-        self._head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
-        self._quick_head = not (self.args.bf16 or self.args.fp16) and has_plain_head(self.model)
-
-    def _select(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-        # (rows, tokens, hidden) -> (1, trained positions, hidden); the quick head is given them aside.
-        if self._positions is None:
-            return (hidden,)
-        self._hidden = hidden[self._positions]
-        return (hidden[:1, :1] if self._quick_head else self._hidden.unsqueeze(0),)
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Summed cross-entropy of the trained tokens over their number in the whole step, on all devices."""
-        total, count = self.summed_loss(model, inputs)
-        if num_items_in_batch is None:
-            num_items_in_batch = count
-        # Each process has its share of the sum and gradients are averaged over processes: multiply to undo that.
-        loss = total * self.accelerator.num_processes / num_items_in_batch
-        return (loss, None) if return_outputs else loss
-
-    def summed_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """(sum of the negative log-likelihoods of the trained tokens in nats, their number)."""
-        labels = inputs["labels"]
-        trained = torch.zeros_like(labels, dtype=torch.bool)
-        trained[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        targets = labels[:, 1:][trained[:, :-1]]
-        self._positions = trained
-        try:
-            logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0]
-        finally:
-            self._positions = None
-        if self._quick_head:
-            return summed_label_loss(self._hidden, self._head.weight, targets), targets.numel()
-        return functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
-
-    @torch.no_grad()
-    def mean_loss(self) -> float:
-        """Mean loss a trained token over the validation rows."""
-        was_training = self.model.training
-        self.model.eval()
-        total, count = 0.0, 0
-        for batch in self.eval_dataset:
-            inputs = self._prepare_inputs(self.data_collator([batch]))
-            with self.autocast_precision():
-                loss, tokens = self.summed_loss(self.model, inputs)
-            total, count = total + loss.item(), count + tokens
-        self.model.train(was_training)
-        return total / count
-
-    def autocast_precision(self) -> Any:
-        """The number format that training itself computes in."""
-        if not (self.args.bf16 or self.args.fp16):
-            return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Log the validation loss the way `Trainer.evaluate` does."""
-        metrics = {"eval_loss": self.mean_loss()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class RunGuard(TrainerCallback):
-    """Reports progress, stops on time, on patience, on Ctrl-C or on a loss that is no number, marks whole checkpoints.
-
-    What it knows of earlier measurements it reads from the trainer's state, which checkpoints keep: a resumed run
-    decides as an uninterrupted one would.
-    """
-
-    def __init__(self, settings: TrainSettings, progress: Progress | None) -> None:
-        self.settings = settings
-        self.progress = progress
-        self.started = time.monotonic()
-        self.interrupted = False
-
-    @contextlib.contextmanager
-    def stopping_on_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C end the training after the step under way, with a checkpoint; a second one ends it at once."""
-
-        def note(number: int, frame: Any) -> None:
-            print("train: stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-            self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Pass a step's numbers on."""
-        logs = logs or {}
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the training loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate; "
-                "the checkpoints before it are kept"
-            )
-        if self.progress:
-            self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Stop when the minutes are over, and on Ctrl-C with a checkpoint."""
-        limit = self.settings.max_minutes
-        if limit and time.monotonic() - self.started > 60 * limit:
-            control.should_training_stop = True
-        if self.interrupted:
-            control.should_training_stop = control.should_save = True
-        return control
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> Any:
-        """Keep the best adapter, and stop when `early_stopping_patience` measurements brought no gain."""
-        patience = self.settings.early_stopping_patience
-        if not patience:
-            return control
-        measured = validation_history(state)
-        best = best_step(state)
-        if best == state.global_step and is_main_process():
-            weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-            with replacing(self.best_file(Path(args.output_dir), state)) as file:
-                file.write(safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}))
-        since = sum(step > best for step in measured)
-        if since >= patience:
-            control.should_training_stop = True
-        return control
-
-    def best_file(self, folder: Path, state: Any) -> Path:
-        """Where the weights of the best measurement so far are kept."""
-        return folder / f"best-{best_step(state)}.safetensors"
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written as whole."""
-        if is_main_process():
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-
-def validation_history(state: Any) -> dict[int, float]:
-    """Validation loss by step, as the trainer's state has it."""
-    return {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-
-
-def best_step(state: Any) -> int:
-    """The step with the lowest validation loss, the earliest of equals."""
-    history = validation_history(state)
-    return min(history, key=lambda step: (history[step], step))
 
 
 def peak_memory_mb(hardware: Hardware) -> float:
