@@ -9,7 +9,7 @@ from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from tests.fake_ollama import FakeOllama, silent_host
-from tests.registered import here
+from tests.registered import here, sh
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,77 @@ def test_an_older_version_is_deployed_from_dvcs_cache(twice):
     assert weights["digest"] == f"sha256:{version.tags['gguf_sha256']}"
 
 
-def test_a_version_whose_gguf_is_nowhere_names_the_command_that_fetches_it(twice):
-    twice.manifests.clear()
-    md5 = open_registry("trial").version(1).tags["gguf_md5"]
-    (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).unlink()
-    with pytest.raises(UserError, match="version 1 is not in this checkout: `dvc fetch --all-commits"):
+def lose(*versions: int) -> None:
+    """Take the GGUFs of these versions out of DVC's cache."""
+    for number in versions:
+        md5 = open_registry("trial").version(number).tags["gguf_md5"]
+        (Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]).unlink()
+
+
+def test_a_version_whose_gguf_is_nowhere_says_so_in_one_line(twice):
+    lose(1)
+    with pytest.raises(UserError, match="GGUF of version 1 is neither here nor in DVC's remote: `dvc push`"):
         here("deploy", "1")
+
+
+def test_a_version_whose_gguf_only_the_remote_has_is_fetched(ollama, promoted, tmp_path):
+    sh(promoted, f"dvc remote add -q -d store {tmp_path / 'remote'}")
+    sh(promoted, "git checkout -q HEAD~2 -- models/champion.dvc")
+    sh(promoted, "dvc push -q models/champion.dvc")
+    sh(promoted, "git checkout -q HEAD -- models/champion.dvc")
+    lose(1)
+    here("deploy", "1")
+    assert ollama.digest("trial:live") == ollama.digest("trial:1") is not None
+
+
+def test_a_request_that_somebody_changed_in_the_registry_is_not_deployed(ollama, promoted):
+    create = Path(open_registry("trial").version(2).artifacts.removeprefix("file://")) / "package/create.json"
+    kept = create.read_bytes()
+    try:
+        create.write_bytes(kept.replace(b"im_end", b"im_END"))
+        with pytest.raises(UserError, match="version 2 is damaged: `python -m fine_tuning verify`"):
+            here("deploy")
+    finally:
+        create.write_bytes(kept)
+    assert not ollama.manifests
+
+
+@pytest.fixture
+def clone(ollama, promoted, tmp_path, monkeypatch):
+    """A clone elsewhere: what git and the DVC remote hold, and no registry."""
+    sh(promoted, f"dvc remote add -q -d store {tmp_path / 'remote'}")
+    sh(promoted, "dvc push -q models/champion.dvc")
+    sh(promoted, "git commit -qam Remote")
+    sh(tmp_path, f"git clone -q {promoted} clone")
+    monkeypatch.chdir(tmp_path / "clone")
+    return tmp_path / "clone"
+
+
+def test_a_clone_without_the_registry_deploys_the_champion(ollama, clone, capsys):
+    with pytest.raises(UserError, match=r"champion's files are not here: `dvc pull models/champion\.dvc`"):
+        here("deploy")
+    sh(clone, "dvc pull -q models/champion.dvc")
+    here("deploy")
+    assert ollama.digest("trial:live") == ollama.digest("trial:2") is not None
+    assert "the registry here does not know it" in capsys.readouterr().out
+    here("deploy")  # again: what is there is recognised
+    assert ollama.requests.count("POST /api/copy") == 1
+
+
+def test_a_clone_does_not_deploy_champion_s_files_that_were_changed(ollama, clone):
+    sh(clone, "dvc pull -q models/champion.dvc")
+    create = Path("models/champion/package/create.json")
+    create.chmod(0o644)
+    create.write_bytes(create.read_bytes() + b" ")
+    with pytest.raises(UserError, match=r"is not what models/champion\.dvc says"):
+        here("deploy")
+    assert not ollama.manifests
+
+
+def test_a_champion_json_that_is_not_the_registry_s_is_not_guessed_at(ollama, promoted):
+    sh(promoted, "git checkout -q HEAD~2 -- models/champion.json")
+    with pytest.raises(UserError, match=r"champion is version 2, models/champion\.json names version 1: `git pull`"):
+        here("deploy")
 
 
 def test_two_hosts_are_deployed_to_and_listed(ollama, count_tokens, capsys):

@@ -44,6 +44,14 @@ def parse_lock(data: bytes) -> dict[str, dict]:
     return stages or {}
 
 
+def read_dvc(path: Path) -> str | None:
+    """MD5 of what a .dvc file stands for, None if it is missing or damaged."""
+    try:
+        return yaml.safe_load(path.read_bytes())["outs"][0]["md5"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError, IndexError):
+        return None
+
+
 def locked_md5(stages: dict[str, dict], path: Path, side: str = "outs") -> str | None:
     """MD5 that some stage recorded for `path` among its outs (or deps); folders end in `.dir`."""
     for stage in stages.values():

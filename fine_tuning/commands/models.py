@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.errors import UserError
@@ -12,7 +11,7 @@ from fine_tuning.settings import read_params
 
 if TYPE_CHECKING:
     from fine_tuning.integration.ollama_client import OllamaClient
-    from fine_tuning.model_management.model_deployer import Bundle, DeploySettings
+    from fine_tuning.model_management.model_deployer import DeploySettings
     from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
     from fine_tuning.model_management.model_switcher import Live
 
@@ -76,6 +75,9 @@ def promote(arguments: argparse.Namespace) -> None:
 
 def deploy(arguments: argparse.Namespace) -> None:
     """Deploy a version to every host, one after the other."""
+    from functools import partial
+
+    from fine_tuning.commands.bundle import champion_bundle, registered_bundle
     from fine_tuning.model_management.model_deployer import ModelDeployer
     from fine_tuning.model_management.model_switcher import ModelSwitcher
     from fine_tuning.model_management.names import host_key
@@ -88,16 +90,23 @@ def deploy(arguments: argparse.Namespace) -> None:
         version = _chosen(registry, arguments.version)
         for server in servers:
             switcher = ModelSwitcher(server, registry)
-            bundle = read_bundle(registry, version, switcher.recorded_digest(version))
+            if version is None:
+                bundle, record = champion_bundle(), lambda digest: None
+            else:
+                bundle = registered_bundle(registry, version, switcher.recorded_digest(version))
+                record = partial(switcher.record, version.number)
             with _progress() as progress, _host_lock(host_key(server.host)):
                 deployer = ModelDeployer(server, registry.name, print, progress)
-                done = deployer.deploy(
-                    bundle, lambda digest, switcher=switcher: switcher.record(version.number, digest)
-                )
-                switcher.record_live(version.number)
+                done = deployer.deploy(bundle, record)
+                if version is not None:
+                    switcher.record_live(version.number)
             for note in done.notes:
                 print(f"note: {note}")
-            print(f"{deployer.live} at {server.host} is version {version.number}: `ollama run {deployer.live}`")
+            if version is None:
+                print(
+                    "note: models/champion was deployed; the registry here does not know it, so switch cannot go back"
+                )
+            print(f"{deployer.live} at {server.host} is version {bundle.version}: `ollama run {deployer.live}`")
 
 
 def switch(arguments: argparse.Namespace) -> None:
@@ -180,61 +189,6 @@ def verify(arguments: argparse.Namespace) -> int:
         return run_verify(arguments, settings, servers)
 
 
-# --------------------------------------------------------------------------------------------------------------- bundle
-
-
-def read_bundle(registry: "ModelRegistry", version: "ModelVersion", recorded: str | None) -> "Bundle":
-    """What deploying a version needs: the request and probes from the registry, the GGUF from where DVC keeps it.
-
-    Raises:
-        UserError: a part is gone or damaged.
-    """
-    import tempfile
-
-    from fine_tuning.model_management.model_deployer import Bundle, Probe
-    from fine_tuning.records import read_json
-
-    with tempfile.TemporaryDirectory() as folder:
-        request = read_json(registry.download(version, "package/create.json", Path(folder)))
-        probes = read_json(registry.download(version, "probes.json", Path(folder)))
-    return Bundle(
-        version=version.number,
-        gguf=find_gguf(version),
-        gguf_sha256=version.tags["gguf_sha256"],
-        request=request,
-        probes=[Probe(**probe) for probe in probes],
-        recorded_digest=recorded,
-    )
-
-
-def find_gguf(version: "ModelVersion") -> Path:
-    """The version's GGUF: the champion's, the candidate's, or the object in DVC's cache; its SHA-256 is checked.
-
-    Raises:
-        UserError: it is nowhere here.
-    """
-    from fine_tuning.project import sha256_file
-
-    wanted = version.tags["gguf_sha256"]
-    places = [Path("models/champion/package/model.gguf"), Path("models/package/model.gguf")]
-    kept = kept_gguf(version)
-    for path in [*places, *([kept] if kept else [])]:
-        if path.is_file() and sha256_file(path) == wanted:
-            return path
-    raise UserError(
-        f"the GGUF of version {version.number} is not in this checkout: "
-        "`dvc fetch --all-commits models/champion.dvc`, then deploy again"
-    )
-
-
-def kept_gguf(version: "ModelVersion") -> Path | None:
-    """The version's GGUF in DVC's cache, None if it is not there; its content is not checked."""
-    from fine_tuning.commands.dvc_files import cached
-
-    md5 = version.tags.get("gguf_md5")
-    return cached(Path.cwd(), md5) if md5 else None
-
-
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -268,16 +222,27 @@ def open_servers(settings: "DeploySettings", given: list[str] | None) -> Iterato
             client.close()
 
 
-def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion":
-    from fine_tuning.model_management.model_registry import CHAMPION
+def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | None":
+    """The version to deploy; None for a champion that came with git and that this registry does not know."""
+    from fine_tuning.commands.champion import read_champion
+    from fine_tuning.model_management.model_registry import ADAPTER_TAG, CHAMPION
     from fine_tuning.model_management.names import parse_version
 
     if given:
         return registry.version(parse_version(given))
-    champion = registry.by_alias(CHAMPION)
-    if champion is None:
+    champion, named = registry.by_alias(CHAMPION), read_champion()
+    if named.get("version") is None and champion is None:
         raise UserError("there is no champion yet: `python -m fine_tuning promote` makes one")
-    return champion
+    adapter = named.get("adapter_sha256")
+    if champion is not None and champion.tags.get(ADAPTER_TAG) == adapter:
+        return champion
+    if adapter and all(version.tags.get(ADAPTER_TAG) != adapter for version in registry.versions()):
+        return None
+    number = champion.number if champion else "none"
+    raise UserError(
+        f"the registry's champion is version {number}, models/champion.json names version {named.get('version')}: "
+        "`git pull`, or give the version to deploy"
+    )
 
 
 @contextmanager
@@ -346,6 +311,8 @@ def _print_table(name: str, versions: list["ModelVersion"]) -> None:
 def _as_json(
     versions: list["ModelVersion"], live: dict[str, "Live | None"], silent: dict[str, str]
 ) -> dict[str, object]:
+    from fine_tuning.commands.bundle import kept_gguf
+
     return {
         "versions": [
             {

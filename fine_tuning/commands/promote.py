@@ -225,8 +225,13 @@ def content_hash(files: dict[str, Path]) -> str:
     missing = [path for path in CONTENT if path not in files]
     if missing:
         raise UserError(f"models/{missing[0]} is missing: run `dvc repro package`")
-    hashes = {path: sha256_file(files[path]) for path in CONTENT}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    return content_of({path: sha256_file(files[path]) for path in CONTENT})
+
+
+def content_of(hashes: dict[str, str]) -> str:
+    """The same from the files' own SHA-256."""
+    wanted = {path: hashes.get(path) for path in CONTENT}
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
