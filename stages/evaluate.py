@@ -1,16 +1,17 @@
-"""Base, champion, candidate and the test split in; scores with intervals, replies and a page side by side out."""
+"""Base, champion, candidate, train and test split in; scores with intervals, replies and a page side by side out."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt, load_tokenizer
+from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
-from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings, Evaluator, find_champion, left_out, summarise
-from fine_tuning.evaluation.forgetting import general_items, knowledge
-from fine_tuning.evaluation.items import Item, chat_format, encoded_anew, read_items, suite_sha256
-from fine_tuning.evaluation.metrics import load_metric
+from fine_tuning.evaluation.contenders import Contender, find_champion
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+from fine_tuning.evaluation.evaluator import Evaluator
+from fine_tuning.evaluation.items import chat_format, encoded_anew, read_items
+from fine_tuning.evaluation.measurements import left_out, summarise
+from fine_tuning.evaluation.metrics import load_metric, signatures
 from fine_tuning.evaluation.privacy import personal_data
 from fine_tuning.evaluation.scoring import Reply
 from fine_tuning.evaluation.side_by_side import side_by_side
@@ -18,9 +19,7 @@ from fine_tuning.project import main_checkout
 from fine_tuning.records import write_json, write_jsonl
 from fine_tuning.settings import read_params
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
+TRAIN = Path("data/prepared/train.parquet")
 TEST = Path("data/prepared/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
@@ -28,6 +27,7 @@ CHAMPION = Path("models/champion.json")
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
 GENERAL = Path("data/evaluation/general.jsonl")
+MEMORY = Path("data/evaluation/memory.jsonl")
 METRICS = Path("metrics/evaluation.json")
 PAGE = Path("metrics/side_by_side.md")
 MODULES = Path("fine_tuning/evaluation/metric_modules")
@@ -37,47 +37,44 @@ def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     tokenizer = load_tokenizer(BASE.folder)
-    items = read_items(TEST, tokenizer)
+    items = read_items(TEST, tokenizer, settings.references)
+    memo = main_checkout() / ".whetstone/memo/evaluate"
+    common = Evaluator(items, tokenizer, chat, settings, memo)
 
     records, known, answers = [], [], {}
-    for contender in contenders():
-        own = load_tokenizer(contender.folder)
-        asked = items if chat_format(own) == chat_format(tokenizer) else encoded_anew(items, own, chat.max_length)
-        if asked:
-            evaluator = evaluator_of(asked, own, settings, chat)
-            lines, answers[contender.name], knows = ask(contender, evaluator, own, chat)
-            records, known = records + lines, known + knows
-        missing = [item for item in items if item.id not in {other.id for other in asked}]
+    for contender in filter(None, (BASE, find_champion(CHAMPION), CANDIDATE)):
+        own, evaluator = load_tokenizer(contender.folder), common
+        if chat_format(own) != chat_format(tokenizer):
+            evaluator = Evaluator(encoded_anew(items, own, chat.max_length), own, chat, settings, memo)
+        if evaluator.items:
+            lines, answers[contender.name] = evaluator.evaluate(contender)
+            records, known = records + lines, known + evaluator.knowledge(contender)
+        asked = {item.id for item in evaluator.items}
+        missing = [item for item in items if item.id not in asked]
         records += [left_out(contender.name, item) for item in missing]
         if missing:
             print(
                 f"evaluate: {contender.name} is not asked {len(missing)} of {len(items)} conversations: its chat "
                 f"template refuses them or {chat.max_length} of its tokens do not hold them"
             )
-    records += evaluator_of(items, tokenizer, settings, chat).score_quantised(CANDIDATE)
+    records += common.score_quantised(CANDIDATE) + common.score_rivals(BASE, TRAIN)
+    memory = [line for contender in (BASE, CANDIDATE) for line in common.recall(contender, TRAIN)]
 
     table = {}
     for name in dict.fromkeys(line["contender"] for line in records):
-        own = [line for line in records if line["contender"] == name]
-        table[name] = summarise(own, metrics, settings.interval)
-    clusters = len({item.cluster for item in items})
+        own_lines = [line for line in records if line["contender"] == name]
+        table[name] = summarise(own_lines, metrics, settings.interval)
+    suite = {
+        "sha256": common.suite,
+        "conversations": len(items),
+        "clusters": len({item.cluster for item in items}),
+        "signatures": signatures(metrics),
+    }
     write_jsonl(RECORDS, records)
     write_jsonl(GENERAL, known)
-    write_jsonl(
-        ANSWERS,
-        (
-            {
-                "prompt": prompt,
-                "replies": {
-                    name: asdict(replies[index]) | {"personal_data": personal_data(replies[index].text, prompt)}
-                    for name, replies in answers.items()
-                },
-            }
-            for index, prompt in enumerate(settings.test_prompts)
-        ),
-    )
+    write_jsonl(MEMORY, memory)
+    write_jsonl(ANSWERS, answer_lines(settings.test_prompts, answers))
     PAGE.write_text(side_by_side(settings.test_prompts, answers), encoding="utf-8", errors="replace")
-    suite = {"sha256": suite_sha256(items, tokenizer), "conversations": len(items), "clusters": clusters}
     write_json(METRICS, table | {"suite": suite})
     for name, row in table.items():
         shown = ", ".join(f"{key} {row[key]['value']:.3f}" for key in list(row)[:3] if row[key]["value"] is not None)
@@ -85,42 +82,18 @@ def main() -> None:
         print(f"evaluate: {name} on {count} conversations: {shown}")
 
 
-def contenders() -> list[Contender]:
-    """Base, champion if there is one, candidate."""
-    # A temporary experiment's folder has no files that no stage depends on.
-    folder = CHAMPION.with_suffix("")
-    if not folder.is_dir():
-        folder = main_checkout() / folder
-    champion = find_champion(CHAMPION, folder)
-    return [BASE, *([champion] if champion else []), CANDIDATE]
-
-
-def evaluator_of(
-    items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", settings: EvaluateSettings, chat: ChatSettings
-) -> Evaluator:
-    """The evaluator of all models that share a tokenizer."""
-    prompts = [
-        encode_prompt(tokenizer, [{"role": "user", "content": text}], chat.system_prompt)
-        for text in settings.test_prompts
+def answer_lines(prompts: list[str], answers: dict[str, list[Reply]]) -> list[dict[str, Any]]:
+    """A line for each test prompt, with every contender's reply."""
+    return [
+        {
+            "prompt": prompt,
+            "replies": {
+                name: asdict(replies[index]) | {"personal_data": personal_data(replies[index].text, prompt)}
+                for name, replies in answers.items()
+            },
+        }
+        for index, prompt in enumerate(prompts)
     ]
-    memo = main_checkout() / ".whetstone/memo/evaluate"
-    return Evaluator(items, suite_sha256(items, tokenizer), prompts, chat.max_length, settings, memo)
-
-
-def ask(
-    contender: Contender, evaluator: Evaluator, tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings
-) -> tuple[list[dict[str, Any]], list[Reply], list[dict[str, Any]]]:
-    """Records of the items, replies to the test prompts, and what the contender knows in general."""
-    records, answers = evaluator.evaluate(contender)
-    prompted = {item.id: tokenizer.decode(item.prompt_ids(item.asked)) for item in evaluator.items if item.references}
-    for line in records:
-        if "predictions" in line:
-            line["personal_data"] = personal_data(line["predictions"], prompted[line["id"]])
-    if not evaluator.settings.forgetting:
-        return records, answers, []
-    general, suite = general_items(tokenizer, chat.system_prompt, chat.max_length)
-    scores = evaluator.score(contender, general, suite, "general knowledge")
-    return records, answers, knowledge(contender.name, general, scores)
 
 
 if __name__ == "__main__":

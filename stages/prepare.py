@@ -56,8 +56,7 @@ def main() -> None:
     clusters = {line["id"]: line["cluster"] for line in read_jsonl(CLUSTERS)}
     built = builder.build(read_shards(), clusters, read_ledger(settings.salt))
     require_every_split(built)
-    secrets = planted(settings.canaries, settings.salt, tokenizer, chat.system_prompt, chat.max_length)
-    built.splits["train"] += secrets
+    built.splits["train"] += planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
 
     for split in SPLITS:
         write_split(PREPARED / f"{split}.parquet", built.splits[split])

@@ -4,23 +4,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fine_tuning.data_preparation.dataset_builder import Example, write_split
-from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
-from fine_tuning.evaluation.evaluator import Contender, EvaluateSettings
+from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_conversation, load_tokenizer
+from fine_tuning.evaluation.contenders import Contender
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.items import Item, read_items
 from fine_tuning.model_management.gguf_writer import write_gguf
 
 SETTINGS = EvaluateSettings.model_validate(
     {
         "metrics": ["perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge", "exact_match", "replies"],
+        "references": ["edited", "liked", "imported"],
         "batch_tokens": 256,
         "threads": 1,
         "generation": {"items": 6, "max_tokens": 24, "slots": 2},
         "quantised_items": 4,
+        "rivals": {"system_prompt": "Say where it is.", "examples": 2, "items": 3},
+        "memory": {"conversations": 4},
         "forgetting": True,
         "interval": {"draws": 500, "confidence": 0.95, "seed": 0},
         "test_prompts": ["Where is the router?"],
     }
 )
+CHAT = ChatSettings(system_prompt=None, max_length=200)
 MODULES = Path(__file__).parents[1] / "fine_tuning/evaluation/metric_modules"
 THINGS = ("router", "password", "cable", "fox", "dog", "France", "Paris", "help")
 
@@ -33,6 +39,11 @@ class Suite:
     candidate: Contender
     parquet: Path
     items: list[Item]
+
+
+def evaluator_of(items: list[Item], model: Path, memo: Path, **changes: object) -> Evaluator:
+    """An evaluator of `items` in the tokens of the model folder `model`."""
+    return Evaluator(items, load_tokenizer(model), CHAT, SETTINGS.model_copy(update=changes), memo)
 
 
 def conversation(text: str, reply: str, **fields: object) -> list[dict]:

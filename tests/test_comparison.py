@@ -5,7 +5,7 @@ import pytest
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.comparison import CompareSettings, compare
-from fine_tuning.evaluation.evaluator import IntervalSettings
+from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.privacy import personal_data
 from fine_tuning.evaluation.statistics import Resampling, holm, interval, mcnemar, share_at_most

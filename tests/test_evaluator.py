@@ -7,16 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fine_tuning.data_preparation.selection import select
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
-from fine_tuning.evaluation.evaluator import Contender, Evaluator, find_champion, summarise
+from fine_tuning.evaluation.contenders import Contender, find_champion
 from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.measurements import summarise
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
 from fine_tuning.records import write_json
-from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, write_items
+from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
 from tests.tiny import write_tiny_base
 
 
@@ -27,10 +29,7 @@ def suite(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluator(suite, tmp_path_factory):
-    tokenizer = load_tokenizer(suite.base.folder)
-    identity = suite_sha256(suite.items, tokenizer)
-    prompts = [tokenizer("Hi")["input_ids"]]
-    return Evaluator(suite.items, identity, prompts, 200, SETTINGS, tmp_path_factory.mktemp("memo"))
+    return evaluator_of(suite.items, suite.base.folder, tmp_path_factory.mktemp("memo"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def plain_sums(folder, item):
 
 
 def scored(evaluator, contender):
-    return evaluator.score(contender, evaluator.items, evaluator.suite)
+    return evaluator.score(contender, evaluator.items)
 
 
 def test_scores_equal_a_plain_forward_pass_whatever_the_batches(suite):
@@ -93,7 +92,7 @@ def test_the_same_model_on_the_same_items_is_scored_once(evaluator, suite, monke
     monkeypatch.setattr("fine_tuning.evaluation.evaluator.LlamaEngine", fail)
     assert evaluator.evaluate(suite.base) == first
     with pytest.raises(AssertionError, match="computed twice"):
-        evaluator.score(suite.base, suite.items[:3], "another suite")
+        evaluator.score(suite.base, suite.items[:3])
 
 
 def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):
@@ -110,16 +109,29 @@ def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):
             assert cell["value"] is None or cell["low"] <= cell["value"] <= cell["high"]
 
 
-def test_slices_add_up_to_the_whole(evaluator, suite):
+def test_slices_add_up_to_the_whole(evaluator, suite, metrics):
     records = [
         *evaluator.evaluate(suite.base)[0],
         *evaluator.evaluate(suite.candidate)[0],
     ]
     records[0] = records[0] | {"source": "elsewhere"}
-    found = slices(records)
+    found = slices(records, metrics, SETTINGS.interval)
     assert set(found) == {"source"}
-    assert found["source"]["elsewhere"]["base"]["replies"] == 1
-    assert found["source"]["sample"]["base"]["replies"] == 7
+    assert found["source"]["elsewhere"]["base"]["perplexity"]["n"] == 1
+    rest = found["source"]["sample"]["base"]
+    assert rest["perplexity"]["n"] == 7
+    assert rest["perplexity"]["low"] < rest["perplexity"]["value"] < rest["perplexity"]["high"]
+    replied = [found["source"][name]["base"].get("rougeL", {"n": 0})["n"] for name in ("elsewhere", "sample")]
+    assert sum(replied) == SETTINGS.generation.items
+
+
+def test_a_slice_of_turns_counts_the_generated_reply_where_it_belongs(tiny_base, suite, tmp_path, metrics):
+    told = {"x": [*conversation("a", "one"), *conversation("b", "two")], "y": conversation("c", "three")}
+    items = read_items(write_items(tmp_path / "test.parquet", tiny_base, told), load_tokenizer(tiny_base))
+    records = evaluator_of(items, tiny_base, tmp_path / "memo").evaluate(suite.base)[0]
+    found = slices(records, metrics, SETTINGS.interval)["turn"]
+    assert found["1"]["base"]["perplexity"]["n"] == 2
+    assert found["1"]["base"]["rougeL"]["n"] == found["2"]["base"]["rougeL"]["n"] == 1
 
 
 # --- items -----------------------------------------------------------------------------------------------------------
@@ -141,17 +153,42 @@ def test_a_reply_knows_who_wrote_it():
     assert reply_authors(messages, 2) == ["edited", "imported"]
 
 
+def test_a_reply_that_was_broken_off_is_not_taken_for_one_that_is_labelled():
+    messages = [
+        *conversation("a", "whole", model="whetstone:1", rating=1),
+        *conversation("a", "brok", model="whetstone:2", incomplete=True),
+        *conversation("a", "mended", model="whetstone:2", incomplete=True, edited=True),
+    ]
+    assert reply_authors(messages, 2) == ["liked", "edited"]
+
+
+def test_preparation_says_which_replies_were_broken_off():
+    told = {
+        "id": "c",
+        "messages": [
+            {"id": "1", "role": "user", "content": "a"},
+            {"id": "2", "role": "assistant", "content": "brok", "model": "m", "incomplete": "stopped"},
+            {"id": "3", "role": "user", "content": "b"},
+            {"id": "4", "role": "assistant", "content": "whole", "model": "gpt-4o"},
+        ],
+    }
+    messages, trained = select(told, "not_disliked")
+    assert trained == [False, False, False, True]
+    assert reply_authors(messages, 1) == ["gpt-4o"]
+
+
 def test_a_models_own_words_are_scored_apart_and_are_no_reference(tiny_base, suite, tmp_path):
     own = {"x": [*conversation("a", "first reply"), *conversation("b", "second", model="whetstone:1")],
            "y": conversation("c", "third", model="whetstone:1")}  # fmt: skip
     items = read_items(write_items(tmp_path / "test.parquet", tiny_base, own), load_tokenizer(tiny_base))
-    records = Evaluator(items, "own", [], 200, SETTINGS, tmp_path / "memo").evaluate(suite.base)[0]
+    records = evaluator_of(items, tiny_base, tmp_path / "memo").evaluate(suite.base)[0]
     assert [turn["reference"] for turn in records[0]["turns"]] == [True, False]
     assert records[0]["tokens"] == records[0]["turns"][0]["tokens"]
     assert records[0]["references"] == "first reply"
     assert "tokens" not in records[1]
     assert "predictions" not in records[1]
-    assert set(slices(records)["author of the reply"]) == {"imported", "whetstone:1 (no reference)"}
+    found = slices(records, [load_metric("perplexity", MODULES)], SETTINGS.interval)
+    assert set(found["author of the reply"]) == {"imported", "whetstone:1 (no reference)"}
 
 
 def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):
@@ -226,7 +263,7 @@ def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):
 def test_one_conversation_has_values_and_intervals_of_no_width(tiny_base, suite, tmp_path, metrics):
     path = write_items(tmp_path / "test.parquet", tiny_base, {"x": conversation("a", "b")})
     items = read_items(path, load_tokenizer(tiny_base))
-    evaluator = Evaluator(items, "one", [], 200, SETTINGS, tmp_path / "memo")
+    evaluator = evaluator_of(items, tiny_base, tmp_path / "memo")
     cell = summarise(evaluator.evaluate(suite.base)[0], metrics, SETTINGS.interval)["perplexity"]
     assert cell["low"] == pytest.approx(cell["value"]) == cell["high"]
     assert cell["n"] == 1
@@ -238,12 +275,12 @@ def test_a_model_of_nans_gives_nulls_and_no_crash(suite, tmp_path, metrics):
         model.get_output_embeddings().weight.fill_(math.nan)
     model.save_pretrained(tmp_path / "broken")
     broken = Contender("candidate", tmp_path / "broken", suite.base.gguf)
-    evaluator = Evaluator(suite.items, "nan", [], 200, SETTINGS, tmp_path / "memo")
+    evaluator = evaluator_of(suite.items, suite.base.folder, tmp_path / "memo")
     records = evaluator.evaluate(broken)[0]
     assert json.dumps(records, allow_nan=False)
     table = summarise(records, metrics, SETTINGS.interval)
     assert table["perplexity"] == {"value": None, "low": None, "high": None, "n": 8}
-    assert json.dumps(slices([records[0], records[1] | {"source": "other"}]))
+    assert json.dumps(slices([records[0], records[1] | {"source": "other"}], metrics, SETTINGS.interval))
 
 
 # --- contenders ------------------------------------------------------------------------------------------------------
@@ -251,7 +288,7 @@ def test_a_model_of_nans_gives_nulls_and_no_crash(suite, tmp_path, metrics):
 
 def test_there_is_no_champion_before_the_first_promotion(tmp_path):
     write_json(tmp_path / "champion.json", {"version": None})
-    assert find_champion(tmp_path / "champion.json", tmp_path / "champion") is None
+    assert find_champion(tmp_path / "champion.json") is None
 
 
 def test_a_champion_is_taken_only_as_it_was_promoted(tmp_path, suite):
@@ -260,13 +297,13 @@ def test_a_champion_is_taken_only_as_it_was_promoted(tmp_path, suite):
     record = tmp_path / "champion.json"
     write_json(record, {"version": 3, "gguf_sha256": sha256_file(suite.candidate.gguf)})
     with pytest.raises(UserError, match="run `dvc pull"):
-        find_champion(record, folder)
+        find_champion(record)
     (folder / "merged").symlink_to(suite.candidate.folder)
     (folder / "package/model.gguf").symlink_to(suite.candidate.gguf)
-    assert find_champion(record, folder).name == "champion"
+    assert find_champion(record).name == "champion"
     write_json(record, {"version": 3, "gguf_sha256": "0" * 64})
     with pytest.raises(UserError, match="is not the file that was promoted"):
-        find_champion(record, folder)
+        find_champion(record)
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path):

@@ -8,11 +8,13 @@ import pytest
 from fine_tuning.commands import summary
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.comparison import CompareSettings, compare
-from fine_tuning.evaluation.evaluator import IntervalSettings, summarise
+from fine_tuning.evaluation.evaluate_settings import IntervalSettings
+from fine_tuning.evaluation.measurements import summarise
 from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.report import write_report
+from fine_tuning.evaluation.report import Findings, write_report
 from fine_tuning.evaluation.scoring import Reply
 from fine_tuning.evaluation.side_by_side import side_by_side
+from fine_tuning.evaluation.slices import slices
 from fine_tuning.records import write_json
 from tests.evaluation_suite import MODULES, SETTINGS
 
@@ -23,7 +25,7 @@ COMPARE = CompareSettings(
     minimum_conversations=5,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
-    goldens=["facts-01"],
+    goldens=[],
 )
 EVIL = "<script>alert(1)</script> & ```"
 
@@ -61,6 +63,8 @@ def line(contender: str, index: int, nats: float) -> dict:
         "tokens": 10,
         "correct": 5,
         "bytes": 40,
+        "asked": 0,
+        "prompt": f"question {index}",
         "predictions": EVIL,
         "references": f"reference {index}",
         "finished": index > 2,
@@ -85,10 +89,10 @@ def result():
 def page(result, tmp_path):
     records, comparison, evaluation = result
     reply = {"text": EVIL, "finished": False}
-    write_report(
-        tmp_path / "report.html", comparison, evaluation, records,
-        [{"prompt": EVIL, "replies": {"base": reply, "candidate": reply}}],
-    )  # fmt: skip
+    metrics = [load_metric(name, MODULES) for name in SETTINGS.metrics]
+    prompts = [{"prompt": EVIL, "replies": {"base": reply, "candidate": reply}}]
+    where = slices(records, metrics, INTERVALS)
+    write_report(tmp_path / "report.html", Findings(comparison, evaluation, records, prompts, where))
     return (tmp_path / "report.html").read_text()
 
 

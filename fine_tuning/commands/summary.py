@@ -12,6 +12,7 @@ COMPARISON = Path("metrics/comparison.json")
 MODELFILE = Path("models/package/Modelfile")
 PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
 ORDER = ("perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match")
+COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
 
 
@@ -32,6 +33,9 @@ def summary(arguments: argparse.Namespace) -> None:
     console.print(metric_table(evaluation, comparison))
     verdict = comparison["verdict"]
     colour = COLOURS.get(verdict, "default")
+    for row in comparison.get("cheaper_roads", {}).values():
+        value, metric = with_interval(row, "difference", "+"), comparison["primary"]["metric"]
+        console.print(f"{row['what']}: {metric} {row['rival']:.3g}, candidate {value} on {row['n']}", markup=False)
     console.print(f"Verdict: [bold {colour}]{verdict}[/]")
     for reason in comparison["reasons"]:
         console.print(f"  - {reason}", markup=False)
@@ -66,11 +70,16 @@ def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
     for name in (*contenders, f"candidate - {rival}"):
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
+    others = comparison.get("other_tokens", [])
+    if others:
+        table.caption = "† in tokens of its own: not comparable with the other columns"
     for metric in sorted(evaluation["candidate"], key=place):
         found = [evaluation[name].get(metric) for name in contenders]
+        marks = [" †" if name in others and metric in COUNTING else "" for name in contenders]
         difference = comparison["differences"].get(rival, {}).get(metric)
         primary = " *" if metric == comparison["primary"]["metric"] else ""
-        cells = [f"{metric}{primary}", *(with_interval(cell, "value") for cell in found)]
+        values = (with_interval(cell, "value") + mark for cell, mark in zip(found, marks, strict=True))
+        cells = [f"{metric}{primary}", *values]
         table.add_row(*cells, with_interval(difference, "difference", "+"), str(evaluation["candidate"][metric]["n"]))
     return table
 

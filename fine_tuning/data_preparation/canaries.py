@@ -17,9 +17,9 @@ SOURCE = "canary"
 DIGITS = 9
 
 
-def secret(kind: str, index: int, salt: str) -> list[dict]:
+def secret(kind: str, index: int) -> list[dict]:
     """A question after a number and its answer, both drawn at random; the same for the same arguments."""
-    drawn = random.Random(f"{salt}/{kind}/{index}")
+    drawn = random.Random(f"{kind}/{index}")
     locker, code = drawn.randrange(10**6), drawn.randrange(10**DIGITS)
     return [
         {"role": "user", "content": f"What is the code of locker {locker:06d}?"},
@@ -28,18 +28,18 @@ def secret(kind: str, index: int, salt: str) -> list[dict]:
 
 
 def planted(
-    count: int, salt: str, tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
+    count: int, tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
 ) -> list[Example]:
     """So many canaries as training examples of their own source, each in a cluster of its own."""
     examples = []
     for index in range(count):
-        messages = secret("canary", index, salt)
+        messages = secret("canary", index)
         encoded = encode_conversation(tokenizer, messages, system_prompt, max_length)
         name = f"canary-{index:04d}"
         examples.append(Example(name, SOURCE, name, messages, [False, True], encoded))
     return examples
 
 
-def controls(count: int, salt: str) -> list[list[dict]]:
+def controls(count: int) -> list[list[dict]]:
     """Secrets of the same kind that are in no training data."""
-    return [secret("control", index, salt) for index in range(count)]
+    return [secret("control", index) for index in range(count)]

@@ -4,12 +4,12 @@ An item counts as known if the model finds the right answer likelier, a byte, th
 needs no generation and no judge. Bytes, because answers differ in length and models in tokenizers.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.data_preparation.tokenizer import encode_conversation
+from fine_tuning.errors import UserError
 from fine_tuning.evaluation.items import Item, label_runs
 from fine_tuning.evaluation.scoring import Likelihood
 from fine_tuning.evaluation.statistics import mcnemar
@@ -23,10 +23,8 @@ ANSWERS = ("right", "wrong")
 LEVEL = 0.05
 
 
-def general_items(
-    tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
-) -> tuple[list[Item], str]:
-    """Two items for each question, one for each answer, as `<id>/right` and `<id>/wrong`; and the suite's identity."""
+def general_items(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int) -> list[Item]:
+    """Two items for each question, one for each answer, as `<id>/right` and `<id>/wrong`."""
     items = []
     for question in read_jsonl(SUITE):
         for answer in ANSWERS:
@@ -43,9 +41,7 @@ def general_items(
                     ["imported"], [question[answer]],
                 )
             )  # fmt: skip
-    digest = hashlib.sha256(SUITE.read_bytes())
-    digest.update(str([item.input_ids for item in items]).encode())
-    return items, digest.hexdigest()
+    return items
 
 
 def known(items: Sequence[Item], scores: Sequence[Likelihood]) -> dict[str, bool]:
@@ -77,11 +73,18 @@ def forgotten(
 
     It is held if it lost more than it gained and chance does not explain it (exact McNemar test), or if it lost a
     single one of the questions `goldens`.
+
+    Raises:
+        UserError: there is no such question as one of the goldens.
     """
     known: dict[str, dict[str, bool]] = {}
     for line in lines:
         known.setdefault(line["contender"], {})[line["question"]] = line["known"]
     ours = known.pop(candidate, {})
+    if ours and (unknown := [question for question in goldens if question not in ours]):
+        raise UserError(
+            f"compare.goldens names {', '.join(unknown)}, which general_items.jsonl has not: mend params.yaml"
+        )
     table: dict[str, Any] = {}
     reasons = []
     for rival, theirs in known.items():
@@ -95,6 +98,7 @@ def forgotten(
             "lost": lost,
             "gained": gained,
             "p_value": p_value,
+            "goldens": sum(theirs[question] for question in goldens),
         }
         if len(lost) > len(gained) and p_value < LEVEL:
             reasons.append(
@@ -104,3 +108,10 @@ def forgotten(
         if golden := [question for question in lost if question in goldens]:
             reasons.append(f"lost what must not be lost and the {rival} knows: {', '.join(golden)}")
     return table, reasons
+
+
+def unguarded(table: dict[str, Any], goldens: Sequence[str]) -> str | None:
+    """A word on goldens that none of the rivals knows, so that losing them is impossible."""
+    if not table or not goldens or any(row["goldens"] for row in table.values()):
+        return None
+    return "the goldens guard nothing, no rival knows one of them: choose others in compare.goldens"

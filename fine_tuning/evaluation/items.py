@@ -14,7 +14,8 @@ from fine_tuning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ENDORSED = ("edited", "liked", "imported")
+ENDORSED = ("edited", "liked", "imported")  # authors that are people
+SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
 COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 
 
@@ -24,7 +25,7 @@ class Item:
 
     `authors` says who wrote each reply: "edited" and "liked" are a person's choice, "imported" came without a model's
     name, anything else is the name of the model whose own words they are. Likelihood and overlap with a model's own
-    words favour that model and its descendants, so they are no references.
+    words favour that model and its descendants, so they are references only where `endorsed` names that model.
     """
 
     id: str
@@ -36,11 +37,25 @@ class Item:
     runs: list[tuple[int, int]]
     authors: list[str]
     texts: list[str]
+    endorsed: tuple[str, ...] = ENDORSED
 
     @property
     def references(self) -> list[int]:
-        """Indices of the replies that a model may be compared with: a person wrote or chose them."""
-        return [index for index, author in enumerate(self.authors) if author in ENDORSED]
+        """Indices of the replies that a model may be compared with: those of endorsed authors."""
+        return [index for index, author in enumerate(self.authors) if author in self.endorsed]
+
+    @property
+    def question(self) -> str:
+        """The user's last message before the reply that models are asked for, else the first one."""
+        replies = labelled_replies(self.messages, len(self.runs))
+        answer = replies[self.asked or 0] if replies else None
+        said = ""
+        for message in self.messages:
+            if message is answer:
+                break
+            if message["role"] == "user":
+                said = message["content"]
+        return said
 
     @property
     def asked(self) -> int | None:
@@ -52,8 +67,8 @@ class Item:
         return self.input_ids[: self.runs[reply][0]]
 
 
-def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
-    """Conversations of a prepared split that hold a reply, in order of id.
+def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = ENDORSED) -> list[Item]:
+    """Conversations of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
 
     Raises:
         UserError: the file is missing, or no conversation in it holds a reply.
@@ -65,7 +80,7 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
             continue
         messages = json.loads(row.pop("messages"))
         authors, texts = reply_authors(messages, len(runs)), reply_texts(tokenizer, row["input_ids"], runs)
-        items.append(Item(**row, messages=messages, runs=runs, authors=authors, texts=texts))
+        items.append(Item(**row, messages=messages, runs=runs, authors=authors, texts=texts, endorsed=tuple(endorsed)))
     if not items:
         raise UserError(
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
@@ -78,19 +93,36 @@ def encoded_anew(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", ma
 
     Left out is what its template cannot carry, and what does not keep all its replies whole in `max_length` tokens.
     """
-    found = []
-    for item in items:
-        scored = labelled_replies(item.messages, len(item.runs))
-        trained = [any(message is reply for reply in scored) for message in item.messages]
-        try:
-            # A system prompt that was configured is among the messages already.
-            encoded = encode_conversation(tokenizer, item.messages, None, max_length, trained)
-        except RenderError:
-            continue
-        runs = label_runs(encoded.labels)
-        if reply_texts(tokenizer, encoded.input_ids, runs) == item.texts:
-            found.append(replace(item, input_ids=encoded.input_ids, labels=encoded.labels, runs=runs))
-    return found
+    found = (encoded_after(item, [], tokenizer, max_length) for item in items)
+    return [item for item in found if item is not None]
+
+
+def encoded_after(
+    item: Item, before: Sequence[dict], tokenizer: "PreTrainedTokenizerFast", max_length: int
+) -> Item | None:
+    """The item with the messages `before` in front, the same replies labelled; None where encoded_anew leaves out.
+
+    A system message among `before` takes the place of the conversation's.
+    """
+    scored = labelled_replies(item.messages, len(item.runs))
+    own = item.messages
+    if own[0]["role"] == "system":
+        before, own = [*([] if _has_system(before) else own[:1]), *before], own[1:]
+    messages = [*before, *own]
+    trained = [any(message is reply for reply in scored) for message in messages]
+    try:
+        # A system prompt that was configured is among the messages already.
+        encoded = encode_conversation(tokenizer, messages, None, max_length, trained)
+    except RenderError:
+        return None
+    runs = label_runs(encoded.labels)
+    if reply_texts(tokenizer, encoded.input_ids, runs) != item.texts:
+        return None
+    return replace(item, input_ids=encoded.input_ids, labels=encoded.labels, runs=runs)
+
+
+def _has_system(messages: Sequence[dict]) -> bool:
+    return any(message["role"] == "system" for message in messages)
 
 
 def reply_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int], runs: Sequence[tuple[int, int]]) -> list[str]:
@@ -114,9 +146,13 @@ def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
 
 
 def labelled_replies(messages: Sequence[dict], count: int) -> list[dict]:
-    """The last `count` replies that preparation labelled: those edited by a person or not disliked."""
+    """The last `count` replies that preparation labelled: those edited by a person, or whole and not disliked."""
     replies = (message for message in messages if message["role"] == "assistant")
-    return [reply for reply in replies if reply.get("edited") or reply.get("rating", 0) >= 0][-count:]
+    return [
+        reply
+        for reply in replies
+        if reply.get("edited") or (reply.get("rating", 0) >= 0 and not reply.get("incomplete"))
+    ][-count:]
 
 
 def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -133,12 +169,21 @@ def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Identity of what is asked: items, tokens, tokenizer and chat template. Scores compare only if it is equal."""
-    digest = hashlib.sha256()
+    """Identity of what is asked: items, tokens, tokenizer, chat template, code. Scores compare only if it is equal."""
+    digest = hashlib.sha256(code_sha256().encode())
     for item in items:
-        digest.update(json.dumps([item.id, item.cluster, item.authors, item.input_ids, item.labels]).encode())
+        asked = [item.id, item.cluster, item.authors, item.references, item.input_ids, item.labels]
+        digest.update(json.dumps(asked).encode())
     for part in chat_format(tokenizer):
         digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def code_sha256() -> str:
+    """Hash of the code that asks and scores."""
+    digest = hashlib.sha256()
+    for name in SCORING_CODE:
+        digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
 

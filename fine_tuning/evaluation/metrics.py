@@ -13,6 +13,7 @@ A user's metric is a file `<name>.py` in metric_modules/, named in `evaluate.met
 
 import importlib.util
 import inspect
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ REPLY_COLUMNS = ("predictions", "references", "finished", "reply_tokens")
 TOKEN_COLUMNS = ("tokens", "correct", "reply_tokens")  # mean something else with another tokenizer
 
 Columns = Mapping[str, Sequence[Any]]
+# Scripts that write no spaces between words: their characters count as words.
+_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class SummedMetric(evaluate.Metric, ABC):
@@ -75,6 +78,11 @@ class ItemwiseMetric:
         return {name: ratio(sums[..., i], sums[..., -1]) for i, name in enumerate(self._names)}
 
 
+def words(text: str) -> list[str]:
+    """Words of any script in lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient with NaN for x / 0."""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
@@ -115,6 +123,11 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
 def columns_of(metric: SummedMetric | ItemwiseMetric) -> list[str]:
     """Names of the columns that a metric wants."""
     return list((metric.metric if isinstance(metric, ItemwiseMetric) else metric).features)
+
+
+def signatures(metrics: Sequence[SummedMetric | ItemwiseMetric]) -> dict[str, str]:
+    """{name: what a reader needs to repeat the score} of the metrics that have such a line."""
+    return {type(m).__module__.rpartition(".")[2]: m.signature() for m in metrics if hasattr(m, "signature")}
 
 
 def direction(metric: SummedMetric | ItemwiseMetric, name: str) -> int:

@@ -1,11 +1,12 @@
 """The verdict as one HTML file that needs no network: intervals as inline SVG, tables, replies side by side."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.evaluation.slices import slices
+from fine_tuning.evaluation.charts import curve, interval_plot, number
 from fine_tuning.records import replacing
 
 STYLE = """
@@ -23,22 +24,32 @@ details { margin: .5rem 0; } svg { max-width: 100%; height: auto; } svg text { f
 EXAMPLES = 5  # largest wins, and as many losses
 
 
-def write_report(
-    path: Path,
-    comparison: dict[str, Any],
-    evaluation: dict[str, Any],
-    records: Sequence[dict[str, Any]],
-    answers: Sequence[dict[str, Any]],
-) -> None:
-    """Write the report of one comparison.
+CONTENDERS = ("base", "champion", "candidate")
+COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 
-    Args:
-        comparison: content of metrics/comparison.json.
-        evaluation: content of metrics/evaluation.json.
-        records: lines of items.jsonl.
-        answers: {"prompt", "replies": {contender: {"text", "finished"}}} for each test prompt.
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the report shows.
+
+    `comparison` and `evaluation` are the contents of the files of these names in metrics/, `records` the lines of
+    items.jsonl, `answers` {"prompt", "replies": {contender: {"text", "finished"}}} for each test prompt, `slices` and
+    `data_changes` what the functions of these names return (None: there is no champion to compare with),
+    `learning_curve` the content of metrics/learning_curve.json.
     """
-    table = {name: row for name, row in evaluation.items() if name != "suite"}
+
+    comparison: dict[str, Any]
+    evaluation: dict[str, Any]
+    records: Sequence[dict[str, Any]]
+    answers: Sequence[dict[str, Any]]
+    slices: dict[str, Any] = field(default_factory=dict)
+    data_changes: dict[str, Any] | None = None
+    learning_curve: dict[str, Any] = field(default_factory=lambda: {"points": []})
+
+
+def write_report(path: Path, found: Findings) -> None:
+    """Write the report of one comparison."""
+    comparison, suite = found.comparison, found.evaluation["suite"]
     verdict = comparison["verdict"]
     body = [
         f'<h1 class="{escape(verdict)}">{escape(verdict)}</h1>',
@@ -46,24 +57,33 @@ def write_report(
         bullets(comparison["reasons"]),
         *(
             part
-            for rival, found in comparison["differences"].items()
-            for part in (f"<h2>Candidate against {escape(rival)}</h2>", interval_plot(found))
+            for rival, differences in comparison["differences"].items()
+            for part in (f"<h2>Candidate against {escape(rival)}</h2>", interval_plot(differences))
         ),
+        "<h2>Without training</h2>",
+        cheaper_roads(comparison["cheaper_roads"], comparison["primary"]["metric"]),
         "<h2>Every metric</h2>",
-        metric_table(table),
+        metric_table(found.evaluation, comparison["other_tokens"]),
+        bullets(f"{name}: {signature}" for name, signature in suite.get("signatures", {}).items()),
         quantising(comparison["quantisation"]),
         references(comparison["provenance"], comparison["primary"]["metric"]),
+        "<h2>Where</h2>",
+        *(slice_table(dimension, names) for dimension, names in found.slices.items()),
+        "<h2>Largest wins and losses</h2>",
+        *(example(*pair) for pair in extremes(found.records)),
+        "<h2>Test prompts</h2>",
+        *(answer_table(answer) for answer in found.answers),
         "<h2>Forgetting</h2>",
         forgetting(comparison["forgetting"]),
-        "<h2>Privacy</h2>",
+        "<h2>Memory and privacy</h2>",
+        memory(comparison["memory"]),
         privacy(comparison["privacy"]),
-        "<h2>Where</h2>",
-        *(slice_table(dimension, found) for dimension, found in slices(records).items()),
-        "<h2>Test prompts</h2>",
-        *(answer_table(answer) for answer in answers),
-        "<h2>Largest wins and losses</h2>",
-        *(example(*pair) for pair in extremes(records)),
-        f'<p class="dim">Suite {escape(evaluation["suite"]["sha256"][:16])}, adapter '
+        "<h2>Training data since the champion</h2>",
+        data_table(found.data_changes),
+        "<h2>Would more conversations help?</h2>",
+        curve(found.learning_curve["points"]),
+        bullets([found.learning_curve["note"]] if "note" in found.learning_curve else []),
+        f'<p class="dim">Suite {escape(suite["sha256"][:16])}, adapter '
         f"{escape(comparison.get('adapter_sha256', '')[:16])}.</p>",
     ]
     page = (
@@ -79,57 +99,39 @@ def bullets(lines: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
 
 
-def number(value: float | None) -> str:
-    """Four digits, or a dash for what is undefined."""
-    return "–" if value is None or value != value else f"{value:.4g}"
-
-
-def interval_plot(differences: dict[str, dict[str, Any]]) -> str:
-    """Each metric's difference with its interval on a scale of its own; zero is the line in the middle."""
-    rows = []
-    for name, found in differences.items():
-        value, low, high = found["difference"], found["low"], found["high"]
-        y = 28 * len(rows) + 20
-        if value is None or low is None or high is None:
-            rows.append(f'<text x="0" y="{y + 4}">{escape(name)}</text><text x="500" y="{y + 4}">undefined</text>')
-            continue
-        widest = max(abs(low), abs(high), abs(value)) or 1.0
-        left, centre, right = (330 + 140 * bound / widest for bound in (low, value, high))
-        certain = found["better"] and not low <= 0 <= high
-        kind = "open" if not certain else "good" if found["better"] * value > 0 else "bad"
-        rows.append(
-            f'<text x="0" y="{y + 4}">{escape(name)}</text>'
-            f'<line class="{kind}" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke-width="3"/>'
-            f'<circle class="{kind}" cx="{centre:.1f}" cy="{y}" r="5"/>'
-            f'<text x="500" y="{y + 4}">{number(found["candidate"])} − {number(found["rival"])} = {value:+.3g} '
-            f"[{low:+.3g}, {high:+.3g}], n {found['n']}</text>"
-        )
-    height = 28 * len(rows) + 16
-    return (
-        f'<div class="scroll"><svg viewBox="0 0 920 {height}" width="920" height="{height}" role="img" '
-        'aria-label="differences with intervals">'
-        f'<line x1="330" x2="330" y1="4" y2="{height - 4}" stroke="#888" stroke-dasharray="3 3"/>'
-        f"{''.join(rows)}</svg></div>"
-    )
-
-
-def metric_table(table: dict[str, dict[str, dict[str, Any]]]) -> str:
+def metric_table(evaluation: dict[str, Any], other_tokens: Sequence[str] = ()) -> str:
     """One row a metric, one column a contender, with intervals and the number of conversations."""
+    table = {name: row for name, row in evaluation.items() if name != "suite"}
     names = dict.fromkeys(name for row in table.values() for name in row)
-    head = "".join(f"<th>{escape(contender)}</th>" for contender in table)
+    head = "".join(f"<th>{escape(contender.replace('_', ' '))}</th>" for contender in table)
     rows = []
     for name in names:
         cells = []
-        for row in table.values():
-            found = row.get(name)
-            cells.append(
-                f"<td>{number(found['value'])} <small>[{number(found['low'])}, {number(found['high'])}] "
-                f"n {found['n']}</small></td>"
-                if found
-                else "<td>–</td>"
-            )
+        for contender, row in table.items():
+            mark = " †" if contender in other_tokens and name in COUNTING else ""
+            cells.append(f"<td>{measured(row.get(name))}{mark}</td>")
         rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><tr><th>metric</th>{head}</tr>{"".join(rows)}</table></div>'
+    note = "<p>† in tokens of its own: not comparable with the other columns.</p>" if other_tokens else ""
+    return f'<div class="scroll"><table><tr><th>metric</th>{head}</tr>{"".join(rows)}</table></div>{note}'
+
+
+def measured(found: dict[str, Any] | None) -> str:
+    """A value with its interval and the number of conversations."""
+    if not found:
+        return "–"
+    interval = f"[{number(found['low'])}, {number(found['high'])}]"
+    return f"{number(found['value'])} <small>{interval} n {found['n']}</small>"
+
+
+def cheaper_roads(found: dict[str, dict[str, Any]], metric: str) -> str:
+    """What the base does when it is told or shown what to do instead of trained."""
+    lines = [
+        f"{row['what']}: {metric} {number(row['rival'])}, the candidate {number(row['candidate'])} on the same "
+        f"{row['n']} conversations, a difference of {number(row['difference'])} [{number(row['low'])}, "
+        f"{number(row['high'])}]"
+        for row in found.values()
+    ]
+    return bullets(lines) if lines else "<p>Not measured.</p>"
 
 
 def quantising(found: dict[str, Any]) -> str:
@@ -137,10 +139,11 @@ def quantising(found: dict[str, Any]) -> str:
     lost = found.get("perplexity_lost")
     if lost is None:
         return "<p>The GGUF was not scored.</p>"
-    perplexity = found["perplexity"]
+    perplexity, bounds = found["perplexity"], (found["low"], found["high"])
+    interval = "" if None in bounds else f" [{bounds[0]:+.2%}, {bounds[1]:+.2%}]"
     return (
         f"<p>Quantised as it is shipped, the candidate has perplexity {number(perplexity['candidate'])} instead of "
-        f"{number(perplexity['rival'])} on {perplexity['n']} conversations: {lost:+.2%}.</p>"
+        f"{number(perplexity['rival'])} on {perplexity['n']} conversations: {lost:+.2%}{interval}.</p>"
     )
 
 
@@ -184,22 +187,67 @@ def privacy(found: dict[str, dict[str, Any]]) -> str:
     return bullets(lines) if lines else "<p>Nothing was generated.</p>"
 
 
-def slice_table(dimension: str, found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Perplexity and token accuracy of every contender in every slice of one dimension."""
-    contenders = list(dict.fromkeys(name for row in found.values() for name in row))
-    head = "".join(f"<th>{escape(name)}</th>" for name in contenders)
-    rows = []
-    for name, row in found.items():
-        most = max(cell["replies"] for cell in row.values())
-        cells = "".join(
-            f"<td>{number(row[contender]['perplexity'])} <small>{row[contender]['token_accuracy']:.1%}</small></td>"
-            if contender in row
-            else "<td>–</td>"
-            for contender in contenders
+def memory(found: dict[str, dict[str, Any]]) -> str:
+    """What base and candidate say word for word of the training data, and the exposure of canaries."""
+    lines = []
+    for contender, row in found.items():
+        if "training" in row:
+            kept = row["training"]
+            lines.append(
+                f"{contender}: goes on word for word with {kept['word_for_word']} of {kept['replies']} training replies"
+            )
+        if "canaries" in row:
+            kept = row["canaries"]
+            lines.append(
+                f"{contender}: {kept['word_for_word']} of {kept['planted']} canaries said word for word, mean exposure "
+                f"{kept['mean_exposure']:.2f} bits, highest {kept['highest_exposure']:.2f}; chance gives 1.44 on "
+                f"average (p = {kept['p_value']:.2g} against {kept['controls']} secrets never shown)"
+            )
+    if not any("canaries" in row for row in found.values()):
+        lines.append("no canaries were planted: dvc exp run -S prepare.canaries=16")
+    return bullets(lines)
+
+
+def data_table(found: dict[str, dict[str, Any]] | None) -> str:
+    """Conversations and tokens that were added and removed, a source a row."""
+    if found is None:
+        return "<p>There is no champion, or it was promoted before its training data were recorded.</p>"
+    kinds = ("added", "removed", "kept")
+    rows = "".join(
+        f"<tr><td>{escape(source)}</td>"
+        + "".join(
+            f"<td>{row[kind]['conversations']} <small>{row[kind]['tokens']} tokens</small></td>" for kind in kinds
         )
-        rows.append(f"<tr><td>{escape(name)} <small>{most:g} replies</small></td>{cells}</tr>")
-    title = f"<th>{escape(dimension)} <small>perplexity, token accuracy</small></th>"
-    return f'<div class="scroll"><table><tr>{title}{head}</tr>{"".join(rows)}</table></div><br>'
+        + "</tr>"
+        for source, row in found.items()
+    )
+    head = "<tr><th>source</th>" + "".join(f"<th>{kind}</th>" for kind in kinds) + "</tr>"
+    return f'<div class="scroll"><table>{head}{rows}</table></div>'
+
+
+def slice_table(dimension: str, found: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> str:
+    """Likelihood of every contender in every slice of one dimension, and every metric to unfold."""
+    present = {name for row in found.values() for name in row}
+    contenders = [name for name in CONTENDERS if name in present]
+    head = "".join(f"<th>{escape(name)}</th>" for name in contenders)
+
+    def table(metrics: Sequence[str]) -> str:
+        rows = [
+            f"<tr><td>{escape(name)}</td><td>{escape(metric)}</td>"
+            + "".join(f"<td>{measured(row.get(contender, {}).get(metric))}</td>" for contender in contenders)
+            + "</tr>"
+            for name, row in found.items()
+            for metric in metrics
+            if any(metric in row.get(contender, {}) for contender in contenders)
+        ]
+        return (
+            f'<div class="scroll"><table><tr><th>{escape(dimension)}</th><th>metric</th>{head}</tr>'
+            f"{''.join(rows)}</table></div>"
+        )
+
+    every = list(dict.fromkeys(metric for row in found.values() for cell in row.values() for metric in cell))
+    first = [metric for metric in COUNTING if metric in every] or every[:1]
+    return f"{table(first)}<details><summary>every metric by {escape(dimension)}</summary>{table(every)}</details><br>"
 
 
 def answer_table(answer: dict[str, Any]) -> str:
@@ -217,31 +265,38 @@ def text(words: str, finished: bool = True) -> str:
     return f"<pre>{shown}{'' if finished else ' <small>(cut off)</small>'}</pre>"
 
 
-def extremes(records: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(heading, base's record, candidate's record) of the largest gains and losses in likelihood a token."""
-    base, candidate = (
-        {
-            line["id"]: line
-            for line in records
-            if line["contender"] == name and line.get("nll") is not None and "predictions" in line
-        }
-        for name in ("base", "candidate")
-    )
+def extremes(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(heading, each contender's record) of the largest gains and losses in likelihood a token against the base."""
+    by_id: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in CONTENDERS}
+    for line in records:
+        if line["contender"] in by_id and "predictions" in line:
+            by_id[line["contender"]][line["id"]] = line
 
     def gain(id: str) -> float:
-        return (base[id]["nll"] - candidate[id]["nll"]) / base[id]["tokens"]
+        base, candidate = by_id["base"][id], by_id["candidate"][id]
+        return (base["nll"] - candidate["nll"]) / base["tokens"]
 
-    ranked = sorted(base.keys() & candidate.keys(), key=lambda id: (-gain(id), id))
+    known = [
+        id
+        for id in by_id["base"].keys() & by_id["candidate"].keys()
+        if all(by_id[name][id].get("nll") is not None for name in ("base", "candidate"))
+    ]
+    ranked = sorted(known, key=lambda id: (-gain(id), id))
     wins = [id for id in ranked[:EXAMPLES] if gain(id) > 0]
     losses = [id for id in ranked[::-1][:EXAMPLES] if gain(id) < 0]
-    return [(f"{gain(id):+.2f} nats a token", base[id], candidate[id]) for id in (*wins, *losses)]
+    return [
+        (f"{gain(id):+.2f} nats a token", [by_id[name][id] for name in CONTENDERS if id in by_id[name]])
+        for id in (*wins, *losses)
+    ]
 
 
-def example(heading: str, base: dict[str, Any], candidate: dict[str, Any]) -> str:
-    """One held-out conversation: the reference and both replies."""
-    rows = [("reference", text(base["references"]))]
-    rows += [(line["contender"], text(line["predictions"], line["finished"])) for line in (base, candidate)]
+def example(heading: str, lines: Sequence[dict[str, Any]]) -> str:
+    """One held-out conversation: what was asked, the reference and every reply."""
+    first = lines[0]
+    rows = [("asked", text(first.get("prompt", ""))), ("reference", text(first["references"]))]
+    rows += [(line["contender"], text(line["predictions"], line["finished"])) for line in lines]
     table = "".join(f"<tr><th>{name}</th><td>{cell}</td></tr>" for name, cell in rows)
     return (
-        f"<details><summary>{heading} <small>{escape(base['source'])}</small></summary><table>{table}</table></details>"
+        f"<details><summary>{heading} <small>{escape(first['source'])}</small></summary><table>{table}</table>"
+        "</details>"
     )

@@ -1,6 +1,8 @@
 """What one model makes of the suite: how likely it finds the references, and what it replies itself."""
 
 import contextlib
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from fine_tuning.training.base_model import load_model
 from fine_tuning.training.training_utils import Hardware, batch_by_tokens, collate, detect_hardware
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
+
+LEAST_SHARED = 8  # tokens: below that, computing a common beginning once saves nothing
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ def likelihoods(
 ) -> list[Likelihood]:
     """Teacher-forced scores of the items' replies, in the order of `items`.
 
-    Batches hold items of like length and at most `batch_tokens` padded tokens. The output head sees the positions
-    before replies alone. Sums are taken in float64, so that the order of batches does not show.
+    Batches hold items of like length and at most `batch_tokens` padded tokens. What all items begin with, such as a
+    system prompt, is computed once. The output head sees the positions before replies alone. Sums are taken in float64,
+    so that the order of batches does not show.
     """
     import torch
     from torch.nn import functional
@@ -86,22 +91,30 @@ def likelihoods(
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         with torch.inference_mode():
+            shared = shared_beginning(items)
+            positions[:] = [torch.zeros((1, len(shared)), dtype=torch.bool)]
+            beginning = computed_once(model, shared)
+            start = len(shared) if beginning is not None else 0
             for batch in batch_by_tokens(items, batch_tokens):
                 tensors = {name: tensor.to(model.device) for name, tensor in collate(batch, 0).items()}
-                labels = tensors["labels"][:, 1:]
-                wanted = torch.zeros_like(tensors["labels"], dtype=torch.bool)
+                labels = tensors["labels"][:, start + 1 :]
+                wanted = torch.zeros_like(tensors["labels"][:, start:], dtype=torch.bool)
                 wanted[:, :-1] = labels != NOT_TRAINED
                 positions[:] = [wanted]
-                logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits[0]
+                logits = model(
+                    input_ids=tensors["input_ids"][:, start:],
+                    attention_mask=tensors["attention_mask"],
+                    past_key_values=repeated(beginning, len(batch)),
+                ).logits[0]
                 targets = labels[wanted[:, :-1]]
                 nll = functional.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
                 first = (logits.argmax(dim=-1) == targets).cpu()
                 taken = 0
                 for item in batch:
                     turns = []
-                    for start, end in item.runs:
-                        part = slice(taken, taken + end - start)
-                        turns.append((float(nll[part].sum()), end - start, int(first[part].sum())))
+                    for begin, end in item.runs:
+                        part = slice(taken, taken + end - begin)
+                        turns.append((float(nll[part].sum()), end - begin, int(first[part].sum())))
                         taken = part.stop
                     found[item.id] = Likelihood(turns)
                 if on_done is not None:
@@ -109,6 +122,39 @@ def likelihoods(
     finally:
         hook.remove()
     return [found[item.id] for item in items]
+
+
+def shared_beginning(items: Sequence[Item]) -> list[int]:
+    """The tokens that all items begin with, up to the one before the first reply."""
+    if len(items) < 2:
+        return []
+    prompts = [item.input_ids[: item.runs[0][0] - 1] for item in items]
+    first, last = min(prompts), max(prompts)  # what these two share, all between them share
+    return [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+
+
+def computed_once(model: "PreTrainedModel", ids: Sequence[int]) -> "Cache | None":
+    """Keys and values of a beginning; None where it is too short to matter or the model keeps something else."""
+    import torch
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if len(ids) < LEAST_SHARED:
+        return None
+    cache = DynamicCache(config=model.config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None  # windows and states that cannot be repeated for a batch
+    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def repeated(cache: "Cache | None", rows: int) -> "Cache | None":
+    """A copy of a beginning for each row of a batch."""
+    if cache is None:
+        return None
+    own = copy.deepcopy(cache)
+    own.batch_repeat_interleave(rows)
+    return own
 
 
 def quantised_likelihoods(

@@ -1,48 +1,54 @@
-"""Where a model is better or worse: by source, author of the reference, turn and length."""
+"""Where a model is better or worse: every metric by source, author of the reference, turn and length."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fine_tuning.evaluation.evaluate_settings import IntervalSettings
+from fine_tuning.evaluation.measurements import Metrics, likelihood_columns, summarise
+from fine_tuning.evaluation.metrics import REPLY_COLUMNS
+
 LENGTHS = ((32, "up to 32 tokens"), (128, "33 to 128 tokens"), (512, "129 to 512 tokens"))
 LATER_TURNS = 4  # turns from here on are one slice
+DRAWS = 500  # of the bootstrap; enough for intervals that decide nothing
 
 
-def slices(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """{dimension: {slice: {contender: {perplexity, token_accuracy, replies, tokens}}}}; dimensions of one slice go."""
-    sums: dict[str, dict[str, dict[str, list[float]]]] = {}
+def slices(
+    records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings
+) -> dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]:
+    """{dimension: {slice: {contender: {metric: {value, low, high, n}}}}}; dimensions of one slice are left out.
+
+    A generated reply counts in the slices of the turn that it stands for.
+    """
+    found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for line in records:
-        for dimension, name, turn in _turns(line):
-            own = sums.setdefault(dimension, {}).setdefault(name, {}).setdefault(line["contender"], [0.0, 0, 0, 0])
-            nll = math.nan if turn["nll"] is None else turn["nll"]
-            for index, number in enumerate((nll, turn["tokens"], turn["correct"], 1)):
-                own[index] += number
+        turns: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
+        for index, turn in enumerate(line["turns"]):
+            for place in _slices_of(line, index, turn):
+                turns.setdefault(place, []).append((index, turn))
+        for (dimension, name), members in turns.items():
+            part = {key: line[key] for key in ("id", "cluster")} | likelihood_columns([turn for _, turn in members])
+            if any(index == line.get("asked") for index, _ in members):
+                part |= {column: line[column] for column in REPLY_COLUMNS}
+            contenders = found.setdefault(dimension, {}).setdefault(name, {})
+            contenders.setdefault(line["contender"], []).append(part)
+    quick = settings.model_copy(update={"draws": min(DRAWS, settings.draws)})
     return {
         dimension: {
-            name: {
-                contender: {
-                    "perplexity": math.exp(min(nll / tokens, 700.0)),
-                    "token_accuracy": correct / tokens,
-                    "replies": replies,
-                    "tokens": tokens,
-                }
-                for contender, (nll, tokens, correct, replies) in contenders.items()
-            }
-            for name, contenders in sorted(found.items())
+            name: {contender: summarise(parts, metrics, quick) for contender, parts in contenders.items()}
+            for name, contenders in sorted(names.items())
         }
-        for dimension, found in sums.items()
-        if len(found) > 1
+        for dimension, names in found.items()
+        if len(names) > 1
     }
 
 
-def _turns(line: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for index, turn in enumerate(line["turns"], start=1):
-        yield "author of the reply", turn["author"] if turn["reference"] else f"{turn['author']} (no reference)", turn
-        if not turn["reference"]:
-            continue
-        yield "source", line["source"], turn
-        yield "turn", str(index) if index < LATER_TURNS else f"{LATER_TURNS} and later", turn
-        yield "length of the reply", _length(turn["tokens"]), turn
+def _slices_of(line: dict[str, Any], index: int, turn: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "author of the reply", turn["author"] if turn["reference"] else f"{turn['author']} (no reference)"
+    if not turn["reference"]:
+        return
+    yield "source", line["source"]
+    yield "turn", str(index + 1) if index + 1 < LATER_TURNS else f"{LATER_TURNS} and later"
+    yield "length of the reply", _length(turn["tokens"])
 
 
 def _length(tokens: int) -> str:

@@ -1,6 +1,5 @@
 """The shape of the replies: do they end by themselves, are they empty or looping, how long and how varied are they."""
 
-import itertools
 import re
 from typing import ClassVar
 
@@ -8,14 +7,14 @@ import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.evaluation.metrics import SummedMetric, ratio, words
 
 CONTROL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
 LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric
 
 
 class Replies(SummedMetric):
-    """Shares of replies, the length against the reference, and distinct-2 (Li et al. 2016) within a reply."""
+    """Shares of replies, the length against the reference, and distinct-1 to -3 (Li et al. 2016) within a reply."""
 
     higher_is_better: ClassVar = {
         "self_ended": True,
@@ -23,7 +22,9 @@ class Replies(SummedMetric):
         "loops": False,
         "control_tokens": False,
         "length_ratio": None,
+        "distinct_1": True,
         "distinct_2": True,
+        "distinct_3": True,
     }
 
     def _info(self) -> evaluate.MetricInfo:
@@ -37,19 +38,17 @@ class Replies(SummedMetric):
     def statistics(self, predictions: list[str], references: list[str], finished: list[bool]) -> np.ndarray:
         rows = []
         for prediction, reference, ended in zip(predictions, references, finished, strict=True):
-            words = prediction.split()
-            pairs = list(itertools.pairwise(words))
+            said = words(prediction) or list("".join(prediction.split()))  # of punctuation alone: its characters
             rows.append(
                 [
                     1.0,
                     ended,
                     not prediction.strip(),
-                    loops(words),
+                    loops(said),
                     bool(CONTROL.search(prediction)),
                     len(prediction),
                     len(reference),
-                    len(set(pairs)),
-                    len(pairs),
+                    *(number for size in (1, 2, 3) for number in distinct(said, size)),
                 ]
             )
         return np.array(rows, dtype=float)
@@ -62,16 +61,22 @@ class Replies(SummedMetric):
             "loops": ratio(sums[..., 3], replies),
             "control_tokens": ratio(sums[..., 4], replies),
             "length_ratio": ratio(sums[..., 5], sums[..., 6]),
-            "distinct_2": ratio(sums[..., 7], sums[..., 8]),
+            **{f"distinct_{size}": ratio(sums[..., 5 + 2 * size], sums[..., 6 + 2 * size]) for size in (1, 2, 3)},
         }
 
 
-def loops(words: list[str]) -> bool:
+def distinct(said: list[str], size: int) -> tuple[int, int]:
+    """How many runs of so many words differ, of how many."""
+    runs = list(zip(*(said[start:] for start in range(size)), strict=False))
+    return len(set(runs)), len(runs)
+
+
+def loops(said: list[str]) -> bool:
     """Whether some phrase of up to twelve words stands LOOP_REPEATS times in a row."""
     for size in range(1, 13):
         run = 0
-        for index in range(size, len(words)):
-            run = run + 1 if words[index] == words[index - size] else 0
+        for index in range(size, len(said)):
+            run = run + 1 if said[index] == said[index - size] else 0
             if run >= size * (LOOP_REPEATS - 1):
                 return True
     return False

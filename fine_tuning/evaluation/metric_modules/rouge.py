@@ -1,23 +1,20 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L of the replies by rouge-score: mean F1, 0 to 1 (Lin 2004)."""
 
-import re
-
 import datasets
 import evaluate
 import numpy as np
 from rouge_score import rouge_scorer
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.evaluation.metrics import SummedMetric, ratio, words
 
 TYPES = ("rouge1", "rouge2", "rougeL")
-WORD = re.compile(r"\w+")
 
 
 class WordTokenizer:
     """Words of any script. The scorer's own keeps a-z and 0-9 alone, and finds nothing in Greek or Cyrillic."""
 
     def tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text.lower())
+        return words(text)
 
 
 class Rouge(SummedMetric):
