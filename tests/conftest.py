@@ -17,6 +17,18 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trained_project(tmp_path_factory, tiny_base):
+    """A project whose real pipeline has run once on forty conversations: to be copied."""
+    from tests.project import conversations, new_project
+
+    project = new_project(tmp_path_factory.mktemp("trained") / "project", tiny_base)
+    project.import_conversations(conversations(), "first")
+    project.run("dvc", "repro")
+    project.commit("First model")
+    return project
+
+
+@pytest.fixture(scope="session")
 def promotable(tmp_path_factory, tiny_base):
     """A project whose pipeline has run, beside an MLflow store whose tables are made: both to be copied."""
     from mlflow import MlflowClient
@@ -69,3 +81,30 @@ def _enter_copy(project, tmp_path, monkeypatch):
     for name in ("OLLAMA_HOST", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless chromium."""
+    from playwright.sync_api import sync_playwright
+
+    from tests.browser import CHROMIUM
+
+    with sync_playwright() as playwright:
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A phone-sized page that remembers every address it asked for."""
+    from tests.browser import PHONE
+
+    page = browser.new_page(viewport=PHONE)
+    page.set_default_timeout(60_000)
+    page.asked = []
+    page.on("request", lambda request: page.asked.append(request.url))
+    yield page
+    page.close()

@@ -8,17 +8,12 @@ import os
 import pytest
 import yaml
 
-from tests.project import Project, conversations, new_project
+from tests.project import Project
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_base) -> Project:
-    """A project whose pipeline has run once on forty conversations."""
-    project = new_project(tmp_path_factory.mktemp("uses") / "project", tiny_base)
-    project.import_conversations(conversations(), "first")
-    project.run("dvc", "repro")
-    project.commit("First model")
-    return project
+@pytest.fixture
+def trained(trained_project) -> Project:
+    return trained_project
 
 
 def read(project: Project, name: str):
