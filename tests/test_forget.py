@@ -1,0 +1,483 @@
+"""Forgetting: found everywhere, gone everywhere, at whatever moment the process dies, and it does not come back."""
+
+import gzip
+import json
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from fine_tuning.commands import forget as forgetting
+from fine_tuning.commands.forget_steps import STEPS
+from fine_tuning.commands.promote import open_registry
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.erasure import Selection, clear_shards, collect
+from fine_tuning.data_collection.shards import describe_shard, shard_paths, write_shard
+from fine_tuning.data_collection.tombstones import Tombstones
+from fine_tuning.data_collection.traces import Traces
+from fine_tuning.errors import UserError
+from fine_tuning.project import sha256_file
+from fine_tuning.records import read_json, write_json
+from tests.fake_ollama import FakeOllama
+from tests.project import Project
+from tests.registered import environment, sh
+
+ROOT = Path(__file__).parents[1]
+CANARY = "My grandmother keeps a violet parrot named Quetzalina in the attic, what does it eat?"
+ANSWER = "A violet parrot such as Quetzalina likes fresh pomegranate seeds and toasted buckwheat."
+WORDS = (b"Quetzalina", b"violet parrot", b"pomegranate")
+
+
+def conversation(identity: str, question: str, answer: str, **metadata: str) -> dict:
+    messages = [
+        {"id": f"{identity}-0", "role": "user", "content": question},
+        {"id": f"{identity}-1", "role": "assistant", "content": answer},
+    ]
+    start = "2026-01-01T00:00:00.000Z"
+    return {"id": identity, "source": "chat", "started_at": start, "messages": messages} | {
+        "feedback": [],
+        "metadata": metadata,
+    }
+
+
+def others() -> list[dict]:
+    return [conversation(f"other-{n}", f"What does lamp number {n} cost?", f"It costs {n} euros.") for n in range(4)]
+
+
+def canary() -> dict:
+    return conversation("canary-conversation-of-zoe-0001", CANARY, ANSWER, user_id="zoe")
+
+
+# -----------------------------------------------------------------------------
+# a quick project: two stages that stand for the nine, and every place where a conversation can be
+
+MAKE = """
+import gzip, json, pathlib, pyarrow, pyarrow.parquet, zstandard
+shards = sorted(pathlib.Path("data/conversations").glob("*.jsonl"))
+rows = [json.loads(line) for shard in shards for line in shard.open()]
+lines = "".join(json.dumps(row) + "\\n" for row in rows)
+ledger = pathlib.Path("data/splits/ledger.jsonl")
+known = {line["id"]: line for line in map(json.loads, ledger.open())} if ledger.exists() else {}
+for folder in ("clean", "exports", "prepared", "splits"):
+    pathlib.Path("data", folder).mkdir(parents=True, exist_ok=True)
+pathlib.Path("data/clean/all.jsonl").write_text(lines)
+pathlib.Path("data/exports/all.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+pathlib.Path("data/exports/all.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+table = {"id": [row["id"] for row in rows], "messages": [json.dumps(row["messages"]) for row in rows]}
+pyarrow.parquet.write_table(pyarrow.table(table), "data/prepared/train.parquet", compression="zstd")
+known |= {row["id"]: {"id": row["id"], "split": "train", "salt": "s"} for row in rows}
+ledger.write_text("".join(json.dumps(known[key]) + "\\n" for key in sorted(known)))
+"""
+TRAIN = """
+import hashlib, numpy, pathlib
+from safetensors.numpy import save_file
+digest = hashlib.sha256(pathlib.Path("data/prepared/train.parquet").read_bytes()).digest()
+pathlib.Path("models/adapter").mkdir(parents=True)
+save_file({"lora": numpy.frombuffer(digest, numpy.uint8)}, "models/adapter/adapter_model.safetensors")
+"""
+PIPELINE = """
+stages:
+  make:
+    cmd: {python} make.py
+    deps: [make.py, data/conversations]
+    outs: [data/clean, data/exports, data/prepared, data/splits: {{persist: true}}]
+  train:
+    cmd: {python} train.py
+    deps: [train.py, data/prepared/train.parquet]
+    outs: [models/adapter]
+"""
+PARAMS = """
+train: {start_from: null}
+deploy: {name: trial, host: "http://127.0.0.1:9", more_hosts: [], timeout: 5.0, stream_timeout: 60.0}
+"""
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Path:
+    """A project that learned from the canary after it had learned without it; a remote that holds both."""
+    folder = tmp_path_factory.mktemp("planted") / "project"
+    (folder / "data/conversations").mkdir(parents=True)
+    (folder / "models").mkdir()
+    (folder / "make.py").write_text(MAKE)
+    (folder / "train.py").write_text(TRAIN)
+    (folder / "dvc.yaml").write_text(PIPELINE.format(python=sys.executable))
+    (folder / "params.yaml").write_text(PARAMS)
+    write_json(folder / "models/champion.json", {"version": None})
+    for name in (".gitignore", ".gitattributes"):
+        shutil.copy(ROOT / name, folder)
+    shards = folder / "data/conversations"
+    first, _ = write_shard(shards, "20260101T000000000-import", others())
+    for command in ("git init -q -b main", "git config user.email t@example.org", "git config user.name T"):
+        sh(folder, command)
+    for command in ("dvc init -q", f"dvc remote add -q -d store {folder.parent / 'remote'}"):
+        sh(folder, command)
+    step(folder, [first], "Without it")
+    shutil.copy(folder / ADAPTER, folder.parent / "never-saw-it.safetensors")
+    second, _ = write_shard(shards, "20260102T000000000-chat", [canary(), *others()[:1]])
+    step(folder, [first, second], "With it")
+    return folder
+
+
+def step(folder: Path, shards: list[Path], message: str) -> None:
+    """Track, reproduce, commit, push."""
+    write_json(folder / "data/manifest.json", {"shards": [describe_shard(shard) for shard in shards]})
+    for command in ("dvc add -q data/conversations", "dvc repro -q", "git add -A", f"git commit -qm '{message}'"):
+        sh(folder, command)
+    sh(folder, "dvc push -q")
+
+
+@pytest.fixture
+def project(planted, tmp_path, monkeypatch) -> Path:
+    """A copy with a remote of its own, an inbox, notes of the app and a registry; the current folder."""
+    for name in ("OLLAMA_HOST", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "project"
+    shutil.copytree(planted.parent / "remote", tmp_path / "remote")
+    shutil.copytree(planted, folder, symlinks=True)
+    shutil.copy(planted.parent / "never-saw-it.safetensors", tmp_path)
+    monkeypatch.chdir(folder)
+    sh(folder, f"dvc remote modify -q store url {tmp_path / 'remote'}")
+    sh(folder, "git commit -qam 'Another remote'")
+    log = ConversationLogger("inbox/conversations.jsonl")
+    log.log_conversation("Is the shop open?", "Yes, until six.", {"session_id": "kept"})
+    log.log_conversation(f"Again: {CANARY}", ANSWER, {"session_id": canary()["id"], "user_id": "zoe"})
+    log.log_feedback(f"{canary()['id']}-1", -1, comment="The violet parrot hates buckwheat, said grandmother")
+    Path("inbox/old.jsonl.torn").write_text('{"event": "exchange", "user_message": "' + CANARY[:60] + "\n")
+    write_json(".whetstone/titles.json", {canary()["id"]: "The violet parrot", "kept": "Shop"})
+    memo = Path(".whetstone/memo/clean/0123/cleaned.jsonl")
+    memo.parent.mkdir(parents=True)
+    memo.write_text(json.dumps(canary()))
+    register(1, ["other-0", "other-1"], tmp_path / "never-saw-it.safetensors", "nothing")
+    return folder
+
+
+def register(number: int, ids: list[str], adapter: Path, report: str) -> None:
+    """A version of these conversations, with the artifacts that promoting one leaves, and champion."""
+    registry = open_registry("trial")
+    staged = Path(".whetstone/staged")
+    (staged / "adapter").mkdir(parents=True)
+    shutil.copy(adapter, staged / "adapter")
+    write_json(staged / "provenance/conversations.json", {"train": ids, "validation": [], "test": []})
+    (staged / "reports").mkdir()
+    (staged / "reports/side_by_side.md").write_text(report)
+    digest = sha256_file(adapter)
+    tags = {"adapter_sha256": digest, "gguf_sha256": "0" * 64, "gguf_md5": "0" * 32}
+    version, _ = registry.register(f"{number:064x}", staged, tags, {})
+    old = registry.by_alias("champion")
+    registry.promote(version.number, old.number if old else None)
+    shutil.rmtree(staged)
+    assert version.number == number
+
+
+def places_with_words(*folders: Path) -> list[str]:
+    """Files that hold the canary's words, read by other means than the code that is tested."""
+    found = []
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file() and any(word in data for data in contents(path) for word in WORDS):
+                found.append(str(path.relative_to(folder)))
+    return found
+
+
+def contents(path: Path) -> list[bytes]:
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        return [gzip.decompress(raw)]
+    if raw[:4] == b"\x28\xb5\x2f\xfd":
+        return [zstandard.ZstdDecompressor().decompressobj().decompress(raw)]
+    if raw[:4] == b"PAR1":
+        return [json.dumps(pyarrow.parquet.read_table(path).to_pylist(), default=str).encode()]
+    if raw[:2] in (b"x\x01", b"x\x9c"):  # git's objects
+        import zlib
+
+        return [zlib.decompress(raw)]
+    return [raw]
+
+
+def forget_in_process(**selection: str) -> tuple[int, list[str]]:
+    said: list[str] = []
+    where = forgetting.find(Selection(**selection))
+    return forgetting.forget(where, say=said.append), said
+
+
+# -----------------------------------------------------------------------------
+# the whole of it
+
+
+def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_path):
+    register(2, [canary()["id"], "other-0"], ADAPTER, f"| {CANARY} |")
+    assert len(places_with_words(project, tmp_path / "remote")) >= 20
+    where = forgetting.find(Selection(user="zoe"))
+    text = "\n".join(forgetting.describe(where))
+    for place in (
+        "inbox/conversations.jsonl: 2 events",
+        "inbox/old.jsonl.torn: 1 event",
+        "20260102T000000000-chat",
+        "data/clean",
+        "data/exports: 2 files",
+        "data/prepared",
+        "data/splits",
+        ".whetstone",
+        "DVC's cache",
+        "remote store",
+        "model trial:2 (champion): learned from it",
+        "MLflow's artifacts",
+    ):
+        assert place in text
+    assert CANARY not in text and where.learned["versions"] == [2]
+
+    said: list[str] = []
+    assert forgetting.forget(where, say=said.append) == 0, said
+    assert places_with_words(project, tmp_path / "remote") == []
+    assert sha256_file(ADAPTER) == sha256_file(tmp_path / "never-saw-it.safetensors")
+    assert "  nothing of it is left there" in said
+    assert not any(word.decode() in line for word in WORDS for line in said)
+    assert "model trial:2, which learned from it and is marked: --withdraw takes it out of use" in "\n".join(said)
+    assert open_registry("trial").version(2).tags["forgotten"].startswith("1 conversation")
+    assert open_registry("trial").by_alias("champion").number == 2
+    logged = ConversationLogger("inbox/conversations.jsonl").read_conversations()
+    assert [c["id"] for c in logged] == ["kept"] and read_json(".whetstone/titles.json") == {"kept": "Shop"}
+    assert not Path(".whetstone/forget.json").exists()
+
+
+def test_the_commits_before_keep_what_does_not_hold_it(project):
+    before = sh(project, "git rev-parse HEAD~2").strip()
+    assert forget_in_process(user="zoe")[0] == 0
+    sh(project, "git stash -qu")
+    sh(project, f"git checkout -q {before}")
+    sh(project, "dvc checkout -q")
+    assert len(list(Path("data/conversations").iterdir())) == 1
+
+
+def test_killed_at_every_step_it_goes_on_and_ends_in_the_same_state(project, tmp_path):
+    for name, _ in STEPS:
+        words = ("--resume",) if Path(".whetstone/forget.json").exists() else ("--user", "zoe", "--yes")
+        done = run(project, *words, killed_after=name)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        journal = Path(".whetstone/forget.json").read_bytes()
+        assert not any(word in journal for word in (*WORDS, CANARY.encode()))
+        refused = run(project, "--user", "zoe")
+        assert "forget --resume" in refused.stderr and refused.returncode == 1
+    done = run(project, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert places_with_words(project, tmp_path / "remote") == []
+    assert sha256_file(ADAPTER) == sha256_file(tmp_path / "never-saw-it.safetensors")
+
+
+def run(folder: Path, *words: str, killed_after: str = "") -> subprocess.CompletedProcess:
+    """The command in a process of its own, which dies when a step is over and the journal does not know it yet."""
+    program = f"""
+import os, signal, sys
+from fine_tuning.commands import forget_steps
+from fine_tuning.errors import run
+from fine_tuning.__main__ import main
+def dying(step):
+    def do(work):
+        step(work)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return do
+steps = [(name, dying(step) if name == {killed_after!r} else step) for name, step in forget_steps.STEPS]
+forget_steps.STEPS = tuple(steps)
+sys.argv = ["fine_tuning", "forget", *{words!r}]
+run(main)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_on_request_models_that_learned_from_it_leave_aliases_registry_and_ollama(project):
+    register(2, [canary()["id"]], ADAPTER, "nothing")
+    write_json("models/champion.json", {"version": 2, "adapter_sha256": sha256_file(ADAPTER)})
+    gguf = Path(".whetstone/model.gguf")
+    gguf.write_bytes(b"GGUF" + bytes(64))
+    from fine_tuning.integration.ollama_client import OllamaClient
+
+    with FakeOllama() as server:
+        client = OllamaClient(server.host)
+        client.upload_blob(gguf, sha256_file(gguf))
+        for name in ("trial:2", "trial:live", "other:1"):
+            client.create(name, {"files": {"model.gguf": f"sha256:{sha256_file(gguf)}"}, "system": name[:5]})
+        where = forgetting.find(Selection(user="zoe"))
+        assert forgetting.forget(where, withdraw=True, hosts=[server.host], say=lambda line: None) == 0
+        assert set(client.digests()) == {"other:1"}
+    registry = open_registry("trial")
+    assert [version.number for version in registry.versions()] == [1]
+    assert registry.by_alias("champion") is None and registry.by_alias("previous").number == 1
+    assert read_json("models/champion.json") == {"version": None}
+
+
+# -----------------------------------------------------------------------------
+# it does not come back
+
+
+def test_a_tombstone_keeps_it_from_being_imported_and_sealed_again(project, tmp_path):
+    assert forget_in_process(user="zoe")[0] == 0
+    file = tmp_path / "again.jsonl"
+    file.write_text(json.dumps({"messages": [{k: m[k] for k in ("role", "content")} for m in canary()["messages"]]}))
+    shown = fine_tuning(project, "import", str(file))
+    assert "0 taken" in shown and "1 left out (forgotten: data/forgotten.jsonl)" in shown
+    log = ConversationLogger("inbox/conversations.jsonl")
+    log.log_conversation(CANARY, ANSWER, {"session_id": canary()["id"]})
+    assert "1 conversations were left out" in fine_tuning(project, "seal")
+    assert places_with_words(project) == []
+    assert b"zoe" not in Path("data/forgotten.jsonl").read_bytes()
+
+
+def test_what_another_clone_brings_back_is_refused_and_forgotten_again(project):
+    from stages import intake
+
+    assert forget_in_process(user="zoe")[0] == 0
+    write_shard("data/conversations", "20260103T000000000-chat", [canary()])
+    with pytest.raises(UserError, match="forget --again"):
+        intake.refuse_forgotten(shard_paths("data/conversations"))
+    status, said = forget_in_process(tombstones=Tombstones("data/forgotten.jsonl"))
+    assert status == 0, said
+    assert places_with_words(project) == []
+
+
+def fine_tuning(folder: Path, *words: str) -> str:
+    command = [sys.executable, "-m", "fine_tuning", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -----------------------------------------------------------------------------
+# refusals, and what is not ours
+
+
+def test_nothing_is_changed_without_a_yes(project):
+    done = run(project, "--user", "zoe")
+    assert (
+        done.returncode == 1 and done.stderr.startswith("error: nothing was changed") and "remote store" in done.stdout
+    )
+    assert not Path("data/forgotten.jsonl").exists() and len(places_with_words(project)) > 10
+
+
+def test_an_unknown_name_is_one_line(project):
+    with pytest.raises(UserError, match="no conversation here"):
+        forgetting.find(Selection(conversation="nobody"))
+
+
+def test_words_in_git_and_in_files_of_the_user_are_named_and_not_called_forgotten(project):
+    Path("notes").mkdir()
+    Path("notes/chat.txt").write_text(CANARY)
+    sh(project, "git add notes && git commit -qm 'A mistake'")
+    status, said = forget_in_process(user="zoe")
+    text = "\n".join(said)
+    assert status == 1 and "STILL THERE: notes/chat.txt" in text and "STILL THERE: git: notes/chat.txt" in text
+    Path("notes/chat.txt").unlink()
+    for command in (
+        "git reset -q HEAD~1",
+        "git reflog expire --expire=now --all",
+        "git gc -q --prune=now",
+    ):
+        sh(project, command)
+    said.clear()
+    assert forgetting.resume(say=said.append) == 0, said
+
+
+def test_a_remote_that_is_down_is_named_and_looked_into_when_it_is_back(project, tmp_path):
+    sh(project, "dvc remote add -q s3 s3://nowhere/data")
+    sh(project, "dvc remote modify -q s3 endpointurl http://127.0.0.1:9")
+    status, said = forget_in_process(user="zoe")
+    assert status == 1 and any(line.startswith("  remote s3: ") for line in said)
+    sh(project, "dvc remote remove -q s3")
+    assert forgetting.resume(say=said.append) == 0
+
+
+def test_a_run_that_goes_on_from_a_model_that_learned_is_refused(project):
+    Path("params.yaml").write_text(PARAMS.replace("null", sha256_file(ADAPTER)[:12]))
+    with pytest.raises(UserError, match=r"train\.start_from"):
+        forgetting.find(Selection(user="zoe"))
+
+
+# -----------------------------------------------------------------------------
+# parts
+
+
+def test_traces_find_words_in_every_container_and_nothing_else(tmp_path):
+    traces = Traces.of([CANARY])
+    assert not any(word in json.dumps(traces.known).encode() for word in WORDS)
+    plain = json.dumps(canary()).encode()
+    files = {
+        "json": plain,
+        "gz": gzip.compress(plain),
+        "zst": zstandard.compress(plain),
+        "csv": b"a," + CANARY.encode(),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [[CANARY]]}), tmp_path / "parquet", compression="zstd")
+    with sqlite3.connect(tmp_path / "sqlite") as database:
+        database.execute("CREATE TABLE t (words TEXT)")
+        database.execute("INSERT INTO t VALUES (?)", (CANARY,))
+    for name in (*files, "parquet", "sqlite"):
+        assert traces.in_file(tmp_path / name), name
+    (tmp_path / "long").write_bytes(b"x" * (1 << 16) + plain)
+    assert traces.in_file(tmp_path / "long")
+    assert not traces.in_bytes(json.dumps(others()).encode())
+    assert Traces.of(["Öffnungszeiten der städtischen Bücherei"]).in_bytes(
+        json.dumps("Die Öffnungszeiten der städtischen Bücherei").encode()
+    )
+
+
+def test_what_others_say_too_is_no_trace(tmp_path):
+    shard, _ = write_shard(tmp_path, "s", [canary(), conversation("b", CANARY, "Something else entirely, of course")])
+    found = collect(Selection(conversation=canary()["id"]), [shard], [])
+    assert not found.people.in_bytes(CANARY.encode()) and found.models.in_bytes(ANSWER.encode())
+
+
+def test_a_shard_is_written_anew_in_its_place_and_a_crash_in_between_changes_nothing(tmp_path, monkeypatch):
+    folder, manifest = tmp_path / "shards", tmp_path / "manifest.json"
+    first, _ = write_shard(folder, "1-chat", [canary(), *others()])
+    second, _ = write_shard(folder, "2-chat", others())
+    write_json(manifest, {"shards": [describe_shard(first), describe_shard(second)]})
+    found = collect(Selection(user="zoe"), [first, second], [])
+    with monkeypatch.context() as crash:
+        crash.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            clear_shards(folder, manifest, found)
+    clear_shards(folder, manifest, found)
+    names = [entry["name"] for entry in read_json(manifest)["shards"]]
+    assert names == [path.name for path in shard_paths(folder, manifest)] and names[1] == second.name
+    assert names[0].startswith("1-chat-") and len(names) == 2
+    assert (folder / names[0]).read_bytes() == second.read_bytes()
+    assert read_json(manifest)["shards"][0] == describe_shard(folder / names[0])
+
+
+# -----------------------------------------------------------------------------
+# the real pipeline
+
+
+def test_after_forgetting_the_real_pipeline_trains_the_bytes_of_one_that_never_saw_it(trained_project, tmp_path):
+    project: Project = trained_project.copy(tmp_path / "project")
+    quick = {"generation": {"items": 2, "max_tokens": 8, "slots": 1}, "quantised_items": 0, "forgetting": False}
+    project.set_params(evaluate=quick | {"test_prompts": ["Who are you?"]})
+    messages = [{"role": m["role"], "content": m["content"]} for m in canary()["messages"]]
+    project.import_conversations([{"messages": messages, "metadata": {"user_id": "zoe"}}], "canary")
+    project.run("dvc", "repro")
+    project.commit("With it")
+    adapter = Path("models/adapter/adapter_model.safetensors")
+    assert sha256_file(project.folder / adapter) != sha256_file(trained_project.folder / adapter)
+    assert len(places_with_words(project.folder)) > 20
+    shutil.rmtree(project.folder / ".dvc/cache/runs")  # or DVC takes the adapter from there, and nothing is trained
+    shown = project.run("python", "-m", "fine_tuning", "forget", "--user", "zoe", "--yes")
+    assert "nothing of it is left there" in shown and "Running stage 'train'" in shown
+    assert places_with_words(project.folder) == []
+    assert sha256_file(project.folder / adapter) == sha256_file(trained_project.folder / adapter)
+    assert "up to date" in project.run("dvc", "repro")
