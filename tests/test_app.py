@@ -251,16 +251,18 @@ def test_the_live_version_answers_through_ollama_where_one_is_there(checkout):
     assert logged(checkout)[0]["assistant_response"] == "Restart it."
 
 
-def test_a_reply_that_breaks_off_is_kept_and_marked(checkout):
+@pytest.mark.parametrize("fault", ["cut", "error line", "reset in stream", "hang in stream"])
+def test_a_reply_that_breaks_off_is_kept_and_marked(checkout, fault):
     with FakeOllama(reply="Restart the router and wait.") as ollama:
         live_version(ollama, 1)
-        served(ollama.host, checkout)
+        served(ollama.host, checkout, timeout=1.0)
         at = open_chat()
-        ollama.faults["POST /api/chat"] = "cut"
+        ollama.faults["POST /api/chat"] = fault
         at = say(at, "Hello?")
         (event,) = logged(checkout)
+        assert event["assistant_response"] == "Restart "
         assert event["metadata"]["incomplete"] == "failed"
-        assert len(at.error) == 1
+        assert len(at.error) == 1 and "\n" not in at.error[0].value
 
         at = settle(at.button(key="again").click().run())
     messages = conversation(checkout)["messages"]
@@ -284,6 +286,26 @@ def test_a_failing_server_costs_no_text(checkout, fault):
 
         at.button(key="take-back").click().run()
         assert at.chat_input(key="message").proto.value == "A long question that took me a while"
+
+
+def test_a_server_that_goes_meanwhile_costs_no_text(checkout):
+    with FakeOllama() as ollama:
+        live_version(ollama, 1)
+        served(ollama.host, checkout)
+        at = open_chat()
+    at = say(at, "Are you there?")
+    (error,) = at.error
+    assert "no Ollama answers" in error.value.replace("\\", "")
+    assert "Are you there?" in [markdown.value for markdown in at.markdown]
+    st.cache_data.clear()
+    at = say_again_with_what_is_left(at)
+    assert logged(checkout)[0]["metadata"]["engine"] == "embedded"
+
+
+def say_again_with_what_is_left(at: AppTest) -> AppTest:
+    at.run()
+    assert at.selectbox(key="model").value.endswith("built-in engine")
+    return settle(at.button(key="again").click().run())
 
 
 def test_a_server_that_is_gone_leaves_the_built_in_engine(checkout):
@@ -313,6 +335,38 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_prompt(
     assert "Be brief." in text and "last" in text and "user 29" in text and "user 1<" not in text
     with pytest.raises(UserError, match=r"app\.context"):
         fitting_prompt(tokenizer, [{"role": "user", "content": "word " * 500}], None, room=120)
+
+
+def test_an_engine_that_dies_in_mid_reply_is_one_line_and_the_next_try_answers(checkout):
+    params = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(params.replace("max_tokens: 24", "max_tokens: 400"))
+    at = open_chat()
+    at.chat_input(key="message").set_value("Tell me all").run()
+    question = desk.of(at.query_params["chat"])
+    while not question.reply.text and question.waiting:
+        time.sleep(0.005)
+    (engine,) = shared_engines.running()
+    engine._process.kill()
+    at = settle(at)
+    assert "llama" in at.error[0].value
+    assert [event["metadata"]["incomplete"] for event in logged(checkout)] == ["failed"]
+    settle(at.button(key="again").click().run())
+    assert "incomplete" not in logged(checkout)[1]["metadata"]
+
+
+def test_switching_between_models_holds_no_more_engines_than_its_limit(checkout):
+    options = {"context": 256, "threads": 1, "slots": 1, "timeout": 30}
+    first = checkout / "models/base/base-Q8_0.gguf"
+    files = [first, checkout / "b.gguf", checkout / "c.gguf"]
+    for copy in files[1:]:
+        copy.write_bytes(first.read_bytes())
+    engines, started = SharedEngines(limit=2), []
+    for gguf in files * 3:
+        with engines.use(gguf, **options) as engine:
+            started.append(engine.pid)
+    living = [pid for pid in dict.fromkeys(started) if Path(f"/proc/{pid}").exists()]
+    assert len(set(started)) > 3 and len(living) == 2, "what was ended has given its memory back"
+    engines.close()
 
 
 def test_two_people_are_answered_at_once_by_one_engine(checkout):

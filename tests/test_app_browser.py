@@ -2,97 +2,24 @@
 
 import json
 import shutil
-import socket
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import psutil
 import pytest
 
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from tests.app_checkout import APP, REPOSITORY, environment, write_checkout
+from tests.app_checkout import REPOSITORY, environment, write_checkout
+from tests.browser import app_process, events, needs_chromium, running_app, send, strangers, until
 from tests.fake_ollama import FakeOllama, Manifest
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: `apt-get install chromium`")
+pytestmark = needs_chromium
 
 EVIL = (
     "Look: ![pixel](http://tracker.example/p.png) <img src=http://tracker.example/q.png> "
     "<script>document.title='x'</script>"
 )
-
-
-@contextmanager
-def running_app(checkout: Path) -> Iterator[str]:
-    """`streamlit run` in a checkout, as `make chat` does it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", str(APP), "--server.port", str(port)],
-        cwd=checkout,
-        env=environment() | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                if httpx.get(f"{address}/_stcore/health", trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def page(browser):
-    """A phone-sized page that remembers every address it asked for."""
-    page = browser.new_page(viewport={"width": 390, "height": 844})
-    page.set_default_timeout(45_000)
-    page.asked = []
-    page.on("request", lambda request: page.asked.append(request.url))
-    yield page
-    page.close()
-
-
-def send(page, text: str) -> None:
-    box = page.get_by_test_id("stChatInputTextArea")
-    box.fill(text)
-    box.press("Enter")
-
-
-def events(checkout: Path) -> list[dict]:
-    return list(ConversationLogger(checkout / "inbox/conversations.jsonl").read_events())
-
-
-def until(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
-
-
-def strangers(page, address: str) -> list[str]:
-    return [url for url in page.asked if not url.startswith((address, "data:", "blob:"))]
 
 
 def live_model(ollama: FakeOllama) -> None:
@@ -209,3 +136,44 @@ def test_a_reply_goes_on_while_its_page_is_closed(served, page):
     page.goto(conversation)
     page.get_by_test_id("stChatMessage").get_by_text("Tell me everything").wait_for()
     page.get_by_role("radio", name="Thumbs up").wait_for()
+
+
+def test_a_drawing_in_a_reply_is_not_drawn(served, page):
+    address, _, ollama = served
+    page.goto(address)
+    page.get_by_test_id("stChatInputTextArea").wait_for()
+    drawing = 'flowchart TD\n    A@{ img: "http://tracker.example/m.png", label: "x", h: 60 }\n'
+    quoted = drawing.replace("\n", "\n> ")
+    spellings = ("mermaid", "MERMAID", "&#109;ermaid", "language-mermaid", "\\\\mermaid")
+    evil = [f"> ```{word}\n> {quoted}\n> ```\n" for word in spellings]
+    evil += [f"- ~~~{word}\n  {drawing}" for word in spellings] + [f"```mermaid\n{drawing}```\n"]
+    evil += [f"[^1]: ~~~mermaid\n    {drawing}\nsee [^1]\n"]
+    ollama.reply, before = "\n\n".join(evil), ollama.reply
+    send(page, "Draw")
+    page.get_by_role("radio", name="Thumbs up").wait_for()
+    ollama.reply = before
+    page.wait_for_timeout(1500)
+    shown = page.get_by_test_id("stChatMessage").nth(1)
+    assert "flowchart TD" in shown.inner_text()
+    assert shown.locator("svg[id^=mermaid], [data-testid*=Mermaid]").count() == 0
+    assert strangers(page, address) == []
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_the_engine_ends_with_the_app_and_what_came_of_a_reply_is_kept(tmp_path, tiny_base, page, end):
+    checkout = write_checkout(tmp_path, tiny_base, max_tokens=20_000, context=32_768, slots=1)
+    with app_process(checkout) as (address, server):
+        page.goto(address)
+        send(page, "Go on for ever")
+        page.get_by_role("button", name="Stop").wait_for()
+        page.get_by_text("tokens/s").wait_for()
+        engines = [
+            child.pid for child in psutil.Process(server.pid).children() if "llama_server" in str(child.cmdline())
+        ]
+        assert len(engines) == 1
+        server.send_signal(end)
+        server.wait(30)
+        until(lambda: not psutil.pid_exists(engines[0]))
+    if end == signal.SIGTERM:
+        (event,) = events(checkout)
+        assert event["metadata"]["incomplete"] == "stopped" and event["assistant_response"]

@@ -4,6 +4,7 @@ The log is the truth; a page shows what is logged plus what is on its way. What 
 conversation, so that a page that was closed or reloaded in mid-reply finds it again.
 """
 
+import atexit
 import threading
 import uuid
 from collections import OrderedDict
@@ -75,6 +76,13 @@ class Desk:
                     del self._questions[identity]
             return True
 
+    def close(self) -> None:
+        """Stop all replies; what has arrived of them is logged."""
+        with self._lock:
+            replies = [question.reply for question in self._questions.values() if question.reply is not None]
+        for reply in replies:
+            reply.stop()
+
     def drop(self, conversation_id: str) -> None:
         """Forget the question of a conversation, stopping its reply."""
         with self._lock:
@@ -84,6 +92,8 @@ class Desk:
 
 
 desk = Desk()
+# The app that is ended in mid-reply keeps what came, as a stopped one.
+atexit.register(desk.close)
 
 
 def new_conversation_id() -> str:

@@ -143,12 +143,12 @@ def _choose_model(here: App, models: list[ChatModel]) -> Asking:
             defaults = here.settings
             temperature = st.slider("Temperature", 0.0, 2.0, defaults.temperature, 0.05, key="temperature")
             top_p = st.slider("Top p", 0.05, 1.0, defaults.top_p, 0.05, key="top_p")
-            top_k = st.number_input("Top k", 0, 1000, defaults.top_k, key="top_k", help="0: all tokens")
+            top_k = st.number_input("Top k", 0, None, defaults.top_k, key="top_k", help="0: all tokens")
             penalty = st.slider(
                 "Repeat penalty", 0.5, 2.0, defaults.repeat_penalty, 0.05, key="repeat_penalty",
                 help="Above 1 keeps a small model from repeating itself.",
             )  # fmt: skip
-            longest = st.number_input("Longest reply, tokens", 1, 8192, defaults.max_tokens, key="max_tokens")
+            longest = st.number_input("Longest reply, tokens", 1, None, defaults.max_tokens, key="max_tokens")
             seed = st.number_input(
                 "Seed", 0, 2**31 - 1, None, key="seed", placeholder="another one each time",
                 help="The same seed, settings and conversation give the same reply.",
