@@ -5,6 +5,8 @@ It keeps blobs and manifests in memory and renders templates with gotpl; its mod
 
 import hashlib
 import json
+import math
+import os
 import re
 import socket
 import struct
@@ -49,6 +51,8 @@ class FakeOllama:
         rewrites_gguf: some versions store another file than the one that was uploaded.
         count_tokens: tokens of a prompt, for `prompt_eval_count`.
         extra_tokens: a doubled BOS, as a server with the wrong idea of the tokenizer adds.
+        own_template: the GGUF's chat template and what it renders, for a server that takes it instead of TEMPLATE, as
+            those from 0.30 on do where it can do more (calling tools).
     """
 
     def __init__(
@@ -58,12 +62,14 @@ class FakeOllama:
         rewrites_gguf: bool = False,
         count_tokens: Callable[[str], int] = len,
         extra_tokens: int = 0,
+        own_template: tuple[str, Callable[[list[dict]], str]] | None = None,
         reply: str = "Restart it.",
     ) -> None:
         self.offers_render = offers_render
         self.rewrites_gguf = rewrites_gguf
         self.count_tokens = count_tokens
         self.extra_tokens = extra_tokens
+        self.own_template = own_template
         self.reply = reply
         self.ignores_template = False
         self.blobs: dict[str, bytes] = {}
@@ -101,11 +107,13 @@ class FakeOllama:
     def render(self, manifest: Manifest, messages: list[dict]) -> str:
         """The prompt: the model's system prompt in front if there is none, runs of one role joined, the template."""
         turns = list(messages)
-        if manifest.system and not any(turn["role"] == "system" for turn in turns):
+        if manifest.system and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": manifest.system})
+        if self.own_template:
+            return self.own_template[1](turns)
         joined: list[dict] = []
         for turn in turns:
-            if joined and joined[-1]["Role"] == turn["role"]:
+            if joined and joined[-1]["Role"] == turn["role"] != "tool":
                 joined[-1]["Content"] += "\n\n" + turn["content"]
             else:
                 joined.append({"Role": turn["role"], "Content": turn["content"]})
@@ -264,7 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _show(self, body: dict) -> None:
         manifest = self._manifest(body.get("model"))
         lines = [
-            f"{key:30} {json.dumps(value)}"
+            f"{key:30} {_as_go_prints(value)}"
             for key, values in manifest.parameters.items()
             for value in (values if isinstance(values, list) else [values])
         ]
@@ -272,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "modelfile": "# Modelfile\n",
                 "parameters": "\n".join(lines),
-                "template": manifest.template,
+                "template": self.ollama.own_template[0] if self.ollama.own_template else manifest.template,
                 "system": manifest.system,
                 "details": {"format": "gguf", "family": "llama", "quantization_level": "Q8_0"},
                 "model_info": {"general.architecture": "llama"},
@@ -384,6 +392,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+def _as_go_prints(value: object) -> str:
+    """A parameter as /api/show writes it, by Go's %#v: JSON's numbers are floats there, 1.0 is `1`, 1048576 `1e+06`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return json.dumps(value, ensure_ascii=False)
+    exponent = math.floor(math.log10(abs(value))) if value else 0
+    if not -4 <= exponent < 6:
+        mantissa, _, power = f"{value:.15e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{power}"
+    return str(int(value)) if float(value).is_integer() else repr(value)
+
+
 def _name(name: object) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise _Refusal(400, "invalid model name")
@@ -396,6 +415,16 @@ def _layer(kind: str, data: bytes) -> dict:
         "digest": f"sha256:{hashlib.sha256(data).hexdigest()}",
         "size": len(data),
     }
+
+
+def real_host() -> str | None:
+    """The address in OLLAMA_HOST, if an Ollama answers there: the tests that can then run against it as well."""
+    from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
+
+    if not os.environ.get("OLLAMA_HOST"):
+        return None
+    with OllamaClient(ollama_host(""), timeout=2.0) as client:
+        return client.host if client.is_up() else None
 
 
 @contextmanager

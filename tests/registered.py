@@ -25,9 +25,10 @@ pathlib.Path("models/adapter/README.md").write_text("# Adapter\\n")
 for file in pathlib.Path("models/base").iterdir():
     if file.suffix != ".gguf":
         shutil.copyfile(file, pathlib.Path("models/merged", file.name))
-# Bytes after the tensors change the hash and nothing else: another GGUF of the same weights.
-gguf = pathlib.Path("models/base/tiny.gguf").read_bytes() + bytes([seed]) * 32
-pathlib.Path("models/package/model.gguf").write_bytes(gguf)
+# Its name changes the hash and nothing else: another GGUF of the same weights.
+gguf = pathlib.Path("models/base/tiny.gguf").read_bytes()
+assert gguf.count(b"tiny0") == 1
+pathlib.Path("models/package/model.gguf").write_bytes(gguf.replace(b"tiny0", b"tiny%d" % seed))
 create = json.loads(pathlib.Path("models/base/create.json").read_text())
 pathlib.Path("models/package/create.json").write_text(json.dumps(create))
 pathlib.Path("models/package/Modelfile").write_text("FROM ./model.gguf\\n")
@@ -71,7 +72,8 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     folder.mkdir(parents=True)
     base = folder / "models" / "base"
     shutil.copytree(tiny_base, base)
-    write_gguf(tiny_base, base / "tiny.gguf", "F16")
+    (base / "base.json").write_text(json.dumps({"model": "tiny0"}))
+    write_gguf(base, base / "tiny.gguf", "F16")
     (base / "base.json").write_text(json.dumps({"model": "tiny", "revision": "r1"}))
     tokenizer = load_tokenizer(tiny_base)
     template = derive_template(lambda messages: render(tokenizer, messages, None, add_generation_prompt=True).text)

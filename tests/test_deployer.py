@@ -1,6 +1,5 @@
 """Deployment: nothing goes live that has not proved itself. Against a fake server, and a real one where one answers."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,14 +13,14 @@ from fine_tuning.model_management.chat_template import derive_template
 from fine_tuning.model_management.gguf_writer import write_gguf
 from fine_tuning.model_management.model_deployer import Bundle, ModelDeployer, Probe, shown_parameters
 from fine_tuning.project import sha256_file
-from tests.fake_ollama import FakeOllama, silent_host
+from tests.fake_ollama import FakeOllama, real_host, silent_host
 
 NAME = "whetstone-trial"
 CONVERSATIONS = (
     [{"role": "user", "content": "How do I restart it?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Say "2024" {{ twice }}'}],
 )
-REAL = os.environ.get("OLLAMA_HOST")
+REAL = real_host()
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +42,22 @@ def bundle(tiny_base, tokenizer, tmp_path_factory):
     ]
     request = {
         "template": derive_template(prompt),
-        "parameters": {"stop": ["<|im_end|>", "<|im_start|>"], "num_ctx": 512, "temperature": 0.7},
+        "parameters": {
+            "stop": ["<|im_end|>", "<|im_start|>"],
+            "num_ctx": 512,
+            "temperature": 0.0,
+            "top_p": 0.95,
+            "repeat_penalty": 1.0,
+        },
     }
     return Bundle(1, gguf, sha256_file(gguf), request, probes)
 
 
 @pytest.fixture
-def other(bundle, tmp_path):
-    """Version 2: the same weights in another file."""
+def other(bundle, tiny_base, tmp_path):
+    """Version 2: the same weights in another number type."""
     gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(bundle.gguf.read_bytes() + b"\0" * 32)
+    write_gguf(tiny_base, gguf, "BF16")
     return replace(bundle, version=2, gguf=gguf, gguf_sha256=sha256_file(gguf))
 
 
@@ -78,7 +83,6 @@ def any_client(request) -> Iterator[OllamaClient]:
         yield request.getfixturevalue("client")
         return
     with OllamaClient(REAL, timeout=10.0, stream_timeout=120.0) as client:
-        assert client.is_up(), "OLLAMA_HOST is set and nothing answers there"
         yield client
         for tag in ("1", "2", "live", "1-trial"):
             client.delete(f"{NAME}:{tag}")
@@ -144,6 +148,36 @@ def test_a_bundle_whose_template_is_not_the_tokenizers_does_not_go_live(any_clie
     with pytest.raises(UserError, match="gets another prompt than in training: at character"):
         deploy(any_client, replace(bundle, request={**bundle.request, "template": changed}))
     assert not {f"{NAME}:1", f"{NAME}:live"} & set(any_client.digests())
+
+
+@pytest.mark.parametrize("value", [0.0, 1, 1.0, 0.1, 1e-05, 4096, 131072, 1048576])
+def test_parameters_are_recognised_as_go_prints_them(client, bundle, value):
+    parameters = {**bundle.request["parameters"], "repeat_penalty": value}
+    assert deploy(client, replace(bundle, request={**bundle.request, "parameters": parameters})).done.digest
+
+
+def test_a_parameter_that_the_server_changed_is_found(fake, client, bundle, monkeypatch):
+    show = client.show
+    changed = {"parameters": "num_ctx 2048"}
+    monkeypatch.setattr(client, "show", lambda model: show(model) | changed)
+    with pytest.raises(UserError, match="changed stop of whetstone-trial:1"):
+        deploy(client, bundle)
+
+
+def test_a_server_that_takes_the_ggufs_own_template_is_judged_by_what_it_writes(fake, client, bundle, tokenizer):
+    def jinja(messages):
+        return render(tokenizer, messages, None, add_generation_prompt=True).text
+
+    fake.own_template = (tokenizer.chat_template, jinja)
+    result = deploy(client, bundle)
+    assert result.done.rendered == 2 and "GGUF's own chat template" in result.done.notes[0]
+    client.delete(f"{NAME}:1")
+    fake.own_template = (tokenizer.chat_template, lambda messages: jinja(messages) + " ")
+    with pytest.raises(UserError, match="gets another prompt than in training"):
+        deploy(client, bundle)
+    fake.own_template = ("{{ .Prompt }}", jinja)
+    with pytest.raises(UserError, match="changed the template"):
+        deploy(client, bundle)
 
 
 def test_a_server_that_ignores_the_template_is_found_out(fake, client, bundle):

@@ -8,8 +8,12 @@ import pytest
 from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
-from tests.fake_ollama import FakeOllama, silent_host
+from fine_tuning.integration.ollama_client import OllamaClient
+from fine_tuning.model_management.model_switcher import ModelSwitcher
+from tests.fake_ollama import FakeOllama, real_host, silent_host
 from tests.registered import here, sh
+
+REAL = real_host()
 
 
 @pytest.fixture(scope="module")
@@ -18,20 +22,56 @@ def count_tokens(tiny_base):
     return lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)
 
 
+class RealOllama:
+    """The server that OLLAMA_HOST names, asked by the tests as the fake one is."""
+
+    def __init__(self) -> None:
+        self.client = OllamaClient(REAL, timeout=10.0)
+        self.host = self.client.host
+
+    def digest(self, name: str) -> str | None:
+        return self.client.digests().get(name)
+
+
 @pytest.fixture
-def ollama(count_tokens, promoted, monkeypatch):
-    """The server that OLLAMA_HOST names, empty; the current folder is a project with versions 1 and 2."""
+def fake(count_tokens, promoted, monkeypatch):
+    """An empty fake server that OLLAMA_HOST names; the current folder is a project with versions 1 and 2."""
     with FakeOllama(count_tokens=count_tokens) as server:
         monkeypatch.setenv("OLLAMA_HOST", server.host)
         yield server
 
 
-@pytest.fixture
-def twice(ollama):
+@pytest.fixture(params=["fake", "real"] if REAL else ["fake"])
+def ollama(request, monkeypatch):
+    """The fake server, and the real one where it answers and has no model of this project's name."""
+    if request.param == "fake":
+        yield request.getfixturevalue("fake")
+        return
+    server = RealOllama()
+    if any(name.startswith("trial:") for name in server.client.digests()):
+        pytest.skip(f"{server.host} has a model of its own that is called trial")
+    request.getfixturevalue("promoted")
+    monkeypatch.setenv("OLLAMA_HOST", server.host)
+    yield server
+    for tag in ("1", "2", "live", "1-trial", "2-trial"):
+        server.client.delete(f"trial:{tag}")
+
+
+def deploy_both(server):
     """Both versions are deployed, the second is live."""
     here("deploy", "1")
     here("deploy")
-    return ollama
+    return server
+
+
+@pytest.fixture
+def twice(ollama):
+    return deploy_both(ollama)
+
+
+@pytest.fixture
+def fake_twice(fake):
+    return deploy_both(fake)
 
 
 def last_line(capsys) -> str:
@@ -58,14 +98,14 @@ def test_switch_rollback_and_list_agree_on_what_is_live(twice, capsys):
     assert shown["hosts"][twice.host]["version"] == 2 and shown["hosts"][twice.host]["since"]
 
 
-def test_an_older_version_is_deployed_from_dvcs_cache(twice):
-    for name in list(twice.manifests):
-        del twice.manifests[name]
-    twice.blobs.clear()
+def test_an_older_version_is_deployed_from_dvcs_cache(fake_twice):
+    for name in list(fake_twice.manifests):
+        del fake_twice.manifests[name]
+    fake_twice.blobs.clear()
     here("deploy", "trial:1")
-    assert twice.digest("trial:live") == twice.digest("trial:1")
+    assert fake_twice.digest("trial:live") == fake_twice.digest("trial:1")
     version = open_registry("trial").version(1)
-    weights = next(layer for layer in twice.manifests["trial:1"].layers if layer["mediaType"].endswith("model"))
+    weights = next(layer for layer in fake_twice.manifests["trial:1"].layers if layer["mediaType"].endswith("model"))
     assert weights["digest"] == f"sha256:{version.tags['gguf_sha256']}"
 
 
@@ -92,7 +132,7 @@ def test_a_version_whose_gguf_only_the_remote_has_is_fetched(ollama, promoted, t
     assert ollama.digest("trial:live") == ollama.digest("trial:1") is not None
 
 
-def test_a_request_that_somebody_changed_in_the_registry_is_not_deployed(ollama, promoted):
+def test_a_request_that_somebody_changed_in_the_registry_is_not_deployed(fake, promoted):
     create = Path(open_registry("trial").version(2).artifacts.removeprefix("file://")) / "package/create.json"
     kept = create.read_bytes()
     try:
@@ -101,11 +141,11 @@ def test_a_request_that_somebody_changed_in_the_registry_is_not_deployed(ollama,
             here("deploy")
     finally:
         create.write_bytes(kept)
-    assert not ollama.manifests
+    assert not fake.manifests
 
 
 @pytest.fixture
-def clone(ollama, promoted, tmp_path, monkeypatch):
+def clone(fake, promoted, tmp_path, monkeypatch):
     """A clone elsewhere: what git and the DVC remote hold, and no registry."""
     sh(promoted, f"dvc remote add -q -d store {tmp_path / 'remote'}")
     sh(promoted, "dvc push -q models/champion.dvc")
@@ -115,25 +155,25 @@ def clone(ollama, promoted, tmp_path, monkeypatch):
     return tmp_path / "clone"
 
 
-def test_a_clone_without_the_registry_deploys_the_champion(ollama, clone, capsys):
+def test_a_clone_without_the_registry_deploys_the_champion(fake, clone, capsys):
     with pytest.raises(UserError, match=r"champion's files are not here: `dvc pull models/champion\.dvc`"):
         here("deploy")
     sh(clone, "dvc pull -q models/champion.dvc")
     here("deploy")
-    assert ollama.digest("trial:live") == ollama.digest("trial:2") is not None
+    assert fake.digest("trial:live") == fake.digest("trial:2") is not None
     assert "the registry here does not know it" in capsys.readouterr().out
     here("deploy")  # again: what is there is recognised
-    assert ollama.requests.count("POST /api/copy") == 1
+    assert fake.requests.count("POST /api/copy") == 1
 
 
-def test_a_clone_does_not_deploy_champion_s_files_that_were_changed(ollama, clone):
+def test_a_clone_does_not_deploy_champion_s_files_that_were_changed(fake, clone):
     sh(clone, "dvc pull -q models/champion.dvc")
     create = Path("models/champion/package/create.json")
     create.chmod(0o644)
     create.write_bytes(create.read_bytes() + b" ")
     with pytest.raises(UserError, match=r"is not what models/champion\.dvc says"):
         here("deploy")
-    assert not ollama.manifests
+    assert not fake.manifests
 
 
 def test_a_champion_json_that_is_not_the_registry_s_is_not_guessed_at(ollama, promoted):
@@ -142,20 +182,20 @@ def test_a_champion_json_that_is_not_the_registry_s_is_not_guessed_at(ollama, pr
         here("deploy")
 
 
-def test_two_hosts_are_deployed_to_and_listed(ollama, count_tokens, capsys):
+def test_two_hosts_are_deployed_to_and_listed(fake, count_tokens, capsys):
     with FakeOllama(count_tokens=count_tokens) as second:
-        here("deploy", "--host", ollama.host, "--host", second.host)
-        assert ollama.digest("trial:live") == second.digest("trial:live") is not None
+        here("deploy", "--host", fake.host, "--host", second.host)
+        assert fake.digest("trial:live") == second.digest("trial:live") is not None
         capsys.readouterr()
-        here("list", "--host", ollama.host, "--host", second.host)
+        here("list", "--host", fake.host, "--host", second.host)
         shown = capsys.readouterr().out
-        assert f"{ollama.host}: trial:live is version 2" in shown and f"{second.host}: trial:live is version 2" in shown
+        assert f"{fake.host}: trial:live is version 2" in shown and f"{second.host}: trial:live is version 2" in shown
 
 
-def test_a_host_that_is_down_stops_a_deployment_before_it_begins(ollama):
+def test_a_host_that_is_down_stops_a_deployment_before_it_begins(fake):
     with silent_host() as silent, pytest.raises(UserError, match="no Ollama answers"):
-        here("deploy", "--host", ollama.host, "--host", silent)
-    assert not ollama.manifests
+        here("deploy", "--host", fake.host, "--host", silent)
+    assert not fake.manifests
 
 
 def test_list_goes_on_without_a_server(ollama, capsys):
@@ -174,18 +214,47 @@ def test_a_version_that_is_not_deployed_cannot_be_switched_to(ollama):
         here("rollback")
 
 
-def test_a_tag_that_somebody_replaced_is_not_switched_to(twice):
-    twice.manifests["trial:1"] = twice.manifests["trial:2"]
+def test_a_tag_that_somebody_replaced_is_not_switched_to(fake_twice):
+    fake_twice.manifests["trial:1"] = fake_twice.manifests["trial:2"]
     with pytest.raises(UserError, match="is not what was deployed there"):
         here("switch", "1")
-    assert twice.digest("trial:live") == twice.digest("trial:2")
+    assert fake_twice.digest("trial:live") == fake_twice.digest("trial:2")
 
 
-def test_a_live_model_of_somebody_else_is_said_to_be_one(twice, capsys):
-    twice.manifests["trial:live"] = twice.manifests.pop("trial:1")
-    twice.manifests["trial:live"].layers.pop()
+def test_a_live_model_of_somebody_else_is_said_to_be_one(fake_twice, capsys):
+    fake_twice.manifests["trial:live"] = fake_twice.manifests.pop("trial:1")
+    fake_twice.manifests["trial:live"].layers.pop()
     here("list")
     assert "is a model that is not in the registry" in last_line(capsys)
+
+
+def test_prune_takes_away_what_nobody_needs(fake_twice, promoted, capsys):
+    registry = open_registry("trial")
+    for number in (3, 4, 5):  # further versions, deployed like the others
+        files = registry.download(registry.version(1), "", promoted.parent / f"files{number}")
+        registry.register(str(number) * 64, files, {"gguf_sha256": "0" * 64}, {})
+        client = OllamaClient(fake_twice.host)
+        client.create(f"trial:{number}", {"files": {"model.gguf": f"sha256:{registry.version(1).tags['gguf_sha256']}"}})
+        ModelSwitcher(client, registry).record(number, fake_twice.digest(f"trial:{number}"))
+    fake_twice.manifests["trial:mine"] = fake_twice.manifests["trial:1"]
+    here("prune", "--keep", "1")
+    # 1 is previous and what rollback goes back to, 2 is champion and live, 5 is the newest, mine is somebody's.
+    assert sorted(fake_twice.manifests) == ["trial:1", "trial:2", "trial:5", "trial:live", "trial:mine"]
+    assert "trial:3, trial:4 removed" in last_line(capsys)
+    with pytest.raises(UserError, match=r"trial:3 is not on .* `python -m fine_tuning deploy 3` puts it there"):
+        here("switch", "3")
+    here("prune")
+    assert "nothing removed" in last_line(capsys)
+    with pytest.raises(UserError, match="--keep takes a number from 1 on"):
+        here("prune", "--keep", "0")
+
+
+def test_a_version_that_somebody_replaced_is_not_pruned(fake_twice):
+    registry = open_registry("trial")
+    registry._client.delete_registered_model_alias("trial", "previous")
+    fake_twice.manifests["trial:1"] = fake_twice.manifests["trial:2"]
+    here("prune", "--keep", "1")
+    assert "trial:1" in fake_twice.manifests
 
 
 @pytest.mark.parametrize("name", ["0", "latest", "../../etc", "1; rm -rf /", ""])

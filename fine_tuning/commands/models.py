@@ -1,4 +1,4 @@
-"""Commands around models: promote, deploy, switch, rollback, list, lineage, verify."""
+"""Commands around models: promote, deploy, switch, rollback, prune, list, lineage, verify."""
 
 import argparse
 import json
@@ -37,6 +37,11 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("rollback", help="make live what was live before")
     _add_host(parser)
     parser.set_defaults(func=rollback)
+
+    parser = subparsers.add_parser("prune", help="take old versions off Ollama; the registry and DVC keep them")
+    parser.add_argument("--keep", type=int, default=3, metavar="N", help="the newest N stay (3), as do those in use")
+    _add_host(parser)
+    parser.set_defaults(func=prune)
 
     parser = subparsers.add_parser("list", help="versions, their aliases, and what is live where since when")
     parser.add_argument("--json", action="store_true", help="as JSON")
@@ -139,6 +144,24 @@ def rollback(arguments: argparse.Namespace) -> None:
             with _host_lock(host_key(server.host)):
                 before, number = ModelSwitcher(server, registry).rollback()
             print(f"{server.host}: {registry.name}:live is version {number} again{_was(before)}")
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """Take old versions off every host."""
+    from fine_tuning.model_management.model_switcher import ModelSwitcher
+    from fine_tuning.model_management.names import host_key
+
+    if arguments.keep < 1:
+        raise UserError("--keep takes a number from 1 on: the newest version always stays")
+    settings = _settings()
+    with open_servers(settings, arguments.host) as servers:
+        for server in servers:
+            server.version()
+        registry = _registry(settings)
+        for server in servers:
+            with _host_lock(host_key(server.host)):
+                gone = ModelSwitcher(server, registry).prune(arguments.keep)
+            print(f"{server.host}: {', '.join(gone) or 'nothing'} removed; `deploy VERSION` brings one back")
 
 
 def list_versions(arguments: argparse.Namespace) -> None:

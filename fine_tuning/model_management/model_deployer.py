@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from pydantic import Field
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.names import check_model_name
 from fine_tuning.settings import Settings
+from fine_tuning.training.base_model import gguf_field
 
 LIVE = "live"
 OLDEST_SERVER = (0, 5, 5)  # the first whose /api/create takes `files`
@@ -139,7 +141,7 @@ class ModelDeployer:
             self._prove(bundle, done)
         except UserError:
             if done.created:
-                self.server.delete(done.model)
+                self._remove(done.model)
             raise
         record(done.digest)
         self._say(f"7/9 manifest {done.digest[:12]} recorded in the registry")
@@ -156,9 +158,11 @@ class ModelDeployer:
             done.created = True
         else:  # made by a run that was killed, or by somebody else: versions never change, so look before trusting
             trial = f"{done.model}-trial"
-            self.server.create(trial, request)
-            same = self.server.digests().get(trial) == known
-            self.server.delete(trial)
+            try:
+                self.server.create(trial, request)
+                same = self.server.digests().get(trial) == known
+            finally:
+                self._remove(trial)
             if not same:
                 raise UserError(
                     f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if nobody needs "
@@ -166,8 +170,13 @@ class ModelDeployer:
                 )
         self._say(f"3/9 {done.model} {'was made' if done.created else 'is there'}")
 
+    def _remove(self, model: str) -> None:
+        """Take a name away again; where the server is down by now, the next deployment sees what is left."""
+        with suppress(UserError):
+            self.server.delete(model)
+
     def _prove(self, bundle: Bundle, done: Deployment) -> None:
-        self._check_shown(bundle.request, done.model)
+        self._check_shown(bundle, done)
         self._say("4/9 template and parameters are those of the bundle")
         self._check_rendering(bundle.probes, done)
         self._smoke(bundle, done)
@@ -176,15 +185,21 @@ class ModelDeployer:
             raise UserError(f"{self.server.host} lost {done.model} while it was tried: deploy again")
         done.digest = digest
 
-    def _check_shown(self, request: dict, model: str) -> None:
-        shown = self.server.show(model)
-        if shown.get("template", "") != request.get("template", ""):
-            raise UserError(f"{self.server.host} changed the template of {model}: update Ollama, then deploy again")
+    def _check_shown(self, bundle: Bundle, done: Deployment) -> None:
+        shown, request = self.server.show(done.model), bundle.request
+        template = shown.get("template", "")
+        if template != request.get("template", ""):
+            if template != gguf_field(bundle.gguf, "tokenizer.chat_template"):
+                raise UserError(
+                    f"{self.server.host} changed the template of {done.model}: update Ollama, then deploy again"
+                )
+            # Servers from 0.30 on take the GGUF's own template where it can do more, such as calling tools.
+            done.notes.append("this Ollama writes prompts by the GGUF's own chat template")
         have = shown_parameters(str(shown.get("parameters") or ""))
         for key, value in (request.get("parameters") or {}).items():
             wanted = value if isinstance(value, list) else [value]
-            if sorted(map(str, have.get(key, []))) != sorted(map(str, wanted)):
-                raise UserError(f"{self.server.host} changed {key} of {model}: update Ollama, then deploy again")
+            if sorted(map(_plain, have.get(key, []))) != sorted(map(_plain, wanted)):
+                raise UserError(f"{self.server.host} changed {key} of {done.model}: update Ollama, then deploy again")
 
     def _check_rendering(self, probes: list[Probe], done: Deployment) -> None:
         for probe in probes:
@@ -254,6 +269,11 @@ def shown_parameters(text: str) -> dict[str, list[Any]]:
             value = raw
         found.setdefault(key, []).append(value)
     return found
+
+
+def _plain(value: Any) -> str:
+    """A parameter as text that is the same for 1, 1.0 and 1e+00: Go prints numbers otherwise than Python."""
+    return f"{value:.6g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
 def _check_server(version: str, host: str) -> None:

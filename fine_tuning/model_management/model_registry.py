@@ -262,9 +262,12 @@ class ModelRegistry:
     def set_tags(self, number: int, tags: dict[str, str]) -> None:
         """Write tags of a version."""
         for key, value in tags.items():
-            self._try(
-                lambda key=key, value=value: self._client.set_model_version_tag(self.name, str(number), key, value)
-            )
+            self._try(partial(self._client.set_model_version_tag, self.name, str(number), key, value))
+
+    def delete_tags(self, number: int, keys: Iterable[str]) -> None:
+        """Take tags of a version away."""
+        for key in keys:
+            self._try(partial(self._client.delete_model_version_tag, self.name, str(number), key))
 
     def remove(self, number: int) -> None:
         """Take a version out of the registry. Its files stay in the run that made it.

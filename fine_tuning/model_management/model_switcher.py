@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_deployer import LIVE, ModelServer, go_live
-from fine_tuning.model_management.model_registry import PREVIOUS, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
 from fine_tuning.model_management.names import host_key
 
 STAMP = "%Y%m%dT%H%M%S.%fZ"
@@ -33,17 +33,15 @@ class ModelSwitcher:
         self.name = registry.name
         self.live_name = f"{registry.name}:{LIVE}"
         self.key = host_key(server.host)
+        self._tags = (f"ollama.{self.key}.digest", f"ollama.{self.key}.deployed_at")
 
     def recorded_digest(self, version: ModelVersion) -> str | None:
         """Manifest digest that was recorded when the version was deployed to this server."""
-        return version.tags.get(f"ollama.{self.key}.digest")
+        return version.tags.get(self._tags[0])
 
     def record(self, number: int, digest: str) -> None:
         """Keep the digest of a version that was deployed to this server."""
-        self.registry.set_tags(
-            number,
-            {f"ollama.{self.key}.digest": digest, f"ollama.{self.key}.deployed_at": datetime.now(UTC).isoformat()},
-        )
+        self.registry.set_tags(number, dict(zip(self._tags, (digest, datetime.now(UTC).isoformat()), strict=True)))
 
     def record_live(self, number: int) -> None:
         """Keep that a version went live here now, unless it was live already."""
@@ -98,6 +96,23 @@ class ModelSwitcher:
             earlier = [previous.number]
         self.switch(earlier[-1])
         return now, earlier[-1]
+
+    def prune(self, keep: int) -> list[str]:
+        """Take old versions off the server: all but the newest `keep`, what is live, what `rollback` goes back to, the
+        champion and the previous one. The registry and DVC keep them all. Returns the names that are gone.
+        """
+        versions, digests, now = self.registry.versions(), self.server.digests(), self.live()
+        here = [v for v in versions if digests.get(v.tag) and digests[v.tag] == self.recorded_digest(v)]
+        current = now.version if now else None
+        earlier = [number for _, number in live_history(versions, self.key) if number != current]
+        needed = {current, *earlier[-1:], *(version.number for version in here[-keep:])}
+        gone = []
+        for version in here:
+            if version.number not in needed and not {CHAMPION, PREVIOUS} & set(version.aliases):
+                self.server.delete(version.tag)
+                self.registry.delete_tags(version.number, self._tags)
+                gone.append(version.tag)
+        return gone
 
 
 @dataclass(frozen=True)
