@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install repro summary test chat promote seal bench lint format lock clean
+.PHONY: help install repro summary test chat promote seal bench lint format audit lock clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/installed: requirements.txt requirements-base.txt requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,13 +46,20 @@ promote: $(VENV)/installed ## Register the candidate and make it champion
 bench: $(VENV)/installed ## List the benchmarks, which are run by hand
 	@for script in benchmarks/*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
 
-lint: $(VENV)/installed ## Check style
+lint: $(VENV)/installed ## Check style, and that git holds no secret
 	@ruff check .
 	@ruff format --check .
+	@python -m fine_tuning.commands.remote_config
 
 format: $(VENV)/installed ## Put the code in style
 	@ruff check --fix .
 	@ruff format .
+
+remote-%: $(VENV)/installed ## Try a DVC remote here: local, s3, webdav, ssh, http
+	@python -m tests.servers $*
+
+audit: $(VENV)/installed ## Look the pinned packages up in the advisory database
+	@python -m fine_tuning audit
 
 # torch's own metadata names the CUDA packages that a GPU machine needs; pinning them here would bring gigabytes to
 # machines without one.

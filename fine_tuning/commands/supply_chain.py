@@ -1,0 +1,171 @@
+"""Commands for whoever ships or checks a model: sbom (what it is made of), audit (known holes in what is pinned)."""
+
+import argparse
+import json
+import subprocess
+import sys
+import uuid
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_tuning.errors import UserError
+
+if TYPE_CHECKING:
+    from cyclonedx.model.component import Component
+
+PACKAGE = Path("models/package")
+BASE_CARD = Path("models/base/base.json")
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
+PREPARED = Path("data/prepared")
+MANIFEST = Path("data/manifest.json")
+PINS = (Path("requirements.txt"), Path("requirements-base.txt"))
+SHORT = 60  # characters of a licence field that is a name; longer ones are the licence's whole text
+
+
+def add_commands(subparsers: argparse._SubParsersAction) -> None:
+    """Add sbom and audit to the command line."""
+    command = subparsers.add_parser("sbom", help="write what the bundle is made of: base, licences, data, dependencies")
+    command.add_argument("--output", type=Path, default=Path("sbom.cdx.json"), help="CycloneDX 1.6 as JSON")
+    command.add_argument("--licences", action="store_true", help="only print the dependencies with their licences")
+    command.set_defaults(func=sbom)
+    command = subparsers.add_parser("audit", help="look the pinned packages up in the advisory database (pip-audit)")
+    command.set_defaults(func=audit)
+
+
+def sbom(args: argparse.Namespace) -> None:
+    """Write the bill of materials of models/package."""
+    if args.licences:
+        for name, version in pins():
+            print(f"{name:32} {version:16} {licence_of(name) or 'not stated'}")
+        return
+    text = bill_of_materials()
+    args.output.write_text(text + "\n", encoding="utf-8")
+    print(f"{args.output}: {len(json.loads(text)['components'])} components")
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Print known vulnerabilities of the pins. Exit status 1 if there are any, 2 if nobody could be asked."""
+    words = [word for path in PINS for word in ("--requirement", str(path))]
+    command = [sys.executable, "-m", "pip_audit", *words, "--no-deps", "--disable-pip", "--format", "json"]
+    done = subprocess.run([*command, "--progress-spinner", "off"], capture_output=True, text=True)
+    return judge(done.stdout, len(pins()))
+
+
+def judge(report: str, pinned: int) -> int:
+    """Say what pip-audit's JSON report amounts to; the exit status of `audit`."""
+    try:
+        entries = json.loads(report)["dependencies"]
+    except (ValueError, KeyError, TypeError):
+        entries = []
+    audited = [entry for entry in entries if "skip_reason" not in entry]
+    if not audited:
+        print(f"no advisory database can be reached from here: none of the {pinned} pinned packages was looked up")
+        return 2
+    found = [(entry, hole) for entry in audited for hole in entry["vulns"]]
+    for entry, hole in found:
+        mended = ", ".join(hole.get("fix_versions") or []) or "no version yet"
+        print(f"{entry['name']} {entry['version']}: {hole['id']}, mended in {mended}")
+    print(f"{len(audited)} of {pinned} pinned packages looked up, {len(found)} known vulnerabilities")
+    return int(bool(found))
+
+
+# -----------------------------------------------------------------------------
+# bill of materials
+
+
+def bill_of_materials() -> str:
+    """CycloneDX 1.6 JSON of the bundle: its files, the base, the data it learned from (hashes only), dependencies.
+
+    Source: the CycloneDX specification, https://cyclonedx.org/docs/1.6/json/
+
+    Raises:
+        UserError: there is no bundle.
+    """
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import ComponentType
+    from cyclonedx.output import make_outputter
+    from cyclonedx.schema import OutputFormat, SchemaVersion
+
+    from fine_tuning.model_management.model_deployer import DeploySettings
+    from fine_tuning.project import sha256_file
+    from fine_tuning.records import read_json
+    from fine_tuning.settings import read_params
+
+    gguf = PACKAGE / "model.gguf"
+    if not gguf.is_file() or not BASE_CARD.is_file():
+        raise UserError(f"{PACKAGE} is not here: run `dvc pull` or `dvc repro`")
+    base, digest = read_json(BASE_CARD), sha256_file(gguf)
+    name = read_params("deploy", DeploySettings).name
+    bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_OID, digest))
+    model = ComponentType.MACHINE_LEARNING_MODEL
+    root = _component(model, name, digest[:12], digest, base.get("license"))
+    bom.metadata.component = root
+    parts = [
+        _component(model, str(base["model"]), str(base.get("revision") or ""), base["sha256"], base.get("license"))
+    ]
+    files = [*sorted(path for path in PACKAGE.iterdir() if path.is_file()), *([ADAPTER] if ADAPTER.is_file() else [])]
+    parts += [_component(ComponentType.FILE, path.name, "", sha256_file(path)) for path in files]
+    parts += [
+        _component(ComponentType.DATA, path.name, "", sha256_file(path)) for path in sorted(PREPARED.glob("*.parquet"))
+    ]
+    shards = read_json(MANIFEST)["shards"] if MANIFEST.is_file() else []
+    parts += [_component(ComponentType.DATA, shard["name"], "", shard["sha256"]) for shard in shards]
+    parts += [_library(*pin) for pin in pins()]
+    for part in parts:
+        bom.components.add(part)
+    bom.register_dependency(root, parts)
+    return make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string(indent=2)
+
+
+def _component(kind: Any, name: str, version: str, sha256: str, licence: str | None = None) -> "Component":
+    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.component import Component
+
+    return Component(
+        type=kind,
+        name=name,
+        version=version or None,
+        bom_ref=f"{kind.value}:{name}:{sha256[:12]}",
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=sha256)],
+        licenses=[LicenseFactory().make_from_string(licence)] if licence else [],
+    )
+
+
+def _library(name: str, version: str) -> "Component":
+    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.model.component import Component, ComponentType
+    from packageurl import PackageURL
+
+    licence = licence_of(name)
+    return Component(
+        type=ComponentType.LIBRARY,
+        name=name,
+        version=version,
+        bom_ref=f"pypi:{name}@{version}",
+        purl=PackageURL("pypi", None, name, version),
+        licenses=[LicenseFactory().make_from_string(licence)] if licence else [],
+    )
+
+
+def pins() -> list[tuple[str, str]]:
+    """(name, version) of every pinned package."""
+    lines = [line.strip() for path in PINS if path.is_file() for line in path.read_text().splitlines()]
+    return [(name, version) for name, _, version in (line.partition("==") for line in lines) if version]
+
+
+def licence_of(name: str) -> str | None:
+    """The licence that an installed package states: its SPDX expression, else its classifiers, else a short field."""
+    try:
+        stated = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        return None
+    if expression := stated.get("License-Expression"):
+        return expression
+    classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or [] if c.startswith("License ::")]
+    names = [c for c in classifiers if c != "OSI Approved"]
+    if names:
+        return ", ".join(names)
+    field = (stated.get("License") or "").strip()
+    return field if field and len(field) <= SHORT and "\n" not in field else None
