@@ -18,7 +18,7 @@ def main() -> None:
     print(f"base: reading {settings.model}", flush=True)
     about = write_base(settings, BASE)
     print(f"base: {about['architecture']} with {about['parameters'] / 1e6:.0f}M parameters, writing {GGUF}", flush=True)
-    write_gguf(BASE, GGUF, "Q8_0")
+    write_gguf(BASE, GGUF, "Q8_0", settings.gguf_converter)
     original = locate_base(settings.model, settings.revision).gguf
     for gguf in filter(None, (original, GGUF)):
         prove_tokenizer(gguf)

@@ -13,6 +13,7 @@ from fine_tuning.model_management.model_package import (
 )
 from fine_tuning.records import write_json
 from fine_tuning.settings import read_params
+from fine_tuning.training.base_model import BaseSettings
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
@@ -25,10 +26,11 @@ METRICS = Path("metrics/package.json")
 def main() -> None:
     settings = read_params("package", PackageSettings)
     chat = read_params("chat", ChatSettings)
+    converter = read_params("base", BaseSettings).gguf_converter
     print(f"package: merging the adapter into the base, in {settings.merged_dtype}", flush=True)
     merge_adapter(BASE, ADAPTER, MERGED, settings.merged_dtype)
     print(f"package: writing {PACKAGE}/model.gguf in {settings.quantisation}, Modelfile and create.json", flush=True)
-    write_package(MERGED, PACKAGE, settings, chat)
+    write_package(MERGED, PACKAGE, settings, chat, converter)
     print("package: proving that it says what was trained", flush=True)
     report = prove_package(BASE, ADAPTER, MERGED, PACKAGE, read_prepared(CONVERSATIONS), settings, chat)
     write_json(PACKAGE / "parity.json", report)

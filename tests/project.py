@@ -87,7 +87,7 @@ def new_project(folder: Path, base: Path) -> Project:
     project.run("git", "config", "user.name", "Test")
     project.run("git", "config", "user.email", "test@example.org")
     project.set_params(
-        base={"model": str(base)},
+        base={"model": str(base), "chat_template_sha256": None},
         intake={"sample": False},
         train={"max_steps": 4, "threads": 1},
     )

@@ -335,14 +335,15 @@ class Thief:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_base_of_pickles_is_not_opened(tiny_base, tmp_path, monkeypatch, name):
-    from fine_tuning.training.base_model import BaseSettings, write_base
+    from fine_tuning.training.base_model import write_base
+    from tests.tiny import base_settings
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, "hostile")
     (tmp_path / "hostile/model.safetensors").unlink()
     (tmp_path / "hostile" / name).write_bytes(pickle.dumps(Thief()))
     with pytest.raises(UserError, match="safetensors") as told:
-        write_base(BaseSettings(model="hostile", revision=None), tmp_path / "base")
+        write_base(base_settings("hostile"), tmp_path / "base")
     assert "\n" not in str(told.value) and not (tmp_path / "stolen").exists()
 
 

@@ -1,5 +1,6 @@
 """The base model: found wherever it is, brought into one form, its tokenizer as llama.cpp reads it."""
 
+import hashlib
 import json
 import shutil
 
@@ -7,13 +8,14 @@ import pytest
 
 from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import (
-    BaseSettings,
     hash_weights,
     load_base_tokenizer,
+    load_model,
     locate_base,
     read_base_card,
     write_base,
 )
+from tests.tiny import CHAT_TEMPLATE, base_settings
 
 
 def test_the_default_base_comes_with_the_installation():
@@ -43,7 +45,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_a_folder_becomes_a_base_with_its_card(tiny_base, tmp_path):
-    about = write_base(BaseSettings(model=str(tiny_base), revision="v1"), tmp_path / "base")
+    about = write_base(base_settings(str(tiny_base), "v1"), tmp_path / "base")
     assert about == read_base_card(tmp_path / "base")
     assert about["architecture"] == "llama"
     assert about["revision"] == "v1"
@@ -53,7 +55,7 @@ def test_a_folder_becomes_a_base_with_its_card(tiny_base, tmp_path):
 
 def test_the_same_base_is_written_to_the_same_bytes(tiny_base, tmp_path):
     for name in ("one", "two"):
-        write_base(BaseSettings(model=str(tiny_base), revision=None), tmp_path / name)
+        write_base(base_settings(str(tiny_base)), tmp_path / name)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
@@ -64,6 +66,57 @@ def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         load_base_tokenizer(locate_base(str(folder), None))
+
+
+def test_a_chat_template_that_is_not_the_pinned_one_is_refused_until_it_is_accepted(tiny_base, tmp_path):
+    known, folder = hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest(), tmp_path / "changed"
+    shutil.copytree(tiny_base, folder)
+    about = write_base(base_settings(str(folder), chat_template_sha256=known), tmp_path / "base")
+    assert about["chat_template_sha256"] == known
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + " ")
+    new = hashlib.sha256((CHAT_TEMPLATE + " ").encode()).hexdigest()
+    with pytest.raises(UserError, match=f"is not the one that is pinned: .* base.chat_template_sha256 = {new}"):
+        write_base(base_settings(str(folder), chat_template_sha256=known), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert write_base(base_settings(str(folder), chat_template_sha256=new), tmp_path / "other")
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path("{ran}").touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(tiny_base, tmp_path, monkeypatch):
+    """A base that brings Python code of its own, which leaves a file when it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE.format(ran=tmp_path / "ran"))
+    return folder
+
+
+def test_code_that_comes_with_a_base_does_not_run(with_code, tmp_path):
+    with pytest.raises(UserError, match=r"runs Python code of its own: .* base\.trust_remote_code"):
+        write_base(base_settings(str(with_code)), tmp_path / "base")
+    with pytest.raises(UserError, match="does not load"):
+        load_model(with_code, "auto")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_comes_with_a_base_runs_if_a_parameter_says_so_with_a_warning(with_code, tmp_path, capsys):
+    assert write_base(base_settings(str(with_code), trust_remote_code=True), tmp_path / "base")
+    assert (tmp_path / "ran").exists()
+    assert "warning: base.trust_remote_code lets Python code" in capsys.readouterr().out
 
 
 def test_the_digits_step_that_the_gguf_reader_loses_is_restored():

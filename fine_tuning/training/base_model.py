@@ -40,6 +40,9 @@ class BaseSettings(Settings):
 
     model: str
     revision: str | None
+    chat_template_sha256: str | None
+    trust_remote_code: bool
+    gguf_converter: str | None
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ class BaseSource:
         return self.folder / self.gguf_file if self.gguf_file else None
 
 
-def locate_base(model: str, revision: str | None) -> BaseSource:
+def locate_base(model: str, revision: str | None, code: bool = False) -> BaseSource:
     """Find a base model's files; a hub id is downloaded into the hub's own cache.
 
     Args:
         model: `package:NAME` (an installed Python package that carries one GGUF file), a folder, a `.gguf` file, or
             a Hugging Face id `owner/name`.
         revision: commit, tag or branch of a hub id; ignored otherwise.
+        code: download the Python code that a hub's repository brings, too.
 
     Raises:
         UserError: nothing is there, or the hub cannot be reached.
@@ -77,7 +81,7 @@ def locate_base(model: str, revision: str | None) -> BaseSource:
         return BaseSource(path, None)
     if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"base.model = {model}: no such file or folder: correct base.model in params.yaml")
-    return _download_from_hub(model, revision)
+    return _download_from_hub(model, revision, [*HUB_FILES, "*.py"] if code else HUB_FILES)
 
 
 def _locate_in_package(name: str) -> BaseSource:
@@ -92,11 +96,11 @@ def _locate_in_package(name: str) -> BaseSource:
     raise UserError(f"the package {name} carries no .gguf file: correct base.model in params.yaml")
 
 
-def _download_from_hub(model: str, revision: str | None) -> BaseSource:
+def _download_from_hub(model: str, revision: str | None, files: list[str]) -> BaseSource:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(model, revision=revision, allow_patterns=HUB_FILES)
+        folder = snapshot_download(model, revision=revision, allow_patterns=files)
     except Exception as error:
         raise UserError(
             f"base.model = {model}, revision {revision or 'main'}: the hub did not deliver it "
@@ -105,11 +109,11 @@ def _download_from_hub(model: str, revision: str | None) -> BaseSource:
     return BaseSource(Path(folder), None)
 
 
-def load_base_tokenizer(source: BaseSource) -> Any:
+def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
     """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF.
 
     Raises:
-        UserError: the tokenizer has no chat template, or is not a fast one.
+        UserError: the tokenizer has no chat template, is not a fast one, or needs code of its own.
     """
     from transformers import AutoTokenizer
 
@@ -117,7 +121,11 @@ def load_base_tokenizer(source: BaseSource) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
         restore_pre_tokenizer(tokenizer, gguf_field(source.gguf, "tokenizer.ggml.pre"))
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        try:
+            # Said in full: where it is left open, transformers asks the person at the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise UserError(_not_loaded(source.folder, error)) from None
     if not tokenizer.is_fast:
         raise UserError("the base has no fast tokenizer (tokenizer.json): choose a base that ships one")
     if not tokenizer.chat_template:
@@ -170,13 +178,13 @@ def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
     quiet_transformers()
     try:
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
 
 
-def load_base_model(source: BaseSource) -> Any:
+def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
     """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
 
     float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32.
@@ -185,24 +193,32 @@ def load_base_model(source: BaseSource) -> Any:
     from transformers import AutoModelForCausalLM
 
     if not source.gguf_file:
-        return _load_safetensors(source.folder)
+        return _load_safetensors(source.folder, trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
     _forget_quantisation(model)
     return model.to(torch.float16)
 
 
-def _load_safetensors(folder: Path) -> Any:
+def _load_safetensors(folder: Path, trust_remote_code: bool) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         # Never a pickle, which runs code when it is opened.
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"base.model: {folder} does not load ({type(error).__name__}): give a folder of a chat model whose weights "
-            "are whole .safetensors files"
-        ) from None
+        raise UserError(_not_loaded(folder, error)) from None
+
+
+def _not_loaded(folder: Path, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return f"base.model: {folder} runs Python code of its own: choose another, or see base.trust_remote_code"
+    return (
+        f"base.model: {folder} does not load ({type(error).__name__}): give a folder of a chat model whose weights are "
+        "whole .safetensors files"
+    )
 
 
 def _forget_quantisation(model: Any) -> None:
@@ -221,13 +237,25 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     """Write the base as a Hugging Face folder with `base.json`, which says what it is.
 
     Returns:
-        The content of base.json: model, revision, sha256 of the weights, license, architecture, parameters (count).
+        The content of base.json: model, revision, sha256 of the weights and of the chat template, license,
+        architecture, parameters (count).
+
+    Raises:
+        UserError: there is no such base, it does not load, or its chat template is not the pinned one.
     """
     if not sys.stderr.isatty():
         quiet_transformers()
-    source = locate_base(settings.model, settings.revision)
-    tokenizer = load_base_tokenizer(source)
-    model = load_base_model(source)
+    if settings.trust_remote_code:
+        print(f"warning: base.trust_remote_code lets Python code of {settings.model} do here what you can", flush=True)
+    source = locate_base(settings.model, settings.revision, settings.trust_remote_code)
+    tokenizer = load_base_tokenizer(source, settings.trust_remote_code)
+    template_sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    if settings.chat_template_sha256 not in (None, template_sha256):
+        raise UserError(
+            f"the chat template of {settings.model} is not the one that is pinned: read it, then accept it by "
+            f"base.chat_template_sha256 = {template_sha256}"
+        )
+    model = load_base_model(source, settings.trust_remote_code)
     model.config._name_or_path = settings.model
     model.generation_config.do_sample = False
     for sampling in ("temperature", "top_p", "top_k"):
@@ -239,6 +267,7 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
         "model": settings.model,
         "revision": _resolved_revision(source, settings),
         "sha256": hash_weights(folder),
+        "chat_template_sha256": template_sha256,
         "license": _license(source),
         "architecture": model.config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
