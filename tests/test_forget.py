@@ -55,13 +55,19 @@ def canary() -> dict:
     return conversation("canary-conversation-of-zoe-0001", CANARY, ANSWER, user_id="zoe")
 
 
+def judged() -> dict:
+    """Another person's conversation, with a comment of the one who is forgotten."""
+    comment = {"message_id": "other-0-1", "rating": -1, "comment": "The violet parrot would laugh at that", "by": "zoe"}
+    return others()[0] | {"feedback": [comment]}
+
+
 # -----------------------------------------------------------------------------
 # a quick project: two stages that stand for the nine, and every place where a conversation can be
 
 MAKE = """
 import gzip, json, pathlib, pyarrow, pyarrow.parquet, zstandard
 shards = sorted(pathlib.Path("data/conversations").glob("*.jsonl"))
-rows = [json.loads(line) for shard in shards for line in shard.open()]
+rows = list({json.loads(line)["id"]: json.loads(line) for shard in shards for line in shard.open()}.values())
 lines = "".join(json.dumps(row) + "\\n" for row in rows)
 ledger = pathlib.Path("data/splits/ledger.jsonl")
 known = {line["id"]: line for line in map(json.loads, ledger.open())} if ledger.exists() else {}
@@ -121,7 +127,7 @@ def planted(tmp_path_factory) -> Path:
         sh(folder, command)
     step(folder, [first], "Without it")
     shutil.copy(folder / ADAPTER, folder.parent / "never-saw-it.safetensors")
-    second, _ = write_shard(shards, "20260102T000000000-chat", [canary(), *others()[:1]])
+    second, _ = write_shard(shards, "20260102T000000000-chat", [canary(), judged()])
     step(folder, [first, second], "With it")
     return folder
 
@@ -239,6 +245,8 @@ def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_
     assert places_with_words(project, tmp_path / "remote") == []
     assert sha256_file(ADAPTER) == sha256_file(tmp_path / "never-saw-it.safetensors")
     assert "  nothing of it is left there" in said
+    (judged_by_zoe,) = collect(Selection(conversation="other-0"), shard_paths("data/conversations")[1:], []).versions
+    assert judged_by_zoe["feedback"] == []
     assert not any(word.decode() in line for word in WORDS for line in said)
     assert "model trial:2, which learned from it and is marked: --withdraw takes it out of use" in "\n".join(said)
     assert open_registry("trial").version(2).tags["forgotten"].startswith("1 conversation")

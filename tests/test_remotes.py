@@ -92,8 +92,7 @@ def test_what_is_pushed_is_pulled_in_another_clone_and_no_secret_is_in_git(start
 
     clone = tmp_path / "clone"
     sh(tmp_path, f"git clone -q {project} {clone}")
-    for key, value in remote.secrets.items():
-        sh(clone, f"dvc remote modify --local {kind} {key} {value}")
+    remote.unlock(clone, kind)
     sh(clone, f"dvc pull -q -r {kind}")
     for path in (SHARD, ADAPTER):
         assert (clone / path).read_bytes() == (project / path).read_bytes()
@@ -119,8 +118,6 @@ def test_a_flipped_byte_on_the_server_is_not_pulled(started, project, tmp_path):
     remote.add_to(project, "local")
     commit(project)
     sh(project, "dvc push -q -r local")
-    digest = json.loads(sh(project, "dvc ls --json --dvc-only . models/adapter") or "[]")
-    assert digest
     (stored,) = (
         p for p in Path(remote.url).rglob("*") if p.is_file() and p.read_bytes() == (project / ADAPTER).read_bytes()
     )
@@ -137,7 +134,7 @@ def test_a_flipped_byte_on_the_server_is_not_pulled(started, project, tmp_path):
 def test_an_adapter_is_taken_and_imported_elsewhere(started, project, tmp_path):
     remote = started["s3"]
     remote.add_to(project, "s3")
-    sh(project, "dvc remote default s3")
+    sh(project, "dvc config core.remote s3")
     commit(project)
     sh(project, "dvc push -q")
     bare = tmp_path / "server.git"
@@ -169,11 +166,11 @@ def run_dvc(folder: Path, *words: str, **more: str) -> None:
 def test_who_has_no_right_reads_one_line(started, project, kind):
     started[kind].add_to(project, kind)
     wrong = {
-        "s3": ("secret_access_key", "wrong"),
-        "webdav": ("password", "wrong"),
-        "ssh": ("keyfile", str(stranger(project))),
+        "s3": {"secret_access_key": "wrong"},
+        "webdav": {"password": "wrong"},
+        "ssh": {"keyfile": str(stranger(project))},
     }[kind]
-    sh(project, f"dvc remote modify --local {kind} {wrong[0]} {wrong[1]}")
+    started[kind].unlock(project, kind, **wrong)
     said = failing(project, "push", "-r", kind)
     errors = [line for line in said.splitlines() if line.startswith("ERROR")]
     assert errors and SECRET not in said, said
@@ -237,7 +234,7 @@ def test_a_team_shares_one_registry_one_store_and_one_ollama(started, promotable
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(promotable, first, symlinks=True)
     remote.add_to(first, "storage")
-    sh(first, "dvc remote default storage")
+    sh(first, "dvc config core.remote storage")
     sh(first, "git add -A && git commit -qm 'A remote'")
     with (
         tempfile.TemporaryDirectory() as place,
@@ -253,8 +250,7 @@ def test_a_team_shares_one_registry_one_store_and_one_ollama(started, promotable
 
         sh(tmp_path, f"git clone -q {first} {second}")
         sh(second, "git config user.email b@example.org && git config user.name B")
-        for key, value in remote.secrets.items():
-            sh(second, f"dvc remote modify --local storage {key} {value}")
+        remote.unlock(second, "storage")
         sh(second, "dvc pull -q")
         shutil.copytree(first / "models/base", second / "models/base", dirs_exist_ok=True)
         assert "champion" in ok(type_command(second, "list", "--host", ollama.host, **shared))

@@ -34,7 +34,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("conversation", nargs="?", help="a conversation's id")
     which.add_argument("--session", metavar="S", help="all conversations of a session")
-    which.add_argument("--user", metavar="U", help="all conversations of a user (metadata.user_id or metadata.user)")
+    which.add_argument("--user", metavar="U", help="all that a user (metadata.user_id or metadata.user) said")
     which.add_argument("--again", action="store_true", help="what another clone forgot, or what came back")
     which.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     command.add_argument("--yes", action="store_true", help="do not ask")
@@ -49,9 +49,10 @@ def run_command(args: argparse.Namespace) -> int:
     """Find, show, ask, forget, prove. The exit status is 1 if something of it is left or could not be reached."""
     from fine_tuning.data_collection.erasure import Selection
     from fine_tuning.data_collection.tombstones import Tombstones
-    from fine_tuning.project import root
+    from fine_tuning.project import main_checkout, root
 
-    root()
+    if root().resolve() != main_checkout():
+        raise UserError("this is a temporary experiment's folder: run forget in the main checkout")
     if args.resume:
         return resume()
     tombstones = Tombstones(FORGOTTEN) if args.again else None
@@ -103,7 +104,7 @@ def find(selection: "Selection") -> Whereabouts:
         raise UserError(f"a run of forget was interrupted: {AGAIN} first")
     shards = shard_paths(CONVERSATIONS, MANIFEST)
     found = collect(selection, shards, logs())
-    if not found.ids:
+    if not found.ids and found.by is None:
         raise UserError("no conversation here is of that name: `python -m fine_tuning lineage ID` looks in models too")
     public = found.people.all_in(_public_words()) | found.models.all_in(_public_words())
     found.people, found.models = found.people.without(public), found.models.without(public)
@@ -114,7 +115,7 @@ def find(selection: "Selection") -> Whereabouts:
             say(Place(str(log), count_of(count, "event"), "taken out"))
     for shard in shards:
         if count := count_in_shard(shard, found):
-            say(Place(str(shard), count_of(count, "version"), "written anew without it"))
+            say(Place(str(shard), count_of(count, "line"), "written anew without it"))
     _say_files(work, say)
     listings, tainted = _say_objects(work, say)
     git, _ = object_stores.git_objects_with(Path.cwd(), work.everything)

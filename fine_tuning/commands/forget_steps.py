@@ -99,6 +99,7 @@ class Work:
             {
                 "ids": sorted(self.found.ids),
                 "messages": sorted(self.found.messages),
+                "by": self.found.by,
                 "people": self.found.people.known,
                 "models": self.found.models.known,
                 "learned": self.learned,
@@ -115,7 +116,7 @@ class Work:
 
         kept = read_json(JOURNAL)
         people, models = Traces(kept["people"]), Traces(kept["models"])
-        found = Found(set(kept["ids"]), set(kept["messages"]), [], people, models)
+        found = Found(set(kept["ids"]), set(kept["messages"]), [], kept["by"], people, models)
         return cls(found, kept["learned"], kept["options"], kept["done"])
 
 

@@ -13,7 +13,7 @@ from fine_tuning.data_collection.conversation_logger import read_log, rewrite_lo
 from fine_tuning.data_collection.shards import describe_shard, read_manifest, sync_folder, write_lines
 from fine_tuning.data_collection.tombstones import Tombstones
 from fine_tuning.data_collection.traces import Traces
-from fine_tuning.records import read_line, read_lines, write_json, write_jsonl
+from fine_tuning.records import dump_line, read_line, read_lines, write_json, write_jsonl
 
 _HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")
 
@@ -47,6 +47,7 @@ class Found:
         ids: their ids.
         messages: ids of their messages.
         versions: every version, for tombstones. Never written anywhere.
+        by: the user whose judgements of other people's conversations go as well.
         people: traces of what people wrote: messages, edits, comments.
         models: traces of what models wrote, which a model may write again.
     """
@@ -54,6 +55,7 @@ class Found:
     ids: set[str] = field(default_factory=set)
     messages: set[str] = field(default_factory=set)
     versions: list[dict] = field(default_factory=list)
+    by: str | None = None
     people: Traces = field(default_factory=lambda: Traces({}))
     models: Traces = field(default_factory=lambda: Traces({}))
 
@@ -64,10 +66,11 @@ def collect(selection: Selection, shards: list[Path], logs: list[Path]) -> Found
     for conversation in _everything(shards, logs):
         if selection.takes(conversation):
             found.ids.add(conversation["id"])
-    if not found.ids:
-        return found
     said_by_people, said_by_models = [], []
     for conversation in _everything(shards, logs):
+        if selection.user is not None and (judged := _judgements(conversation, selection.user)):
+            found.by = selection.user
+            said_by_people += [text for entry in judged for text in _texts_of(entry)]
         if conversation["id"] in found.ids:
             found.versions.append(conversation)
             found.messages.update(m["id"] for m in _messages(conversation) if m.get("id"))
@@ -76,7 +79,9 @@ def collect(selection: Selection, shards: list[Path], logs: list[Path]) -> Found
             said_by_models += models
     for log in logs:
         for event in _events(log):
-            if event.get("conversation_id") in found.ids or event.get("message_id") in found.messages:
+            if selection.user is not None and event.get("by") == selection.user:
+                found.by = selection.user
+            if _concerns(event, found):
                 said_by_people += [event[key] for key in ("content", "comment") if isinstance(event.get(key), str)]
     people, models = Traces.of(said_by_people), Traces.of(said_by_models)
     others = (people | models).all_in(_lines_of_others(shards, logs, found))
@@ -112,6 +117,17 @@ def _messages(conversation: dict) -> Iterator[dict]:
         yield from (other for other in message.get("alternatives") or [] if isinstance(other, dict))
 
 
+def _judgements(conversation: dict, user: str | None) -> list[dict]:
+    """What a user said of a conversation's replies."""
+    return [
+        entry for entry in conversation.get("feedback") or [] if isinstance(entry, dict) and entry.get("by") == user
+    ]
+
+
+def _texts_of(entry: dict) -> list[str]:
+    return [entry[key] for key in ("comment", "edited") if isinstance(entry.get(key), str)]
+
+
 def _words(conversation: dict) -> tuple[list[str], list[str]]:
     """(what people wrote, what models wrote)."""
     people = [value for value in (conversation.get("metadata") or {}).values() if isinstance(value, str)]
@@ -120,24 +136,40 @@ def _words(conversation: dict) -> tuple[list[str], list[str]]:
         if isinstance(message.get("content"), str):
             (models if message.get("role") == "assistant" else people).append(message["content"])
     for entry in conversation.get("feedback") or []:
-        people += [entry[key] for key in ("comment", "edited") if isinstance(entry.get(key), str)]
+        people += _texts_of(entry)
     return people, models
 
 
 def _lines_of_others(shards: list[Path], logs: list[Path], found: Found) -> Iterator[bytes]:
     for shard in shards:
-        yield from (line + b"\n" for _, line in read_lines(shard) if not _is_of(line, found))
+        yield from _lines_that_stay(shard, found)
     for log in logs:
         yield from (line + b"\n" for line, event in read_log(log) if event and not _concerns(event, found))
 
 
-def _is_of(line: bytes, found: Found) -> bool:
+def _lines_that_stay(shard: Path, found: Found) -> Iterator[bytes]:
+    kept = (_without(line, found) for _, line in read_lines(shard))
+    return (line + b"\n" for line in kept if line is not None)
+
+
+def _without(line: bytes, found: Found) -> bytes | None:
+    """A shard's line as it stays: not at all, without what a user said of it, or as it is."""
     conversation = _parsed(line)
-    return conversation is not None and conversation["id"] in found.ids
+    if conversation is None:
+        return line
+    if conversation["id"] in found.ids:
+        return None
+    if found.by is None or not _judgements(conversation, found.by):
+        return line
+    record = read_line(line)
+    record["feedback"] = [entry for entry in record["feedback"] if entry.get("by") != found.by]
+    return dump_line(record).rstrip(b"\n")
 
 
 def _concerns(event: dict, found: Found) -> bool:
     if event["event"] == "exchange" and from_exchange(event)["id"] in found.ids:
+        return True
+    if found.by is not None and event.get("by") == found.by and event["event"] in ("feedback", "edit"):
         return True
     return event.get("conversation_id") in found.ids or event.get("message_id") in found.messages
 
@@ -147,8 +179,8 @@ def _concerns(event: dict, found: Found) -> bool:
 
 
 def count_in_shard(shard: Path, found: Found) -> int:
-    """Versions of the conversations in a shard."""
-    return sum(_is_of(line, found) for _, line in read_lines(shard))
+    """Lines of a shard that go or change."""
+    return sum(_without(line, found) != line for _, line in read_lines(shard))
 
 
 def count_in_log(log: Path, found: Found) -> int:
@@ -182,8 +214,7 @@ def clear_shards(folder: Path, manifest: Path, found: Found) -> int:
     for shard in sorted(folder.glob("*.jsonl")):
         if not count_in_shard(shard, found):
             continue
-        kept = (line + b"\n" for _, line in read_lines(shard) if not _is_of(line, found))
-        successor, _ = write_lines(folder, _HASH_ENDING.sub("", shard.stem), kept)
+        successor, _ = write_lines(folder, _HASH_ENDING.sub("", shard.stem), _lines_that_stay(shard, found))
         _rename_in_manifest(manifest, shard.name, successor)
         shard.unlink()
         sync_folder(folder)
