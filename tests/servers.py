@@ -42,9 +42,8 @@ class Remote:
         """Make it the remote `name` of a checkout, as `dvc remote add` and `dvc remote modify` do."""
         from dvc.repo import Repo
 
-        with Repo(str(checkout)) as repo:
-            with repo.config.edit("repo") as config:
-                config["remote"][name] = {"url": self.url, "verify": "true", **self.settings}
+        with Repo(str(checkout)) as repo, repo.config.edit("repo") as config:
+            config["remote"][name] = {"url": self.url, "verify": "true", **self.settings}
         self.unlock(checkout, name)
 
     def unlock(self, checkout: Path, name: str, **other: str) -> None:

@@ -1,5 +1,6 @@
 """Data and adapters by real servers: pushed, pulled in another clone, taken from elsewhere, refused in one line."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,10 +34,8 @@ def needs(kind: str) -> None:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory) -> Iterator[dict[str, Remote]]:
     """Servers that tests have asked for, by kind; all end with the module."""
-    from contextlib import ExitStack
-
     folder = tmp_path_factory.mktemp("servers")
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
 
         class Started(dict):
             def __missing__(self, kind: str) -> Remote:
@@ -59,12 +58,19 @@ def project(tmp_path) -> Path:
         "git init -q -b main",
         "git config user.email t@example.org",
         "git config user.name T",
-        "dvc init -q",
-        "dvc config core.analytics false",
-        "dvc add -q data/conversations models/adapter",
     ):
         sh(folder, command)
+    for words in ("init -q", "config core.analytics false", "add -q data/conversations models/adapter"):
+        dvc(folder, words)
     return folder
+
+
+def dvc(folder: Path, words: str) -> None:
+    """A DVC command that has to succeed, in this process: starting Python anew takes a second."""
+    from dvc.cli import main
+
+    with contextlib.chdir(folder):
+        assert main(words.split()) == 0, words
 
 
 def commit(folder: Path) -> None:
@@ -85,7 +91,7 @@ def test_what_is_pushed_is_pulled_in_another_clone_and_no_secret_is_in_git(start
     remote = started[kind]
     remote.add_to(project, kind)
     commit(project)
-    sh(project, f"dvc push -q -r {kind}")
+    dvc(project, f"push -q -r {kind}")
     config = (project / ".dvc/config").read_text()
     assert "verify = true" in config and SECRET not in config and secrets(config) == []
     assert not any(SECRET in sh(project, f"git show HEAD:{name}") for name in (".dvc/config", ".dvc/.gitignore"))
@@ -93,7 +99,7 @@ def test_what_is_pushed_is_pulled_in_another_clone_and_no_secret_is_in_git(start
     clone = tmp_path / "clone"
     sh(tmp_path, f"git clone -q {project} {clone}")
     remote.unlock(clone, kind)
-    sh(clone, f"dvc pull -q -r {kind}")
+    dvc(clone, f"pull -q -r {kind}")
     for path in (SHARD, ADAPTER):
         assert (clone / path).read_bytes() == (project / path).read_bytes()
 
@@ -102,14 +108,14 @@ def test_a_reader_over_http_pulls_and_cannot_push(started, project, tmp_path):
     started["local"].add_to(project, "local")
     started["http"].add_to(project, "web")
     commit(project)
-    sh(project, "dvc push -q -r local")
+    dvc(project, "push -q -r local")
     clone = tmp_path / "clone"
     sh(tmp_path, f"git clone -q {project} {clone}")
-    sh(clone, "dvc pull -q -r web")
+    dvc(clone, "pull -q -r web")
     assert (clone / ADAPTER).read_bytes() == (project / ADAPTER).read_bytes()
     (clone / ADAPTER).unlink()
     (clone / ADAPTER).write_bytes(b"another")
-    sh(clone, "dvc add -q models/adapter")
+    dvc(clone, "add -q models/adapter")
     assert "ERROR: failed to push" in failing(clone, "push", "-r", "web")
 
 
@@ -117,7 +123,7 @@ def test_a_flipped_byte_on_the_server_is_not_pulled(started, project, tmp_path):
     remote = started["local"]
     remote.add_to(project, "local")
     commit(project)
-    sh(project, "dvc push -q -r local")
+    dvc(project, "push -q -r local")
     (stored,) = (
         p for p in Path(remote.url).rglob("*") if p.is_file() and p.read_bytes() == (project / ADAPTER).read_bytes()
     )
@@ -134,9 +140,9 @@ def test_a_flipped_byte_on_the_server_is_not_pulled(started, project, tmp_path):
 def test_an_adapter_is_taken_and_imported_elsewhere(started, project, tmp_path):
     remote = started["s3"]
     remote.add_to(project, "s3")
-    sh(project, "dvc config core.remote s3")
+    dvc(project, "config core.remote s3")
     commit(project)
-    sh(project, "dvc push -q")
+    dvc(project, "push -q")
     bare = tmp_path / "server.git"
     sh(tmp_path, f"git clone -q --bare {project} {bare}")  # as on a git server: without .dvc/config.local
     run_dvc(tmp_path, "get", str(bare), "models/adapter", "-o", "taken", **remote.environment)
@@ -149,7 +155,7 @@ def test_an_adapter_is_taken_and_imported_elsewhere(started, project, tmp_path):
     assert (other / "adapter" / ADAPTER.name).read_bytes() == (project / ADAPTER).read_bytes()
     (project / ADAPTER).unlink()
     (project / ADAPTER).write_bytes(b"retrained")
-    sh(project, "dvc add -q models/adapter")
+    dvc(project, "add -q models/adapter")
     commit(project)
     sh(project, f"dvc push -q && git push -q {bare} main")
     run_dvc(other, "update", "adapter.dvc", **remote.environment)
@@ -194,9 +200,9 @@ def stranger(folder: Path) -> Path:
     ],
 )
 def test_a_remote_that_is_not_there_is_one_line(project, url):
-    sh(project, f"dvc remote add -q -d gone {url}")
+    dvc(project, f"remote add -q -d gone {url}")
     if url.startswith("s3"):
-        sh(project, "dvc remote modify -q gone endpointurl http://127.0.0.1:9")
+        dvc(project, "remote modify -q gone endpointurl http://127.0.0.1:9")
     shutil.rmtree(project / ".dvc/cache")
     shutil.rmtree(project / "models/adapter")
     said = failing(project, "pull", AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_MAX_ATTEMPTS="1")
@@ -234,7 +240,7 @@ def test_a_team_shares_one_registry_one_store_and_one_ollama(started, promotable
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(promotable, first, symlinks=True)
     remote.add_to(first, "storage")
-    sh(first, "dvc config core.remote storage")
+    dvc(first, "config core.remote storage")
     sh(first, "git add -A && git commit -qm 'A remote'")
     with (
         tempfile.TemporaryDirectory() as place,
@@ -245,13 +251,13 @@ def test_a_team_shares_one_registry_one_store_and_one_ollama(started, promotable
         shared = {"MLFLOW_TRACKING_URI": registry}
         ok(type_command(first, "promote", **shared))
         sh(first, "git add -A && git commit -qm 'Promote version 1'")
-        sh(first, "dvc push -q")
+        dvc(first, "push -q")
         ok(type_command(first, "deploy", "--host", ollama.host, **shared))
 
         sh(tmp_path, f"git clone -q {first} {second}")
         sh(second, "git config user.email b@example.org && git config user.name B")
         remote.unlock(second, "storage")
-        sh(second, "dvc pull -q")
+        dvc(second, "pull -q")
         shutil.copytree(first / "models/base", second / "models/base", dirs_exist_ok=True)
         assert "champion" in ok(type_command(second, "list", "--host", ollama.host, **shared))
         repro(second, seed=2)

@@ -119,7 +119,7 @@ def bill_of_materials() -> str:
 
 
 def _component(kind: Any, name: str, version: str, sha256: str, licence: str | None = None) -> "Component":
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.component import Component
 
@@ -134,7 +134,7 @@ def _component(kind: Any, name: str, version: str, sha256: str, licence: str | N
 
 
 def _library(name: str, version: str) -> "Component":
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
