@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
@@ -25,6 +27,14 @@ def write_checkout(folder: Path, base: Path, host: str = NOBODY, **app: object) 
     gguf = folder / "models" / "base" / "base-Q8_0.gguf"
     if not gguf.exists():
         write_gguf(folder / "models" / "base", gguf, "Q8_0")
+    return folder
+
+
+def add_repositories(folder: Path) -> Path:
+    """Make a checkout a git and DVC repository."""
+    shutil.copy(REPOSITORY / ".gitignore", folder)
+    for command in ("git init -q", f"{sys.executable} -m dvc init -q"):
+        subprocess.run(command.split(), cwd=folder, check=True, env=environment())
     return folder
 
 

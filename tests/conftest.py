@@ -103,7 +103,7 @@ def page(browser):
     from tests.browser import PHONE
 
     page = browser.new_page(viewport=PHONE)
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(180_000)
     page.asked = []
     page.on("request", lambda request: page.asked.append(request.url))
     yield page

@@ -162,7 +162,7 @@ def test_an_edited_reply_is_what_the_model_is_told_it_said(checkout):
     assert [message["content"] for message in told] == ["Hello?", "Good morning."]
 
 
-def test_conversations_are_listed_found_renamed_and_deleted(checkout):
+def test_conversations_are_listed_found_and_renamed(checkout):
     at = say(open_chat(), "How do I reset the router?")
     first = at.query_params["chat"]
     at = say(at.button(key="new").click().run(), "What is an embedding?")
@@ -174,12 +174,8 @@ def test_conversations_are_listed_found_renamed_and_deleted(checkout):
     at = at.button(key=f"open-{first}").click().run()
     at.text_input(key=f"name-{first}").set_value("The box in the hall").run()
     assert at.button(key=f"open-{first}").label == "The box in the hall"
-
-    at = at.button(key="delete").click().run()
-    at.button(key="delete-now").click().run()
-    kinds = [event["event"] for event in logged(checkout)]
-    assert kinds == ["exchange", "exchange", "delete"]
-    assert conversation(checkout)["messages"][0]["content"] == "What is an embedding?"
+    at.button(key=f"open-{first}").click().run()
+    assert at.text_input(key=f"name-{first}").value == "The box in the hall"
 
 
 def test_without_any_model_the_page_says_what_to_run(checkout):

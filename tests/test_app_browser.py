@@ -1,16 +1,13 @@
 """The app in a real browser: Debian's chromium, a real Streamlit server, a real llama.cpp with a tiny model."""
 
 import json
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.app_checkout import REPOSITORY, environment, write_checkout
+from tests.app_checkout import add_repositories, write_checkout
 from tests.browser import app_process, events, needs_chromium, running_app, send, strangers, until
 from tests.fake_ollama import FakeOllama, Manifest
 
@@ -28,10 +25,7 @@ def live_model(ollama: FakeOllama) -> None:
 
 
 def test_chat_then_thumb_then_seal(tmp_path, tiny_base, page):
-    checkout = write_checkout(tmp_path, tiny_base)
-    for command in ("git init -q", f"{sys.executable} -m dvc init -q"):
-        subprocess.run(command.split(), cwd=checkout, check=True, env=environment())
-    shutil.copy(REPOSITORY / ".gitignore", checkout)
+    checkout = add_repositories(write_checkout(tmp_path, tiny_base))
     with running_app(checkout) as address:
         page.goto(address)
         send(page, "How do I reset the router?")
@@ -64,7 +58,7 @@ def served(tmp_path_factory, tiny_base):
     """(address, checkout, Ollama) of an app that chats through Ollama."""
     with FakeOllama(reply="Restart the router and wait.") as ollama:
         live_model(ollama)
-        checkout = write_checkout(tmp_path_factory.mktemp("served"), tiny_base, host=ollama.host)
+        checkout = add_repositories(write_checkout(tmp_path_factory.mktemp("served"), tiny_base, host=ollama.host))
         with running_app(checkout) as address:
             yield address, checkout, ollama
 
@@ -117,11 +111,16 @@ def test_a_conversation_is_deleted_after_it_said_where_it_is(served, page):
     said = of_this_chat(page, checkout)
     page.get_by_role("button", name="This chat").click()
     page.get_by_role("button", name="Delete…").click()
-    page.get_by_text("the live log (1 event)").wait_for()
-    page.get_by_role("button", name="Delete it").click()
+    page.get_by_text("inbox/conversations.jsonl: 1 event -> taken out").wait_for()
+    page.get_by_role("button", name="Delete it everywhere").click()
     page.get_by_role("button", name="Forget this").wait_for(state="detached")
-    assert events(checkout)[-1]["event"] == "delete"
-    assert events(checkout)[-1]["conversation_id"] == said[0]["conversation_id"]
+    page.get_by_text("Delete: next: git add").wait_for()
+    page.get_by_text("Its output").click()
+    page.get_by_text("nothing of it is left there").wait_for()
+    identity = said[0]["conversation_id"]
+    assert identity not in (checkout / "inbox/conversations.jsonl").read_text()
+    (tombstone,) = (checkout / "data/forgotten.jsonl").read_text().splitlines()
+    assert "Forget" not in tombstone
 
 
 def test_a_reply_goes_on_while_its_page_is_closed(served, page):
@@ -160,20 +159,33 @@ def test_a_drawing_in_a_reply_is_not_drawn(served, page):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_the_engine_ends_with_the_app_and_what_came_of_a_reply_is_kept(tmp_path, tiny_base, page, end):
-    checkout = write_checkout(tmp_path, tiny_base, max_tokens=20_000, context=32_768, slots=1)
-    with app_process(checkout) as (address, server):
+def test_the_engine_ends_with_the_app(tmp_path, tiny_base, page, end):
+    with app_process(write_checkout(tmp_path, tiny_base)) as (address, server):
         page.goto(address)
-        send(page, "Go on for ever")
-        page.get_by_role("button", name="Stop").wait_for()
-        page.get_by_text("tokens/s").wait_for()
-        engines = [
-            child.pid for child in psutil.Process(server.pid).children() if "llama_server" in str(child.cmdline())
-        ]
-        assert len(engines) == 1
+        page.get_by_test_id("stChatInputTextArea").wait_for()  # from now on it is being loaded
+
+        def engines() -> list[int]:
+            children = psutil.Process(server.pid).children()
+            return [child.pid for child in children if "llama_server" in str(child.cmdline())]
+
+        until(engines)
+        (engine,) = engines()
         server.send_signal(end)
-        server.wait(30)
-        until(lambda: not psutil.pid_exists(engines[0]))
-    if end == signal.SIGTERM:
+        server.wait(60)
+        until(lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_an_app_that_is_ended_in_mid_reply_keeps_what_came(tmp_path, tiny_base, page):
+    with FakeOllama(reply="Restart the router and wait.") as ollama:
+        live_model(ollama)
+        checkout = write_checkout(tmp_path, tiny_base, host=ollama.host)
+        with app_process(checkout) as (address, server):
+            page.goto(address)
+            page.get_by_test_id("stChatInputTextArea").wait_for()
+            ollama.faults["POST /api/chat"] = "hang in stream"
+            send(page, "What now?")
+            page.get_by_text("Restart").wait_for()
+            server.terminate()
+            server.wait(60)
         (event,) = events(checkout)
-        assert event["metadata"]["incomplete"] == "stopped" and event["assistant_response"]
+    assert (event["assistant_response"], event["metadata"]["incomplete"]) == ("Restart ", "stopped")

@@ -280,6 +280,39 @@ def test_commits_and_the_workspace_are_lines_of_one_table(project, monkeypatch):
     assert at.dataframe[0].value["what"].tolist()[0] == "workspace"
 
 
+def test_an_experiment_is_started_with_changed_parameters_and_compared(candidate):
+    add_params(candidate)
+    registered.sh(candidate, "git commit -qam 'More parameters'")
+    at = open_page("runs")
+    at.text_area(key="overrides").set_value("train.seed=7").run()
+    at.button(key="experiment").click().run()
+    assert finish(at).returncode == 0, jobs.latest.lines()
+    assert yaml.safe_load((candidate / "params.yaml").read_bytes())["train"]["seed"] == 7
+    at.button(key="look-again").click().run()
+    kinds = at.dataframe[0].value["what"].tolist()
+    assert kinds.count("experiment") == 1
+    two = [name for name in at.selectbox(key="one").options if name.startswith(("experiment", "commit"))]
+    at.selectbox(key="one").set_value(two[0])
+    at.selectbox(key="other").set_value(two[1]).run()
+    differences = at.dataframe[-1].value
+    assert "train.seed" in differences["name"].tolist()
+
+
+def test_a_running_command_is_shown_live_and_stopped_by_its_button(candidate):
+    add_params(candidate)
+    program = "print(\"Running stage 'train':\", flush=True); import time; time.sleep(60)"
+    job = jobs.start("dvc repro", [sys.executable, "-c", program], candidate)
+    while "Running" not in "".join(job.lines()):
+        time.sleep(0.05)
+    at = open_page("runs")
+    assert at.button(key="repro").disabled
+    assert "stage train" in at.get("progress")[0].proto.text
+    at.button(key="stop-job").click().run()
+    at.run()
+    assert "dvc repro: stopped" in shown(at)
+    assert not at.button(key="repro").disabled
+
+
 def test_a_run_stands_with_the_experiment_that_has_its_numbers():
     numbers = {"train.train_loss": 2.5, "train.validation_loss": 2.25}
     one, other = Line("commit", "a", None, metrics=numbers), Line("commit", "b", None)

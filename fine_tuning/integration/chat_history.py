@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 from fine_tuning.data_collection.conversation import edits, fold
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, read_log
 from fine_tuning.data_collection.shards import shard_paths, versions
-from fine_tuning.records import read_json, read_lines, write_json
+from fine_tuning.errors import UserError
+from fine_tuning.integration.jobs import jobs, own_command
+from fine_tuning.records import read_json, write_json
 
 SHARDS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
-DERIVED = ("data/clean", "data/exports", "data/prepared")
 TITLES = Path(".whetstone/titles.json")
+JOURNAL = Path(".whetstone/forget.json")
+DELETE = "Delete"
 CHAT = "chat"  # the source of conversations that were held here, not imported
 TITLE_CHARACTERS = 32
 
@@ -120,37 +124,41 @@ def as_markdown(conversation: dict, titles: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- delete
 
 
-def whereabouts(checkout: Path, logger: ConversationLogger, identity: str) -> list[str]:
-    """Every place of this checkout where a conversation still is, and what deleting it in the app does there."""
-    lines = []
-    events = sum(event.get("conversation_id") == identity for event in logger.read_events())
-    if events:
-        lines.append(f"the live log ({_count(events, 'event')}): stays there, marked as deleted, until `seal`")
-    needle = json.dumps(identity).encode()
-    shards = [path for path in shard_paths(checkout / SHARDS) if _holds(path, needle)]
-    if shards:
-        lines.append(
-            f"{_count(len(shards), 'sealed shard')}, which never change: the next `seal` adds that it is deleted"
-        )
-    derived = [folder for folder in DERIVED if any(_holds(path, needle) for path in _files(checkout / folder))]
-    if derived:
-        lines.append(f"{', '.join(derived)}: gone after the next `dvc repro`")
-    if shards or derived:
-        lines.append("DVC's cache, remotes and models that were trained on it keep it until they are cleaned")
-    return lines or ["nowhere but on this page"]
+def whereabouts(checkout: Path, identity: str) -> list[str]:
+    """Every place where a conversation still is and what deleting it does there, as `forget` finds them. Takes seconds.
+
+    Raises:
+        UserError: it could not be looked for; the line says why.
+    """
+    done = subprocess.run(own_command("forget", identity), cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True)
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    places = [line.strip() for line in lines if line.startswith("  ")]
+    if not places:
+        told = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise UserError(told[-1].removeprefix("error: ") if told else "it could not be looked for: try again")
+    return places
 
 
-def _holds(path: Path, needle: bytes) -> bool:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+def delete(checkout: Path, logger: ConversationLogger, identity: str, withdraw: bool = False) -> None:
+    """Hide a conversation at once, and start `forget`, which takes it out of every place and proves it.
 
-        return json.loads(needle) in pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
-    return any(needle in line for _, line in read_lines(path))
+    Raises:
+        UserError: another command runs; nothing is changed.
+    """
+    words = ["forget", identity, "--yes", *(["--withdraw"] if withdraw else [])]
+    jobs.start(DELETE, own_command(*words), checkout)
+    logger.log_delete(conversation_id=identity)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix in (".jsonl", ".json", ".csv", ".parquet")]
+def delete_further(checkout: Path) -> None:
+    """Go on with a deletion that was interrupted.
+
+    Raises:
+        UserError: another command runs.
+    """
+    jobs.start(DELETE, own_command("forget", "--resume"), checkout)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def interrupted(checkout: Path) -> bool:
+    """Whether a deletion was interrupted and has to be gone on with before the next."""
+    return (checkout / JOURNAL).exists() and jobs.running is None

@@ -37,7 +37,7 @@ class AppSettings(Settings):
     """Section `app` of params.yaml."""
 
     temperature: float = Field(ge=0, le=2)
-    top_p: float = Field(gt=0, le=1)
+    top_p: float = Field(ge=0.05, le=1)
     top_k: int = Field(ge=0)
     repeat_penalty: float = Field(ge=0.5, le=2)
     max_tokens: int = Field(ge=1)
@@ -51,7 +51,7 @@ class Sampling(Settings):
     """How a reply is drawn; the page starts from the `app` section."""
 
     temperature: float = Field(ge=0, le=2)
-    top_p: float = Field(gt=0, le=1)
+    top_p: float = Field(ge=0.05, le=1)
     top_k: int = Field(ge=0)
     repeat_penalty: float = Field(ge=0.5, le=2)
     max_tokens: int = Field(ge=1)

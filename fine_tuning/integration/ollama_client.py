@@ -316,7 +316,7 @@ class OllamaClient:
                     if line is None:
                         raise OllamaError(f"{self.host}{path} sent a line that is not JSON: is it an Ollama?")
                     if line.get("error"):
-                        raise OllamaError(f"{self.host} failed: {_one_line(line['error'])}")
+                        raise self._failure(_one_line(line["error"]), f"POST {path}", f"{self.host} failed")
                     yield line
         except httpx.HTTPError as error:
             raise self._lost(error, path) from None
@@ -335,9 +335,14 @@ class OllamaClient:
         reason = _one_line(body["error"]) if body and body.get("error") else response.reason_phrase
         if response.status_code == 404 and body and "model" in reason:
             return OllamaNotFound(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
-        if response.status_code == 507 or "no space left" in reason.lower():
+        if response.status_code == 507:
+            reason = f"no space left: {reason}"
+        return self._failure(reason, what, f"{self.host} answered {response.status_code} to {what}")
+
+    def _failure(self, reason: str, what: str, otherwise: str) -> OllamaError:
+        if "no space left" in reason.lower():
             return OllamaError(f"the disk of {self.host} is full ({what}): make room there, then run again")
-        return OllamaError(f"{self.host} answered {response.status_code} to {what}: {reason}")
+        return OllamaError(f"{otherwise}: {reason}")
 
 
 def full_name(model: str) -> str:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import streamlit as st
 
 from fine_tuning.data_collection.conversation import edits
+from fine_tuning.errors import UserError
 from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_context import App, app
+from fine_tuning.integration.app_jobs import show_job
 from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, ask, desk, new_conversation_id
+from fine_tuning.integration.jobs import jobs
 
 LOOK_SECONDS = 0.15  # how often the page looks at a reply that is being written
 LISTED = 60  # conversations in the side bar; the search finds the others
@@ -77,6 +80,7 @@ def _open_new() -> None:
 def _sidebar(here: App, found: list[dict], conversation: dict | None, current: str) -> None:
     titles = chat_history.read_titles(here.checkout)
     with st.sidebar:
+        show_job(chat_history.DELETE)
         st.button("New chat", icon=":material/edit_square:", width="stretch", key="new", on_click=_open_new)
         if conversation is not None:
             with st.popover("This chat", icon=":material/more_horiz:", width="stretch"):
@@ -114,25 +118,48 @@ def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
         key="export-json", icon=":material/download:", width="stretch", on_click="ignore",
     )  # fmt: skip
     if st.button("Delete…", icon=":material/delete:", key="delete", width="stretch"):
+        st.session_state.pop(f"places-{identity}", None)
         _delete(here, conversation)
 
 
-@st.dialog("Delete this conversation?")
+@st.dialog("Delete this conversation?", width="large")
 def _delete(here: App, conversation: dict) -> None:
-    for line in chat_history.whereabouts(here.checkout, here.logger, conversation["id"]):
-        st.markdown(f"- {line}")
-    if st.button(
-        "Delete it", type="primary", icon=":material/delete:", key="delete-now",
-        on_click=_delete_now, args=(here, conversation["id"]),
-    ):  # fmt: skip
+    try:
+        if chat_history.interrupted(here.checkout):
+            _delete_further(here)
+        else:
+            _delete_where_it_is(here, conversation["id"])
+    except UserError as error:
+        st.error(plain(str(error)), icon=":material/error:")
+
+
+def _delete_further(here: App) -> None:
+    st.markdown("An earlier deletion was interrupted. It has to be gone on with first.")
+    if st.button("Go on with it", key="delete-further", type="primary"):
+        chat_history.delete_further(here.checkout)
         st.rerun()
 
 
-def _delete_now(here: App, identity: str) -> None:
-    desk.drop(identity)
-    here.logger.log_delete(conversation_id=identity)
-    chat_history.rename(here.checkout, identity, "")
-    _open_new()
+def _delete_where_it_is(here: App, identity: str) -> None:
+    key = f"places-{identity}"
+    if key not in st.session_state:
+        with st.spinner("Looking in the log, the data, DVC's cache and remotes, git, and the registry…"):
+            st.session_state[key] = chat_history.whereabouts(here.checkout, identity)
+    places = st.session_state[key]
+    st.markdown("\n".join(f"- {plain(place)}" for place in places))
+    st.caption("Then `dvc repro` makes anew what was made of it, and everything is searched once more.")
+    learned = any(place.startswith("model ") for place in places)
+    withdraw = learned and st.checkbox("Take the models that learned from it out of use", key="withdraw")
+    busy = f"{jobs.running.title} is running" if jobs.running is not None else None
+    if st.button(
+        "Delete it everywhere", type="primary", icon=":material/delete:", key="delete-now",
+        disabled=busy is not None, help=busy,
+    ):  # fmt: skip
+        desk.drop(identity)
+        chat_history.delete(here.checkout, here.logger, identity, withdraw)
+        del st.session_state[key]
+        _open_new()
+        st.rerun()
 
 
 def _choose_model(here: App, models: list[ChatModel]) -> Asking:
