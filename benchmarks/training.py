@@ -1,6 +1,6 @@
 """Training: this trainer, plain transformers.Trainer with peft, and TRL's SFTTrainer on the same rows.
 
-    make repro && pip install trl==1.16.0 && python -m benchmarks.training [--tokens 6000] [--packing]
+    make repro && python -m benchmarks.training [--tokens 6000] [--packing]
 
 Each runs in a process of its own on the same conversations, base, adapter and number format, TRL with the settings
 that serve it best here: no gradient checkpointing, the hardware's own number format, rows grouped by length. Printed

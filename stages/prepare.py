@@ -1,23 +1,19 @@
 """Clean conversations and the tokenizer in; train, validation and test rows, the ledger of splits and counts out."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fine_tuning.data_preparation.canaries import planted
-from fine_tuning.data_preparation.dataset_builder import (
-    Build,
-    DatasetBuilder,
-    Example,
-    PrepareSettings,
-    length_histogram,
-    statistics,
-    write_split,
-)
+from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, Example, PrepareSettings, write_split
 from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
+from fine_tuning.engine import open_engine
 from fine_tuning.errors import UserError, run
 from fine_tuning.records import read_jsonl, replacing, write_json, write_jsonl
 from fine_tuning.settings import read_params
@@ -38,7 +34,8 @@ LENGTHS = Path("metrics/plots/prepare_lengths.csv")
 
 def main() -> None:
     settings, chat = read_params("prepare", PrepareSettings), read_params("chat", ChatSettings)
-    tokenizer = load_tokenizer(TOKENIZER[0].parent)
+    base = TOKENIZER[0].parent.resolve()
+    tokenizer = load_tokenizer(base)
     builder = DatasetBuilder(
         train_on=settings.train_on,
         validation_fraction=settings.validation_fraction,
@@ -48,65 +45,64 @@ def main() -> None:
         decontamination_words=settings.decontamination_words,
         max_train_tokens=settings.max_train_tokens,
         max_held_out_tokens=settings.max_held_out_tokens,
-        tokenizer=tokenizer,
+        tokenizer=base,
         system_prompt=chat.system_prompt,
         max_length=chat.max_length,
-        progress=show_progress,
     )
-    clusters = {line["id"]: line["cluster"] for line in read_jsonl(CLUSTERS)}
-    built = builder.build(read_shards(), clusters, read_ledger(settings.salt))
-    require_every_split(built)
-    built.splits["train"] += planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
-
-    for split in SPLITS:
-        write_split(PREPARED / f"{split}.parquet", built.splits[split])
-    # One line a conversation, also for those that are gone: one that comes back returns to its split.
-    lines = ({"id": key, "split": split, "salt": settings.salt} for key, split in sorted(built.dealt.items()))
-    write_jsonl(LEDGER, lines)
-    write_json(METRICS, statistics(built))
-    write_lengths(built)
-    report(built)
-
-
-def read_shards() -> Iterator[dict]:
-    for shard in sorted(CLEAN.glob("*.jsonl")):
-        if shard not in NOT_SHARDS:
-            yield from read_jsonl(shard)
+    clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in NOT_SHARDS)
+    clusters = ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
+    secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
+    tallies = {split: Tally() for split in SPLITS}
+    with Catalogue() as catalogue, open_engine(settings.engine) as engine:
+        for split, examples in builder.deal(clean, catalogue, clusters, read_ledger(settings.salt), engine):
+            examples = chain(examples, secrets) if split == "train" else examples
+            write_split(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(examples)))
+        left_out = catalogue.count_left_out()
+        require_every_split(catalogue)
+        # One line a conversation, also for those that are gone: one that comes back returns to its split.
+        lines = ({"id": key, "split": split, "salt": settings.salt} for key, split in catalogue.dealt())
+        write_jsonl(LEDGER, lines)
+    write_json(METRICS, statistics(tallies, left_out))
+    write_lengths(tallies)
+    report(tallies, left_out)
 
 
-def read_ledger(salt: str) -> dict[str, str]:
+def read_ledger(salt: str) -> Iterator[tuple[str, str]]:
     """Earlier deals with this salt; another salt deals anew."""
-    if not LEDGER.is_file():
-        return {}
-    return {line["id"]: line["split"] for line in read_jsonl(LEDGER) if line["salt"] == salt}
+    for stale in LEDGER.parent.glob(".*.tmp"):  # of a run that was killed; DVC keeps the folder between runs
+        stale.unlink()
+    if LEDGER.is_file():
+        yield from ((line["id"], line["split"]) for line in read_jsonl(LEDGER) if line["salt"] == salt)
 
 
-def require_every_split(built: Build) -> None:
-    reasons = Counter(built.left_out.values()).most_common()
+def require_every_split(catalogue: Catalogue) -> None:
+    reasons = catalogue.count_left_out().most_common()
     why = f" (left out: {', '.join(f'{count} {reason}' for reason, count in reasons)})" if reasons else ""
     for split in SPLITS:
-        if not built.splits[split]:
+        if not catalogue.count(split):
             raise UserError(
                 f"no conversation is left for the {split} split{why}: "
                 "add conversations with `python -m fine_tuning import`, or change prepare in params.yaml"
             )
 
 
-def write_lengths(built: Build) -> None:
+def write_lengths(tallies: Mapping[str, Tally]) -> None:
     with replacing(LENGTHS) as file:
-        rows = length_histogram(built)
+        rows = length_histogram(tallies)
         text = "".join(",".join(map(str, row)) + "\n" for row in [rows[0].keys(), *(row.values() for row in rows)])
         file.write(text.encode())
 
 
-def show_progress(split: str, examples: list[Example]) -> Iterable[Example]:
+def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
     return tqdm(examples, desc=f"tokenise {split}", unit=" conversations", leave=False, disable=None)
 
 
-def report(built: Build) -> None:
-    counts = ", ".join(f"{len(built.splits[split])} {split}" for split in SPLITS)
-    tokens = sum(len(example.encoded.input_ids) for example in built.splits["train"])
-    print(f"prepare: {counts}; {tokens} tokens to train on; {len(built.left_out)} left out")
+def report(tallies: Mapping[str, Tally], left_out: Counter[str]) -> None:
+    counts = ", ".join(f"{len(tallies[split].lengths)} {split}" for split in SPLITS)
+    tokens = tallies["train"].totals["tokens"]
+    totals = sum((tally.totals for tally in tallies.values()), Counter())
+    cut = totals["shortened"] / totals["conversations"]
+    print(f"prepare: {counts}; {tokens} tokens to train on; {left_out.total()} left out; {cut:.1%} shortened")
 
 
 if __name__ == "__main__":

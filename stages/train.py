@@ -83,7 +83,8 @@ def main() -> None:
     print(
         f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
         f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "
-        f"{result.validation_loss:.3f}"
+        f"{result.validation_loss:.3f}; the base's weights took {result.base_weights_mb:.0f} MB, the whole run "
+        f"{result.peak_memory_mb:.0f} MB at most"
     )
 
 
@@ -146,6 +147,7 @@ def speed(result: TrainingResult) -> dict[str, float]:
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_mb": result.peak_memory_mb,
+        "base_weights_mb": result.base_weights_mb,
     }
 
 

@@ -234,6 +234,11 @@ def test_an_adapter_can_be_gone_on_from(tiny_base, tmp_path):
         start_from=tmp_path / "first",
     )  # fmt: skip
     assert second.validation_loss_before == pytest.approx(first.validation_loss, abs=1e-5)
+    with pytest.raises(UserError, match="was trained on tiny and"):
+        train_adapter(
+            tiny_base, "another", make_rows(60), make_rows(8, seed=1), settings, tmp_path / "x", tmp_path / "ck4",
+            start_from=tmp_path / "first",
+        )  # fmt: skip
     other = settings.model_copy(update={"lora": settings.lora.model_copy(update={"rank": 4})})
     with pytest.raises(UserError, match="does not fit"):
         train_adapter(

@@ -64,6 +64,19 @@ def test_an_experiment_changes_a_parameter_and_shows_beside_the_others(trained, 
     assert "train.learning_rate" in table
 
 
+def test_the_stage_trains_on_two_processes_when_a_parameter_says_so(trained, tmp_path):
+    project = trained.copy(tmp_path / "two")
+    one = json.loads((project.folder / "metrics/train.json").read_text())
+    project.set_params(train={"launch": "ddp"})
+    output = project.run("dvc", "repro", "train")
+    two = json.loads((project.folder / "metrics/train.json").read_text())
+    assert two["validation_loss_before"] == pytest.approx(one["validation_loss_before"], abs=1e-5)
+    assert two["steps"] == one["steps"]
+    assert two["validation_loss"] < two["validation_loss_before"]
+    # Only one of the two writes and tells.
+    assert output.count("train: lora on") == 1
+
+
 def test_an_experiment_in_a_temporary_copy_tracks_its_run_in_the_main_checkout(trained, tmp_path):
     project = trained.copy(tmp_path / "project")
     before = _runs(project)

@@ -1,5 +1,6 @@
 """Train a LoRA adapter (Hu et al. 2021) on assistant tokens: sorted batches, logits at trained positions only."""
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ class TrainingResult:
     seconds: float
     tokens_per_second: float
     peak_memory_mb: float
+    base_weights_mb: float
     trainable_parameters: int
     hardware: Hardware
     history: list[dict[str, float]] = field(default_factory=list)
@@ -94,6 +96,7 @@ def train_adapter(
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
     if start_from:
+        check_adapter_base(start_from, base_name)
         load_adapter(model, start_from / "adapter_model.safetensors")
     if hardware.precision == "float32":
         fuse(model)
@@ -142,6 +145,7 @@ def train_adapter(
         seconds=seconds,
         tokens_per_second=seen / seconds,
         peak_memory_mb=peak_memory_mb(hardware),
+        base_weights_mb=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad) / 1e6,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hardware=hardware,
         history=[entry for entry in trainer.state.log_history if "train_loss" not in entry],
@@ -180,6 +184,15 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
     )
     model.config.use_cache = False
     return get_peft_model(model, config)
+
+
+def check_adapter_base(adapter: Path, base_name: str) -> None:
+    """Raises UserError when an adapter's configuration names another base: equal shapes would not tell."""
+    named = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    if named != base_name:
+        raise UserError(
+            f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"
+        )
 
 
 def load_adapter(model: Any, file: Path) -> None:
