@@ -22,6 +22,10 @@ import gotpl
 
 NAME = re.compile(r"(?:[\w.-]+/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]{0,79})?")
 BEFORE_AN_ANSWER = ("hang", "500", "507", "reset")
+ERROR_LINES = {
+    "error line": "llama runner process no longer running: 2",
+    "full disk": "write /root/.ollama/models/blobs/sha256-1: no space left on device",
+}
 GUESSED_TEMPLATE = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
 
 
@@ -44,7 +48,7 @@ class FakeOllama:
     """Use as a context manager.
 
     `faults["POST /api/create"] = "cut"` makes that call fail, once: hang, 500, 507, reset; and where the answer is a
-    stream, after its first line: cut, error line, reset in stream, hang in stream.
+    stream, after its first line: cut, error line, full disk, reset in stream, hang in stream.
 
     Args:
         offers_render: whether `_debug_render_only` is understood; old servers ignore it and chat.
@@ -366,12 +370,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for line in lines:
             self._chunk(json.dumps(line).encode() + b"\n")
-            if fault == "error line":
-                self._chunk(b'{"error": "llama runner process no longer running: 2"}\n')
+            if fault in ERROR_LINES:
+                self._chunk(json.dumps({"error": ERROR_LINES[fault]}).encode() + b"\n")
             if fault == "reset in stream":
                 self._reset()
                 return
-            if fault in ("cut", "error line"):
+            if fault == "cut" or fault in ERROR_LINES:
                 break
             if fault == "hang in stream":
                 self.close_connection = True

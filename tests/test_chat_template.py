@@ -165,6 +165,24 @@ def test_a_template_that_go_cannot_say_exactly_is_refused(shape, renderer):
         prove_template(derive_template(jinja), jinja, conversation_bank())
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ cycler.__init__.__globals__.os.system('touch stolen') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for n in range(1000000000) %}{% endfor %}",
+        "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+        "{{ 1 / 0 }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_hostile_template_neither_runs_nor_ends_in_a_traceback(attack, renderer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as told:
+        derive_template(renderer(attack + CHATML))
+    assert "\n" not in str(told.value) and not (tmp_path / "stolen").exists()
+
+
 def test_the_systems_prompt_of_the_parameters_is_part_of_the_template(renderer):
     for prompt in ("Be brief.", "", 'Say "{{ yes }}"\n\n'):
         jinja = renderer(CHATML, prompt)

@@ -263,14 +263,15 @@ def test_a_failure_at_any_step_leaves_live_where_it_was(fake, client, bundle, ot
     assert deploy(client, other).done.digest == fake.digest(f"{NAME}:live") != before.digest
 
 
-@pytest.mark.parametrize("fault", ["cut", "error line", "reset in stream", "hang in stream"])
+@pytest.mark.parametrize("fault", ["cut", "error line", "full disk", "reset in stream", "hang in stream"])
 @pytest.mark.parametrize("step", ["POST /api/create", "POST /api/chat"])
 def test_a_stream_that_fails_after_http_200_leaves_live_where_it_was(fake, client, bundle, other, step, fault):
     before = deploy(client, bundle).done
     client._long = 0.3
     fake.faults[step] = fault
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as failure:
         deploy(client, other)
+    assert ("disk of" in str(failure.value)) == (fault == "full disk") and "\n" not in str(failure.value)
     assert fake.digest(f"{NAME}:live") == before.digest
 
 
