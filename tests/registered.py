@@ -34,7 +34,8 @@ pathlib.Path("models/package/create.json").write_text(json.dumps(create))
 pathlib.Path("models/package/Modelfile").write_text("FROM ./model.gguf\\n")
 pathlib.Path("data/prepared").mkdir(parents=True)
 for split, ids in {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}.items():
-    pyarrow.parquet.write_table(pyarrow.table({"id": ids}), f"data/prepared/{split}.parquet")
+    columns = {"id": ids, "source": ["test"] * len(ids), "input_ids": [[1, 2]] * len(ids)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), f"data/prepared/{split}.parquet")
 digest = hashlib.sha256(pathlib.Path("models/adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 pathlib.Path("metrics").mkdir(exist_ok=True)
 pathlib.Path("metrics/comparison.json").write_text(json.dumps({

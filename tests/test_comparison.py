@@ -236,6 +236,88 @@ def test_what_the_prompt_said_and_links_are_no_leak():
     assert personal_data("See https://www.python.org/downloads", "where?") == []
 
 
+def test_a_leak_holds_however_few_the_conversations(metrics):
+    base, candidate = records("base", spread(3.0, count=5)), records("candidate", spread(2.0, count=5))
+    for line in (*base, *candidate):
+        line |= {"predictions": "x", "references": "y", "personal_data": []}
+    assert decide(metrics, base, candidate)["verdict"] == "INCONCLUSIVE"
+    candidate[1]["personal_data"] = ["EMAIL"]
+    assert decide(metrics, base, candidate)["verdict"] == "HOLD"
+
+
+def test_what_was_memorised_holds(metrics):
+    lines = [
+        {"contender": name, "kind": "training", "id": "t", "nll": 1.0, "word_for_word": name == "candidate"}
+        for name in ("base", "candidate")
+    ]
+    groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
+    found = compare(groups, metrics, SETTINGS, INTERVALS, memory=lines)
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("memorised: of 1 training replies")
+
+
+def test_training_that_a_prompt_could_have_spared_is_held_and_the_cheaper_road_named(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    behind = [records("base_prompted", spread(2.8)), records("base_few_shot", spread(2.7))]
+    assert decide(metrics, base, candidate, *behind)["verdict"] == "PROMOTE"
+    assert set(decide(metrics, base, candidate, *behind)["cheaper_roads"]) == {"base_prompted", "base_few_shot"}
+    found = decide(metrics, base, candidate, records("base_few_shot", spread(1.9))[::2])
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("do not train yet, the base with examples from training conversations does")
+    assert found["cheaper_roads"]["base_few_shot"]["n"] == 30
+    found = decide(metrics, base, candidate, records("base_prompted", spread(2.0)))
+    assert "do not train yet, the base with another system prompt does as well" in found["reasons"][0]
+    assert "set chat.system_prompt" in found["reasons"][0]
+
+
+def test_a_road_that_is_behind_but_not_surely_is_noted_and_does_not_hold(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    noise = np.random.default_rng(5).standard_normal(60)
+    near = [value + 0.02 + 0.3 * part for value, part in zip(spread(2.0), noise - noise.mean(), strict=True)]
+    found = decide(metrics, base, candidate, records("base_prompted", near))
+    assert found["verdict"] == "PROMOTE"
+    assert found["reasons"][-1].startswith("the base with another system prompt may do as well")
+
+
+def test_a_loss_by_quantising_that_is_not_ruled_out_holds(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    rng = np.random.default_rng(0)
+    shaky = [line["nll"] / TOKENS + 0.3 * rng.standard_normal() for line in candidate[:12]]
+    found = decide(metrics, base, candidate, records("candidate_quantised", shaky))
+    assert found["quantisation"]["perplexity_lost"] < 0.05 < found["quantisation"]["high"]
+    assert found["verdict"] == "HOLD"
+    assert "quantising may cost more than 5.0%" in found["reasons"][0]
+    assert "raise evaluate.quantised_items" in found["reasons"][0]
+
+
+def test_scores_of_another_suite_are_refused(metrics):
+    base, candidate = (
+        [line | {"suite": "one"} for line in records(name, spread(mean))]
+        for name, mean in (("base", 3.0), ("candidate", 2.0))
+    )
+    assert decide(metrics, base, candidate)["verdict"] == "PROMOTE"
+    candidate[3]["suite"] = "two"
+    with pytest.raises(UserError, match="run `dvc repro -f evaluate`"):
+        decide(metrics, base, candidate)
+
+
+def test_goldens_that_do_not_exist_are_refused_and_those_nobody_knows_are_named(metrics):
+    groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
+
+    def lines(known: bool) -> list[dict]:
+        return [
+            {"contender": name, "question": "facts-01", "known": known, "category": "facts"}
+            for name in ("base", "candidate")
+        ]
+
+    assert compare(groups, metrics, SETTINGS, INTERVALS, lines(known=True))["reasons"][-1].startswith("not worse in")
+    found = compare(groups, metrics, SETTINGS, INTERVALS, lines(known=False))
+    assert found["reasons"][-1].startswith("the goldens guard nothing")
+    wrong = SETTINGS.model_copy(update={"goldens": ["facts-99"]})
+    with pytest.raises(UserError, match="names facts-99: choose ids of general_items"):
+        compare(groups, metrics, wrong, INTERVALS, lines(known=True))
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -277,33 +359,68 @@ def test_mcnemar_is_exact():
 
 # --- how often is the verdict wrong? ---------------------------------------------------------------------------------
 
+NOMINAL = 0.025
 
-def promotions(effect: float, runs: int, clustered: bool, seed: int) -> float:
-    """Share of simulated comparisons whose interval excludes zero gain.
 
-    60 clusters of four conversations. A cluster's conversations share most of the difference between two models, as
-    near-duplicates do: standard deviations 0.5 between clusters and 0.3 within, in nats.
+def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, rivals: int = 1, **changes) -> float:
+    """Share of simulated comparisons whose whole verdict is PROMOTE.
+
+    40 clusters of four conversations. A cluster's conversations share most of the difference between two models, as
+    near-duplicates do: standard deviations 0.5 between clusters and 0.3 within, in nats a token. `effect` is the true
+    gain of the candidate on the base and on the champion, if there are two rivals.
     """
+    settings = SETTINGS.model_copy(update={"goldens": [], **changes})
+    intervals = INTERVALS.model_copy(update={"draws": 500})
+    metrics = [load_metric(name, MODULES) for name in ("perplexity", "token_accuracy")]
     rng = np.random.default_rng(seed)
-    clusters = np.repeat(np.arange(60), 4)
-    drawn = Resampling.over(clusters if clustered else np.arange(240), 1000, seed=seed)
+    clusters = np.repeat(np.arange(40), 4)
+
+    def scored(contender: str, mean: float, correct: float) -> list[dict]:
+        nats = mean + 0.5 * rng.standard_normal(40)[clusters] + 0.3 * rng.standard_normal(160)
+        lines = records(contender, nats.tolist(), cluster_size=4 if clustered else 1)
+        # A model that finds replies likelier also guesses more of their tokens.
+        return [line | {"correct": float(c)} for line, c in zip(lines, 10 - 4 * (nats - correct), strict=True)]
+
     won = 0
     for _ in range(runs):
-        gain = effect + 0.5 * rng.standard_normal(60)[clusters] + 0.3 * rng.standard_normal(240)
-        means = drawn.sums(np.column_stack([gain, np.ones(240)]))
-        won += interval(gain.mean(), means[:, 0] / means[:, 1], 0.95, drawn.clusters).low > 0
+        groups = [scored(name, 3.0, 3.0) for name in ("base", "champion")[:rivals]]
+        lines = [line for group in (*groups, scored("candidate", 3.0 - effect, 3.0)) for line in group]
+        won += compare(lines, metrics, settings, intervals)["verdict"] == "PROMOTE"
     return won / runs
 
 
-def test_identical_models_are_promoted_at_no_more_than_the_nominal_rate():
-    # 2.5 % is nominal; the standard error of 4,000 runs is 0.25 %.
-    assert promotions(0.0, 4000, clustered=True, seed=1) <= 0.025 + 2 * 0.0025
+def test_the_whole_verdict_promotes_identical_models_at_no_more_than_the_nominal_rate():
+    # Without a minimum effect and secondary metrics the interval alone decides. The standard error of 800 is 0.55 %.
+    rate = verdicts(0.0, 800, seed=1, minimum_effect=0.0, secondary={})
+    assert rate <= NOMINAL + 2 * 0.0055
+    assert rate > 0.005, "a verdict that never errs is one that never promotes"
 
 
-def test_a_bootstrap_that_ignores_clusters_would_promote_identical_models_far_too_often():
-    assert promotions(0.0, 500, clustered=False, seed=2) > 0.10
+def test_as_it_is_configured_the_verdict_promotes_identical_models_hardly_ever():
+    assert verdicts(0.0, 200, seed=2) <= NOMINAL
+    assert verdicts(0.0, 200, seed=3, rivals=2) <= NOMINAL
 
 
-def test_a_planted_effect_is_found():
-    # 0.22 nats against a standard error of 0.067: power 0.9 at 2.5 % needs 3.24 standard errors.
-    assert promotions(0.22, 500, clustered=True, seed=3) >= 0.87
+def test_a_verdict_that_ignores_clusters_would_promote_identical_models_far_too_often():
+    assert verdicts(0.0, 200, seed=4, clustered=False, minimum_effect=0.0, secondary={}) > 0.08
+
+
+def test_a_planted_effect_is_found_with_the_stated_power():
+    # The difference of two models has the standard error sqrt(2 (0.5² + 0.3²/4) / 40) = 0.117 nats. An effect of 3.24
+    # of them, 0.38 nats, has power 0.9 at 2.5 %; the minimum effect and the secondary metric cost a little.
+    assert verdicts(0.40, 200, seed=5) >= 0.85
+    # Against two rivals at once, with a candidate whose errors both share, a little more effect is needed.
+    assert verdicts(0.50, 100, seed=6, rivals=2) >= 0.85
+
+
+def test_percentile_intervals_of_clusters_miss_no_more_than_stated():
+    """The interval alone, with many more runs than the whole verdict affords."""
+    rng = np.random.default_rng(7)
+    clusters = np.repeat(np.arange(60), 4)
+    drawn = Resampling.over(clusters, 1000, seed=7)
+    missed = 0
+    for _ in range(4000):
+        gain = 0.5 * rng.standard_normal(60)[clusters] + 0.3 * rng.standard_normal(240)
+        means = drawn.sums(np.column_stack([gain, np.ones(240)]))
+        missed += interval(gain.mean(), means[:, 0] / means[:, 1], 0.95, drawn.clusters).low > 0
+    assert missed / 4000 <= NOMINAL + 2 * 0.0025

@@ -10,10 +10,11 @@ import yaml
 
 from fine_tuning.commands.dvc_files import dvc_add, dvc_checkout, fetch, files_below, listing, md5_path
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.data_changes import MEMBERS, training_members
 from fine_tuning.model_management.model_deployer import Probe
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, write_json
+from fine_tuning.records import read_json, write_json, write_jsonl
 
 CHAMPION_JSON = Path("models/champion.json")
 CHAMPION_FILES = Path("models/champion")
@@ -37,13 +38,15 @@ def read_champion() -> dict:
         raise UserError(f"{CHAMPION_JSON} is missing or damaged: `git checkout {CHAMPION_JSON}`") from None
 
 
-def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe]) -> None:
-    """Copy folders, each under its name, and the probes to models/champion, and give them to DVC."""
+def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Path) -> None:
+    """Copy folders, each under its name, the probes and the list of what was in the prepared split `train` to
+    models/champion, and give them to DVC."""
     shutil.rmtree(STAGED, ignore_errors=True)
     for place, folder in folders:
         for file in files_below(folder):
             copy_file(file, STAGED / place / file.relative_to(folder))
     write_json(STAGED / PROBES, [asdict(probe) for probe in probes])
+    write_jsonl(STAGED / MEMBERS, training_members(train))
     shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
     STAGED.rename(CHAMPION_FILES)
     dvc_add(CHAMPION_FILES)

@@ -117,7 +117,8 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
             version, new = registry.register(content, folder, tags, evaluation_metrics())
         registry.nominate(version.number)
         old = registry.promote(version.number, replaces)
-        keep_files((("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)), probes)
+        train = locate(Path.cwd(), read_lock(), PREPARED / "train.parquet")
+        keep_files((("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)), probes, train)
         name_champion(registry, version, verdict.verdict, who, forced)
     finally:
         shutil.rmtree(STAGED, ignore_errors=True)

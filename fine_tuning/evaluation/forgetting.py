@@ -82,9 +82,7 @@ def forgotten(
         known.setdefault(line["contender"], {})[line["question"]] = line["known"]
     ours = known.pop(candidate, {})
     if ours and (unknown := [question for question in goldens if question not in ours]):
-        raise UserError(
-            f"compare.goldens names {', '.join(unknown)}, which general_items.jsonl has not: mend params.yaml"
-        )
+        raise UserError(f"compare.goldens names {', '.join(unknown)}: choose ids of general_items.jsonl")
     table: dict[str, Any] = {}
     reasons = []
     for rival, theirs in known.items():

@@ -1,0 +1,74 @@
+"""`learning-curve`: train on shares of the data, to see whether more conversations would help."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+BASE = Path("models/base")
+TRAIN = Path("data/prepared/train.parquet")
+VALIDATION = Path("data/prepared/validation.parquet")
+CURVE = Path("metrics/learning_curve.json")
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add `learning-curve`."""
+    command = subparsers.add_parser("learning-curve", help="train on shares of the data: would more of it help?")
+    command.add_argument("--fractions", default="0.25,0.5,1", help="shares of the training tokens (0.25,0.5,1)")
+    command.set_defaults(func=learning_curve)
+
+
+def learning_curve(arguments: argparse.Namespace) -> None:
+    """Write metrics/learning_curve.json. Neither the pipeline's adapter nor another of its outputs is touched.
+
+    Every share that was trained once with the same base, data and parameters is kept: a run that was cut off goes on.
+    """
+    from fine_tuning.evaluation.learning_curve import advice, measure, parse_fractions, score_adapter
+
+    fractions = parse_fractions(arguments.fractions)
+
+    from fine_tuning.data_preparation.tokenizer import load_tokenizer
+    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+    from fine_tuning.evaluation.items import read_items, suite_sha256
+    from fine_tuning.evaluation.memo import Memo
+    from fine_tuning.evaluation.metrics import load_metric
+    from fine_tuning.evaluation.scoring import Likelihood
+    from fine_tuning.project import main_checkout, sha256_file
+    from fine_tuning.records import write_json
+    from fine_tuning.settings import read_params
+    from fine_tuning.training.base_model import read_base_card
+    from fine_tuning.training.lora_trainer import train_adapter
+    from fine_tuning.training.training_utils import Row, TrainSettings, checkpoint_key, read_rows
+
+    evaluate = read_params("evaluate", EvaluateSettings)
+    settings = read_params("train", TrainSettings).model_copy(update={"start_from": None, "launch": "single"})
+    base, tokenizer = read_base_card(BASE), load_tokenizer(BASE)
+    items = read_items(VALIDATION, tokenizer, evaluate.references)
+    rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
+    scratch = main_checkout() / ".whetstone"
+    memo, suite = Memo(scratch / "memo/learning_curve"), suite_sha256(items, tokenizer)
+
+    def scores_of(chosen: list[Row]) -> list[Likelihood]:
+        key = checkpoint_key(settings, chosen, base["sha256"])
+        folder = scratch / "learning_curve" / key
+
+        def compute() -> list:
+            print(f"learning-curve: training on {len(chosen)} of {len(rows)} conversations", flush=True)
+            name = base["model"]
+            train_adapter(BASE, name, chosen, validation, settings, folder / "adapter", folder / "checkpoints")
+            scores = score_adapter(BASE, folder / "adapter", items, evaluate.batch_tokens, evaluate.threads)
+            shutil.rmtree(folder)
+            return [score.as_json() for score in scores]
+
+        return [Likelihood.from_json(turns) for turns in memo.get([key, suite], compute)]
+
+    metrics = [load_metric("perplexity", Path("fine_tuning/evaluation/metric_modules"))]
+    points = measure(rows, fractions, items, scores_of, metrics, evaluate.interval)
+    write_json(CURVE, {"train_sha256": sha256_file(TRAIN), "points": points})
+    for point in points:
+        print(
+            f"{point['fraction']:>5g} of the data, {point['conversations']} conversations: validation perplexity "
+            f"{point['perplexity']:.4g} [{point['low']:.4g}, {point['high']:.4g}]"
+        )
+    print(advice(points))
+    print(f"kept in {CURVE}; `dvc repro compare` puts it into metrics/report.html")

@@ -1,0 +1,114 @@
+"""Would more conversations help? Adapters trained on growing shares of the data, scored on the validation split.
+
+The shares are the first conversations of the training split, whose order is a fair sample; each contains the smaller
+ones. Every point is one training run: two points differ surely only where their paired interval says so.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.differences import differences
+from fine_tuning.evaluation.evaluate_settings import IntervalSettings
+from fine_tuning.evaluation.items import Item
+from fine_tuning.evaluation.measurements import Metrics, describe, summarise
+from fine_tuning.evaluation.scoring import Likelihood, likelihoods, scoring_hardware
+from fine_tuning.training.base_model import load_model
+from fine_tuning.training.training_utils import Row
+
+
+def share(rows: Sequence[Row], fraction: float) -> list[Row]:
+    """The first conversations, with that share of all tokens; at least one."""
+    budget, kept = fraction * sum(len(row.input_ids) for row in rows), []
+    for row in rows:
+        budget -= len(row.input_ids)
+        if kept and budget < 0:
+            break
+        kept.append(row)
+    return kept
+
+
+def parse_fractions(text: str) -> list[float]:
+    """`0.25,0.5,1` as numbers, ascending.
+
+    Raises:
+        UserError: one is no number above 0 and up to 1, or there are fewer than two.
+    """
+    try:
+        fractions = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        fractions = []
+    if len(fractions) < 2 or not all(0 < fraction <= 1 for fraction in fractions):
+        raise UserError(f"--fractions {text}: give two or more shares of the data, such as 0.25,0.5,1")
+    return fractions
+
+
+def score_adapter(
+    base: Path, adapter: Path, items: Sequence[Item], batch_tokens: int, threads: int | None
+) -> list[Likelihood]:
+    """Likelihood of the items' replies by a base with an adapter merged into it."""
+    import torch
+    from peft import PeftModel
+
+    hardware = scoring_hardware(threads)
+    torch.set_num_threads(hardware.threads)
+    plain = load_model(base, getattr(torch, hardware.precision))
+    model = PeftModel.from_pretrained(plain, str(adapter)).merge_and_unload().to(hardware.device).eval()
+    return likelihoods(model, items, batch_tokens)
+
+
+def measure(
+    rows: Sequence[Row],
+    fractions: Sequence[float],
+    items: Sequence[Item],
+    scores_of: Callable[[list[Row]], Sequence[Likelihood]],
+    metrics: Metrics,
+    intervals: IntervalSettings,
+) -> list[dict[str, Any]]:
+    """One point a fraction: conversations, tokens, perplexity with its interval, and the gain on the point before.
+
+    Args:
+        items: the validation split.
+        scores_of: trains on rows and scores the items.
+        metrics: those to compute; perplexity among them.
+
+    Raises:
+        UserError: the validation split holds no reference to compare with.
+    """
+    if not any(item.references for item in items):
+        raise UserError("every reply in the validation split is a model's own word: rate or edit replies in the app")
+    points: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []
+    for fraction in fractions:
+        chosen = share(rows, fraction)
+        now = [
+            describe("candidate", item, score, None)
+            for item, score in zip(items, scores_of(chosen), strict=True)
+            if item.references
+        ]
+        cell = summarise(now, metrics, intervals)["perplexity"]
+        point = {
+            "fraction": fraction,
+            "conversations": len(chosen),
+            "tokens": sum(len(row.input_ids) for row in chosen),
+            "perplexity": cell["value"],
+            **{key: cell[key] for key in ("low", "high", "n")},
+        }
+        if before:
+            rival = [line | {"contender": "before"} for line in before]
+            point["change"] = differences([*now, *rival], metrics, "before", intervals)["perplexity"].as_json()
+        points.append(point)
+        before = now
+    return points
+
+
+def advice(points: Sequence[dict[str, Any]]) -> str:
+    """What the last step says in words."""
+    change = points[-1]["change"]
+    numbers = f"{change['difference']:+.3g} [{change['low']:+.3g}, {change['high']:+.3g}]"
+    if change["high"] < 0:
+        return f"the last share of the data still lowers perplexity ({numbers}): more conversations are likely to help"
+    if change["low"] > 0:
+        return f"the last share of the data raises perplexity ({numbers}): look at what it holds, or train less"
+    return f"the last share of the data changes nothing for certain ({numbers}): more of the same may not help"

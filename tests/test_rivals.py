@@ -1,0 +1,95 @@
+"""The cheap roads: the same replies after another system prompt, or after training exchanges that are like them."""
+
+import pytest
+
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
+from fine_tuning.evaluation.items import read_items
+from fine_tuning.evaluation.rivals import Exchange, Exchanges, prompted, shown
+from tests.evaluation_suite import conversation, evaluator_of, write_items
+
+TOLD = [
+    Exchange("How do I restart the router?", "Pull the plug."),
+    Exchange("What is the capital of France?", "Paris."),
+    Exchange("Is the router new?", "Yes."),
+    Exchange("你好吗？", "很好。"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base):
+    return load_tokenizer(tiny_base)
+
+
+def items_of(tiny_base, folder, conversations, max_length=200):
+    return read_items(
+        write_items(folder / "test.parquet", tiny_base, conversations, max_length), load_tokenizer(tiny_base)
+    )
+
+
+def test_the_likest_questions_are_found_in_any_script():
+    found = Exchanges(TOLD)
+    assert found.likest("restart my router please", 2) == [TOLD[0], TOLD[2]]
+    assert found.likest("France?", 3) == [TOLD[1]]
+    assert found.likest("你好", 1) == [TOLD[3]]
+    assert found.likest("zebra", 3) == found.likest("", 3) == Exchanges([]).likest("router", 1) == []
+
+
+def test_training_exchanges_are_those_worth_imitating(tiny_base, tmp_path):
+    told = {
+        "a": [
+            *conversation("one", "good"),
+            *conversation("two", "disliked", rating=-1),
+            *conversation("three", "fine"),
+        ],
+        "b": [*conversation("four", "brok", incomplete=True), *conversation("five", "whole", model="m")],
+    }
+    write_items(tmp_path / "train.parquet", tiny_base, told)
+    assert [exchange.answer for exchange in Exchanges.read(tmp_path / "train.parquet").exchanges] == [
+        "good", "fine", "whole",
+    ]  # fmt: skip
+
+
+def test_another_system_prompt_changes_the_prompt_and_no_reply(tiny_base, tokenizer, tmp_path):
+    told = {"x": conversation("a", "b"), "y": [{"role": "system", "content": "Own."}, *conversation("a", "c d")]}
+    items = items_of(tiny_base, tmp_path, told)
+    for item, other in zip(items, prompted(items, "Be short.", tokenizer, 400), strict=True):
+        assert other.texts == item.texts
+        assert [other.labels[p] for s, e in other.runs for p in range(s, e)] == [
+            item.labels[p] for s, e in item.runs for p in range(s, e)
+        ]
+        assert "Be short." in tokenizer.decode(other.input_ids)
+        assert "Own." not in tokenizer.decode(other.input_ids)
+
+
+def test_examples_stand_before_the_conversation_and_are_no_references(tiny_base, tokenizer, tmp_path):
+    items = items_of(tiny_base, tmp_path, {"x": conversation("Where is the router?", "Here.")})
+    (item,) = shown(items, Exchanges(TOLD), 2, tokenizer, 400)
+    text = tokenizer.decode(item.input_ids)
+    assert text.index("Pull the plug.") < text.index("Where is the router?")
+    assert len(item.runs) == 1
+    assert tokenizer.decode(item.input_ids[slice(*item.runs[0])]).startswith("Here.")
+    prompt = tokenizer.decode(items[0].input_ids)
+    assert prompt.startswith(text[: text.index("<|im_start|>user")])
+
+
+def test_examples_that_do_not_fit_are_left_out_and_never_the_conversation(tiny_base, tokenizer, tmp_path):
+    items = items_of(tiny_base, tmp_path, {"x": conversation("Where is the router?", "Here.")})
+    length = len(items[0].input_ids)
+    few, none = (shown(items, Exchanges(TOLD), 2, tokenizer, length + room)[0] for room in (40, 0))
+    assert length < len(few.input_ids) <= length + 40
+    assert none.input_ids == items[0].input_ids
+
+
+def test_rivals_are_scored_on_the_same_replies(tiny_base, tmp_path):
+    told = {f"c{i}": conversation(f"Where is the {i}?", f"Here, {i}.") for i in range(5)}
+    items = items_of(tiny_base, tmp_path, told)
+    write_items(tmp_path / "train.parquet", tiny_base, {"t": conversation("Where is the fox?", "There.")})
+    from fine_tuning.evaluation.contenders import Contender
+
+    base = Contender("base", tiny_base, tmp_path / "none.gguf")
+    records = evaluator_of(items, tiny_base, tmp_path / "memo").score_rivals(base, tmp_path / "train.parquet")
+    plain = {item.id: item for item in items}
+    counts = {name: sum(line["contender"] == name for line in records) for name in ("base_prompted", "base_few_shot")}
+    assert counts == {"base_prompted": 5, "base_few_shot": 3}
+    assert all(line["tokens"] == sum(e - s for s, e in plain[line["id"]].runs) for line in records)
+    assert len({round(line["nll"], 6) for line in records if line["id"] == records[-1]["id"]}) == 2
