@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,11 @@ import yaml
 from fine_tuning.data_preparation.dataset_builder import (
     DatasetBuilder,
     PrepareSettings,
-    length_histogram,
     read_split,
-    statistics,
     write_split,
 )
 from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_jsonl, write_jsonl
@@ -460,5 +460,9 @@ def test_the_section_of_params_is_read():
 
 def test_statistics_count_what_was_left_out_by_reason(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer).build([*random_conversations(10), conversation("x", "q")], {})
-    assert statistics(built)["left_out"] == {"no_reply": 1}
-    assert sum(row["train"] for row in length_histogram(built)) == len(built.splits["train"])
+    tallies = {split: Tally() for split in SPLITS}
+    for split, tally in tallies.items():
+        assert list(tally.watch(built.splits[split])) == built.splits[split]
+    counts = statistics(tallies, Counter(built.left_out.values()))
+    assert counts["left_out"] == {"no_reply": 1} and counts["conversations"] == 11
+    assert sum(row["train"] for row in length_histogram(tallies)) == len(built.splits["train"])

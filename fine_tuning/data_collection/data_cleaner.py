@@ -40,6 +40,7 @@ class CleanSettings(Settings):
     max_same_reply: int
     max_user_share: float
     processes: int
+    engine: str | None
 
 
 def default_settings(**filters: Any) -> CleanSettings:
@@ -67,6 +68,7 @@ def default_settings(**filters: Any) -> CleanSettings:
         max_same_reply=0,
         max_user_share=1.0,
         processes=0,
+        engine=None,
     )
 
 

@@ -15,8 +15,8 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
@@ -33,6 +33,7 @@ from fine_tuning.data_collection.data_cleaner import (
     standing,
 )
 from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters
+from fine_tuning.engine import open_engine
 from fine_tuning.records import dump_line, replacing
 
 PIECE_BYTES = 64 << 20
@@ -100,12 +101,12 @@ def clean_shards(
 def _pieces(
     shards: list[tuple[Path, str]], settings: CleanSettings, control_tokens: tuple[str, ...], size: int
 ) -> Iterator[Piece]:
-    relevant = settings.model_dump(exclude={"processes"})
+    relevant = settings.model_dump(exclude={"processes", "engine"})
     common = json.dumps([_code_hash(), relevant, control_tokens], sort_keys=True)
     for path, sha256 in shards:
         for start, end in _ranges(path, size):
             key = hashlib.sha256(f"{sha256}:{start}:{end}:{common}".encode()).hexdigest()[:32]
-            yield Piece(path.name, str(path), start, end, key)
+            yield Piece(path.name, str(path.resolve()), start, end, key)
 
 
 def _ranges(path: Path, size: int) -> Iterator[tuple[int, int]]:
@@ -137,15 +138,9 @@ def _clean_pieces(
     progress: Callable[[int, int], None],
 ) -> None:
     processes = min(settings.processes or len(os.sched_getaffinity(0)), len(pieces))
-    if processes <= 1:
-        for done, piece in enumerate(pieces, start=1):
-            clean_piece(piece, memo, settings, control_tokens)
-            progress(done, len(pieces))
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        futures = [pool.submit(clean_piece, piece, memo, settings, control_tokens) for piece in pieces]
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
+    work = partial(clean_piece, memo=memo.resolve(), settings=settings, control_tokens=control_tokens)
+    with open_engine(settings.engine if pieces else None, processes) as engine:
+        for done, _ in enumerate(engine(work, pieces), start=1):
             progress(done, len(pieces))
 
 

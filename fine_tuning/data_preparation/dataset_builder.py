@@ -1,27 +1,23 @@
 """Datasets: conversations in; sticky train, validation and test splits with token ids and labels out."""
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
-from fine_tuning.data_preparation.splits import (
-    LEFT_OUT,
-    SPLITS,
-    Fractions,
-    Member,
-    assign_splits,
-    salted_fraction,
-)
-from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_conversation
+from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, HeldConversations, Row
+from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
+from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select
+from fine_tuning.data_preparation.splits import SPLITS, Fractions
+from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_conversation, load_tokenizer
+from fine_tuning.engine import Map
 from fine_tuning.errors import UserError
 from fine_tuning.records import replacing
 from fine_tuning.settings import Settings
@@ -30,9 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerFast
 
-# Letters of scripts that write no spaces count as words of their own.
-_WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+")
-_LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
+CHUNK = 64  # conversations that are encoded at a time
+ROW_GROUP = 1000  # rows that are held until they are written
 
 
 class PrepareSettings(Settings):
@@ -46,6 +41,7 @@ class PrepareSettings(Settings):
     decontamination_words: int = Field(ge=0)
     max_train_tokens: int | None = Field(ge=1)
     max_held_out_tokens: int | None = Field(ge=1)
+    engine: str | None
     canaries: int = Field(ge=0)
 
 
@@ -120,8 +116,8 @@ class DatasetBuilder:
             left out, unless more than ten train conversations (of few, a tenth) say them; 0 leaves all in.
         max_train_tokens, max_held_out_tokens: a sample of train, of validation and of test, with at most this many
             tokens; None for all.
-        tokenizer, system_prompt, max_length: how to encode; without a tokenizer, rows hold messages only.
-        progress: wraps the examples of a split while they are encoded.
+        tokenizer: a tokenizer, or the folder of one, which every process loads for itself; None: rows hold messages.
+        system_prompt, max_length: how to encode.
     """
 
     def __init__(
@@ -134,10 +130,9 @@ class DatasetBuilder:
         decontamination_words: int = 12,
         max_train_tokens: int | None = None,
         max_held_out_tokens: int | None = None,
-        tokenizer: "PreTrainedTokenizerFast | None" = None,
+        tokenizer: "PreTrainedTokenizerFast | Path | None" = None,
         system_prompt: str | None = None,
         max_length: int = 512,
-        progress: Callable[[str, list[Example]], Iterable[Example]] = lambda _, examples: examples,
     ) -> None:
         self.train_on = train_on
         self.fractions = Fractions(validation_fraction, test_fraction, latest_from)
@@ -148,7 +143,6 @@ class DatasetBuilder:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.max_length = max_length
-        self.progress = progress
 
     def build_dataset(self, conversations: Iterable[dict]) -> SplitRows:
         """Train, validation and test rows of logged exchanges or conversations with `messages`.
@@ -177,114 +171,155 @@ class DatasetBuilder:
             clusters: conversation id → cluster id of its near-duplicates; ids that are missing stand alone.
             dealt: conversation id → split of earlier builds (the ledger).
         """
-        left_out: dict[str, str] = {}
-        usable = []
-        for conversation in _newest(conversations):
-            problem = structure_problem(conversation)
-            if problem:
-                left_out[conversation["id"]] = problem
-            else:
-                usable.append(conversation)
-        members = [Member(c["id"], clusters.get(c["id"], c["id"]), c.get("started_at")) for c in usable]
-        assigned = assign_splits(members, dealt or {}, self.fractions, self.salt)
+        with Catalogue() as catalogue:
+            dealing = self.deal(HeldConversations(conversations), catalogue, clusters.items(), (dealt or {}).items())
+            splits = {split: list(examples) for split, examples in dealing}
+            return Build({split: splits[split] for split in SPLITS}, dict(catalogue.dealt()), catalogue.left_out())
 
-        examples: dict[str, list[Example]] = {split: [] for split in SPLITS}
-        for conversation, member in zip(usable, members, strict=True):
-            split = assigned[member.id]
-            if split == LEFT_OUT:
-                left_out[member.id] = "bridges_splits"
-                continue
-            selected = select(conversation, self.train_on if split == "train" else "not_disliked")
-            if selected is None:
-                left_out[member.id] = "not_endorsed"
-            else:
-                source = conversation.get("source") or "unknown"
-                examples[split].append(Example(member.id, source, member.cluster, *selected))
-        # The order of the salted hash: any first n are a fair sample, and stay much the same when data grow.
-        for split in SPLITS:
-            examples[split].sort(key=lambda example: (salted_fraction(self.salt + "/order", example.id), example.id))
+    def deal(
+        self,
+        conversations: Conversations,
+        catalogue: Catalogue,
+        clusters: Iterable[tuple[str, str]],
+        dealt: Iterable[tuple[str, str]],
+        run: Map = map,
+    ) -> Iterator[tuple[str, Iterator[Example]]]:
+        """The test, validation and train split, each with its examples; take each to its end before the next.
+
+        Few conversations are in memory at a time, whatever their number, and of the test split what decontamination
+        compares with.
+
+        Args:
+            catalogue: an empty one; it then knows who was dealt where, and who was left out.
+            clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
+            dealt: (conversation id, split) of earlier builds (the ledger).
+            run: what maps a function over pieces of work, in order: `map`, or an engine's.
+        """
+        look = partial(conversations.look, train_on=self.train_on)
+        for looks in run(look, range(len(conversations.parts))):
+            catalogue.note(looks)
+        catalogue.deal(clusters, dealt, self.fractions, self.salt)
+        held_out = HeldOut(self.decontamination_words)
         for split in ("test", "validation", "train"):
             if split == "train" and self.decontamination_words:
-                examples[split] = self._decontaminate(examples[split], examples["test"], left_out)
-            if self.tokenizer is not None:
-                examples[split] = self._encode(split, examples[split], left_out)
-        return Build(examples, {**(dealt or {}), **assigned}, left_out)
+                self._decontaminate(conversations, catalogue, held_out, run)
+            examples = self._examples(split, conversations, catalogue, run)
+            yield split, held_out.watch(examples) if split == "test" and self.decontamination_words else examples
 
-    def _decontaminate(self, train: list[Example], test: list[Example], left_out: dict[str, str]) -> list[Example]:
-        """Leave out of `train` what repeats `test` (runs of words as in Brown et al. 2020, appendix C; theirs have 13).
+    def _decontaminate(self, conversations: Conversations, catalogue: Catalogue, held_out: HeldOut, run: Map) -> None:
+        """Leave out of train what repeats the test split."""
+        scan = partial(_shared_runs, conversations=conversations, train_on=self.train_on, held_out=held_out)
+        shared: dict[str, set[Run]] = {}
+        for found in run(scan, catalogue.places("train")):
+            shared |= found
+        catalogue.leave_out(repeating(shared, catalogue.count("train")), "overlaps_test")
 
-        A run that two texts share holds half a run that starts at a multiple of its length in either of them, so those
-        few are looked up first.
-        """
-        length, half = self.decontamination_words, (self.decontamination_words + 1) // 2
-        held_out = [words for example in test for words in _long_texts(example, length)]
-        halves = {run for words in held_out for run in _runs(words, half)}
-        suspects = [
-            example
-            for example in (train if halves else ())
-            if any(not halves.isdisjoint(_apart(words, half)) for words in _long_texts(example, length))
-        ]
-        runs = {run for words in held_out for run in _runs(words, length)} if suspects else set()
-        shared = {
-            example.id: runs.intersection(run for words in _long_texts(example, length) for run in _runs(words, length))
-            for example in suspects
-        }
-        conversations = Counter(run for of_example in shared.values() for run in of_example)
-        # What more than ten conversations say, or a tenth of few, is a common phrase and no sign of a copy (NeMo
-        # Curator's TaskDecontamination has the same ten).
-        common = min(10, max(1, len(train) // 10))
-        repeats = {identity for identity, found in shared.items() if any(conversations[run] <= common for run in found)}
-        left_out.update(dict.fromkeys(repeats, "overlaps_test"))
-        return [example for example in train if example.id not in repeats]
-
-    def _encode(self, split: str, examples: list[Example], left_out: dict[str, str]) -> list[Example]:
+    def _examples(self, split: str, conversations: Conversations, catalogue: Catalogue, run: Map) -> Iterator[Example]:
         limit = "max_train_tokens" if split == "train" else "max_held_out_tokens"
-        budget = getattr(self, limit)
-        kept: list[Example] = []
+        budget = getattr(self, limit) if self.tokenizer is not None else None
+        train_on = self.train_on if split == "train" else "not_disliked"
+        encode = partial(
+            _encode, conversations=conversations, train_on=train_on, tokenizer=self.tokenizer,
+            system_prompt=self.system_prompt, max_length=self.max_length,
+        )  # fmt: skip
         total = 0
-        # The budget goes to people's own conversations first: the sample only fills what they leave.
-        examples = sorted(examples, key=lambda example: example.source == "sample")
-        for index, example in enumerate(self.progress(split, examples)):
-            try:
-                encoded = encode_conversation(
-                    self.tokenizer, example.messages, self.system_prompt, self.max_length, example.trained
-                )
-            except RenderError:
-                left_out[example.id] = "template"
+        for row, example in (pair for chunk in run(encode, _chunks(catalogue.rows(split))) for pair in chunk):
+            if isinstance(example, str):
+                catalogue.leave_out([row.id], example)
                 continue
-            if not encoded.trained_tokens:
-                left_out[example.id] = "too_long"
-                continue
-            total += len(encoded.input_ids)
-            if budget is not None and kept and total > budget:
-                left_out.update((rest.id, limit) for rest in examples[index:])
-                break
-            example.encoded = encoded
-            kept.append(example)
-        return kept
+            tokens = len(example.encoded.input_ids) if example.encoded else 0
+            # The budget goes to people's own conversations first: the sample only fills what they leave.
+            if budget is not None and total and total + tokens > budget:
+                catalogue.leave_out_from(row, split, limit)
+                return
+            total += tokens
+            yield example
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _encode(
+    rows: list[Row],
+    conversations: Conversations,
+    train_on: TrainOn,
+    tokenizer: "PreTrainedTokenizerFast | Path | None",
+    system_prompt: str | None,
+    max_length: int,
+) -> list[tuple[Row, Example | str]]:
+    """The example of each row, or why there is none."""
+    if isinstance(tokenizer, Path):
+        tokenizer = _loaded(tokenizer)
+    pairs: list[tuple[Row, Example | str]] = []
+    for row in rows:
+        conversation = conversations.read(row.part, row.place)
+        messages, trained = select(conversation, train_on)
+        example = Example(row.id, conversation.get("source") or "unknown", row.cluster, messages, trained)
+        pairs.append((row, example))
+        if tokenizer is None:
+            continue
+        try:
+            example.encoded = encode_conversation(tokenizer, messages, system_prompt, max_length, trained)
+        except RenderError:
+            pairs[-1] = row, "template"
+            continue
+        if not example.encoded.trained_tokens:
+            pairs[-1] = row, "too_long"
+    return pairs
+
+
+@lru_cache(maxsize=1)
+def _loaded(folder: Path) -> "PreTrainedTokenizerFast":
+    return load_tokenizer(folder)
+
+
+def _shared_runs(
+    part: tuple[int, list[tuple[str, int]]], conversations: Conversations, train_on: TrainOn, held_out: HeldOut
+) -> dict[str, set[Run]]:
+    """The runs of words that conversations of a part share with the held-out ones, where they share any."""
+    number, places = part
+    found = {}
+    for identity, place in places if held_out.halves else ():
+        messages, _ = select(conversations.read(number, place), train_on)
+        if shared := held_out.shared_with(messages):
+            found[identity] = shared
+    return found
 
 
 # -----------------------------------------------------------------------------
 # files
 
 
-def write_split(path: str | Path, examples: Sequence[Example]) -> None:
+def write_split(path: str | Path, examples: Iterable[Example]) -> None:
     """Write encoded examples as Parquet: id, source, cluster, messages (JSON), input_ids, labels (int32).
 
-    The same examples give the same bytes.
+    The same examples give the same bytes. Few of them are in memory at a time.
     """
-    from datasets import Dataset, Features, List, Value
+    import pyarrow
+    from datasets import Features, List, Value, config
+    from datasets.arrow_writer import get_parquet_column_options
+    from pyarrow.parquet import ParquetWriter
 
     features = Features(
         {name: Value("string") for name in ("id", "source", "cluster", "messages")}
         | {name: List(Value("int32")) for name in ("input_ids", "labels")}
     )
-    rows = [example.row() for example in examples]
-    columns = {name: [row[name] for row in rows] for name in features}
-    # JSON, because the optional keys of messages would become nulls in every Arrow struct.
-    columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in columns["messages"]]
-    with replacing(path) as file, _no_progress_bars():
-        Dataset.from_dict(columns, features=features).to_parquet(file)
+    # As `Dataset.to_parquet` writes it, which has to hold the whole of it.
+    schema, chunking = features.arrow_schema, config.DEFAULT_CDC_OPTIONS
+    options = get_parquet_column_options(features, schema)
+    examples = iter(examples)
+    with (
+        replacing(path) as file,
+        ParquetWriter(file, schema, use_content_defined_chunking=chunking, write_page_index=True, **options) as writer,
+    ):
+        while rows := [example.row() for example in islice(examples, ROW_GROUP)]:
+            columns = {name: [row[name] for row in rows] for name in features}
+            # JSON, because the optional keys of messages would become nulls in every Arrow struct.
+            columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in columns["messages"]]
+            writer.write_table(pyarrow.table(columns, schema))
+        writer.add_key_value_metadata({"content_defined_chunking": json.dumps(chunking)})
 
 
 def read_split(path: str | Path) -> "Dataset":
@@ -299,64 +334,6 @@ def read_split(path: str | Path) -> "Dataset":
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: run `dvc repro prepare`")
     return Dataset(parquet.read_table(path))
-
-
-def statistics(built: Build) -> dict[str, Any]:
-    """Counts and lengths of each split and source, and how many were left out for what reason."""
-    reasons = Counter(built.left_out.values())
-    return {
-        "conversations": sum(map(len, built.splits.values())) + len(built.left_out),
-        "left_out": dict(sorted(reasons.items())),
-        "splits": {split: _split_statistics(examples) for split, examples in built.splits.items()},
-    }
-
-
-def length_histogram(built: Build, bins: int = 16) -> list[dict[str, int]]:
-    """Conversations of each split by length in tokens: one row a bin, named by its upper end."""
-    lengths = {split: [len(e.encoded.input_ids) for e in examples] for split, examples in built.splits.items()}
-    longest = max((length for of_split in lengths.values() for length in of_split), default=1)
-    width = -(-longest // bins)
-    rows = []
-    for upper in range(width, width * bins + 1, width):
-        rows.append({"tokens": upper} | {s: sum(upper - width < n <= upper for n in lengths[s]) for s in SPLITS})
-    return rows
-
-
-def _split_statistics(examples: Sequence[Example]) -> dict[str, Any]:
-    encoded = [example.encoded for example in examples]
-    lengths = sorted(len(e.input_ids) for e in encoded)
-    tokens, trained = sum(lengths), sum(e.trained_tokens for e in encoded)
-    by_source: dict[str, Counter[str]] = {}
-    for example in examples:
-        counts = by_source.setdefault(example.source, Counter())
-        counts.update(
-            conversations=1, tokens=len(example.encoded.input_ids), trained_tokens=example.encoded.trained_tokens
-        )
-    return {
-        "conversations": len(examples),
-        "tokens": tokens,
-        "trained_tokens": trained,
-        "trained_share": round(trained / tokens, 4) if tokens else 0.0,
-        "tokens_mean": round(tokens / len(lengths), 1) if lengths else 0.0,
-        "tokens_median": lengths[len(lengths) // 2] if lengths else 0,
-        "tokens_max": lengths[-1] if lengths else 0,
-        "lost_oldest_turns": sum(e.dropped_messages > 0 for e in encoded),
-        "lost_end_of_reply": sum(e.cut_tokens > 0 for e in encoded),
-        "by_source": {source: dict(counts) for source, counts in sorted(by_source.items())},
-    }
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 # -----------------------------------------------------------------------------
@@ -389,33 +366,6 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
             key = ("text", "\n".join(texts).casefold())
         clusters[identity] = first.setdefault(key, identity)
     return clusters
-
-
-def _long_texts(example: Example, least: int) -> Iterable[list[bytes]]:
-    """The words of every message of at least `least` words, system messages apart."""
-    for message in example.messages:
-        # A text of fewer characters cannot have as many words.
-        if message["role"] != "system" and len(message["content"]) >= least:
-            words = _words(message["content"])
-            if len(words) >= least:
-                yield words
-
-
-def _runs(words: list[bytes], length: int) -> Iterable[tuple[bytes, ...]]:
-    """`length` neighbouring words from every position."""
-    return zip(*(words[start:] for start in range(length)), strict=False)
-
-
-def _apart(words: list[bytes], length: int) -> Iterable[tuple[bytes, ...]]:
-    """`length` neighbouring words, and the next, and the next."""
-    return zip(*[iter(words)] * length, strict=False)
-
-
-def _words(text: str) -> list[bytes]:
-    """Lower case, in UTF-8: for ASCII, most of what there is, that is one pass of a table."""
-    if text.isascii():
-        return text.encode().translate(_LETTERS).split()
-    return [word.encode() for word in _WORD.findall(text.casefold())]
 
 
 def _plain(column: str, value: Any) -> Any:

@@ -6,7 +6,7 @@ every deal by conversation id: what was train stays train when other conversatio
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,11 @@ class Member(NamedTuple):
     cluster: str
     started_at: str | None = None
 
+    @property
+    def date(self) -> str:
+        """The day it started, "" if that is unknown."""
+        return (self.started_at or "")[:10]
+
 
 @dataclass(frozen=True)
 class Fractions:
@@ -34,41 +39,63 @@ class Fractions:
     latest_from: str | None = None
 
 
-def assign_splits(
-    members: Iterable[Member], dealt: Mapping[str, str], fractions: Fractions, salt: str
-) -> dict[str, str]:
-    """Split of every member by id: one of SPLITS, or LEFT_OUT.
+class Deal:
+    """Deals clusters one by one, in any order and each once; `moved` then says which have to move after all.
 
-    A member that stands in `dealt` keeps its split, whatever happened to its cluster. The newcomers of a cluster join
+    A conversation that was dealt keeps its split, whatever happened to its cluster. The newcomers of a cluster join
     the split of its earlier members; if those are in different splits, the newcomer links what must stay apart, and is
     left out. A cluster of newcomers goes where the salted hash of its id says. So that little data works too, an empty
     split takes a cluster of newcomers from one that has others: train first, then test, then validation.
     """
+
+    def __init__(self, fractions: Fractions, salt: str) -> None:
+        self._fractions, self._salt = fractions, salt
+        self._filled: Counter[str] = Counter()
+        # Of each split the clusters of newcomers that would leave it first: no more than one a split ever does.
+        self._donors: dict[str, list[tuple[float, str]]] = {split: [] for split in SPLITS}
+
+    def newcomers(self, cluster: str, oldest: str, dealt: Collection[str | None]) -> str:
+        """The split of a cluster's newcomers: one of SPLITS or LEFT_OUT.
+
+        Args:
+            oldest: date of its oldest member, of all the first 10 characters of `started_at`; "" for unknown.
+            dealt: the splits that its members were dealt to; with None if there are newcomers.
+        """
+        known = {*dealt} - {LEFT_OUT, None}
+        if known:
+            self._filled.update(known)
+            return known.pop() if len(known) == 1 else LEFT_OUT
+        # Members that were left out earlier stay so; only a cluster with newcomers is dealt.
+        if None not in dealt:
+            return LEFT_OUT
+        split = _deal(cluster, oldest, self._fractions, self._salt)
+        self._filled[split] += 1
+        donors = self._donors[split]
+        donors.append((salted_fraction(self._salt, cluster), cluster))
+        donors.sort()
+        del donors[len(SPLITS) :]
+        return split
+
+    def moved(self) -> dict[str, str]:
+        """The clusters of newcomers that have to move, and where to, so that no wanted split is empty."""
+        fresh = {cluster: split for split, donors in self._donors.items() for _, cluster in donors}
+        return _fill_empty(fresh, self._filled.copy(), self._fractions, self._salt)
+
+
+def assign_splits(
+    members: Iterable[Member], dealt: Mapping[str, str], fractions: Fractions, salt: str
+) -> dict[str, str]:
+    """Split of every member by id: one of SPLITS, or LEFT_OUT. A member that stands in `dealt` keeps its split."""
     clusters: dict[str, list[Member]] = {}
     for member in members:
         clusters.setdefault(member.cluster, []).append(member)
-
-    splits: dict[str, str] = {}
-    fresh: dict[str, str] = {}
-    filled: Counter[str] = Counter()
-    for cluster, of_cluster in clusters.items():
-        known = {dealt[member.id] for member in of_cluster if member.id in dealt} - {LEFT_OUT}
-        if not known:
-            # Members that were left out earlier stay so; only a cluster with newcomers is dealt.
-            if any(member.id not in dealt for member in of_cluster):
-                fresh[cluster] = _deal(cluster, of_cluster, fractions, salt)
-                filled[fresh[cluster]] += 1
-            joined = fresh.get(cluster, LEFT_OUT)
-        else:
-            filled.update(known)
-            joined = known.pop() if len(known) == 1 else LEFT_OUT
-        for member in of_cluster:
-            splits[member.id] = dealt.get(member.id, joined)
-
-    for cluster, split in _fill_empty(fresh, filled, fractions, salt).items():
-        for member in clusters[cluster]:
-            splits[member.id] = dealt.get(member.id, split)
-    return splits
+    deal = Deal(fractions, salt)
+    joined = {
+        cluster: deal.newcomers(cluster, min(m.date for m in of_cluster), {dealt.get(m.id) for m in of_cluster})
+        for cluster, of_cluster in clusters.items()
+    }
+    joined |= deal.moved()
+    return {m.id: dealt.get(m.id, joined[cluster]) for cluster, of_cluster in clusters.items() for m in of_cluster}
 
 
 def salted_fraction(salt: str, key: str) -> float:
@@ -77,10 +104,9 @@ def salted_fraction(salt: str, key: str) -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
-def _deal(cluster: str, members: list[Member], fractions: Fractions, salt: str) -> str:
+def _deal(cluster: str, oldest: str, fractions: Fractions, salt: str) -> str:
     draw = salted_fraction(salt, cluster)
     if fractions.latest_from is not None:
-        oldest = min((member.started_at or "")[:10] for member in members)
         if oldest >= fractions.latest_from:
             return "test"
     elif draw < fractions.test:
@@ -92,7 +118,6 @@ def _deal(cluster: str, members: list[Member], fractions: Fractions, salt: str) 
 
 
 def _fill_empty(fresh: dict[str, str], filled: Counter[str], fractions: Fractions, salt: str) -> dict[str, str]:
-    """The clusters of newcomers that have to move, and where to, so that no wanted split is empty."""
     by_need = ["train"]
     if fractions.test > 0 and fractions.latest_from is None:
         by_need.append("test")

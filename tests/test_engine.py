@@ -1,0 +1,118 @@
+"""Cleaning and preparing on a Dask cluster of two workers, or in processes: the same bytes as in one process."""
+
+import shutil
+
+import pytest
+import yaml
+
+from benchmarks.load import add_shard, write_checkout
+from fine_tuning.data_preparation.catalogue import ConversationFiles
+from fine_tuning.engine import open_engine
+from fine_tuning.errors import UserError
+from fine_tuning.settings import read_params
+from stages import clean, intake, prepare
+
+STAGES = (intake, clean, prepare)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def single(tiny_base, tmp_path_factory):
+    """A checkout with 600 conversations in three shards that one process cleaned and prepared."""
+    folder = tmp_path_factory.mktemp("single") / "checkout"
+    write_checkout(folder, tiny_base, 200, None)
+    for start in (200, 400):
+        add_shard(folder, start, start + 200)
+    change(folder, {"processes": 1}, {"max_train_tokens": None, "max_held_out_tokens": None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in STAGES:
+            stage.main()
+    return folder
+
+
+def change(folder, clean: dict, prepare: dict) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["clean"] |= clean
+    params["prepare"] |= prepare
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def made(folder) -> dict[str, bytes]:
+    names = ("data/clean", "data/prepared", "data/splits", "metrics")
+    return {str(p.relative_to(folder)): p.read_bytes() for n in names for p in (folder / n).rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("where", ["two workers", "three processes"])
+def test_the_bytes_are_those_of_one_process(single, cluster, tmp_path, monkeypatch, where):
+    folder = tmp_path / "checkout"
+    shutil.copytree(
+        single, folder, ignore=shutil.ignore_patterns("clean", "prepared", "splits", "metrics", ".whetstone")
+    )
+    if where == "two workers":
+        change(folder, {"engine": cluster}, {"engine": cluster})
+    else:
+        change(folder, {"processes": 3}, {})
+    monkeypatch.chdir(folder)
+    for stage in STAGES:
+        stage.main()
+    assert made(folder) == made(single)
+
+
+def test_conversations_are_looked_through_in_parts(single):
+    """The parts of a file are whole lines, whatever their size, and every line is in one of them."""
+    (path, *_) = sorted(p for p in (single / "data/clean").glob("2026*"))
+    whole = ConversationFiles([path])
+    assert len(whole.parts) == 1
+    looks = whole.look(0, "all")
+    cut = ConversationFiles([path], part_bytes=3000)
+    assert len(cut.parts) > 10
+    pieces = [look for part in range(len(cut.parts)) for look in cut.look(part, "all")]
+    assert [(look[0], look[2]) for look in pieces] == [(look[0], look[2]) for look in looks]
+    for look in pieces[::50]:
+        assert cut.read(look[1], look[2])["id"] == look[0]
+
+
+def _double(number: int) -> int:
+    return 2 * number
+
+
+def test_results_come_in_order(cluster):
+    for address, processes in ((None, 1), (None, 2), (cluster, 1)):
+        with open_engine(address, processes) as run:
+            assert list(run(_double, range(50))) == list(range(0, 100, 2))
+
+
+def test_an_address_where_nobody_schedules_is_one_line(monkeypatch):
+    monkeypatch.setattr("fine_tuning.engine.TIMEOUT", 1)
+    with pytest.raises(UserError, match="no Dask scheduler answers") as told, open_engine("tcp://127.0.0.1:9"):
+        pass
+    assert "\n" not in str(told.value)
+
+
+def test_a_cluster_without_workers_is_one_line(monkeypatch):
+    from distributed import LocalCluster
+
+    monkeypatch.setattr("fine_tuning.engine.TIMEOUT", 1)
+    with (
+        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
+        pytest.raises(UserError, match="has no worker"),
+        open_engine(empty.scheduler_address),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("section", ["clean", "prepare"])
+def test_the_parameter_is_read(single, section):
+    from fine_tuning.data_collection.data_cleaner import CleanSettings
+    from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+
+    model = {"clean": CleanSettings, "prepare": PrepareSettings}[section]
+    assert read_params(section, model, single / "params.yaml").engine is None
