@@ -1,6 +1,7 @@
 """In: the manifest's shards. Out: data/clean (a file a shard, rejected and clusters.jsonl), metrics/clean.json."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,6 +25,7 @@ MEMO = Path(".whetstone/memo/clean")
 def main() -> None:
     settings = read_params("clean", CleanSettings)
     shards = [(CONVERSATIONS / shard["name"], shard["sha256"]) for shard in read_json(MANIFEST)["shards"]]
+    require_shards(path for path, _ in shards)
     with tqdm(desc="cleaning", unit="piece", mininterval=0.5) as bar:
 
         def show(done: int, total: int) -> None:
@@ -37,6 +39,14 @@ def main() -> None:
         )
     write_json(METRICS, summary)
     print(f"{summary['kept']} of {summary['seen']} kept; dropped: {json.dumps(summary['reasons'])}")
+
+
+def require_shards(paths: Iterable[Path]) -> None:
+    """Notice a shard that went between intake and here."""
+    for path in paths:
+        if not path.is_file():
+            mend = f"bring it back with `dvc checkout {CONVERSATIONS}.dvc`, then `dvc repro`"
+            raise UserError(f"the shard {path} is gone: {mend}")
 
 
 def control_tokens() -> tuple[str, ...]:

@@ -130,13 +130,14 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
     """Apply logged events in their order to `conversations` (id → newest version), which is changed in place.
 
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
-    that name a conversation or a message nobody knows.
+    that name a conversation or a message nobody knows, and exchanges that say something else under an id that is taken.
     """
     owners = {m["id"]: c for c in conversations.values() for m in c["messages"] if m.get("id")}
     unmatched = []
     for event in events:
         if event["event"] == "exchange":
-            _add_exchange(event, conversations, owners)
+            if not _add_exchange(event, conversations, owners):
+                unmatched.append(event)
             continue
         target = event.get("conversation_id")
         conversation = conversations.get(target) if target else owners.get(event.get("message_id"))
@@ -152,25 +153,29 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
     return unmatched
 
 
-def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str, dict]) -> None:
+def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str, dict]) -> bool:
+    """Whether it is there now, or was before; not if its id stands for another reply."""
     new = from_exchange(event)
     conversation = conversations.get(new["id"])
     if conversation is None:
         conversations[new["id"]] = conversation = new
     elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
-        return
-    elif event["id"] not in _reply_ids(conversation):
+        return True
+    elif event["id"] in (replies := _replies(conversation)):
+        return replies[event["id"]] == event["assistant_response"]
+    else:
         if not _replace(event, conversation, new["messages"]):
             conversation["messages"].extend(new["messages"])
         conversation["metadata"] = new["metadata"] | conversation["metadata"]
     for message in new["messages"]:
         owners[message["id"]] = conversation
+    return True
 
 
-def _reply_ids(conversation: dict) -> set[str]:
-    """Ids of all messages, those of alternatives too."""
+def _replies(conversation: dict) -> dict[str | None, str]:
+    """Contents of all messages by id, those of alternatives too."""
     messages = conversation["messages"]
-    return {m.get("id") for m in messages} | {a.get("id") for m in messages for a in m.get("alternatives") or []}
+    return {m.get("id"): m["content"] for message in messages for m in (message, *(message.get("alternatives") or []))}
 
 
 def _replace(event: dict, conversation: dict, pair: list[dict]) -> bool:

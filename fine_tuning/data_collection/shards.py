@@ -152,7 +152,12 @@ def describe_shard(path: Path) -> dict[str, Any]:
 
 def describe_shards(folder: str | Path, manifest: str | Path, sample: bool) -> list[dict[str, Any]]:
     """Describe the shards of a folder in their order, the sample's only if it is wanted."""
-    shards = (describe_shard(path) for path in shard_paths(folder, manifest))
+    try:
+        shards = [describe_shard(path) for path in shard_paths(folder, manifest)]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the shard {error.filename} is gone: bring it back with `dvc checkout {folder}.dvc`, then `dvc repro`"
+        ) from None
     return [shard for shard in shards if sample or shard["source"] != "sample"]
 
 
