@@ -1,6 +1,8 @@
-"""The Ollama client against a server that behaves, refuses and fails in the ways that servers do."""
+"""The Ollama client against a server that behaves, refuses and fails as servers do; and a real one if it answers."""
 
-import hashlib
+import json
+import shutil
+import uuid
 
 import pytest
 
@@ -14,12 +16,24 @@ from fine_tuning.integration.ollama_client import (
     normalise_host,
     ollama_host,
 )
-from tests.fake_ollama import FakeOllama, silent_host
+from fine_tuning.model_management.gguf_writer import write_gguf
+from fine_tuning.project import sha256_file
+from tests.fake_ollama import FakeOllama, real_host, silent_host
 
+NAME = "whetstone-client-trial"
 TEMPLATE = "{{ range .Messages }}[{{ .Role }}]{{ .Content }}\u2028{{ end }}"
-GGUF = b"GGUF" + bytes(range(256)) * 8192
-DIGEST = hashlib.sha256(GGUF).hexdigest()
 MESSAGES = [{"role": "user", "content": "Hello?", "id": "not sent"}]
+REAL = real_host()
+
+
+@pytest.fixture
+def gguf(tiny_base, tmp_path):
+    """A model that runs, in a file that no server has seen: its name is new each time."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / "base.json").write_text(json.dumps({"model": uuid.uuid4().hex}))
+    write_gguf(folder, tmp_path / "model.gguf", "F16")
+    return tmp_path / "model.gguf"
 
 
 @pytest.fixture
@@ -34,13 +48,30 @@ def client(fake):
         yield client
 
 
+@pytest.fixture(params=["fake", "real"] if REAL else ["fake"])
+def any_client(request):
+    """The fake server's client, and a real server's where OLLAMA_HOST names one that answers."""
+    if request.param == "fake":
+        yield request.getfixturevalue("client")
+        return
+    with OllamaClient(REAL, timeout=10.0, stream_timeout=120.0) as client:
+        yield client
+        for tag in ("1", "live"):
+            client.delete(f"{NAME}:{tag}")
+
+
+def make(client, gguf, **fields) -> str:
+    """Create the model on a server; its name."""
+    digest = sha256_file(gguf)
+    client.upload_blob(gguf, digest)
+    request = {"files": {"model.gguf": f"sha256:{digest}"}, "template": TEMPLATE, **fields}
+    client.create(f"{NAME}:1", request)
+    return f"{NAME}:1"
+
+
 @pytest.fixture
-def model(client, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(GGUF)
-    client.upload_blob(path, DIGEST)
-    client.create("trial:1", {"files": {"model.gguf": f"sha256:{DIGEST}"}, "template": TEMPLATE})
-    return "trial:1"
+def model(client, gguf):
+    return make(client, gguf)
 
 
 @pytest.mark.parametrize(
@@ -73,67 +104,77 @@ def test_the_environment_wins_over_the_parameter(monkeypatch):
     assert ollama_host("http://elsewhere:1") == "http://elsewhere:1"
 
 
-def test_a_blob_is_sent_once_with_progress(fake, client, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(GGUF)
-    seen = []
-    assert client.upload_blob(path, DIGEST, lambda sent, size: seen.append((sent, size)))
-    assert not client.upload_blob(path, DIGEST)
-    assert seen[-1] == (len(GGUF), len(GGUF)) and len(seen) > 1
-    assert fake.requests.count("POST /api/blobs") == 1
+def test_a_blob_is_sent_once_with_progress(any_client, gguf):
+    seen, size = [], gguf.stat().st_size
+    digest = sha256_file(gguf)
+    assert any_client.upload_blob(gguf, digest, lambda sent, size: seen.append((sent, size)))
+    assert not any_client.upload_blob(gguf, digest)
+    assert seen[-1] == (size, size)
 
 
-def test_a_blob_that_is_not_what_it_says_is_refused(client, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF damaged")
+def test_a_blob_that_is_not_what_it_says_is_refused(any_client, gguf):
+    digest = sha256_file(gguf)
+    gguf.write_bytes(b"GGUF damaged")
     with pytest.raises(OllamaError, match=r"400.*digest mismatch"):
-        client.upload_blob(path, DIGEST)
+        any_client.upload_blob(gguf, digest)
 
 
-def test_a_model_is_made_shown_copied_and_deleted(client, model):
-    assert client.show(model)["template"] == TEMPLATE
-    client.copy(model, "trial:live")
-    assert client.digests()["trial:live"] == client.digests()["trial:1"]
-    assert client.delete("trial:live") and not client.delete("trial:live")
+def test_a_model_is_made_shown_copied_and_deleted(any_client, gguf):
+    model = make(any_client, gguf)
+    assert any_client.show(model)["template"] == TEMPLATE
+    any_client.copy(model, f"{NAME}:live")
+    assert any_client.digests()[f"{NAME}:live"] == any_client.digests()[model]
+    assert any_client.delete(f"{NAME}:live") and not any_client.delete(f"{NAME}:live")
     with pytest.raises(OllamaNotFound, match="not found"):
-        client.copy("trial:9", "trial:live")
+        any_client.copy(f"{NAME}:9", f"{NAME}:live")
 
 
 @pytest.mark.parametrize(
-    ("request_", "reason"),
+    ("changed", "reason"),
     [
         ({"adapters": {"a.gguf": "sha256:" + "0" * 64}}, "LoRA adapters are no longer supported"),
-        ({"quantize": "q4_K_M"}, "no longer supported"),
+        ({"quantize": "q4_K_M"}, "support"),
         ({"files": {"model.gguf": "sha256:" + "0" * 64}}, "no such file"),
         ({"files": {"../model.gguf": "sha256:" + "0" * 64}}, "must be relative"),
-        ({"files": {}}, "neither 'from' or 'files'"),
+        ({"files": None}, "neither 'from' or 'files'"),
+        ({"template": "{{ range .Messages }}"}, "template"),
     ],
 )
-def test_what_the_server_refuses_to_make_is_one_line(client, request_, reason):
-    with pytest.raises(OllamaError, match=f"answered 400.*{reason}"):
-        client.create("trial:1", request_)
+def test_what_the_server_refuses_to_make_is_one_line(any_client, gguf, changed, reason):
+    with pytest.raises(OllamaError, match=reason) as refusal:
+        make(any_client, gguf, **changed)
+    assert "\n" not in str(refusal.value) and f"{NAME}:1" not in any_client.digests()
 
 
-def test_a_reply_streams_and_ends_with_its_statistics(client, model):
+def test_a_reply_streams_and_ends_with_its_statistics(any_client, gguf):
+    stream = any_client.chat_stream(make(any_client, gguf), MESSAGES, {"temperature": 0.0, "num_predict": 2, "seed": 1})
+    assert "".join(stream) == stream.text
+    assert stream.stats.prompt_tokens and stream.stats.total_seconds
+    assert stream.stats.done_reason in ("stop", "length")
+
+
+def test_the_pieces_and_the_speed_of_a_reply(client, model):
     stream = client.chat_stream(model, MESSAGES, {"temperature": 0.0})
     assert list(stream) == ["Restart ", "it."]
-    assert stream.text == "Restart it."
     assert stream.stats.prompt_tokens == len("[user]Hello?\u2028")
-    assert stream.stats.done_reason == "stop"
     assert stream.stats.tokens_per_second == pytest.approx(3.0)
 
 
-def test_a_rendered_prompt_is_shown_where_the_server_offers_it(fake, client, model):
+def test_a_rendered_prompt_is_shown_where_the_server_offers_it(any_client, gguf):
+    assert any_client.render(make(any_client, gguf), MESSAGES[:1]) in ("[user]Hello?\u2028", None)
+
+
+def test_a_server_that_does_not_show_prompts_chats_instead(fake, client, model):
     assert client.render(model, MESSAGES[:1]) == "[user]Hello?\u2028"
     fake.offers_render = False
     assert client.render(model, MESSAGES[:1]) is None
 
 
-def test_a_reader_may_stop_half_way(client, model):
-    stream = client.chat_stream(model, MESSAGES)
+def test_a_reader_may_stop_half_way(any_client, gguf):
+    stream = any_client.chat_stream(make(any_client, gguf), MESSAGES)
     next(iter(stream))
     stream.close()
-    assert client.is_up()
+    assert any_client.is_up()
 
 
 def test_a_server_that_is_down_is_unavailable():
@@ -158,6 +199,7 @@ def test_a_server_that_is_no_ollama_is_told_apart(fake, client, monkeypatch):
         ("reset", "connection.*was lost"),
         ("cut", "broke off its reply"),
         ("error line", "no longer running"),
+        ("full disk", "disk.*is full"),
         ("reset in stream", "connection.*was lost"),
         ("hang in stream", "silent for too long"),
     ],
@@ -170,23 +212,18 @@ def test_a_failing_chat_is_one_clear_line(fake, client, model, fault, reason):
 
 
 @pytest.mark.parametrize("fault", ["hang", "500", "507", "reset", "cut", "error line", "hang in stream"])
-def test_a_failing_creation_leaves_no_name(fake, client, tmp_path, fault):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(GGUF)
-    client.upload_blob(path, DIGEST)
+def test_a_failing_creation_leaves_no_name(fake, client, gguf, fault):
     fake.faults["POST /api/create"] = fault
     with pytest.raises(OllamaError):
-        client.create("trial:1", {"files": {"model.gguf": f"sha256:{DIGEST}"}, "template": TEMPLATE})
-    assert "trial:1" not in client.digests()
+        make(client, gguf)
+    assert f"{NAME}:1" not in client.digests()
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("500", "500"), ("507", "disk"), ("reset", "lost"), ("hang", "silent")])
-def test_a_failing_upload_is_one_clear_line(fake, client, tmp_path, fault, reason):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(GGUF)
+def test_a_failing_upload_is_one_clear_line(fake, client, gguf, fault, reason):
     fake.faults["POST /api/blobs"] = fault
     with pytest.raises(OllamaError, match=f"{reason}|connection"):
-        client.upload_blob(path, DIGEST)
+        client.upload_blob(gguf, sha256_file(gguf))
 
 
 def test_names_are_compared_with_their_tags():
