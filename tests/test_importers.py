@@ -70,6 +70,14 @@ def test_every_form_in_every_container(tmp_path, name, container):
     assert formats(path) == {name}
 
 
+def test_what_is_told_names_the_form_inside_the_container(tmp_path):
+    assert formats(write(tmp_path / "a.txt", RECORDS["chatml"]["text"])) == {"chatml"}
+    assert formats(write(tmp_path / "b.csv", "instruction,input,output\nWhat?,,That.\n")) == {"csv of alpaca"}
+    assert formats(write(tmp_path / "c.csv", "conversation_id,role,content\n1,user,What?\n1,assistant,That.\n")) == {
+        "csv"
+    }
+
+
 def test_openai_messages_with_parts_tools_and_developer(tmp_path):
     call = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
     messages = [

@@ -151,7 +151,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any] | Problem]:
         if kind == "csv":
             yield from _csv_records(file, "\t" if ".tsv" in path.suffixes else ",")
         elif kind == "chatml":
-            yield from enumerate(from_chatml(file.read().decode("utf-8-sig", "replace")), start=1)
+            text = file.read().decode("utf-8-sig", "replace")
+            yield from enumerate(({"chatml": found["messages"]} for found in from_chatml(text)), start=1)
         elif kind == "json":
             yield from _json_records(file)
         else:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ROLE_NAMES = {
@@ -211,14 +211,15 @@ def _open_webui(record: dict) -> Found:
 def _csv_rows(record: dict) -> Found:
     """Rows of one conversation in a CSV file: a message a row (role, content) or an exchange a row."""
     rows = record["rows"]
-    first = rows[0]
+    first, name = rows[0], "csv"
     if {"role", "content"} <= first.keys():
         messages = _turns(rows, "role", "content")
     else:
         parts = [recognise({key: value for key, value in row.items() if value}) for row in rows]
         messages = [m for i, part in enumerate(parts) for m in part.messages if i == 0 or m["role"] != "system"]
+        name = f"csv of {parts[0].format}"
     identity = first.get("conversation_id")
-    return Found("csv", messages, _unique({"id": identity}), started_at=_started(first))
+    return Found(name, messages, _unique({"id": identity}), started_at=_started(first))
 
 
 # -----------------------------------------------------------------------------
@@ -338,5 +339,6 @@ _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
     (_has_turns("conversation", "role"), _messages),
     (_has("instruction", "output"), _alpaca),
     (lambda record: any(a in record and b in record for a, b in PAIRS), _pair),
+    (_has_turns("chatml", "role"), lambda record: replace(_messages({"messages": record["chatml"]}), format="chatml")),
     (lambda record: isinstance(record.get("text"), str) and "<|im_start|>" in record["text"], _chatml),
 ]
