@@ -186,6 +186,12 @@ class LlamaEngine:
         except (ValueError, KeyError, TypeError, OSError):
             problem = {}
         if problem.get("type") == "exceed_context_size_error":
+            most = problem.get("n_ctx", self.context)
+            if most < self.context:  # llama.cpp goes no further than the model was trained for
+                return UserError(
+                    f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the {most} that {self.gguf.name} was "
+                    "made for: lower chat.max_length in params.yaml"
+                )
             return UserError(
                 f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the context of {self.context}: "
                 "shorten it, or raise chat.max_length in params.yaml"
