@@ -57,8 +57,10 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
         for last in range(min(len(groups), first + _MOST_GROUPS) - 1, first - 1, -1):
             stop = groups[last][1]
             count = sum(b - a for a, b in groups[first : last + 1])
-            if 7 <= count <= 15 and _is_phone(text[start:stop], text[max(0, start - 40) : start], regions):
-                yield start, stop
+            # An opening parenthesis that closes after the number is the sentence's.
+            begin = start + (text[start] == "(" and text.count("(", start, stop) > text.count(")", start, stop))
+            if 7 <= count <= 15 and _is_phone(text[begin:stop], text[max(0, begin - 40) : begin], regions):
+                yield begin, stop
                 break
         else:
             return

@@ -44,7 +44,8 @@ _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+]
 
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Spans of tokens, private keys, named values and bearer tokens."""
-    if _DIGIT.search(text) and max(map(len, text.split())) >= _SHORTEST_TOKEN:
+    # Of all these only the tokens of Hugging Face are letters alone.
+    if ("hf_" in text or _DIGIT.search(text)) and max(map(len, text.split())) >= _SHORTEST_TOKEN:
         yield from (match.span() for match in _TOKENS.finditer(text))
     if "PRIVATE KEY" in text:
         position = 0
