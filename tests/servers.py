@@ -140,6 +140,7 @@ def s3(folder: Path, bucket: str = "whetstone") -> Iterator[Remote]:
     command = [str(BIN / "weed"), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     command += [f"-s3.config={folder / 'identities.json'}", f"-master.port={master}", f"-volume.port={volume}"]
     command += [f"-filer.port={filer}", f"-s3.port={port}", "-volume.max=16", "-master.volumeSizeLimitMB=256"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # or they take fixed ports
     endpoint = f"http://127.0.0.1:{port}"
     environment = {
         "AWS_ACCESS_KEY_ID": USER,

@@ -150,14 +150,16 @@ def test_an_adapter_is_taken_and_imported_elsewhere(started, project, tmp_path):
 
     other = tmp_path / "other"
     other.mkdir()
-    sh(other, "git init -q && dvc init -q")
+    sh(other, "git init -q")
+    dvc(other, "init -q")
     run_dvc(other, "import", str(bare), "models/adapter", **remote.environment)
     assert (other / "adapter" / ADAPTER.name).read_bytes() == (project / ADAPTER).read_bytes()
     (project / ADAPTER).unlink()
     (project / ADAPTER).write_bytes(b"retrained")
     dvc(project, "add -q models/adapter")
     commit(project)
-    sh(project, f"dvc push -q && git push -q {bare} main")
+    dvc(project, "push -q")
+    sh(project, f"git push -q {bare} main")
     run_dvc(other, "update", "adapter.dvc", **remote.environment)
     assert (other / "adapter" / ADAPTER.name).read_bytes() == b"retrained"
 
@@ -264,10 +266,12 @@ def test_a_team_shares_one_registry_one_store_and_one_ollama(started, promotable
         sh(second, "git add -A && git commit -qm 'Train again'")
         assert "version 2 registered" in ok(type_command(second, "promote", **shared))
         sh(second, "git add -A && git commit -qm 'Promote version 2'")
-        sh(second, "dvc push -q && git push -q origin HEAD:second")
+        dvc(second, "push -q")
+        sh(second, "git push -q origin HEAD:second")
         ok(type_command(second, "deploy", "--host", ollama.host, **shared))
 
-        sh(first, "git merge -q --ff-only second && dvc pull -q")
+        sh(first, "git merge -q --ff-only second")
+        dvc(first, "pull -q")
         shown = json.loads(ok(type_command(first, "list", "--json", "--host", ollama.host, **shared)))
         assert [v["aliases"] for v in shown["versions"]] == [["previous"], ["champion"]]
         assert shown["hosts"][ollama.host]["version"] == 2

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
-PUBLIC = ("data/", "metrics/", "models/", "inbox/")  # what git tracks elsewhere is code and texts about it
+# Words that stand here are nobody's secret. Not all that git tracks: a chat that was committed is to be found.
+PUBLIC = ("fine_tuning", "stages", "tests", "benchmarks", "configs", "README.md", "params.yaml", "dvc.yaml")
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -164,9 +165,9 @@ def describe(where: Whereabouts) -> Iterator[str]:
 
 
 def _public_words() -> Iterator[bytes]:
-    """Texts that are nobody's: the code and pages that git tracks, and the base model's own files."""
-    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True).stdout.decode("utf-8", "replace")
-    tracked = [Path(name) for name in listed.split("\0") if name and not name.startswith(PUBLIC)]
+    """Texts that are nobody's: this project's own, and the base model's files."""
+    listed = subprocess.run(["git", "ls-files", "-z", "--", *PUBLIC], capture_output=True)
+    tracked = [Path(name) for name in listed.stdout.decode("utf-8", "replace").split("\0") if name]
     own = [path for path in Path("models/base").glob("*") if path.suffix in (".json", ".jinja")]
     for path in [*tracked, *own]:
         with suppress(OSError):

@@ -89,12 +89,13 @@ def stores(checkout: Path) -> Iterator[tuple[list[Store], list[Silent]]]:
         for name in sorted(repo.config["remote"]):
             try:
                 odb = repo.cloud.get_remote_odb(name)
-                odb.exists("0" * 32)
                 if odb.fs.protocol in ("http", "https"):
                     why = "it is read-only: its files go with those of the server that it shows"
                     silent.append(Silent(name, why, read_only=True))
-                else:
-                    found.append(Store(name, odb))
+                    continue
+                with suppress(FileNotFoundError):  # nothing was pushed yet
+                    odb.fs.ls(odb.path, detail=False)
+                found.append(Store(name, odb))
             except Exception as error:  # every kind of remote has its own
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 silent.append(Silent(name, why, read_only=False))
