@@ -40,6 +40,7 @@ def test_a_version_is_traced_to_run_commit_lock_parameters_and_data(promoted, re
     assert version["data"]["shards"][0]["name"] == "first.jsonl"
     assert version["conversations"] == {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}
     assert version["base"] == {"model": "tiny", "revision": "r1"}
+    assert version["promoted"]["by"] == "Trial" and version["promoted"]["at"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ def test_it_prints_text_and_json(registry, capsys):
         "trial version 2 (champion)",
         "Train again",
         "the commit has it",
+        " by Trial",
         "seed=2",
         "first.jsonl: 4",
         "train 2",

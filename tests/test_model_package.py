@@ -21,6 +21,7 @@ CONVERSATIONS = [
     [("user", "How do I reset my password?"), ("assistant", "1. First\n2. Second  2024-01-31\n")],
     [("user", "Hello!"), ("assistant", "How can I help?"), ("user", "naïve 日本 🙂"), ("assistant", "Try again.")],
     [("system", "Be kind."), ("user", "Is the cable plugged in?"), ("assistant", "Please check.")],
+    [("user", "Weather?"), ("assistant", "get_weather()"), ("tool", '{"sun": true}'), ("assistant", "Sunny.")],
 ]
 
 
@@ -121,6 +122,7 @@ def test_the_stage_writes_the_bundle_its_proof_and_its_metrics(made):
     report = read_json(package / "parity.json")
     assert report["stops"]["stop"] == ["<|im_end|>", "<|im_start|>"]
     assert report["tokens"]["as_prepared"] == len(CONVERSATIONS)
+    assert report["template"]["real_prompts"] == len(CONVERSATIONS) and not report["template"]["left_out_for_tools"]
 
 
 def test_the_same_inputs_give_the_same_bytes(made, checkout):
@@ -260,6 +262,24 @@ def test_a_chat_template_that_writes_todays_date_is_refused(checkout):
     template = checkout / "models/base/chat_template.jinja"
     template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
     with pytest.raises(UserError, match="today's date"):
+        stage.main()
+
+
+def test_prompts_with_results_of_tools_that_go_cannot_say_are_counted_and_cost_nothing(checkout, capsys):
+    template = checkout / "models/base/chat_template.jinja"
+    numbered = "message['role'] + ('' if message['role'] != 'tool' else loop.index | string)"
+    template.write_text(template.read_text().replace("message['role'] +", f"{numbered} +"))
+    shutil.rmtree(checkout / "data/prepared")
+    write_prepared(checkout / "models/base", checkout / "data/prepared/validation.parquet")
+    stage.main()
+    report = read_json(checkout / "models/package/parity.json")["template"]
+    assert (report["real_prompts"], report["left_out_for_tools"]) == (len(CONVERSATIONS) - 1, 1)
+    assert "1 prompts with results of tools left out" in capsys.readouterr().out
+
+
+def test_a_chat_template_that_is_not_the_one_of_the_bases_card_is_refused(checkout):
+    write_json(checkout / "models/base/base.json", {"chat_template_sha256": "0" * 64})
+    with pytest.raises(UserError, match="the chat template is not the base's"):
         stage.main()
 
 

@@ -128,6 +128,30 @@ def test_a_champion_that_changed_in_the_meantime_is_not_replaced(registry, files
     assert registry.by_alias(CHAMPION).number == 2
 
 
+def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(registry, store, files):
+    for content in (FIRST, SECOND, THIRD):
+        register(registry, files, content)
+    registry.promote(1, None)
+    start, told = threading.Barrier(2), []
+
+    def promote(number: int) -> None:
+        rival = open_registry(store, registry.name)
+        start.wait()
+        try:
+            rival.promote(number, 1)
+        except UserError as error:
+            told.append(str(error))
+
+    racers = [threading.Thread(target=promote, args=(number,)) for number in (2, 3)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join()
+    champion = registry.by_alias(CHAMPION).number
+    assert champion in (2, 3) and registry.by_alias(PREVIOUS).number == 1
+    assert len(told) == 1 and f"version {champion} became champion in the meantime" in told[0]
+
+
 def test_a_champion_and_the_way_back_cannot_be_deleted(registry, files):
     for content in (FIRST, SECOND, THIRD):
         register(registry, files, content)

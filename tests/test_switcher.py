@@ -257,7 +257,7 @@ def test_a_version_that_somebody_replaced_is_not_pruned(fake_twice):
     assert "trial:1" in fake_twice.manifests
 
 
-@pytest.mark.parametrize("name", ["0", "latest", "../../etc", "1; rm -rf /", ""])
+@pytest.mark.parametrize("name", ["0", "latest", "../../etc", "1; rm -rf /", "", "other:1", "1\n"])
 def test_what_is_no_version_is_refused(candidate, name):
     with pytest.raises(UserError, match="is no version"):
         here("switch", name)

@@ -9,6 +9,8 @@ import pytest
 from fine_tuning.commands.dvc_files import cached, md5_file
 from fine_tuning.commands.promote import open_registry
 from fine_tuning.errors import UserError
+from fine_tuning.integration.ollama_client import OllamaClient
+from fine_tuning.project import sha256_file
 from tests.fake_ollama import FakeOllama
 from tests.registered import sh
 
@@ -110,6 +112,55 @@ def test_a_damaged_or_lost_artifact_is_named(project, capsys, path):
         file.write_bytes(kept)
 
 
+def test_an_artifact_that_was_changed_together_with_its_hash_is_found(project, capsys):
+    folder = Path(open_registry("trial").version(1).artifacts.removeprefix("file://"))
+    create, files = folder / "package/create.json", folder / "files.json"
+    kept = create.read_bytes(), files.read_bytes()
+    try:
+        create.write_bytes(kept[0].replace(b"im_end", b"im_END"))
+        described = json.loads(kept[1]) | {"package/create.json": {"sha256": sha256_file(create)}}
+        files.write_text(json.dumps(described))
+        status, findings = verify(capsys, "--local")
+        assert status == 1 and findings[0]["what"] == "files.json of version 1 does not fit its tags"
+    finally:
+        create.write_bytes(kept[0])
+        files.write_bytes(kept[1])
+
+
+def test_a_damaged_gguf_of_an_older_version_is_named_and_mended(project, capsys):
+    """It comes back from the remote, where `dvc push` brought it when the version was champion."""
+    sh(project, "git checkout -q HEAD~2 -- models/champion.dvc")
+    sh(project, "dvc push -q models/champion.dvc")
+    sh(project, "git checkout -q HEAD -- models/champion.dvc")
+    kept = cached(project, open_registry("trial").version(1).tags["gguf_md5"])
+    flip(kept)
+    status, findings = verify(capsys, "--local")
+    damage = next(finding for finding in findings if finding["what"].startswith("the GGUF of version 1"))
+    assert status == 1 and damage["remedy"] == f"rm -f {kept} && python -m fine_tuning deploy 1 (fetches it)"
+    kept.unlink()
+    assert verify(capsys, "--local")[1][0]["remedy"] == "python -m fine_tuning deploy 1 (fetches it)"
+    with FakeOllama(count_tokens=lambda _: 0) as server:
+        run("deploy", "1", "--host", server.host)
+    assert verify(capsys, "--local") == (0, [])
+
+
+def test_a_champion_that_git_and_registry_disagree_on_is_named(project, capsys):
+    sh(project, "git checkout -q HEAD~2 -- models/champion.json models/champion.dvc")
+    sh(project, "dvc checkout -q --force models/champion.dvc")
+    status, findings = verify(capsys, "--local")
+    assert status == 1
+    assert findings[0]["what"] == "the registry's champion is version 2, models/champion.json names another"
+
+
+def test_what_another_registry_made_live_is_no_damage(project, capsys):
+    gguf_sha256 = open_registry("trial").version(2).tags["gguf_sha256"]
+    with FakeOllama() as server, OllamaClient(server.host) as client:
+        client.upload_blob(GGUF, gguf_sha256)
+        client.create("trial:live", {"files": {"model.gguf": f"sha256:{gguf_sha256}"}})
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 0 and "none of the versions that were deployed from here" in findings[0]["what"]
+
+
 def test_a_changed_champion_is_restored_by_the_remedy(project, capsys):
     flip(Path("models/champion/package/model.gguf"))
     status, findings = verify(capsys, "--local")
@@ -130,7 +181,6 @@ def test_a_registry_without_its_champion_is_damage(project, capsys):
 def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
     with FakeOllama() as server:
         registry = open_registry("trial")
-        from fine_tuning.integration.ollama_client import OllamaClient
         from fine_tuning.model_management.model_switcher import ModelSwitcher
 
         switcher = ModelSwitcher(OllamaClient(server.host), registry)
@@ -144,7 +194,7 @@ def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
     assert status == 1
     assert [finding["what"] for finding in findings] == [
         "trial:1 is not what was deployed",
-        "trial:live is none of the versions that were deployed",
+        "trial:live is none of the versions that were deployed from here",
     ]
 
 

@@ -119,7 +119,8 @@ def switch(arguments: argparse.Namespace) -> None:
     from fine_tuning.model_management.model_switcher import ModelSwitcher
     from fine_tuning.model_management.names import host_key, parse_version
 
-    settings, number = _settings(), parse_version(arguments.version)
+    settings = _settings()
+    number = parse_version(arguments.version, settings.name)
     with open_servers(settings, arguments.host) as servers:
         for server in servers:
             server.version()
@@ -251,8 +252,8 @@ def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | Non
     from fine_tuning.model_management.model_registry import ADAPTER_TAG, CHAMPION
     from fine_tuning.model_management.names import parse_version
 
-    if given:
-        return registry.version(parse_version(given))
+    if given is not None:
+        return registry.version(parse_version(given, registry.name))
     champion, named = registry.by_alias(CHAMPION), read_champion()
     if named.get("version") is None and champion is None:
         raise UserError("there is no champion yet: `python -m fine_tuning promote` makes one")

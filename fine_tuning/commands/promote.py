@@ -93,8 +93,8 @@ def promote(arguments: argparse.Namespace) -> None:
         raise UserError("this is a temporary experiment's folder: promote in the main checkout after `dvc exp apply`")
     registry = open_registry(read_params("deploy", DeploySettings).name)
     who = promoter(arguments.by)
-    if arguments.version:
-        promote_again(registry, parse_version(arguments.version), who)
+    if arguments.version is not None:
+        promote_again(registry, parse_version(arguments.version, registry.name), who)
     else:
         promote_candidate(registry, (arguments.force or "").strip() or None, who)
 

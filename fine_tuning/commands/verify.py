@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fine_tuning.commands.bundle import kept_gguf
 from fine_tuning.commands.champion import CHAMPION_FILES, GGUF, WEIGHTS, read_champion
 from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
-from fine_tuning.commands.promote import open_registry
+from fine_tuning.commands.promote import content_of, open_registry
 from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
-from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import ModelSwitcher
 from fine_tuning.project import sha256_file
 
@@ -181,11 +182,13 @@ def _check_version(registry: ModelRegistry, version: ModelVersion) -> tuple[list
         remedy = (
             f"restore {version.artifacts} from a copy, or `git checkout {version.tags.get('git_commit')}` and repro"
         )
-        wanted = {path: entry["sha256"] for path, entry in wanted.items() if path != GGUF}
-        wanted["provenance/dvc.lock"] = version.tags.get("dvc_lock_sha256", "")
-        if wanted.get(WEIGHTS) != version.tags.get("adapter_sha256"):
+        wanted = {path: entry["sha256"] for path, entry in wanted.items()}
+        if content_of(wanted) != version.tags.get(CONTENT_TAG):
             findings.append(Finding(DAMAGED, f"files.json of {label} does not fit its tags", remedy))
+        wanted["provenance/dvc.lock"] = version.tags.get("dvc_lock_sha256", "")
         for path, sha256 in sorted(wanted.items()):
+            if path == GGUF:
+                continue  # it stays with DVC
             file = folder / path
             if not file.is_file():
                 findings.append(Finding(DAMAGED, f"{path} of {label} is gone", remedy))
@@ -193,12 +196,11 @@ def _check_version(registry: ModelRegistry, version: ModelVersion) -> tuple[list
             files, size = files + 1, size + file.stat().st_size
             if sha256_file(file) != sha256:
                 findings.append(Finding(DAMAGED, f"{path} of {label}", remedy))
-    kept = cached(Path.cwd(), version.tags.get("gguf_md5", ""))
+    kept, fetched = kept_gguf(version), f"python -m fine_tuning deploy {version.number}"
     if kept is None:
-        fetch = "dvc fetch --all-commits models/champion.dvc"
-        findings.append(Finding(NOTE, f"the GGUF of {label} is not in DVC's cache", fetch))
+        findings.append(Finding(NOTE, f"the GGUF of {label} is not in DVC's cache", f"{fetched} (fetches it)"))
     elif sha256_file(kept) != version.tags.get("gguf_sha256"):
-        findings.append(Finding(DAMAGED, f"the GGUF of {label}, {kept}", f"rm -f {kept} && dvc fetch"))
+        findings.append(Finding(DAMAGED, f"the GGUF of {label}, {kept}", f"rm -f {kept} && {fetched} (fetches it)"))
     else:
         files, size = files + 1, size + kept.stat().st_size
     return findings, files, size
@@ -254,8 +256,8 @@ def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
             seen += 1
     live = digests.get(f"{registry.name}:{LIVE}")
     if live is not None and live not in recorded:
-        what = f"{registry.name}:{LIVE} is none of the versions that were deployed"
-        findings.append(Finding(DAMAGED, what, "python -m fine_tuning deploy"))
+        what = f"{registry.name}:{LIVE} is none of the versions that were deployed from here"
+        findings.append(Finding(DAMAGED if recorded else NOTE, what, "python -m fine_tuning deploy"))
     return Checked(f"Ollama at {server.host}", seen, 0, findings)
 
 

@@ -34,16 +34,16 @@ def split_tag(text: str) -> tuple[str, str | None]:
     return name, tag if colon else None
 
 
-def parse_version(text: str) -> int:
+def parse_version(text: str, name: str) -> int:
     """The version in `3`, `v3` or `name:3`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is one of another model.
     """
-    tag = text.rpartition(":")[2].removeprefix("v")
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", tag):
-        raise UserError(f"{text[:80]!r} is no version: give a number, `python -m fine_tuning list` shows them")
-    return int(tag)
+    number = re.fullmatch(rf"(?:{re.escape(name)}:)?v?([1-9][0-9]{{0,8}})", text)
+    if not number:
+        raise UserError(f"{text[:80]!r} is no version of {name}: `python -m fine_tuning list` shows them")
+    return int(number[1])
 
 
 def host_key(host: str) -> str:
