@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import orjson
 
-from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
+from fine_tuning.data_preparation.selection import TrainOn, read_conversation, selects, structure_problem
 from fine_tuning.data_preparation.splits import LEFT_OUT, Deal, Fractions, salted_fraction
 
 PART_BYTES = 16 << 20
@@ -105,8 +105,8 @@ def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Loo
         str(conversation.get("started_at") or "")[:10],
         conversation.get("source") == "sample",
         problem,
-        sound and select(conversation, train_on) is not None,
-        sound and select(conversation, "not_disliked") is not None,
+        sound and selects(conversation, train_on),
+        sound and selects(conversation, "not_disliked"),
     )
 
 

@@ -42,6 +42,13 @@ def structure_problem(conversation: dict) -> str | None:
     return None if answered else "no_reply"
 
 
+def selects(conversation: dict, train_on: TrainOn) -> bool:
+    """Whether `select` gives anything of a conversation of sound structure."""
+    if conversation.get("feedback") or any("incomplete" in message for message in conversation["messages"]):
+        return select(conversation, train_on) is not None
+    return train_on != "endorsed"
+
+
 def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool]] | None:
     """The messages to render and which of them are trained; None where nothing is.
 
