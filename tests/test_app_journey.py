@@ -47,7 +47,11 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
         visit("")
         ask(page, "How do I restart my lamp?")
         page.get_by_role("radio", name="Thumbs up").click()
-        until(lambda: [event["event"] for event in events(checkout)] == ["exchange", "feedback"])
+        page.get_by_role("button", name="Edit").click()
+        page.get_by_role("textbox", name="Reply").fill("Hold the power button of the lamp for ten seconds.")
+        page.get_by_role("button", name="Save").click()
+        page.get_by_text("edited, the edit is trained on").wait_for()
+        assert [event["event"] for event in events(checkout)] == ["exchange", "feedback", "edit"]
         assert too_wide(page) == []
 
         visit("data")
@@ -61,7 +65,7 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
         page.get_by_role("button", name="Start dvc repro").click()
         page.get_by_text("stage ").first.wait_for()
         page.get_by_role("button", name="Stop").wait_for()
-        page.get_by_text("dvc repro:").wait_for(timeout=300_000)
+        page.get_by_text("dvc repro:").wait_for(timeout=900_000)
         assert (checkout / "metrics/comparison.json").is_file()
         for name in ("data", "runs", "models", "compare"):
             visit(name)

@@ -1,4 +1,4 @@
-"""The learning curve: real training on shares of the data, kept and drawn; the pipeline's own files stay as they are."""
+"""The learning curve: real training on shares of the data, kept and drawn; the pipeline's files stay as they are."""
 
 import json
 import shutil
