@@ -13,12 +13,19 @@ export TOKENIZERS_PARALLELISM := false
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
-$(VENV)/installed: requirements.txt requirements-base.txt requirements-dev.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+$(VENV)/installed: requirements.txt requirements-base.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned requirements into $(VENV) (log: $(VENV)/install.log)"
-	@{ $(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt \
-	  && $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-base.txt; } \
-	  > $(VENV)/install.log 2>&1 || { tail -n 20 $(VENV)/install.log; exit 1; }
+	@{ $(PIP) -r requirements.txt && $(PIP) --no-deps -r requirements-base.txt; } > $(VENV)/install.log 2>&1 \
+	  || { tail -n 20 $(VENV)/install.log; exit 1; }
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	@echo "installing what the tests need into $(VENV) (log: $(VENV)/install-dev.log)"
+	@$(PIP) -r requirements.txt -r requirements-dev.txt > $(VENV)/install-dev.log 2>&1 \
+	  || { tail -n 20 $(VENV)/install-dev.log; exit 1; }
 	@touch $@
 
 install: $(VENV)/installed ## Make the environment
@@ -31,7 +38,7 @@ repro: $(VENV)/installed ## Run the pipeline on what is new and print the summar
 summary: $(VENV)/installed ## Print the last result again
 	@python -m fine_tuning summary
 
-test: $(VENV)/installed ## Run the tests
+test: $(VENV)/installed-dev ## Run the tests
 	@python -m pytest
 
 chat: $(VENV)/installed ## Open the chat app
@@ -46,28 +53,28 @@ promote: $(VENV)/installed ## Register the candidate and make it champion
 bench: $(VENV)/installed ## List the benchmarks, which are run by hand
 	@for script in benchmarks/*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
 
-lint: $(VENV)/installed ## Check style, and that git holds no secret
+lint: $(VENV)/installed-dev ## Check style, and that git holds no secret
 	@ruff check .
 	@ruff format --check .
 	@python -m fine_tuning.commands.remote_config
 
-format: $(VENV)/installed ## Put the code in style
+format: $(VENV)/installed-dev ## Put the code in style
 	@ruff check --fix .
 	@ruff format .
 
-remote-%: $(VENV)/installed ## Try a DVC remote here: local, s3, webdav, ssh, http
+remote-%: $(VENV)/installed-dev ## Try a DVC remote here: local, s3, webdav, ssh, http
 	@python -m tests.servers $*
 
-audit: $(VENV)/installed ## Look the pinned packages up in the advisory database
+audit: $(VENV)/installed-dev ## Look the pinned packages up in the advisory database
 	@python -m fine_tuning audit
 
 # torch's own metadata names the CUDA packages that a GPU machine needs; pinning them here would bring gigabytes to
 # machines without one.
 lock: ## Compile requirements.in and requirements-dev.in
 	@uv --version > /dev/null || { echo "uv is missing: python3 -m pip install uv"; exit 1; }
-	@uv pip compile --quiet --python-version 3.11 --no-annotate --no-header requirements.in \
-	  | grep -vE '^(nvidia-|cuda-|triton)' > requirements.txt
-	@uv pip compile --quiet --python-version 3.11 --no-annotate --no-header requirements-dev.in -o requirements-dev.txt
+	@set -o pipefail; for name in requirements requirements-dev; do \
+	  uv pip compile --quiet --python-version 3.11 --no-annotate --no-header $$name.in \
+	    | grep -vE '^(nvidia-|cuda-|triton)' > $$name.lock && mv $$name.lock $$name.txt || exit 1; done
 
 clean: ## Remove the environment and scratch files; data and models stay
 	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

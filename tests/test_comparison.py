@@ -247,7 +247,7 @@ def test_a_leak_holds_however_few_the_conversations(metrics):
 
 def test_what_was_memorised_holds(metrics):
     lines = [
-        {"contender": name, "kind": "training", "id": "t", "nll": 1.0, "word_for_word": name == "candidate"}
+        {"contender": name, "kind": "training", "id": "t", "nll": 30.0, "word_for_word": name == "candidate"}
         for name in ("base", "candidate")
     ]
     groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]

@@ -95,10 +95,14 @@ def test_what_teacher_forcing_calls_word_for_word_is_what_greedy_decoding_says(t
         assert line["word_for_word"] == (said == item.input_ids[start:end])
     assert {line["word_for_word"] for line in lines} == {True, False}
     table, reasons = kept([*lines_of("base", tiny_base, items), *lines])
-    assert table["base"]["training"] == {"replies": 3, "word_for_word": 0}
+    assert table["base"]["training"] == {"replies": 3, "word_for_word": 0, "guessable": 0}
     assert reasons[0].startswith("memorised: of 3 training replies it goes on with")
     # What the base says as well was not learned from these conversations.
     assert kept([*lines, *(line | {"contender": "base"} for line in lines)])[1] == []
+    # Nor was what the base could guess, though it would say something else first.
+    easy = [line | {"contender": "base", "nll": 9.0, "word_for_word": False} for line in lines]
+    table, reasons = kept([*easy, *lines])
+    assert reasons == [] and table == {}
 
 
 def test_a_phrase_that_several_conversations_share_is_no_secret(tiny_base, tmp_path):

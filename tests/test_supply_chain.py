@@ -74,3 +74,9 @@ def test_an_audit_that_reached_nobody_is_not_called_clean(capsys):
     assert supply_chain.judge(json.dumps({"dependencies": [looked_up]}), 1) == 1
     assert "old 1.0: CVE-1, mended in 1.1" in capsys.readouterr().out
     assert supply_chain.judge(json.dumps({"dependencies": [looked_up | {"vulns": []}]}), 1) == 0
+
+
+def test_no_requirement_brings_cuda_to_a_machine_without_a_gpu():
+    pinned = "\n".join(path.read_text() for path in ROOT.glob("requirements*.txt"))
+    assert "torch==" in pinned
+    assert [line for line in pinned.splitlines() if line.startswith(("nvidia-", "cuda-", "triton"))] == []

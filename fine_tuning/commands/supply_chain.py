@@ -1,6 +1,7 @@
 """Commands for whoever ships or checks a model: sbom (what it is made of), audit (known holes in what is pinned)."""
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -46,6 +47,8 @@ def sbom(args: argparse.Namespace) -> None:
 
 def audit(args: argparse.Namespace) -> int:
     """Print known vulnerabilities of the pins. Exit status 1 if there are any, 2 if nobody could be asked."""
+    if importlib.util.find_spec("pip_audit") is None:
+        raise UserError("pip-audit is not installed here: run `make audit`, which installs what the tests need")
     words = [word for path in PINS for word in ("--requirement", str(path))]
     command = [sys.executable, "-m", "pip_audit", *words, "--no-deps", "--disable-pip", "--format", "json"]
     done = subprocess.run([*command, "--progress-spinner", "off"], capture_output=True, text=True)

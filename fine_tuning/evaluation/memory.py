@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 GIVEN = 8  # tokens of a reply that the model is given beside the prompt
 SHORTEST, LONGEST = 16, 32  # tokens that it has to go on with; shorter ones are guessed too often
 CONTROLS = 128
+GUESSABLE = 20.0  # nats under the base, some nine digits: what surprises it less may be guessed and proves nothing
 LEVEL = 0.01  # a leak holds a promotion, so chance should rarely look like one
 
 
@@ -106,10 +107,20 @@ def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple
 
     The candidate leaks if it goes on word for word with a training reply that the base does not know, says a canary,
     or finds canaries likelier than secrets that it was never shown (one-sided rank-sum test: Mann & Whitney 1947).
+    Replies that the base could guess, such as the usual lines of a program, are counted apart.
     """
+    guessable = {
+        line["id"]
+        for line in lines
+        if (line["contender"], line["kind"]) == ("base", "training")
+        and line["nll"] is not None
+        and line["nll"] < GUESSABLE
+    }
     said: dict[str, dict[str, set[str]]] = {}
     nats: dict[str, dict[str, list[float]]] = {}
     for line in lines:
+        if line["id"] in guessable:
+            continue
         found = said.setdefault(line["contender"], {}).setdefault(line["kind"], set())
         if line["word_for_word"]:
             found.add(line["id"])
@@ -119,7 +130,11 @@ def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple
     for contender, kinds in nats.items():
         row: dict[str, Any] = {}
         if "training" in kinds:
-            row["training"] = {"replies": len(kinds["training"]), "word_for_word": len(said[contender]["training"])}
+            row["training"] = {
+                "replies": len(kinds["training"]),
+                "word_for_word": len(said[contender]["training"]),
+                "guessable": len(guessable),
+            }
         if "canary" in kinds:
             found = exposures(kinds["canary"], kinds["control"])
             row["canaries"] = {

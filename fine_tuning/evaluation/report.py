@@ -195,6 +195,7 @@ def memory(found: dict[str, dict[str, Any]]) -> str:
             kept = row["training"]
             lines.append(
                 f"{contender}: goes on word for word with {kept['word_for_word']} of {kept['replies']} training replies"
+                + (f", {kept['guessable']} more could be guessed and prove nothing" if kept["guessable"] else "")
             )
         if "canaries" in row:
             kept = row["canaries"]
