@@ -31,26 +31,7 @@ ROOT = Path(__file__).parents[1]
 STAGES = ("intake", "clean", "export", "prepare")
 SHARD = 20_000  # conversations
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-SYLLABLES = (
-    "ba",
-    "ce",
-    "di",
-    "fo",
-    "gu",
-    "ha",
-    "je",
-    "ki",
-    "lo",
-    "mu",
-    "na",
-    "pe",
-    "qui",
-    "ro",
-    "su",
-    "ta",
-    "ve",
-    "zu",
-)
+SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve zu".split()  # noqa: SIM905
 
 
 def conversations(start: int, end: int) -> Iterator[dict]:
