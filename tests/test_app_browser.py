@@ -4,11 +4,13 @@ import json
 import signal
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from tests.app_checkout import add_repositories, write_checkout
-from tests.browser import app_process, events, needs_chromium, running_app, send, strangers, until
+from tests.browser import app_process, events, needs_chromium, running_app, send, strangers, too_wide, until
 from tests.fake_ollama import FakeOllama, Manifest
 
 pytestmark = needs_chromium
@@ -55,9 +57,10 @@ def test_chat_then_thumb_then_seal(tmp_path, tiny_base, page):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, tiny_base):
-    """(address, checkout, Ollama) of an app that chats through Ollama."""
+    """(address, checkout, Ollama) of an app that chats through Ollama, which has a version beside the live one."""
     with FakeOllama(reply="Restart the router and wait.") as ollama:
         live_model(ollama)
+        ollama.manifests["whetstone:5"] = Manifest([{"mediaType": "m", "digest": "e", "size": 1}], "", "", {})
         checkout = add_repositories(write_checkout(tmp_path_factory.mktemp("served"), tiny_base, host=ollama.host))
         with running_app(checkout) as address:
             yield address, checkout, ollama
@@ -100,6 +103,48 @@ def test_a_reply_is_text_whatever_it_says(served, page):
     assert shown.locator("img").count() == 0
     assert page.title() != "x"
     assert strangers(page, address) == []
+
+
+def test_two_models_are_compared_blind(served, page):
+    address, checkout, _ = served
+    page.goto(f"{address}/compare")
+    page.get_by_role("textbox", name="Message for both").fill("Which one?")
+    page.get_by_role("button", name="Ask both").click()
+    page.get_by_role("button", name="Right", exact=True).wait_for()
+    sides = page.get_by_test_id("stColumn").all_inner_texts()
+    assert [side.split() for side in sides] == [
+        f"{side} Restart the router and wait.".split() for side in ("Left", "Right")
+    ]
+    assert too_wide(page) == []
+    page.get_by_role("button", name="Right", exact=True).click()
+    page.get_by_text("Your vote:").wait_for()
+    sides = page.get_by_test_id("stColumn").all_inner_texts()
+    assert {next(name for name in ("Live", "version 5") if name in side) for side in sides} == {"Live", "version 5"}
+    page.get_by_text("win rate").wait_for()
+
+    logger = ConversationLogger(checkout / "inbox/conversations.jsonl")
+    (held,) = [c for c in logger.read_conversations() if c["source"] == "compare"]
+    chosen = "whetstone:5" if "version 5" in sides[1] else "whetstone:live"
+    (other,) = held["messages"][1]["alternatives"]
+    assert held["messages"][1]["model"] == chosen != other["model"]
+    assert held["feedback"][0]["over"] == [other["id"]]
+    assert strangers(page, address) == []
+
+
+def test_another_web_page_cannot_talk_to_the_app(served):
+    address, *_ = served
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+
+    def status(**headers: str) -> int:
+        asked = upgrade | {"Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="} | headers
+        with httpx.stream("GET", f"{address}/_stcore/stream", headers=asked, trust_env=False) as answer:
+            return answer.status_code
+
+    assert status(Origin=address) == 101
+    assert status(Origin="http://evil.example") == 403
+    # A name of somebody else's that leads to this machine has the origin that it asks from.
+    assert status(Host="evil.example:8501", Origin="http://evil.example:8501") == 403
+    assert httpx.put(f"{address}/_stcore/upload_file/a/b", content=b"x", trust_env=False).status_code == 403
 
 
 def test_a_conversation_is_deleted_after_it_said_where_it_is(served, page):

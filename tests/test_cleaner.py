@@ -376,6 +376,9 @@ def test_near_duplicates_can_be_dropped(tmp_path):
     records = [talk("first question here", long, id="a"), talk("first question here", long + " end", id="b")]
     summary, _ = run(tmp_path, [shard(tmp_path, "1", records)], drop_near_duplicates=True)
     assert summary["reasons"] == {"near_duplicate": 1}
+    records[1]["feedback"] = [{"message_id": records[1]["messages"][-1]["id"], "rating": 1}]
+    summary, _ = run(tmp_path, [shard(tmp_path, "2", records)], drop_near_duplicates=True)
+    assert summary["reasons"] == {}
 
 
 def test_one_users_share_and_one_replys_share_are_bounded(tmp_path):

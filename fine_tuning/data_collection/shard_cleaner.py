@@ -493,7 +493,8 @@ class _Merge:
             self._clusters.add(None, keys)
             return "duplicate", identity
         twin = self._clusters.add(signature, keys)
-        if twin is not None and self._settings.drop_near_duplicates:
+        # What somebody liked or edited stays, whichever came first.
+        if twin is not None and self._settings.drop_near_duplicates and entry.get("standing", 0) <= 0:
             return "near_duplicate", self._id_of(twin)
         if self._settings.max_same_reply:
             (count,) = self._database.execute(

@@ -28,13 +28,16 @@ class RegisteredModels:
         self._lock = threading.Lock()
 
     def known(self, stamp: Any) -> list[ChatModel]:
-        """What is known now, the newest first, without the champion. Another `stamp` than before asks anew."""
+        """What is known now and still has its file, the newest first, without the champion.
+
+        Another `stamp` than before asks anew. A version that `forget` withdrew goes as soon as its file does.
+        """
         with self._lock:
             if stamp != self._asked and champion_version(self.checkout) is not None:
                 self._asked = stamp
                 self._asking = threading.Thread(target=self._ask, daemon=True, name="registry")
                 self._asking.start()
-            return self._found
+            return [model for model in self._found if model.gguf is not None and model.gguf.is_file()]
 
     def wait(self, seconds: float) -> None:
         """Wait until the last question is answered."""
