@@ -10,6 +10,7 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.erasure import Selection, collect
 from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration.app_pages.chat import _said
@@ -230,6 +231,8 @@ def test_a_judgement_bears_the_name_of_whoever_is_signed_in(checkout):
     other.feedback(key=f"thumbs-{identity}").set_value(0).run()
     judged = [(entry["by"], entry["rating"]) for entry in conversation(checkout)["feedback"]]
     assert judged == [("ann@example.org", 1), ("bob@example.org", -1)]
+    anns = collect(Selection(user="ann@example.org"), [], [checkout / "inbox/conversations.jsonl"])
+    assert anns.ids == {conversation(checkout)["id"]}, "`forget --user` finds what she said"
 
 
 # ----------------------------------------------------------------------------------------------------------- Ollama

@@ -409,10 +409,11 @@ def test_votes_count_for_a_pair_whatever_side_it_stood_on(tmp_path):
     logger = ConversationLogger(tmp_path / "inbox/conversations.jsonl")
     sampling = Sampling(temperature=0.7, top_p=0.9, top_k=40, repeat_penalty=1.1, max_tokens=8)
     for models, vote in (((one, other), "first"), ((other, one), "second"), ((one, other), "tie")):
-        votes.record(tmp_path, logger, "Hi", ("x", "y"), models, vote, sampling)
+        votes.record(tmp_path, logger, "Hi", ("x", "y"), models, vote, sampling, by="ann")
     standing = votes.standing(votes.read(tmp_path), one.label, other.label)
     assert (standing.wins, standing.losses, standing.ties) == (2, 0, 1)
-    assert len(logger.read_conversations()) == 2, "a tie prefers nothing"
+    held = logger.read_conversations()
+    assert [c["metadata"]["user_id"] for c in held] == ["ann"] * 2, "a tie prefers nothing"
 
 
 def test_the_interval_is_wilsons():

@@ -107,11 +107,13 @@ def ask(
     logger: ConversationLogger,
     sampling: Sampling,
     system_prompt: str | None,
+    person: str | None = None,
 ) -> bool:
     """Send a question and log what comes back. Returns False, asking nothing, while another reply is on its way.
 
     A reply that was stopped or broke off is logged with `"incomplete": "stopped"` or `"failed"`, which keeps it out of
-    training. Where no text came, nothing is logged and the question stays on the desk with its problem.
+    training. Where no text came, nothing is logged and the question stays on the desk with its problem. Under the name
+    of `person`, who asks, `forget --user` finds the exchange.
     """
 
     def log(reply: Reply) -> None:
@@ -128,6 +130,8 @@ def ask(
             "settings": sampling.model_dump() | {"system_prompt": system_prompt},
             "seconds": round(reply.seconds, 2),
         }
+        if person is not None:
+            metadata["user_id"] = person
         if reply.tokens_per_second is not None:
             metadata["tokens_per_second"] = round(reply.tokens_per_second, 1)
         if reply.outcome != "complete":

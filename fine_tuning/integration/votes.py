@@ -72,6 +72,8 @@ def record(
         better = 0 if vote == "first" else 1
         worse = 1 - better
         session = {"session_id": new_conversation_id(), "source": SOURCE, "settings": sampling.model_dump()}
+        if by is not None:
+            session["user_id"] = by
 
         def log(index: int, more: dict) -> str:
             about = {"model": models[index].tag, "version": models[index].version, "engine": models[index].engine}

@@ -341,7 +341,7 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> None
             client=client,
         )
 
-    ask(question, stream, here.logger, asking.sampling, asking.system_prompt)
+    ask(question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
 
 
 def _show_question(question: Question, conversation: dict | None, asking: Asking) -> None:
