@@ -215,7 +215,7 @@ def test_a_promotion_bears_the_name_of_whoever_is_signed_in(candidate):
 def test_an_earlier_version_answers_without_ollama(promoted):
     add_params(promoted)
     at = open_page("chat")
-    registered_models(promoted).wait(60)
+    registered_models(promoted).wait(300)
     at.run()
     assert at.selectbox(key="model").options == [
         "Champion · version 2 · trial:2 · built-in engine",
