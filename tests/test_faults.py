@@ -179,7 +179,7 @@ def type_seal() -> None:
 
 
 def test_a_promotion_that_is_killed_at_any_write_ends_in_one_version(candidate):
-    kills, status, _ = strike("kill", "tests.registered:here:promote", 60)
+    kills, status, _ = strike("kill", "tests.registered:here:promote", 40)
     assert kills > 3 and status == 0
     assert read_json("models/champion.json")["version"] == 1
     from fine_tuning.commands.promote import open_registry
