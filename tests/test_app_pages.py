@@ -229,6 +229,10 @@ def test_an_earlier_version_answers_without_ollama(promoted):
         time.sleep(0.1)
     assert (events[0]["metadata"]["model"], events[0]["metadata"]["version"]) == ("trial:1", 1)
 
+    md5 = models_view.open_registry(promoted, "trial").version(1).tags["gguf_md5"]
+    (promoted / ".dvc/cache/files/md5" / md5[:2] / md5[2:]).unlink()  # as `forget --withdraw` does
+    assert at.run().selectbox(key="model").options == ["Champion · version 2 · trial:2 · built-in engine"]
+
 
 def test_the_gate_disables_promotion_and_says_why(project, monkeypatch):
     monkeypatch.chdir(project)
