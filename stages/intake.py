@@ -22,10 +22,10 @@ FORGOTTEN = Path("data/forgotten.jsonl")
 def main() -> None:
     sample = read_params("intake", IntakeSettings).sample
     shards = describe_shards(CONVERSATIONS, MANIFEST, sample)
+    new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     if not shards:
         raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
     refuse_forgotten([CONVERSATIONS / shard["name"] for shard in shards])
-    new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     total = count_conversations(CONVERSATIONS / shard["name"] for shard in shards)
     # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
     if describe_shards(CONVERSATIONS, MANIFEST, sample) != shards:

@@ -111,13 +111,13 @@ def test_what_is_logged_later_changes_the_newest_version(project, command):
     assert len(shards(project)) == 3
 
 
-@pytest.mark.parametrize("step", ["write_shard", "_track", "unlink"])
+@pytest.mark.parametrize("step", ["write_shard", "track", "unlink"])
 def test_a_seal_that_is_killed_converges_when_it_runs_again(project, step, command):
     for number in range(20):
         log(project).log_conversation(f"q{number}", f"a{number}", id=f"e{number}")
     patched = {
         "write_shard": "import fine_tuning.data_collection.sealing as m; m.write_shard = kill",
-        "_track": "import fine_tuning.commands.conversations as m; m._track = kill",
+        "track": "import fine_tuning.commands.conversations as m; m.track = kill",
         "unlink": "import pathlib; old = pathlib.Path.unlink\n"
         "pathlib.Path.unlink = lambda p, **k: kill() if 'closed' in str(p) else old(p, **k)",
     }[step]
