@@ -86,7 +86,8 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
         assert json.loads((checkout / "models/champion.json").read_bytes())["version"] == 1
 
         visit("")
-        page.get_by_text("Champion · version 1 · whetstone:1").wait_for()
+        answering = page.get_by_role("combobox", name="Model that answers")
+        until(lambda: answering.input_value().startswith("Champion · version 1 · whetstone:1 ·"))
         ask(page, "And the other lamp?")
         until(lambda: events(checkout))
         (event,) = events(checkout)
