@@ -242,6 +242,16 @@ def test_offsets_that_a_post_processor_trims_do_not_lose_the_last_space(tiny_bas
     assert trained_text(tokenizer, encoded) == "b \n <|im_end|>"
 
 
+def test_a_line_break_that_is_a_token_of_its_own_ends_no_reply(with_template):
+    """Gemma's tokenizer has one: taken for the end of a turn it would stop every reply at its first line."""
+    tokenizer = with_template(PHI)
+    tokenizer.add_tokens(["\n"])
+    assert len(tokenizer.encode("\n", add_special_tokens=False)) == 1
+    assert end_of_turn_ids(tokenizer) == [tokenizer.convert_tokens_to_ids("<|eot|>")]
+    encoded = encode_conversation(tokenizer, chat("Hi", "Yes."), None, 512)
+    assert [label for label in encoded.labels if label != NOT_TRAINED][-1:] == end_of_turn_ids(tokenizer)
+
+
 def test_a_template_without_an_end_of_turn_token_is_refused(with_template):
     tokenizer = with_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
     with pytest.raises(UserError, match="no end-of-turn token"):

@@ -295,7 +295,8 @@ class _ChatFormat:
         added = backend.get_added_tokens_decoder()
         special = {index: token.content for index, token in added.items() if token.special and token.content}
         self.control = _any_of(special.values())
-        self._added = _any_of(token.content for token in added.values() if token.content)
+        # Gemma's tokenizer holds line breaks and runs of blanks among its added tokens: they end no reply.
+        self._added = _any_of(token.content for token in added.values() if token.content.strip())
         # Tokenizers without byte fallback write the unknown token for characters that users type.
         self.control_ids = set(special) - {tokenizer.unk_token_id}
 
