@@ -237,6 +237,18 @@ def test_a_planted_fault_fails_the_stage(fault, named, checkout, monkeypatch):
     assert not (checkout / "metrics/package.json").exists()
 
 
+def test_an_end_of_turn_that_the_gguf_lost_fails_the_stage(checkout, monkeypatch):
+    # llama.cpp knows <|im_end|> by its name.
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = checkout / "models/base" / name
+        file.write_text(file.read_text().replace("<|im_end|>", "<|done|>"))
+    stage.main()
+    real = gguf.GGUFWriter.add_eos_token_id
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", lambda self, _: real(self, 0))
+    with pytest.raises(UserError, match=r"<\|done\|> ends replies in training and none in llama\.cpp: .*eos_token_id"):
+        stage.main()
+
+
 def test_a_bundle_that_was_edited_afterwards_is_not_proven(made, tmp_path):
     package = tmp_path / "package"
     shutil.copytree(made / "models/package", package)

@@ -292,6 +292,11 @@ class LlamaEngine:
             raise UserError(f"llama.cpp could not be made to say a reference with {self.gguf.name}: report this bug")
         return answer["completion_probabilities"]
 
+    def ends_at(self, prompt: Sequence[int], token: int) -> bool:
+        """Whether a reply is over for llama.cpp when the model writes `token` after `prompt`."""
+        body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "samplers": ["temperature"]}
+        return self._post("/completion", body | {"logit_bias": [[token, 1000.0]]})["stop_type"] == "eos"
+
     def score_many(
         self,
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],

@@ -265,6 +265,7 @@ def prove_package(
     context = max(chat.max_length, 512) + 64
     with LlamaEngine(package_dir / "model.gguf", context=context, threads=threads) as engine:
         report["tokens"] = prove_tokens(tokenizer, engine, sample, chat)
+        prove_ends(tokenizer, engine, passages[0], report["stops"]["trained_ends"])
         report["gguf"] = prove_predictions(engine, passages, merged, settings)
     return report
 
@@ -374,6 +375,19 @@ def prove_stops(
         if token not in stops:
             raise _unproven(f"the token {token} ends replies in training and is no stop of the Modelfile")
     return {"stop": stops, "trained_ends": sorted(trained)}
+
+
+def prove_ends(
+    tokenizer: "PreTrainedTokenizerFast", engine: LlamaEngine, passage: "_Passage", ends: Sequence[int]
+) -> None:
+    """What ends a reply in training ends it in the GGUF as well, where no Modelfile names the stops."""
+    for number in ends:
+        if not engine.ends_at(passage.ids[: passage.start], number):
+            token = tokenizer.convert_ids_to_tokens(number)
+            raise _unproven(
+                f"the token {token} ends replies in training and none in llama.cpp",
+                "add its number to eos_token_id in the generation_config.json of a folder as base.model",
+            )
 
 
 def prove_tokens(
