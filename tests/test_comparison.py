@@ -163,6 +163,18 @@ def test_a_champion_with_another_tokenizer_is_compared_by_bytes(metrics):
         decide(metrics, base, in_other_tokens(weak), candidate)
 
 
+def test_a_champion_that_was_asked_other_replies_is_no_champion_with_another_tokenizer(metrics):
+    measured = [*metrics, load_metric("nll_per_byte", MODULES)]
+    base, candidate, champion = (
+        [line | {"bytes": 80} for line in records(name, spread(mean))]
+        for name, mean in (("base", 3.0), ("candidate", 2.0), ("champion", 2.5))
+    )
+    champion = in_other_tokens(champion)
+    champion[7]["bytes"] = 81
+    with pytest.raises(UserError, match="not asked the same items"):
+        decide(measured, base, champion, candidate)
+
+
 def test_a_champion_that_could_be_asked_nothing_holds(metrics):
     measured = [*metrics, load_metric("nll_per_byte", MODULES)]
     base, candidate, champion = (

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
-from fine_tuning.evaluation.contenders import Contender, find_champion
+from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
 from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
 from fine_tuning.evaluation.measurements import summarise
 from fine_tuning.evaluation.metrics import load_metric
@@ -189,6 +189,15 @@ def test_a_models_own_words_are_scored_apart_and_are_no_reference(tiny_base, sui
     assert "predictions" not in records[1]
     found = slices(records, [load_metric("perplexity", MODULES)], SETTINGS.interval)
     assert set(found["author of the reply"]) == {"imported", "whetstone:1 (no reference)"}
+
+
+@pytest.mark.parametrize("author", ["package:some-base", "whetstone:3", "whetstone:live"])
+def test_a_contender_is_no_author_of_references(tmp_path, author):
+    write_json(tmp_path / "base.json", {"model": "package:some-base"})
+    write_json(tmp_path / "champion.json", {"version": 3, "name": "whetstone"})
+    refuse_own_words(["edited", "gpt-4o", "whetstone:1"], tmp_path, tmp_path / "champion.json")
+    with pytest.raises(UserError, match=rf"evaluate\.references names {author}, which is itself compared"):
+        refuse_own_words(["edited", author], tmp_path, tmp_path / "champion.json")
 
 
 def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):

@@ -214,9 +214,12 @@ def check_same_suite(records: Records) -> None:
     ids: dict[str, set[str]] = {}
     tokens: dict[str, dict[str, int]] = {}
     suites: dict[str, set[str]] = {}
+    sizes: dict[str, dict[str, int]] = {}
     for line in records:
         name = line["contender"]
         ids.setdefault(name, set()).add(line["id"])
+        if "bytes" in line:
+            sizes.setdefault(name, {})[line["id"]] = line["bytes"]
         if "tokens" in line:
             tokens.setdefault(name, {})[line["id"]] = line["tokens"]
             suites.setdefault(name, set()).add(line.get("suite"))
@@ -226,7 +229,10 @@ def check_same_suite(records: Records) -> None:
     for rival in (name for name in RIVALS if name in ids):
         # In tokens of its own a champion's suite is another, though the replies are the same.
         same_tokens = rival == "base" or tokens.get(rival) == tokens.get(CANDIDATE)
-        if ids[rival] != ids[CANDIDATE] or (same_tokens and suites.get(rival) != suites.get(CANDIDATE)):
+        other_suite = same_tokens and suites.get(rival) != suites.get(CANDIDATE)
+        ours, theirs = sizes.get(CANDIDATE, {}), sizes.get(rival, {})
+        other_replies = any(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
+        if ids[rival] != ids[CANDIDATE] or other_suite or other_replies:
             raise UserError("the contenders were not asked the same items: run `dvc repro -f evaluate`")
 
 

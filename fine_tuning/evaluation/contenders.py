@@ -1,6 +1,7 @@
 """The models that are compared: where they lie and what they are."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,3 +56,20 @@ def find_champion(record: Path) -> Contender | None:
     if expected and sha256_file(found.gguf) != expected:
         raise UserError(f"{found.gguf} is not the file that was promoted: run `dvc checkout --force {folder}`")
     return found
+
+
+def refuse_own_words(references: Sequence[str], base: Path, record: Path) -> None:
+    """See that no author of references is base or champion themselves, by the names that the app logs them under.
+
+    Raises:
+        UserError: one is.
+    """
+    card, champion = base / "base.json", read_json(record)
+    own = {str(read_json(card).get("model"))} if card.is_file() else set()
+    if champion.get("version") is not None:
+        own |= {f"{champion.get('name')}:{champion['version']}", f"{champion.get('name')}:live"}
+    if named := sorted(own & set(references)):
+        raise UserError(
+            f"evaluate.references names {', '.join(named)}, which is itself compared, and its own words favour it: "
+            "take it out in params.yaml"
+        )
