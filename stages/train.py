@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from fine_tuning.training.training_utils import (
     detect_hardware,
     is_main_process,
     read_rows,
+    remove_checkpoints,
 )
 
 BASE = Path("models/base")
@@ -79,7 +79,7 @@ def main() -> None:
             run.tag(**{name: str(value) for name, value in asdict(result.hardware).items()})
         tracked.log_metrics({**metrics, **speed(result)})
         pipeline.log_artifacts(ADAPTER, "adapter")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    remove_checkpoints(checkpoints)
     print(
         f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
         f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments, set_seed
 
 from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import load_model, quiet_transformers
@@ -119,8 +119,14 @@ def train_adapter(
     resume = newest_checkpoint(checkpoints)
     if resume:
         print(f"train: going on from {resume.name}", flush=True)
-    with guard.stopping_on_interrupt():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
+    if state is not None and state.global_step >= state.max_steps:
+        # transformers would take one step more, where max_steps ends the run within an epoch.
+        load_adapter(model, resume / "adapter_model.safetensors")
+        trainer.state = state
+    else:
+        with guard.stopping_on_interrupt():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if settings.early_stopping_patience:
         load_adapter(model, guard.best_file(checkpoints, trainer.state))
     seconds = time.monotonic() - started

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, no_space
 
 EXPERIMENT = "whetstone"
 
@@ -52,6 +52,8 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     except Timeout:
         raise UserError(f"another process holds the MLflow store for two minutes: end it, or remove {lock}") from None
     except (MlflowException, OSError) as error:
+        if no_space(error):
+            raise
         raise UserError(
             f"the MLflow store at {uri} does not open ({type(error).__name__}): check MLFLOW_TRACKING_URI or the server"
         ) from None

@@ -311,6 +311,13 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / CHECKPOINT_COMPLETE).touch()
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a run's checkpoints, their marks first: a crash in between leaves none that looks whole."""
+    for mark in folder.glob(f"checkpoint-*/{CHECKPOINT_COMPLETE}"):
+        mark.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def sort_adapter_config(folder: Path) -> None:
     """Rewrite adapter_config.json with sorted keys and sorted lists: peft writes its sets in hash-seed order."""
     path = folder / "adapter_config.json"
