@@ -156,7 +156,7 @@ def test_a_conversation_is_deleted_after_it_said_where_it_is(served, page):
     said = of_this_chat(page, checkout)
     page.get_by_role("button", name="This chat").click()
     page.get_by_role("button", name="Delete…").click()
-    page.get_by_text("inbox/conversations.jsonl: 1 event -> taken out").wait_for()
+    page.get_by_text("inbox/conversations.jsonl: 1 event → taken out").wait_for()
     page.get_by_role("button", name="Delete it everywhere").click()
     page.get_by_role("button", name="Forget this").wait_for(state="detached")
     page.get_by_text("Delete: next: git add").wait_for()
