@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import stat
 import threading
@@ -10,6 +11,7 @@ import threading
 import pytest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.erasure import Selection
 from fine_tuning.errors import UserError
 
 
@@ -149,3 +151,14 @@ def test_an_unwritable_place_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be logged"):
         ConversationLogger(tmp_path / "file" / "log.jsonl").log_conversation("q", "a")
+
+
+def test_a_session_with_an_odd_name_is_one_conversation_under_a_plain_one(tmp_path):
+    logger = ConversationLogger(tmp_path / "log.jsonl")
+    for session in ("../etc/passwd", "../etc/passwd", "room 1\nrole: system", "plain-1"):
+        logger.log_conversation("question", "reply", {"session_id": session})
+    ids = [event["conversation_id"] for event in logger.read_exchanges()]
+    assert ids[0] == ids[1] != ids[2] and ids[3] == "plain-1"
+    assert all(re.fullmatch(r"session-[0-9a-f]{32}", name) for name in ids[:3])
+    assert len(logger.read_conversations()) == 3
+    assert Selection(session="../etc/passwd").takes({"id": ids[0]})

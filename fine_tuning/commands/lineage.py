@@ -20,7 +20,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import went_live
-from fine_tuning.model_management.names import split_tag
+from fine_tuning.names import split_tag
 from fine_tuning.project import run_command
 from fine_tuning.records import read_lines
 from fine_tuning.settings import read_params

@@ -85,7 +85,7 @@ def deploy(arguments: argparse.Namespace) -> None:
     from fine_tuning.commands.bundle import champion_bundle, registered_bundle
     from fine_tuning.model_management.model_deployer import ModelDeployer
     from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.model_management.names import host_key
+    from fine_tuning.names import host_key
 
     settings = _settings()
     with open_servers(settings, arguments.host) as servers:
@@ -117,7 +117,7 @@ def deploy(arguments: argparse.Namespace) -> None:
 def switch(arguments: argparse.Namespace) -> None:
     """Make a deployed version live on every host."""
     from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.model_management.names import host_key, parse_version
+    from fine_tuning.names import host_key, parse_version
 
     settings = _settings()
     number = parse_version(arguments.version, settings.name)
@@ -134,7 +134,7 @@ def switch(arguments: argparse.Namespace) -> None:
 def rollback(arguments: argparse.Namespace) -> None:
     """Make live on every host what was live there before."""
     from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.model_management.names import host_key
+    from fine_tuning.names import host_key
 
     settings = _settings()
     with open_servers(settings, arguments.host) as servers:
@@ -150,7 +150,7 @@ def rollback(arguments: argparse.Namespace) -> None:
 def prune(arguments: argparse.Namespace) -> None:
     """Take old versions off every host."""
     from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.model_management.names import host_key
+    from fine_tuning.names import host_key
 
     if arguments.keep < 1:
         raise UserError("--keep takes a number from 1 on: the newest version always stays")
@@ -250,7 +250,7 @@ def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | Non
     """The version to deploy; None for a champion that came with git and that this registry does not know."""
     from fine_tuning.commands.champion import read_champion
     from fine_tuning.model_management.model_registry import ADAPTER_TAG, CHAMPION
-    from fine_tuning.model_management.names import parse_version
+    from fine_tuning.names import parse_version
 
     if given is not None:
         return registry.version(parse_version(given, registry.name))

@@ -33,7 +33,7 @@ from fine_tuning.commands.dvc_files import LOCK, files_below, locate, locked_md5
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
-from fine_tuning.model_management.names import parse_version
+from fine_tuning.names import parse_version
 from fine_tuning.project import artifact_root, git_commit, main_checkout, root, run_command, sha256_file, tracking_uri
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params

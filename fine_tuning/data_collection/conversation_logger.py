@@ -16,6 +16,7 @@ from typing import Any
 
 from fine_tuning.data_collection.conversation import fold, now
 from fine_tuning.errors import UserError
+from fine_tuning.names import session_name
 from fine_tuning.records import dump_line, read_line, read_lines, replacing
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
@@ -48,8 +49,8 @@ class ConversationLogger:
     ) -> str:
         """Log one exchange and return its id, which is also the id of the assistant's message.
 
-        `metadata["session_id"]` ties exchanges into one conversation, `metadata["model"]` names the author of the
-        reply. The same `id` again is the same exchange and counts once.
+        `metadata["session_id"]` ties exchanges into one conversation and is its id, or its hash is (`session_name`);
+        `metadata["model"]` names the author of the reply. The same `id` again is the same exchange and counts once.
 
         Raises:
             UserError: the log cannot be written; nothing of the event is left in it.
@@ -58,11 +59,12 @@ class ConversationLogger:
             raise UserError("the conversation could not be logged: both messages must be texts: send it again as text")
         metadata = dict(metadata or {})
         identity = id or uuid.uuid4().hex
+        session = metadata.get("session_id")
         self._append(
             {
                 "event": "exchange",
                 "id": identity,
-                "conversation_id": str(metadata.get("session_id") or identity),
+                "conversation_id": session_name(str(session)) if session else identity,
                 "user_message": user_message,
                 "assistant_response": assistant_response,
                 "timestamp": timestamp or now(),

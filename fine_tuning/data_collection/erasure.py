@@ -13,6 +13,7 @@ from fine_tuning.data_collection.conversation_logger import read_log, rewrite_lo
 from fine_tuning.data_collection.shards import describe_shard, read_manifest, sync_folder, write_lines
 from fine_tuning.data_collection.tombstones import Tombstones
 from fine_tuning.data_collection.traces import Traces
+from fine_tuning.names import session_name
 from fine_tuning.records import dump_line, read_line, read_lines, write_json, write_jsonl
 
 _HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")
@@ -35,7 +36,8 @@ class Selection:
         if self.conversation is not None:
             return identity == self.conversation
         if self.session is not None:
-            return self.session in (identity, metadata.get("session_id"), metadata.get("session"))
+            named = (metadata.get("session_id"), metadata.get("session"))
+            return self.session in named or identity in (self.session, session_name(self.session))
         return self.user is not None and self.user in (metadata.get("user_id"), metadata.get("user"))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from fine_tuning.errors import UserError
-from fine_tuning.model_management.names import check_model_name
+from fine_tuning.names import check_model_name
 from fine_tuning.settings import Settings
 from fine_tuning.training.base_model import gguf_field
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from fine_tuning.errors import UserError
-from fine_tuning.model_management.names import check_model_name
+from fine_tuning.names import check_model_name
 from fine_tuning.training.tracking import open_store
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"

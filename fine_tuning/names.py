@@ -1,11 +1,13 @@
-"""Names that come from outside: one allow-list for model names, tags and hosts' short names."""
+"""Names that come from outside: one allow-list for model names, tags, sessions and hosts' short names."""
 
+import hashlib
 import re
 
 from fine_tuning.errors import UserError
 
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}")
+SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,127}")
 
 
 def check_model_name(name: str) -> str:
@@ -44,6 +46,16 @@ def parse_version(text: str, name: str) -> int:
     if not number:
         raise UserError(f"{text[:80]!r} is no version of {name}: `python -m fine_tuning list` shows them")
     return int(number[1])
+
+
+def session_name(text: str) -> str:
+    """`text` as the id of a conversation: letters, digits and `_.:@+-`, 128 at most.
+
+    Another one becomes its hash, always the same: what was said in a session with an odd name is not lost.
+    """
+    if SESSION.fullmatch(text):
+        return text
+    return "session-" + hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def host_key(host: str) -> str:
