@@ -162,3 +162,10 @@ def test_a_session_with_an_odd_name_is_one_conversation_under_a_plain_one(tmp_pa
     assert all(re.fullmatch(r"session-[0-9a-f]{32}", name) for name in ids[:3])
     assert len(logger.read_conversations()) == 3
     assert Selection(session="../etc/passwd").takes({"id": ids[0]})
+
+
+def test_all_who_spoke_in_a_conversation_are_known_so_that_each_can_be_forgotten(logger):
+    for user in ("ann", "ben", "ann"):
+        logger.log_conversation("question", f"reply to {user}", {"session_id": "s", "user_id": user})
+    (conversation,) = logger.read_conversations()
+    assert [Selection(user=user).takes(conversation) for user in ("ann", "ben", "cy")] == [True, True, False]

@@ -166,10 +166,18 @@ def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str,
     else:
         if not _replace(event, conversation, new["messages"]):
             conversation["messages"].extend(new["messages"])
-        conversation["metadata"] = new["metadata"] | conversation["metadata"]
+        conversation["metadata"] = _joined(conversation["metadata"], new["metadata"])
     for message in new["messages"]:
         owners[message["id"]] = conversation
     return True
+
+
+def _joined(known: dict, new: dict) -> dict:
+    """What is known of a conversation and of one more exchange; `users` names all who spoke, where they are several."""
+    both = new | known
+    people = {str(m[key]) for m in (known, new) for key in ("user_id", "user") if m.get(key)}
+    people.update(known.get("users") or ())
+    return both | {"users": sorted(people)} if len(people) > 1 else both
 
 
 def _replies(conversation: dict) -> dict[str | None, str]:

@@ -25,7 +25,7 @@ from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.settings import Settings
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
-PRIVATE_METADATA = ("session_id", "user_id", "user", "username", "email", "name", "ip", "title")
+PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
 
 
 class CleanSettings(Settings):

@@ -38,7 +38,8 @@ class Selection:
         if self.session is not None:
             named = (metadata.get("session_id"), metadata.get("session"))
             return self.session in named or identity in (self.session, session_name(self.session))
-        return self.user is not None and self.user in (metadata.get("user_id"), metadata.get("user"))
+        people = (metadata.get("user_id"), metadata.get("user"), *(metadata.get("users") or ()))
+        return self.user is not None and self.user in people
 
 
 @dataclass
