@@ -477,7 +477,8 @@ def test_after_forgetting_the_real_pipeline_trains_the_bytes_of_one_that_never_s
     quick = {"generation": {"items": 2, "max_tokens": 8, "slots": 1}, "quantised_items": 0, "forgetting": False}
     project.set_params(evaluate=quick | {"test_prompts": ["Who are you?"]})
     messages = [{"role": m["role"], "content": m["content"]} for m in canary()["messages"]]
-    project.import_conversations([{"messages": messages, "metadata": {"user_id": "zoe"}}], "canary")
+    trained_on = "ce" * 12  # an id whose hash deals it to the train split
+    project.import_conversations([{"id": trained_on, "messages": messages, "metadata": {"user_id": "zoe"}}], "canary")
     project.run("dvc", "repro")
     project.commit("With it")
     adapter = Path("models/adapter/adapter_model.safetensors")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fine_tuning.commands.remote_config import check, secrets
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from tests import servers
 from tests.fake_ollama import FakeOllama
@@ -244,11 +245,12 @@ def test_a_team_shares_one_registry_one_store_and_one_ollama(started, promotable
     remote.add_to(first, "storage")
     dvc(first, "config core.remote storage")
     sh(first, "git add -A && git commit -qm 'A remote'")
+    tokenizer = load_tokenizer(first / "models/base")
     with (
         tempfile.TemporaryDirectory() as place,
         servers.postgres(Path(place)) as database,
         servers.mlflow_server(tmp_path / "mlflow", database, "s3://whetstone/mlflow", remote.environment) as registry,
-        FakeOllama() as ollama,
+        FakeOllama(count_tokens=lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)) as ollama,
     ):
         shared = {"MLFLOW_TRACKING_URI": registry}
         ok(type_command(first, "promote", **shared))
