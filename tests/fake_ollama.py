@@ -24,7 +24,7 @@ NAME = re.compile(r"(?:[\w.-]+/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]{0
 BEFORE_AN_ANSWER = ("hang", "500", "507", "reset")
 ERROR_LINES = {
     "error line": "llama runner process no longer running: 2",
-    "full disk": "write /root/.ollama/models/blobs/sha256-1: no space left on device",
+    "full disk": "write /usr/share/ollama/.ollama/models/blobs/sha256-1: no space left on device",
 }
 GUESSED_TEMPLATE = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
 
