@@ -169,3 +169,7 @@ def test_all_who_spoke_in_a_conversation_are_known_so_that_each_can_be_forgotten
         logger.log_conversation("question", f"reply to {user}", {"session_id": "s", "user_id": user})
     (conversation,) = logger.read_conversations()
     assert [Selection(user=user).takes(conversation) for user in ("ann", "ben", "cy")] == [True, True, False]
+    for odd in (5, "ann", [["x"], None], {"a": 1}):
+        logger.log_conversation("question", "reply", {"session_id": "t", "user_id": 7, "users": odd})
+    odd = logger.read_conversations()[1]
+    assert len(odd["messages"]) == 8 and Selection(user="7").takes(odd) and not Selection(user="ben").takes(odd)

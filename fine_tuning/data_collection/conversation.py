@@ -172,12 +172,17 @@ def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str,
     return True
 
 
+def speakers(metadata: dict) -> set[str]:
+    """The names of the people who spoke in a conversation, where its metadata tells them in any form."""
+    several = metadata.get("users")
+    named = [metadata.get("user_id"), metadata.get("user"), *(several if isinstance(several, list) else [])]
+    return {str(name) for name in named if name not in (None, "")}
+
+
 def _joined(known: dict, new: dict) -> dict:
     """What is known of a conversation and of one more exchange; `users` names all who spoke, where they are several."""
-    both = new | known
-    people = {str(m[key]) for m in (known, new) for key in ("user_id", "user") if m.get(key)}
-    people.update(known.get("users") or ())
-    return both | {"users": sorted(people)} if len(people) > 1 else both
+    people = speakers(known) | speakers(new)
+    return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
 
 
 def _replies(conversation: dict) -> dict[str | None, str]:

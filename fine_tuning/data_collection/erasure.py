@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.data_collection.conversation import as_conversation, from_exchange
+from fine_tuning.data_collection.conversation import as_conversation, from_exchange, speakers
 from fine_tuning.data_collection.conversation_logger import read_log, rewrite_log
 from fine_tuning.data_collection.shards import describe_shard, read_manifest, sync_folder, write_lines
 from fine_tuning.data_collection.tombstones import Tombstones
@@ -38,8 +38,7 @@ class Selection:
         if self.session is not None:
             named = (metadata.get("session_id"), metadata.get("session"))
             return self.session in named or identity in (self.session, session_name(self.session))
-        people = (metadata.get("user_id"), metadata.get("user"), *(metadata.get("users") or ()))
-        return self.user is not None and self.user in people
+        return self.user is not None and self.user in speakers(metadata)
 
 
 @dataclass
