@@ -20,6 +20,7 @@ from fine_tuning.training.fused import fuse
 from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
 from fine_tuning.training.run_guard import Progress, RunGuard
+from fine_tuning.training.shared_prefix import share_prefixes
 from fine_tuning.training.training_utils import (
     Hardware,
     Row,
@@ -98,14 +99,18 @@ def train_adapter(
     if start_from:
         check_adapter_base(start_from, base_name)
         load_adapter(model, start_from / "adapter_model.safetensors")
-    if hardware.precision == "float32":
+    plain, random = hardware.precision == "float32", settings.lora.dropout or settings.neftune_alpha
+    if plain:
         fuse(model)
+    longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
+    shared = plain and not (random or settings.packing) and share_prefixes(model, longest)
     guard = RunGuard(settings, progress)
     pad = model.config.get_text_config().pad_token_id or 0
     batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     trainer = LabelTrainer(
         lanes=at_once,
+        shared_prefixes=shared,
         model=model,
         args=arguments,
         train_dataset=batches,
