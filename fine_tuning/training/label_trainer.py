@@ -56,7 +56,8 @@ class LabelTrainer(Trainer):
         """Loss of a batch and, in the parameters' `grad`, its gradient."""
         if self.lanes == 1:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        if not model.training:  # walking through all modules takes a fiftieth of a step
+            model.train()
         inputs = self._prepare_inputs(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())

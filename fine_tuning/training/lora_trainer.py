@@ -39,7 +39,7 @@ from fine_tuning.training.training_utils import (
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}
 
 
 @dataclass
