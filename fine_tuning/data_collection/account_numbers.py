@@ -21,12 +21,16 @@ _CARD_GROUPS = re.compile(
     r"(?<!\d)(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
 )
 _NOT_A_CARD = re.compile(
-    r"(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|reference|ref|id|"
-    r"timestamp|part|hash)\b[\w\s.]{0,12}[:#=]?\s{0,2}#?$",
+    r"(?<![A-Za-z])(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|ref|id|"
+    r"reference|timestamp|part|hash|(?:bestell|auftrag|rechnung|sendung|kunden)\w{0,8}|commande|facture|pedido|factura|"
+    r"ordine|fattura|zam[oó]wieni\w{0,3}|bestelling|factuur|encomenda|fatura)\b"
+    r"(?:[\s_.-]{0,2}(?:number|no|num|nr|n|id|code|is|was|ist|est)\b){0,3}[\s.:#=º°\"'-]{0,5}$",
     re.IGNORECASE,
 )
 _CALLED_A_CARD = re.compile(
-    r"(?:\bcards?|\bvisa|\bmaster ?card|\bamex|\bdiners|\bmaestro)\b[^\d\n]{0,20}$", re.IGNORECASE
+    r"(?:cards?|kart[eay]|kaart|\bcarte|tarjeta|\bcarta|cart[aã]o|visa|master ?card|amex|american express|\bdiners|"
+    r"maestro|discover|\bjcb|union ?pay|rupay|\btroy|\bmir)\b[^\d\n]{0,20}$",
+    re.IGNORECASE,
 )
 _SSN = re.compile(r"(?<![\w-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
 _BARE_SSN = re.compile(
@@ -104,6 +108,7 @@ def _is_card(digits: str, called: bool) -> bool:
         or ((four == 6011 or two == 65 or 644 <= three <= 649 or two in (62, 81)) and 16 <= length <= 19)
         or (3528 <= four <= 3589 and 16 <= length <= 19)
         or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
+        or ((2200 <= four <= 2205 or four in (8600, 9792, 9860) or two == 82) and length == 16)  # Mir, Troy, RuPay
     )
     return (scheme or called) and len(set(digits)) > 1 and luhn(digits)
 

@@ -11,11 +11,11 @@ _DIGIT = re.compile(r"\d")
 _SEPARATOR = re.compile(r"[.:-]")
 # not in a URL: white space, quotes, brackets of markup, and the punctuation of scripts that write no spaces
 _NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
-_SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^{_NO_URL}]{{3,2000}}+", re.IGNORECASE)
-_WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
+_SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{{1,15}}://[^{_NO_URL}]{{3,2000}}+")
+_WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[^\W_][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
 INNER_DOT = re.compile(r"\.\w")
 _BARE_URL = re.compile(
-    r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
+    r"(?<![A-Za-z0-9.@/_:=\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
 # domains that people write without a scheme; others need a path behind them
@@ -49,25 +49,37 @@ _NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net"
 # of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
 _LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
 _EMAIL = re.compile(
-    rf"(?<![{_LETTERS}._%+-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
+    rf"(?<![{_LETTERS}._%+@-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
     r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[^\W\d_a-zA-Z]{2,10}))"
     r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
 )
-_QUOTED_EMAIL = re.compile(r"\"[^\"\s@]{1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
+_QUOTED_EMAIL = re.compile(r"\"(?:[^\"\\\n]|\\.){1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
+_EMAIL_AT_IP = re.compile(
+    rf"(?<![{_LETTERS}._%+-])[{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+@\[(?:IPv6:)?([0-9A-Fa-f:.]{{2,45}})\]"
+)
 _IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2}))?(?![\w]|\.\d|/\d)")
 _IPV6 = re.compile(
     r"(?<![\w:.])((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
     r"(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
 )
+# a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
-    r"(?:\bv|\bver\.?|\bversions?:?|\brelease|\bbuild|\bfirmware|\bupgrade[sd]? to|\bupdate[sd]? to|/|\bsection|"
-    r"\bchapter|\brev(?:ision)?\.?|==|>=|<=|~=|\bOID)\s{0,2}$",
+    r"(?:\bv|\b(?:ver|rev|fig|art|sec)\.?|version\w?|vers[aã]o|versi[oó]n|versie|wersj[aię]|\brelease|\bbuild|"
+    r"\bfirmware|\b(?:up|down)(?:grad|dat)e[sd]?(?: \w{1,12})? to|\bsection|\bchapter|\bfigure|\btable|\bclause|"
+    r"\barticle|\bparagraph|\brevision|\bkapitel|\babschnitt|\bOID|§|[A-Za-z][/-]|==|>=|<=|~=)"
+    r"(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(]?\s{0,2}[\"']?$",
     re.IGNORECASE,
 )
-_MAC = re.compile(
-    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}|"
-    r"[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![\w:-]|\.\w)"
+_VERSION_AFTER = re.compile(
+    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)", re.IGNORECASE
 )
+# EUI-48, and EUI-64 with two groups more
+_MAC = re.compile(
+    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}(?:(?::[0-9A-Fa-f]{2}){2})?|"
+    r"[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}(?:(?:-[0-9A-Fa-f]{2}){2})?|"
+    r"[0-9A-Fa-f]{4}(?:\.[0-9A-Fa-f]{4}){2,3})(?![\w:-]|\.\w)"
+)
+_PAIRS = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){7}")
 
 
 def find_urls(text: str) -> Iterator[tuple[int, int]]:
@@ -111,7 +123,7 @@ def _url_end(text: str, start: int, end: int) -> int:
 
 
 def find_emails(text: str) -> Iterator[tuple[int, int]]:
-    """Spans of e-mail addresses (RFC 5322 dot-atoms, RFC 6531 letters, quoted local parts)."""
+    """Spans of e-mail addresses (RFC 5322 dot-atoms, RFC 6531 letters, quoted local parts, RFC 5321 literals)."""
     for match in _EMAIL.finditer(text):
         local = match.group(1)
         lead = len(local) - len(local.lstrip("'"))
@@ -119,21 +131,33 @@ def find_emails(text: str) -> Iterator[tuple[int, int]]:
             yield match.start() + lead, match.end()
     if '"@' in text:
         yield from (match.span() for match in _QUOTED_EMAIL.finditer(text))
+    if "@[" in text:
+        yield from (match.span() for match in _EMAIL_AT_IP.finditer(text) if _is_address(match.group(1), None))
 
 
 def find_ips(text: str) -> Iterator[tuple[int, int]]:
     """Spans of IPv4 and IPv6 addresses and networks; versions and loopback are none."""
     if "." in text:
         for match in _IPV4.finditer(text):
-            if _is_address(match.group(1), match.group(2)) and not _VERSION_BEFORE.search(
-                text, max(0, match.start() - 16), match.start()
-            ):
+            if _is_address(match.group(1), match.group(2)) and not _is_version(text, *match.span()):
                 yield match.span()
     if text.count(":") >= 2:
         for match in _IPV6.finditer(text):
             # C++ and Ruby write names as a::b; an address without any digit would be a rare one
-            if _DIGIT.search(match.group(1)) and _is_address(match.group(1), None):
+            value = match.group(1)
+            if _DIGIT.search(value) and _is_address(value, None) and not _is_code(value):
                 yield match.span()
+
+
+def _is_version(text: str, start: int, end: int) -> bool:
+    before = text[max(0, start - 30) : start]
+    return _VERSION_BEFORE.search(before) is not None or _VERSION_AFTER.match(text, end) is not None
+
+
+def _is_code(value: str) -> bool:
+    """A slice ([1::2]) or a name rather than an address: short, in a range that nobody is given; or an EUI-64."""
+    short = "::" in value and "." not in value and sum(map(bool, value.split(":"))) < 4
+    return (short and ipaddress.IPv6Address(value).is_reserved) or _PAIRS.fullmatch(value) is not None
 
 
 def _is_address(value: str, prefix: str | None) -> bool:
@@ -151,5 +175,5 @@ def find_macs(text: str) -> Iterator[tuple[int, int]]:
     """Spans of MAC addresses, but not the broadcast and the null address."""
     for match in _MAC.finditer(text):
         digits = _SEPARATOR.sub("", match.group()).upper()
-        if digits not in ("000000000000", "FFFFFFFFFFFF"):
+        if len(set(digits)) > 1:
             yield match.span()

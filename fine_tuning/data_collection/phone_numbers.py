@@ -11,16 +11,20 @@ _MOST_GROUPS = 8
 _EXTENSION = re.compile(r"\s{0,2}(?:ext\.?|extension|x|#)\s{0,2}\d{1,6}(?!\w)", re.IGNORECASE)
 _CALLED_A_PHONE = re.compile(
     r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
-    r"telefon|handy|rufnummer|t[ée]l[ée]phone|tel[ée]fono|celular|telefone|"
-    r"(?:my|his|her|our|their|your) (?:new )?number)\b)"
+    r"telefon\w{0,9}|handy\w{0,8}|mobilnummer|rufnummer|ruf|rufen|anrufen|durchwahl|t[ée]l[ée]phone|portable|"
+    r"appele[zr]|appelle|joindre|tel[ée]fono|m[óo]vil|ll[áa]mame|celular|telem[óo]vel|telefone|ligue|cellulare|chiama(?:mi)?|"
+    r"telefoon\w{0,7}|bel|zadzwo[ńn]|kom[óo]rk[aię]|(?:my|his|her|our|their|your) (?:new )?number|"
+    r"(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|(?:mon|ton|son|notre|votre) num[ée]ro|mi n[úu]mero)\b)"
     r"[^\d\n]{0,24}$",
     re.IGNORECASE,
 )
 _CALLED_OTHERWISE = re.compile(
     r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
     r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
-    r"card|social security)\b"
-    r"(?:\s(?:number|no|num|id|code))?\.?[^\w\n]{0,4}$",
+    r"card|social security|bestell\w{0,8}|auftrag\w{0,8}|rechnung\w{0,8}|sendung\w{0,8}|kunden\w{0,8}|konto\w{0,8}|"
+    r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|ordine|"
+    r"fattura|zam[oó]wieni\w{0,3}|bestelling|factuur)"
+    r"(?:\s(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$",
     re.IGNORECASE,
 )
 _DATE_OR_TIME = re.compile(
@@ -93,9 +97,14 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
         written = _GROUP.findall(value)
         if written[0] in ("1", "0") and len(written) > 2:  # the trunk prefix, written apart
             written = written[1:]
-        if called or (len(written) > 1 and written[0] == groups[0]):
+        if called or (len(written) > 1 and (written[0] == groups[0] or _is_mobile_prefix(written[0], groups[0]))):
             return True
     return False
+
+
+def _is_mobile_prefix(written: str, area: str) -> bool:
+    """Whether only its length tells the first group from the country's: a German 0151 2... is formatted as 01512 ..."""
+    return len(written) >= 4 and written[0] == "0" and area.startswith(written)
 
 
 _GROUP = re.compile(r"\d+")
