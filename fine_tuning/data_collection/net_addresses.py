@@ -18,9 +18,9 @@ _BARE_URL = re.compile(
     r"(?<![A-Za-z0-9.@/_:=\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
-# domains that people write without a scheme; others need a path behind them
+# domains that people write without a scheme; others need a path behind them: self.info and list.at are code
 _BARE_DOMAINS = frozenset(
-    ("com", "org", "net", "edu", "gov", "info", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch", "at")
+    ("com", "org", "net", "edu", "gov", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch")
 )
 _PATH_DOMAINS = _BARE_DOMAINS | frozenset(
     (
@@ -40,6 +40,8 @@ _PATH_DOMAINS = _BARE_DOMAINS | frozenset(
         "be",
         "gle",
         "link",
+        "info",
+        "at",
         "page",
         "site",
     )
@@ -64,14 +66,20 @@ _IPV6 = re.compile(
 )
 # a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
-    r"(?:\bv|\b(?:ver|rev|fig|art|sec)\.?|version\w?|vers[aã]o|versi[oó]n|versie|wersj[aię]|\brelease|\bbuild|"
-    r"\bfirmware|\b(?:up|down)(?:grad|dat)e[sd]?(?: \w{1,12})? to|\bsection|\bchapter|\bfigure|\btable|\bclause|"
-    r"\barticle|\bparagraph|\brevision|\bkapitel|\babschnitt|\bOID|§|[A-Za-z][/-]|==|>=|<=|~=)"
-    r"(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(]?\s{0,2}[\"']?$",
+    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w?|vers[aã]o|versi[oó]n|versie|wersj[aię]|identifier|\brelease|"
+    r"\bbuild|\bpatch|\bhotfix|\bdriver|\bbios|\bkernel|\bfirmware|"
+    r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
+    r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\brevision|\bkapitel|\babschnitt|§|"
+    r"[A-Za-z][/-]|==|>=|<=|~=)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
     re.IGNORECASE,
 )
+# of home networks (RFC 1918) and of documentation (RFC 5737): no version looks like them
+_SURE_ADDRESSES = ("192.168.", "192.0.2.", "198.51.100.", "203.0.113.")
+# what stands between two versions of which the first is known as one
+_BETWEEN_VERSIONS = re.compile(r"\s{0,2}(?:,|to|and|or|und|oder|et|ou|y|->|→|–|vs\.?|bis)\s{0,2}", re.IGNORECASE)
 _VERSION_AFTER = re.compile(
-    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)", re.IGNORECASE
+    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)|\s(?:release|version)\b",
+    re.IGNORECASE,
 )
 # EUI-48, and EUI-64 with two groups more
 _MAC = re.compile(
@@ -138,9 +146,7 @@ def find_emails(text: str) -> Iterator[tuple[int, int]]:
 def find_ips(text: str) -> Iterator[tuple[int, int]]:
     """Spans of IPv4 and IPv6 addresses and networks; versions and loopback are none."""
     if "." in text:
-        for match in _IPV4.finditer(text):
-            if _is_address(match.group(1), match.group(2)) and not _is_version(text, *match.span()):
-                yield match.span()
+        yield from _ipv4s(text)
     if text.count(":") >= 2:
         for match in _IPV6.finditer(text):
             # C++ and Ruby write names as a::b; an address without any digit would be a rare one
@@ -149,9 +155,27 @@ def find_ips(text: str) -> Iterator[tuple[int, int]]:
                 yield match.span()
 
 
-def _is_version(text: str, start: int, end: int) -> bool:
-    before = text[max(0, start - 30) : start]
-    return _VERSION_BEFORE.search(before) is not None or _VERSION_AFTER.match(text, end) is not None
+def _ipv4s(text: str) -> Iterator[tuple[int, int]]:
+    """IPv4 addresses. What is called a version once is none in the whole text, nor is what stands in a row with it."""
+    spans: list[tuple[int, int]] = []
+    versions: set[str] = set()
+    version_end = -1
+    for match in _IPV4.finditer(text):
+        if not _is_address(match.group(1), match.group(2)):
+            continue
+        start, end = match.span()
+        if match.group(1).startswith(_SURE_ADDRESSES):
+            spans.append((start, end))
+        elif (
+            _VERSION_BEFORE.search(text[max(0, start - 30) : start])
+            or _VERSION_AFTER.match(text, end)
+            or (start - 8 < version_end and _BETWEEN_VERSIONS.fullmatch(text, version_end, start))
+        ):
+            versions.add(match.group(1))
+            version_end = end
+        else:
+            spans.append((start, end))
+    return (span for span in spans if text[slice(*span)] not in versions)
 
 
 def _is_code(value: str) -> bool:

@@ -3,6 +3,10 @@
 import re
 from collections.abc import Iterator
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from phonenumbers import PhoneNumber
 
 _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digits of a number
 _INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
@@ -54,7 +58,9 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     The longest sequence of groups that is a number counts. What follows no number is none: figures in a table.
     """
     groups = [group.span() for group in _GROUP.finditer(text, start, end)]
-    if groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
+    if _WORD_GOES_ON.match(text, end) and not _EXTENSION.match(text, end):  # 0544 056B
+        groups.pop()
+    if not groups or groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
         return
     first = 0
     while first < len(groups):
@@ -78,11 +84,11 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     if value.count("(") != value.count(")") or _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
         return False
     if value.startswith(("+", "(+")):
-        return _national_groups(value, None) is not None
+        return _parse(value, None) is not None
     if _CALLED_OTHERWISE.search(before):
         return False
     if value.startswith("00"):
-        return _national_groups("+" + value[2:], None) is not None
+        return _parse("+" + value[2:], None) is not None
     called = _CALLED_A_PHONE.search(before) is not None
     if not called and value.isdigit():
         return False
@@ -91,23 +97,30 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
         prefix, lengths = _numbering(region)
         if count not in lengths or (prefix == "0" and not called and value.lstrip("(")[0] != "0"):
             continue
-        groups = _national_groups(value, region)
-        if groups is None:
+        number = _parse(value, region)
+        if number is None:
             continue
-        written = _GROUP.findall(value)
+        if called:
+            return True
+        written, groups = _GROUP.findall(value), _GROUP.findall(_national_format(number))
+        if prefix == "0" and len(groups) == 2 and groups[1][0] == "0":
+            continue  # no number after the area code starts with the prefix of long-distance calls
         if written[0] in ("1", "0") and len(written) > 2:  # the trunk prefix, written apart
             written = written[1:]
-        if called or (len(written) > 1 and (written[0] == groups[0] or _is_mobile_prefix(written[0], groups[0]))):
+        if len(written) > 1 and (written[0] == groups[0] or _is_mobile_code(written[0], groups[0], number)):
             return True
     return False
 
 
-def _is_mobile_prefix(written: str, area: str) -> bool:
-    """Whether only its length tells the first group from the country's: a German 0151 2... is formatted as 01512 ..."""
-    return len(written) >= 4 and written[0] == "0" and area.startswith(written)
+def _is_mobile_code(written: str, area: str, number: "PhoneNumber") -> bool:
+    """Whether people write the code of a mobile network shorter than it is formatted: 0151 for the German 01512."""
+    from phonenumbers import PhoneNumberType, number_type
+
+    return len(written) >= 4 and area.startswith(written) and number_type(number) == PhoneNumberType.MOBILE
 
 
 _GROUP = re.compile(r"\d+")
+_WORD_GOES_ON = re.compile(r"[A-Za-z]")
 _NO_PHONE_BEFORE = tuple("%°€$£_")
 
 
@@ -124,14 +137,19 @@ def _numbering(region: str) -> tuple[str, frozenset[int]]:
     return prefix, frozenset(lengths) | frozenset(length + len(prefix) for length in lengths)
 
 
-def _national_groups(value: str, region: str | None) -> tuple[str, ...] | None:
-    """How the number's own country groups its digits, or None if it is no valid number."""
+def _parse(value: str, region: str | None) -> "PhoneNumber | None":
+    """The number, if it is a valid one."""
     import phonenumbers
 
     try:
         number = phonenumbers.parse(value, region)
     except phonenumbers.NumberParseException:
         return None
-    if not phonenumbers.is_valid_number(number):
-        return None
-    return tuple(_GROUP.findall(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)))
+    return number if phonenumbers.is_valid_number(number) else None
+
+
+def _national_format(number: "PhoneNumber") -> str:
+    """How its own country writes the number."""
+    from phonenumbers import PhoneNumberFormat, format_number
+
+    return format_number(number, PhoneNumberFormat.NATIONAL)

@@ -53,12 +53,13 @@ _NAMES = (
 )
 _VALUE = r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))"
 _NAMED = re.compile(
-    rf"({_NAMES})\d?(?:[\"'*`]{{0,2}}\s{{0,3}}(=>|:=|==|=|:|：)\*{{0,2}}\s{{0,3}}"
-    r"|(?:\s(?:for|to|of|on|für|zum|pour|du|para|per|voor|do)(?:\s[\w'-]{1,20}){1,4})?"
-    r"\s{1,3}(?:is|was|ist|lautet|war|est|es|era|è|é|jest)\s{0,3}:?\s{1,3})" + _VALUE,
+    rf"({_NAMES})\d?[\"'*`]{{0,2}}"
+    r"(?:\s(?:for|to|of|on|für|zum|vom|von|pour|du|de|del|della|do|da|para|per|voor|dla)(?:\s[\w'-]{1,20}){1,4})?"
+    r"(?:\s{0,3}(=>|:=|==|=|:|：)\*{0,2}\s{0,3}"
+    r"|\s{1,3}(?:is|was|ist|lautet|war|est|es|era|è|é|jest)\s{0,3}:?\s{1,3})" + _VALUE,
     re.IGNORECASE,
 )
-_OPTION = re.compile(r"--(?:[a-z0-9]{1,24}-){0,4}(?:password|passwd|pass|secret|token|api-key) " + _VALUE)
+_OPTION = re.compile(r"--(?:[a-z0-9]{1,24}-){0,4}(password|passwd|pass|secret|token|api-key)( )" + _VALUE)
 _BEARER = re.compile(
     r"(?<![A-Za-z])(authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(bearer|basic|token)\s{1,2}"
     r"([A-Za-z0-9_.~+/=-]{8,2000})",
@@ -123,22 +124,25 @@ def _named_secrets(text: str) -> Iterator[tuple[int, int]]:
                 if text[end : end + 1] in ("(", "["):  # a call or an item: code
                     continue
                 start, end = _without_marks(text, start, end)
-            is_setting = pattern is _NAMED and match.group(2) == "=" and match.group(1).isupper()
-            if _is_secret_value(text[start:end], quoted, is_setting and text[match.end(2)] != " "):
+            name = match.group(1)
+            setting = name.isupper() and match.group(2) == "=" and text[match.end(2)] != " "
+            if _is_secret_value(text[start:end], name, quoted, setting):
                 yield start, end
 
 
 def _without_marks(text: str, start: int, end: int) -> tuple[int, int]:
-    """A bare value without the sentence's end and without Markdown's bold."""
-    value = text[start:end].rstrip(".?:")
+    """A bare value without the sentence's end, the rest of a query, and Markdown's bold."""
+    value = _NEXT_FIELD.split(text[start:end], maxsplit=1)[0].rstrip(".?:")
     end = start + len(value)
     if value.startswith("**") and value.endswith("**"):
         return start + 2, end - 2
     return start, end
 
 
+_NEXT_FIELD = re.compile(r"&[\w.]{1,40}=")
 _STAND_IN = re.compile(
-    r"(?:your|my|the|some|an?|example|placeholder|change|insert|enter|todo)[_ -]?[a-z_ -]*$"
+    r"(?:your[a-z]*|my|the|some|an?|example|placeholder|change|insert|enter|todo)"
+    r"(?:[_ -][a-z_ -]*|(?:password|passwd|secret|token|key|api|me|here)*)$"
     r"|(?:your|insert|enter|replace|change)[_-]|.*(?:\.\.\.|…|_here$|xxxxxx)"
     r"|(?:none|null|nil|true|false|string|undefined|required|optional|redacted|hidden|masked|empty)\W*$",
     re.IGNORECASE,
@@ -148,20 +152,24 @@ _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}
 _WORD = re.compile(r"[^\W\d_]+(?:[_-][^\W\d_]+)*$")
 
 
-def _is_secret_value(value: str, quoted: bool, setting: bool) -> bool:
+def _is_secret_value(value: str, name: str, quoted: bool, setting: bool) -> bool:
     """Whether a named value looks like a secret rather than a word, a placeholder or an expression of code.
 
     Args:
+        name: what it is called. A password can be a word, a token or a key is none.
         quoted: it stands in quotes.
-        setting: it is assigned to a name in capitals, the way of environment files, where a word is a value too.
+        setting: it is assigned without spaces to a name in capitals, the way of environment files.
     """
     if len(value) < 6 or "<" in value or value.startswith(_REFERENCE):
         return False
     if set(value) <= set("*xX.-_•") or _STAND_IN.match(value):
         return False
-    if quoted or (setting and _WORD.match(value)):
-        return True
-    return _BARE_VALUE.match(value) is not None and not _CODE.match(value)
+    can_be_word = (quoted or setting) and (len(value) >= 24 or not name.lower().endswith(("token", "key")))
+    if _WORD.match(value):
+        return can_be_word
+    if _CODE.match(value):
+        return quoted and can_be_word
+    return quoted or _BARE_VALUE.match(value) is not None
 
 
 def _is_credential(value: str, scheme: str, header: bool) -> bool:
