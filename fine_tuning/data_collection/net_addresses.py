@@ -59,7 +59,7 @@ _QUOTED_EMAIL = re.compile(r"\"(?:[^\"\\\n]|\\.){1,62}\"@(?:[A-Za-z0-9-]{1,63}\.
 _EMAIL_AT_IP = re.compile(
     rf"(?<![{_LETTERS}._%+-])[{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+@\[(?:IPv6:)?([0-9A-Fa-f:.]{{2,45}})\]"
 )
-_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2}))?(?![\w]|\.\d|/\d)")
+_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2})(?![\w/]|\.\d))?(?![\w]|\.\d)")
 _IPV6 = re.compile(
     r"(?<![\w:.])((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
     r"(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
@@ -68,7 +68,7 @@ _IPV6 = re.compile(
 _VERSION_BEFORE = re.compile(
     r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w?|vers[aã]o|versi[oó]n|versie|wersj[aię]|identifier|\brelease|"
     r"\bbuild|\bpatch|\bhotfix|\bdriver|\bbios|\bkernel|\bfirmware|"
-    r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
+    r"\bup(?:dat|grad)e|\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
     r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\brevision|\bkapitel|\babschnitt|§|"
     r"[A-Za-z][/-]|==|>=|<=|~=)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
     re.IGNORECASE,

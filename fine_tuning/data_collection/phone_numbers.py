@@ -12,7 +12,9 @@ _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digi
 _INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
 _NATIONAL_PHONE = re.compile(rf"(?<![\w.,/=#$€£&+-])(?=[\d() .\u00a0\u2010\u2011–/-]{{7}})\(?\d++(?:{_BETWEEN}\d++)*+")
 _MOST_GROUPS = 8
-_EXTENSION = re.compile(r"\s{0,2}(?:ext\.?|extension|x|#)\s{0,2}\d{1,6}(?!\w)", re.IGNORECASE)
+_EXTENSION = re.compile(
+    r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
+)
 _CALLED_A_PHONE = re.compile(
     r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
     r"telefon\w{0,9}|handy\w{0,8}|mobilnummer|rufnummer|ruf|rufen|anrufen|durchwahl|t[ée]l[ée]phone|portable|"
@@ -60,6 +62,9 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     groups = [group.span() for group in _GROUP.finditer(text, start, end)]
     if _WORD_GOES_ON.match(text, end) and not _EXTENSION.match(text, end):  # 0544 056B
         groups.pop()
+    if len(groups) > 1 and text[groups[0][1]] == ")" and text[start] not in "(+":  # 1) 650-253-0000
+        del groups[0]
+        start = groups[0][0] - (text[groups[0][0] - 1] == "(")
     if not groups or groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
         return
     first = 0

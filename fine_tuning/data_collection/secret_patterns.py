@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 _DIGIT = re.compile(r"\d")
-_SHORTEST_TOKEN = 15
+_SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
 # The formats are those of the issuers' documentation. A publishable key (Stripe's pk_) is no secret.
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9_])(?=[A-Za-z0-9_.:~+/-]{15})(?:"  # most words are too short for any of them
@@ -59,6 +59,11 @@ _NAMED = re.compile(
     r"|\s{1,3}(?:is|was|ist|lautet|war|est|es|era|è|é|jest)\s{0,3}:?\s{1,3})" + _VALUE,
     re.IGNORECASE,
 )
+# without a word between name and value, only what is long and mixed counts
+_BESIDE = re.compile(
+    rf"(?i:{_NAMES})\s(?=[^a-z\s]{{0,99}}[a-z])(?=[^A-Z\s]{{0,99}}[A-Z])(?=[^\d\s]{{0,99}}\d)"
+    r"([A-Za-z0-9+/=_-]{24,256})(?![^\s.,;:!?)\"'`])"
+)
 _OPTION = re.compile(r"--(?:[a-z0-9]{1,24}-){0,4}(password|passwd|pass|secret|token|api-key)( )" + _VALUE)
 _BEARER = re.compile(
     r"(?<![A-Za-z])(authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(bearer|basic|token)\s{1,2}"
@@ -71,7 +76,8 @@ _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+]
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Spans of tokens, private keys, named values and bearer tokens."""
     # Of all these only the tokens of Hugging Face are letters alone.
-    if ("hf_" in text or _DIGIT.search(text)) and max(map(len, text.split())) >= _SHORTEST_TOKEN:
+    longest = max(map(len, text.split()), default=0) if "hf_" in text or _DIGIT.search(text) else 0
+    if longest >= _SHORTEST_TOKEN:
         for match in _TOKENS.finditer(text):
             if not match.group().lower().endswith("xxxxxx"):
                 yield match.span()
@@ -81,6 +87,8 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     if not names_a_secret(lower):
         return
     yield from _named_secrets(text)
+    if longest >= _SHORTEST_BESIDE:
+        yield from (match.span(1) for match in _BESIDE.finditer(text))
     if "bearer" in lower or "basic" in lower or "authorization" in lower:
         for match in _BEARER.finditer(text):
             if _is_credential(match.group(3), match.group(2).lower(), header=match.group(1) is not None):
@@ -117,9 +125,8 @@ def _private_keys(text: str) -> Iterator[tuple[int, int]]:
 def _named_secrets(text: str) -> Iterator[tuple[int, int]]:
     for pattern in (_NAMED, _OPTION) if "--" in text else (_NAMED,):
         for match in pattern.finditer(text):
-            group = match.lastindex or 0
-            quoted = text[match.start(group) - 1] in "\"'`" and group != pattern.groups
-            start, end = match.span(group)
+            quoted = match.lastindex != pattern.groups  # the last group is the bare value
+            start, end = match.span(match.lastindex or 0)
             if not quoted:
                 if text[end : end + 1] in ("(", "["):  # a call or an item: code
                     continue
@@ -149,6 +156,7 @@ _STAND_IN = re.compile(
 )
 _REFERENCE = ("$", "%", "{", "[", "#{", "os.", "process.", "env.", "arn:", "op://", "http://", "https://", "/")
 _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}$")
+_TAG = re.compile(r"!\w+$")  # of YAML
 _WORD = re.compile(r"[^\W\d_]+(?:[_-][^\W\d_]+)*$")
 
 
@@ -169,7 +177,7 @@ def _is_secret_value(value: str, name: str, quoted: bool, setting: bool) -> bool
         return can_be_word
     if _CODE.match(value):
         return quoted and can_be_word
-    return quoted or _BARE_VALUE.match(value) is not None
+    return quoted or (_BARE_VALUE.match(value) is not None and not _TAG.match(value))
 
 
 def _is_credential(value: str, scheme: str, header: bool) -> bool:
