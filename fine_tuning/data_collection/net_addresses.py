@@ -10,12 +10,14 @@ from collections.abc import Iterator
 _DIGIT = re.compile(r"\d")
 _SEPARATOR = re.compile(r"[.:-]")
 # not in a URL: white space, quotes, brackets of markup, and the punctuation of scripts that write no spaces
-_NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
+_NO_URL = r"\s<>\"`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
+# of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
+_LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
 _SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{{1,15}}://[^{_NO_URL}]{{3,2000}}+")
 _WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[^\W_][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
 INNER_DOT = re.compile(r"\.\w")
 _BARE_URL = re.compile(
-    r"(?<![A-Za-z0-9.@/_:=\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
+    rf"(?<![{_LETTERS}.@/_:=\\<$-])((?:[{_LETTERS}](?:[{_LETTERS}-]{{0,61}}[{_LETTERS}])?\.){{1,5}}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
 # domains that people write without a scheme; others need a path behind them: self.info and list.at are code
@@ -48,12 +50,14 @@ _PATH_DOMAINS = _BARE_DOMAINS | frozenset(
 )
 _SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
 _NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
-# of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
-_LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
 _EMAIL = re.compile(
     rf"(?<![{_LETTERS}._%+@-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
     r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[^\W\d_a-zA-Z]{2,10}))"
     r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
+)
+# in scripts without spaces between words only where nothing but the address stands between marks
+_EMAIL_ALONE = re.compile(
+    r"(?<![^\s<>(:,;\"'：，；（])[^\W_][\w.+-]{0,63}+@(?:[^\W_]{1,30}\.){1,8}+[^\W\d_a-zA-Z]{2,10}(?![\w.@-])"
 )
 _QUOTED_EMAIL = re.compile(r"\"(?:[^\"\\\n]|\\.){1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
 _EMAIL_AT_IP = re.compile(
@@ -67,7 +71,8 @@ _IPV6 = re.compile(
 # a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
     r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w?|vers[aã]o|versi[oó]n|versie|wersj[aię]|identifier|\brelease|"
-    r"\bbuild|\bpatch|\bhotfix|\bdriver|\bbios|\bkernel|\bfirmware|"
+    r"\bbuild|\bpatch|\blatest|\bstable|\b(?:java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|"
+    r"cuda|cudnn|unity|oracle|flash|acrobat|reader|framework|runtime|plugin|library|package)|\bhotfix|\bdriver|\bbios|\bkernel|\bfirmware|"
     r"\bup(?:dat|grad)e|\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
     r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\brevision|\bkapitel|\babschnitt|§|"
     r"[A-Za-z][/-]|==|>=|<=|~=)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
@@ -78,7 +83,7 @@ _SURE_ADDRESSES = ("192.168.", "192.0.2.", "198.51.100.", "203.0.113.")
 # what stands between two versions of which the first is known as one
 _BETWEEN_VERSIONS = re.compile(r"\s{0,2}(?:,|to|and|or|und|oder|et|ou|y|->|→|–|vs\.?|bis)\s{0,2}", re.IGNORECASE)
 _VERSION_AFTER = re.compile(
-    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)|\s(?:release|version)\b",
+    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)|\s(?:releases?d?|version)\b",
     re.IGNORECASE,
 )
 # EUI-48, and EUI-64 with two groups more
@@ -96,7 +101,7 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
         if hint in text or hint.upper() in text:
             for match in pattern.finditer(text):
                 end = _url_end(text, *match.span())
-                if end > match.start() + 6:
+                if pattern.fullmatch(text, match.start(), end):
                     yield match.start(), end
     for match in _BARE_URL.finditer(text) if INNER_DOT.search(text) else ():
         domain, path = match.group(2), match.group(4)
@@ -112,8 +117,15 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
             yield match.start(), _url_end(text, *match.span())
 
 
+# an apostrophe within a word can be the URL's, but not a genitive's at its end; a quote of HTML ends it
+_QUOTE = re.compile(r"'(?!\w)|'s\W*$|&(?:lt|gt|quot|apos|#39);")
+_ANY_QUOTE = re.compile(r"'|&(?:lt|gt|quot|apos|#39);")
+
+
 def _url_end(text: str, start: int, end: int) -> int:
-    """Where a URL ends once the sentence's own punctuation and closing brackets are taken off."""
+    """Where a URL ends once the sentence's own punctuation, quotes and closing brackets are taken off."""
+    quote = (_ANY_QUOTE if text[start - 1 : start] == "'" else _QUOTE).search(text, start, end)
+    end = quote.start() if quote else end
     opened = {")": text.count("(", start, end), "]": text.count("[", start, end)}
     closed = {")": text.count(")", start, end), "]": text.count("]", start, end)}
     while end > start:
@@ -137,6 +149,8 @@ def find_emails(text: str) -> Iterator[tuple[int, int]]:
         lead = len(local) - len(local.lstrip("'"))
         if ".." not in local and not local.endswith(".") and "_" not in match.group(2):
             yield match.start() + lead, match.end()
+    if not text.isascii():
+        yield from (match.span() for match in _EMAIL_ALONE.finditer(text))
     if '"@' in text:
         yield from (match.span() for match in _QUOTED_EMAIL.finditer(text))
     if "@[" in text:

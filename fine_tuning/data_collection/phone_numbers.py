@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from phonenumbers import PhoneNumber
 
 _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digits of a number
-_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
+_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
 _NATIONAL_PHONE = re.compile(rf"(?<![\w.,/=#$€£&+-])(?=[\d() .\u00a0\u2010\u2011–/-]{{7}})\(?\d++(?:{_BETWEEN}\d++)*+")
 _MOST_GROUPS = 8
 _EXTENSION = re.compile(
@@ -65,7 +65,7 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     if len(groups) > 1 and text[groups[0][1]] == ")" and text[start] not in "(+":  # 1) 650-253-0000
         del groups[0]
         start = groups[0][0] - (text[groups[0][0] - 1] == "(")
-    if not groups or groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
+    if not groups or groups[-1][1] - groups[0][0] < 7 or _NO_PHONE_BEFORE.match(text, end):
         return
     first = 0
     while first < len(groups):
@@ -92,8 +92,8 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
         return _parse(value, None) is not None
     if _CALLED_OTHERWISE.search(before):
         return False
-    if value.startswith("00"):
-        return _parse("+" + value[2:], None) is not None
+    if value.startswith(("00", "(00")):
+        return _parse("+" + value.lstrip("(")[2:], None) is not None
     called = _CALLED_A_PHONE.search(before) is not None
     if not called and value.isdigit():
         return False
@@ -126,7 +126,7 @@ def _is_mobile_code(written: str, area: str, number: "PhoneNumber") -> bool:
 
 _GROUP = re.compile(r"\d+")
 _WORD_GOES_ON = re.compile(r"[A-Za-z]")
-_NO_PHONE_BEFORE = tuple("%°€$£_")
+_NO_PHONE_BEFORE = re.compile(r"[%°€$£_]|-[A-Za-z]")
 
 
 @cache

@@ -70,7 +70,7 @@ _BEARER = re.compile(
     r"([A-Za-z0-9_.~+/=-]{8,2000})",
     re.IGNORECASE,
 )
-_BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+])|\d{6,}$")
+_BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*~+])|\d{6,}$")
 
 
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
@@ -96,7 +96,7 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
 
 
 # without one of these no value is read as a secret: it keeps the names' pattern from prose
-_VALUE_MARK = re.compile(r"[\d\"'`=@#$%^&*~+!]|\?\S|-----")
+_VALUE_MARK = re.compile(r"[\d\"'`=@#$%^&*~+!]")
 _OTHER_NAMES = ("kennwort", "contrase", "senha", "wachtwoord", "haslo", "parola d", "basic ", "bearer", "authoriz")
 _NON_ASCII_NAMES = ("hasło", "пароль", "密码", "パスワード")
 
