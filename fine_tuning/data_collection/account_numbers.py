@@ -6,6 +6,8 @@ A pattern proposes and a checksum decides. Every pattern repeats possessively or
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 _NO_DIGITS = re.compile(r"\D+")
 
@@ -47,9 +49,58 @@ _NATIONAL = re.compile(
     r"|(?P<aadhaar>[2-9]\d{3} \d{4} \d{4})"  # India
     r"|(?P<pan>[A-Z]{3}[PCHFATBLJG][A-Z]\d{4}[A-Z])"  # India, tax
     r"|(?P<curp>[A-Z]{4}\d{6}[HM][A-Z]{5}[A-Z0-9]\d)"  # Mexico
-    r"|(?P<pesel>\d{11})"  # Poland
+    r"|(?P<ahv>756\.\d{4}\.\d{4}\.\d{2})"  # Switzerland
+    r"|(?P<nn>\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2})"  # Belgium
+    r"|(?P<hetu>\d{6}[+A-FU-Y-]\d{3}[0-9A-Y])"  # Finland
+    r"|(?P<rrn>\d{6}-\d{7})"  # South Korea
+    r"|(?P<ric>[1-9]\d{16}[0-9X])"  # China
+    r"|(?P<called>\d(?:[ ./+-]?\d){6,17}+(?:-?[A-Z]{1,2})?)"
     r")(?![\w-]|\.\d)"
 )
+# what each of them is checked by in python-stdnum
+_CHECKS = {
+    "cpf": ("br.cpf",),
+    "codice": ("it.codicefiscale",),
+    "dni": ("es.dni", "es.nie"),
+    "nir": ("fr.nir",),
+    "sin": ("ca.sin",),
+    "aadhaar": ("in_.aadhaar",),
+    "curp": ("mx.curp",),
+    "ahv": ("ch.ssn",),
+    "nn": ("be.nn",),
+    "hetu": ("fi.hetu",),
+    "rrn": ("kr.rrn",),
+    "ric": ("cn.ric",),
+}
+# numbers that look like many others count only behind one of these words
+_CALLED = {
+    word: checks
+    for words, checks in (
+        ("pesel", ("pl.pesel",)),
+        ("bsn burgerservicenummer sofinummer", ("nl.bsn",)),
+        ("steuer steueridentifikationsnummer identifikationsnummer idnr", ("de.idnr",)),
+        ("personnummer personnumret", ("se.personnummer", "no.fodselsnummer")),
+        ("fødselsnummer fodselsnummer", ("no.fodselsnummer",)),
+        ("cpr", ("dk.cpr",)),
+        ("nif contribuinte", ("pt.nif", "es.nif")),
+        ("nhs", ("gb.nhs",)),
+        ("pps ppsn", ("ie.pps",)),
+        ("itin", ("us.itin",)),
+        ("tfn", ("au.tfn",)),
+        ("cnp", ("ro.cnp",)),
+        ("rodné rodne", ("cz.rc",)),
+        ("oib", ("hr.oib",)),
+        ("isikukood", ("ee.ik",)),
+        ("asmens", ("lt.asmens",)),
+        ("егн egn", ("bg.egn",)),
+        ("αμκα amka", ("gr.amka",)),
+        ("svnr sozialversicherungsnummer", ("at.vnr",)),
+        ("kimlik", ("tr.tckimlik",)),
+        ("rut", ("cl.rut",)),
+    )
+    for word in words.split()
+}
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -138,38 +189,41 @@ def find_ssns(text: str) -> Iterator[tuple[int, int]]:
 def find_national_ids(text: str) -> Iterator[tuple[int, int]]:
     """Spans of national numbers that are unmistakable, or are called what they are."""
     for match in _NATIONAL.finditer(text):
-        if _national_check(match.lastgroup or "", match.group(), text[max(0, match.start() - 24) : match.start()]):
-            yield match.span()
+        kind, value, start = match.lastgroup or "", match.group(), match.start()
+        before = text[max(0, start - 40) : start]
+        if kind == "called" or not _national_check(kind, value, before):
+            value = _called_number(value, before)
+        if value:
+            yield start, start + len(value)
 
 
 def _national_check(kind: str, value: str, before: str) -> bool:
-    from stdnum.br import cpf
-    from stdnum.ca import sin
-    from stdnum.es import dni, nie
-    from stdnum.fr import nir
-    from stdnum.in_ import aadhaar
-    from stdnum.it import codicefiscale
-    from stdnum.mx import curp
-    from stdnum.pl import pesel
-
-    if kind in ("nino", "pan"):
-        return kind == "nino" or _NAMED_ID.search(before) is not None
-    if kind in ("pesel", "sin", "aadhaar") and not _NAMED_ID.search(before):
+    if kind in ("sin", "aadhaar", "pan") and not _NAMED_ID.search(before):
         return False
-    if kind == "dni":
-        return dni.is_valid(value) or nie.is_valid(value)
-    checks = {
-        "cpf": cpf,
-        "sin": sin,
-        "nir": nir,
-        "aadhaar": aadhaar,
-        "codice": codicefiscale,
-        "curp": curp,
-        "pesel": pesel,
-    }
-    return checks[kind].is_valid(value)
+    return kind in ("nino", "pan") or _is_valid(_CHECKS[kind], value)
+
+
+def _called_number(value: str, before: str) -> str:
+    """The number of which the words before it say what it is, without the groups behind it; empty if it is none."""
+    words = _WORD.findall(before)[-3:]
+    checks = next((_CALLED[word] for word in map(str.lower, words) if word in _CALLED), ())
+    while checks and value and not _is_valid(checks, value):
+        value = value[: max(map(value.rfind, " ./+-"), default=0)] if _GROUPED.search(value) else ""
+    return value if checks else ""
+
+
+_GROUPED = re.compile(r"[ ./+-]")
+
+
+def _is_valid(checks: tuple[str, ...], value: str) -> bool:
+    return any(_stdnum(name).is_valid(value) for name in checks)
+
+
+@cache
+def _stdnum(name: str) -> ModuleType:
+    return import_module(f"stdnum.{name}")
 
 
 _NAMED_ID = re.compile(
-    r"(?:\b(?:pan|sin|pesel|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
+    r"(?:\b(?:pan|sin|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
 )
