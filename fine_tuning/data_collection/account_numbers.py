@@ -16,11 +16,12 @@ def _digits(text: str) -> str:
     return _NO_DIGITS.sub("", text)
 
 
-_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ -]?[A-Za-z0-9])")
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){11,}+(?![\w-]|[.,]\d)")
+_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ \u00a0\u202f-]?[A-Za-z0-9])")
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ \u00a0\u202f-]?\d){11,}+(?![\w-]|[.,]\d)")
 # how cards are printed; among more digits than a card has, only these count
 _CARD_GROUPS = re.compile(
-    r"(?<!\d)(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
+    r"(?<!\d)(?:\d{4}([ \u00a0\u202f-])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?"
+    r"|\d{4}([ \u00a0\u202f-])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
 )
 _NOT_A_CARD = re.compile(
     r"(?<![A-Za-z])(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|ref|id|"
@@ -114,7 +115,7 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
 
 @cache
 def _iban_rest(length: int) -> re.Pattern[str]:
-    return re.compile(rf"(?:[ -]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
+    return re.compile(rf"(?:[ \u00a0\u202f-]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
 
 
 @cache
@@ -130,7 +131,7 @@ def _iban_lengths() -> dict[str, int]:
 
 def _iban_checksum(value: str) -> bool:
     """ISO 13616: the first four characters go to the end, letters count from 10, and the number is 1 modulo 97."""
-    value = value.replace(" ", "").replace("-", "")
+    value = "".join(filter(str.isalnum, value))
     moved = value[4:] + value[:4]
     return int("".join(str(int(character, 36)) for character in moved)) % 97 == 1
 

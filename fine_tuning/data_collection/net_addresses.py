@@ -92,6 +92,7 @@ _MAC = re.compile(
     r"[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}(?:(?:-[0-9A-Fa-f]{2}){2})?|"
     r"[0-9A-Fa-f]{4}(?:\.[0-9A-Fa-f]{4}){2,3})(?![\w:-]|\.\w)"
 )
+_CALLED_A_MAC = re.compile(r"\b(?:mac|ether|lladdr|hwaddr|address)\b", re.IGNORECASE)
 _PAIRS = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){7}")
 
 
@@ -213,5 +214,9 @@ def find_macs(text: str) -> Iterator[tuple[int, int]]:
     """Spans of MAC addresses, but not the broadcast and the null address."""
     for match in _MAC.finditer(text):
         digits = _SEPARATOR.sub("", match.group()).upper()
-        if len(set(digits)) > 1:
+        # figures alone in groups are other numbers, unless they are called an address
+        of_letters = ":" in match.group() or not digits.isdigit()
+        if len(set(digits)) > 1 and (
+            of_letters or _CALLED_A_MAC.search(text, max(0, match.start() - 24), match.start())
+        ):
             yield match.span()
