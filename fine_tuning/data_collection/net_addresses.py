@@ -70,11 +70,13 @@ _IPV6 = re.compile(
 )
 # a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
-    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w?|vers[aã]o|versi[oó]n|versie|wersj[aię]|identifier|\brelease|"
-    r"\bbuild|\bpatch|\blatest|\bstable|\b(?:java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|"
-    r"cuda|cudnn|unity|oracle|flash|acrobat|reader|framework|runtime|plugin|library|package)|\bhotfix|\bdriver|\bbios|\bkernel|\bfirmware|"
-    r"\bup(?:dat|grad)e|\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
-    r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\brevision|\bkapitel|\babschnitt|§|"
+    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w?|vers[aã]o|versi[oó]n|versie|"
+    r"wersj[aię]|identifier|"
+    r"\b(?:release|build|revision|patch|hotfix|latest|stable|driver|bios|kernel|firmware|framework|runtime|plugin|"
+    r"library|package|java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|cuda|cudnn|unity|"
+    r"oracle|flash|acrobat|reader|update|upgrade)|"
+    r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
+    r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\bkapitel|\babschnitt|§|"
     r"[A-Za-z][/-]|==|>=|<=|~=)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
     re.IGNORECASE,
 )
@@ -214,9 +216,9 @@ def find_macs(text: str) -> Iterator[tuple[int, int]]:
     """Spans of MAC addresses, but not the broadcast and the null address."""
     for match in _MAC.finditer(text):
         digits = _SEPARATOR.sub("", match.group()).upper()
+        if len(set(digits)) == 1:
+            continue
+        before = text[max(0, match.start() - 24) : match.start()]
         # figures alone in groups are other numbers, unless they are called an address
-        of_letters = ":" in match.group() or not digits.isdigit()
-        if len(set(digits)) > 1 and (
-            of_letters or _CALLED_A_MAC.search(text, max(0, match.start() - 24), match.start())
-        ):
+        if ":" in match.group() or not digits.isdigit() or _CALLED_A_MAC.search(before):
             yield match.span()

@@ -13,15 +13,15 @@ _SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9_])(?=[A-Za-z0-9_.:~+/-]{15})(?:"  # most words are too short for any of them
     r"A(?:BIA|CCA|GPA|IDA|IPA|KIA|NPA|NVA|PKA|ROA|SCA|SIA)[A-Z0-9]{16}"  # AWS
-    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,100}"  # GitHub
+    r"|gh[pousr]_[A-Za-z0-9]{30,255}|github_pat_[A-Za-z0-9_]{40,100}"  # GitHub
     r"|gl(?:pat|dt|rtr?|cbt|ptt|ft|imt|agent|soat|ffct)-[A-Za-z0-9_-]{20,300}(?:\.[a-z0-9]{2}\.[a-z0-9]{9})?"  # GitLab
     r"|gloas-[a-f0-9]{64}"
-    r"|sk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{20,250}"  # OpenAI, Anthropic, OpenRouter, DeepSeek
+    r"|sk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{16,250}"  # OpenAI, Anthropic, OpenRouter, DeepSeek
     r"|(?:xoxe\.)?xox[a-z]-(?=[A-Za-z-]{0,20}[0-9])[A-Za-z0-9-]{10,250}|xapp-[A-Za-z0-9-]{10,200}"  # Slack
-    r"|AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,500}|GOCSPX-[A-Za-z0-9_-]{28}"  # Google
+    r"|AIza[A-Za-z0-9_-]{30,40}|ya29\.[A-Za-z0-9_-]{20,500}|GOCSPX-[A-Za-z0-9_-]{20,40}"  # Google
     r"|(?:sk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,128}|whsec_[A-Za-z0-9+/]{24,64}={0,2}"  # Stripe
     r"|SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}|xkeysib-[a-f0-9]{64}-[A-Za-z0-9]{16}"  # SendGrid, Brevo
-    r"|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,300}|rubygems_[a-f0-9]{48}|CLOJARS_[a-z0-9]{60}"  # registries
+    r"|npm_[A-Za-z0-9]{30,40}|pypi-[A-Za-z0-9_-]{30,300}|rubygems_[a-f0-9]{48}|CLOJARS_[a-z0-9]{60}"  # registries
     r"|hf_[A-Za-z0-9]{30,40}|api_org_[A-Za-z0-9]{34}"  # Hugging Face
     r"|dckr_(?:pat|oat)_[A-Za-z0-9_-]{20,40}|do[opr]_v1_[a-f0-9]{64}|dapi[a-f0-9]{32}(?:-\d)?"
     r"|shp(?:at|ca|pa|ss|tka)_[a-fA-F0-9]{32}|sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}|EAA[A-Za-z0-9_-]{40,300}"
@@ -123,6 +123,7 @@ def _private_keys(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _named_secrets(text: str) -> Iterator[tuple[int, int]]:
+    """Values behind a name and a word or sign that assigns, and those of a command's options."""
     for pattern in (_NAMED, _OPTION) if "--" in text else (_NAMED,):
         for match in pattern.finditer(text):
             quoted = match.lastindex != pattern.groups  # the last group is the bare value
