@@ -70,7 +70,7 @@ _IPV6 = re.compile(
 )
 # a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
-    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w?|vers[aã]o|versi[oó]n|versie|"
+    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w{0,3}|vers[aã]o|versi[oó]n|versie|"
     r"wersj[aię]|identifier|"
     r"\b(?:release|build|revision|patch|hotfix|latest|stable|driver|bios|kernel|firmware|framework|runtime|plugin|"
     r"library|package|java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|cuda|cudnn|unity|"
