@@ -72,8 +72,8 @@ class DataExporter:
     ) -> dict[str, Path]:
         """Write every format and return its file. `counts` says how many conversations each could take.
 
-        Conversations with turns that a format has no place for (tool messages in question-answer formats) are left
-        out of that format and counted as skipped.
+        Conversations that a format has no place for (tool messages in question-answer formats, ChatML's own marks
+        within a message in ChatML) are left out of that format and counted as skipped.
         """
         formats = tuple(formats)
         paths = {name: self.folder / (FILES[name] + SUFFIXES[self.compression]) for name in formats}
@@ -169,7 +169,7 @@ def _array(convert: Callable[[dict], dict | None]) -> Callable:
 def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
     """One row an exchange; consecutive rows with one conversation_id are one conversation."""
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
+    table = csv.writer(text, lineterminator="\r\n")  # RFC 4180; a bare \r within a cell is quoted only so
 
     def flush() -> None:
         file.write(text.getvalue().encode("utf-8", "replace"))
@@ -228,6 +228,14 @@ def to_chatml(conversation: dict) -> dict:
     return {"id": conversation["id"], "text": "".join(turns)}
 
 
+def _chatml_line(conversation: dict) -> dict | None:
+    """None for what ChatML cannot say: it has no escape for its own marks, and a system turn begins a conversation."""
+    messages = conversation["messages"]
+    if any("<|im_" in m["content"] or (m["role"] == "system" and i) for i, m in enumerate(messages)):
+        return None
+    return to_chatml(conversation)
+
+
 def to_alpaca(conversation: dict) -> dict | None:
     """{"instruction", "input", "output"} of the last exchange; earlier ones as LLaMA-Factory's `history`."""
     record = _last_exchange(conversation, "instruction", "output")
@@ -268,7 +276,7 @@ def to_sharegpt(conversation: dict) -> dict:
 _CONTAINERS: dict[str, Callable] = {
     "json": _array(lambda conversation: conversation),
     "csv": _csv,
-    "chatml": _lines(to_chatml),
+    "chatml": _lines(_chatml_line),
     "alpaca": _array(to_alpaca),
     "instruction": _lines(to_instruction),
     "openai": _lines(to_openai),
