@@ -4,9 +4,9 @@ A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "co
 "feedback": [{"message_id", "rating": 1|-1|null, "comment"?, "edited"?, "by"?}], "metadata"}. A deleted one keeps its
 id, has no messages and "deleted": true, so that older versions of it stay deleted.
 
-A reply may also bear "version" (of the model that wrote it), "incomplete" (why it was not finished: it is not trained
-on) and "alternatives" (other replies to the same question, whole messages). A feedback entry with "over" prefers its
-message to the alternatives of those ids.
+A reply may also bear "version" (of the model that wrote it), "tokens" (how many), "incomplete" (why it was not
+finished: it is not trained on) and "alternatives" (other replies to the same question, whole messages). A feedback
+entry with "over" prefers its message to the alternatives of those ids.
 
 A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
 no more.
@@ -41,7 +41,9 @@ def from_exchange(exchange: dict) -> dict:
     question = {"id": f"{identity}-user", "role": "user", "content": user}
     reply = {"id": identity, "role": "assistant", "content": assistant}
     if model is not None:
-        reply["model"] = model
+        reply["model"] = str(model)
+    if isinstance(tokens := metadata.get("tokens"), int) and tokens > 0:
+        reply["tokens"] = metadata.pop("tokens")
     metadata.pop("replaces", None)  # for `fold`: alone, an exchange has nothing to replace
     for key in ("version", "incomplete"):
         if (value := metadata.pop(key, None)) is not None:
@@ -50,7 +52,7 @@ def from_exchange(exchange: dict) -> dict:
         question["at"] = reply["at"] = at
     return {
         "id": str(exchange.get("conversation_id") or session or identity),
-        "source": source or "chat",
+        "source": str(source or "chat"),
         "started_at": at,
         "messages": [question, reply],
         "feedback": list(exchange.get("feedback") or []),
