@@ -132,7 +132,8 @@ class ConversationLogger:
             ) from None
         if not _is_event(event):
             raise UserError(
-                f"the {event['event']} could not be logged: ids, times, comments, names and edits are texts: send them so"
+                f"the {event['event']} could not be logged: ids, times, comments, names and edits are texts: "
+                "send them as texts"
             )
         try:
             with _locked(self.path) as descriptor:
