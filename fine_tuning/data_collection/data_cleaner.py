@@ -50,7 +50,7 @@ def default_settings(**filters: Any) -> CleanSettings:
         "max_length": 8000,
         "min_turns": 2,
         "max_turns": 200,
-        "max_repetition": 1.0,
+        "max_repetition": 4.5,
         "max_special_characters": 0.4,
         "languages": [],
         "min_language_confidence": 0.6,
