@@ -126,6 +126,33 @@ def test_nothing_to_train_on_is_one_line_with_the_reasons():
         DatasetBuilder().build_dataset([])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"train_on": "some"},
+        {"validation_fraction": 0.6, "test_fraction": 0.6},
+        {"test_fraction": -0.1},
+        {"test_fraction": "a tenth"},
+        {"salt": ""},
+        {"salt": None},
+        {"latest_from": "yesterday"},
+        {"latest_from": 2026},
+        {"decontamination_words": -1},
+        {"max_train_tokens": 1.5},
+        {"tokenizer": "/nowhere"},
+    ],
+)
+def test_an_argument_that_cannot_be_is_one_line(arguments):
+    with pytest.raises(UserError) as told:
+        DatasetBuilder(**arguments).build_dataset(random_conversations(20))
+    assert "\n" not in str(told.value)
+
+
+def test_a_tokenizer_may_be_named_by_its_folder(tiny_base):
+    dataset = DatasetBuilder(tokenizer=str(tiny_base)).build_dataset(random_conversations(20))
+    assert all(row["input_ids"] for rows in dataset.values() for row in rows)
+
+
 def test_rows_become_a_hugging_face_dataset(tokenizer):
     light = DatasetBuilder().build_dataset(random_conversations(20)).to_datasets()
     assert light["train"].column_names == ["id", "source", "cluster", "messages"]

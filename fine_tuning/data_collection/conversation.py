@@ -16,7 +16,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any
+
+from fine_tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -26,18 +29,66 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def each_record(conversations: Any) -> Iterator[dict]:
+    """The records of what a caller gives as conversations.
+
+    Raises:
+        UserError: it is no list, or something in it is no record.
+    """
+    wanted = "give a list of dicts with user_message and assistant_response, or with messages"
+    if isinstance(conversations, (str, bytes, dict)) or not isinstance(conversations, Iterable):
+        raise UserError(f"a {type(conversations).__name__} is no list of conversations: {wanted}")
+    for number, record in enumerate(conversations, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f"conversation {number} is a {type(record).__name__}: {wanted}")
+        yield record
+
+
+def is_sound(conversation: dict) -> bool:
+    """Whether messages, feedback and metadata have the types that those of a conversation have."""
+    messages, feedback = conversation.get("messages"), conversation.get("feedback") or []
+    return (
+        isinstance(messages, list)
+        and all(isinstance(message, dict) and _is_message(message) for message in messages)
+        and isinstance(feedback, list)
+        and all(isinstance(entry, dict) and is_feedback(entry) for entry in feedback)
+        and isinstance(conversation.get("metadata") or {}, dict)
+    )
+
+
+def _is_message(message: dict) -> bool:
+    return (
+        message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+        and not isinstance(message.get("id"), (list, dict))
+    )
+
+
+def is_feedback(entry: dict) -> bool:
+    """Whether what a person said of a message can be read: a number as rating, a text as edit."""
+    return (
+        isinstance(entry.get("rating"), (int, float, NoneType))
+        and isinstance(entry.get("edited"), (str, NoneType))
+        and not isinstance(entry.get("message_id"), (list, dict))
+    )
+
+
 def is_exchange(record: dict) -> bool:
     """Whether a record is a logged exchange rather than a conversation with `messages`."""
     return "messages" not in record and "user_message" in record
 
 
 def from_exchange(exchange: dict) -> dict:
-    """A conversation of one logged exchange. The assistant message bears the exchange's id."""
-    metadata = dict(exchange.get("metadata") or {})
+    """A conversation of one logged exchange. The assistant message bears the exchange's id.
+
+    Metadata and feedback that are none stay as they are: the cleaner judges them.
+    """
+    given, feedback = exchange.get("metadata") or {}, exchange.get("feedback") or []
+    metadata = dict(given) if isinstance(given, dict) else {}
     session, source, model = metadata.pop("session_id", None), metadata.pop("source", None), metadata.pop("model", None)
     user, assistant = exchange.get("user_message"), exchange.get("assistant_response")
     identity = exchange.get("id") or short_hash(["exchange", user, assistant])
-    at = exchange.get("timestamp")
+    at = _time(exchange.get("timestamp"))
     question = {"id": f"{identity}-user", "role": "user", "content": user}
     reply = {"id": identity, "role": "assistant", "content": assistant}
     if model is not None:
@@ -55,9 +106,13 @@ def from_exchange(exchange: dict) -> dict:
         "source": str(source or "chat"),
         "started_at": at,
         "messages": [question, reply],
-        "feedback": list(exchange.get("feedback") or []),
-        "metadata": metadata,
+        "feedback": list(feedback) if isinstance(feedback, (list, tuple)) else feedback,
+        "metadata": metadata if isinstance(given, dict) else given,
     }
+
+
+def _time(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 _KEYS = frozenset(
@@ -75,8 +130,8 @@ def as_conversation(record: dict) -> dict:
     messages = record.get("messages")
     conversation = {
         "id": str(record.get("id") or short_hash(["messages", messages])),
-        "source": record.get("source") or "unknown",
-        "started_at": record.get("started_at") or record.get("timestamp"),
+        "source": str(record.get("source") or "unknown"),
+        "started_at": _time(record.get("started_at") or record.get("timestamp")),
         "messages": messages,
         "feedback": record.get("feedback") or [],
         "metadata": record.get("metadata") or {key: value for key, value in record.items() if key not in _KEYS},

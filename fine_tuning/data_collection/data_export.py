@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from fine_tuning.data_collection.conversation import as_conversation, edits
+from fine_tuning.data_collection.conversation import as_conversation, each_record, edits, is_sound
+from fine_tuning.errors import UserError, no_space
 from fine_tuning.records import dump_line, replacing
 from fine_tuning.settings import Settings
 
@@ -60,37 +61,57 @@ class DataExporter:
     Args:
         folder: where the files go; made if it is not there.
         compression: none, gzip or zstd.
+
+    Raises:
+        UserError: the compression is unknown.
     """
 
     def __init__(self, folder: str | Path, compression: Literal["none", "gzip", "zstd"] = "none") -> None:
+        if compression not in SUFFIXES:
+            raise UserError(f"unknown compression {compression!r}: choose one of {', '.join(SUFFIXES)}")
         self.folder = Path(folder)
         self.compression = compression
         self.counts: dict[str, dict[str, int]] = {}
 
     def export_all_formats(
-        self, conversations: Iterable[dict], formats: Iterable[ExportFormat] = tuple(FILES)
+        self, conversations: Iterable[dict], formats: Iterable[ExportFormat] | ExportFormat = tuple(FILES)
     ) -> dict[str, Path]:
         """Write every format and return its file. `counts` says how many conversations each could take.
 
         Conversations that a format has no place for (tool messages in question-answer formats, ChatML's own marks
-        within a message in ChatML) are left out of that format and counted as skipped.
+        within a message in ChatML) are left out of that format and counted as skipped; so is what is no conversation.
+
+        Raises:
+            UserError: a format is unknown, the folder cannot be made, or these are no conversations.
         """
-        formats = tuple(formats)
+        formats = (formats,) if isinstance(formats, str) else tuple(formats)
+        if unknown := [name for name in formats if name not in FILES]:
+            raise UserError(f"unknown export format {unknown[0]!r}: choose from {', '.join(FILES)}")
+        self._make_folder()
         paths = {name: self.folder / (FILES[name] + SUFFIXES[self.compression]) for name in formats}
         self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._writer(name, path)) for name, path in paths.items()}
-            for record in conversations:
+            for record in each_record(conversations):
                 conversation = as_conversation(record)
-                final = with_edits(conversation)
+                sound = is_sound(conversation)
+                final = with_edits(conversation) if sound else conversation
                 for name, write in writers.items():
-                    taken = write(conversation if name == "json" else final)
+                    taken = sound and write(conversation if name == "json" else final)
                     self.counts[name]["exported" if taken else "skipped"] += 1
         return paths
 
     def export(self, conversations: Iterable[dict], format: ExportFormat) -> Path:
         """Write one format and return its file."""
         return self.export_all_formats(conversations, [format])[format]
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if no_space(error):
+                raise
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another folder") from None
 
     @contextmanager
     def _writer(self, name: str, path: Path) -> Iterator[Callable[[dict], bool]]:
@@ -181,7 +202,7 @@ def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
         if parts is None:
             return False
         system, exchanges = parts
-        ratings = {e["message_id"]: e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
+        ratings = {e.get("message_id"): e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
         for turn, (question, reply) in enumerate(exchanges, start=1):
             row = (
                 conversation["id"],
