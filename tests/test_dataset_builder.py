@@ -1,5 +1,6 @@
 """Building datasets: what is trained on, what is left out and why, files that are the same every time."""
 
+import csv
 import json
 import random
 from collections import Counter
@@ -422,6 +423,14 @@ def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
     }
     assert metrics["splits"]["train"]["by_source"]["chat"]["tokens"] == metrics["splits"]["train"]["tokens"]
     assert 0 < metrics["splits"]["train"]["trained_share"] < 1
+    # of the tiny base's template: two marks a turn, and the system prompt's
+    assert metrics["splits"]["test"]["control_tokens"] >= 4 * metrics["splits"]["test"]["conversations"]
+    parts = list(csv.DictReader(Path("metrics/plots/prepare_tokens.csv").read_text().splitlines()))
+    assert {row["part"]: int(row["tokens"]) for row in parts} == {
+        f"{split}: {source}": counts["tokens"]
+        for split in SPLITS
+        for source, counts in metrics["splits"][split]["by_source"].items()
+    }
     header, *bins = Path("metrics/plots/prepare_lengths.csv").read_text().splitlines()
     assert header == "tokens,train,validation,test"
     assert sum(sum(map(int, line.split(",")[1:])) for line in bins) == 60 - sum(metrics["left_out"].values())
