@@ -189,7 +189,7 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
     that name a conversation or a message nobody knows, and exchanges that say something else under an id that is taken.
     """
-    owners = {m["id"]: c for c in conversations.values() for m in c["messages"] if m.get("id")}
+    owners = {identity: c for c in conversations.values() for identity in message_ids(c)}
     unmatched = []
     for event in events:
         if event["event"] == "exchange":
@@ -242,6 +242,12 @@ def _joined(known: dict, new: dict) -> dict:
     return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
 
 
+def message_ids(conversation: dict) -> Iterator[str]:
+    """Ids of all messages, those of alternatives too."""
+    for message in conversation["messages"]:
+        yield from (m["id"] for m in (message, *(message.get("alternatives") or [])) if isinstance(m.get("id"), str))
+
+
 def _replies(conversation: dict) -> dict[str | None, str]:
     """Contents of all messages by id, those of alternatives too."""
     messages = conversation["messages"]
@@ -280,6 +286,14 @@ def _prefer(event: dict, conversation: dict) -> None:
             return
 
 
+def _take_back(event: dict, feedback: list[dict]) -> None:
+    """What the same person preferred before the other way round no longer holds."""
+    for entry in feedback:
+        same = entry.get("by") == event.get("by") and entry.get("message_id") in event["over"]
+        if same and event["message_id"] in (entry.get("over") or ()):
+            del entry["over"]
+
+
 def _delete(event: dict, conversation: dict) -> None:
     gone = event.get("message_id")
     if gone is None:
@@ -287,15 +301,21 @@ def _delete(event: dict, conversation: dict) -> None:
         for key in ("deleted_messages", "restored"):
             conversation.pop(key, None)
         return
-    partners = (gone, f"{gone}-user")
+    # With a reply go the other replies to its question; of those, one goes alone.
+    lost = {gone} | {i for m in conversation["messages"] if m.get("id") == gone for i in message_ids({"messages": [m]})}
+    partners = lost | {f"{identity}-user" for identity in lost}
     conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]
+    for message in conversation["messages"]:
+        if others := message.pop("alternatives", None):
+            kept = [other for other in others if other.get("id") not in lost]
+            message |= {"alternatives": kept} if kept else {}
     conversation["feedback"] = [e for e in conversation["feedback"] if e.get("message_id") not in partners]
-    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), gone})
+    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), *lost})
 
 
 def _judge(event: dict, conversation: dict) -> None:
     """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
-    if conversation.get("deleted"):
+    if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
         return
     key = (event.get("message_id"), event.get("by"))
     feedback = conversation["feedback"]
@@ -306,8 +326,10 @@ def _judge(event: dict, conversation: dict) -> None:
             entry["by"] = event["by"]
         feedback.append(entry)
     if event.get("over"):
-        entry["over"] = list(event["over"])
-        _prefer(event, conversation)
+        if entry.get("over") != event["over"]:  # otherwise it was applied before, and a newer reply may be shown by now
+            _take_back(event, feedback)
+            entry["over"] = list(event["over"])
+            _prefer(event, conversation)
     elif event["event"] == "feedback":
         entry["rating"] = event.get("rating")
         if event.get("comment") is not None:
