@@ -1,7 +1,9 @@
 """Clean conversations and the tokenizer in; train, validation and test rows, the ledger of splits and counts out."""
 
+import csv
+import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from fine_tuning.data_preparation.canaries import planted
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, Example, PrepareSettings, write_split
 from fine_tuning.data_preparation.splits import SPLITS
-from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
+from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics, tokens_by_source
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.engine import open_engine
 from fine_tuning.errors import UserError, run
@@ -30,6 +32,7 @@ PREPARED = Path("data/prepared")
 LEDGER = Path("data/splits/ledger.jsonl")
 METRICS = Path("metrics/prepare.json")
 LENGTHS = Path("metrics/plots/prepare_lengths.csv")
+TOKENS = Path("metrics/plots/prepare_tokens.csv")
 
 
 def main() -> None:
@@ -63,7 +66,8 @@ def main() -> None:
         lines = ({"id": key, "split": split, "salt": settings.salt} for key, split in catalogue.dealt())
         write_jsonl(LEDGER, lines)
     write_json(METRICS, statistics(tallies, left_out))
-    write_lengths(tallies)
+    write_table(LENGTHS, length_histogram(tallies))
+    write_table(TOKENS, tokens_by_source(tallies))
     report(tallies, left_out)
 
 
@@ -86,11 +90,13 @@ def require_every_split(catalogue: Catalogue) -> None:
             )
 
 
-def write_lengths(tallies: Mapping[str, Tally]) -> None:
-    with replacing(LENGTHS) as file:
-        rows = length_histogram(tallies)
-        text = "".join(",".join(map(str, row)) + "\n" for row in [rows[0].keys(), *(row.values() for row in rows)])
-        file.write(text.encode())
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:

@@ -1,5 +1,6 @@
 """Building datasets: what is trained on, what is left out and why, files that are the same every time."""
 
+import csv
 import json
 import random
 from collections import Counter
@@ -124,6 +125,33 @@ def test_nothing_to_train_on_is_one_line_with_the_reasons():
         )
     with pytest.raises(UserError, match="nothing was given"):
         DatasetBuilder().build_dataset([])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"train_on": "some"},
+        {"validation_fraction": 0.6, "test_fraction": 0.6},
+        {"test_fraction": -0.1},
+        {"test_fraction": "a tenth"},
+        {"salt": ""},
+        {"salt": None},
+        {"latest_from": "yesterday"},
+        {"latest_from": 2026},
+        {"decontamination_words": -1},
+        {"max_train_tokens": 1.5},
+        {"tokenizer": "/nowhere"},
+    ],
+)
+def test_an_argument_that_cannot_be_is_one_line(arguments):
+    with pytest.raises(UserError) as told:
+        DatasetBuilder(**arguments).build_dataset(random_conversations(20))
+    assert "\n" not in str(told.value)
+
+
+def test_a_tokenizer_may_be_named_by_its_folder(tiny_base):
+    dataset = DatasetBuilder(tokenizer=str(tiny_base)).build_dataset(random_conversations(20))
+    assert all(row["input_ids"] for rows in dataset.values() for row in rows)
 
 
 def test_rows_become_a_hugging_face_dataset(tokenizer):
@@ -395,6 +423,14 @@ def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
     }
     assert metrics["splits"]["train"]["by_source"]["chat"]["tokens"] == metrics["splits"]["train"]["tokens"]
     assert 0 < metrics["splits"]["train"]["trained_share"] < 1
+    # of the tiny base's template: two marks a turn, and the system prompt's
+    assert metrics["splits"]["test"]["control_tokens"] >= 4 * metrics["splits"]["test"]["conversations"]
+    parts = list(csv.DictReader(Path("metrics/plots/prepare_tokens.csv").read_text().splitlines()))
+    assert {row["part"]: int(row["tokens"]) for row in parts} == {
+        f"{split}: {source}": counts["tokens"]
+        for split in SPLITS
+        for source, counts in metrics["splits"][split]["by_source"].items()
+    }
     header, *bins = Path("metrics/plots/prepare_lengths.csv").read_text().splitlines()
     assert header == "tokens,train,validation,test"
     assert sum(sum(map(int, line.split(",")[1:])) for line in bins) == 60 - sum(metrics["left_out"].values())

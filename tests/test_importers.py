@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.data_collection.importers import Imported, Problem, import_file
+from fine_tuning.data_collection.conversation import version_hash
+from fine_tuning.data_collection.importers import Imported, Problem, import_file, import_records
 from fine_tuning.data_collection.sample import sample_conversations
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.errors import UserError
@@ -220,6 +221,213 @@ def test_a_large_array_is_read_piece_by_piece(tmp_path, monkeypatch):
     monkeypatch.setattr("fine_tuning.data_collection.importers.CHUNK", 100)
     records = [{"prompt": f"p{n}", "completion": "x" * (n * 7 % 400)} for n in range(1, 200) if n * 7 % 400]
     assert len(taken(write(tmp_path / "f.json", json.dumps(records, indent=1)))) == len(records)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("semicolon.csv", 'Instruction;Input;Output\r\n"What is; a lake?";;"Water, that stays."\r\n'),
+        ("tab.csv", "prompt\tcompletion\nWhat is; a lake?\tWater, that stays.\n"),
+        ("bar.txt", "prompt|completion\nWhat is; a lake?|Water, that stays.\n"),
+        ("nested.csv", 'id,messages\n1,"[{""role"":""user"",""content"":""What is; a lake?""},'
+                       '{""role"":""assistant"",""content"":""Water, that stays.""}]"\n'),
+        ("other name.csv", "session_id;role;content\n1;user;What is, a lake?\n1;assistant;Water, that stays.\n"),
+        ("no name.csv", "role;content\nuser;What is, a lake?\nassistant;Water, that stays.\n"),
+        ("pretty.txt", json.dumps(RECORDS["messages"], indent=2)),
+        ("wrapped.json", json.dumps({"data": [RECORDS["messages"]]})),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with BOM"])
+def test_every_dialect_and_encoding_of_a_table_or_document(tmp_path, name, text, encoding):
+    data = text.encode(encoding) if "BOM" not in encoding else b"\xfe\xff" + text.encode("utf-16-be")
+    for suffix, packed in (("", data), (".gz", gzip.compress(data))):
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(packed)
+        (talk,) = taken(path)
+        assert problems(path) == []
+        assert [text.replace(";", "").replace(",", "") for _, text in turns(talk)] == [text for _, text in EXCHANGE]
+
+
+def test_json_lines_are_known_by_their_lines_whatever_the_name_and_the_length(tmp_path):
+    long = {"prompt": "q" * 10_000, "completion": "a"}
+    path = lines(tmp_path / "f.json", long, RECORDS["messages"], "{broken", long)
+    assert len(taken(path)) == 3
+    assert problems(path) == [(3, "not JSON")]
+    assert len(taken(lines(tmp_path / "g.json", "{torn", long, long))) == 2
+
+
+def test_a_row_of_csv_that_is_wrong_costs_nothing_but_itself(tmp_path):
+    rows = [
+        "conversation_id,role,content",
+        "A,user,1",
+        "A,assistant,2",
+        'B,"x"y,z',
+        "C,user,a, b",
+        "D,user,3",
+        ",,",
+        "A,user,4",
+    ]
+    path = write(tmp_path / "f.csv", "\n".join([*rows, 'E,user,"open', "F,user,5", ""]))
+    assert [turns(c) for c in taken(path)] == [[("user", "1"), ("assistant", "2")], [("user", "3")]]
+    assert sorted(problems(path)) == [
+        (4, "not CSV (',' expected after '\"')"),
+        (5, "4 cells under 3 columns"),
+        (8, "its conversation began in rows further up: sort the rows by conversation_id"),
+        (9, "not CSV (unexpected end of data)"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path, suffix):
+    import zstandard
+
+    text = "".join(f"{json.dumps({'prompt': str(n), 'completion': str(hash((n, 'x')))})}\n" for n in range(30_000))
+    whole = {"gz": gzip.compress, "zst": zstandard.compress}[suffix](text.encode())
+    path = tmp_path / f"f.jsonl.{suffix}"
+    path.write_bytes(whole)
+    assert len(taken(path)) == 30_000
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        taken(path)
+
+
+def test_text_after_an_array_and_a_zip_archive_are_told(tmp_path):
+    path = write(tmp_path / "f.json", json.dumps([RECORDS["alpaca"]]) + " and more")
+    assert problems(path) == [(2, "text after the end of the array, which was not read")]
+    (tmp_path / "export.zip").write_bytes(b"PK\x03\x04....")
+    with pytest.raises(UserError, match="unzip"):
+        taken(tmp_path / "export.zip")
+
+
+@pytest.mark.parametrize("after", ["<|im_start|>assistant\nWater that", "lost words"])
+def test_chatml_outside_of_whole_turns_is_not_lost_without_a_word(tmp_path, after):
+    text = RECORDS["chatml"]["text"]
+    reason = "chatml: a turn has no end, or text stands outside of the turns"
+    assert problems(write(tmp_path / "a.chatml", text + "\n" + text + after)) == [(2, reason)]
+    assert problems(lines(tmp_path / "b.jsonl", {"text": text + after})) == [(1, reason)]
+    assert problems(lines(tmp_path / "c.jsonl", {"text": f"<s>{text}</s>\n<|im_start|>assistant\n"})) == []
+
+
+def test_what_is_missing_in_a_table_is_no_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q", "q"], "completion": [float("nan"), 1.5]}), path)
+    assert [c["messages"][1]["content"] for c in taken(path)] == ["", "1.5"]
+
+
+def test_calls_of_tools_and_refusals_stay(tmp_path):
+    call = {"name": "f", "arguments": "{}"}
+    said = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "content": "43"},
+        {"role": "assistant", "content": None, "refusal": "No."},
+    ]
+    (talk,) = taken(lines(tmp_path / "f.jsonl", {"messages": said}))
+    texts = [text for _, text in turns(talk)]
+    assert texts[1].startswith("Let me see.\n") and json.loads(texts[1].split("\n")[1]) == {"tool_calls": [call]}
+    assert json.loads(texts[3]) == {"function_call": call} and texts[5] == "No."
+
+
+QUESTION = {"role": "user", "content": "What is a lake?"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("Water that stays.", "A car."))
+PREFERENCES = {
+    "texts": {"prompt": "What is a lake?", "chosen": GOOD["content"], "rejected": BAD["content"]},
+    "turns": {"prompt": [QUESTION], "chosen": [GOOD], "rejected": [BAD]},
+    "whole": {"chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+    "both": {"prompt": "What is a lake?", "chosen": [QUESTION, GOOD], "rejected": [QUESTION, BAD]},
+    "alpaca": {"instruction": "What is", "input": "a lake?", "chosen": GOOD["content"], "rejected": BAD["content"]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "What is a lake?"}],
+        "chosen": {"from": "gpt", "value": GOOD["content"]},
+        "rejected": {"from": "gpt", "value": BAD["content"]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_a_preference_is_a_reply_with_a_worse_alternative(tmp_path, name):
+    path = lines(tmp_path / "f.jsonl", PREFERENCES[name])
+    (talk,) = taken(path)
+    assert formats(path) == {"preference"}
+    assert [(role, " ".join(text.split())) for role, text in turns(talk)] == EXCHANGE
+    (other,) = talk["messages"][1]["alternatives"]
+    assert other["content"] == "A car."
+    assert talk["feedback"] == [{"message_id": talk["messages"][1]["id"], "over": [other["id"]]}]
+
+
+def test_a_completion_with_a_label_is_liked_or_disliked(tmp_path):
+    record = RECORDS["prompt-completion"]
+    talks = taken(lines(tmp_path / "f.jsonl", *(record | {"label": label} for label in (True, False, "x"))))
+    assert [[entry["rating"] for entry in talk["feedback"]] for talk in talks] == [[1], [-1], []]
+
+
+def test_an_imported_exchange_keeps_its_author_and_that_it_was_broken_off(tmp_path):
+    told = {"model": "m:1", "version": "3", "incomplete": "stopped", "session_id": "s", "user_id": "ann"}
+    (talk,) = taken(lines(tmp_path / "f.jsonl", RECORDS["exchange"] | {"id": "e", "metadata": told}))
+    reply = talk["messages"][1]
+    assert (reply["model"], reply["version"], reply["incomplete"]) == ("m:1", "3", "stopped")
+    assert talk["metadata"] == {"user_id": "ann"}
+
+
+def test_what_was_spoken_to_chatgpt_is_its_transcript(tmp_path):
+    export = chatgpt_export()
+    part = {"content_type": "audio_transcription", "text": "What is a lake?", "direction": "in"}
+    export[0]["mapping"]["q"]["message"]["content"] = {"content_type": "multimodal_text", "parts": [part, {"x": 1}]}
+    (talk,) = taken(write(tmp_path / "conversations.json", export))
+    assert turns(talk) == EXCHANGE
+
+
+def open_webui_export():
+    nodes = {
+        "1": {"parentId": None, "role": "user", "content": "q", "timestamp": 1},
+        "2": {"parentId": "1", "role": "assistant", "content": "a", "annotation": {"rating": 1, "comment": "c"}},
+    }
+    return {"id": "abc", "chat": {"history": {"messages": nodes, "currentId": "2"}}, "created_at": 1}
+
+
+OWN = {
+    "id": "x", "source": "chat", "started_at": None, "restored": True, "metadata": {"a": 1},
+    "messages": [QUESTION, GOOD | {"id": "1", "alternatives": [BAD | {"id": "2"}]}],
+    "feedback": [{"message_id": "1", "over": ["2"]}],
+}  # fmt: skip
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 9) | st.sampled_from(["", "user", "x", "<|im_start|>"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+    max_leaves=4,
+)
+
+
+def places(value, path=()):
+    """The path of every value within a JSON value."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_record_that_is_odd_anywhere_is_taken_or_a_problem(data):
+    known = [*RECORDS.values(), *PREFERENCES.values(), *chatgpt_export(), open_webui_export(), OWN]
+    record = data.draw(st.sampled_from(known))
+    odd = changed(record, data.draw(st.sampled_from(list(places(record)))), data.draw(ODD))
+    (item,) = import_records([(1, odd)], "import", "2026-01-01T00:00:00.000Z")
+    assert isinstance(item, (Imported, Problem))
+    if isinstance(item, Imported):
+        assert all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in item.conversation["messages"])
+        version_hash(item.conversation)
 
 
 def test_unknown_and_empty_files_are_one_clear_error(tmp_path):

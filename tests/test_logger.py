@@ -1,5 +1,6 @@
 """The inbox: what is acknowledged is on disk, whole, once, whoever else writes or crashes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,10 +8,14 @@ import re
 import resource
 import stat
 import threading
+from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.conversation import version_hash
+from fine_tuning.data_collection.conversation_logger import EVENTS, ConversationLogger
 from fine_tuning.data_collection.erasure import Selection
 from fine_tuning.errors import UserError
 
@@ -86,6 +91,90 @@ def test_statistics_count_days_models_lengths_and_judgements(logger):
     assert stats["liked"] == 1
 
 
+def test_the_tokens_of_a_reply_are_those_that_were_logged_with_it(logger):
+    logger.log_conversation("12345678", "1234" * 10, {"session_id": "s", "tokens": 3})
+    logger.log_conversation("1234", "1234", {"session_id": "s", "tokens": "many"})
+    assert logger.get_conversation_stats()["total_tokens"] == 2 + 3 + 1 + 1
+
+
+def test_odd_authors_and_times_are_counted_all_the_same(logger):
+    logger.log_conversation("q", "a", {"model": ["m", 1], "source": {"x": 1}})
+    logger.log_conversation("q", "a", timestamp=datetime(2026, 1, 2, tzinfo=UTC))
+    stats = logger.get_conversation_stats()
+    assert stats["exchanges_per_model"] == {"['m', 1]": 1, "unknown": 1}
+    assert stats["conversations_per_day"]["2026-01-02"] == 1
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        lambda logger: logger.log_conversation("q", "a", id=5),
+        lambda logger: logger.log_conversation("q", "a", timestamp=1_700_000_000),
+        lambda logger: logger.log_conversation("q", "a", ["m:1"]),
+        lambda logger: logger.log_conversation("q", "a", "m:1"),
+        lambda logger: logger.log_conversation(None, "a"),
+        lambda logger: logger.log_edit("e", None),
+        lambda logger: logger.log_edit("e", 5),
+        lambda logger: logger.log_feedback(["e"], 1),
+        lambda logger: logger.log_feedback("e", 1, comment={"a": 1}),
+        lambda logger: logger.log_feedback("e", 1, conversation_id=["e"]),
+        lambda logger: logger.log_preference("e", 5),
+        lambda logger: logger.log_preference("e", ["f", 5]),
+        lambda logger: logger.log_delete(message_id=["e"]),
+    ],
+)
+def test_what_could_not_be_read_again_is_refused_in_one_line(logger, log):
+    logger.log_conversation("q", "a", id="e")
+    size = logger.path.stat().st_size
+    with pytest.raises(UserError, match="could not be logged") as told:
+        log(logger)
+    assert "\n" not in str(told.value)
+    assert logger.path.stat().st_size == size
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["e", "s", "x", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["model", "replaces"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+KEYS = ["id", "conversation_id", "message_id", "user_message", "assistant_response", "content", "rating", "over", "by",
+        "comment", "metadata", "timestamp"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"event": st.sampled_from(EVENTS)}) | st.dictionaries(st.sampled_from(KEYS), ODD))
+)
+def test_no_line_of_a_log_keeps_the_others_from_being_read(tmp_path_factory, odd):
+    logger = ConversationLogger(tmp_path_factory.mktemp("log") / "log.jsonl", durable=False)
+    logger.log_conversation("q", "a", {"session_id": "s"}, id="e")
+    sound = {"event": "feedback", "id": "f", "message_id": "e", "rating": 1}
+    with open(logger.path, "ab") as file:
+        for event in odd:
+            file.write(json.dumps(sound | event).encode() + b"\n")
+    logger.log_conversation("last", "word", id="z")
+    conversations = logger.read_conversations()
+    assert conversations[-1]["messages"][-1]["content"] == "word"
+    logger.get_conversation_stats()
+    assert all(version_hash(conversation) for conversation in conversations)
+
+
+def test_what_the_disk_refuses_with_the_sync_is_undone_too(logger, monkeypatch):
+    logger.log_conversation("fits", "yes")
+
+    def full(descriptor):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(UserError, match="Disk quota exceeded"):
+        logger.log_conversation("does not", "fit")
+    monkeypatch.undo()
+    logger.log_conversation("next", "yes")
+    assert [e["user_message"] for e in logger.read_exchanges()] == ["fits", "next"]
+
+
 def test_lone_surrogates_and_odd_metadata_are_kept(logger):
     logger.log_conversation("half \ud83d", "fine", {"path": logger.path})
     (exchange,) = logger.read_exchanges()
@@ -133,6 +222,37 @@ def _log_on_a_full_disk(path, sender):
         logger.log_conversation("does not fit", "secret " * 100)
     except UserError as error:
         sender.send((str(error), os.path.getsize(path) - size))
+
+
+def _tear_on_a_full_disk(path, sender):
+    logger = ConversationLogger(path)
+    torn = b'{"event":"exchange","id":"torn' + b"x" * 5000
+    with open(path, "ab") as file:
+        file.write(torn)
+    path.with_name("conversations.jsonl.torn").write_bytes(b"before\n" + b"y" * 9000 + b"\n")
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        logger.log_conversation("next", "yes")
+    except UserError as error:
+        sender.send((str(error), path.read_bytes().endswith(torn)))
+
+
+def test_a_torn_line_that_cannot_be_set_aside_whole_stays_where_it_is(tmp_path):
+    path = tmp_path / "conversations.jsonl"
+    ConversationLogger(path).log_conversation("whole", "yes")
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_tear_on_a_full_disk, args=(path, sender))
+    process.start()
+    message, stays = receiver.recv()
+    process.join()
+    assert stays and "could not be logged" in message
+    assert path.with_name("conversations.jsonl.torn").read_bytes().endswith(b"y\n")
+    ConversationLogger(path).log_conversation("next", "yes")
+    assert [e["user_message"] for e in ConversationLogger(path).read_exchanges()] == ["whole", "next"]
+    assert b"xxx" in path.with_name("conversations.jsonl.torn").read_bytes()
 
 
 def test_a_short_write_is_undone_and_one_clear_error(tmp_path):

@@ -7,12 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from fine_tuning.commands import conversations
+from fine_tuning.data_collection.conversation import fold, version_hash
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.sealing import close_log, seal_log
 from fine_tuning.data_collection.shards import newest_versions, next_stamp, shard_paths
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_json, read_jsonl
@@ -204,6 +210,94 @@ def test_logging_while_sealing_loses_nothing(project, command):
     count = int((project.folder / "logged").read_text()) + 1
     lines = [record["id"] for path in shards(project) for record in read_jsonl(path)]
     assert sorted(lines) == sorted(f"e{n}" for n in range(count))
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["say", "say", "say", "again", "judge", "edit", "prefer", "delete", "seal", "seal twice"]),
+        st.integers(0, 5),
+        st.integers(0, 5),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+@example([("say", 0, 0), ("say", 1, 0), ("seal", 0, 0), ("judge", 0, 0), ("prefer", 0, 1)])
+@example([("say", 0, 0), ("say", 1, 0), ("delete", 1, 0), ("seal twice", 0, 0)])
+@example([("say", 0, 0), ("prefer", 0, 1), ("say", 1, 0), ("seal twice", 0, 0)])
+@example([("say", 0, 0), ("seal", 0, 0), ("say", 1, 3), ("delete", 1, 0), ("seal", 0, 0), ("again", 1, 0)])
+def test_wherever_a_log_is_sealed_and_however_often_the_conversation_is_the_same(steps):
+    """Even numbers regenerate an earlier reply. A log that is sealed twice is one whose seal was killed at its end."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        logger, shards = ConversationLogger(folder / "inbox/log.jsonl", durable=False), folder / "conversations"
+        shards.mkdir()
+        events, said = [], []
+
+        def seal(times):
+            for log in close_log(logger.path, shards):
+                events.extend(ConversationLogger(log).read_events())
+                for _ in range(times):
+                    seal_log(log, shards, folder / "manifest.json")
+                log.unlink()
+
+        for kind, one, two in steps:
+            if kind.startswith("seal"):
+                seal(2 if "twice" in kind else 1)
+            elif kind == "say":
+                identity = f"e{len(said)}"
+                other = {"replaces": said[two % len(said)]} if said and two % 2 == 0 else {}
+                said.append(
+                    logger.log_conversation(f"q {identity}", identity, {"session_id": "s"} | other, id=identity)
+                )
+            elif said:
+                first, second = said[one % len(said)], said[two % len(said)]
+                if kind == "again":
+                    logger.log_conversation(f"q {first}", first, {"session_id": "s"}, id=first)
+                elif kind == "judge":
+                    logger.log_feedback(first, (1, -1, None)[two % 3])
+                elif kind == "edit":
+                    logger.log_edit(first, f"better {two}")
+                elif kind == "prefer":
+                    logger.log_preference(first, [second])
+                else:
+                    logger.log_delete(message_id=first)
+        seal(1)
+        whole = {}
+        fold(events, whole)
+        newest = newest_versions(shard_paths(shards), {"s"})
+        assert {i: version_hash(c) for i, c in newest.items()} == {i: version_hash(c) for i, c in whole.items()}
+
+
+def test_with_a_reply_go_the_others_to_its_question_and_one_of_those_can_go_alone(tmp_path):
+    logger = ConversationLogger(tmp_path / "log.jsonl")
+    for number in range(3):
+        replaced = {"replaces": f"e{number - 1}"} if number else {}
+        logger.log_conversation("q", f"reply {number}", {"session_id": "s"} | replaced, id=f"e{number}")
+    logger.log_delete(message_id="e0")
+    (talk,) = logger.read_conversations()
+    assert "reply 0" not in json.dumps(talk) and "reply 1" in json.dumps(talk)
+    logger.log_delete(message_id="e2")
+    logger.log_edit("e1", "words about what is gone")
+    assert logger.read_conversations() == []
+    conversations = {}
+    fold(logger.read_events(), conversations)
+    fold(logger.read_events(), conversations)
+    assert "reply" not in json.dumps(conversations) and "words" not in json.dumps(conversations)
+
+
+def test_of_two_preferences_of_one_person_the_later_holds(tmp_path):
+    logger = ConversationLogger(tmp_path / "log.jsonl")
+    for number in range(2):
+        replaced = {"replaces": "e0"} if number else {}
+        logger.log_conversation("q", f"reply {number}", {"session_id": "s"} | replaced, id=f"e{number}")
+    for first, second in (("e0", "e1"), ("e1", "e0"), ("e0", "e1")):
+        logger.log_preference(first, [second], by="ann")
+        (talk,) = logger.read_conversations()
+        assert talk["messages"][1]["id"] == first
+        assert [entry["message_id"] for entry in talk["feedback"] if entry.get("over")] == [first]
 
 
 def test_a_clock_that_goes_back_makes_no_old_shard(tmp_path):

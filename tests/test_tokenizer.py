@@ -1,6 +1,7 @@
 """Rendering and encoding: the ids that a server computes, labels on replies alone, control tokens unforged."""
 
 import re
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -408,3 +409,32 @@ def test_special_tokens_that_would_go_wrong_are_told(saved, template, change, pr
 def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match="give a folder"):
         TokenizerUtils(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", [b"", b"{broken", b"{}"])
+def test_a_damaged_tokenizer_is_one_line(tiny_base, tmp_path, content):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_base, folder)
+    (folder / "tokenizer.json").write_bytes(content)
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + content)
+    for place in (folder, tmp_path / "damaged.gguf"):
+        with pytest.raises(UserError, match="no tokenizer") as told:
+            TokenizerUtils(place)
+        assert "\n" not in str(told.value)
+
+
+def test_exchanges_are_measured_too_and_an_iterator_serves_every_tokenizer(tiny_base):
+    exchange = {"user_message": "What is a lake?", "assistant_response": "Water that stays."}
+    talk = [{"role": "user", "content": "What is a lake?"}, {"role": "assistant", "content": "Water that stays."}]
+    one, two = compare_tokenizers([tiny_base, tiny_base], iter([exchange]))
+    assert one == two == TokenizerUtils(tiny_base).measure([{"messages": talk}])
+    assert one.turns == 2
+
+
+@pytest.mark.parametrize("odd", [None, "text", {}, {"messages": "text"}, {"messages": [{"role": "user"}]}])
+def test_what_is_no_conversation_or_text_is_one_line(tiny_base, odd):
+    utils = TokenizerUtils(tiny_base)
+    with pytest.raises(UserError, match="no messages"):
+        utils.measure([odd])
+    with pytest.raises(UserError, match="is no text"):
+        utils.count(None)

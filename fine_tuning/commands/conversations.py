@@ -27,7 +27,8 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
         "import",
         help="take conversations from files of other tools",
         description="Recognised: OpenAI or Hugging Face messages, ShareGPT, Alpaca, prompt/completion, ChatML text, "
-        "ChatGPT's conversations.json, Open WebUI's export, CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
+        "ChatGPT's conversations.json, Open WebUI's export, preferences (chosen and rejected), CSV with a header, "
+        "Parquet; JSON, JSON Lines, .gz, .zst.",
     )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.set_defaults(func=import_files)

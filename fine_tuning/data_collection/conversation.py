@@ -4,9 +4,9 @@ A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "co
 "feedback": [{"message_id", "rating": 1|-1|null, "comment"?, "edited"?, "by"?}], "metadata"}. A deleted one keeps its
 id, has no messages and "deleted": true, so that older versions of it stay deleted.
 
-A reply may also bear "version" (of the model that wrote it), "incomplete" (why it was not finished: it is not trained
-on) and "alternatives" (other replies to the same question, whole messages). A feedback entry with "over" prefers its
-message to the alternatives of those ids.
+A reply may also bear "version" (of the model that wrote it), "tokens" (how many), "incomplete" (why it was not
+finished: it is not trained on) and "alternatives" (other replies to the same question, whole messages). A feedback
+entry with "over" prefers its message to the alternatives of those ids.
 
 A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
 no more.
@@ -16,7 +16,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from types import NoneType
 from typing import Any
+
+from fine_tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -26,22 +29,72 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def each_record(conversations: Any) -> Iterator[dict]:
+    """The records of what a caller gives as conversations.
+
+    Raises:
+        UserError: it is no list, or something in it is no record.
+    """
+    wanted = "give a list of dicts with user_message and assistant_response, or with messages"
+    if isinstance(conversations, (str, bytes, dict)) or not isinstance(conversations, Iterable):
+        raise UserError(f"a {type(conversations).__name__} is no list of conversations: {wanted}")
+    for number, record in enumerate(conversations, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f"conversation {number} is a {type(record).__name__}: {wanted}")
+        yield record
+
+
+def is_sound(conversation: dict) -> bool:
+    """Whether messages, feedback and metadata have the types that those of a conversation have."""
+    messages, feedback = conversation.get("messages"), conversation.get("feedback") or []
+    return (
+        isinstance(messages, list)
+        and all(isinstance(message, dict) and _is_message(message) for message in messages)
+        and isinstance(feedback, list)
+        and all(isinstance(entry, dict) and is_feedback(entry) for entry in feedback)
+        and isinstance(conversation.get("metadata") or {}, dict)
+    )
+
+
+def _is_message(message: dict) -> bool:
+    return (
+        message.get("role") in ROLES
+        and isinstance(message.get("content"), str)
+        and not isinstance(message.get("id"), (list, dict))
+    )
+
+
+def is_feedback(entry: dict) -> bool:
+    """Whether what a person said of a message can be read: a number as rating, a text as edit."""
+    return (
+        isinstance(entry.get("rating"), (int, float, NoneType))
+        and isinstance(entry.get("edited"), (str, NoneType))
+        and not isinstance(entry.get("message_id"), (list, dict))
+    )
+
+
 def is_exchange(record: dict) -> bool:
     """Whether a record is a logged exchange rather than a conversation with `messages`."""
     return "messages" not in record and "user_message" in record
 
 
 def from_exchange(exchange: dict) -> dict:
-    """A conversation of one logged exchange. The assistant message bears the exchange's id."""
-    metadata = dict(exchange.get("metadata") or {})
+    """A conversation of one logged exchange. The assistant message bears the exchange's id.
+
+    Metadata and feedback that are none stay as they are: the cleaner judges them.
+    """
+    given, feedback = exchange.get("metadata") or {}, exchange.get("feedback") or []
+    metadata = dict(given) if isinstance(given, dict) else {}
     session, source, model = metadata.pop("session_id", None), metadata.pop("source", None), metadata.pop("model", None)
     user, assistant = exchange.get("user_message"), exchange.get("assistant_response")
     identity = exchange.get("id") or short_hash(["exchange", user, assistant])
-    at = exchange.get("timestamp")
+    at = _time(exchange.get("timestamp"))
     question = {"id": f"{identity}-user", "role": "user", "content": user}
     reply = {"id": identity, "role": "assistant", "content": assistant}
     if model is not None:
-        reply["model"] = model
+        reply["model"] = str(model)
+    if isinstance(tokens := metadata.get("tokens"), int) and tokens > 0:
+        reply["tokens"] = metadata.pop("tokens")
     metadata.pop("replaces", None)  # for `fold`: alone, an exchange has nothing to replace
     for key in ("version", "incomplete"):
         if (value := metadata.pop(key, None)) is not None:
@@ -50,12 +103,16 @@ def from_exchange(exchange: dict) -> dict:
         question["at"] = reply["at"] = at
     return {
         "id": str(exchange.get("conversation_id") or session or identity),
-        "source": source or "chat",
+        "source": str(source or "chat"),
         "started_at": at,
         "messages": [question, reply],
-        "feedback": list(exchange.get("feedback") or []),
-        "metadata": metadata,
+        "feedback": list(feedback) if isinstance(feedback, (list, tuple)) else feedback,
+        "metadata": metadata if isinstance(given, dict) else given,
     }
+
+
+def _time(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 _KEYS = frozenset(
@@ -73,8 +130,8 @@ def as_conversation(record: dict) -> dict:
     messages = record.get("messages")
     conversation = {
         "id": str(record.get("id") or short_hash(["messages", messages])),
-        "source": record.get("source") or "unknown",
-        "started_at": record.get("started_at") or record.get("timestamp"),
+        "source": str(record.get("source") or "unknown"),
+        "started_at": _time(record.get("started_at") or record.get("timestamp")),
         "messages": messages,
         "feedback": record.get("feedback") or [],
         "metadata": record.get("metadata") or {key: value for key, value in record.items() if key not in _KEYS},
@@ -132,7 +189,7 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
     that name a conversation or a message nobody knows, and exchanges that say something else under an id that is taken.
     """
-    owners = {m["id"]: c for c in conversations.values() for m in c["messages"] if m.get("id")}
+    owners = {identity: c for c in conversations.values() for identity in message_ids(c)}
     unmatched = []
     for event in events:
         if event["event"] == "exchange":
@@ -185,6 +242,12 @@ def _joined(known: dict, new: dict) -> dict:
     return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
 
 
+def message_ids(conversation: dict) -> Iterator[str]:
+    """Ids of all messages, those of alternatives too."""
+    for message in conversation["messages"]:
+        yield from (m["id"] for m in (message, *(message.get("alternatives") or [])) if isinstance(m.get("id"), str))
+
+
 def _replies(conversation: dict) -> dict[str | None, str]:
     """Contents of all messages by id, those of alternatives too."""
     messages = conversation["messages"]
@@ -223,6 +286,14 @@ def _prefer(event: dict, conversation: dict) -> None:
             return
 
 
+def _take_back(event: dict, feedback: list[dict]) -> None:
+    """What the same person preferred before the other way round no longer holds."""
+    for entry in feedback:
+        same = entry.get("by") == event.get("by") and entry.get("message_id") in event["over"]
+        if same and event["message_id"] in (entry.get("over") or ()):
+            del entry["over"]
+
+
 def _delete(event: dict, conversation: dict) -> None:
     gone = event.get("message_id")
     if gone is None:
@@ -230,15 +301,21 @@ def _delete(event: dict, conversation: dict) -> None:
         for key in ("deleted_messages", "restored"):
             conversation.pop(key, None)
         return
-    partners = (gone, f"{gone}-user")
+    # With a reply go the other replies to its question; of those, one goes alone.
+    lost = {gone} | {i for m in conversation["messages"] if m.get("id") == gone for i in message_ids({"messages": [m]})}
+    partners = lost | {f"{identity}-user" for identity in lost}
     conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]
+    for message in conversation["messages"]:
+        if others := message.pop("alternatives", None):
+            kept = [other for other in others if other.get("id") not in lost]
+            message |= {"alternatives": kept} if kept else {}
     conversation["feedback"] = [e for e in conversation["feedback"] if e.get("message_id") not in partners]
-    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), gone})
+    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), *lost})
 
 
 def _judge(event: dict, conversation: dict) -> None:
     """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
-    if conversation.get("deleted"):
+    if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
         return
     key = (event.get("message_id"), event.get("by"))
     feedback = conversation["feedback"]
@@ -249,8 +326,10 @@ def _judge(event: dict, conversation: dict) -> None:
             entry["by"] = event["by"]
         feedback.append(entry)
     if event.get("over"):
-        entry["over"] = list(event["over"])
-        _prefer(event, conversation)
+        if entry.get("over") != event["over"]:  # otherwise it was applied before, and a newer reply may be shown by now
+            _take_back(event, feedback)
+            entry["over"] = list(event["over"])
+            _prefer(event, conversation)
     elif event["event"] == "feedback":
         entry["rating"] = event.get("rating")
         if event.get("comment") is not None:

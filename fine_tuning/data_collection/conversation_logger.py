@@ -4,14 +4,16 @@ One `write` of one whole line on an O_APPEND descriptor under `flock`: many thre
 The file is opened for each event, so that a log that `seal` has renamed away is never written to again.
 """
 
+import errno
 import fcntl
 import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fine_tuning.data_collection.conversation import fold, now
@@ -50,13 +52,16 @@ class ConversationLogger:
         """Log one exchange and return its id, which is also the id of the assistant's message.
 
         `metadata["session_id"]` ties exchanges into one conversation and is its id, or its hash is (`session_name`);
-        `metadata["model"]` names the author of the reply. The same `id` again is the same exchange and counts once.
+        `metadata["model"]` names the author of the reply, `metadata["tokens"]` how many it has. The same `id` again is
+        the same exchange and counts once.
 
         Raises:
-            UserError: the log cannot be written; nothing of the event is left in it.
+            UserError: the log cannot be written, or an argument is of another type; nothing of the event is left in it.
         """
         if not (isinstance(user_message, str) and isinstance(assistant_response, str)):
             raise UserError("the conversation could not be logged: both messages must be texts: send it again as text")
+        if not isinstance(metadata or {}, Mapping):
+            raise UserError("the conversation could not be logged: its metadata is no dict: give names and values")
         metadata = dict(metadata or {})
         identity = id or uuid.uuid4().hex
         session = metadata.get("session_id")
@@ -93,7 +98,7 @@ class ConversationLogger:
 
         Replies to one question are exchanges whose `metadata["replaces"]` names the exchange before.
         """
-        return self._log("feedback", message_id, conversation_id, over=list(over), by=by)
+        return self._log("feedback", message_id, conversation_id, over=over, by=by)
 
     def log_edit(self, message_id: str, content: str, by: str | None = None, conversation_id: str | None = None) -> str:
         """Log what a person would have answered instead. Returns the event's id."""
@@ -118,18 +123,22 @@ class ConversationLogger:
 
     def _append(self, event: dict) -> None:
         try:
-            line = dump_line(read_line(json.dumps(event, default=str)))  # NaN, which is no JSON, becomes null
+            event = read_line(json.dumps(event, default=str))  # NaN, which is no JSON, becomes null
+            line = dump_line(event)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"the conversation could not be logged: it is no JSON ({type(error).__name__}): give metadata of "
                 "texts, numbers and shallow lists, then send it again"
             ) from None
+        if not _is_event(event):
+            raise UserError(
+                f"the {event['event']} could not be logged: ids, times, comments, names and edits are texts: "
+                "send them as texts"
+            )
         try:
             with _locked(self.path) as descriptor:
                 _set_torn_tail_aside(descriptor, self.path)
-                _write_whole(descriptor, line)
-                if self.durable:
-                    os.fdatasync(descriptor)
+                _write_whole(descriptor, line, self.durable)
         except OSError as error:
             raise UserError(
                 f"the conversation could not be logged to {self.path} ({error.strerror}): free some space or change "
@@ -162,15 +171,14 @@ class ConversationLogger:
 def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, Any]:
     """Conversations, exchanges, tokens, per day, per model, mean lengths in characters, share of replies judged.
 
-    Tokens are those in a message's or conversation's metadata where they were logged, otherwise a quarter of the
-    characters.
+    Tokens of a reply are those that were logged with it (`metadata["tokens"]`), otherwise a quarter of the characters.
     """
     totals: Counter[str] = Counter()
     days: Counter[str] = Counter()
     models: Counter[str] = Counter()
     for conversation in conversations:
         totals["conversations"] += 1
-        days[(conversation.get("started_at") or "unknown")[:10]] += 1
+        days[str(conversation.get("started_at") or "unknown")[:10]] += 1
         totals["judged"] += len({e.get("message_id") for e in conversation["feedback"]})
         for entry in conversation["feedback"]:
             totals[{1: "liked", -1: "disliked"}.get(entry.get("rating"), "unrated")] += 1
@@ -211,10 +219,17 @@ def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:
 def _is_event(event: Any) -> bool:
     if not isinstance(event, dict) or event.get("event") not in EVENTS or not isinstance(event.get("id"), str):
         return False
-    if event["event"] != "exchange":
-        return True
-    texts = (event.get("user_message"), event.get("assistant_response"))
-    return all(isinstance(text, str) for text in texts) and isinstance(event.get("metadata") or {}, dict)
+    needed = {"exchange": ("user_message", "assistant_response"), "edit": ("content",)}.get(event["event"], ())
+    optional = ("conversation_id", "message_id", "timestamp", "comment", "by")
+    over = event.get("over") or []
+    return (
+        all(isinstance(event.get(name), str) for name in needed)
+        and all(isinstance(event.get(name), (str, NoneType)) for name in optional)
+        and isinstance(event.get("metadata") or {}, dict)
+        and event.get("rating") in (1, -1, None)
+        and isinstance(over, list)
+        and all(isinstance(name, str) for name in over)
+    )
 
 
 def rename_log(path: Path, target: Path) -> bool:
@@ -281,12 +296,15 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
-def _write_whole(descriptor: int, line: bytes) -> None:
+def _write_whole(descriptor: int, line: bytes, durable: bool) -> None:
+    """Write a line with its newline, and nothing of it where that fails: some disks notice only with the sync."""
     size = os.fstat(descriptor).st_size
     try:
         written = os.write(descriptor, line)
         if written != len(line):
-            raise OSError(28, os.strerror(28))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if durable:
+            os.fdatasync(descriptor)
     except OSError:
         os.ftruncate(descriptor, size)
         raise
@@ -305,8 +323,7 @@ def _set_torn_tail_aside(descriptor: int, path: Path) -> None:
     torn = tail[tail.rfind(b"\n") + 1 :]
     aside = os.open(f"{path}.torn", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(aside, torn + b"\n")
-        os.fsync(aside)
+        _write_whole(aside, torn + b"\n", durable=True)
     finally:
         os.close(aside)
     os.ftruncate(descriptor, size - len(torn))

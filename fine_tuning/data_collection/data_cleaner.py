@@ -6,11 +6,11 @@ duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 
 import hashlib
 from collections import Counter
-from types import NoneType
+from collections.abc import Iterable
 from typing import Any
 
 from fine_tuning.data_collection import personal_data
-from fine_tuning.data_collection.conversation import as_conversation, is_exchange
+from fine_tuning.data_collection.conversation import as_conversation, each_record, is_exchange, is_feedback
 from fine_tuning.data_collection.filters import (
     Drop,
     FilterSettings,
@@ -22,7 +22,8 @@ from fine_tuning.data_collection.filters import (
 )
 from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
-from fine_tuning.settings import Settings
+from fine_tuning.errors import UserError
+from fine_tuning.settings import Settings, parse_settings
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
@@ -50,7 +51,7 @@ def default_settings(**filters: Any) -> CleanSettings:
         "max_length": 8000,
         "min_turns": 2,
         "max_turns": 200,
-        "max_repetition": 1.0,
+        "max_repetition": 4.5,
         "max_special_characters": 0.4,
         "languages": [],
         "min_language_confidence": 0.6,
@@ -88,6 +89,9 @@ class DataCleaner:
         min_length, max_length: characters that every user and assistant message must have.
         settings: everything else; the two lengths win over it where they are given.
         control_tokens: what the base model's tokenizer reads as commands.
+
+    Raises:
+        UserError: a length is no whole number, or no text has both.
     """
 
     def __init__(
@@ -101,13 +105,17 @@ class DataCleaner:
         lengths = {"min_length": min_length, "max_length": max_length}
         given = {name: value for name, value in lengths.items() if value is not None}
         settings = settings or default_settings()
-        self.settings = settings.model_copy(update={"filters": settings.filters.model_copy(update=given)})
+        filters = parse_settings("filters", settings.filters.model_dump() | given, FilterSettings, "DataCleaner")
+        if filters.min_length > filters.max_length:
+            raise UserError(f"min_length {filters.min_length} is above max_length {filters.max_length}: lower it")
+        self.settings = settings.model_copy(update={"filters": filters})
         self._regions = tuple(self.settings.phone_regions)
         self._types = tuple(self.settings.mask)
         self._repair = TextRepair(control_tokens, self.settings.fix_encoding)
 
     def clean_text(self, text: str) -> str:
         """The repaired text with its personal data masked. Cleaning it again changes nothing."""
+        _require_text(text)
         masker = self._masker()
         text = self._repair(text)
         masker.reserve(text)
@@ -115,6 +123,7 @@ class DataCleaner:
 
     def find_personal_data(self, text: str) -> list[Hit]:
         """The personal data in a text as (type, start, end), in its order."""
+        _require_text(text)
         return personal_data.find(text, self._types, self._regions)
 
     def clean_conversation(self, record: dict) -> Cleaned:
@@ -156,11 +165,11 @@ class DataCleaner:
         }
         return Cleaned(conversation, None, masker.counts)
 
-    def filter_conversations(self, conversations: list[dict]) -> list[dict]:
+    def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
         passed = []
         best: dict[str, tuple[int, int]] = {}
-        for record in conversations:
+        for record in each_record(conversations):
             cleaned = self.clean_conversation(record).conversation
             if cleaned is None:
                 continue
@@ -177,9 +186,9 @@ class DataCleaner:
             kept.append(cleaned)
         return kept
 
-    def count_drops(self, conversations: list[dict]) -> Counter[str]:
+    def count_drops(self, conversations: Iterable[dict]) -> Counter[str]:
         """How many of the conversations are dropped for which reason, duplicates apart."""
-        drops = (self.clean_conversation(record).drop for record in conversations)
+        drops = (self.clean_conversation(record).drop for record in each_record(conversations))
         return Counter(drop.reason for drop in drops if drop is not None)
 
     def _masker(self) -> Masker:
@@ -232,17 +241,16 @@ def _malformed(conversation: dict) -> Drop | None:
         return Drop("content_is_no_text", 0)
     if not isinstance(conversation["feedback"], list) or not isinstance(conversation["metadata"], dict):
         return Drop("feedback_or_metadata_malformed", 0)
-    if not all(isinstance(entry, dict) and _is_feedback(entry) for entry in conversation["feedback"]):
+    if not all(isinstance(entry, dict) and is_feedback(entry) for entry in conversation["feedback"]):
         return Drop("feedback_or_metadata_malformed", 0)
     if any(isinstance(message.get("id"), (list, dict)) for message in messages):
         return Drop("messages_malformed", "id")
     return None
 
 
-def _is_feedback(entry: dict) -> bool:
-    return isinstance(entry.get("rating"), (int, float, NoneType)) and not isinstance(
-        entry.get("message_id"), (list, dict)
-    )
+def _require_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"a {type(text).__name__} is no text: give a str")
 
 
 # -----------------------------------------------------------------------------

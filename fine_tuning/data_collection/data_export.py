@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from fine_tuning.data_collection.conversation import as_conversation, edits
+from fine_tuning.data_collection.conversation import as_conversation, each_record, edits, is_sound
+from fine_tuning.errors import UserError, no_space
 from fine_tuning.records import dump_line, replacing
 from fine_tuning.settings import Settings
 
@@ -60,37 +61,57 @@ class DataExporter:
     Args:
         folder: where the files go; made if it is not there.
         compression: none, gzip or zstd.
+
+    Raises:
+        UserError: the compression is unknown.
     """
 
     def __init__(self, folder: str | Path, compression: Literal["none", "gzip", "zstd"] = "none") -> None:
+        if compression not in SUFFIXES:
+            raise UserError(f"unknown compression {compression!r}: choose one of {', '.join(SUFFIXES)}")
         self.folder = Path(folder)
         self.compression = compression
         self.counts: dict[str, dict[str, int]] = {}
 
     def export_all_formats(
-        self, conversations: Iterable[dict], formats: Iterable[ExportFormat] = tuple(FILES)
+        self, conversations: Iterable[dict], formats: Iterable[ExportFormat] | ExportFormat = tuple(FILES)
     ) -> dict[str, Path]:
         """Write every format and return its file. `counts` says how many conversations each could take.
 
-        Conversations with turns that a format has no place for (tool messages in question-answer formats) are left
-        out of that format and counted as skipped.
+        Conversations that a format has no place for (tool messages in question-answer formats, ChatML's own marks
+        within a message in ChatML) are left out of that format and counted as skipped; so is what is no conversation.
+
+        Raises:
+            UserError: a format is unknown, the folder cannot be made, or these are no conversations.
         """
-        formats = tuple(formats)
+        formats = (formats,) if isinstance(formats, str) else tuple(formats)
+        if unknown := [name for name in formats if name not in FILES]:
+            raise UserError(f"unknown export format {unknown[0]!r}: choose from {', '.join(FILES)}")
+        self._make_folder()
         paths = {name: self.folder / (FILES[name] + SUFFIXES[self.compression]) for name in formats}
         self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._writer(name, path)) for name, path in paths.items()}
-            for record in conversations:
+            for record in each_record(conversations):
                 conversation = as_conversation(record)
-                final = with_edits(conversation)
+                sound = is_sound(conversation)
+                final = with_edits(conversation) if sound else conversation
                 for name, write in writers.items():
-                    taken = write(conversation if name == "json" else final)
+                    taken = sound and write(conversation if name == "json" else final)
                     self.counts[name]["exported" if taken else "skipped"] += 1
         return paths
 
     def export(self, conversations: Iterable[dict], format: ExportFormat) -> Path:
         """Write one format and return its file."""
         return self.export_all_formats(conversations, [format])[format]
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if no_space(error):
+                raise
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another folder") from None
 
     @contextmanager
     def _writer(self, name: str, path: Path) -> Iterator[Callable[[dict], bool]]:
@@ -169,7 +190,7 @@ def _array(convert: Callable[[dict], dict | None]) -> Callable:
 def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
     """One row an exchange; consecutive rows with one conversation_id are one conversation."""
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
+    table = csv.writer(text, lineterminator="\r\n")  # RFC 4180; a bare \r within a cell is quoted only so
 
     def flush() -> None:
         file.write(text.getvalue().encode("utf-8", "replace"))
@@ -181,7 +202,7 @@ def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
         if parts is None:
             return False
         system, exchanges = parts
-        ratings = {e["message_id"]: e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
+        ratings = {e.get("message_id"): e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
         for turn, (question, reply) in enumerate(exchanges, start=1):
             row = (
                 conversation["id"],
@@ -228,6 +249,14 @@ def to_chatml(conversation: dict) -> dict:
     return {"id": conversation["id"], "text": "".join(turns)}
 
 
+def _chatml_line(conversation: dict) -> dict | None:
+    """None for what ChatML cannot say: it has no escape for its own marks, and a system turn begins a conversation."""
+    messages = conversation["messages"]
+    if any("<|im_" in m["content"] or (m["role"] == "system" and i) for i, m in enumerate(messages)):
+        return None
+    return to_chatml(conversation)
+
+
 def to_alpaca(conversation: dict) -> dict | None:
     """{"instruction", "input", "output"} of the last exchange; earlier ones as LLaMA-Factory's `history`."""
     record = _last_exchange(conversation, "instruction", "output")
@@ -268,7 +297,7 @@ def to_sharegpt(conversation: dict) -> dict:
 _CONTAINERS: dict[str, Callable] = {
     "json": _array(lambda conversation: conversation),
     "csv": _csv,
-    "chatml": _lines(to_chatml),
+    "chatml": _lines(_chatml_line),
     "alpaca": _array(to_alpaca),
     "instruction": _lines(to_instruction),
     "openai": _lines(to_openai),

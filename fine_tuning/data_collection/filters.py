@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -64,7 +64,7 @@ def check_roles(messages: list[dict]) -> Drop | None:
     for index, (first, second) in enumerate(pairwise(spoken)):
         if first == second and first != "tool":
             return Drop("roles_do_not_alternate", index + 1)
-        if first == "tool" and second == "user":
+        if (first, second) in (("tool", "user"), ("user", "tool")):
             return Drop("roles_do_not_alternate", index + 1)
     return None
 
@@ -98,16 +98,24 @@ def check_lengths(messages: list[dict], settings: FilterSettings) -> Drop | None
 
 _TEMPLATE = re.compile(
     r"\{\{\s{0,4}[\w. |]{1,64}\s{0,4}\}\}|\{%-?\s{0,4}\w{1,32}[^%\n]{0,128}%\}|<%=?[^%\n]{1,128}%>"
-    r"|\[(?:INSERT|YOUR)[ _][A-Z _]{2,40}\]"
-    r"|\bLorem ipsum dolor\b",
+    r"|(?<!\w)\[(?:(?:insert|your)[ _][\w '’/&-]{2,40}|(?:[a-z]{2,16} )?name)\](?!\()"  # but no link of Markdown
+    r"|\blorem ipsum dolor\b",
+    re.IGNORECASE,
+)
+# Formulas of LaTeX are as little prose as code is.
+_FORMULA = re.compile(
+    r"\$\$(?=[^$]{0,200}\w)[^$]{1,2000}\$\$|\$(?=[^$\n]{0,200}\w)[^$\n]{1,200}\$"
+    r"|\\\((?:(?!\\\()[^\n]){1,400}?\\\)|\\\[(?:(?!\\\[).){1,2000}?\\\]",
+    re.DOTALL,
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 SHORT_TEXT = 20  # words; repetition and language of fewer say nothing
 # Gopher, appendix A.1 (Rae et al. 2021), table A1: share of characters in the most frequent 2-, 3- and 4-gram, and in
-# all duplicate 5- to 10-grams, that marks a text as repetitive. `max_repetition` scales them: 1 is the paper's.
+# all duplicate 5- to 10-grams, that marks a web page as repetitive. `max_repetition` scales them: 1 is the paper's.
 TOP_GRAM_SHARES = {2: 0.20, 3: 0.18, 4: 0.16}
-DUPLICATE_GRAM_SHARES = {5: 0.15, 10: 0.10}
+DUPLICATE_GRAM_SHARES = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 DUPLICATE_LINE_SHARE = 0.30
+CHARACTERS_A_WORD = 15  # more on average: the script puts no spaces between words, and a word is counted as two
 
 
 def check_content(messages: list[dict], settings: FilterSettings) -> Drop | None:
@@ -118,7 +126,9 @@ def check_content(messages: list[dict], settings: FilterSettings) -> Drop | None
         if role not in ("user", "assistant"):
             continue
         prose = _CODE.sub(" ", text) if "`" in text else text
-        if ("{" in prose or "<%" in prose or "[" in prose or "Lorem" in prose) and (found := _TEMPLATE.search(prose)):
+        if "$" in prose or "\\" in prose:
+            prose = _FORMULA.sub(" ", prose)
+        if ("{" in prose or "<%" in prose or "[" in prose or "orem" in prose) and (found := _TEMPLATE.search(prose)):
             return Drop("template_field", found.start())
         if (share := _special_share(prose)) > settings.max_special_characters and len(prose) >= SHORT_TEXT:
             return Drop("special_characters", share)
@@ -143,36 +153,36 @@ def _special_share(text: str) -> float:
         return 0.0
     rest = text.translate(_ORDINARY_ASCII)
     if rest and not rest.isascii():
-        rest = [c for c in rest if not (c.isalnum() or c.isspace() or c in _PUNCTUATION or _is_mark(c))]
+        rest = [c for c in rest if c.isascii() or not (c.isalnum() or c.isspace() or _is_mark_or_punctuation(c))]
     return round(len(rest) / len(text), 4)
 
 
-_PUNCTUATION = frozenset(".,;:!?'\"()-’‘“”„«»…–—、。，！？：；（）「」『』・¿¡،؟।")
 _ORDINARY_ASCII = {i: None for i in range(128) if chr(i).isalnum() or chr(i).isspace() or chr(i) in ".,;:!?'\"()-"}
 
 
-def _is_mark(character: str) -> bool:
-    return unicodedata.category(character)[0] == "M"
+def _is_mark_or_punctuation(character: str) -> bool:
+    return unicodedata.category(character)[0] in "MP"
 
 
 def _echo(question: str, answer: str) -> float:
-    """1 if the answer only says the question again, otherwise the share of its words that copy the question's run."""
-    if [word.lower() for word in question.split(None, 1)[:1]] != [word.lower() for word in answer.split(None, 1)[:1]]:
+    """Share of the answer that is the question again, whatever its case and end; less than half of it is none."""
+    if 2 * len(question) < len(answer) or 2 * len(answer) < len(question):
         return 0.0
-    first, second = question.lower().split(), answer.lower().split()
-    if len(second) < 5 or not first:
+    first, second = (" ".join(text.lower().split()).rstrip(_ENDS) for text in (question, answer))
+    if len(second.encode()) < SHORTEST_ECHO or not first or first not in second:
         return 0.0
-    if first == second:
-        return 1.0
-    width = len(first)
-    if len(first) >= 5 and second[:width] == first:
-        return round(width / len(second), 4)
-    return 0.0
+    return round(len(first) / len(second), 4)
+
+
+_ENDS = " .!?…。！？؟।"
+SHORTEST_ECHO = 24  # bytes of UTF-8: five words of English, eight characters of Chinese
 
 
 def repetition(text: str) -> float:
     """How repetitive a text is, relative to Gopher's thresholds: above 1 the paper would drop it."""
     words = text.split()
+    if len(text) > CHARACTERS_A_WORD * max(len(words), 1):
+        return _repetition_of_characters("".join(words))
     if len(words) < SHORT_TEXT:
         return 0.0
     worst = 0.0
@@ -181,39 +191,73 @@ def repetition(text: str) -> float:
     if pairs > 1:  # otherwise no pair stands there three times
         worst = _top_share(words, 2, total) / TOP_GRAM_SHARES[2]
     if pairs and len(set(zip(words, words[1:], words[2:], strict=False))) < len(words) - 2:
-        for size in (3, 4):
-            worst = max(worst, _top_share(words, size, total) / TOP_GRAM_SHARES[size])
-        for size, limit in DUPLICATE_GRAM_SHARES.items():
-            worst = max(worst, _duplicate_share(words, size, total) / limit)
-    lines = [line for line in text.split("\n") if line.strip()] if "\n" in text else []
+        worst = max(worst, *(_top_share(words, size, total) / TOP_GRAM_SHARES[size] for size in (3, 4)))
+        worst = _worst_duplicate_share(words, 1, total, worst)
+    # Of shorter lines, such as a brace, a bracket or `else:`, code has many alike.
+    lines = [line for line in text.split("\n") if line.strip().count(" ") > 1] if "\n" in text else []
     if len(lines) > 3:
         worst = max(worst, (1 - len(set(lines)) / len(lines)) / DUPLICATE_LINE_SHARE)
     return round(worst, 4)
 
 
-def _top_share(words: list[str], size: int, total: int) -> float:
+def _repetition_of_characters(text: str) -> float:
+    text = text[-8192:]  # a loop goes on to the end
+    total = len(text)
+    if total < 2 * SHORT_TEXT or len(set(_grams(text, 4))) > total - 4:  # no four characters stand there twice
+        return 0.0
+    worst = max(_top_share(text, 2 * size, total) / limit for size, limit in TOP_GRAM_SHARES.items())
+    return round(_worst_duplicate_share(text, 2, total, worst), 4)
+
+
+def _worst_duplicate_share(units: Sequence[str], scale: int, total: int, worst: float) -> float:
+    """`worst`, or the largest share of duplicate grams in multiples of its threshold, if that is more."""
+    for size, limit in DUPLICATE_GRAM_SHARES.items():
+        share = _duplicate_share(units, size * scale, total)
+        worst = max(worst, share / limit)
+        if share / DUPLICATE_GRAM_SHARES[10] <= worst:  # what longer grams repeat is part of what this one does
+            break
+    return worst
+
+
+def _top_share(words: Sequence[str], size: int, total: int) -> float:
     """Share of the characters that stand in the most frequent run of `size` words, if it is there three times."""
-    gram, count = Counter(zip(*(words[i:] for i in range(size)), strict=False)).most_common(1)[0]
+    gram, count = Counter(_grams(words, size)).most_common(1)[0]
     return count * sum(map(len, gram)) / total if count > 2 else 0.0
 
 
-def _duplicate_share(words: list[str], size: int, total: int) -> float:
+def _duplicate_share(words: Sequence[str], size: int, total: int) -> float:
     """Share of the characters that stand in a run of `size` words which was there before; each counts once."""
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[str, ...] | str] = set()
     covered, inside = 0, 0
-    for index, gram in enumerate(zip(*(words[i:] for i in range(size)), strict=False)):
+    for index, gram in enumerate(_grams(words, size)):
         if gram in seen:
             start = max(index, inside)
-            covered += sum(map(len, words[start : index + size]))
+            covered += len("".join(words[start : index + size]))
             inside = index + size
         else:
             seen.add(gram)
     return covered / total
 
 
+def _grams(words: Sequence[str], size: int) -> Iterable[tuple[str, ...] | str]:
+    if isinstance(words, str):
+        return [words[start : start + size] for start in range(len(words) - size + 1)]
+    return zip(*(words[i:] for i in range(size)), strict=False)
+
+
 @cache
 def _word_pattern(words: tuple[str, ...]) -> re.Pattern[str] | None:
-    return re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(words))) + r")\b", re.IGNORECASE) if words else None
+    listed = [word.strip() for word in words if word.strip()]
+    whole = [rf"{_edge(word[0])}{re.escape(word)}{_edge(word[-1])}" for word in sorted(listed, key=len, reverse=True)]
+    return re.compile("|".join(whole), re.IGNORECASE) if whole else None
+
+
+def _edge(character: str) -> str:
+    """Where a listed word may begin or end: scripts without spaces and signs have no word boundaries."""
+    return "" if _UNSPACED.match(character) else r"\b"
+
+
+_UNSPACED = re.compile("\\W|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 def inappropriate(messages: list[dict], words: list[str]) -> int:

@@ -4,6 +4,7 @@ Containers (JSON Lines, JSON, CSV, Parquet, ChatML text; each also as .gz or .zs
 record is stands in `record_formats`.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -17,16 +18,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
 
 from fine_tuning.data_collection.conversation import short_hash
-from fine_tuning.data_collection.record_formats import NotRecognised, from_chatml, recognise
+from fine_tuning.data_collection.record_formats import PAIRS, NotRecognised, from_chatml, recognise
 from fine_tuning.errors import UserError
 
 CHUNK = 1 << 20
+LONGEST_LINE = 64 << 20
 csv.field_size_limit(1 << 28)
 _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
@@ -100,14 +103,14 @@ def _conversation(found: Any, identity: str, source: str, started_at: str) -> di
             "role": message["role"],
             "content": message["content"],
         }
-        if message.get("model"):
-            kept["model"] = message["model"]
+        kept |= {key: message[key] for key in ("model", "version", "incomplete") if message.get(key)}
+        if message.get("alternatives"):
+            kept["alternatives"] = [
+                {"id": f"{kept['id']}-other-{number}"} | other
+                for number, other in enumerate(message["alternatives"], start=1)
+            ]
         messages.append(kept | ({"at": at} if at else {}))
-    feedback = [
-        {key: value for key, value in entry.items() if key != "index"}
-        | ({"message_id": messages[entry["index"]]["id"]} if "index" in entry else {})
-        for entry in found.feedback
-    ]
+    feedback = [_pointed(entry, messages) for entry in found.feedback]
     first = next((m["at"] for m in messages if "at" in m), None)
     return {
         "id": identity,
@@ -116,7 +119,16 @@ def _conversation(found: Any, identity: str, source: str, started_at: str) -> di
         "messages": messages,
         "feedback": feedback,
         "metadata": found.metadata,
-    }
+    } | ({"restored": True} if found.restored else {})
+
+
+def _pointed(entry: dict, messages: list[dict]) -> dict:
+    """A feedback entry that names its message, and those that it prefers it to, by their ids."""
+    if "index" not in entry:
+        return entry
+    message = messages[entry["index"]]
+    named = {key: value for key, value in entry.items() if key != "index"} | {"message_id": message["id"]}
+    return named | ({"over": [other["id"] for other in message["alternatives"]]} if entry.get("over") else {})
 
 
 def _timestamp(value: Any) -> str | None:
@@ -149,10 +161,10 @@ def _records(path: Path) -> Iterator[tuple[int, Any] | Problem]:
         return
     with _opened(path) as file:
         if kind == "csv":
-            yield from _csv_records(file, "\t" if ".tsv" in path.suffixes else ",")
+            yield from _csv_records(file)
         elif kind == "chatml":
             text = file.read().decode("utf-8-sig", "replace")
-            yield from enumerate(({"chatml": found["messages"]} for found in from_chatml(text)), start=1)
+            yield from enumerate(({"chatml": turns} for turns in from_chatml(text)), start=1)
         elif kind == "json":
             yield from _json_records(file)
         else:
@@ -162,22 +174,25 @@ def _records(path: Path) -> Iterator[tuple[int, Any] | Problem]:
 def _kind(path: Path) -> str:
     """parquet, csv, chatml, json (one document) or jsonl, by name where it says so and by the first bytes."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
+    lines = any(suffix in (".jsonl", ".ndjson") for suffix in suffixes)
     with _opened(path) as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        head = file.peek(4)[:4]
+        first, second = _first_lines(file)
     if head.startswith(b"PAR1"):
         return "parquet"
     if any(suffix in (".csv", ".tsv") for suffix in suffixes):
         return "csv"
-    if head.startswith(b"<|im_start|>"):
-        return "chatml"
-    if head.startswith(b"["):
-        first_line = head.split(b"\n", 1)[0]
-        return "jsonl" if ".jsonl" in suffixes and first_line.rstrip().endswith(b"]") else "json"
-    if head.startswith(b"{"):
-        return "json" if ".json" in suffixes and not _is_json(head.split(b"\n", 1)[0]) else "jsonl"
-    if not head:
+    if not first:
         raise UserError(f"{path} is empty: check that it was exported completely")
-    if b"," in head.split(b"\n", 1)[0]:
+    if first.startswith(b"<|im_start|>"):
+        return "chatml"
+    if first.startswith(b"["):
+        return "jsonl" if lines and first.endswith(b"]") else "json"
+    if first.startswith(b"{"):
+        return "jsonl" if lines or _is_json(second) or (second and _is_json(first)) else "json"
+    if head.startswith(b"PK\x03\x04"):
+        raise UserError(f"{path} is a zip archive: unpack it with `unzip {path}` and import the files in it")
+    if _COLUMNS & {cell.strip(' "').lower() for cell in re.split("[,;\t|]", first.decode("utf-8", "replace"))}:
         return "csv"
     raise UserError(
         f"{path} is of no known kind: give JSON, JSON Lines, CSV with a header, Parquet or ChatML text "
@@ -185,27 +200,75 @@ def _kind(path: Path) -> str:
     )
 
 
+_COLUMNS = {"role", "content", "messages", "conversations", "instruction", "output"} | {
+    name for pair in PAIRS for name in pair
+}
+
+
+def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
+    """The first two lines that are not empty, without the byte order mark; of very long ones the start."""
+    found: list[bytes] = []
+    while len(found) < 2 and (line := file.readline(LONGEST_LINE)):
+        if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+            found.append(line)
+    return (*found, b"", b"")[:2]
+
+
 def _is_json(text: bytes) -> bool:
+    """Whether a line is a JSON object on its own."""
     try:
-        json.loads(text)
+        return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    """The bytes of a file, decompressed; text in UTF-16, as Windows programs write it, as UTF-8."""
     with open(path, "rb") as raw:
-        magic = raw.read(4)
-        raw.seek(0)
+        magic = raw.peek(4)[:4]
         if magic.startswith(b"\x1f\x8b"):
-            with gzip.open(raw) as file:
-                yield file
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw))
         elif magic == b"\x28\xb5\x2f\xfd":
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as stream:
-                yield io.BufferedReader(stream)
+            file = io.BufferedReader(_Pieces(_zstd_pieces(raw)))
         else:
-            yield raw
+            file = raw
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            text = io.TextIOWrapper(file, encoding="utf-16", errors="replace", newline="")
+            file = io.BufferedReader(_Pieces(piece.encode() for piece in iter(partial(text.read, CHUNK), "")))
+        yield file
+
+
+def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The content of a file of zstd frames. Unlike zstandard's own reader it notices that the last one is cut off."""
+    frame, packed = zstandard.ZstdDecompressor().decompressobj(), b""
+    while packed := packed or file.read(CHUNK >> 4):
+        if frame.eof:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+        yield frame.decompress(packed)
+        packed = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise EOFError("the last frame is cut off")
+
+
+class _Pieces(io.RawIOBase):
+    """A file of the bytes that come piece by piece."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -279,6 +342,8 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
     while True:
         start = _SEPARATORS.match(buffer, position).end()
         if buffer.startswith("]", start):
+            if (buffer[start + 1 :] + reader.read(CHUNK)).strip():
+                yield Problem(number + 1, "text after the end of the array, which was not read")
             return
         try:
             value, position = _STRICT.raw_decode(buffer, start)
@@ -298,28 +363,69 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
             buffer, position, ended = buffer[start:] + more, 0, not more
 
 
-def _csv_records(file: BinaryIO, delimiter: str) -> Iterator[tuple[int, Any] | Problem]:
-    """Rows by their header; consecutive rows with the same `conversation_id` are one record of several turns."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text, delimiter=delimiter, restkey="", strict=True)
+def _csv_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
+    """Rows by their header; consecutive rows of one conversation are one record of several turns."""
     group: list[dict] = []
     start = 1
-    try:
-        for row in rows:
-            row = {key.strip().lower(): _restore_cell(value) for key, value in row.items() if key and value is not None}
-            if any("\udc80" <= c <= "\udcff" for value in row.values() for c in value):
-                yield Problem(rows.line_num, "not UTF-8")
-                continue
-            if group and row.get("conversation_id") and row["conversation_id"] == group[0].get("conversation_id"):
-                group.append(row)
-                continue
-            if group:
-                yield start, {"rows": group}
-            group, start = [row], rows.line_num
+    known: set[str] = set()
+    for item in _csv_rows(file):
+        if isinstance(item, Problem):
+            yield item
+            continue
+        line, row = item
+        if group and _goes_on(row, group[0]):
+            group.append(row)
+            continue
         if group:
             yield start, {"rows": group}
-    except csv.Error as error:
-        yield Problem(rows.line_num, f"not CSV ({error})")
+            group = []
+        if (name := row.get("conversation_id")) and {"role", "content"} <= row.keys():
+            if name in known:
+                yield Problem(line, "its conversation began in rows further up: sort the rows by conversation_id")
+                continue
+            known.add(name)
+        group, start = [row], line
+    if group:
+        yield start, {"rows": group}
+
+
+def _goes_on(row: dict, first: dict) -> bool:
+    """Whether a row belongs to the conversation before it. Messages without a conversation_id are all one."""
+    name = row.get("conversation_id")
+    if not name and {"role", "content"} <= row.keys():
+        return not first.get("conversation_id") and row["role"].strip().lower() != "system"
+    return bool(name) and name == first.get("conversation_id")
+
+
+def _csv_rows(file: BinaryIO) -> Iterator[tuple[int, dict] | Problem]:
+    """(line on which it begins, {column in lower case: cell}) of every row."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    header = text.readline(CHUNK)
+    delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", header).count)
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    columns = [_CONVERSATION.get(name, name) for name in _cells(header, delimiter)]
+    while True:
+        line = rows.line_num + 2
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            yield Problem(line, f"not CSV ({error})")
+            continue
+        if cells is None:
+            return
+        if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
+            yield Problem(line, "not UTF-8")
+        elif any(cells[len(columns) :]):  # a text with a delimiter in it that nobody quoted
+            yield Problem(line, f"{len(cells)} cells under {len(columns)} columns")
+        elif any(cells):
+            yield line, {name: _restore_cell(cell) for name, cell in zip(columns, cells, strict=False) if name}
+
+
+_CONVERSATION = dict.fromkeys(("session_id", "thread_id", "chat_id"), "conversation_id")
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=delimiter), [])]
 
 
 _NEUTRALISED = re.compile(r"'+[=+\-@\t\r]")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.data_collection.conversation import fold, version_hash
+from fine_tuning.data_collection.conversation import fold, message_ids, version_hash
 from fine_tuning.data_collection.conversation_logger import read_log, rename_log
 from fine_tuning.data_collection.shards import newest_versions, next_stamp, shard_paths, versions, write_shard
 from fine_tuning.data_collection.tombstones import Tombstones
@@ -56,9 +56,11 @@ def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones 
     }
 
 
-def _state(conversation: dict) -> tuple[str, bool]:
-    """What makes a version another one. That it was restored is no part of the hash: imports compare what was said."""
-    return version_hash(conversation), bool(conversation.get("restored"))
+def _state(conversation: dict) -> tuple[str, bool, list[str]]:
+    """What makes a version another one. That it was restored, or what was deleted from it, is no part of the hash:
+    imports compare what was said.
+    """
+    return version_hash(conversation), bool(conversation.get("restored")), conversation.get("deleted_messages") or []
 
 
 def _touched(events: list[dict], paths: list[Path]) -> set[str]:
@@ -68,5 +70,5 @@ def _touched(events: list[dict], paths: list[Path]) -> set[str]:
     ids |= {event["id"] for event in events if event["event"] == "exchange" and not event.get("conversation_id")}
     loose = {e["message_id"] for e in events if not e.get("conversation_id") and e.get("message_id")} - own
     if loose:
-        ids |= {v["id"] for v in versions(paths) if any(m.get("id") in loose for m in v["messages"])}
+        ids |= {v["id"] for v in versions(paths) if not loose.isdisjoint(message_ids(v))}
     return ids

@@ -9,7 +9,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # ESC [ … final byte (CSI), ESC ] … BEL or ESC \ (OSC), and the two-character escapes of ECMA-48
 _ANSI = re.compile("\x1b(?:\\[[0-?]{0,64}[ -/]{0,8}[@-~]|\\][^\x07\x1b]{0,2048}(?:\x07|\x1b\\\\)|[@-Z\\\\^_])")
 # C0 without tab and newline, DEL, C1, soft hyphen, bidi embeddings, overrides and isolates, zero-width space, word
-# joiner, invisible operators, BOM, interlinear marks, non-characters, tag characters outside emoji flags
+# joiner, invisible operators, BOM, interlinear marks, non-characters
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u180e\u200b\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufff9-\ufffb\ufffe\uffff\ufdd0-\ufdef]"
@@ -24,7 +24,11 @@ _RIGHT_TO_LEFT = re.compile(
 _FENCE = re.compile(r"^[ ]{0,3}(```+|~~~+)", re.MULTILINE)
 _SPACES = re.compile(r"(?<=\S)[ \t\u00a0]{2,}|[ \t\u00a0]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")
-_LINE_ENDS = re.compile("\r\n?|\u0085|\u2028|\u2029")
+_CARRIAGE_RETURNS = re.compile("\r\n?")
+_LINE_ENDS = re.compile("[\u0085\u2028\u2029]")
+# An unseen alphabet, in which text can be hidden from people; the flags of England, Scotland and Wales are spelt in it.
+_TAGS = re.compile("(\U0001f3f4[\U000e0030-\U000e007a]{1,8}\U000e007f)|[\U000e0000-\U000e007f]")
+_VIRAMA = 9  # its canonical combining class
 
 
 class TextRepair:
@@ -75,17 +79,20 @@ class TextRepair:
         if _SURROGATE.search(text):
             # Halves of a pair become their character; a lone half becomes U+FFFD.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        text = _LINE_ENDS.sub("\n", text)
+        if "\r" in text:
+            text = _CARRIAGE_RETURNS.sub("\n", text)
         if "\x1b" in text:
             text = _ANSI.sub("", text)
         if not text.isascii():
             if self._fix_encoding:
-                text = self._mend_encoding(text)
+                text = self._mend_encoding(text)  # before U+0085 is a line end: it is the second half of Å
+            text = _LINE_ENDS.sub("\n", text)
             text = unicodedata.normalize("NFC", text)
             if "\u200c" in text or "\u200d" in text:
                 text = _JOINER.sub(_keep_joiner, text)
             if _DIRECTION_MARK.search(text) and not _RIGHT_TO_LEFT.search(text):
                 text = _DIRECTION_MARK.sub("", text)
+            text = _TAGS.sub(r"\1", text)
         return _INVISIBLE.sub("", text)
 
     def _mend_encoding(self, text: str) -> str:
@@ -98,11 +105,13 @@ class TextRepair:
 
 
 def _keep_joiner(match: re.Match[str]) -> str:
-    """ZWJ and ZWNJ stay where scripts and emoji need them: after an emoji, or after a letter of a joining script."""
+    """ZWJ and ZWNJ stay where scripts and emoji need them: after an emoji, a virama or a letter of a joining script."""
     text, at = match.string, match.start()
-    if at == 0 or at + 1 == len(text):
+    before, after = text[at - 1 : at], text[at + 1 : at + 2]
+    if before and unicodedata.combining(before) == _VIRAMA:  # at the end of a word too: Malayalam's chillus
+        return match.group()
+    if not before or not after:
         return ""
-    before, after = text[at - 1], text[at + 1]
     if after in "\u200c\u200d":
         return ""
     category = unicodedata.category(before)

@@ -8,10 +8,11 @@ from datetime import date
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import Field
 
+from fine_tuning.data_collection.conversation import each_record
 from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, HeldConversations, Row
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select
@@ -118,6 +119,9 @@ class DatasetBuilder:
             tokens; None for all.
         tokenizer: a tokenizer, or the folder of one, which every process loads for itself; None: rows hold messages.
         system_prompt, max_length: how to encode.
+
+    Raises:
+        UserError: an argument is none that `prepare` in params.yaml could have.
     """
 
     def __init__(
@@ -130,17 +134,29 @@ class DatasetBuilder:
         decontamination_words: int = 12,
         max_train_tokens: int | None = None,
         max_held_out_tokens: int | None = None,
-        tokenizer: "PreTrainedTokenizerFast | Path | None" = None,
+        tokenizer: "PreTrainedTokenizerFast | str | Path | None" = None,
         system_prompt: str | None = None,
         max_length: int = 512,
     ) -> None:
+        if train_on not in get_args(TrainOn):
+            raise UserError(f"train_on = {train_on!r} is unknown: choose one of {', '.join(get_args(TrainOn))}")
+        if not isinstance(salt, str) or not salt:
+            raise UserError("the salt is no text or empty: give one, and keep it")
+        for name, number in (
+            ("decontamination_words", decontamination_words),
+            ("max_train_tokens", max_train_tokens),
+            ("max_held_out_tokens", max_held_out_tokens),
+            ("max_length", max_length),
+        ):
+            if number is not None and (not isinstance(number, int) or number < 0):
+                raise UserError(f"{name} = {number!r} is no whole number from 0: give one")
         self.train_on = train_on
-        self.fractions = Fractions(validation_fraction, test_fraction, latest_from)
+        self.fractions = _fractions(validation_fraction, test_fraction, latest_from)
         self.salt = salt
         self.decontamination_words = decontamination_words
         self.max_train_tokens = max_train_tokens
         self.max_held_out_tokens = max_held_out_tokens
-        self.tokenizer = tokenizer
+        self.tokenizer = Path(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.system_prompt = system_prompt
         self.max_length = max_length
 
@@ -234,6 +250,21 @@ class DatasetBuilder:
                 return
             total += tokens
             yield example
+
+
+def _fractions(validation: float, test: float, latest_from: str | None) -> Fractions:
+    if (
+        not all(isinstance(share, (int, float)) and share >= 0 for share in (validation, test))
+        or validation + test >= 1
+    ):
+        raise UserError(
+            f"validation_fraction = {validation!r} and test_fraction = {test!r} leave nothing to train on, or are no "
+            "shares: give two numbers from 0 that are below 1 together"
+        )
+    try:
+        return Fractions(validation, test, latest_from and date.fromisoformat(latest_from).isoformat())
+    except (TypeError, ValueError):
+        raise UserError(f"latest_from = {latest_from!r} is no date: give one such as 2026-01-31") from None
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -343,7 +374,7 @@ def read_split(path: str | Path) -> "Dataset":
 def _newest(records: Iterable[dict]) -> list[dict]:
     """The newest version of each conversation, without deleted ones."""
     newest = {}
-    for record in records:
+    for record in each_record(records):
         conversation = read_conversation(record)
         newest[conversation["id"]] = conversation
     return [conversation for conversation in newest.values() if not conversation.get("deleted")]
@@ -362,7 +393,8 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
         if by_session and "session" in conversation:
             key: Any = conversation["session"]
         else:
-            texts = [str(m.get("content")) for m in conversation["messages"] or () if isinstance(m, dict)]
+            messages = conversation["messages"] if isinstance(conversation["messages"], list) else []
+            texts = [str(message.get("content")) for message in messages if isinstance(message, dict)]
             key = ("text", "\n".join(texts).casefold())
         clusters[identity] = first.setdefault(key, identity)
     return clusters

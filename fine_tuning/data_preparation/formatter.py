@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from fine_tuning.data_collection.conversation import each_record
 from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
 from fine_tuning.data_preparation.tokenizer import ROLES
@@ -44,7 +45,7 @@ class TrainingDataFormatter:
         """Records of logged exchanges or conversations with `messages`; those without a usable reply give none."""
         write = _WRITERS[self.format]
         pairs = []
-        for record in conversations:
+        for record in each_record(conversations):
             conversation = read_conversation(record)
             if structure_problem(conversation) is None:
                 selected = select(conversation, self.train_on)

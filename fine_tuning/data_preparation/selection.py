@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from fine_tuning.data_collection.conversation import as_conversation, is_exchange
+from fine_tuning.data_collection.conversation import as_conversation, is_exchange, is_feedback
 from fine_tuning.data_preparation.tokenizer import ROLES
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
@@ -31,7 +31,7 @@ def structure_problem(conversation: dict) -> str | None:
         if not isinstance(message, dict):
             return "malformed"
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
+        if role not in ROLES or not isinstance(content, str) or isinstance(message.get("id"), (list, dict)):
             return "malformed"
         if role == "user":
             asked = True
@@ -39,6 +39,9 @@ def structure_problem(conversation: dict) -> str | None:
             answered = answered or asked
         if role != "system" and (not content or content.isspace()):
             return "malformed"
+    feedback = conversation.get("feedback") or []
+    if not isinstance(feedback, list) or not all(isinstance(e, dict) and is_feedback(e) for e in feedback):
+        return "malformed"
     return None if answered else "no_reply"
 
 

@@ -28,6 +28,7 @@ class Tally:
             counts = {"conversations": 1, "tokens": tokens, "trained_tokens": encoded.trained_tokens}
             self.by_source.setdefault(example.source, Counter()).update(counts)
             self.totals.update(counts)
+            self.totals["control_tokens"] += encoded.control_ids
             self.totals["lost_oldest_turns"] += encoded.dropped_messages > 0
             self.totals["lost_end_of_reply"] += encoded.cut_tokens > 0
             self.totals["shortened"] += encoded.dropped_messages > 0 or encoded.cut_tokens > 0
@@ -41,6 +42,7 @@ class Tally:
             "conversations": len(lengths),
             "tokens": tokens,
             "trained_tokens": trained,
+            "control_tokens": totals["control_tokens"],
             "trained_share": round(trained / tokens, 4) if tokens else 0.0,
             "tokens_mean": round(tokens / len(lengths), 1) if lengths else 0.0,
             "tokens_median": lengths[len(lengths) // 2] if lengths else 0,
@@ -58,6 +60,15 @@ def statistics(tallies: Mapping[str, Tally], left_out: Mapping[str, int]) -> dic
         "left_out": dict(sorted(left_out.items())),
         "splits": {split: tallies[split].statistics() for split in SPLITS},
     }
+
+
+def tokens_by_source(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
+    """One row a split and source, named after both: its conversations, tokens and tokens that are trained."""
+    return [
+        {"part": f"{split}: {source}"} | dict(counts)
+        for split in SPLITS
+        for source, counts in sorted(tallies[split].by_source.items())
+    ]
 
 
 def length_histogram(tallies: Mapping[str, Tally], bins: int = 16) -> list[dict[str, int]]:

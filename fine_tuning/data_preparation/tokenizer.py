@@ -407,6 +407,8 @@ class TokenizerUtils:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text: no token is added, and control tokens in it are parsed."""
+        if not isinstance(text, str):
+            raise UserError(f"a {type(text).__name__} is no text: give a str")
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -420,10 +422,15 @@ class TokenizerUtils:
     def measure(
         self, conversations: Iterable[dict], max_length: int = 512, system_prompt: str | None = None
     ) -> TokenizerReport:
-        """Count tokens of conversations with `messages`, turn by turn and as the template renders them."""
+        """Count tokens of logged exchanges or conversations, turn by turn and as the template renders them.
+
+        Raises:
+            UserError: one is neither.
+        """
         total = turns = characters = tokens = unknown = lossy = truncated = refused = written = carried = 0
         for conversation in conversations:
-            contents = [message["content"] for message in conversation["messages"]]
+            messages = _messages_of(conversation)
+            contents = [message["content"] for message in messages]
             total += 1
             turns += len(contents)
             characters += sum(map(len, contents))
@@ -435,7 +442,7 @@ class TokenizerUtils:
                 lossy += self.decode(ids) != content
             tokens += here
             try:
-                length = len(_tokens(self.tokenizer, render(self.tokenizer, conversation["messages"], system_prompt)))
+                length = len(_tokens(self.tokenizer, render(self.tokenizer, messages, system_prompt)))
             except UserError:
                 refused += 1
                 continue
@@ -503,11 +510,12 @@ class TokenizerUtils:
 
 def compare_tokenizers(
     names: Iterable[str | Path],
-    conversations: Sequence[dict],
+    conversations: Iterable[dict],
     max_length: int = 512,
     system_prompt: str | None = None,
 ) -> list[TokenizerReport]:
     """Reports of several tokenizers on the same conversations, in the order of `names`."""
+    conversations = list(conversations)
     return [TokenizerUtils(name).measure(conversations, max_length, system_prompt) for name in names]
 
 
@@ -525,23 +533,36 @@ def comparison_table(reports: Sequence[TokenizerReport]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _messages_of(record: dict) -> list[dict]:
+    if isinstance(record, dict) and "messages" not in record and "user_message" in record:
+        texts = (("user", record["user_message"]), ("assistant", record.get("assistant_response")))
+        messages: Any = [{"role": role, "content": text} for role, text in texts]
+    else:
+        messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise UserError("a conversation has no messages with role and content: give exchanges or conversations")
+    return messages
+
+
 def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
     path = Path(name)
-    if (path / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    from transformers import AutoTokenizer
-
     try:
+        if (path / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        from transformers import AutoTokenizer
+
         if path.suffix == ".gguf" and path.is_file():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 name, revision=revision or "main", use_fast=True, trust_remote_code=False
             )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except Exception as error:  # files of somebody else's: a damaged one may fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"no tokenizer {name!r}: give a folder, a .gguf file or a hub id ({reason})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{name} has no fast tokenizer: save one with `save_pretrained` from a fast class first")

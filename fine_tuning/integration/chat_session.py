@@ -129,6 +129,7 @@ def ask(
             "engine": question.model.engine,
             "settings": sampling.model_dump() | {"system_prompt": system_prompt},
             "seconds": round(reply.seconds, 2),
+            "tokens": reply.pieces,
         }
         if person is not None:
             metadata["user_id"] = person
