@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 
 import pytest
 import yaml
@@ -64,17 +65,30 @@ def test_an_experiment_changes_a_parameter_and_shows_beside_the_others(trained, 
     assert "train.learning_rate" in table
 
 
-def test_the_stage_trains_on_two_processes_when_a_parameter_says_so(trained, tmp_path):
+@pytest.mark.parametrize("launch", ["ddp", "fsdp"])
+def test_the_stage_trains_on_two_processes_when_a_parameter_says_so(trained, tmp_path, launch):
     project = trained.copy(tmp_path / "two")
     one = json.loads((project.folder / "metrics/train.json").read_text())
-    project.set_params(train={"launch": "ddp"})
+    runs = _runs(project)
+    project.set_params(train={"launch": launch})
     output = project.run("dvc", "repro", "train")
     two = json.loads((project.folder / "metrics/train.json").read_text())
     assert two["validation_loss_before"] == pytest.approx(one["validation_loss_before"], abs=1e-5)
     assert two["steps"] == one["steps"]
     assert two["validation_loss"] < two["validation_loss_before"]
-    # Only one of the two writes and tells.
+    # Only one of the two writes and tells, how quickly and how long still.
     assert output.count("train: lora on") == 1
+    assert re.search(r"train: step 4 of 4, loss \d\.\d+, \d+ tokens/s, 00:00 left", output)
+    assert _runs(project) == runs + 2
+
+
+@pytest.mark.parametrize("launch", ["single", "ddp"])
+def test_what_training_refuses_is_one_line_however_many_processes_meet_it(trained, tmp_path, launch):
+    project = trained.copy(tmp_path / "refused")
+    project.set_params(train={"launch": launch, "learning_rate": 1e30, "max_grad_norm": 1e30})
+    output = project.run("python", "-m", "stages.train", check=False)
+    assert output.count("error: ") == 1 and "lower train.learning_rate" in output
+    assert "Traceback" not in output
 
 
 def test_an_experiment_in_a_temporary_copy_tracks_its_run_in_the_main_checkout(trained, tmp_path):
