@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,7 +38,8 @@ TRAIN = Path("data/prepared/train.parquet")
 VALIDATION = Path("data/prepared/validation.parquet")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
-CURVE = Path("metrics/plots/train_loss.csv")
+LOSS_CURVE = Path("metrics/plots/train_loss.csv")
+VALIDATION_CURVE = Path("metrics/plots/validation_loss.csv")
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 SCRATCH = main_checkout() / ".whetstone"
 
@@ -74,7 +75,7 @@ def main() -> None:
             result = train(progress)
         metrics = quality(result)
         write_json(METRICS, metrics)
-        write_curve(result)
+        write_curves(result)
         hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
         (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
         for run in (pipeline, tracked):
@@ -230,19 +231,22 @@ def speed(result: TrainingResult) -> dict[str, float]:
     }
 
 
-def write_curve(result: TrainingResult) -> None:
-    """Loss, learning rate and gradient norm by step for `dvc plots`."""
-    CURVE.parent.mkdir(parents=True, exist_ok=True)
-    validation = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
-    with open(CURVE, "w", newline="") as file:
+def write_curves(result: TrainingResult) -> None:
+    """Loss, learning rate and gradient norm by step, and validation loss by step, for `dvc plots`."""
+    steps = [entry for entry in result.history if "loss" in entry]
+    columns = ["step", "loss", "learning_rate", "grad_norm"]
+    write_table(LOSS_CURVE, columns, ([entry[name] for name in columns] for entry in steps))
+    measured = [[entry["step"], entry["eval_loss"]] for entry in result.history if "eval_loss" in entry]
+    write_table(VALIDATION_CURVE, ["step", "validation_loss"], [[0, result.validation_loss_before], *measured])
+
+
+def write_table(path: Path, columns: list[str], rows: Iterable[list[float]]) -> None:
+    """Write a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "loss", "validation_loss", "learning_rate", "grad_norm"])
-        for entry in result.history:
-            if "loss" in entry:
-                step = entry["step"]
-                writer.writerow(
-                    [step, entry["loss"], validation.get(step, ""), entry["learning_rate"], entry["grad_norm"]]
-                )
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from fine_tuning.errors import UserError
 from fine_tuning.project import sha256_file
 from fine_tuning.settings import read_params
+from fine_tuning.training.model_card import model_card
 from fine_tuning.training.training_utils import (
     Row,
     TrainSettings,
@@ -183,7 +185,9 @@ def killed_run(base: Path, folder: Path, name: str, kill_at: int, changes: dict)
     script.write_text(KILLED_RUN)
     command = [str(script), str(base), str(folder / name), str(folder / f"ck-{name}"), str(kill_at)]
     program = launcher(changes["launch"]) if "launch" in changes else [sys.executable]
-    return subprocess.run([*program, *command, json.dumps(changes)], env=ENVIRONMENT, capture_output=True).returncode
+    # Another order of sets in every folder: no byte may depend on it.
+    environment = ENVIRONMENT | {"PYTHONHASHSEED": str(len(name))}
+    return subprocess.run([*program, *command, json.dumps(changes)], env=environment, capture_output=True).returncode
 
 
 def launcher(name: str) -> list[str]:
@@ -213,8 +217,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_base, tmp_path, changes):
     assert newest_checkpoint(tmp_path / "ck-cut") is not None
     assert not (tmp_path / "cut").exists()
     assert killed_run(tiny_base, tmp_path, "cut", -1, changes) == 0
-    weights = "adapter_model.safetensors"
-    assert sha256_file(tmp_path / "whole" / weights) == sha256_file(tmp_path / "cut" / weights)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert sha256_file(tmp_path / "whole" / name) == sha256_file(tmp_path / "cut" / name)
 
 
 def test_a_run_that_is_killed_after_it_stopped_early_does_not_go_on(tiny_base, tmp_path):
@@ -497,3 +501,37 @@ def test_qlora_reports_what_it_saves(tiny_base, tmp_path):
     packed = train(tiny_base, tmp_path / "b", tmp_path / "ck2", max_steps=1, method="qlora").base_weights
     assert plain.held_mb == plain.lora_mb == pytest.approx(packed.lora_mb, rel=0.01)
     assert packed.held_mb < 0.5 * packed.lora_mb
+
+
+# --- what goes with an adapter ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_model_card_says_where_the_adapter_comes_from(method):
+    base = {"model": "/models/my base: large", "license": "Licence: MIT", "revision": "abc", "sha256": "0f"}
+    card = model_card(
+        base, {"method": method, "lora.rank": 8}, {"validation_loss": 1.25}, {"train": "d1", "test": "d2"}
+    )
+    _, head, text = card.split("---\n", 2)
+    described = yaml.safe_load(head)
+    assert (described["base_model"], described["license"]) == (base["model"], base["license"])
+    for fact in ("| lora.rank | 8 |", "| validation_loss | 1.2500 |", "| train | `d1` |", "| test | `d2` |", "`0f`"):
+        assert fact in text
+    assert ("in four bits" in text) == (method == "qlora")
+
+
+def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
+    from importlib import metadata
+
+    from fine_tuning.training.tracking import versions
+
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert versions()["version_bitsandbytes"] == "none"
+    assert versions()["version_torch"] == real("torch")

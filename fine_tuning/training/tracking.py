@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -158,9 +159,14 @@ def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> 
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a run's bytes depend on, as tags."""
-    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-    return {f"version_{name}": metadata.version(name) for name in names}
+    """Versions of what a run's bytes depend on, as tags."""
+    found = {"version_python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "bitsandbytes"):
+        try:
+            found[f"version_{name}"] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[f"version_{name}"] = "none"
+    return found
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
