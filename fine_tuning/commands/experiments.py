@@ -34,10 +34,9 @@ def experiments(arguments: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    lines = dvc_lines(root())
+    lines = finished_first(dvc_lines(root()))
     if not any(line.kind == "experiment" for line in lines):
         raise UserError("there is no experiment yet: `dvc exp run -S train.learning_rate=5.0e-4` makes one")
-    lines.sort(key=lambda line: (line.metrics.get(METRICS["validation loss"]) is None, _loss(line)))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
@@ -48,8 +47,13 @@ def experiments(arguments: argparse.Namespace) -> None:
         console.print(f"{'Losses by step':<22}{DRAWING}", markup=False, soft_wrap=True)
 
 
-def _loss(line: Line) -> float:
-    return line.metrics.get(METRICS["validation loss"], 0.0)
+def finished_first(lines: list[Line]) -> list[Line]:
+    """Each line once, by its validation loss; last and without the numbers it started from what has not got there."""
+    told = {line.name: line for line in reversed(lines)}
+    for line in told.values():
+        if line.status not in ("", "success"):
+            line.metrics = {}
+    return sorted(told.values(), key=lambda line: line.metrics.get(METRICS["validation loss"], float("inf")))
 
 
 def table(lines: list[Line]) -> Any:
