@@ -13,7 +13,7 @@ from tests.test_training import SETTINGS
 def test_the_label_loss_is_cross_entropy():
     torch.manual_seed(0)
     hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
-    weight, targets = torch.randn(50, 16, dtype=torch.float64), torch.randint(0, 50, (7,))
+    weight, targets = torch.randn(2500, 16, dtype=torch.float64), torch.randint(0, 2500, (7,))
     expected = functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     (gradient,) = torch.autograd.grad(3 * expected, hidden)
     loss = fused.summed_label_loss(hidden, weight, targets)

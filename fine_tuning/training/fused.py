@@ -11,20 +11,25 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+HEAD_STRETCH = 1024  # rows of the vocabulary
 PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x W' + b + s (x A') B', with the low-rank product added in place, forward and backward."""
+    """y = x W' + b + s (x A') B', with the low-rank product added in place, forward and backward.
+
+    Products with the few columns of an adapter are written so that the few are rows: with 8 of them that takes a third
+    of the time in MKL.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: Any, b: Any, scale: float
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        low = flat @ a.t()
+        low = a @ flat.t()
         y = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
-        y.addmm_(low, b.t(), alpha=scale)
+        y.addmm_(low.t(), b.t(), alpha=scale)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -34,12 +39,12 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:
         flat, low, weight, a, b = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
-        dlow = dy @ b
-        db = (dy.t() @ low).mul_(ctx.scale)
-        da = (dlow.t() @ flat).mul_(ctx.scale)
+        dlow = b.t() @ dy.t()
+        db = (low @ dy).t().mul(ctx.scale)
+        da = (dlow @ flat).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(dlow, a, alpha=ctx.scale).view(ctx.shape)
+            dx = (dy @ weight).addmm_(dlow.t(), a, alpha=ctx.scale).view(ctx.shape)
         return dx, None, None, da, db, None
 
 
@@ -67,7 +72,11 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = hidden @ weight.t()
+        # By stretches that the cache holds: over all of a large vocabulary the product is a third slower.
+        logits = hidden.new_empty(len(hidden), len(weight))
+        for start in range(0, len(weight), HEAD_STRETCH):
+            stretch = slice(start, start + HEAD_STRETCH)
+            logits[:, stretch] = hidden @ weight[stretch].t()
         logits.sub_(logits.amax(-1, keepdim=True))
         chosen = logits.gather(1, targets.unsqueeze(1)).sum()
         total = logits.exp_().sum(-1, keepdim=True)

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from fine_tuning.training.fused import has_plain_head, summed_label_loss
 from fine_tuning.training.processes import of_main_process
+from fine_tuning.training.shared_prefix import lay_out
 from fine_tuning.training.training_utils import IGNORED_LABEL, Row
 
 Batch = dict[str, torch.Tensor]
@@ -28,12 +29,14 @@ class LabelTrainer(Trainer):
             batch meet only once, where those that share a matrix product meet thousands of times a step: on two cores
             that is half as fast again, and several times as fast beside other busy programs. Gradients are added in
             the order of the parts, so the result does not depend on who is first.
+        shared_prefixes: whether what all rows of a batch begin with is computed once; see `share_prefixes`.
     """
 
-    def __init__(self, lanes: int = 1, **arguments: Any) -> None:
+    def __init__(self, lanes: int = 1, shared_prefixes: bool = False, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.loss_is_scaled_for_ga = True
         self.lanes = lanes
+        self.shared_prefixes = shared_prefixes
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
         self._at = _Positions()
         self._head = self.model.get_output_embeddings()
@@ -54,7 +57,8 @@ class LabelTrainer(Trainer):
         """Loss of a batch and, in the parameters' `grad`, its gradient."""
         if self.lanes == 1:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        if not model.training:  # walking through all modules takes a fiftieth of a step
+            model.train()
         inputs = self._prepare_inputs(inputs)
         if num_items_in_batch is None:
             num_items_in_batch = int((inputs["labels"][:, 1:] != IGNORED_LABEL).sum())
@@ -90,6 +94,8 @@ class LabelTrainer(Trainer):
 
     def summed_loss(self, model: torch.nn.Module, inputs: Batch) -> tuple[torch.Tensor, int]:
         """(sum of the negative log-likelihoods of the trained tokens in nats, their number)."""
+        if self.shared_prefixes:
+            inputs = lay_out(inputs)
         labels = inputs["labels"]
         trained = torch.zeros_like(labels, dtype=torch.bool)
         trained[:, :-1] = labels[:, 1:] != IGNORED_LABEL

@@ -21,6 +21,7 @@ from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
 from fine_tuning.training.qlora_trainer import WeightsMemory, check_bitsandbytes, load_quantised_base, weights_memory
 from fine_tuning.training.run_guard import Progress, RunGuard, check_loss, is_over
+from fine_tuning.training.shared_prefix import share_prefixes
 from fine_tuning.training.training_utils import (
     Hardware,
     Row,
@@ -41,7 +42,7 @@ from fine_tuning.training.training_utils import (
 )
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}
 
 
 @dataclass
@@ -103,14 +104,18 @@ def train_adapter(
     if start_from:
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
-    if hardware.precision == "float32":
+    plain, random = hardware.precision == "float32", settings.lora.dropout or settings.neftune_alpha
+    if plain:
         fuse(model)
+    longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
+    shared = plain and not (random or settings.packing) and share_prefixes(model, longest)
     guard = RunGuard(settings, progress)
     pad = model.config.get_text_config().pad_token_id or 0
     batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     trainer = LabelTrainer(
         lanes=at_once,
+        shared_prefixes=shared,
         model=model,
         args=arguments,
         train_dataset=batches,
