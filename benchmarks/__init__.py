@@ -1,1 +1,1 @@
-"""Side by side with other tools, run by hand: `python -m benchmarks.cleaning`."""
+"""Side by side with other tools, and masking beside its labels, run by hand: `python -m benchmarks.cleaning`."""

@@ -455,7 +455,11 @@ def test_signatures_estimate_similarity():
 # cost
 
 
-@pytest.mark.parametrize("text", ["a" * 50_000, "www.(" + "a" * 50_000, "www.(aaaa" * 5_556, "1-1-1-" * 8_334])
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 50_000, "www.(" + "a" * 50_000, "www.(aaaa" * 5_556, "1-1-1-" * 8_334, "password for a " * 3_334,
+     "-----BEGIN PRIVATE KEY-----" * 1_852, "a1.b@" * 10_000, "1.1." * 12_500],
+)  # fmt: skip
 def test_no_pattern_runs_away(text):
     cleaner = DataCleaner()
     cleaner.clean_text("warm up: a@b.example, +1 650-253-0000, 1.2.3.4")

@@ -56,3 +56,28 @@ def test_layers_of_another_kind_keep_their_own_form(tiny_base, changes):
     model = attach_adapter(load_model(tiny_base, torch.float32), settings)
     fused.fuse(model)
     assert not any("forward" in vars(module) for name, module in model.named_modules() if name.endswith("_proj"))
+
+
+def test_layers_that_see_the_same_input_are_found(tiny_base):
+    from fine_tuning.training.base_model import load_model
+    from fine_tuning.training.lora_trainer import attach_adapter
+
+    model = attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    layers = [module for module in model.modules() if fused._is_plain_lora(module)]
+    groups = [[names[id(layer)] for layer in group] for group in fused._that_see_the_same(model, layers)]
+    assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_a_layer_of_a_group_that_is_called_by_itself_gives_its_own_output(tiny_base):
+    from fine_tuning.training.base_model import load_model
+    from fine_tuning.training.lora_trainer import attach_adapter
+
+    plain = attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
+    quick = copy.deepcopy(plain)
+    fused.fuse(quick)
+    x, other = torch.randn(5, 64), torch.randn(3, 64)
+    expected, attention = (model.base_model.model.model.layers[0].self_attn for model in (plain, quick))
+    attention.q_proj(x)
+    for layer, given in (("v_proj", other), ("k_proj", x), ("k_proj", x), ("v_proj", x)):
+        torch.testing.assert_close(getattr(attention, layer)(given), getattr(expected, layer)(given))

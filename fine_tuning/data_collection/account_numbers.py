@@ -6,6 +6,8 @@ A pattern proposes and a checksum decides. Every pattern repeats possessively or
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 _NO_DIGITS = re.compile(r"\D+")
 
@@ -14,19 +16,24 @@ def _digits(text: str) -> str:
     return _NO_DIGITS.sub("", text)
 
 
-_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ -]?[A-Za-z0-9])")
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){11,}+(?![\w-]|[.,]\d)")
+_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ \u00a0\u202f-]?[A-Za-z0-9])")
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ \u00a0\u202f-]?\d){11,}+(?![\w-]|[.,]\d)")
 # how cards are printed; among more digits than a card has, only these count
 _CARD_GROUPS = re.compile(
-    r"(?<!\d)(?:\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|\d{4}([ -])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
+    r"(?<!\d)(?:\d{4}([ \u00a0\u202f-])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?"
+    r"|\d{4}([ \u00a0\u202f-])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
 )
 _NOT_A_CARD = re.compile(
-    r"(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|reference|ref|id|"
-    r"timestamp|part|hash)\b[\w\s.]{0,12}[:#=]?\s{0,2}#?$",
+    r"(?<![A-Za-z])(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|ref|id|"
+    r"reference|timestamp|part|hash|(?:bestell|auftrag|rechnung|sendung|kunden)\w{0,8}|commande|facture|pedido|factura|"
+    r"ordine|fattura|zam[oó]wieni\w{0,3}|bestelling|factuur|encomenda|fatura)\b"
+    r"(?:[\s_.-]{0,2}(?:number|no|num|nr|n|id|code|is|was|ist|est)\b){0,3}[\s.:#=º°\"'-]{0,5}$",
     re.IGNORECASE,
 )
 _CALLED_A_CARD = re.compile(
-    r"(?:\bcards?|\bvisa|\bmaster ?card|\bamex|\bdiners|\bmaestro)\b[^\d\n]{0,20}$", re.IGNORECASE
+    r"(?:cards?|kart[eay]|kaart|\bcarte|tarjeta|\bcarta|cart[aã]o|visa|master ?card|amex|american express|\bdiners|"
+    r"maestro|discover|\bjcb|union ?pay|rupay|\btroy|\bmir)\b[^\d\n]{0,20}$",
+    re.IGNORECASE,
 )
 _SSN = re.compile(r"(?<![\w-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
 _BARE_SSN = re.compile(
@@ -43,9 +50,58 @@ _NATIONAL = re.compile(
     r"|(?P<aadhaar>[2-9]\d{3} \d{4} \d{4})"  # India
     r"|(?P<pan>[A-Z]{3}[PCHFATBLJG][A-Z]\d{4}[A-Z])"  # India, tax
     r"|(?P<curp>[A-Z]{4}\d{6}[HM][A-Z]{5}[A-Z0-9]\d)"  # Mexico
-    r"|(?P<pesel>\d{11})"  # Poland
+    r"|(?P<ahv>756\.\d{4}\.\d{4}\.\d{2})"  # Switzerland
+    r"|(?P<nn>\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2})"  # Belgium
+    r"|(?P<hetu>\d{6}[+A-FU-Y-]\d{3}[0-9A-Y])"  # Finland
+    r"|(?P<rrn>\d{6}-\d{7})"  # South Korea
+    r"|(?P<ric>[1-9]\d{16}[0-9X])"  # China
+    r"|(?P<called>\d(?:[ ./+-]?\d){6,17}+(?:-?[A-Z]{1,2})?)"
     r")(?![\w-]|\.\d)"
 )
+# what each of them is checked by in python-stdnum
+_CHECKS = {
+    "cpf": ("br.cpf",),
+    "codice": ("it.codicefiscale",),
+    "dni": ("es.dni", "es.nie"),
+    "nir": ("fr.nir",),
+    "sin": ("ca.sin",),
+    "aadhaar": ("in_.aadhaar",),
+    "curp": ("mx.curp",),
+    "ahv": ("ch.ssn",),
+    "nn": ("be.nn",),
+    "hetu": ("fi.hetu",),
+    "rrn": ("kr.rrn",),
+    "ric": ("cn.ric",),
+}
+# numbers that look like many others count only behind one of these words
+_CALLED = {
+    word: checks
+    for words, checks in (
+        ("pesel", ("pl.pesel",)),
+        ("bsn burgerservicenummer sofinummer", ("nl.bsn",)),
+        ("steuer steueridentifikationsnummer identifikationsnummer idnr", ("de.idnr",)),
+        ("personnummer personnumret", ("se.personnummer", "no.fodselsnummer")),
+        ("fødselsnummer fodselsnummer", ("no.fodselsnummer",)),
+        ("cpr", ("dk.cpr",)),
+        ("nif contribuinte", ("pt.nif", "es.nif")),
+        ("nhs", ("gb.nhs",)),
+        ("pps ppsn", ("ie.pps",)),
+        ("itin", ("us.itin",)),
+        ("tfn", ("au.tfn",)),
+        ("cnp", ("ro.cnp",)),
+        ("rodné rodne", ("cz.rc",)),
+        ("oib", ("hr.oib",)),
+        ("isikukood", ("ee.ik",)),
+        ("asmens", ("lt.asmens",)),
+        ("егн egn", ("bg.egn",)),
+        ("αμκα amka", ("gr.amka",)),
+        ("svnr sozialversicherungsnummer", ("at.vnr",)),
+        ("kimlik", ("tr.tckimlik",)),
+        ("rut", ("cl.rut",)),
+    )
+    for word in words.split()
+}
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -59,7 +115,7 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
 
 @cache
 def _iban_rest(length: int) -> re.Pattern[str]:
-    return re.compile(rf"(?:[ -]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
+    return re.compile(rf"(?:[ \u00a0\u202f-]?[A-Za-z0-9]){{{length - 4}}}(?![A-Za-z0-9])")
 
 
 @cache
@@ -75,7 +131,7 @@ def _iban_lengths() -> dict[str, int]:
 
 def _iban_checksum(value: str) -> bool:
     """ISO 13616: the first four characters go to the end, letters count from 10, and the number is 1 modulo 97."""
-    value = value.replace(" ", "").replace("-", "")
+    value = "".join(filter(str.isalnum, value))
     moved = value[4:] + value[:4]
     return int("".join(str(int(character, 36)) for character in moved)) % 97 == 1
 
@@ -104,6 +160,7 @@ def _is_card(digits: str, called: bool) -> bool:
         or ((four == 6011 or two == 65 or 644 <= three <= 649 or two in (62, 81)) and 16 <= length <= 19)
         or (3528 <= four <= 3589 and 16 <= length <= 19)
         or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
+        or ((2200 <= four <= 2205 or four in (8600, 9792, 9860) or two == 82) and length == 16)  # Mir, Troy, RuPay
     )
     return (scheme or called) and len(set(digits)) > 1 and luhn(digits)
 
@@ -133,38 +190,41 @@ def find_ssns(text: str) -> Iterator[tuple[int, int]]:
 def find_national_ids(text: str) -> Iterator[tuple[int, int]]:
     """Spans of national numbers that are unmistakable, or are called what they are."""
     for match in _NATIONAL.finditer(text):
-        if _national_check(match.lastgroup or "", match.group(), text[max(0, match.start() - 24) : match.start()]):
-            yield match.span()
+        kind, value, start = match.lastgroup or "", match.group(), match.start()
+        before = text[max(0, start - 40) : start]
+        if kind == "called" or not _national_check(kind, value, before):
+            value = _called_number(value, before)
+        if value:
+            yield start, start + len(value)
 
 
 def _national_check(kind: str, value: str, before: str) -> bool:
-    from stdnum.br import cpf
-    from stdnum.ca import sin
-    from stdnum.es import dni, nie
-    from stdnum.fr import nir
-    from stdnum.in_ import aadhaar
-    from stdnum.it import codicefiscale
-    from stdnum.mx import curp
-    from stdnum.pl import pesel
-
-    if kind in ("nino", "pan"):
-        return kind == "nino" or _NAMED_ID.search(before) is not None
-    if kind in ("pesel", "sin", "aadhaar") and not _NAMED_ID.search(before):
+    if kind in ("sin", "aadhaar", "pan") and not _NAMED_ID.search(before):
         return False
-    if kind == "dni":
-        return dni.is_valid(value) or nie.is_valid(value)
-    checks = {
-        "cpf": cpf,
-        "sin": sin,
-        "nir": nir,
-        "aadhaar": aadhaar,
-        "codice": codicefiscale,
-        "curp": curp,
-        "pesel": pesel,
-    }
-    return checks[kind].is_valid(value)
+    return kind in ("nino", "pan") or _is_valid(_CHECKS[kind], value)
+
+
+def _called_number(value: str, before: str) -> str:
+    """The number of which the words before it say what it is, without the groups behind it; empty if it is none."""
+    words = _WORD.findall(before)[-3:]
+    checks = next((_CALLED[word] for word in map(str.lower, words) if word in _CALLED), ())
+    while checks and value and not _is_valid(checks, value):
+        value = value[: max(map(value.rfind, " ./+-"), default=0)] if _GROUPED.search(value) else ""
+    return value if checks else ""
+
+
+_GROUPED = re.compile(r"[ ./+-]")
+
+
+def _is_valid(checks: tuple[str, ...], value: str) -> bool:
+    return any(_stdnum(name).is_valid(value) for name in checks)
+
+
+@cache
+def _stdnum(name: str) -> ModuleType:
+    return import_module(f"stdnum.{name}")
 
 
 _NAMED_ID = re.compile(
-    r"(?:\b(?:pan|sin|pesel|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
+    r"(?:\b(?:pan|sin|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
 )

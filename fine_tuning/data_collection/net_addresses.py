@@ -10,17 +10,19 @@ from collections.abc import Iterator
 _DIGIT = re.compile(r"\d")
 _SEPARATOR = re.compile(r"[.:-]")
 # not in a URL: white space, quotes, brackets of markup, and the punctuation of scripts that write no spaces
-_NO_URL = r"\s<>\"'`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
-_SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9])(?:https?|ftps?|sftp|wss?)://[^{_NO_URL}]{{3,2000}}+", re.IGNORECASE)
-_WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[A-Za-z0-9][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
+_NO_URL = r"\s<>\"`{}|\\^\u3000-\u301f\uff01\uff08\uff09\uff0c\uff1a\uff1b\uff1f\u201c\u201d\u00ab\u00bb"
+# of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
+_LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
+_SCHEME_URL = re.compile(rf"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]{{1,15}}://[^{_NO_URL}]{{3,2000}}+")
+_WWW_URL = re.compile(rf"(?<![A-Za-z0-9.@/-])www\.[^\W_][^{_NO_URL}]{{2,2000}}+", re.IGNORECASE)
 INNER_DOT = re.compile(r"\.\w")
 _BARE_URL = re.compile(
-    r"(?<![A-Za-z0-9.@/_:\\<$-])((?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,5}+)"
+    rf"(?<![{_LETTERS}.@/_:=\\<$-])((?:[{_LETTERS}](?:[{_LETTERS}-]{{0,61}}[{_LETTERS}])?\.){{1,5}}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
-# domains that people write without a scheme; others need a path behind them
+# domains that people write without a scheme; others need a path behind them: self.info and list.at are code
 _BARE_DOMAINS = frozenset(
-    ("com", "org", "net", "edu", "gov", "info", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch", "at")
+    ("com", "org", "net", "edu", "gov", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch")
 )
 _PATH_DOMAINS = _BARE_DOMAINS | frozenset(
     (
@@ -40,34 +42,60 @@ _PATH_DOMAINS = _BARE_DOMAINS | frozenset(
         "be",
         "gle",
         "link",
+        "info",
+        "at",
         "page",
         "site",
     )
 )
 _SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
 _NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
-# of names: Latin, Greek and Cyrillic; scripts without spaces between words would lend an address their neighbours
-_LETTERS = "A-Za-z0-9\u00c0-\u024f\u0370-\u03ff\u0400-\u04ff"
 _EMAIL = re.compile(
-    rf"(?<![{_LETTERS}._%+-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
+    rf"(?<![{_LETTERS}._%+@-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
     r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[^\W\d_a-zA-Z]{2,10}))"
     r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
 )
-_QUOTED_EMAIL = re.compile(r"\"[^\"\s@]{1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
-_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2}))?(?![\w]|\.\d|/\d)")
+# in scripts without spaces between words only where nothing but the address stands between marks
+_EMAIL_ALONE = re.compile(
+    r"(?<![^\s<>(:,;\"'：，；（])[^\W_][\w.+-]{0,63}+@(?:[^\W_]{1,30}\.){1,8}+[^\W\d_a-zA-Z]{2,10}(?![\w.@-])"
+)
+_QUOTED_EMAIL = re.compile(r"\"(?:[^\"\\\n]|\\.){1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
+_EMAIL_AT_IP = re.compile(
+    rf"(?<![{_LETTERS}._%+-])[{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+@\[(?:IPv6:)?([0-9A-Fa-f:.]{{2,45}})\]"
+)
+_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2})(?![\w/]|\.\d))?(?![\w]|\.\d)")
 _IPV6 = re.compile(
     r"(?<![\w:.])((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
     r"(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
 )
+# a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
-    r"(?:\bv|\bver\.?|\bversions?:?|\brelease|\bbuild|\bfirmware|\bupgrade[sd]? to|\bupdate[sd]? to|/|\bsection|"
-    r"\bchapter|\brev(?:ision)?\.?|==|>=|<=|~=|\bOID)\s{0,2}$",
+    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w{0,3}|vers[aã]o|versi[oó]n|versie|"
+    r"wersj[aię]|identifier|"
+    r"\b(?:release|build|revision|patch|hotfix|latest|stable|driver|bios|kernel|firmware|framework|runtime|plugin|"
+    r"library|package|java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|cuda|cudnn|unity|"
+    r"oracle|flash|acrobat|reader|update|upgrade)|"
+    r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
+    r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\bkapitel|\babschnitt|§|"
+    r"[A-Za-z][/-]|==|>=|<=|~=)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
     re.IGNORECASE,
 )
-_MAC = re.compile(
-    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}|[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}|"
-    r"[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4})(?![\w:-]|\.\w)"
+# of home networks (RFC 1918) and of documentation (RFC 5737): no version looks like them
+_SURE_ADDRESSES = ("192.168.", "192.0.2.", "198.51.100.", "203.0.113.")
+# what stands between two versions of which the first is known as one
+_BETWEEN_VERSIONS = re.compile(r"\s{0,2}(?:,|to|and|or|und|oder|et|ou|y|->|→|–|vs\.?|bis)\s{0,2}", re.IGNORECASE)
+_VERSION_AFTER = re.compile(
+    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)|\s(?:releases?d?|version)\b",
+    re.IGNORECASE,
 )
+# EUI-48, and EUI-64 with two groups more
+_MAC = re.compile(
+    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}(?:(?::[0-9A-Fa-f]{2}){2})?|"
+    r"[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}(?:(?:-[0-9A-Fa-f]{2}){2})?|"
+    r"[0-9A-Fa-f]{4}(?:\.[0-9A-Fa-f]{4}){2,3})(?![\w:-]|\.\w)"
+)
+_CALLED_A_MAC = re.compile(r"\b(?:mac|ether|lladdr|hwaddr|address)\b", re.IGNORECASE)
+_PAIRS = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){7}")
 
 
 def find_urls(text: str) -> Iterator[tuple[int, int]]:
@@ -76,7 +104,7 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
         if hint in text or hint.upper() in text:
             for match in pattern.finditer(text):
                 end = _url_end(text, *match.span())
-                if end > match.start() + 6:
+                if pattern.fullmatch(text, match.start(), end):
                     yield match.start(), end
     for match in _BARE_URL.finditer(text) if INNER_DOT.search(text) else ():
         domain, path = match.group(2), match.group(4)
@@ -92,8 +120,15 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
             yield match.start(), _url_end(text, *match.span())
 
 
+# an apostrophe within a word can be the URL's, but not a genitive's at its end; a quote of HTML ends it
+_QUOTE = re.compile(r"'(?!\w)|'s\W*$|&(?:lt|gt|quot|apos|#39);")
+_ANY_QUOTE = re.compile(r"'|&(?:lt|gt|quot|apos|#39);")
+
+
 def _url_end(text: str, start: int, end: int) -> int:
-    """Where a URL ends once the sentence's own punctuation and closing brackets are taken off."""
+    """Where a URL ends once the sentence's own punctuation, quotes and closing brackets are taken off."""
+    quote = (_ANY_QUOTE if text[start - 1 : start] == "'" else _QUOTE).search(text, start, end)
+    end = quote.start() if quote else end
     opened = {")": text.count("(", start, end), "]": text.count("[", start, end)}
     closed = {")": text.count(")", start, end), "]": text.count("]", start, end)}
     while end > start:
@@ -111,29 +146,59 @@ def _url_end(text: str, start: int, end: int) -> int:
 
 
 def find_emails(text: str) -> Iterator[tuple[int, int]]:
-    """Spans of e-mail addresses (RFC 5322 dot-atoms, RFC 6531 letters, quoted local parts)."""
+    """Spans of e-mail addresses (RFC 5322 dot-atoms, RFC 6531 letters, quoted local parts, RFC 5321 literals)."""
     for match in _EMAIL.finditer(text):
         local = match.group(1)
         lead = len(local) - len(local.lstrip("'"))
         if ".." not in local and not local.endswith(".") and "_" not in match.group(2):
             yield match.start() + lead, match.end()
+    if not text.isascii():
+        yield from (match.span() for match in _EMAIL_ALONE.finditer(text))
     if '"@' in text:
         yield from (match.span() for match in _QUOTED_EMAIL.finditer(text))
+    if "@[" in text:
+        yield from (match.span() for match in _EMAIL_AT_IP.finditer(text) if _is_address(match.group(1), None))
 
 
 def find_ips(text: str) -> Iterator[tuple[int, int]]:
     """Spans of IPv4 and IPv6 addresses and networks; versions and loopback are none."""
     if "." in text:
-        for match in _IPV4.finditer(text):
-            if _is_address(match.group(1), match.group(2)) and not _VERSION_BEFORE.search(
-                text, max(0, match.start() - 16), match.start()
-            ):
-                yield match.span()
+        yield from _ipv4s(text)
     if text.count(":") >= 2:
         for match in _IPV6.finditer(text):
             # C++ and Ruby write names as a::b; an address without any digit would be a rare one
-            if _DIGIT.search(match.group(1)) and _is_address(match.group(1), None):
+            value = match.group(1)
+            if _DIGIT.search(value) and _is_address(value, None) and not _is_code(value):
                 yield match.span()
+
+
+def _ipv4s(text: str) -> Iterator[tuple[int, int]]:
+    """IPv4 addresses. What is called a version once is none in the whole text, nor is what stands in a row with it."""
+    spans: list[tuple[int, int]] = []
+    versions: set[str] = set()
+    version_end = -1
+    for match in _IPV4.finditer(text):
+        if not _is_address(match.group(1), match.group(2)):
+            continue
+        start, end = match.span()
+        if match.group(1).startswith(_SURE_ADDRESSES):
+            spans.append((start, end))
+        elif (
+            _VERSION_BEFORE.search(text[max(0, start - 30) : start])
+            or _VERSION_AFTER.match(text, end)
+            or (start - 8 < version_end and _BETWEEN_VERSIONS.fullmatch(text, version_end, start))
+        ):
+            versions.add(match.group(1))
+            version_end = end
+        else:
+            spans.append((start, end))
+    return (span for span in spans if text[slice(*span)] not in versions)
+
+
+def _is_code(value: str) -> bool:
+    """A slice ([1::2]) or a name rather than an address: short, in a range that nobody is given; or an EUI-64."""
+    short = "::" in value and "." not in value and sum(map(bool, value.split(":"))) < 4
+    return (short and ipaddress.IPv6Address(value).is_reserved) or _PAIRS.fullmatch(value) is not None
 
 
 def _is_address(value: str, prefix: str | None) -> bool:
@@ -151,5 +216,9 @@ def find_macs(text: str) -> Iterator[tuple[int, int]]:
     """Spans of MAC addresses, but not the broadcast and the null address."""
     for match in _MAC.finditer(text):
         digits = _SEPARATOR.sub("", match.group()).upper()
-        if digits not in ("000000000000", "FFFFFFFFFFFF"):
+        if len(set(digits)) == 1:
+            continue
+        before = text[max(0, match.start() - 24) : match.start()]
+        # figures alone in groups are other numbers, unless they are called an address
+        if ":" in match.group() or not digits.isdigit() or _CALLED_A_MAC.search(before):
             yield match.span()

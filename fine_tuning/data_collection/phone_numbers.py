@@ -3,24 +3,34 @@
 import re
 from collections.abc import Iterator
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from phonenumbers import PhoneNumber
 
 _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digits of a number
-_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
+_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
 _NATIONAL_PHONE = re.compile(rf"(?<![\w.,/=#$€£&+-])(?=[\d() .\u00a0\u2010\u2011–/-]{{7}})\(?\d++(?:{_BETWEEN}\d++)*+")
 _MOST_GROUPS = 8
-_EXTENSION = re.compile(r"\s{0,2}(?:ext\.?|extension|x|#)\s{0,2}\d{1,6}(?!\w)", re.IGNORECASE)
+_EXTENSION = re.compile(
+    r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
+)
 _CALLED_A_PHONE = re.compile(
     r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
-    r"telefon|handy|rufnummer|t[ée]l[ée]phone|tel[ée]fono|celular|telefone|"
-    r"(?:my|his|her|our|their|your) (?:new )?number)\b)"
+    r"telefon\w{0,9}|handy\w{0,8}|mobilnummer|rufnummer|ruf|rufen|anrufen|durchwahl|t[ée]l[ée]phone|portable|"
+    r"appele[zr]|appelle|joindre|tel[ée]fono|m[óo]vil|ll[áa]mame|celular|telem[óo]vel|telefone|ligue|cellulare|chiama(?:mi)?|"
+    r"telefoon\w{0,7}|bel|zadzwo[ńn]|kom[óo]rk[aię]|(?:my|his|her|our|their|your) (?:new )?number|"
+    r"(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|(?:mon|ton|son|notre|votre) num[ée]ro|mi n[úu]mero)\b)"
     r"[^\d\n]{0,24}$",
     re.IGNORECASE,
 )
 _CALLED_OTHERWISE = re.compile(
     r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
     r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
-    r"card|social security)\b"
-    r"(?:\s(?:number|no|num|id|code))?\.?[^\w\n]{0,4}$",
+    r"card|social security|bestell\w{0,8}|auftrag\w{0,8}|rechnung\w{0,8}|sendung\w{0,8}|kunden\w{0,8}|konto\w{0,8}|"
+    r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|ordine|"
+    r"fattura|zam[oó]wieni\w{0,3}|bestelling|factuur)"
+    r"(?:\s(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$",
     re.IGNORECASE,
 )
 _DATE_OR_TIME = re.compile(
@@ -50,7 +60,12 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     The longest sequence of groups that is a number counts. What follows no number is none: figures in a table.
     """
     groups = [group.span() for group in _GROUP.finditer(text, start, end)]
-    if groups[-1][1] - groups[0][0] < 7 or text[end : end + 1] in _NO_PHONE_BEFORE:
+    if _WORD_GOES_ON.match(text, end) and not _EXTENSION.match(text, end):  # 0544 056B
+        groups.pop()
+    if len(groups) > 1 and text[groups[0][1]] == ")" and text[start] not in "(+":  # 1) 650-253-0000
+        del groups[0]
+        start = groups[0][0] - (text[groups[0][0] - 1] == "(")
+    if not groups or groups[-1][1] - groups[0][0] < 7 or _NO_PHONE_BEFORE.match(text, end):
         return
     first = 0
     while first < len(groups):
@@ -74,11 +89,11 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     if value.count("(") != value.count(")") or _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
         return False
     if value.startswith(("+", "(+")):
-        return _national_groups(value, None) is not None
+        return _parse(value, None) is not None
     if _CALLED_OTHERWISE.search(before):
         return False
-    if value.startswith("00"):
-        return _national_groups("+" + value[2:], None) is not None
+    if value.startswith(("00", "(00")):
+        return _parse("+" + value.lstrip("(")[2:], None) is not None
     called = _CALLED_A_PHONE.search(before) is not None
     if not called and value.isdigit():
         return False
@@ -87,19 +102,31 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
         prefix, lengths = _numbering(region)
         if count not in lengths or (prefix == "0" and not called and value.lstrip("(")[0] != "0"):
             continue
-        groups = _national_groups(value, region)
-        if groups is None:
+        number = _parse(value, region)
+        if number is None:
             continue
-        written = _GROUP.findall(value)
+        if called:
+            return True
+        written, groups = _GROUP.findall(value), _GROUP.findall(_national_format(number))
+        if prefix == "0" and len(groups) == 2 and groups[1][0] == "0":
+            continue  # no number after the area code starts with the prefix of long-distance calls
         if written[0] in ("1", "0") and len(written) > 2:  # the trunk prefix, written apart
             written = written[1:]
-        if called or (len(written) > 1 and written[0] == groups[0]):
+        if len(written) > 1 and (written[0] == groups[0] or _is_mobile_code(written[0], groups[0], number)):
             return True
     return False
 
 
+def _is_mobile_code(written: str, area: str, number: "PhoneNumber") -> bool:
+    """Whether people write the code of a mobile network shorter than it is formatted: 0151 for the German 01512."""
+    from phonenumbers import PhoneNumberType, number_type
+
+    return len(written) >= 4 and area.startswith(written) and number_type(number) == PhoneNumberType.MOBILE
+
+
 _GROUP = re.compile(r"\d+")
-_NO_PHONE_BEFORE = tuple("%°€$£_")
+_WORD_GOES_ON = re.compile(r"[A-Za-z]")
+_NO_PHONE_BEFORE = re.compile(r"[%°€$£_]|-[A-Za-z]")
 
 
 @cache
@@ -115,14 +142,19 @@ def _numbering(region: str) -> tuple[str, frozenset[int]]:
     return prefix, frozenset(lengths) | frozenset(length + len(prefix) for length in lengths)
 
 
-def _national_groups(value: str, region: str | None) -> tuple[str, ...] | None:
-    """How the number's own country groups its digits, or None if it is no valid number."""
+def _parse(value: str, region: str | None) -> "PhoneNumber | None":
+    """The number, if it is a valid one."""
     import phonenumbers
 
     try:
         number = phonenumbers.parse(value, region)
     except phonenumbers.NumberParseException:
         return None
-    if not phonenumbers.is_valid_number(number):
-        return None
-    return tuple(_GROUP.findall(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL)))
+    return number if phonenumbers.is_valid_number(number) else None
+
+
+def _national_format(number: "PhoneNumber") -> str:
+    """How its own country writes the number."""
+    from phonenumbers import PhoneNumberFormat, format_number
+
+    return format_number(number, PhoneNumberFormat.NATIONAL)

@@ -3,86 +3,197 @@
 Every pattern starts only where a value can start and repeats with an upper bound, so that a scan is linear.
 """
 
+import base64
 import re
 from collections.abc import Iterator
 
 _DIGIT = re.compile(r"\d")
+_SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
+# The formats are those of the issuers' documentation. A publishable key (Stripe's pk_) is no secret.
 _TOKENS = re.compile(
-    r"(?<![A-Za-z0-9_])(?:"
-    r"(?:AKIA|ASIA|AGPA|AIDA|AROA)[A-Z0-9]{16}"  # AWS
-    r"|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{60,100}"  # GitHub
-    r"|glpat-[A-Za-z0-9_-]{20,64}"  # GitLab
-    r"|sk-(?:proj-|ant-[a-z0-9]{1,10}-|or-v1-|svcacct-)?[A-Za-z0-9_-]{20,200}"  # OpenAI, Anthropic, OpenRouter
-    r"|xox[abeoprs]-[A-Za-z0-9-]{10,200}|xapp-[A-Za-z0-9-]{10,200}"  # Slack
-    r"|AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,200}|GOCSPX-[A-Za-z0-9_-]{28}"  # Google
-    r"|(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,128}|whsec_[A-Za-z0-9]{24,64}"  # Stripe
-    r"|SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}"  # SendGrid
-    r"|npm_[A-Za-z0-9]{36}|pypi-[A-Za-z0-9_-]{50,300}|hf_[A-Za-z0-9]{30,40}|dckr_pat_[A-Za-z0-9_-]{20,40}"
-    r"|do[opr]_v1_[a-f0-9]{64}|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}"
-    r"|(?:AC|SK)[0-9a-f]{32}|key-[0-9a-f]{32}|[0-9]{8,10}:AA[A-Za-z0-9_-]{33}"  # Twilio, Mailgun, Telegram
+    r"(?<![A-Za-z0-9_])(?=[A-Za-z0-9_.:~+/-]{15})(?:"  # most words are too short for any of them
+    r"A(?:BIA|CCA|GPA|IDA|IPA|KIA|NPA|NVA|PKA|ROA|SCA|SIA)[A-Z0-9]{16}"  # AWS
+    r"|gh[pousr]_[A-Za-z0-9]{30,255}|github_pat_[A-Za-z0-9_]{40,100}"  # GitHub
+    r"|gl(?:pat|dt|rtr?|cbt|ptt|ft|imt|agent|soat|ffct)-[A-Za-z0-9_-]{20,300}(?:\.[a-z0-9]{2}\.[a-z0-9]{9})?"  # GitLab
+    r"|gloas-[a-f0-9]{64}"
+    r"|sk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{16,250}"  # OpenAI, Anthropic, OpenRouter, DeepSeek
+    r"|(?:xoxe\.)?xox[a-z]-(?=[A-Za-z-]{0,20}[0-9])[A-Za-z0-9-]{10,250}|xapp-[A-Za-z0-9-]{10,200}"  # Slack
+    r"|AIza[A-Za-z0-9_-]{30,40}|ya29\.[A-Za-z0-9_-]{20,500}|GOCSPX-[A-Za-z0-9_-]{20,40}"  # Google
+    r"|(?:sk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,128}|whsec_[A-Za-z0-9+/]{24,64}={0,2}"  # Stripe
+    r"|SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}|xkeysib-[a-f0-9]{64}-[A-Za-z0-9]{16}"  # SendGrid, Brevo
+    r"|npm_[A-Za-z0-9]{30,40}|pypi-[A-Za-z0-9_-]{30,300}|rubygems_[a-f0-9]{48}|CLOJARS_[a-z0-9]{60}"  # registries
+    r"|hf_[A-Za-z0-9]{30,40}|api_org_[A-Za-z0-9]{34}"  # Hugging Face
+    r"|dckr_(?:pat|oat)_[A-Za-z0-9_-]{20,40}|do[opr]_v1_[a-f0-9]{64}|dapi[a-f0-9]{32}(?:-\d)?"
+    r"|shp(?:at|ca|pa|ss|tka)_[a-fA-F0-9]{32}|sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}|EAA[A-Za-z0-9_-]{40,300}"
+    r"|(?:AC|SK)[0-9a-f]{32}|key-[0-9a-z]{32}|[0-9a-f]{32}-us[0-9]{1,2}"  # Twilio, Mailgun, Mailchimp
+    r"|[0-9]{6,10}:[A-Za-z0-9_-]{34,35}"  # Telegram
+    r"|[MNO][A-Za-z0-9_-]{23,27}\.[A-Za-z0-9_-]{6}\.[A-Za-z0-9_-]{27,40}"  # Discord
     r"|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,1000}"  # JSON Web Token
-    r"|AGE-SECRET-KEY-1[A-Z0-9]{58}|dapi[a-f0-9]{32}|lin_api_[A-Za-z0-9]{40}|gsk_[A-Za-z0-9]{40,64}"
+    r"|AGE-SECRET-KEY-1[A-Z0-9]{58}|hv[sbr]\.[A-Za-z0-9_-]{24,300}|[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_=-]{60,70}"
+    r"|lin_api_[A-Za-z0-9]{40}|(?:secret_|ntn_)[A-Za-z0-9]{40,50}|pat[A-Za-z0-9]{14}\.[a-f0-9]{64}"  # Airtable
+    r"|gsk_[A-Za-z0-9]{40,64}|r8_[A-Za-z0-9]{37,40}|xai-[A-Za-z0-9]{60,90}|pplx-[A-Za-z0-9]{40,60}"
+    r"|lsv2_(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}|gls?[ac]_[A-Za-z0-9]{32,400}(?:_[A-Fa-f0-9]{8})?"
+    r"|AT[AC]TT3[A-Za-z0-9_=-]{60,250}|ATBB[A-Za-z0-9]{32}|sntry[su]_[A-Za-z0-9_=+/-]{40,400}|NRAK-[A-Z0-9]{27}"
+    r"|PMAK-[a-f0-9]{24}-[a-f0-9]{34}|pul-[a-f0-9]{40}|HRKU-[A-Za-z0-9_-]{36,64}|fig[dou]_[A-Za-z0-9_-]{40,60}"
+    r"|pscale_(?:tkn|pw|oauth)_[A-Za-z0-9=._-]{32,64}|dp\.(?:pt|st|ct|sa|scim|audit)\.[A-Za-z0-9.]{40,60}"
+    r"|dt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}|tskey-[a-z]{2,10}-[A-Za-z0-9-]{20,64}|LTAI[A-Za-z0-9]{12,24}"
+    r"|sbp_[a-f0-9]{40}|sb_secret_[A-Za-z0-9_-]{20,50}|nfp_[A-Za-z0-9]{36,40}|EZ[AT]K[A-Za-z0-9]{54}"
+    r"|shippo_(?:live|test)_[a-f0-9]{40}|[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{31,34}"  # Azure
     r")(?![A-Za-z0-9_])"
 )
-_SHORTEST_TOKEN = 15
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_KEY_WITHOUT_END = re.compile(r"(?:(?:\s|\\[rn]){1,4}[A-Za-z0-9+/=]{16,2000}+)++")
+_NAMES = (
+    r"(?:pass(?:word|wd|phrase|code|wort)|(?<=[_-])pass|pwd|kennwort|mot de passe|contrase[nñ]a|senha|wachtwoord|"
+    r"has[lł]o|parola d'ordine|пароль|密码|パスワード|"
+    r"secret(?:[_ -]?(?:access[_ -]?)?key(?:[_-]base)?)?|client[_ -]?secret|"
+    r"(?:api|access|auth|app|account|shared[_ -]?access|private|encryption|signing|master|service|ssh)[_ -]?key|"
+    r"(?:api|access|auth|refresh|session|bot)?[_ -]?token|api[_ -]?secret)"
+)
+_VALUE = r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))"
 _NAMED = re.compile(
-    r"(?<![A-Za-z0-9])(?:[a-z0-9]{1,24}[_.-]){0,4}"
-    r"(?:pass(?:word|wd|phrase|code)|pwd|secret(?:[_ -]?(?:access[_ -]?)?key)?|api[_ -]?(?:key|token|secret)|"
-    r"access[_ -]?(?:key|token)|auth[_ -]?token|client[_ -]?secret|private[_ -]?key|account[_ -]?key|token)"
-    r"[\"']?(?:\s{0,3}(?:=>|:=|==|=|:)\s{0,3}|\s{1,3}(?:is|was)\s{0,3}:?\s{1,3})"
-    r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))",
+    rf"({_NAMES})\d?[\"'*`]{{0,2}}"
+    r"(?:\s(?:for|to|of|on|für|zum|vom|von|pour|du|de|del|della|do|da|para|per|voor|dla)(?:\s[\w'-]{1,20}){1,4})?"
+    r"(?:\s{0,3}(=>|:=|==|=|:|：)\*{0,2}\s{0,3}"
+    r"|\s{1,3}(?:is|was|ist|lautet|war|est|es|era|è|é|jest)\s{0,3}:?\s{1,3})" + _VALUE,
     re.IGNORECASE,
 )
+# without a word between name and value, only what is long and mixed counts
+_BESIDE = re.compile(
+    rf"(?i:{_NAMES})\s(?=[^a-z\s]{{0,99}}[a-z])(?=[^A-Z\s]{{0,99}}[A-Z])(?=[^\d\s]{{0,99}}\d)"
+    r"([A-Za-z0-9+/=_-]{24,256})(?![^\s.,;:!?)\"'`])"
+)
+_OPTION = re.compile(r"--(?:[a-z0-9]{1,24}-){0,4}(password|passwd|pass|secret|token|api-key)( )" + _VALUE)
 _BEARER = re.compile(
-    r"(?<![A-Za-z])(?:authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(?:bearer|basic)\s{1,2}([A-Za-z0-9_.~+/=-]{16,2000})",
+    r"(?<![A-Za-z])(authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(bearer|basic|token)\s{1,2}"
+    r"([A-Za-z0-9_.~+/=-]{8,2000})",
     re.IGNORECASE,
 )
-_BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*?~+])|\d{6,}$")
+_BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*~+])|\d{6,}$")
 
 
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Spans of tokens, private keys, named values and bearer tokens."""
     # Of all these only the tokens of Hugging Face are letters alone.
-    if ("hf_" in text or _DIGIT.search(text)) and max(map(len, text.split())) >= _SHORTEST_TOKEN:
-        yield from (match.span() for match in _TOKENS.finditer(text))
+    longest = max(map(len, text.split()), default=0) if "hf_" in text or _DIGIT.search(text) else 0
+    if longest >= _SHORTEST_TOKEN:
+        for match in _TOKENS.finditer(text):
+            if not match.group().lower().endswith("xxxxxx"):
+                yield match.span()
     if "PRIVATE KEY" in text:
-        position = 0
-        while start := _PRIVATE_KEY.search(text, position):
-            end = _PRIVATE_KEY_END.search(text, start.end())
-            position = end.end() if end else len(text)
-            yield start.start(), position
+        yield from _private_keys(text)
     lower = text.lower()
-    if names_a_secret(lower):
-        for match in _NAMED.finditer(text):
-            group = match.lastindex or 4
-            value, (start, end) = match.group(group), match.span(group)
-            if group == 4:
-                value = value.rstrip(".?:")
-                end = start + len(value)
-            if _is_secret_value(value, quoted=group != 4):
-                yield start, end
-    if "bearer" in lower or "basic" in lower:
+    if not names_a_secret(lower):
+        return
+    yield from _named_secrets(text)
+    if longest >= _SHORTEST_BESIDE:
+        yield from (match.span(1) for match in _BESIDE.finditer(text))
+    if "bearer" in lower or "basic" in lower or "authorization" in lower:
         for match in _BEARER.finditer(text):
-            if _DIGIT.search(match.group(1)):
-                yield match.span(1)
+            if _is_credential(match.group(3), match.group(2).lower(), header=match.group(1) is not None):
+                yield match.span(3)
+
+
+# without one of these no value is read as a secret: it keeps the names' pattern from prose
+_VALUE_MARK = re.compile(r"[\d\"'`=@#$%^&*~+!]")
+_OTHER_NAMES = ("kennwort", "contrase", "senha", "wachtwoord", "haslo", "parola d", "basic ", "bearer", "authoriz")
+_NON_ASCII_NAMES = ("hasło", "пароль", "密码", "パスワード")
 
 
 def names_a_secret(lower: str) -> bool:
-    """Whether a lower-case text has a word that secrets are called by."""
-    return "pass" in lower or "pwd" in lower or "secret" in lower or "key" in lower or "token" in lower
+    """Whether a lower-case text has a word that secrets are called by, and what could be a value of it."""
+    if "pass" in lower or "pwd" in lower or "secret" in lower or "key" in lower or "token" in lower:
+        return _VALUE_MARK.search(lower) is not None
+    if _VALUE_MARK.search(lower) is None:
+        return False
+    return any(name in lower for name in (_OTHER_NAMES if lower.isascii() else _OTHER_NAMES + _NON_ASCII_NAMES))
 
 
-_STAND_IN = re.compile(r"(?:your|my|the|some|an?|example|placeholder|change|insert|enter|todo)[_ -]?[a-z_ -]*$", re.I)
+def _private_keys(text: str) -> Iterator[tuple[int, int]]:
+    """Whole blocks (RFC 7468); of a block that is cut off what is left of it; the bare first line is no key."""
+    position, ends = 0, True
+    while start := _PRIVATE_KEY.search(text, position):
+        end = _PRIVATE_KEY_END.search(text, start.end()) if ends else None
+        ends = end is not None
+        end = end or _KEY_WITHOUT_END.match(text, start.end())
+        position = end.end() if end else start.end()
+        if end:
+            yield start.start(), position
 
 
-def _is_secret_value(value: str, quoted: bool) -> bool:
-    """Whether a named value looks like a secret rather than a word, a placeholder or an expression of code."""
-    if "<" in value or value.startswith(("$", "%", "{", "os.", "process.", "env.", "http://", "https://", "/")):
+def _named_secrets(text: str) -> Iterator[tuple[int, int]]:
+    """Values behind a name and a word or sign that assigns, and those of a command's options."""
+    for pattern in (_NAMED, _OPTION) if "--" in text else (_NAMED,):
+        for match in pattern.finditer(text):
+            quoted = match.lastindex != pattern.groups  # the last group is the bare value
+            start, end = match.span(match.lastindex or 0)
+            if not quoted:
+                if text[end : end + 1] in ("(", "["):  # a call or an item: code
+                    continue
+                start, end = _without_marks(text, start, end)
+            name = match.group(1)
+            setting = name.isupper() and match.group(2) == "=" and text[match.end(2)] != " "
+            if _is_secret_value(text[start:end], name, quoted, setting):
+                yield start, end
+
+
+def _without_marks(text: str, start: int, end: int) -> tuple[int, int]:
+    """A bare value without the sentence's end, the rest of a query, and Markdown's bold."""
+    value = _NEXT_FIELD.split(text[start:end], maxsplit=1)[0].rstrip(".?:")
+    end = start + len(value)
+    if value.startswith("**") and value.endswith("**"):
+        return start + 2, end - 2
+    return start, end
+
+
+_NEXT_FIELD = re.compile(r"&[\w.]{1,40}=")
+_STAND_IN = re.compile(
+    r"(?:your[a-z]*|my|the|some|an?|example|placeholder|change|insert|enter|todo)"
+    r"(?:[_ -][a-z_ -]*|(?:password|passwd|secret|token|key|api|me|here)*)$"
+    r"|(?:your|insert|enter|replace|change)[_-]|.*(?:\.\.\.|…|_here$|xxxxxx)"
+    r"|(?:none|null|nil|true|false|string|undefined|required|optional|redacted|hidden|masked|empty)\W*$",
+    re.IGNORECASE,
+)
+_REFERENCE = ("$", "%", "{", "[", "#{", "os.", "process.", "env.", "arn:", "op://", "http://", "https://", "/")
+_CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}$")
+_TAG = re.compile(r"!\w+$")  # of YAML
+_WORD = re.compile(r"[^\W\d_]+(?:[_-][^\W\d_]+)*$")
+
+
+def _is_secret_value(value: str, name: str, quoted: bool, setting: bool) -> bool:
+    """Whether a named value looks like a secret rather than a word, a placeholder or an expression of code.
+
+    Args:
+        name: what it is called. A password can be a word, a token or a key is none.
+        quoted: it stands in quotes.
+        setting: it is assigned without spaces to a name in capitals, the way of environment files.
+    """
+    if len(value) < 6 or "<" in value or value.startswith(_REFERENCE):
         return False
     if set(value) <= set("*xX.-_•") or _STAND_IN.match(value):
         return False
-    if quoted and len(value) >= 6:
-        return True
-    return len(value) >= 6 and _BARE_VALUE.match(value) is not None and not re.match(r"[A-Za-z_]\w*\.[A-Za-z_]", value)
+    can_be_word = (quoted or setting) and (len(value) >= 24 or not name.lower().endswith(("token", "key")))
+    if _WORD.match(value):
+        return can_be_word
+    if _CODE.match(value):
+        return quoted and can_be_word
+    return quoted or (_BARE_VALUE.match(value) is not None and not _TAG.match(value))
+
+
+def _is_credential(value: str, scheme: str, header: bool) -> bool:
+    """Whether what follows a scheme of authorization (RFC 6750, RFC 7617) is a token rather than a word."""
+    if scheme == "basic":
+        return _is_basic(value)
+    if scheme == "token" and not header:
+        return False
+    return _DIGIT.search(value) is not None and (header or len(value) >= 16)
+
+
+def _is_basic(value: str) -> bool:
+    """Whether it is user:password in base 64."""
+    try:
+        pair = base64.b64decode(value, validate=True).decode()
+    except ValueError:
+        return False
+    return ":" in pair and pair.isprintable()
