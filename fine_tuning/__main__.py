@@ -2,14 +2,23 @@
 
 import argparse
 
-from fine_tuning.commands import conversations, forget, learning_curve, models, summary, supply_chain, tokenizers
+from fine_tuning.commands import (
+    conversations,
+    experiments,
+    forget,
+    learning_curve,
+    models,
+    summary,
+    supply_chain,
+    tokenizers,
+)
 from fine_tuning.errors import run
 
 
 def main() -> int | None:
     parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (conversations, models, forget, summary, supply_chain, tokenizers, learning_curve):
+    for module in (conversations, models, forget, summary, experiments, supply_chain, tokenizers, learning_curve):
         module.add_commands(subparsers)
     arguments = parser.parse_args()
     return arguments.func(arguments)

@@ -1,18 +1,22 @@
 """models/base and the prepared train and validation rows in; models/adapter, metrics and the loss curve out."""
 
 import csv
+import logging
 import math
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
 
 from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
-from fine_tuning.errors import run
+from fine_tuning.errors import UserError, run
 from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri
 from fine_tuning.records import write_json
 from fine_tuning.settings import read_params
@@ -24,7 +28,6 @@ from fine_tuning.training.training_utils import (
     TrainSettings,
     check_only_assistants_train,
     checkpoint_key,
-    detect_hardware,
     is_main_process,
     read_rows,
     remove_checkpoints,
@@ -35,28 +38,29 @@ TRAIN = Path("data/prepared/train.parquet")
 VALIDATION = Path("data/prepared/validation.parquet")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
-CURVE = Path("metrics/plots/train_loss.csv")
+LOSS_CURVE = Path("metrics/plots/train_loss.csv")
+VALIDATION_CURVE = Path("metrics/plots/validation_loss.csv")
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 SCRATCH = main_checkout() / ".whetstone"
 
 
 def main() -> None:
     settings = read_params("train", TrainSettings)
+    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
+    start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
     if settings.launch != "single" and "RANK" not in os.environ:
         launch(settings.launch)
     rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
     check_only_assistants_train([*rows, *validation], load_tokenizer(BASE), {reply_opener()})
     base = read_base_card(BASE)
-    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, rows, base["sha256"])
+    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, [*rows, *validation], base["sha256"])
 
     def train(progress: Progress | None) -> TrainingResult:
         name = base["model"]
         return train_adapter(BASE, name, rows, validation, settings, ADAPTER, checkpoints, progress, start)
 
-    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
-    start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
     if not is_main_process():
-        train(None)
+        in_the_background(train)
         return
     parameters = flatten(settings.model_dump())
     commit, dirty = git_commit(Path.cwd())
@@ -71,7 +75,7 @@ def main() -> None:
             result = train(progress)
         metrics = quality(result)
         write_json(METRICS, metrics)
-        write_curve(result)
+        write_curves(result)
         hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
         (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
         for run in (pipeline, tracked):
@@ -80,22 +84,59 @@ def main() -> None:
         tracked.log_metrics({**metrics, **speed(result)})
         pipeline.log_artifacts(ADAPTER, "adapter")
     remove_checkpoints(checkpoints)
-    print(
-        f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
-        f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "
-        f"{result.validation_loss:.3f}; the base's weights took {result.base_weights_mb:.0f} MB, the whole run "
-        f"{result.peak_memory_mb:.0f} MB at most"
-    )
+    print(summary(settings, result))
 
 
 def launch(name: str) -> None:
-    """Start this stage anew in the processes that the configuration asks for; on a CPU they talk through gloo."""
+    """Start this stage anew in the processes that the configuration asks for, and end when they have ended.
+
+    On a CPU they talk through gloo. Ctrl-C reaches each of them through the launcher.
+
+    Raises:
+        UserError: the machine has fewer GPUs than processes are asked for.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch import cuda
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     config = f"configs/accelerate/{name}.yaml"
-    command = ["accelerate", "launch", "--config_file", config, "-m", "stages.train"]
-    if detect_hardware("auto", None).device == "cpu":
-        processes = yaml.safe_load(Path(config).read_text())["num_processes"]
-        command = ["torchrun", "--standalone", f"--nproc_per_node={processes}", "-m", "stages.train"]
-    os.execvp(command[0], command)
+    asked = yaml.safe_load(Path(config).read_text())
+    here = asked["num_processes"] // asked["num_machines"]
+    if cuda.is_available() and cuda.device_count() < here:
+        raise UserError(f"{config} asks for {here} processes here and there are {cuda.device_count()} GPUs: set fewer")
+    # What goes wrong is told by the process that it went wrong in.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(["--config_file", config, "-m", "stages.train"]))
+    except ChildFailedError:
+        sys.exit(1)
+    except SignalException:
+        raise KeyboardInterrupt from None
+    sys.exit(0)
+
+
+def in_the_background(train: Any) -> None:
+    """Train as one of the processes that write nothing."""
+    try:
+        train(None)
+    except UserError:
+        # The main process meets the same and says so; the launcher then ends this one before it repeats it.
+        time.sleep(10)
+        raise
+
+
+def summary(settings: TrainSettings, result: TrainingResult) -> str:
+    """What a run took and brought, in one line."""
+    weights = f"{result.base_weights.held_mb:.0f} MB"
+    if settings.method == "qlora":
+        weights += f" in four bits instead of {result.base_weights.lora_mb:.0f} MB"
+    return (
+        f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
+        f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "
+        f"{result.validation_loss:.3f}; the base's weights took {weights}, the whole run "
+        f"{result.peak_memory_mb:.0f} MB at most"
+    )
 
 
 def reply_opener() -> str:
@@ -107,19 +148,23 @@ def reply_opener() -> str:
 
 @contextmanager
 def progress_bar(tracked: Run) -> Iterator[Progress]:
-    """A bar on a terminal, ten lines elsewhere, and every step in MLflow."""
+    """A bar on a terminal, ten lines elsewhere, with tokens/s and the time left; and every step in MLflow."""
     bar = tqdm(unit="step", desc="train", disable=None)
+    pace = Pace()
 
     def show(values: dict[str, float]) -> None:
         step, steps = int(values["step"]), int(values["steps"])
         tracked.log_step({name: values[name] for name in CURVES if name in values}, step)
         if "loss" not in values:
             return
-        bar.total = steps
-        bar.set_postfix_str(f"loss {values['loss']:.3f}")
+        pace.note(step, values["num_input_tokens_seen"])
+        if bar.total is None:
+            bar.total, bar.initial, bar.n = steps, step - 1, step - 1
+        bar.set_postfix_str(f"loss {values['loss']:.3f}{pace.speed()}")
         bar.update(step - bar.n)
         if bar.disable and step % max(1, steps // 10) == 0:
-            print(f"train: step {step} of {steps}, loss {values['loss']:.3f}", flush=True)
+            said = f"loss {values['loss']:.3f}{pace.speed()}{pace.left(steps)}"
+            print(f"train: step {step} of {steps}, {said}", flush=True)
 
     try:
         yield show
@@ -127,12 +172,46 @@ def progress_bar(tracked: Run) -> Iterator[Progress]:
         bar.close()
 
 
+class Pace:
+    """How quickly the steps of this session come, those before an interruption left out."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.first: tuple[int, float] | None = None
+        self.step, self.tokens = 0, 0.0
+
+    def note(self, step: int, tokens: float) -> None:
+        """A step has ended; `tokens` were seen since the run began."""
+        self.step, self.tokens = step, tokens
+        if self.first is None:
+            # What came before the first step, loading the base above all, is no training.
+            self.started, self.first = time.monotonic(), (step, tokens)
+
+    def speed(self) -> str:
+        """Tokens a second, padding left out, from the second step on."""
+        return f", {(self.tokens - self.first[1]) / self._seconds():.0f} tokens/s" if self._known() else ""
+
+    def left(self, steps: int) -> str:
+        """The time until the last of `steps` at this pace, from the second step on."""
+        if not self._known():
+            return ""
+        seconds = self._seconds() / (self.step - self.first[0]) * (steps - self.step)
+        return f", {tqdm.format_interval(seconds)} left"
+
+    def _known(self) -> bool:
+        return self.first is not None and self.step > self.first[0]
+
+    def _seconds(self) -> float:
+        return max(1e-9, time.monotonic() - self.started)
+
+
 def quality(result: TrainingResult) -> dict[str, float]:
     """What depends on data and parameters alone: it is the same in every clone."""
     return {
         "validation_loss_before": result.validation_loss_before,
         "validation_loss": result.validation_loss,
-        "validation_perplexity": math.exp(result.validation_loss),
+        # Larger ones are no floats any more.
+        "validation_perplexity": math.exp(min(result.validation_loss, 700.0)),
         "train_loss": result.train_loss,
         "steps": result.steps,
         "tokens": result.tokens,
@@ -147,23 +226,27 @@ def speed(result: TrainingResult) -> dict[str, float]:
         "seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_mb": result.peak_memory_mb,
-        "base_weights_mb": result.base_weights_mb,
+        "base_weights_mb": result.base_weights.held_mb,
+        "base_weights_lora_mb": result.base_weights.lora_mb,
     }
 
 
-def write_curve(result: TrainingResult) -> None:
-    """Loss, learning rate and gradient norm by step for `dvc plots`."""
-    CURVE.parent.mkdir(parents=True, exist_ok=True)
-    validation = {entry["step"]: entry["eval_loss"] for entry in result.history if "eval_loss" in entry}
-    with open(CURVE, "w", newline="") as file:
+def write_curves(result: TrainingResult) -> None:
+    """Loss, learning rate and gradient norm by step, and validation loss by step, for `dvc plots`."""
+    steps = [entry for entry in result.history if "loss" in entry]
+    columns = ["step", "loss", "learning_rate", "grad_norm"]
+    write_table(LOSS_CURVE, columns, ([entry[name] for name in columns] for entry in steps))
+    measured = [[entry["step"], entry["eval_loss"]] for entry in result.history if "eval_loss" in entry]
+    write_table(VALIDATION_CURVE, ["step", "validation_loss"], [[0, result.validation_loss_before], *measured])
+
+
+def write_table(path: Path, columns: list[str], rows: Iterable[list[float]]) -> None:
+    """Write a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "loss", "validation_loss", "learning_rate", "grad_norm"])
-        for entry in result.history:
-            if "loss" in entry:
-                step = entry["step"]
-                writer.writerow(
-                    [step, entry["loss"], validation.get(step, ""), entry["learning_rate"], entry["grad_norm"]]
-                )
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

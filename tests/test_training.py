@@ -6,12 +6,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from fine_tuning.errors import UserError
 from fine_tuning.project import sha256_file
 from fine_tuning.settings import read_params
+from fine_tuning.training.model_card import model_card
 from fine_tuning.training.training_utils import (
     Row,
     TrainSettings,
@@ -19,10 +22,13 @@ from fine_tuning.training.training_utils import (
     check_only_assistants_train,
     check_rows,
     checkpoint_key,
+    group_memory,
     newest_checkpoint,
 )
 
-SETTINGS = read_params("train", TrainSettings, Path(__file__).parents[1] / "params.yaml")
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml")
 
 
 def make_rows(count: int, seed: int = 0) -> list[Row]:
@@ -159,31 +165,82 @@ def test_other_data_or_parameters_do_not_share_checkpoints():
 
 
 KILLED_RUN = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from tests.test_training import train
 from fine_tuning.training import lora_trainer
 original = lora_trainer.RunGuard.on_step_end
 def killing(self, args, state, control, **rest):
-    if state.global_step == int(sys.argv[4]):
+    if state.global_step == int(sys.argv[4]) and os.environ.get("RANK", "0") == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, args, state, control, **rest)
 lora_trainer.RunGuard.on_step_end = killing
-train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), checkpoint_steps=3, epochs=2.0)
+train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), **json.loads(sys.argv[5]))
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tiny_base, tmp_path):
-    def in_child(name: str, kill_at: int) -> int:
-        command = [sys.executable, "-c", KILLED_RUN, str(tiny_base), str(tmp_path / name), str(tmp_path / f"ck-{name}")]
-        return subprocess.run([*command, str(kill_at)], capture_output=True).returncode
+def killed_run(base: Path, folder: Path, name: str, kill_at: int, changes: dict) -> int:
+    """The exit status of a training in a child that kills itself when a step has ended; -1: never."""
+    script = folder / "killed_run.py"
+    script.write_text(KILLED_RUN)
+    command = [str(script), str(base), str(folder / name), str(folder / f"ck-{name}"), str(kill_at)]
+    program = launcher(changes["launch"]) if "launch" in changes else [sys.executable]
+    # Another order of sets in every folder: no byte may depend on it.
+    environment = ENVIRONMENT | {"PYTHONHASHSEED": str(len(name))}
+    return subprocess.run([*program, *command, json.dumps(changes)], env=environment, capture_output=True).returncode
 
-    assert in_child("whole", kill_at=-1) == 0
-    assert in_child("cut", kill_at=5) == -9
+
+def launcher(name: str) -> list[str]:
+    """`accelerate launch` with one of the project's own configurations."""
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
+    return [*command, str(ROOT / f"configs/accelerate/{name}.yaml")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint_steps": 3, "epochs": 2.0},
+        # In the middle of a sum of batches and of the best measurement's grace; random numbers everywhere.
+        {
+            "checkpoint_steps": 2, "epochs": 4.0, "gradient_accumulation": 3, "early_stopping_patience": 2,
+            "validations": 8, "learning_rate": 3e-2, "neftune_alpha": 5.0, "optimizer": "adamw_8bit",
+        },
+        {"checkpoint_steps": 3, "epochs": 2.0, "launch": "fsdp"},
+    ],
+    ids=["plain", "combined", "fsdp"],
+)  # fmt: skip
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_base, tmp_path, changes):
+    assert killed_run(tiny_base, tmp_path, "whole", -1, changes) == 0
+    assert killed_run(tiny_base, tmp_path, "cut", changes["checkpoint_steps"] + 1, changes) == (
+        1 if "launch" in changes else -9
+    )
+    assert newest_checkpoint(tmp_path / "ck-cut") is not None
     assert not (tmp_path / "cut").exists()
-    assert in_child("cut", kill_at=-1) == 0
+    assert killed_run(tiny_base, tmp_path, "cut", -1, changes) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert sha256_file(tmp_path / "whole" / name) == sha256_file(tmp_path / "cut" / name)
+
+
+def test_a_run_that_is_killed_after_it_stopped_early_does_not_go_on(tiny_base, tmp_path):
+    changes = {
+        "early_stopping_patience": 1, "validations": 10, "epochs": 6.0, "learning_rate": 3e-2, "checkpoint_steps": 1,
+    }  # fmt: skip
+    first = train(tiny_base, tmp_path / "first", tmp_path / "ck", **changes)
+    assert first.steps < 20
+    # What a kill right before the end leaves: all but the adapter.
+    again = train(tiny_base, tmp_path / "again", tmp_path / "ck", **changes)
+    assert (again.steps, again.validation_loss) == (first.steps, first.validation_loss)
     weights = "adapter_model.safetensors"
-    assert sha256_file(tmp_path / "whole" / weights) == sha256_file(tmp_path / "cut" / weights)
+    assert sha256_file(tmp_path / "first" / weights) == sha256_file(tmp_path / "again" / weights)
+
+
+def test_of_the_best_adapters_only_those_are_kept_that_a_resumed_run_may_want(tiny_base, tmp_path):
+    train(
+        tiny_base, tmp_path / "a", tmp_path / "ck", early_stopping_patience=9, validations=99, epochs=2.0,
+        checkpoint_steps=1, schedule="constant", optimizer="sgd", learning_rate=10.0,
+    )  # fmt: skip
+    steps = sorted(int(path.stem.split("-")[1]) for path in (tmp_path / "ck").glob("best-*.safetensors"))
+    assert 1 <= len(steps) <= 2
 
 
 def test_an_unknown_module_is_named(tiny_base, tmp_path):
@@ -199,6 +256,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoints(tiny_b
         )
     assert newest_checkpoint(tmp_path / "ck") is not None
     assert not (tmp_path / "adapter").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tiny_base, tmp_path):
+    # The last step's loss is measured before it is taken: only what comes after it tells.
+    changes = {"learning_rate": 1e30, "max_grad_norm": 1e30, "schedule": "constant", "checkpoint_steps": 1}
+    with pytest.raises(UserError, match="became nan at step 1"):
+        train(tiny_base, tmp_path / "adapter", tmp_path / "ck", max_steps=1, **changes)
+    assert newest_checkpoint(tmp_path / "ck") is None
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_checkpoint_whose_weights_are_no_numbers_is_not_marked_as_whole(tmp_path):
+    import torch
+
+    from fine_tuning.training.run_guard import RunGuard
+
+    model = torch.nn.Linear(2, 2)
+    model.weight.data[0, 0] = float("inf")
+    (tmp_path / "checkpoint-3").mkdir()
+    now = SimpleNamespace(output_dir=str(tmp_path)), SimpleNamespace(global_step=3), None
+    with pytest.raises(UserError, match="became nan at step 3"):
+        RunGuard(SETTINGS, None).on_save(*now, model=model)
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_that_knows_the_optimizer_is_bounded_in_number(tiny_base, tmp_path):
@@ -224,6 +304,21 @@ def test_early_stopping_keeps_the_best_adapter(tiny_base, tmp_path):
     assert result.validation_loss == pytest.approx(min(losses), abs=1e-6)
 
 
+def test_time_that_is_over_before_anything_was_measured_keeps_the_last_adapter(tiny_base, tmp_path):
+    limits = {"max_minutes": 1e-6, "early_stopping_patience": 2, "validations": 1}
+    result = train(tiny_base, tmp_path / "a", tmp_path / "ck", **limits)
+    assert result.steps == 1
+    assert (tmp_path / "a/adapter_model.safetensors").is_file()
+
+
+def test_minutes_before_an_interruption_count(tiny_base, tmp_path):
+    train(tiny_base, tmp_path / "a", tmp_path / "ck", max_minutes=60.0, checkpoint_steps=1, max_steps=2)
+    (tmp_path / "ck/checkpoint-2").rename(tmp_path / "last")
+    (tmp_path / "ck/checkpoint-1/seconds.txt").write_text("3600")
+    result = train(tiny_base, tmp_path / "a", tmp_path / "ck", max_minutes=60.0, checkpoint_steps=1, epochs=9.0)
+    assert result.steps == 2
+
+
 def test_an_adapter_can_be_gone_on_from(tiny_base, tmp_path):
     from fine_tuning.training.lora_trainer import train_adapter
 
@@ -239,35 +334,58 @@ def test_an_adapter_can_be_gone_on_from(tiny_base, tmp_path):
             tiny_base, "another", make_rows(60), make_rows(8, seed=1), settings, tmp_path / "x", tmp_path / "ck4",
             start_from=tmp_path / "first",
         )  # fmt: skip
-    other = settings.model_copy(update={"lora": settings.lora.model_copy(update={"rank": 4})})
-    with pytest.raises(UserError, match="does not fit"):
-        train_adapter(
-            tiny_base, "tiny", make_rows(60), make_rows(8, seed=1), other, tmp_path / "third", tmp_path / "ck3",
-            start_from=tmp_path / "first",
-        )  # fmt: skip
+    refusals = {
+        "does not fit": {"rank": 4},
+        "with train.lora.alpha = 16.0, which is 32.0": {"alpha": 32.0},
+        "with train.lora.rslora = False": {"rslora": True},
+    }
+    for words, changes in refusals.items():
+        other = settings.model_copy(update={"lora": settings.lora.model_copy(update=changes)})
+        with pytest.raises(UserError, match=words):
+            train_adapter(
+                tiny_base, "tiny", make_rows(60), make_rows(8, seed=1), other, tmp_path / "third", tmp_path / "ck3",
+                start_from=tmp_path / "first",
+            )  # fmt: skip
 
 
 INTERRUPTED_RUN = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from tests.test_training import train
 from fine_tuning.training import lora_trainer
 original = lora_trainer.RunGuard.on_log
 def interrupting(self, args, state, control, **rest):
-    if state.global_step == 4:
-        os.kill(os.getpid(), signal.SIGINT)
+    if state.global_step == 4 and not (Path(sys.argv[3]) / "interrupted").exists():
+        (Path(sys.argv[3]) / "interrupted").touch()
+        os.kill(os.getppid() if "RANK" in os.environ else os.getpid(), signal.SIGINT)
     return original(self, args, state, control, **rest)
 lora_trainer.RunGuard.on_log = interrupting
-train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), epochs=2.0)
+train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), epochs=4.0, **json.loads(sys.argv[4]))
 """
 
 
-def test_ctrl_c_saves_a_checkpoint_before_it_ends(tiny_base, tmp_path):
-    command = [sys.executable, "-c", INTERRUPTED_RUN, str(tiny_base), str(tmp_path / "adapter"), str(tmp_path / "ck")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "KeyboardInterrupt" in done.stderr
-    assert newest_checkpoint(tmp_path / "ck").name in ("checkpoint-4", "checkpoint-5")
-    assert not (tmp_path / "adapter").exists()
+@pytest.mark.parametrize("launch", ["single", "ddp"])
+def test_ctrl_c_saves_a_checkpoint_from_which_the_next_run_goes_on(tiny_base, tmp_path, launch):
+    script = tmp_path / "run.py"
+    script.write_text(INTERRUPTED_RUN)
+    program = [sys.executable] if launch == "single" else launcher(launch)
+    changes = json.dumps({"launch": launch})
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        words = [str(tiny_base), str(tmp_path / name), str(tmp_path / f"ck-{name}"), changes]
+        return subprocess.run([*program, str(script), *words], env=ENVIRONMENT, capture_output=True, text=True)
+
+    (tmp_path / "ck-cut").mkdir()
+    done = run("cut")
+    assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
+    assert newest_checkpoint(tmp_path / "ck-cut").name in ("checkpoint-4", "checkpoint-5")
+    assert not (tmp_path / "cut").exists()
+    assert "going on from checkpoint" in run("cut").stdout
+    weights = "adapter_model.safetensors"
+    if launch == "single":
+        train(tiny_base, tmp_path / "whole", tmp_path / "ck-whole", epochs=4.0)
+        assert sha256_file(tmp_path / "whole" / weights) == sha256_file(tmp_path / "cut" / weights)
+    assert (tmp_path / "cut" / weights).is_file()
 
 
 PARALLEL_RUN = """
@@ -275,25 +393,24 @@ import json, sys
 from pathlib import Path
 from tests.test_training import train
 from fine_tuning.training.training_utils import is_main_process
-base, output, checkpoints, answer = map(Path, sys.argv[1:])
-result = train(base, output, checkpoints, learning_rate=3e-3, epochs=8.0, batch_tokens=300)
+base, output, checkpoints, answer = map(Path, sys.argv[1:5])
+result = train(base, output, checkpoints, learning_rate=3e-3, epochs=8.0, batch_tokens=300, launch=sys.argv[5])
 if is_main_process():
-    answer.write_text(json.dumps([result.steps, result.train_loss, result.validation_loss]))
+    losses = [result.train_loss, result.validation_loss]
+    answer.write_text(json.dumps([result.steps, *losses, result.base_weights.held_mb]))
 """
 
 
-def test_two_processes_train_what_one_trains(tiny_base, tmp_path):
+@pytest.mark.parametrize(("launch", "share"), [("ddp", 1.0), ("fsdp", 0.5)])
+def test_two_processes_train_what_one_trains(tiny_base, tmp_path, launch, share):
     script = tmp_path / "run.py"
     script.write_text(PARALLEL_RUN)
-    root = Path(__file__).parents[1]
-    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(script), str(tiny_base)]
+    words = [str(tiny_base), str(tmp_path / "two"), str(tmp_path / "ck2"), str(tmp_path / "result.json"), launch]
     done = subprocess.run(
-        [*command, str(tmp_path / "two"), str(tmp_path / "ck2"), str(tmp_path / "result.json")],
-        env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+        [*launcher(launch), str(script), *words], env=ENVIRONMENT, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    steps, train_loss, validation_loss = json.loads((tmp_path / "result.json").read_text())
+    steps, train_loss, validation_loss, held = json.loads((tmp_path / "result.json").read_text())
     # Two processes take two batches a step, as one does that accumulates over two; eight batches come out even.
     one = train(
         tiny_base, tmp_path / "one", tmp_path / "ck1", learning_rate=3e-3, epochs=8.0, batch_tokens=300,
@@ -302,5 +419,119 @@ def test_two_processes_train_what_one_trains(tiny_base, tmp_path):
     assert steps == one.steps
     assert train_loss == pytest.approx(one.train_loss, abs=3e-3)
     assert validation_loss == pytest.approx(one.validation_loss, abs=3e-3)
+    assert held == pytest.approx(share * one.base_weights.held_mb, rel=0.01)
     losses = [entry["loss"] for entry in one.history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.08
+    # The adapter is whole: one process can go on from it.
+    import torch
+    from safetensors.torch import load_file
+
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    assert {name: value.shape for name, value in weights[0].items()} == {
+        name: value.shape for name, value in weights[1].items()
+    }
+    assert all(torch.isfinite(value).all() for value in weights[1].values())
+
+
+@pytest.mark.parametrize("changes", [{"method": "qlora"}, {"lora": SETTINGS.lora.model_copy(update={"dora": True})}])
+def test_what_cannot_be_spread_is_refused_before_anything_is_loaded(tmp_path, changes):
+    with pytest.raises(UserError, match=r"set train\.launch to ddp or single"):
+        train(tmp_path / "no base", tmp_path / "adapter", tmp_path / "ck", launch="fsdp", **changes)
+
+
+# --- bitsandbytes and memory, before anything is loaded --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "instead"),
+    [({"method": "qlora"}, "train.method to lora"), ({"optimizer": "lion_8bit"}, "train.optimizer to adamw")],
+)
+def test_bitsandbytes_that_is_missing_is_one_line(tmp_path, monkeypatch, changes, instead):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=f"does not load here .*{instead}"):
+        train(tmp_path / "no base", tmp_path / "adapter", tmp_path / "ck", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "module", "name"),
+    [({"method": "qlora"}, "functional", "quantize_4bit"), ({"optimizer": "adamw_8bit"}, "optim", "AdamW8bit")],
+)
+def test_hardware_that_bitsandbytes_refuses_is_one_line(tmp_path, monkeypatch, changes, module, name):
+    import bitsandbytes
+
+    def refuse(*_, **__):
+        raise NotImplementedError("no kernel for this device\nand more")
+
+    monkeypatch.setattr(getattr(bitsandbytes, module), name, refuse)
+    with pytest.raises(UserError, match=r"bitsandbytes refuses .*\(no kernel for this device\): set train"):
+        train(tmp_path / "no base", tmp_path / "adapter", tmp_path / "ck", **changes)
+
+
+@pytest.mark.parametrize(("method", "way"), [("lora", "set train.method to qlora"), ("qlora", "train.batch_tokens")])
+def test_too_little_memory_is_told_before_the_base_is_loaded(tiny_base, tmp_path, monkeypatch, method, way):
+    from fine_tuning.training import lora_trainer, qlora_trainer, training_utils
+
+    def load(*_, **__):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(lora_trainer, "load_model", load)
+    monkeypatch.setattr(qlora_trainer, "load_model", load)
+    monkeypatch.setattr(training_utils, "free_memory", lambda device: 400_000_000)
+    with pytest.raises(UserError, match=f"needs about 0.5 GB and 0.4 GB are free: .*{way}"):
+        train(tiny_base, tmp_path / "adapter", tmp_path / "ck", method=method)
+
+
+def test_the_limit_of_a_container_or_job_counts_as_memory(tmp_path):
+    job = tmp_path / "job/step"
+    job.mkdir(parents=True)
+    own = tmp_path / "cgroup"
+    own.write_text("0::/job/step\n")
+    for folder, limit, used in ((job, "max", 10), (job.parent, "1000", 600)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text("anon 100\ninactive_file 50\n")
+    assert group_memory(tmp_path, own) == 1000 - 600 + 50
+    (job.parent / "memory.max").write_text("max\n")
+    assert group_memory(tmp_path, own) is None
+    assert group_memory(tmp_path, tmp_path / "none") is None
+
+
+def test_qlora_reports_what_it_saves(tiny_base, tmp_path):
+    plain = train(tiny_base, tmp_path / "a", tmp_path / "ck1", max_steps=1).base_weights
+    packed = train(tiny_base, tmp_path / "b", tmp_path / "ck2", max_steps=1, method="qlora").base_weights
+    assert plain.held_mb == plain.lora_mb == pytest.approx(packed.lora_mb, rel=0.01)
+    assert packed.held_mb < 0.5 * packed.lora_mb
+
+
+# --- what goes with an adapter ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_model_card_says_where_the_adapter_comes_from(method):
+    base = {"model": "/models/my base: large", "license": "Licence: MIT", "revision": "abc", "sha256": "0f"}
+    card = model_card(
+        base, {"method": method, "lora.rank": 8}, {"validation_loss": 1.25}, {"train": "d1", "test": "d2"}
+    )
+    _, head, text = card.split("---\n", 2)
+    described = yaml.safe_load(head)
+    assert (described["base_model"], described["license"]) == (base["model"], base["license"])
+    for fact in ("| lora.rank | 8 |", "| validation_loss | 1.2500 |", "| train | `d1` |", "| test | `d2` |", "`0f`"):
+        assert fact in text
+    assert ("in four bits" in text) == (method == "qlora")
+
+
+def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
+    from importlib import metadata
+
+    from fine_tuning.training.tracking import versions
+
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert versions()["version_bitsandbytes"] == "none"
+    assert versions()["version_torch"] == real("torch")

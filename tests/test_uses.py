@@ -4,11 +4,17 @@ import csv
 import io
 import json
 import os
+import re
+import time
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
+from fine_tuning.project import sha256_file
 from tests.project import Project
+
+WEIGHTS = "models/adapter/adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -64,17 +70,30 @@ def test_an_experiment_changes_a_parameter_and_shows_beside_the_others(trained, 
     assert "train.learning_rate" in table
 
 
-def test_the_stage_trains_on_two_processes_when_a_parameter_says_so(trained, tmp_path):
+@pytest.mark.parametrize("launch", ["ddp", "fsdp"])
+def test_the_stage_trains_on_two_processes_when_a_parameter_says_so(trained, tmp_path, launch):
     project = trained.copy(tmp_path / "two")
     one = json.loads((project.folder / "metrics/train.json").read_text())
-    project.set_params(train={"launch": "ddp"})
+    runs = _runs(project)
+    project.set_params(train={"launch": launch})
     output = project.run("dvc", "repro", "train")
     two = json.loads((project.folder / "metrics/train.json").read_text())
     assert two["validation_loss_before"] == pytest.approx(one["validation_loss_before"], abs=1e-5)
     assert two["steps"] == one["steps"]
     assert two["validation_loss"] < two["validation_loss_before"]
-    # Only one of the two writes and tells.
+    # Only one of the two writes and tells, how quickly and how long still.
     assert output.count("train: lora on") == 1
+    assert re.search(r"train: step 4 of 4, loss \d\.\d+, \d+ tokens/s, 00:00 left", output)
+    assert _runs(project) == runs + 2
+
+
+@pytest.mark.parametrize("launch", ["single", "ddp"])
+def test_what_training_refuses_is_one_line_however_many_processes_meet_it(trained, tmp_path, launch):
+    project = trained.copy(tmp_path / "refused")
+    project.set_params(train={"launch": launch, "learning_rate": 1e30, "max_grad_norm": 1e30})
+    output = project.run("python", "-m", "stages.train", check=False)
+    assert output.count("error: ") == 1 and "lower train.learning_rate" in output
+    assert "Traceback" not in output
 
 
 def test_an_experiment_in_a_temporary_copy_tracks_its_run_in_the_main_checkout(trained, tmp_path):
@@ -118,6 +137,10 @@ def test_another_clone_pulls_data_and_adapter_and_has_nothing_to_do(trained, tmp
 def test_verify_rebuilds_the_same_bytes_and_names_the_stage_that_gives_others(trained, tmp_path):
     project = trained.copy(tmp_path / "project")
     verify = ("python", "-m", "fine_tuning", "verify", "--rebuild")
+    # From an adapter that only the checkout's own store knows.
+    project.set_params(train={"start_from": sha256_file(project.folder / WEIGHTS)[:12]})
+    project.run("dvc", "repro")
+    project.commit("Go on")
     assert "all 9 stages give the bytes" in project.run(*verify)
     lock = project.folder / "dvc.lock"
     locked = yaml.safe_load(lock.read_text())
@@ -129,20 +152,50 @@ def test_verify_rebuilds_the_same_bytes_and_names_the_stage_that_gives_others(tr
 
 def test_a_sweep_trains_every_combination_and_shows_them_in_one_table(trained, tmp_path):
     project = trained.copy(tmp_path / "project")
+    runs = _runs(project)
     project.run(
         "dvc", "exp", "run", "--queue", "-S", "train.learning_rate=1.0e-4,5.0e-3", "-S", "train.lora.rank=2"
     )  # fmt: skip
-    project.run("dvc", "exp", "run", "--run-all")
+    _work_off_queue(project)
     rows = list(csv.DictReader(io.StringIO(project.run("dvc", "exp", "show", "--csv", "--no-pager"))))
     tried = {(row["train.learning_rate"], row["train.lora.rank"]) for row in rows if row["Experiment"]}
     assert tried == {("0.0001", "2"), ("0.005", "2")}
     names = [row["Experiment"] for row in rows if row["Experiment"]]
     project.run("dvc", "plots", "diff", *names, "-o", "plots")
-    assert (project.folder / "plots/index.html").is_file()
+    page = (project.folder / "plots/index.html").read_text()
+    assert all(f'"{name}"' in page for name in names) and "validation_loss" in page and "grad_norm" in page
+    # All of them, and each one's curves, in the one store of the main checkout.
+    assert _runs(project) == runs + 4
+    shown = project.run("python", "-m", "fine_tuning", "experiments")
+    assert all(name in shown for name in names) and "train.learning_rate" in shown and "train.seed" not in shown
+    drawing = ElementTree.parse(project.folder / "metrics/experiments.svg").getroot()
+    legend = " ".join(element.text or "" for element in drawing.iter() if element.tag.endswith("text"))
+    assert all(name in legend for name in names)
+    assert "metrics/experiments.svg" not in project.run("git", "status", "--porcelain")
+
+
+def _work_off_queue(project: Project) -> None:
+    """`dvc queue start`, again where DVC's worker took a busy machine's silence for an empty queue and ended."""
+    try:
+        for _ in range(900):
+            states = project.run("dvc", "queue", "status")
+            assert "Failed" not in states, states
+            if "Queued" not in states and "Running" not in states:
+                return
+            if "0 active, 0 idle" in states:
+                project.run("dvc", "queue", "start")
+            time.sleep(2)
+        raise AssertionError(f"the queue does not empty:\n{states}")
+    finally:
+        project.run("dvc", "queue", "stop", "--kill", check=False)
+
+
+def test_without_an_experiment_there_is_nothing_to_compare(trained):
+    assert "error: there is no experiment yet" in trained.run("python", "-m", "fine_tuning", "experiments", check=False)
 
 
 def _adapter(project: Project) -> bytes:
-    return (project.folder / "models/adapter/adapter_model.safetensors").read_bytes()
+    return (project.folder / WEIGHTS).read_bytes()
 
 
 def _runs(project: Project) -> int:

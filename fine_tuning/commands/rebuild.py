@@ -11,7 +11,10 @@ from typing import Any
 import yaml
 
 from fine_tuning.errors import UserError
-from fine_tuning.project import git_commit, root, run_command
+from fine_tuning.project import artifact_root, git_commit, root, run_command, tracking_uri
+from fine_tuning.settings import read_params
+from fine_tuning.training.tracking import find_adapter, open_store
+from fine_tuning.training.training_utils import TrainSettings
 
 
 def rebuild() -> int:
@@ -36,6 +39,7 @@ def rebuild() -> int:
             raise UserError(
                 "the conversations of HEAD are not in DVC's cache: `dvc pull data/conversations.dvc`"
             ) from None
+        _fetch_start(checkout, copy)
         expected = _outputs(copy)
         for stage in expected:
             print(f"rebuild: {stage}", flush=True)
@@ -54,6 +58,15 @@ def rebuild() -> int:
 
 
 DVC = (sys.executable, "-m", "dvc")
+
+
+def _fetch_start(checkout: Path, copy: Path) -> None:
+    """Give the copy the adapter that its training starts from: the copy's own store knows none."""
+    settings = read_params("train", TrainSettings, copy / "params.yaml")
+    if settings.start_from:
+        scratch = Path(".whetstone")
+        store = open_store(tracking_uri(checkout), artifact_root(checkout), checkout / scratch / "mlflow.lock")
+        find_adapter(*store, settings.start_from, copy / scratch / "start")
 
 
 def _cache(checkout: Path) -> str:

@@ -79,6 +79,38 @@ def curve(points: Sequence[Mapping[str, Any]]) -> str:
     return _svg(620, 272, "learning curve", axes + line + "".join(parts))
 
 
+COLOURS = ("#1a7f4b", "#c0392b", "#2a6fb0", "#8e44ad", "#b9770e", "#16828a", "#7f8c8d", "#a04070")
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str) -> str:
+    """Lines over a common axis, each named in a legend beside it with its lowest value.
+
+    Args:
+        series: (x, y) pairs by name, at least one each.
+        label: what x counts.
+    """
+    points = [point for line in series.values() for point in line]
+    right = max(x for x, _ in points) or 1.0
+    bottom, top = min(y for _, y in points), max(y for _, y in points)
+    scale = 240 / ((top - bottom) or 1.0)
+    parts = []
+    for index, (name, line) in enumerate(series.items()):
+        colour, y = COLOURS[index % len(COLOURS)], 24 + 22 * index
+        corners = " ".join(f"{60 + 460 * x / right:.1f},{16 + (top - value) * scale:.1f}" for x, value in line)
+        lowest = number(min(value for _, value in line))
+        parts.append(
+            f'<polyline points="{corners}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<line x1="540" x2="560" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="3"/>'
+            f'<text x="568" y="{y}">{escape(name)}: {lowest}</text>'
+        )
+    height = max(292, 22 * len(series) + 30)
+    axes = (
+        f'<text x="0" y="20">{number(top)}</text><text x="0" y="260">{number(bottom)}</text>'
+        f'<text x="60" y="280">0</text><text x="520" y="280" text-anchor="end">{escape(label)} {number(right)}</text>'
+    )
+    return _svg(920, height, "curves", axes + "".join(parts))
+
+
 def _svg(width: int, height: int, label: str, body: str) -> str:
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return f'<svg {size} role="img" aria-label="{label}">{body}</svg>'

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import Trainer
 
 from fine_tuning.training.fused import has_plain_head, summed_label_loss
+from fine_tuning.training.processes import of_main_process
 from fine_tuning.training.shared_prefix import lay_out
 from fine_tuning.training.training_utils import IGNORED_LABEL, Row
 
@@ -131,7 +132,7 @@ class LabelTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log the validation loss the way `Trainer.evaluate` does."""
-        metrics = {"eval_loss": self.mean_loss()}
+        metrics = {"eval_loss": of_main_process(self.mean_loss())}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -18,8 +18,9 @@ from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import load_model, quiet_transformers
 from fine_tuning.training.fused import fuse
 from fine_tuning.training.label_trainer import LabelTrainer
-from fine_tuning.training.qlora_trainer import check_quantisation, load_quantised_base
-from fine_tuning.training.run_guard import Progress, RunGuard
+from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
+from fine_tuning.training.qlora_trainer import WeightsMemory, check_bitsandbytes, load_quantised_base, weights_memory
+from fine_tuning.training.run_guard import Progress, RunGuard, check_loss, is_over
 from fine_tuning.training.shared_prefix import share_prefixes
 from fine_tuning.training.training_utils import (
     Hardware,
@@ -35,6 +36,8 @@ from fine_tuning.training.training_utils import (
     is_main_process,
     lanes,
     newest_checkpoint,
+    process_count,
+    read_shape,
     sort_adapter_config,
 )
 
@@ -55,7 +58,7 @@ class TrainingResult:
     seconds: float
     tokens_per_second: float
     peak_memory_mb: float
-    base_weights_mb: float
+    base_weights: WeightsMemory
     trainable_parameters: int
     hardware: Hardware
     history: list[dict[str, float]] = field(default_factory=list)
@@ -83,21 +86,23 @@ def train_adapter(
 
     Raises:
         UserError: nothing to train, too little memory, a target module that the base lacks, an adapter to start from
-            that does not fit, or a loss that is no number (the last good checkpoint stays).
+            that does not fit, bitsandbytes that is needed and does not work, or a loss that is no number (the last good
+            checkpoint stays).
         KeyboardInterrupt: Ctrl-C, after the step under way and a checkpoint.
     """
     check_rows(train_rows, "train")
     check_rows(validation_rows, "validation")
-    if settings.method == "qlora":
-        check_quantisation()
-    quiet_transformers()
+    check_spreading(settings)
+    take_own_gpu()
     hardware = detect_hardware(settings.precision, settings.threads)
+    check_bitsandbytes(settings, hardware)
+    quiet_transformers()
     at_once = lanes(settings, hardware)
     torch.set_num_threads(hardware.threads // at_once)
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
     if start_from:
-        check_adapter_base(start_from, base_name)
+        check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
     plain, random = hardware.precision == "float32", settings.lora.dropout or settings.neftune_alpha
     if plain:
@@ -122,20 +127,21 @@ def train_adapter(
     before = trainer.mean_loss()
     started = time.monotonic()
     resume = newest_checkpoint(checkpoints)
-    if resume:
+    if resume and is_main_process():
         print(f"train: going on from {resume.name}", flush=True)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
-    if state is not None and state.global_step >= state.max_steps:
-        # transformers would take one step more, where max_steps ends the run within an epoch.
+    if state is not None and is_over(settings, state):
+        # transformers would take one step more.
         load_adapter(model, resume / "adapter_model.safetensors")
         trainer.state = state
     else:
         with guard.stopping_on_interrupt():
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if settings.early_stopping_patience:
-        load_adapter(model, guard.best_file(checkpoints, trainer.state))
+    if best := guard.best_file(checkpoints, trainer.state):
+        load_adapter(model, best)
     seconds = time.monotonic() - started
     after = trainer.mean_loss()
+    check_loss("validation", after, trainer.state.global_step)
     model.peft_config["default"].base_model_name_or_path = base_name
     if is_main_process():
         output.mkdir(parents=True, exist_ok=True)
@@ -143,20 +149,18 @@ def train_adapter(
         sort_adapter_config(output)
     steps = trainer.state.global_step
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    resumed_at = int(resume.name.split("-")[1]) if resume else 0
-    tokens = sum(len(row.input_ids) for row in train_rows)
-    seen = tokens * settings.gradient_accumulation * (steps - resumed_at) / max(1, len(batches))
+    seen = trainer.state.num_input_tokens_seen - (state.num_input_tokens_seen if state else 0)
     return TrainingResult(
         steps=steps,
         train_loss=sum(losses) / len(losses),
         validation_loss_before=before,
         validation_loss=after,
         trained_tokens=count_labels(train_rows),
-        tokens=tokens,
+        tokens=sum(len(row.input_ids) for row in train_rows),
         seconds=seconds,
         tokens_per_second=seen / seconds,
         peak_memory_mb=peak_memory_mb(hardware),
-        base_weights_mb=sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad) / 1e6,
+        base_weights=weights_memory(model, hardware),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hardware=hardware,
         history=[entry for entry in trainer.state.log_history if "train_loss" not in entry],
@@ -164,14 +168,16 @@ def train_adapter(
 
 
 def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreTrainedModel:
-    """Load the base in the number format that the hardware trains in, or in four bits for QLoRA."""
+    """Load the base in the number format that the hardware trains in, in four bits for QLoRA, or its share for fsdp.
+
+    Raises:
+        UserError: it would not fit, or does not load.
+    """
+    check_memory(read_shape(folder), settings, hardware)
     if settings.method == "qlora":
         return load_quantised_base(folder, hardware, settings.gradient_checkpointing)
     width = torch.bfloat16 if hardware.precision == "bfloat16" else torch.float32
-    model = load_model(folder, width)
-    config = model.config.get_text_config()
-    check_memory(model.num_parameters(), settings, hardware, config.num_hidden_layers, config.hidden_size)
-    return model
+    return load_model(folder, width, **spreading(settings))
 
 
 def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
@@ -194,16 +200,32 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
         use_dora=lora.dora,
     )
     model.config.use_cache = False
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    keep_adapter_whole(adapted)
+    return adapted
 
 
-def check_adapter_base(adapter: Path, base_name: str) -> None:
-    """Raises UserError when an adapter's configuration names another base: equal shapes would not tell."""
-    named = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> None:
+    """Refuse to go on from an adapter that would say something else here than where it was trained.
+
+    Raises:
+        UserError: its configuration names another base or another scale, which equal shapes would not tell.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    named, lora = config["base_model_name_or_path"], settings.lora
     if named != base_name:
         raise UserError(
             f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"
         )
+    for parameter, had, wanted in (
+        ("alpha", config["lora_alpha"], lora.alpha),
+        ("rslora", config["use_rslora"], lora.rslora),
+    ):
+        if had != wanted:
+            raise UserError(
+                f"the adapter of train.start_from was trained with train.lora.{parameter} = {had}, which is {wanted} "
+                "now: set it back, or train a new adapter"
+            )
 
 
 def load_adapter(model: Any, file: Path) -> None:
@@ -245,7 +267,7 @@ def target_modules(model: PreTrainedModel, wanted: str | list[str]) -> list[str]
 
 def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path, batches: int) -> TrainingArguments:
     """transformers' own arguments for these settings; `batches` micro-batches make one epoch."""
-    steps_an_epoch = math.ceil(batches / settings.gradient_accumulation)
+    steps_an_epoch = math.ceil(math.ceil(batches / process_count()) / settings.gradient_accumulation)
     total = settings.max_steps or math.ceil(steps_an_epoch * settings.epochs)
     validate_every = max(1, math.ceil(total / settings.validations))
     return TrainingArguments(
@@ -266,6 +288,8 @@ def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path
         use_cpu=hardware.device == "cpu",
         bf16=hardware.precision == "bfloat16",
         fp16=hardware.precision == "float16",
+        # Packed rows come without the mask that tells padding from tokens, and without padding.
+        include_num_input_tokens_seen="all" if settings.packing else "non_padding",
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -274,6 +298,7 @@ def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path
         save_steps=settings.checkpoint_steps,
         save_total_limit=2,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=hardware.device == "cuda",
         report_to=[],
         disable_tqdm=True,

@@ -4,23 +4,57 @@ The adapter learns against the quantised weights and is merged into the 16-bit b
 that merged model, so that what the detour costs shows in the verdict.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import load_model
-from fine_tuning.training.training_utils import Hardware
+from fine_tuning.training.training_utils import Hardware, TrainSettings
+
+EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "lion_8bit": "Lion8bit"}
 
 
-def check_quantisation() -> None:
-    """Raises UserError unless bitsandbytes can be imported; called before anything is loaded."""
+def check_bitsandbytes(settings: TrainSettings, hardware: Hardware) -> None:
+    """Try on a few numbers what the settings ask of bitsandbytes, before anything is loaded.
+
+    Raises:
+        UserError: bitsandbytes is missing, or refuses the hardware.
+    """
+    if settings.method == "qlora":
+        wanted, instead = "train.method = qlora", "train.method to lora"
+    elif settings.optimizer in EIGHT_BIT:
+        wanted, instead = f"train.optimizer = {settings.optimizer}", "train.optimizer to adamw"
+    else:
+        return
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"train.method = qlora needs bitsandbytes, which does not load here ({type(error).__name__}): "
-            "run `make install`, or set train.method to lora"
+            f"{wanted} needs bitsandbytes, which does not load here ({type(error).__name__}): run `make install`, or "
+            f"set {instead}"
         ) from None
+    try:
+        if settings.method == "qlora":
+            packed, state = bitsandbytes.functional.quantize_4bit(
+                torch.ones(64, 64, device=hardware.device), compress_statistics=True, quant_type="nf4"
+            )
+            bitsandbytes.functional.dequantize_4bit(packed, state)
+        if settings.optimizer in EIGHT_BIT:
+            # From so many numbers on the state is held in eight bits.
+            parameter = torch.nn.Parameter(torch.ones(4096, device=hardware.device))
+            parameter.grad = torch.ones_like(parameter)
+            getattr(bitsandbytes.optim, EIGHT_BIT[settings.optimizer])([parameter]).step()
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError, AssertionError) as error:
+        raise UserError(f"bitsandbytes refuses {hardware.name} ({_reason(error)}): set {instead}") from None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing: bool) -> Any:
@@ -31,7 +65,6 @@ def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing
     Raises:
         UserError: the hardware is refused by bitsandbytes.
     """
-    import torch
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
@@ -45,6 +78,33 @@ def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing
     try:
         model = load_model(folder, compute, quantization_config=quantisation, device_map={"": hardware.device})
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"bitsandbytes refuses this hardware ({reason}): set train.method to lora") from None
+        raise UserError(f"bitsandbytes refuses {hardware.name} ({_reason(error)}): set train.method to lora") from None
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+
+
+@dataclass(frozen=True)
+class WeightsMemory:
+    """MB that the frozen base takes in one process, and that it would take there as `train.method: lora` holds it."""
+
+    held_mb: float
+    lora_mb: float
+
+
+def weights_memory(model: Any, hardware: Hardware) -> WeightsMemory:
+    """Measure the frozen weights of a model: packed ones with the constants that unpack them, a spread base's share."""
+    held = whole = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            continue
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        state = getattr(parameter, "quant_state", None)
+        held += own.numel() * own.element_size() + (_constants_bytes(state) if state else 0)
+        whole += state.shape.numel() if state else own.numel()
+    return WeightsMemory(held / 1e6, whole * (2 if hardware.precision == "bfloat16" else 4) / 1e6)
+
+
+def _constants_bytes(state: Any) -> int:
+    tensors = [state.absmax, state.code, state.offset]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -1,4 +1,4 @@
-"""What watches a run: progress, limits, Ctrl-C, early stopping, losses that are no number, whole checkpoints."""
+"""What watches a run: progress, limits, Ctrl-C, early stopping, numbers that are none, whole checkpoints."""
 
 import contextlib
 import math
@@ -11,37 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from peft import get_peft_model_state_dict
 from transformers import TrainerCallback
 
 from fine_tuning.errors import UserError
 from fine_tuning.records import replacing
-from fine_tuning.training.training_utils import TrainSettings, is_main_process, mark_complete
+from fine_tuning.training.processes import agree, reshard
+from fine_tuning.training.training_utils import TrainSettings, is_main_process, mark_complete, process_count
 
 Progress = Callable[[dict[str, float]], None]
+TIME_SPENT = "seconds.txt"  # in a checkpoint
+GO_ON, STOP, STOP_AND_SAVE = 0, 1, 2
 
 
 class RunGuard(TrainerCallback):
     """Reports progress, stops on time, on patience, on Ctrl-C or on a loss that is no number, marks whole checkpoints.
 
     What it knows of earlier measurements it reads from the trainer's state, which checkpoints keep: a resumed run
-    decides as an uninterrupted one would.
+    decides as an uninterrupted one would. Several processes decide together: each would wait for the others.
     """
 
     def __init__(self, settings: TrainSettings, progress: Progress | None) -> None:
         self.settings = settings
         self.progress = progress
         self.started = time.monotonic()
+        self.spent_before = 0.0
         self.interrupted = False
 
     @contextlib.contextmanager
     def stopping_on_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C end the training after the step under way, with a checkpoint; a second one ends it at once."""
+        """Let Ctrl-C end the training after the step under way, with a checkpoint; a second one ends it at once.
+
+        Where several processes train, their launcher passes Ctrl-C on to each, and ends them after half a minute.
+        """
 
         def note(number: int, frame: Any) -> None:
-            print("train: stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
             self.interrupted = True
-            signal.signal(signal.SIGINT, previous)
+            again = ""
+            if process_count() == 1:
+                again = "; Ctrl-C again stops at once"
+                signal.signal(signal.SIGINT, previous)
+            if is_main_process():
+                print(f"train: stopping after this step{again}", file=sys.stderr, flush=True)
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -54,50 +66,88 @@ class RunGuard(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the time that a run took before it was cut off."""
+        self.started = time.monotonic()
+        with contextlib.suppress(FileNotFoundError):
+            self.spent_before = float(_checkpoint(args, state).joinpath(TIME_SPENT).read_text())
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Pass a step's numbers on."""
         logs = logs or {}
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the training loss became {logs['loss']} at step {state.global_step}: lower train.learning_rate; "
-                "the checkpoints before it are kept"
-            )
+        check_loss("training", logs.get("loss", 0.0), state.global_step)
+        check_loss("validation", logs.get("eval_loss", 0.0), state.global_step)
         if self.progress:
             self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         """Stop when the minutes are over, and on Ctrl-C with a checkpoint."""
         limit = self.settings.max_minutes
-        if limit and time.monotonic() - self.started > 60 * limit:
-            control.should_training_stop = True
-        if self.interrupted:
-            control.should_training_stop = control.should_save = True
+        late = limit is not None and self.time_spent() > 60 * limit
+        decision = agree(STOP_AND_SAVE if self.interrupted else STOP if late else GO_ON)
+        control.should_training_stop |= decision != GO_ON
+        if decision == STOP_AND_SAVE:
+            self.interrupted = control.should_save = True
         return control
+
+    def time_spent(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.spent_before + time.monotonic() - self.started
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> Any:
         """Keep the best adapter, and stop when `early_stopping_patience` measurements brought no gain."""
-        patience = self.settings.early_stopping_patience
-        if not patience:
+        if not self.settings.early_stopping_patience:
             return control
-        measured = validation_history(state)
-        best = best_step(state)
-        if best == state.global_step and is_main_process():
+        if best_step(state) == state.global_step and is_main_process():
             weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-            with replacing(self.best_file(Path(args.output_dir), state)) as file:
+            with replacing(Path(args.output_dir) / _best_name(state.global_step)) as file:
                 file.write(safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}))
-        since = sum(step > best for step in measured)
-        if since >= patience:
-            control.should_training_stop = True
+        reshard(model)
+        # Nobody reads the file before it is there.
+        control.should_training_stop |= bool(agree(int(out_of_patience(self.settings, state))))
         return control
 
-    def best_file(self, folder: Path, state: Any) -> Path:
-        """Where the weights of the best measurement so far are kept."""
-        return folder / f"best-{best_step(state)}.safetensors"
+    def best_file(self, folder: Path, state: Any) -> Path | None:
+        """Where the weights of the best measurement so far are; None where the last weights are the ones to keep."""
+        if not self.settings.early_stopping_patience or not validation_history(state):
+            return None
+        return folder / _best_name(best_step(state))
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written as whole."""
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """Mark the checkpoint that was just written as whole, by all processes.
+
+        Raises:
+            UserError: its weights are no numbers; it stays unmarked, and those before it are kept.
+        """
+        for parameter in model.parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                check_loss("next training", math.nan, state.global_step)
+        reshard(model)
+        agree(GO_ON)  # each has written its part
         if is_main_process():
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            (_checkpoint(args, state) / TIME_SPENT).write_text(f"{self.time_spent()}\n")
+            mark_complete(_checkpoint(args, state))
+            _drop_old_bests(Path(args.output_dir), state)
+
+
+def check_loss(name: str, loss: float, step: int) -> None:
+    """Raises UserError unless a loss is a number."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {name} loss became {loss} at step {step}: lower train.learning_rate; the checkpoints before it are "
+            "kept"
+        )
+
+
+def is_over(settings: TrainSettings, state: Any) -> bool:
+    """Whether the run that a checkpoint's state tells of had come to its end."""
+    return state.global_step >= state.max_steps or out_of_patience(settings, state)
+
+
+def out_of_patience(settings: TrainSettings, state: Any) -> bool:
+    """Whether the last `early_stopping_patience` measurements brought no gain."""
+    patience, history = settings.early_stopping_patience, validation_history(state)
+    return patience is not None and sum(step > best_step(state) for step in history) >= patience
 
 
 def validation_history(state: Any) -> dict[int, float]:
@@ -109,3 +159,22 @@ def best_step(state: Any) -> int:
     """The step with the lowest validation loss, the earliest of equals."""
     history = validation_history(state)
     return min(history, key=lambda step: (history[step], step))
+
+
+def _best_name(step: int) -> str:
+    return f"best-{step}.safetensors"
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _drop_old_bests(folder: Path, state: Any) -> None:
+    """Remove what no run that goes on from one of the kept checkpoints would come back to."""
+    oldest = min(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+    known = {step: loss for step, loss in validation_history(state).items() if step <= oldest}
+    if known:
+        needed = min(known, key=lambda step: (known[step], step))
+        for path in folder.glob("best-*.safetensors"):
+            if int(path.stem.split("-")[1]) < needed:
+                path.unlink()

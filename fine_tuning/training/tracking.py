@@ -1,8 +1,9 @@
 """Runs in MLflow: one store for the checkout and all its temporary experiments."""
 
 import contextlib
-import hashlib
 import os
+import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fine_tuning.errors import UserError, no_space
+from fine_tuning.project import sha256_file
 
 EXPERIMENT = "whetstone"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
@@ -126,35 +129,44 @@ def tracked_run(
 
 
 def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> Path:
-    """Fetch the adapter whose weights' SHA-256 starts with `sha256` from the run that trained it into `folder`.
+    """The adapter whose weights' SHA-256 starts with `sha256`: from `folder`, or from the run that trained it.
 
     Raises:
         UserError: no run, or more than one adapter, has such a hash, or its files are damaged.
     """
     from mlflow.artifacts import download_artifacts
 
+    for kept in folder.glob(f"{sha256}*"):
+        if sha256_file(kept / WEIGHTS) == kept.name:
+            return kept
     runs = client.search_runs([experiment_id], f"tags.adapter_sha256 LIKE '{sha256}%'")
     found = {run.data.tags["adapter_sha256"] for run in runs}
     if len(found) != 1:
         known = "no adapter" if not found else "more than one adapter"
         raise UserError(f"train.start_from = {sha256}: {known} in MLflow has such a SHA-256: see models/champion.json")
+    folder.mkdir(parents=True, exist_ok=True)
     for run in runs:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), tempfile.TemporaryDirectory(dir=folder) as fetched:
             local = download_artifacts(
-                artifact_uri=f"{run.info.artifact_uri}/adapter",
-                dst_path=str(folder / run.info.run_id),
-                tracking_uri=client.tracking_uri,
+                artifact_uri=f"{run.info.artifact_uri}/adapter", dst_path=fetched, tracking_uri=client.tracking_uri
             )
-            weights = (Path(local) / "adapter_model.safetensors").read_bytes()
-            if hashlib.sha256(weights).hexdigest() in found:
-                return Path(local)
+            if sha256_file(Path(local) / WEIGHTS) in found:
+                target = folder / found.pop()
+                with contextlib.suppress(OSError):  # another process was quicker
+                    Path(local).replace(target)
+                return target
     raise UserError(f"train.start_from = {sha256}: its artifacts in MLflow are gone or damaged: choose another")
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that a run's bytes depend on, as tags."""
-    names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-    return {f"version_{name}": metadata.version(name) for name in names}
+    """Versions of what a run's bytes depend on, as tags."""
+    found = {"version_python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "bitsandbytes"):
+        try:
+            found[f"version_{name}"] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[f"version_{name}"] = "none"
+    return found
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -59,6 +60,21 @@ class TrainSettings(Settings):
     checkpoint_steps: int = Field(ge=1)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that writes files, of those that a launcher started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_process_count() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Where training runs and in which number format."""
@@ -79,7 +95,7 @@ def detect_hardware(precision: str, threads: int | None) -> Hardware:
     """
     import torch
 
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // local_process_count())
     if torch.cuda.is_available():
         automatic = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         device, name = "cuda", torch.cuda.get_device_name()
@@ -101,10 +117,9 @@ def lanes(settings: TrainSettings, hardware: Hardware) -> int:
     rows are no longer apart (packing), where activations are made anew (checkpointing), where weights are unpacked for
     every product (QLoRA), and where several processes share the batch already.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     random = settings.lora.dropout or settings.neftune_alpha
     plain = not (random or settings.packing or settings.gradient_checkpointing or settings.method == "qlora")
-    return 2 if alone and plain and hardware.device == "cpu" and hardware.threads > 1 else 1
+    return 2 if process_count() == 1 and plain and hardware.device == "cpu" and hardware.threads > 1 else 1
 
 
 # --- rows and batches ------------------------------------------------------------------------------------------------
@@ -234,26 +249,82 @@ def collate_packed(batch: Sequence[Row]) -> dict[str, Any]:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def check_memory(parameters: int, settings: TrainSettings, hardware: Hardware, layers: int, hidden: int) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """What the memory that a model needs depends on."""
+
+    parameters: int
+    embedding: int  # of them, in the input and the output embedding
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+def read_shape(folder: Path) -> Shape:
+    """What a folder's model takes, read from its configuration and the headers of its weights: nothing is loaded.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    parameters = 0
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="numpy") as weights:
+                names = weights.keys()
+                parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
+    tables = 1 if config.tie_word_embeddings else 2
+    return Shape(
+        parameters=parameters,
+        embedding=tables * config.vocab_size * config.hidden_size,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
     """Refuse to start what cannot fit; an estimate, meant to be right within a factor of two.
 
-    Weights at their width, the activations that backpropagation keeps (34 values of the hidden size a token and
-    layer: Korthikanti et al. 2022, "Reducing Activation Recomputation", section 4.1, without the attention matrix,
-    which is recomputed), and half a gigabyte for the program itself.
+    Weights at their width (in four bits all but the embeddings, which stay whole), the activations that backpropagation
+    keeps (34 values of the hidden size a token and layer: Korthikanti et al. 2022, "Reducing Activation Recomputation",
+    section 4.1, without the attention matrix, which is recomputed), a batch's logits, and half a gigabyte for the
+    program itself.
 
     Raises:
         UserError: the estimate exceeds the free memory; says what to change.
     """
-    width = 0.6 if settings.method == "qlora" else 2 if hardware.precision != "float32" else 4
+    width = 2 if hardware.precision == "bfloat16" else 4
+    weights = shape.parameters * width
+    if settings.method == "qlora":
+        weights = 0.6 * (shape.parameters - shape.embedding) + 4 * shape.embedding
+    elif settings.launch == "fsdp":
+        weights /= process_count()
     kept = 2 if settings.gradient_checkpointing else 34
-    activations = kept * settings.batch_tokens * layers * hidden * (4 if hardware.precision == "float32" else 2)
-    needed = parameters * width + activations + 0.5e9
+    values = kept * shape.layers * shape.hidden + shape.vocabulary
+    activations = settings.batch_tokens * values * (4 if hardware.precision == "float32" else 2)
+    needed = weights + activations + 0.5e9
+    if hardware.device == "cpu":
+        needed *= local_process_count()
     free = free_memory(hardware.device)
     if free is not None and needed > free:
         raise UserError(
-            f"training needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: lower train.batch_tokens, "
-            "set train.gradient_checkpointing to true, or choose a smaller base.model"
+            f"training needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {_smaller(settings)}"
         )
+
+
+def _smaller(settings: TrainSettings) -> str:
+    ways = ["lower train.batch_tokens"]
+    if not settings.gradient_checkpointing:
+        ways.append("set train.gradient_checkpointing to true")
+    if settings.method == "lora":
+        ways.append("set train.method to qlora")
+    return f"{', '.join(ways)}, or choose a smaller base.model"
 
 
 def free_memory(device: str) -> int | None:
@@ -262,12 +333,41 @@ def free_memory(device: str) -> int | None:
 
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
+    known = [free for free in (_system_memory(), group_memory()) if free is not None]
+    return min(known, default=None)
+
+
+def _system_memory() -> int | None:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return None
+
+
+def group_memory(top: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that the limits of a container or of a job of Slurm leave (cgroup v2), or None where there is no limit.
+
+    Files that the system has cached count as used there, but give way.
+    """
+    try:
+        inner = next(line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    left = []
+    group = top / inner.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(top):
+            break
+        try:
+            limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            left.append(int(limit) - used + int(cached.get("inactive_file", 0)))
+    return min(left, default=None)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -282,11 +382,6 @@ def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: st
     for row in rows:
         digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
     return digest.hexdigest()[:24]
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes files, of those that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

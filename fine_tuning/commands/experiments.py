@@ -1,0 +1,94 @@
+"""`experiments`: what was tried, as a table and as one drawing of the validation losses; neither needs the net."""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.charts import curves, number, standalone
+from fine_tuning.integration.runs_view import Line, dvc_lines
+from fine_tuning.project import root, run_command
+
+CURVE = "metrics/plots/validation_loss.csv"
+DRAWING = Path("metrics/experiments.svg")
+METRICS = {
+    "validation loss": "train.validation_loss",
+    "perplexity": "evaluation.candidate.perplexity.value",
+    "verdict": "comparison.verdict",
+}
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add `experiments`."""
+    command = subparsers.add_parser("experiments", help="compare what was tried: a table, and the losses as a drawing")
+    command.set_defaults(func=experiments)
+
+
+def experiments(arguments: argparse.Namespace) -> None:
+    """Print workspace, commits and experiments, the best first, and draw their validation losses by step.
+
+    Raises:
+        UserError: there is no experiment yet.
+    """
+    from rich.console import Console
+
+    lines = finished_first(dvc_lines(root()))
+    if not any(line.kind == "experiment" for line in lines):
+        raise UserError("there is no experiment yet: `dvc exp run -S train.learning_rate=5.0e-4` makes one")
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table(lines))
+    losses = {line.name: curve for line in lines if (curve := loss_curve(line))}
+    if losses:
+        DRAWING.write_text(standalone(curves(losses, "step"), "Validation loss"))
+        console.print(f"{'Losses by step':<22}{DRAWING}", markup=False, soft_wrap=True)
+
+
+def finished_first(lines: list[Line]) -> list[Line]:
+    """Each line once, by its validation loss; last and without the numbers it started from what has not got there."""
+    told = {line.name: line for line in reversed(lines)}
+    for line in told.values():
+        if line.status not in ("", "success"):
+            line.metrics = {}
+    return sorted(told.values(), key=lambda line: line.metrics.get(METRICS["validation loss"], float("inf")))
+
+
+def table(lines: list[Line]) -> Any:
+    """One row a line: its name, the parameters that are not the same in all, its metrics, how far it has come."""
+    from rich.table import Table
+
+    varied = varied_parameters(lines)
+    shown = Table()
+    shown.add_column("experiment")
+    for name in (*varied, *METRICS, "state"):
+        shown.add_column(name, justify="right")
+    for line in lines:
+        parameters = [str(line.params.get(name, "-")) for name in varied]
+        measured = [line.metrics.get(key) for key in METRICS.values()]
+        cells = [number(value) if isinstance(value, float) else str(value or "-") for value in measured]
+        shown.add_row(line.name, *parameters, *cells, line.status)
+    return shown
+
+
+def varied_parameters(lines: list[Line]) -> list[str]:
+    """Names of the parameters that differ between any two lines."""
+    names = sorted({name for line in lines for name in line.params})
+    return [name for name in names if len({str(line.params.get(name)) for line in lines}) > 1]
+
+
+def loss_curve(line: Line) -> list[tuple[float, float]]:
+    """(step, validation loss) pairs as the line's commit has them; none where it has not come so far."""
+    if not line.metrics:
+        return []
+    try:
+        text = Path(CURVE).read_text() if line.kind == "workspace" else _committed(line)
+    except (FileNotFoundError, UserError):
+        return []
+    return [(float(row["step"]), float(row["validation_loss"])) for row in csv.DictReader(io.StringIO(text))]
+
+
+def _committed(line: Line) -> str:
+    return run_command("git", "show", f"{line.name.split()[-1]}:{CURVE}")
