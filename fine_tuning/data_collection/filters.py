@@ -108,6 +108,7 @@ SHORT_TEXT = 20  # words; repetition and language of fewer say nothing
 TOP_GRAM_SHARES = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_GRAM_SHARES = {5: 0.15, 10: 0.10}
 DUPLICATE_LINE_SHARE = 0.30
+_GRAM_SIZES = sorted(TOP_GRAM_SHARES | DUPLICATE_GRAM_SHARES)
 
 
 def check_content(messages: list[dict], settings: FilterSettings) -> Drop | None:
@@ -141,14 +142,14 @@ def _special_share(text: str) -> float:
     """Share of characters that are no letter, digit, white space or usual punctuation of any script."""
     if not text:
         return 0.0
-    rest = text.translate(_ORDINARY_ASCII)
-    if rest and not rest.isascii():
-        rest = [c for c in rest if not (c.isalnum() or c.isspace() or c in _PUNCTUATION or _is_mark(c))]
-    return round(len(rest) / len(text), 4)
+    if text.isascii():
+        return round(len(text.encode().translate(None, _ORDINARY_ASCII)) / len(text), 4)
+    special = [c for c in text if not (c.isalnum() or c.isspace() or c in _PUNCTUATION or _is_mark(c))]
+    return round(len(special) / len(text), 4)
 
 
 _PUNCTUATION = frozenset(".,;:!?'\"()-’‘“”„«»…–—、。，！？：；（）「」『』・¿¡،؟।")
-_ORDINARY_ASCII = {i: None for i in range(128) if chr(i).isalnum() or chr(i).isspace() or chr(i) in ".,;:!?'\"()-"}
+_ORDINARY_ASCII = bytes(i for i in range(128) if chr(i).isalnum() or chr(i).isspace() or chr(i) in ".,;:!?'\"()-")
 
 
 def _is_mark(character: str) -> bool:
@@ -175,33 +176,41 @@ def repetition(text: str) -> float:
     words = text.split()
     if len(words) < SHORT_TEXT:
         return 0.0
-    worst = 0.0
-    total = sum(map(len, words))
-    pairs = len(words) - 1 - len(set(pairwise(words)))
-    if pairs > 1:  # otherwise no pair stands there three times
-        worst = _top_share(words, 2, total) / TOP_GRAM_SHARES[2]
-    if pairs and len(set(zip(words, words[1:], words[2:], strict=False))) < len(words) - 2:
-        for size in (3, 4):
+    worst, total = 0.0, sum(map(len, words))
+    for size in _GRAM_SIZES:
+        repeated = len(words) - size + 1 - len(set(_runs(words, size)))
+        if not repeated:  # then no longer run stands there twice either
+            break
+        if size in DUPLICATE_GRAM_SHARES:
+            worst = max(worst, _duplicate_share(words, size, total) / DUPLICATE_GRAM_SHARES[size])
+        elif repeated > 1:  # otherwise none stands there three times
             worst = max(worst, _top_share(words, size, total) / TOP_GRAM_SHARES[size])
-        for size, limit in DUPLICATE_GRAM_SHARES.items():
-            worst = max(worst, _duplicate_share(words, size, total) / limit)
     lines = [line for line in text.split("\n") if line.strip()] if "\n" in text else []
     if len(lines) > 3:
         worst = max(worst, (1 - len(set(lines)) / len(lines)) / DUPLICATE_LINE_SHARE)
     return round(worst, 4)
 
 
+def _runs(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
+    """`size` neighbouring words from every position."""
+    return zip(*(words[start:] for start in range(size)), strict=False)
+
+
 def _top_share(words: list[str], size: int, total: int) -> float:
     """Share of the characters that stand in the most frequent run of `size` words, if it is there three times."""
-    gram, count = Counter(zip(*(words[i:] for i in range(size)), strict=False)).most_common(1)[0]
-    return count * sum(map(len, gram)) / total if count > 2 else 0.0
+    counts = Counter(_runs(words, size))
+    count = max(counts.values())
+    if count < 3:
+        return 0.0
+    gram = next(gram for gram, times in counts.items() if times == count)
+    return count * sum(map(len, gram)) / total
 
 
 def _duplicate_share(words: list[str], size: int, total: int) -> float:
     """Share of the characters that stand in a run of `size` words which was there before; each counts once."""
     seen: set[tuple[str, ...]] = set()
     covered, inside = 0, 0
-    for index, gram in enumerate(zip(*(words[i:] for i in range(size)), strict=False)):
+    for index, gram in enumerate(_runs(words, size)):
         if gram in seen:
             start = max(index, inside)
             covered += sum(map(len, words[start : index + size]))
