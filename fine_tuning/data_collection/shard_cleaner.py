@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from fine_tuning.data_collection import near_duplicates
+from fine_tuning.data_collection.conversation import has_long_number, to_line
 from fine_tuning.data_collection.data_cleaner import (
     CleanSettings,
     DataCleaner,
@@ -27,7 +28,7 @@ from fine_tuning.data_collection.data_cleaner import (
     feedback_counts,
     standing,
 )
-from fine_tuning.data_collection.shard_merger import CleanPiece, merge, quick_line
+from fine_tuning.data_collection.shard_merger import CleanPiece, merge
 from fine_tuning.engine import open_engine
 
 PIECE_BYTES = 64 << 20
@@ -165,8 +166,8 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
             signed.writelines(near_duplicates.signatures(shingles))
             for entry, conversation in entries:
                 if conversation is not None:
-                    cleaned.write(quick_line(conversation))
-                index.write(quick_line(entry))
+                    cleaned.write(to_line(conversation))
+                index.write(to_line(entry))
     (temporary / "masked.json").write_text(json.dumps(masked, sort_keys=True))
     try:
         os.rename(temporary, target)
@@ -238,7 +239,7 @@ def _parse(line: bytes | None) -> tuple[dict | None, str]:
     if line is None:
         return None, "line_too_long"
     try:
-        if _NINETEEN_DIGITS in line.translate(_ZEROS):  # orjson would round a longer integer
+        if has_long_number(line):
             return _parse_slowly(line)
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -270,8 +271,6 @@ def _finite(number: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
-_ZEROS = bytes.maketrans(b"123456789", b"000000000")
-_NINETEEN_DIGITS = b"0" * 19
 
 
 def _spoken(conversation: dict) -> Iterator[str]:

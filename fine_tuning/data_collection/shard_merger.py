@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from fine_tuning.data_collection.conversation import to_line
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters
 from fine_tuning.records import dump_line, read_json, replacing, write_json
@@ -92,18 +93,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-
-
-def quick_line(record: dict) -> bytes:
-    """`dump_line`, the same bytes in a fifth of the time where orjson writes them so: not 1e+16, nor large integers."""
-    try:
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:
-        return dump_line(record)
-    return dump_line(record) if b",e," in line.translate(_ENDS_TO_COMMAS, b"0123456789.-") else line
-
-
-_ENDS_TO_COMMAS = bytes.maketrans(b":[]}", b",,,,")
 
 
 def _read_index(folder: Path) -> Iterator[list[dict]]:
@@ -351,7 +340,7 @@ class _Merge:
             "SELECT member.id, oldest.id, root FROM member JOIN oldest ON root = root(row) WHERE kept ORDER BY row"
         ):
             roots[root] = 1
-            write(quick_line({"id": identity, "cluster": oldest}))
+            write(to_line({"id": identity, "cluster": oldest}))
         return sum(roots)
 
 
