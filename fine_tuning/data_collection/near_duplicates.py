@@ -125,12 +125,13 @@ class Clusters:
     def _join_similar(
         self, row: int, signature: bytes, bands: list[int], found: dict[int, int], twins: bool
     ) -> int | None:
-        twin, own = None, int.from_bytes(signature, "little")
+        twin, own, root = None, int.from_bytes(signature, "little"), self.cluster(row)
         for first in sorted({found[key] for key in bands if key in found}):
-            if not twins and self.cluster(first) == self.cluster(row):
+            if not twins and self.cluster(first) == root:
                 continue
             if 1 - _differing(own ^ self._signature_of(first)) / PERMUTATIONS >= self._threshold:
                 self._join(first, row)
+                root = self.cluster(row)
                 twin = first if twin is None else twin
         os.pwrite(self._signatures, signature, row * SIGNATURE_BYTES)
         return twin
