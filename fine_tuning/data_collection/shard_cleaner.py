@@ -28,7 +28,7 @@ from fine_tuning.data_collection.data_cleaner import (
     feedback_counts,
     standing,
 )
-from fine_tuning.data_collection.shard_merger import CleanPiece, merge
+from fine_tuning.data_collection.shard_merger import CleanPiece, merge, remove_unused
 from fine_tuning.engine import open_engine
 
 PIECE_BYTES = 64 << 20
@@ -302,5 +302,7 @@ def _forget_unused(memo: Path, used: set[str], merged: str) -> None:
     entries = sorted((p for p in memo.iterdir() if p.name not in used), key=lambda p: p.stat().st_mtime, reverse=True)
     others = [path for path in entries if path.name.startswith(MERGED) and path.name != merged]
     pieces = [path for path in entries if not path.name.startswith(MERGED)]
-    for path in others[1:] + pieces[4 * len(used) + 16 :]:
+    for path in others[1:]:
+        remove_unused(path)
+    for path in pieces[4 * len(used) + 16 :]:
         shutil.rmtree(path, ignore_errors=True)

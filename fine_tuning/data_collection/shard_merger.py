@@ -66,8 +66,10 @@ def merge(pieces: list[CleanPiece], folder: Path, output: Path, settings: CleanS
         output.mkdir(parents=True, exist_ok=True)
         clusters = merge.write(output)
         merge.close()
-        if settings.max_user_share == 1:  # a share of all has to be decided anew with every newcomer
+        if settings.max_user_share >= 1:
             merge.save(pieces)
+        else:  # a share of all has to be decided anew with every newcomer
+            _empty(folder)
     return merge.counts() | {"clusters": clusters}
 
 
@@ -85,6 +87,13 @@ def _alone(folder: Path) -> Iterator[Path]:
         except BlockingIOError:
             folder = Path(temporary)
         yield folder
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the folder of earlier results, unless a run uses it."""
+    with _alone(folder) as own:
+        if own == folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _empty(folder: Path) -> None:
