@@ -27,7 +27,7 @@ import orjson
 from fine_tuning.data_collection.conversation import to_line
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters
-from fine_tuning.records import dump_line, read_json, replacing, write_json
+from fine_tuning.records import read_json, replacing, write_json
 
 BATCH = 256  # conversations that are decided at a time
 
@@ -257,7 +257,7 @@ class _Merge:
                     self.reasons[reason] += 1
                     place = {"id": entry.get("id"), "shard": piece.shard, "line": lines_before + line}
                     told = {"feedback": entry["feedback"]} if reason != "superseded" and entry.get("feedback") else {}
-                    reject(dump_line(place | verdict._asdict() | told))
+                    reject(to_line(place | verdict._asdict() | told))
         return line
 
     def _verdicts(self, entries: list[dict], signatures: Iterator[bytes]) -> list[Verdict]:
