@@ -175,8 +175,7 @@ def our_near_duplicates(path: Path) -> Callable[[], object]:
         with tempfile.TemporaryFile(buffering=0) as file:
             clusters = Clusters(sqlite3.connect(""), file, 0.8)
             for start in range(0, len(documents), 256):
-                for signature in signatures(documents[start : start + 256]):
-                    clusters.add(signature)
+                clusters.add([(signature, []) for signature in signatures(documents[start : start + 256])])
             return len({clusters.cluster(row) for row in range(len(documents))})
 
     return work

@@ -1,5 +1,6 @@
 """Cleaning: what is repaired, what is dropped and why, and that doing it again changes nothing."""
 
+import fcntl
 import json
 import random
 import time
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.data_collection import shard_merger
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
 from fine_tuning.data_collection.filters import check_content, repetition
 from fine_tuning.data_collection.near_duplicates import shingles, signatures, similarity
@@ -518,11 +520,118 @@ def test_the_result_depends_neither_on_memo_nor_on_pieces_nor_on_processes(tmp_p
 def test_only_new_shards_are_cleaned_again(tmp_path):
     first = shard(tmp_path, "1", questions(5))
     run(tmp_path, [first])
-    (done,) = (tmp_path / "memo").iterdir()
+    (done,) = (tmp_path / "memo").glob("*/cleaned.jsonl")
     before = done.stat().st_mtime_ns
     run(tmp_path, [first, shard(tmp_path, "2", questions(5, start=5))])
     assert done.stat().st_mtime_ns == before
-    assert len(list((tmp_path / "memo").iterdir())) == 2
+    assert len(list((tmp_path / "memo").glob("*/cleaned.jsonl"))) == 2
+
+
+def test_with_new_shards_the_second_pass_goes_on_from_the_last_run(tmp_path, monkeypatch):
+    decided = []
+    decide = shard_merger._Merge.decide
+    monkeypatch.setattr(shard_merger._Merge, "decide", lambda merge, p: (decided.append(len(p)), decide(merge, p)))
+    first = [shard(tmp_path, number, questions(5, start=5 * int(number))) for number in "12"]
+    run(tmp_path, first)
+    more = [*first, shard(tmp_path, "3", questions(5, start=40))]
+    grown = run(tmp_path, more)
+    again = run(tmp_path, more)
+    newer = run(tmp_path, [*more, shard(tmp_path, "4", questions(1, start=5))])
+    assert decided == [2, 1, 0, 4]
+    assert grown == again == run(tmp_path, more, memo="other")
+    assert newer[0]["reasons"] == {"superseded": 1}
+
+
+DRAWN = ("lake", "pond", "river", "sea")
+
+
+def drawn_records(draw: random.Random, count: int) -> list[dict]:
+    """Conversations out of few ids and words: new versions, duplicates, near-duplicates and judgements abound."""
+    records = []
+    for _ in range(count):
+        long = draw.random() < 0.5
+        texts = [f"What is a {draw.choice(DRAWN)}?", f"Water {draw.choice(DRAWN)} {draw.choice(DRAWN)}."]
+        if long:
+            texts[1] = " ".join([f"w{i}" for i in range(60)] + [draw.choice(DRAWN)])
+        id = f"c{draw.randrange(200)}"
+        judgement = draw.choice(({}, {}, {"rating": 1}, {"rating": -1}, {"edited": f"See {draw.choice(DRAWN)}."}))
+        feedback = [{"message_id": f"{id}-1", "rating": None, **judgement}] if judgement else []
+        fields = draw.choice(({}, {}, {}, {}, {"restored": True}, {"deleted": True}))
+        day = f"2026-01-{draw.randrange(1, 29):02d}T00:00:00Z"
+        person = {"user_id": draw.choice("ab")}
+        records.append(talk(*texts, id=id, started_at=day, feedback=feedback, metadata=person, **fields))
+    return records
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"drop_near_duplicates": True},
+        {"max_same_reply": 2},
+        {"max_user_share": 0.5},
+        {"near_duplicate_threshold": 1.1},
+    ],
+)
+def test_whatever_comes_and_goes_the_bytes_are_those_of_a_full_run(tmp_path, monkeypatch, changes):
+    gone_on = []
+    note = shard_merger._Merge.note
+    monkeypatch.setattr(shard_merger._Merge, "note", lambda m, p: note(m, p) and (gone_on.append(m.covered), True)[1])
+    draw = random.Random(str(changes))
+    shards: list = []
+    for step in range(25):
+        if shards and draw.random() < 0.15:  # one goes, or loses what was forgotten
+            place = draw.randrange(len(shards))
+            left = list(read_jsonl(shards.pop(place)))[1:]
+            if left and draw.random() < 0.7:
+                shards.insert(place, shard(tmp_path, f"{step:02d}-forgot", left))
+        else:
+            known = draw.random() < 0.5
+            records = drawn_records(draw, draw.choice((1, 2, 5))) if known else questions(2, start=10 * step)
+            shards.append(shard(tmp_path, f"{step:02d}", records))
+        other = draw.random() < 0.1  # an experiment in between, with other parameters
+        settings = changes | ({"near_duplicate_threshold": 0.5} if other else {})
+        piece_bytes = draw.choice((1 << 26, 1 << 26, 700))
+        assert run(tmp_path, shards, piece_bytes=piece_bytes, **settings) == run(
+            tmp_path, shards, memo=f"fresh-{step}", **settings
+        )
+    assert 3 < sum(covered > 0 for covered in gone_on) < 22 or "max_user_share" in changes
+
+
+@pytest.mark.parametrize("broken", ["no state", "killed", "in use"])
+def test_a_run_that_did_not_end_is_not_believed(tmp_path, monkeypatch, broken):
+    first = [shard(tmp_path, "1", questions(20))]
+    run(tmp_path, first)
+    (merged,) = (tmp_path / "memo").glob("merged-*")
+    more = [*first, shard(tmp_path, "2", [*questions(10, start=15), *questions(5, start=50)])]
+    if broken == "no state":
+        (merged / "state.json").write_text("{")
+    elif broken == "killed":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shard_merger, "replacing", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            run(tmp_path, more)
+        assert not (merged / "state.json").exists()
+    if broken == "in use":
+        before = (merged / "state.json").read_bytes()
+        with open(merged / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            grown = run(tmp_path, more)
+        assert (merged / "state.json").read_bytes() == before
+    else:
+        grown = run(tmp_path, more)
+    assert grown == run(tmp_path, more, memo="other") == run(tmp_path, more)
+
+
+def test_what_no_shard_has_any_more_is_not_kept_by_the_second_pass(tmp_path):
+    first, second = shard(tmp_path, "1", questions(3)), shard(tmp_path, "2", [talk("a violet parrot", "sings", id="v")])
+    run(tmp_path, [first, second])
+    for number in range(3):  # and of other parameters only the last
+        run(tmp_path, [first, second], near_duplicate_threshold=0.5 + number / 10)
+    assert len(list((tmp_path / "memo").glob("merged-*"))) == 2
+    run(tmp_path, [first], near_duplicate_threshold=0.7)
+    run(tmp_path, [first, second], max_user_share=0.9)
+    kept = [path for merged in (tmp_path / "memo").glob("merged-*") for path in merged.rglob("*.jsonl")]
+    assert kept and not any(b"parrot" in path.read_bytes() for path in kept)
 
 
 def test_rejected_lines_and_errors_hold_no_content(tmp_path):

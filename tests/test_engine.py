@@ -77,7 +77,7 @@ def test_conversations_are_looked_through_in_parts(single):
     pieces = [look for part in range(len(cut.parts)) for look in cut.look(part, "all")]
     assert [(look[0], look[2]) for look in pieces] == [(look[0], look[2]) for look in looks]
     for look in pieces[::50]:
-        assert cut.read(look[1], look[2])["id"] == look[0]
+        assert [conversation["id"] for conversation in cut.read(look[1], [look[2]])] == [look[0]]
 
 
 def _double(number: int) -> int:

@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.data_cleaner import DataCleaner
-from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, with_edits
+from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, read_clean, with_edits
 from fine_tuning.data_collection.importers import Imported, _restore_cell, import_file
+from fine_tuning.records import dump_line
 
 TALKS = [
     ["What is a lake?", "Water that stays."],
@@ -176,3 +177,12 @@ def test_the_same_conversations_give_the_same_bytes(tmp_path):
         one = DataExporter(tmp_path / "a", compression).export_all_formats(CONVERSATIONS)
         two = DataExporter(tmp_path / "b", compression).export_all_formats(CONVERSATIONS)
         assert all(one[name].read_bytes() == two[name].read_bytes() for name in one)
+
+
+def test_numbers_are_exported_as_they_came(tmp_path):
+    numbers = {"long": 123456789012345678901, "large": 1e16, "small": 1e-7, "minus": -0.0}
+    line = dump_line(CONVERSATIONS[0] | {"metadata": numbers})
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean/shard.jsonl").write_bytes(line)
+    path = DataExporter(tmp_path).export(read_clean(tmp_path / "clean"), "json")
+    assert path.read_bytes() == b"[\n" + line + b"]\n"

@@ -158,9 +158,10 @@ def project(planted, tmp_path, monkeypatch) -> Path:
     log.log_feedback(f"{canary()['id']}-1", -1, comment="The violet parrot hates buckwheat, said grandmother")
     Path("inbox/old.jsonl.torn").write_text('{"event": "exchange", "user_message": "' + CANARY[:60] + "\n")
     write_json(".whetstone/titles.json", {canary()["id"]: "The violet parrot", "kept": "Shop"})
-    memo = Path(".whetstone/memo/clean/0123/cleaned.jsonl")
-    memo.parent.mkdir(parents=True)
-    memo.write_text(json.dumps(canary()))
+    for name in ("0123/cleaned.jsonl", "merged-0123/kept/first.jsonl"):
+        memo = Path(".whetstone/memo/clean") / name
+        memo.parent.mkdir(parents=True)
+        memo.write_text(json.dumps(canary()))
     register(1, ["other-0", "other-1"], tmp_path / "never-saw-it.safetensors", "nothing")
     return folder
 

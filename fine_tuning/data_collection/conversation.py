@@ -19,7 +19,10 @@ from datetime import UTC, datetime
 from types import NoneType
 from typing import Any
 
+import orjson
+
 from fine_tuning.errors import UserError
+from fine_tuning.records import dump_line
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -177,6 +180,41 @@ def version_hash(conversation: dict) -> str:
 
 def _said(message: dict) -> list[str]:
     return [str(message.get("content")), str(message.get("model"))]
+
+
+# -----------------------------------------------------------------------------
+# lines
+
+_ENDS_TO_COMMAS = bytes.maketrans(b":[]}", b",,,,")
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_NINETEEN_DIGITS = b"0" * 19
+
+
+def to_line(record: dict) -> bytes:
+    """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so.
+
+    It does not write 1e+16, nor large integers, as Python does.
+    """
+    try:
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        return dump_line(record)
+    return dump_line(record) if b",e," in line.translate(_ENDS_TO_COMMAS, b"0123456789.-") else line
+
+
+def from_line(line: bytes) -> Any:
+    """The JSON of a line, integers of any size as they are; a third of `json.loads`'s time.
+
+    Raises:
+        ValueError: it is none, or none that orjson reads.
+        RecursionError: it is too deep.
+    """
+    return json.loads(line) if has_long_number(line) else orjson.loads(line)
+
+
+def has_long_number(line: bytes) -> bool:
+    """Whether a line has nineteen digits in a row: orjson would round such an integer."""
+    return _NINETEEN_DIGITS in line.translate(_ZEROS)
 
 
 # -----------------------------------------------------------------------------

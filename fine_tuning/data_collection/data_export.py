@@ -7,16 +7,22 @@ the end. A person's edit stands in the place of the reply, except in the `json` 
 import csv
 import gzip
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from fine_tuning.data_collection.conversation import as_conversation, each_record, edits, is_sound
+from fine_tuning.data_collection.conversation import (
+    as_conversation,
+    each_record,
+    edits,
+    from_line,
+    is_sound,
+    to_line,
+)
 from fine_tuning.errors import UserError, no_space
-from fine_tuning.records import dump_line, replacing
+from fine_tuning.records import replacing
 from fine_tuning.settings import Settings
 
 ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt"]
@@ -44,6 +50,7 @@ CSV_COLUMNS = (
 )
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_FORMULA_STARTS = frozenset("'=+-@\t\r")
 
 Write = Callable[[bytes], Any]
 
@@ -159,7 +166,7 @@ def _lines(convert: Callable[[dict], dict | None]) -> Callable:
         def write(conversation: dict) -> bool:
             record = convert(conversation)
             if record is not None:
-                file.write(dump_line(record))
+                file.write(to_line(record))
             return record is not None
 
         yield write
@@ -176,7 +183,7 @@ def _array(convert: Callable[[dict], dict | None]) -> Callable:
             nonlocal separator
             record = convert(conversation)
             if record is not None:
-                file.write(separator + dump_line(record).rstrip(b"\n"))
+                file.write(separator + to_line(record).rstrip(b"\n"))
                 separator = b",\n"
             return record is not None
 
@@ -226,7 +233,7 @@ def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
 
 def neutralise(cell: str) -> str:
     """A cell that no spreadsheet runs as a formula (OWASP, CSV injection); the importers take the apostrophe off."""
-    return f"'{cell}" if _FORMULA.match(cell) else cell
+    return f"'{cell}" if cell[:1] in _FORMULA_STARTS and _FORMULA.match(cell) else cell
 
 
 # -----------------------------------------------------------------------------
@@ -312,4 +319,4 @@ def read_clean(folder: str | Path) -> Iterator[dict]:
             continue
         with open(path, "rb") as file:
             for line in file:
-                yield json.loads(line)
+                yield from_line(line)

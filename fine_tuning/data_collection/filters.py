@@ -151,17 +151,19 @@ def _special_share(text: str) -> float:
     """Share of characters that are no letter, digit, white space or usual punctuation of any script."""
     if not text:
         return 0.0
-    rest = text.translate(_ORDINARY_ASCII)
-    if rest and not rest.isascii():
-        rest = [c for c in rest if c.isascii() or not (c.isalnum() or c.isspace() or _is_mark_or_punctuation(c))]
-    return round(len(rest) / len(text), 4)
+    if text.isascii():
+        return round(len(text.encode().translate(None, _ORDINARY_ASCII)) / len(text), 4)
+    return round(sum(map(_is_special, text)) / len(text), 4)
 
 
-_ORDINARY_ASCII = {i: None for i in range(128) if chr(i).isalnum() or chr(i).isspace() or chr(i) in ".,;:!?'\"()-"}
+_USUAL = frozenset(".,;:!?'\"()-")
+_ORDINARY_ASCII = bytes(i for i in range(128) if chr(i).isalnum() or chr(i).isspace() or chr(i) in _USUAL)
 
 
-def _is_mark_or_punctuation(character: str) -> bool:
-    return unicodedata.category(character)[0] in "MP"
+def _is_special(character: str) -> bool:
+    if character.isalnum() or character.isspace() or character in _USUAL:
+        return False
+    return character.isascii() or unicodedata.category(character)[0] not in "MP"
 
 
 def _echo(question: str, answer: str) -> float:

@@ -9,7 +9,8 @@ import os
 import re
 import sqlite3
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from io import FileIO
 from itertools import pairwise
 
@@ -63,52 +64,101 @@ class Clusters:
     """Joins rows 0, 1, 2, … that are near-duplicates or share a key. Its index lives in an SQLite database.
 
     Args:
-        database: where bands and keys are kept; a file bounds the memory.
-        signatures: an empty file, unbuffered, for the signatures: a third of the time that a table of them takes.
+        database: where bands and keys are kept; a file bounds the memory, and one that stays can be gone on from.
+        signatures: a file, unbuffered, for the signatures: a third of the time that a table of them takes.
         threshold: estimated Jaccard similarity from which two conversations are near-duplicates; above 1: never.
+        parents: what the `parents` of earlier rows were, to go on from them.
     """
 
-    def __init__(self, database: sqlite3.Connection, signatures: FileIO, threshold: float) -> None:
+    def __init__(
+        self, database: sqlite3.Connection, signatures: FileIO, threshold: float, parents: Iterable[int] = ()
+    ) -> None:
         self._database, self._threshold = database, threshold
-        self._parents = array("I")
-        database.execute("CREATE TABLE band (key INTEGER PRIMARY KEY, row INTEGER)")
+        self.parents = array("I", parents)
+        database.execute("CREATE TABLE IF NOT EXISTS band (key INTEGER PRIMARY KEY, row INTEGER)")
         self._signatures = signatures.fileno()
+        # Those that begin a band are asked for again and again.
+        self._signature_of = lru_cache(1024)(self._read_signature)
 
-    def add(self, signature: bytes | None, keys: Iterable[str] = ()) -> int | None:
-        """Add the next row; returns an earlier row that it nearly duplicates, or None. No signature: keys only."""
-        row, twin = len(self._parents), None
-        self._parents.append(row)
-        shared = [hash(key) for key in keys]
-        bands = []
-        if signature is not None and self._threshold <= 1:
-            bands = [hash((band, signature[band : band + _WIDTH])) for band in _BAND_STARTS]
-        wanted = shared + bands
-        # The keys of a row are looked up and added in one statement each: a statement a key costs ten times as much.
-        marks = ",".join("?" * len(wanted))
-        found = dict(self._database.execute(f"SELECT key, row FROM band WHERE key IN ({marks})", wanted))
-        for key in shared:
-            if key in found:
-                self._join(found[key], row)
-        if bands:
-            own, file = int.from_bytes(signature, "little"), self._signatures
-            for first in sorted({found[key] for key in bands if key in found}):
-                other = os.pread(file, SIGNATURE_BYTES, first * SIGNATURE_BYTES)
-                if 1 - _differing(own ^ int.from_bytes(other, "little")) / PERMUTATIONS >= self._threshold:
-                    self._join(first, row)
-                    twin = first if twin is None else twin
-            os.pwrite(file, signature, row * SIGNATURE_BYTES)
-        new = {key: row for key in wanted if key not in found}
-        self._database.executemany("INSERT INTO band VALUES (?, ?)", new.items())
+    def _read_signature(self, row: int) -> int:
+        return int.from_bytes(os.pread(self._signatures, SIGNATURE_BYTES, row * SIGNATURE_BYTES), "little")
+
+    def add(self, rows: Iterable[tuple[bytes | None, list[str]]], twins: bool = True) -> list[int | None]:
+        """Add the next rows, each a signature and keys in hexadecimal digits; without a signature, the keys only.
+
+        Args:
+            twins: without them, what is in the cluster of a row already is not compared with it any more.
+
+        Returns:
+            For each the first earlier row that it nearly duplicates, or None.
+        """
+        wanted = [([_key(key) for key in keys], self._bands(signature), signature) for signature, keys in rows]
+        # Sorted, and many in a statement: a key at a time costs ten times as much.
+        asked = sorted({key for shared, bands, _ in wanted for key in (*shared, *bands)})
+        found: dict[int, int] = {}
+        for keys in _portions(asked):
+            marks = ",".join("?" * len(keys))
+            found.update(self._database.execute(f"SELECT key, row FROM band WHERE key IN ({marks})", keys))
+        new: dict[int, int] = {}
+        nearest = []
+        for shared, bands, signature in wanted:
+            row = len(self.parents)
+            self.parents.append(row)
+            for key in shared:
+                if key in found:
+                    self._join(found[key], row)
+            nearest.append(self._join_similar(row, signature, bands, found, twins) if bands else None)
+            for key in (*shared, *bands):
+                if key not in found:
+                    found[key] = new[key] = row
+        for keys in _portions(sorted(new)):
+            marks = ",".join(["(?,?)"] * len(keys))
+            values = [value for key in keys for value in (key, new[key])]
+            self._database.execute(f"INSERT INTO band VALUES {marks}", values)
+        return nearest
+
+    def _bands(self, signature: bytes | None) -> list[int]:
+        if signature is None or self._threshold > 1:
+            return []
+        return [(int.from_bytes(signature[at : at + _WIDTH], "little") + at) % _PRIME for at in _BAND_STARTS]
+
+    def _join_similar(
+        self, row: int, signature: bytes, bands: list[int], found: dict[int, int], twins: bool
+    ) -> int | None:
+        twin, own, root = None, int.from_bytes(signature, "little"), self.cluster(row)
+        for first in sorted({found[key] for key in bands if key in found}):
+            if not twins and self.cluster(first) == root:
+                continue
+            if 1 - _differing(own ^ self._signature_of(first)) / PERMUTATIONS >= self._threshold:
+                self._join(first, row)
+                root = self.cluster(row)
+                twin = first if twin is None else twin
+        os.pwrite(self._signatures, signature, row * SIGNATURE_BYTES)
         return twin
 
     def cluster(self, row: int) -> int:
         """The first row of the cluster that a row is in."""
-        while self._parents[row] != row:
-            self._parents[row] = self._parents[self._parents[row]]
-            row = self._parents[row]
+        parents = self.parents
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]
+            row = parents[row]
         return row
 
     def _join(self, first: int, second: int) -> None:
         first, second = self.cluster(first), self.cluster(second)
         if first != second:
-            self._parents[max(first, second)] = min(first, second)
+            self.parents[max(first, second)] = min(first, second)
+
+
+_PRIME = (1 << 61) - 1
+_PORTION = 400  # keys in a statement
+
+
+def _key(digest: str) -> int:
+    """A key of the index: the same in every process, as `hash` is not."""
+    return int(digest[:15], 16)
+
+
+def _portions(keys: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(keys), _PORTION):
+        yield keys[start : start + _PORTION]

@@ -38,8 +38,8 @@ class Conversations(Protocol):
     def look(self, part: int, train_on: TrainOn) -> list[Look]:
         """What is to be known of every conversation of a part."""
 
-    def read(self, part: int, place: int) -> dict:
-        """The conversation at a place of a part."""
+    def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
+        """The conversations at these places of a part."""
 
 
 class HeldConversations:
@@ -54,9 +54,9 @@ class HeldConversations:
         """See `Conversations`."""
         return [look_at(conversation, part, place, train_on) for place, conversation in enumerate(self._held)]
 
-    def read(self, part: int, place: int) -> dict:
+    def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
         """See `Conversations`."""
-        return self._held[place]
+        return map(self._held.__getitem__, places)
 
 
 class ConversationFiles:
@@ -77,11 +77,12 @@ class ConversationFiles:
                 place += len(line)
         return looks
 
-    def read(self, part: int, place: int) -> dict:
+    def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
         """See `Conversations`."""
         with open(self.parts[part][0], "rb") as file:
-            file.seek(place)
-            return read_conversation(orjson.loads(file.readline()))
+            for place in places:
+                file.seek(place)
+                yield read_conversation(orjson.loads(file.readline()))
 
 
 def _stretches(path: Path, size: int) -> Iterator[tuple[int, int]]:

@@ -285,7 +285,7 @@ def _encode(
         tokenizer = _loaded(tokenizer)
     pairs: list[tuple[Row, Example | str]] = []
     for row in rows:
-        conversation = conversations.read(row.part, row.place)
+        (conversation,) = conversations.read(row.part, [row.place])
         messages, trained = select(conversation, train_on)
         example = Example(row.id, conversation.get("source") or "unknown", row.cluster, messages, trained)
         pairs.append((row, example))
@@ -311,9 +311,12 @@ def _shared_runs(
 ) -> dict[str, set[Run]]:
     """The runs of words that conversations of a part share with the held-out ones, where they share any."""
     number, places = part
-    found = {}
-    for identity, place in places if held_out.halves else ():
-        messages, _ = select(conversations.read(number, place), train_on)
+    found: dict[str, set[Run]] = {}
+    if not held_out.halves:
+        return found
+    read = conversations.read(number, (place for _, place in places))
+    for (identity, _), conversation in zip(places, read, strict=True):
+        messages, _ = select(conversation, train_on)
         if shared := held_out.shared_with(messages):
             found[identity] = shared
     return found

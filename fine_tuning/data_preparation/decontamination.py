@@ -7,6 +7,7 @@ starts at a multiple of its length in either of them, so those few are looked up
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 # Letters of scripts that write no spaces count as words of their own.
@@ -25,15 +26,20 @@ class HeldOut:
     def __init__(self, length: int) -> None:
         self.length, self.half = length, (length + 1) // 2
         self.halves: set[Run] = set()
-        self.runs: set[Run] = set()
+        self._texts: list[list[bytes]] = []
 
     def watch(self, examples: "Iterable[Example]") -> "Iterator[Example]":
         """Pass held-out examples on and take up their runs."""
         for example in examples:
             for words in _long_texts(example.messages, self.length):
                 self.halves.update(_runs(words, self.half))
-                self.runs.update(_runs(words, self.length))
+                self._texts.append(words)
             yield example
+
+    @cached_property
+    def runs(self) -> set[Run]:
+        """Every run; most often nobody asks for them."""
+        return {run for words in self._texts for run in _runs(words, self.length)}
 
     def shared_with(self, messages: list[dict]) -> set[Run]:
         """The runs that a conversation has too."""

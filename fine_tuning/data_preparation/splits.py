@@ -5,6 +5,7 @@ every deal by conversation id: what was train stays train when other conversatio
 """
 
 import hashlib
+from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,12 +69,13 @@ class Deal:
         # Members that were left out earlier stay so; only a cluster with newcomers is dealt.
         if None not in dealt:
             return LEFT_OUT
-        split = _deal(cluster, oldest, self._fractions, self._salt)
+        draw = salted_fraction(self._salt, cluster)
+        split = _deal(draw, oldest, self._fractions)
         self._filled[split] += 1
         donors = self._donors[split]
-        donors.append((salted_fraction(self._salt, cluster), cluster))
-        donors.sort()
-        del donors[len(SPLITS) :]
+        if len(donors) < len(SPLITS) or (draw, cluster) < donors[-1]:
+            insort(donors, (draw, cluster))
+            del donors[len(SPLITS) :]
         return split
 
     def moved(self) -> dict[str, str]:
@@ -104,8 +106,7 @@ def salted_fraction(salt: str, key: str) -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
-def _deal(cluster: str, oldest: str, fractions: Fractions, salt: str) -> str:
-    draw = salted_fraction(salt, cluster)
+def _deal(draw: float, oldest: str, fractions: Fractions) -> str:
     if fractions.latest_from is not None:
         if oldest >= fractions.latest_from:
             return "test"
