@@ -13,6 +13,7 @@ from fine_tuning.data_collection.importers import Imported, Problem, import_file
 from fine_tuning.data_collection.sample import sample_conversations
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.errors import UserError
+from tests.test_odd_records import changed, places
 
 
 def write(path, value):
@@ -400,21 +401,6 @@ ODD = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
     max_leaves=4,
 )
-
-
-def places(value, path=()):
-    """The path of every value within a JSON value."""
-    yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield from places(inner, (*path, key))
-
-
-def changed(value, path, new):
-    if not path:
-        return new
-    copy = dict(value) if isinstance(value, dict) else list(value)
-    copy[path[0]] = changed(value[path[0]], path[1:], new)
-    return copy
 
 
 @settings(max_examples=400, deadline=None)
