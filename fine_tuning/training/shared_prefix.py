@@ -1,8 +1,8 @@
 """What all rows of a batch begin with is computed once, and every row goes on from it: the same loss, in less time.
 
 Chats begin with the same system prompt, a third of the tokens of short ones. Keys and values there depend on nothing
-that comes later, so the rows of a batch can share them, as they do at inference (prefix caching; for trees of replies
-in training: Yao et al. 2024, "DeFT"). Gradients add up at what is shared, as they would over copies of it.
+that comes later, so the rows of a batch can share them, as servers do at inference (Yao et al. 2024, "DeFT", for trees
+of continuations). Gradients add up at what is shared, as they would over copies of it.
 """
 
 from typing import Any
