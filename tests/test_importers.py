@@ -3,6 +3,9 @@
 import csv
 import gzip
 import json
+import math
+from datetime import datetime
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
@@ -316,6 +319,28 @@ def test_what_is_missing_in_a_table_is_no_text(tmp_path):
     path = tmp_path / "f.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q", "q"], "completion": [float("nan"), 1.5]}), path)
     assert [c["messages"][1]["content"] for c in taken(path)] == ["", "1.5"]
+
+
+def test_what_json_has_no_type_for_is_text_or_missing_and_costs_no_other_row(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    table = pyarrow.table(
+        {
+            "prompt": ["q"] * 3,
+            "completion": ["a"] * 3,
+            "timestamp": [math.inf, 1.7e9, math.nan],
+            "metadata": [{"at": datetime(2026, 1, 31), "cost": Decimal("1.5"), "score": math.nan, "seal": b"\xff"}] * 3,
+            "expires": pyarrow.array([0, 1 << 62, 0], pyarrow.timestamp("us")),
+        }
+    )
+    pyarrow.parquet.write_table(table, path)
+    assert problems(path) == [(2, "a value is not UTF-8, or a time is out of range")]
+    shard, count = write_shard(tmp_path, "import", taken(path))
+    assert count == 2
+    metadata = json.loads(shard.read_text().splitlines()[0])["metadata"]
+    assert metadata == {"at": "2026-01-31 00:00:00", "cost": "1.5", "score": None, "seal": None}
 
 
 def test_calls_of_tools_and_refusals_stay(tmp_path):

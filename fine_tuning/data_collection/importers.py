@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
 import zstandard
@@ -138,7 +139,7 @@ def _timestamp(value: Any) -> str | None:
             moment = datetime.fromisoformat(value)
             moment = moment.replace(tzinfo=moment.tzinfo or UTC)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            while abs(value) > 1e11:
+            while 1e11 < abs(value) < math.inf:
                 value /= 1000
             moment = datetime.fromtimestamp(value, UTC)
         elif isinstance(value, datetime):
@@ -444,8 +445,29 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Any] | Problem]:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+                for place in range(len(batch)):
                     number += 1
-                    yield number, {key: value for key, value in row.items() if value is not None}
+                    try:
+                        (row,) = batch.slice(place, 1).to_pylist()
+                    except (ValueError, OverflowError):
+                        yield Problem(number, "a value is not UTF-8, or a time is out of range")
+                        continue
+                    yield number, {key: _as_json(value) for key, value in row.items() if value is not None}
     except (pyarrow.ArrowException, OSError):
         raise UserError(f"{path} is no readable Parquet file: export it again") from None
+
+
+def _as_json(value: Any) -> Any:
+    """A cell in the types of JSON: times and decimals as text; None for bytes that are no text and for NaN."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, NoneType)) else str(value)
