@@ -137,6 +137,10 @@ def test_the_summary_says_verdict_reasons_modelfile_and_what_to_type(result, tmp
     for words in ("perplexity *", "rougeL", "Verdict: PROMOTE", "models/package/Modelfile", "make promote"):
         assert words in printed
     assert printed.index("perplexity") < printed.index("bleu") < printed.index("self_ended")
+    assert "report.html" not in printed  # a clone has the numbers before it has the page
+    (tmp_path / "metrics/report.html").touch()
+    summary.summary(None)
+    assert "metrics/report.html" in capsys.readouterr().out
 
 
 def test_the_summary_of_nothing_is_one_clear_line(tmp_path, monkeypatch):

@@ -100,8 +100,10 @@ def with_interval(cell: dict[str, Any] | None, key: str, sign: str = "") -> str:
 
 def next_steps(verdict: str) -> list[tuple[str, str]]:
     """(label, path or command) lines."""
-    steps = [("Modelfile", str(MODELFILE))] if MODELFILE.is_file() else []
-    steps += [("Report" if page.suffix == ".html" else "Replies side by side", str(page)) for page in PAGES]
+    pages = [("Modelfile", MODELFILE)]
+    pages += [("Report" if page.suffix == ".html" else "Replies side by side", page) for page in PAGES]
+    # A clone has the numbers from git, and the files only after `dvc pull`.
+    steps = [(label, str(page)) for label, page in pages if page.is_file()]
     if verdict == "PROMOTE":
         steps.append(("Make it the champion", "make promote"))
     else:
