@@ -26,6 +26,7 @@ from fine_tuning.training.model_card import model_card
 from fine_tuning.training.tracking import Run, find_adapter, flatten, open_store, tracked_run, versions
 from fine_tuning.training.training_utils import (
     TrainSettings,
+    alone_with,
     check_only_assistants_train,
     checkpoint_key,
     is_main_process,
@@ -65,25 +66,26 @@ def main() -> None:
     parameters = flatten(settings.model_dump())
     commit, dirty = git_commit(Path.cwd())
     tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base["model"], **versions()}
-    with (
-        tracked_run(client, experiment, "pipeline", {}, tags) as pipeline,
-        tracked_run(client, experiment, "train", parameters, tags, parent=pipeline, system_metrics=True) as tracked,
-    ):
-        tokens = sum(len(row.input_ids) for row in rows)
-        print(f"train: {settings.method} on {len(rows)} conversations, {tokens} tokens", flush=True)
-        with progress_bar(tracked) as progress:
-            result = train(progress)
-        metrics = quality(result)
-        write_json(METRICS, metrics)
-        write_curves(result)
-        hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
-        (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
-        for run in (pipeline, tracked):
-            run.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"))
-            run.tag(**{name: str(value) for name, value in asdict(result.hardware).items()})
-        tracked.log_metrics({**metrics, **speed(result)})
-        pipeline.log_artifacts(ADAPTER, "adapter")
-    remove_checkpoints(checkpoints)
+    with alone_with(checkpoints):
+        with (
+            tracked_run(client, experiment, "pipeline", {}, tags) as pipeline,
+            tracked_run(client, experiment, "train", parameters, tags, parent=pipeline, system_metrics=True) as tracked,
+        ):
+            tokens = sum(len(row.input_ids) for row in rows)
+            print(f"train: {settings.method} on {len(rows)} conversations, {tokens} tokens", flush=True)
+            with progress_bar(tracked) as progress:
+                result = train(progress)
+            metrics = quality(result)
+            write_json(METRICS, metrics)
+            write_curves(result)
+            hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
+            (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
+            for run in (pipeline, tracked):
+                run.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"))
+                run.tag(**{name: str(value) for name, value in asdict(result.hardware).items()})
+            tracked.log_metrics({**metrics, **speed(result)})
+            pipeline.log_artifacts(ADAPTER, "adapter")
+        remove_checkpoints(checkpoints)
     print(summary(settings, result))
 
 

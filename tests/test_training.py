@@ -535,3 +535,30 @@ def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
     monkeypatch.setattr(metadata, "version", version)
     assert versions()["version_bitsandbytes"] == "none"
     assert versions()["version_torch"] == real("torch")
+
+
+def test_two_trainings_with_the_same_checkpoints_do_not_run_at_once(tmp_path, capsys):
+    from threading import Event, Thread
+
+    from fine_tuning.training.training_utils import alone_with
+
+    inside, finish, order = Event(), Event(), []
+
+    def first() -> None:
+        with alone_with(tmp_path / "checkpoints" / "key"):
+            inside.set()
+            finish.wait(30)
+            order.append("first")
+
+    thread = Thread(target=first)
+    thread.start()
+    assert inside.wait(30)
+    with alone_with(tmp_path / "checkpoints" / "other"):  # another training does not wait
+        order.append("other")
+    assert "under way" not in capsys.readouterr().out
+    Thread(target=lambda: (finish.wait(0.5), finish.set())).start()
+    with alone_with(tmp_path / "checkpoints" / "key"):
+        order.append("second")
+    thread.join()
+    assert order == ["other", "first", "second"]
+    assert "the same training is under way in another process" in capsys.readouterr().out

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 from fine_tuning.errors import UserError
@@ -382,6 +384,22 @@ def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: st
     for row in rows:
         digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
     return digest.hexdigest()[:24]
+
+
+@contextmanager
+def alone_with(checkpoints: Path) -> Iterator[None]:
+    """Wait until nobody else trains into the same folder, such as a run that outlived the pipeline that started it."""
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{checkpoints}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("train: the same training is under way in another process: waiting until it ends", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
