@@ -39,7 +39,7 @@ summary: $(VENV)/installed ## Print the last result again
 	@python -m fine_tuning summary
 
 test: $(VENV)/installed-dev ## Run the tests
-	@python -m pytest
+	@python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 chat: $(VENV)/installed ## Open the chat app
 	@python -m streamlit run fine_tuning/integration/streamlit_app.py
