@@ -1,7 +1,7 @@
 """Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML
@@ -48,13 +48,21 @@ def parse_settings(section: str, values: object, model: type[SettingsT], path: s
 
 
 def _first_problem(section: str, error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in (section, *problem["loc"]))
+    problems = error.errors(include_url=False)
+    problem, place = problems[0], _place(problems[0])
+    name = ".".join(str(part) for part in (section, *place))
     if problem["type"] == "extra_forbidden":
         return f"unknown parameter {name}: check its spelling"
     if problem["type"] == "missing":
         return f"parameter {name} is missing: restore it from git"
     given = problem["input"]
     shown = repr(given) if isinstance(given, (str, int, float, bool, type(None))) else type(given).__name__
-    reason = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"parameter {name} = {shown} should be {reason}"
+    # Where one of several forms would do, pydantic has a problem with each.
+    messages = [other["msg"] for other in problems if _place(other) == place]
+    reasons = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in messages]
+    return f"parameter {name} = {shown} should be {', or '.join(reasons)}"
+
+
+def _place(problem: Any) -> list[int | str]:
+    """Where the value stands, without the form that it was tried as, such as `list[str]`."""
+    return [part for part in problem["loc"] if "[" not in str(part)]

@@ -562,3 +562,16 @@ def test_two_trainings_with_the_same_checkpoints_do_not_run_at_once(tmp_path, ca
     thread.join()
     assert order == ["other", "first", "second"]
     assert "the same training is under way in another process" in capsys.readouterr().out
+
+
+def test_a_wrong_parameter_that_may_have_several_forms_names_them_all():
+    from fine_tuning.settings import parse_settings
+
+    values = SETTINGS.model_dump()
+    values["lora"]["target_modules"] = "attention2"
+    with pytest.raises(UserError) as caught:
+        parse_settings("train", values, TrainSettings, "params.yaml")
+    assert str(caught.value) == (
+        "params.yaml: parameter train.lora.target_modules = 'attention2' should be 'all-linear' or 'attention', "
+        "or a valid list"
+    )
