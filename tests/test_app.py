@@ -13,6 +13,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.erasure import Selection, collect
 from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
 from fine_tuning.errors import UserError
+from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_pages.chat import _said
 from fine_tuning.integration.chat_models import fitting_prompt
 from fine_tuning.integration.chat_session import desk
@@ -96,6 +97,30 @@ def test_an_exchange_is_logged_with_the_model_and_settings_that_made_it(checkout
     assert (metadata["model"], metadata["engine"]) == ("models/base/base-Q8_0.gguf", "embedded")
     assert metadata["settings"]["temperature"] == 0.7
     assert "incomplete" not in metadata
+
+
+def test_a_reply_that_comes_while_the_page_is_being_made_is_shown(checkout, monkeypatch):
+    at = open_chat()
+    identity, was_read = at.query_params["chat"], threading.Event()
+    read, log = chat_history.conversations, ConversationLogger.log_conversation
+
+    def read_then_wait(*args) -> list[dict]:
+        found = read(*args)
+        while (question := desk.of(identity)) is not None and question.waiting:
+            was_read.set()
+            time.sleep(0.01)
+        return found
+
+    def log_once_read(*args) -> str:
+        was_read.wait(30)
+        return log(*args)
+
+    monkeypatch.setattr(chat_history, "conversations", read_then_wait)
+    monkeypatch.setattr(ConversationLogger, "log_conversation", log_once_read)
+    at.chat_input(key="message").set_value("Hello?").run()
+
+    assert [message.name for message in at.chat_message] == ["user", "assistant"]
+    assert not at.error
 
 
 def test_the_sampling_settings_reach_the_engine_and_the_log(checkout):

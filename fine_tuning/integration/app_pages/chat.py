@@ -35,15 +35,15 @@ class Asking:
 def page() -> None:
     """The whole page."""
     here = app()
-    found = chat_history.conversations(here.checkout, here.logger)
     identity = _current_id()
+    question = desk.of(identity)  # before the log is read, which has what is no longer on its way
+    found = chat_history.conversations(here.checkout, here.logger)
     conversation = next((c for c in found if c["id"] == identity), None)
     _sidebar(here, found, conversation, identity)
     models = here.models()
     if not models:
         st.info(NO_MODEL, icon=":material/construction:")
     asking = _choose_model(here, models) if models else None
-    question = desk.of(identity)
     _show_conversation(here, conversation, question, asking)
     if asking is None:
         return
@@ -352,6 +352,8 @@ def _show_question(question: Question, conversation: dict | None, asking: Asking
         with st.chat_message("assistant"):
             _writing(question)
         return
+    if question.settled:
+        st.rerun()  # its reply came while the page was being made
     st.error(plain(question.problem or "no reply came: send it again"), icon=":material/error:")
     with st.container(horizontal=True):
         st.button(
