@@ -14,8 +14,9 @@ from fine_tuning.data_collection.erasure import Selection, collect
 from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration import chat_history
+from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
-from fine_tuning.integration.chat_models import fitting_prompt
+from fine_tuning.integration.chat_models import fitting_prompt, stream_reply
 from fine_tuning.integration.chat_session import desk
 from fine_tuning.integration.embedded_engine import SharedEngines, shared_engines
 from fine_tuning.integration.reply import Reply
@@ -361,17 +362,21 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_its_system_prompt(
         fitting_prompt(tokenizer, [{"role": "user", "content": "word " * 500}], None, room=120)
 
 
-def test_an_engine_that_dies_in_mid_reply_is_one_line_and_the_next_try_answers(checkout):
+def test_an_engine_that_dies_in_mid_reply_is_one_line_and_the_next_try_answers(checkout, monkeypatch):
     params = (checkout / "params.yaml").read_text()
     (checkout / "params.yaml").write_text(params.replace("max_tokens: 24", "max_tokens: 400"))
     at = open_chat()
-    at.chat_input(key="message").set_value("Tell me all").run()
-    question = desk.of(at.query_params["chat"])
-    while not question.reply.text and question.waiting:
-        time.sleep(0.005)
-    (engine,) = shared_engines.running()
-    engine._process.kill()
-    at = settle(at)
+
+    def stream_then_kill(*args, **options):
+        pieces = stream_reply(*args, **options)
+        yield next(pieces)
+        (engine,) = shared_engines.running()
+        engine._process.kill()
+        yield from pieces
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "stream_reply", stream_then_kill)
+        at = say(at, "Tell me all")
     assert "llama" in at.error[0].value
     assert [event["metadata"]["incomplete"] for event in logged(checkout)] == ["failed"]
     settle(at.button(key="again").click().run())
