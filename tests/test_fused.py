@@ -47,6 +47,31 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(tiny_base, 
         torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_in_bfloat16_a_fused_model_is_as_near_to_the_exact_one_as_the_plain_one(tiny_base):
+    from fine_tuning.training.base_model import load_model
+    from fine_tuning.training.lora_trainer import attach_adapter
+
+    exact = attach_adapter(load_model(tiny_base, torch.float64), SETTINGS).double()
+    torch.manual_seed(1)
+    for name, parameter in exact.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    plain, quick = (attach_adapter(load_model(tiny_base, torch.bfloat16), SETTINGS) for _ in range(2))
+    for model in (plain, quick):
+        assert all("lora_" in name for name in model.load_state_dict(exact.state_dict(), strict=False).missing_keys)
+    fused.fuse(quick)
+    ids = torch.randint(3, 500, (3, 11))
+    found = []
+    for model in (exact, plain, quick):
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
+            logits = model(input_ids=ids).logits
+        functional.cross_entropy(logits.double().flatten(0, 1), ids.flatten(), reduction="sum").backward()
+        found.append(torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None]))
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad and model is not exact)
+    far, near = ((other - found[0]).norm() / found[0].norm() for other in found[1:])
+    assert near < max(1.1 * far, 0.01)
+
+
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dora": True}])
 def test_layers_of_another_kind_keep_their_own_form(tiny_base, changes):
     from fine_tuning.training.base_model import load_model

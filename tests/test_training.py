@@ -28,7 +28,7 @@ from fine_tuning.training.training_utils import (
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml")
+SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml").model_copy(update={"precision": "float32"})
 
 
 def make_rows(count: int, seed: int = 0) -> list[Row]:
@@ -191,9 +191,10 @@ def killed_run(base: Path, folder: Path, name: str, kill_at: int, changes: dict)
 
 
 def launcher(name: str) -> list[str]:
-    """`accelerate launch` with one of the project's own configurations."""
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file"]
-    return [*command, str(ROOT / f"configs/accelerate/{name}.yaml")]
+    """`accelerate launch` with one of the project's own configurations, on the CPU of any machine."""
+    program = str(Path(sys.executable).parent / "accelerate")
+    configuration = str(ROOT / f"configs/accelerate/{name}.yaml")
+    return ["env", "CUDA_VISIBLE_DEVICES=", program, "launch", "--config_file", configuration]
 
 
 @pytest.mark.parametrize(

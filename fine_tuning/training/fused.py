@@ -21,21 +21,24 @@ class _LoraLinears(torch.autograd.Function):
     """y_i = x W_i' + b_i + s (x A_i') B_i' for layers that see the same x, their low-rank products in one.
 
     Products with the few columns of an adapter are written so that the few are rows: with 8 of them that takes a third
-    of the time in MKL. All sums are made in place, forward and backward.
+    of the time in MKL. All sums are made in place, forward and backward. An adapter in float32 on a base in bfloat16 is
+    rounded for the products, and its gradients come in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: float, count: int, *of_layers: torch.Tensor | None) -> Any:
         weights, biases, down, up = (of_layers[i * count : (i + 1) * count] for i in range(4))
-        flat = x.reshape(-1, x.shape[-1])
-        stacked = torch.cat(down)
+        width = weights[0].dtype
+        flat = x.reshape(-1, x.shape[-1]).to(width)
+        stacked = torch.cat(down).to(width)
+        up = [b.to(width) for b in up]
         low = functional.linear(stacked, flat).mul_(scale)
         outputs = []
         for weight, bias, own, b in zip(weights, biases, low.chunk(count), up, strict=True):
             y = functional.linear(flat, weight, bias).addmm_(own.t(), b.t())
             outputs.append(y.view(*x.shape[:-1], -1))
         ctx.save_for_backward(flat, low, stacked, *weights, *up)
-        ctx.scale, ctx.count, ctx.shape = scale, count, x.shape
+        ctx.scale, ctx.count, ctx.shape, ctx.width = scale, count, x.shape, down[0].dtype
         return tuple(outputs)
 
     @staticmethod
@@ -46,8 +49,8 @@ class _LoraLinears(torch.autograd.Function):
         weights, up = frozen[:count], frozen[count:]
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in gradients]
         dlow = torch.cat([b.t() @ dy.t() for b, dy in zip(up, dys, strict=True)])
-        dup = [(own @ dy).t().contiguous() for own, dy in zip(low.chunk(count), dys, strict=True)]
-        ddown = (dlow @ flat).mul_(ctx.scale).chunk(count)
+        dup = [(own @ dy).t().contiguous().to(ctx.width) for own, dy in zip(low.chunk(count), dys, strict=True)]
+        ddown = (dlow @ flat).mul_(ctx.scale).to(ctx.width).chunk(count)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dys[0] @ weights[0]
@@ -121,7 +124,7 @@ def has_plain_head(model: Any) -> bool:
 
 
 def fuse(model: nn.Module) -> int:
-    """Give the modules of a float32 model with LoRA layers their quicker forms; returns how many were changed.
+    """Give the modules of a model with LoRA layers their quicker forms; returns how many were changed.
 
     A LoRA layer keeps its own form when it has dropout, DoRA, a quantised base or several adapters; a norm when its
     weight is trained or its form is not plain.
@@ -149,6 +152,8 @@ def _that_see_the_same(model: nn.Module, layers: list[nn.Module]) -> list[list[n
             groups.append([layer])
         last[:] = [inputs[0]]
 
+    if not layers:
+        return []
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         with torch.no_grad():
@@ -213,4 +218,13 @@ def _is_plain_lora(module: nn.Module) -> bool:
 
 
 def _norm_forward(module: Any) -> Any:
-    return lambda x: _RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    shape = module.weight.shape
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype.itemsize > 2 or module.weight.dtype != x.dtype:
+            return _RmsNorm.apply(x, module.weight, module.variance_epsilon)
+        # PyTorch's own kernel computes in float32; autocast would hand its output on in float32, too.
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.rms_norm(x, shape, module.weight, module.variance_epsilon)
+
+    return forward

@@ -105,7 +105,7 @@ def train_adapter(
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
     plain, random = hardware.precision == "float32", settings.lora.dropout or settings.neftune_alpha
-    if plain:
+    if hardware.precision != "float16":  # which is computed from weights in float32
         fuse(model)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     shared = plain and not (random or settings.packing) and share_prefixes(model, longest)
@@ -270,7 +270,7 @@ def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path
     steps_an_epoch = math.ceil(math.ceil(batches / process_count()) / settings.gradient_accumulation)
     total = settings.max_steps or math.ceil(steps_an_epoch * settings.epochs)
     validate_every = max(1, math.ceil(total / settings.validations))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         seed=settings.seed,
         num_train_epochs=settings.epochs,
@@ -304,6 +304,9 @@ def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path
         disable_tqdm=True,
         label_names=["labels"],
     )
+    # A process trains on one GPU: of all that it sees, transformers would make parts of one batch (DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def peak_memory_mb(hardware: Hardware) -> float:
