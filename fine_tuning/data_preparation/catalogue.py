@@ -1,29 +1,35 @@
-"""The conversations of a build, each a row of a scratch database: memory does not grow with their number.
+"""The conversations of a build, each a few rows that a scratch file takes over: memory does not grow with their number.
 
 A first look at every conversation notes where it stands and whether it can be used; the texts are read again only
 where they are wanted.
 """
 
-import sqlite3
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from tempfile import SpooledTemporaryFile
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, selects, structure_problem
-from fine_tuning.data_preparation.splits import LEFT_OUT, Deal, Fractions, salted_fraction
+from fine_tuning.data_preparation.sorted_rows import SortedRows
+from fine_tuning.data_preparation.splits import LEFT_OUT, Deal, Fractions, salted_fractions
 
 PART_BYTES = 16 << 20
+_FIRST = itemgetter(0)
 
 # id, part, place, date, is of the sample, problem, may be trained on, may be held out
 Look = tuple[str, int, int, str, bool, str | None, bool, bool]
 
 
 class Row(NamedTuple):
-    """A conversation that is in a split: where it stands, and its cluster."""
+    """A conversation that was dealt to a split: its turn in it, where it stands, and its cluster."""
 
+    sample: bool
+    turn: float
     id: str
     part: int
     place: int
@@ -99,6 +105,7 @@ def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Loo
     """What is to be known of a conversation before any is dealt."""
     problem = "deleted" if conversation.get("deleted") else structure_problem(conversation)
     sound = problem is None
+    holdable = sound and selects(conversation, "not_disliked")
     return (
         conversation["id"],
         part,
@@ -106,8 +113,9 @@ def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Loo
         str(conversation.get("started_at") or "")[:10],
         conversation.get("source") == "sample",
         problem,
-        sound and selects(conversation, train_on),
-        sound and selects(conversation, "not_disliked"),
+        # `all` and `not_disliked` take whatever may be held out.
+        (holdable and train_on != "endorsed") or (sound and selects(conversation, train_on)),
+        holdable,
     )
 
 
@@ -115,30 +123,27 @@ class Catalogue:
     """Which conversation is in which split, and why others are in none. Use as a context manager."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)  # a file of its own that vanishes with it
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-16384", "temp_store=FILE"):
-            self._database.execute(f"PRAGMA {pragma}")
-        for table in (
-            "look (id TEXT PRIMARY KEY, part INTEGER, place INTEGER, date TEXT, sample INTEGER, out TEXT, "
-            "trainable INTEGER, holdable INTEGER) WITHOUT ROWID",
-            "cluster (id TEXT PRIMARY KEY, cluster TEXT) WITHOUT ROWID",
-            "ledger (id TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID",
-            "joined (cluster TEXT PRIMARY KEY, split TEXT) WITHOUT ROWID",
-            "member (id TEXT PRIMARY KEY, part INTEGER, place INTEGER, cluster TEXT, split TEXT, sample INTEGER, "
-            "turn REAL, out TEXT) WITHOUT ROWID",
-        ):
-            self._database.execute(f"CREATE TABLE {table}")
-        self._database.execute("BEGIN")
+        self._scratch = SpooledTemporaryFile(max_size=1)  # noqa: SIM115 (no file until something is written)
+        self._told = self._rows(_FIRST)  # (id, 0, look), (id, 1, cluster) and (id, 2, earlier split)
+        self._dealt = self._rows()  # (id, split)
+        self._splits = defaultdict(self._rows)  # split → what makes a `Row`
+        self._sizes: Counter[str] = Counter()
+        self._left_out = self._rows()  # (id, reason)
+        self._reasons: Counter[str] = Counter()
+
+    def _rows(self, key: Callable[[tuple], Any] | None = None) -> SortedRows:
+        return SortedRows(self._scratch, key)
 
     def __enter__(self) -> "Catalogue":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._database.close()
+        self._scratch.close()
 
     def note(self, looks: Iterable[Look]) -> None:
         """Take conversations in; the newest version of an id is the one that came last."""
-        self._database.executemany("INSERT OR REPLACE INTO look VALUES (?, ?, ?, ?, ?, ?, ?, ?)", looks)
+        for look in looks:
+            self._told.add((look[0], 0, look))
 
     def deal(
         self,
@@ -153,90 +158,88 @@ class Catalogue:
             clusters: (conversation id, cluster id); who is not named stands alone.
             dealt: (conversation id, split) of earlier builds.
         """
-        database, deal = self._database, Deal(fractions, salt)
-        database.executemany("INSERT OR REPLACE INTO cluster VALUES (?, ?)", clusters)
-        database.executemany("INSERT OR REPLACE INTO ledger VALUES (?, ?)", dealt)
-        together = (
-            "FROM look LEFT JOIN cluster USING (id) LEFT JOIN ledger USING (id) WHERE look.out IS NULL GROUP BY name"
-        )
-        found = database.execute(
-            "SELECT coalesce(cluster, look.id) AS name, min(date), max(split IS NULL), "
-            f"coalesce(group_concat(DISTINCT split), '') {together}"
-        )
-        database.executemany(
-            "INSERT INTO joined VALUES (?, ?)",
-            (
-                (name, deal.newcomers(name, date, {*splits.split(",")} - {""} | ({None} if new else set())))
-                for name, date, new, splits in found
-            ),
-        )
-        database.executemany("UPDATE joined SET split = ?2 WHERE cluster = ?1", deal.moved().items())
+        for identity, cluster in clusters:
+            self._told.add((identity, 1, cluster))
+        for identity, split in dealt:
+            self._told.add((identity, 2, split))
+        members = self._members()
+        deal, joined = Deal(fractions, salt), self._rows()  # (cluster, split of its newcomers)
+        for cluster, rows in groupby(members, _FIRST):
+            dates, splits = set(), set()
+            for _, split, look in rows:
+                dates.add(look[3])
+                splits.add(split)
+            joined.add((cluster, deal.newcomers(cluster, min(dates), splits)))
+        moved = deal.moved()
         # The order of the salted hash: any first n are a fair sample, and stay much the same when data grow.
-        database.create_function("turn", 1, lambda identity: salted_fraction(f"{salt}/order", identity))
-        database.execute(
-            "INSERT INTO member SELECT id, part, place, name, split, sample, turn(id), CASE "
-            f"WHEN split = '{LEFT_OUT}' THEN 'bridges_splits' "
-            "WHEN NOT CASE split WHEN 'train' THEN trainable ELSE holdable END THEN 'not_endorsed' END FROM "
-            "(SELECT look.*, joined.cluster AS name, coalesce(ledger.split, joined.split) AS split FROM look "
-            "LEFT JOIN cluster USING (id) LEFT JOIN ledger USING (id) "
-            "JOIN joined ON joined.cluster = coalesce(cluster.cluster, look.id) WHERE look.out IS NULL)"
-        )
-        database.execute("CREATE INDEX in_turn ON member (split, sample, turn, id) WHERE out IS NULL")
+        turn = salted_fractions(f"{salt}/order")
+        for (cluster, split), (_, rows) in zip(joined, groupby(members, _FIRST), strict=True):
+            for _, earlier, look in rows:
+                self._put(look, cluster, earlier or moved.get(cluster, split), turn)
+
+    def _members(self) -> SortedRows:
+        """(cluster, earlier split, look) of the conversations that can be used, by cluster; others are left out."""
+        members = self._rows(_FIRST)
+        for identity, told in groupby(self._told, _FIRST):
+            newest: list[Any] = [None, None, None]
+            for _, what, value in told:
+                newest[what] = value
+            look, cluster, split = newest
+            problem = look[5] if look else "deleted"
+            if problem is None:
+                members.add((identity if cluster is None else cluster, split, look))
+                continue
+            if problem != "deleted":
+                self._leave_out(identity, problem)
+            if split:
+                self._dealt.add((identity, split))
+        return members
+
+    def _put(self, look: Look, cluster: str, split: str, turn: Callable[[str], float]) -> None:
+        identity, part, place, _, sample, _, trainable, holdable = look
+        self._dealt.add((identity, split))
+        if split == LEFT_OUT:
+            self._leave_out(identity, "bridges_splits")
+        elif not (trainable if split == "train" else holdable):
+            self._leave_out(identity, "not_endorsed")
+        else:
+            self._splits[split].add((sample, turn(identity), identity, part, place, cluster))
+            self._sizes[split] += 1
 
     def rows(self, split: str) -> Iterator[Row]:
-        """The conversations of a split in their turn, people's own before the sample's."""
-        return map(
-            Row._make,
-            self._database.execute(
-                "SELECT id, part, place, cluster FROM member WHERE split = ? AND out IS NULL ORDER BY sample, turn, id",
-                (split,),
-            ),
-        )
+        """All that were dealt to a split, in their turn, people's own before the sample's."""
+        return map(Row._make, self._splits[split])
 
-    def places(self, split: str) -> Iterator[tuple[int, list[tuple[str, int]]]]:
-        """(part, [(id, place)]) of the conversations of a split, as they stand."""
-        for (part,) in self._database.execute("SELECT DISTINCT part FROM look ORDER BY part").fetchall():
-            yield (
-                part,
-                self._database.execute(
-                    "SELECT id, place FROM member WHERE part = ? AND split = ? AND out IS NULL ORDER BY place",
-                    (part, split),
-                ).fetchall(),
-            )
+    def places(self, split: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+        """(part, [(place, id)]) of all that were dealt to a split, as they stand."""
+        standing = self._rows()
+        for _, _, identity, part, place, _ in self._splits[split]:
+            standing.add((part, place, identity))
+        for part, rows in groupby(standing, _FIRST):
+            yield part, [(place, identity) for _, place, identity in rows]
 
-    def leave_out(self, identities: Iterable[str], reason: str) -> None:
-        """Take conversations out of their split."""
-        self._database.executemany("UPDATE member SET out = ?2 WHERE id = ?1", ((i, reason) for i in identities))
+    def leave_out(self, identities: Iterable[str], split: str, reason: str) -> None:
+        """Count conversations that were dealt to a split as out of it; `rows` has them still."""
+        for identity in identities:
+            self._leave_out(identity, reason)
+            self._sizes[split] -= 1
 
-    def leave_out_from(self, row: Row, split: str, reason: str) -> None:
-        """Take a conversation, and all whose turn comes after its, out of their split."""
-        self._database.execute(
-            "UPDATE member SET out = ? WHERE split = ? AND out IS NULL AND "
-            "(sample, turn, id) >= (SELECT sample, turn, id FROM member WHERE id = ?)",
-            (reason, split, row.id),
-        )
+    def _leave_out(self, identity: str, reason: str) -> None:
+        self._left_out.add((identity, reason))
+        self._reasons[reason] += 1
 
     def count(self, split: str) -> int:
         """Conversations that are in a split."""
-        (count,) = self._database.execute(
-            "SELECT count(*) FROM member WHERE split = ? AND out IS NULL", (split,)
-        ).fetchone()
-        return count
+        return self._sizes[split]
 
     def left_out(self) -> dict[str, str]:
         """Conversation id → why it is in no split."""
-        return dict(self._database.execute(f"SELECT id, out FROM {_LEFT_OUT}"))
+        return dict(self._left_out)
 
     def count_left_out(self) -> Counter[str]:
         """How many conversations are in no split, by reason."""
-        return Counter(dict(self._database.execute(f"SELECT out, count(*) FROM {_LEFT_OUT} GROUP BY out")))
+        return Counter(dict(sorted(self._reasons.items())))
 
     def dealt(self) -> Iterator[tuple[str, str]]:
         """(id, split) of every deal, earlier ones too, in order of id."""
-        return self._database.execute("SELECT id, split FROM ledger UNION SELECT id, split FROM member ORDER BY id")
-
-
-_LEFT_OUT = (
-    "(SELECT id, out FROM look WHERE out IS NOT NULL AND out != 'deleted' "
-    "UNION ALL SELECT id, out FROM member WHERE out IS NOT NULL)"
-)
+        return iter(self._dealt)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache, partial
@@ -215,22 +215,25 @@ class DatasetBuilder:
         for looks in run(look, range(len(conversations.parts))):
             catalogue.note(looks)
         catalogue.deal(clusters, dealt, self.fractions, self.salt)
-        held_out = HeldOut(self.decontamination_words)
+        held_out, repeated = HeldOut(self.decontamination_words), frozenset()
         for split in ("test", "validation", "train"):
             if split == "train" and self.decontamination_words:
-                self._decontaminate(conversations, catalogue, held_out, run)
-            examples = self._examples(split, conversations, catalogue, run)
+                repeated = self._repeated(conversations, catalogue, held_out, run)
+                catalogue.leave_out(repeated, split, "overlaps_test")
+            examples = self._examples(split, repeated, conversations, catalogue, run)
             yield split, held_out.watch(examples) if split == "test" and self.decontamination_words else examples
 
-    def _decontaminate(self, conversations: Conversations, catalogue: Catalogue, held_out: HeldOut, run: Map) -> None:
-        """Leave out of train what repeats the test split."""
+    def _repeated(self, conversations: Conversations, catalogue: Catalogue, held_out: HeldOut, run: Map) -> Set[str]:
+        """The ids of train that repeat the test split."""
         scan = partial(_shared_runs, conversations=conversations, train_on=self.train_on, held_out=held_out)
         shared: dict[str, set[Run]] = {}
         for found in run(scan, catalogue.places("train")):
             shared |= found
-        catalogue.leave_out(repeating(shared, catalogue.count("train")), "overlaps_test")
+        return repeating(shared, catalogue.count("train"))
 
-    def _examples(self, split: str, conversations: Conversations, catalogue: Catalogue, run: Map) -> Iterator[Example]:
+    def _examples(
+        self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map
+    ) -> Iterator[Example]:
         limit = "max_train_tokens" if split == "train" else "max_held_out_tokens"
         budget = getattr(self, limit) if self.tokenizer is not None else None
         train_on = self.train_on if split == "train" else "not_disliked"
@@ -238,15 +241,19 @@ class DatasetBuilder:
             _encode, conversations=conversations, train_on=train_on, tokenizer=self.tokenizer,
             system_prompt=self.system_prompt, max_length=self.max_length,
         )  # fmt: skip
+
+        def rows() -> Iterator[Row]:
+            return (row for row in catalogue.rows(split) if row.id not in without)
+
         total = 0
-        for row, example in (pair for chunk in run(encode, _chunks(catalogue.rows(split))) for pair in chunk):
+        for row, example in (pair for chunk in run(encode, _chunks(rows())) for pair in chunk):
             if isinstance(example, str):
-                catalogue.leave_out([row.id], example)
+                catalogue.leave_out([row.id], split, example)
                 continue
             tokens = len(example.encoded.input_ids) if example.encoded else 0
             # The budget goes to people's own conversations first: the sample only fills what they leave.
             if budget is not None and total and total + tokens > budget:
-                catalogue.leave_out_from(row, split, limit)
+                catalogue.leave_out((late.id for late in rows() if late >= row), split, limit)
                 return
             total += tokens
             yield example
@@ -307,15 +314,15 @@ def _loaded(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def _shared_runs(
-    part: tuple[int, list[tuple[str, int]]], conversations: Conversations, train_on: TrainOn, held_out: HeldOut
+    part: tuple[int, list[tuple[int, str]]], conversations: Conversations, train_on: TrainOn, held_out: HeldOut
 ) -> dict[str, set[Run]]:
     """The runs of words that conversations of a part share with the held-out ones, where they share any."""
     number, places = part
     found: dict[str, set[Run]] = {}
     if not held_out.halves:
         return found
-    read = conversations.read(number, (place for _, place in places))
-    for (identity, _), conversation in zip(places, read, strict=True):
+    read = conversations.read(number, (place for place, _ in places))
+    for (_, identity), conversation in zip(places, read, strict=True):
         messages, _ = select(conversation, train_on)
         if shared := held_out.shared_with(messages):
             found[identity] = shared
@@ -399,7 +406,8 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
             messages = conversation["messages"] if isinstance(conversation["messages"], list) else []
             texts = [str(message.get("content")) for message in messages if isinstance(message, dict)]
             key = ("text", "\n".join(texts).casefold())
-        clusters[identity] = first.setdefault(key, identity)
+        if (cluster := first.setdefault(key, identity)) != identity:
+            clusters[identity] = cluster
     return clusters
 
 

@@ -7,12 +7,13 @@ every deal by conversation id: what was train stays train when other conversatio
 import hashlib
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = "none"  # in the ledger: near-duplicates on both sides, so part of no split
+_NO_SPLIT = {LEFT_OUT, None}
 
 
 class Member(NamedTuple):
@@ -50,7 +51,7 @@ class Deal:
     """
 
     def __init__(self, fractions: Fractions, salt: str) -> None:
-        self._fractions, self._salt = fractions, salt
+        self._fractions, self._salt, self._draw = fractions, salt, salted_fractions(salt)
         self._filled: Counter[str] = Counter()
         # Of each split the clusters of newcomers that would leave it first: no more than one a split ever does.
         self._donors: dict[str, list[tuple[float, str]]] = {split: [] for split in SPLITS}
@@ -62,14 +63,13 @@ class Deal:
             oldest: date of its oldest member, of all the first 10 characters of `started_at`; "" for unknown.
             dealt: the splits that its members were dealt to; with None if there are newcomers.
         """
-        known = {*dealt} - {LEFT_OUT, None}
-        if known:
+        if known := set(dealt) - _NO_SPLIT:
             self._filled.update(known)
             return known.pop() if len(known) == 1 else LEFT_OUT
         # Members that were left out earlier stay so; only a cluster with newcomers is dealt.
         if None not in dealt:
             return LEFT_OUT
-        draw = salted_fraction(self._salt, cluster)
+        draw = self._draw(cluster)
         split = _deal(draw, oldest, self._fractions)
         self._filled[split] += 1
         donors = self._donors[split]
@@ -102,8 +102,19 @@ def assign_splits(
 
 def salted_fraction(salt: str, key: str) -> float:
     """A number in [0, 1) that is the same for the same salt and key, everywhere and always."""
-    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8, key=salt.encode("utf-8")[:64]).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
+    return salted_fractions(salt)(key)
+
+
+def salted_fractions(salt: str) -> Callable[[str], float]:
+    """`salted_fraction` of many keys with the same salt."""
+    fresh = hashlib.blake2b(digest_size=8, key=salt.encode("utf-8")[:64]).copy
+
+    def fraction(key: str) -> float:
+        digest = fresh()
+        digest.update(key.encode())
+        return (int.from_bytes(digest.digest(), "big") >> 8) * 2**-56
+
+    return fraction
 
 
 def _deal(draw: float, oldest: str, fractions: Fractions) -> str:
