@@ -3,18 +3,23 @@
 import csv
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fine_tuning.data_preparation.dataset_builder import (
     DatasetBuilder,
+    Example,
     PrepareSettings,
     read_split,
     write_split,
 )
+from fine_tuning.data_preparation.decontamination import HeldOut
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, load_tokenizer
@@ -317,6 +322,21 @@ def test_no_train_conversation_shares_twelve_words_with_test():
 
     assert "overlaps_test" in built.left_out.values()
     assert set(runs("train")).isdisjoint(runs("test"))
+
+
+@given(st.integers(1, 14), st.text("ab ,ß’も", max_size=60), st.text("ab ,ß’も", max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_looking_at_few_places_misses_nothing(length, held, other):
+    def runs(text):
+        words = [word for word in re.split(r"[ ,’]+|(も)", text.casefold()) if word]
+        return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
+
+    example = Example("t", "chat", "t", [{"role": "user", "content": held}], [False])
+    held_out = HeldOut(length)
+    list(held_out.watch([example]))
+    shared = held_out.shared_with([{"role": "user", "content": other}])
+    assert len(shared) == len(runs(held) & runs(other))
+    assert held_out.may_share([other]) or not shared
 
 
 def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):

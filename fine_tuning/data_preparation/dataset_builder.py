@@ -15,7 +15,7 @@ from pydantic import Field
 from fine_tuning.data_collection.conversation import each_record
 from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, HeldConversations, Row
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
-from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select
+from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
 from fine_tuning.data_preparation.splits import SPLITS, Fractions
 from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_conversation, load_tokenizer
 from fine_tuning.engine import Map
@@ -319,13 +319,14 @@ def _shared_runs(
     """The runs of words that conversations of a part share with the held-out ones, where they share any."""
     number, places = part
     found: dict[str, set[Run]] = {}
-    if not held_out.halves:
+    if not held_out.pieces:
         return found
     read = conversations.read(number, (place for place, _ in places))
     for (_, identity), conversation in zip(places, read, strict=True):
-        messages, _ = select(conversation, train_on)
-        if shared := held_out.shared_with(messages):
-            found[identity] = shared
+        if held_out.may_share(texts_of(conversation)):
+            messages, _ = select(conversation, train_on)
+            if shared := held_out.shared_with(messages):
+                found[identity] = shared
     return found
 
 

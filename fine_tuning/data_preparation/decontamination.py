@@ -1,7 +1,7 @@
 """What a training conversation must not share with the test split: many words in a row.
 
-Runs of words as in Brown et al. 2020, appendix C; theirs have 13. A run that two texts share holds half a run that
-starts at a multiple of its length in either of them, so those few are looked up first.
+Runs of words as in Brown et al. 2020, appendix C; theirs have 13. Most conversations share none, and that is seen at
+few places of them: each run that two texts share has a piece that begins at a multiple of some number of words.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 # Letters of scripts that write no spaces count as words of their own.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+")
+_FOREIGN = re.compile(r"[^\x00-\x7f\W]")
 _LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
 
 if TYPE_CHECKING:
@@ -24,15 +25,18 @@ class HeldOut:
     """The runs of `length` words of held-out conversations."""
 
     def __init__(self, length: int) -> None:
-        self.length, self.half = length, (length + 1) // 2
-        self.halves: set[Run] = set()
+        self.length = length
+        # Wherever a run begins in a text, it holds a piece that begins at a multiple of `step`.
+        self.piece = (length + 1) // 2  # shorter ones are common
+        self.step = length - self.piece + 1
+        self.pieces: set[Run] = set()
         self._texts: list[list[bytes]] = []
 
     def watch(self, examples: "Iterable[Example]") -> "Iterator[Example]":
         """Pass held-out examples on and take up their runs."""
         for example in examples:
             for words in _long_texts(example.messages, self.length):
-                self.halves.update(_runs(words, self.half))
+                self.pieces.update(_runs(words, self.piece))
                 self._texts.append(words)
             yield example
 
@@ -41,12 +45,18 @@ class HeldOut:
         """Every run; most often nobody asks for them."""
         return {run for words in self._texts for run in _runs(words, self.length)}
 
+    def may_share(self, texts: Iterable[str]) -> bool:
+        """Whether a conversation of these texts could share a run; for most it is seen that it cannot."""
+        return self._holds_piece(_words(" ".join(texts)))
+
     def shared_with(self, messages: list[dict]) -> set[Run]:
         """The runs that a conversation has too."""
-        texts = list(_long_texts(messages, self.length))
-        if all(self.halves.isdisjoint(_apart(words, self.half)) for words in texts):
-            return set()
+        texts = filter(self._holds_piece, _long_texts(messages, self.length))
         return self.runs.intersection(run for words in texts for run in _runs(words, self.length))
+
+    def _holds_piece(self, words: list[bytes]) -> bool:
+        pieces = zip(*[words[start :: self.step] for start in range(self.piece)], strict=False)
+        return not self.pieces.isdisjoint(pieces)
 
 
 def repeating(shared: dict[str, set[Run]], conversations: int) -> set[str]:
@@ -75,13 +85,10 @@ def _runs(words: list[bytes], length: int) -> Iterable[Run]:
     return zip(*(words[start:] for start in range(length)), strict=False)
 
 
-def _apart(words: list[bytes], length: int) -> Iterable[Run]:
-    """`length` neighbouring words, and the next, and the next."""
-    return zip(*[iter(words)] * length, strict=False)
-
-
 def _words(text: str) -> list[bytes]:
-    """Lower case, in UTF-8: for ASCII, most of what there is, that is one pass of a table."""
-    if text.isascii():
-        return text.encode().translate(_LETTERS).split()
-    return [word.encode() for word in _WORD.findall(text.casefold())]
+    """Lower case, in UTF-8: where all letters are ASCII, as mostly, that is one pass of a table."""
+    if not text.isascii():
+        text = text.casefold()
+        if _FOREIGN.search(text):
+            return [word.encode() for word in _WORD.findall(text)]
+    return text.encode("ascii", "replace").translate(_LETTERS).split()

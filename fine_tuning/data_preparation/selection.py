@@ -6,6 +6,7 @@ from fine_tuning.data_collection.conversation import as_conversation, is_exchang
 from fine_tuning.data_preparation.tokenizer import ROLES
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
+_LEAST_RATING = {"all": -1, "not_disliked": 0, "endorsed": 1}
 
 
 def read_conversation(record: dict) -> dict:
@@ -30,26 +31,37 @@ def structure_problem(conversation: dict) -> str | None:
     for message in messages:
         if not isinstance(message, dict):
             return "malformed"
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str) or isinstance(message.get("id"), (list, dict)):
+        role, content, identity = message.get("role"), message.get("content"), message.get("id")
+        if not isinstance(content, str) or isinstance(identity, (list, dict)):
             return "malformed"
         if role == "user":
             asked = True
         elif role == "assistant":
             answered = answered or asked
-        if role != "system" and (not content or content.isspace()):
+        elif role not in ROLES:
             return "malformed"
-    feedback = conversation.get("feedback") or []
-    if not isinstance(feedback, list) or not all(isinstance(e, dict) and is_feedback(e) for e in feedback):
+        if (not content or content.isspace()) and role != "system":
+            return "malformed"
+    if (feedback := conversation.get("feedback")) and not (
+        isinstance(feedback, list) and all(isinstance(entry, dict) and is_feedback(entry) for entry in feedback)
+    ):
         return "malformed"
     return None if answered else "no_reply"
 
 
 def selects(conversation: dict, train_on: TrainOn) -> bool:
     """Whether `select` gives anything of a conversation of sound structure."""
-    if conversation.get("feedback") or any("incomplete" in message for message in conversation["messages"]):
+    if conversation.get("feedback") or any(["incomplete" in message for message in conversation["messages"]]):
         return select(conversation, train_on) is not None
     return train_on != "endorsed"
+
+
+def texts_of(conversation: dict) -> list[str]:
+    """Every text that `select` can give, system messages apart."""
+    texts = [message["content"] for message in conversation["messages"] if message["role"] != "system"]
+    if feedback := conversation.get("feedback"):
+        texts += [entry["edited"] for entry in feedback if entry.get("edited")]
+    return texts
 
 
 def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool]] | None:
@@ -61,7 +73,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
-    for entry in conversation.get("feedback") or ():
+    feedback = conversation.get("feedback")
+    for entry in feedback or ():
         target = entry.get("message_id")
         if (entry.get("edited") or "").strip():
             edits[target] = entry["edited"]
@@ -70,32 +83,34 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
             ratings[target] = min(entry["rating"], ratings.get(target, 1))
         elif entry.get("over"):  # preferred to other replies
             ratings.setdefault(target, 1)
-    least = {"all": -1, "not_disliked": 0, "endorsed": 1}[train_on]
+    least = _LEAST_RATING[train_on]
 
     messages, trained = [], []
     asked, end = False, 0
     for message in conversation["messages"]:
         role = message["role"]
         kept = {"role": role, "content": message["content"]}
+        messages.append(kept)
         wanted = False
-        if role == "assistant":
-            identity = message.get("id")
-            rating, edited = ratings.get(identity, 0), identity in edits
-            if message.get("model") is not None:
-                kept["model"] = message["model"]
+        if role == "user":
+            asked = True
+        elif role == "assistant":
+            rating, edited, incomplete = 0, None, message.get("incomplete")
+            if feedback:
+                identity = message.get("id")
+                rating, edited = ratings.get(identity, 0), edits.get(identity)
+            if (model := message.get("model")) is not None:
+                kept["model"] = model
             if edited:
-                kept |= {"content": edits[identity], "edited": True}
+                kept |= {"content": edited, "edited": True}
             if rating:
                 kept["rating"] = rating
-            if message.get("incomplete"):
+            if incomplete:
                 kept["incomplete"] = True
             # A greeting before the first question answers nothing.
             # A reply that was stopped or broke off would teach to stop anywhere.
-            wanted = asked and (edited or (rating >= least and not message.get("incomplete")))
-        elif role == "user":
-            asked = True
-        messages.append(kept)
+            wanted = asked and (edited is not None or (rating >= least and not incomplete))
+            if wanted:
+                end = len(messages)
         trained.append(wanted)
-        if wanted:
-            end = len(messages)
     return (messages[:end], trained[:end]) if end else None
