@@ -252,7 +252,7 @@ def split_turns(conversation: dict) -> tuple[str | None, list[tuple[dict, dict]]
 
 def to_chatml(conversation: dict) -> dict:
     """{"id", "text"}: the turns between <|im_start|> and <|im_end|>, as OpenAI's ChatML document has them."""
-    turns = (f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation["messages"])
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation["messages"]]
     return {"id": conversation["id"], "text": "".join(turns)}
 
 

@@ -65,9 +65,7 @@ class TrainingDataFormatter:
             pair = {"text": pair}
         if not isinstance(pair, dict):
             return "not a record"
-        return {"chatml": _chatml_problem, "alpaca": _alpaca_problem, "instruction": _instruction_problem}[self.format](
-            pair
-        )
+        return _CHECKS[self.format](pair)
 
 
 # -----------------------------------------------------------------------------
@@ -75,21 +73,22 @@ class TrainingDataFormatter:
 
 
 def _chatml(conversation: dict) -> dict[str, Any]:
-    turns = [{"role": m["role"], "content": _plain(m["content"])} for m in conversation["messages"]]
-    return {**to_chatml({"id": conversation["id"], "messages": turns}), "messages": turns}
+    turns = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
+    for turn in turns:
+        if "<|im_" in turn["content"]:
+            turn["content"] = _plain(turn["content"])
+    return to_chatml({"id": conversation["id"], "messages": turns}) | {"messages": turns}
 
 
 def _plain(content: str) -> str:
     """ChatML text has no escape: what looks like its marks is written with a space, so that no turn is forged."""
-    if "<|im_" in content:
-        return content.replace("<|im_start|>", "<|im_start |>").replace("<|im_end|>", "<|im_end |>")
-    return content
+    return content.replace("<|im_start|>", "<|im_start |>").replace("<|im_end|>", "<|im_end |>")
 
 
 def _alternating(conversation: dict) -> dict:
     """The conversation as questions and answers in turn, system message first; neighbours of a side are one text."""
     messages = conversation["messages"]
-    if len(messages) == 2:  # the common case, a question and its answer
+    if [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2):
         return conversation
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
     turns: list[dict] = []
