@@ -63,12 +63,12 @@ def may_hold(text: str) -> bool:
     return names_a_secret(text.lower()) or text.count(":") >= 5 or text.count("-") >= 5
 
 
-_ZEROS = "".join("0" if chr(code).isdigit() else chr(code) for code in range(128))
+_NO_DIGITS = bytes(code for code in range(128) if not chr(code).isdigit())
 
 
 def _count_digits(text: str) -> int:
-    # a third of the pattern's time
-    return text.translate(_ZEROS).count("0") if text.isascii() else len(_DIGIT.findall(text))
+    # a tenth of the pattern's time
+    return len(text.encode().translate(None, _NO_DIGITS)) if text.isascii() else len(_DIGIT.findall(text))
 
 
 def _finders(text: str, digits: int) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
