@@ -193,6 +193,18 @@ def test_parquet(tmp_path):
     assert [turns(c) for c in taken(path)] == [EXCHANGE, EXCHANGE]
 
 
+@pytest.mark.parametrize("name", ["messages", "sharegpt"])
+def test_an_array_of_turns_is_one_conversation(tmp_path, name):
+    (rows,) = RECORDS[name].values()
+    (found,) = taken(write(tmp_path / "chat.json", rows))
+    assert turns(found) == EXCHANGE
+    cut = write(tmp_path / "cut.json", json.dumps(rows)[:-1] + ', {"ro')
+    assert [turns(conversation) for conversation in taken(cut)] == [EXCHANGE]
+    assert [line for line, _ in problems(cut)] == [3]
+    dumped = write(tmp_path / "dump.json", [row | {"conversation_id": "7"} for row in rows])
+    assert not taken(dumped) and len(problems(dumped)) == 2, "whose turns they are is not guessed"
+
+
 def test_what_is_not_taken_has_its_line_and_reason(tmp_path):
     path = tmp_path / "f.jsonl"
     good = json.dumps(RECORDS["messages"]).encode()

@@ -314,9 +314,27 @@ def _json_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
         if not buffer.startswith("["):
             yield from _document(buffer + reader.read())
             return
-        yield from _array_elements(buffer[1:], reader)
+        yield from _one_conversation(_array_elements(buffer[1:], reader))
     except UnicodeDecodeError:
         yield Problem(1, "not UTF-8")
+
+
+def _one_conversation(elements: Iterator[tuple[int, Any] | Problem]) -> Iterator[tuple[int, Any] | Problem]:
+    """The elements of an array; where they are turns, as an API takes them, they are one record together."""
+    first = next(elements, None)
+    record = first[1] if isinstance(first, tuple) else None
+    turns = [key for key, *of_turn in _TURNS if isinstance(record, dict) and record.keys() >= set(of_turn)]
+    if not turns or "conversation_id" in record:
+        if first is not None:
+            yield first
+        yield from elements
+        return
+    rest = list(elements)
+    yield 1, {turns[0]: [record, *(item[1] for item in rest if isinstance(item, tuple))]}
+    yield from (item for item in rest if isinstance(item, Problem))
+
+
+_TURNS = (("messages", "role", "content"), ("conversations", "from", "value"))
 
 
 def _document(text: str) -> Iterator[tuple[int, Any] | Problem]:
