@@ -317,6 +317,16 @@ def test_a_running_command_is_shown_live_and_stopped_by_its_button(candidate):
     assert not at.button(key="repro").disabled
 
 
+def test_an_experiment_that_only_trained_has_no_verdict_of_another_adapter():
+    start = {"train.validation_loss": 1.8, "prepare.rows": 9, runs_view.JUDGED: "a", "comparison.verdict": "PROMOTE"}
+    only_trained = start | {"train.validation_loss": 1.7}
+    assert runs_view.own_metrics(only_trained, start) == {"train.validation_loss": 1.7, "prepare.rows": 9}
+    judged = only_trained | {runs_view.JUDGED: "b", "comparison.verdict": "HOLD"}
+    assert runs_view.own_metrics(judged, start) == judged
+    judged_otherwise = start | {"comparison.verdict": "HOLD"}
+    assert runs_view.own_metrics(judged_otherwise, start) == judged_otherwise
+
+
 def test_a_run_stands_with_the_experiment_that_has_its_numbers():
     numbers = {"train.train_loss": 2.5, "train.validation_loss": 2.25}
     one, other = Line("commit", "a", None, metrics=numbers), Line("commit", "b", None)

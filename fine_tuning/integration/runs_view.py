@@ -18,6 +18,8 @@ LOSS = Path("metrics/plots/train_loss.csv")
 COMMITS = 10  # that are looked back at
 OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=[^\s=].*")
 SAME_RUN = ("train_loss", "validation_loss")  # numbers that a DVC experiment and its MLflow run share to the last digit
+JUDGED = "comparison.adapter_sha256"
+OF_AN_ADAPTER = ("package.", "evaluation.", "comparison.")
 
 
 @dataclass
@@ -42,16 +44,25 @@ def dvc_lines(checkout: Path) -> list[Line]:
     answer = run_command(*dvc_command("exp", "show", "--json", "--num", str(COMMITS)), cwd=checkout)
     lines = []
     for commit in json.loads(answer):
-        line = _dvc_line("workspace" if commit["rev"] == "workspace" else "commit", commit)
-        if line.kind == "workspace" or line.metrics:
-            lines.append(line)
+        start = _dvc_line("workspace" if commit["rev"] == "workspace" else "commit", commit)
+        if start.kind == "workspace" or start.metrics:
+            lines.append(start)
         for experiment in commit.get("experiments") or []:
             for revision in (experiment.get("revs") or [])[:1]:
                 named = revision | {"name": experiment.get("name") or revision.get("name")}
                 line = _dvc_line("experiment", named)
                 line.status = str((experiment.get("executor") or {}).get("state") or "")
+                line.metrics = own_metrics(line.metrics, start.metrics)
                 lines.append(line)
     return lines
+
+
+def own_metrics(of_experiment: dict[str, Any], of_start: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's metrics without those of another adapter: what it did not run has the numbers it started from."""
+    trained_anew = any(of_experiment.get(key) != of_start.get(key) for key in of_start if key.startswith("train."))
+    if not trained_anew or of_experiment.get(JUDGED) != of_start.get(JUDGED):
+        return of_experiment
+    return {key: value for key, value in of_experiment.items() if not key.startswith(OF_AN_ADAPTER)}
 
 
 def _dvc_line(kind: str, revision: dict) -> Line:
