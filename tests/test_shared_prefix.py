@@ -1,6 +1,8 @@
 """What all rows of a batch begin with is computed once, and nothing else changes: not a loss, not a gradient."""
 
 import copy
+import dataclasses
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -88,13 +90,15 @@ def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
     fuse(quick)
     shares = share_prefixes(quick, 64)
     rows = rows_after(prefix, [5, 6, 7, 11, 12], [8, 9], [5, 6, 7], [5, 13, 4, 4])
-    arguments = training_arguments(SETTINGS, detect_hardware("float32", 1), Path("unused"), 1)
+    hardware = dataclasses.replace(detect_hardware("float32", 1), device="cpu")
     found = []
     for model in (plain, quick):
         shared = shares and model is quick
-        trainer = LabelTrainer(
-            model=model, args=arguments, train_dataset=[rows], eval_dataset=[rows], shared_prefixes=shared
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = training_arguments(SETTINGS, hardware, Path(folder), 1)
+            trainer = LabelTrainer(
+                model=model, args=arguments, train_dataset=[rows], eval_dataset=[rows], shared_prefixes=shared
+            )
         loss, count = trainer.summed_loss(model.train(), collate(rows, 0))
         loss.backward()
         assert count == sum(len(row.input_ids) - len(prefix) - 1 for row in rows)
