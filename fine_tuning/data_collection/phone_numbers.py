@@ -2,16 +2,22 @@
 
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from phonenumbers import PhoneNumber
 
-_BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011] ?\(?|[ .\u00a0]\(?)"  # digits of a number
+_BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011\u2212\uff0d] ?\(?|[ .\u00a0]\(?)"  # digits of a number
+# of scripts without spaces between words: a number begins right behind them
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
 _INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
-_NATIONAL_PHONE = re.compile(rf"(?<![\w.,/=#$€£&+-])(?=[\d() .\u00a0\u2010\u2011–/-]{{7}})\(?\d++(?:{_BETWEEN}\d++)*+")
+_NATIONAL_PHONE = re.compile(
+    rf"(?<![^\W{_UNSPACED}])(?<![.,/#$€£&+-])(?=[\d() .\u00a0\u2010\u2011\u2212\uff0d–/-]{{7}})"
+    rf"\(?\d++(?:{_BETWEEN}\d++)*+"
+)
 _MOST_GROUPS = 8
+_MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$")
 _EXTENSION = re.compile(
     r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
 )
@@ -24,20 +30,46 @@ _CALLED_A_PHONE = re.compile(
     r"[^\d\n]{0,24}$",
     re.IGNORECASE,
 )
+# what stands on cards, in forms and in code right before a number: unlike a verb it says phone in any country
+_LABELLED_A_PHONE = re.compile(
+    r"(?:(?:(?<![^\W_])(?:(?:phone|telephone|telefon|t[ée]l[ée]phone|tel[ée]fono|telefone|telefoon|telem[óo]ve[li]|mobiltelefon|"
+    r"handy|cell ?phone|whatsapp|celular|cellulare|rufnummer|телефон|puhelin|τηλέφωνο)[^\W\d]{0,12}|"
+    r"tel|tél|telf|t[ée]l[ée]f|tlf|tlfn|tfn|ph|mob|mobile?|mobiel|mobilnummer|mobilnr|cell?|fone|fax|gsm|natel|puh|"
+    r"моб|тел|(?:по)?звоните|τηλ|κιν|טלפון|נייד|הטלפון|هاتف|جوال|الهاتف)|(?<=[a-z])(?-i:Phone|Mobile|Tel|Fax)(?:Number|No|Nr)?)"
+    r"\.?(?:[\s_/-]{0,2}(?:number|no|num|nr|numer|n[úu]mero|num[ée]ro|nummer|n[º°]|phone|mobile|m[óo]vil|kom[óo]rkowy|"
+    r"work|home|office|priv(?:at|é)|celular)\b\.?){0,3}(?:\s?\([^()\d\n]{1,16}\))?"
+    r"(?:\s(?:is|ist|est|es|is|è|é|to|er|är|lautet))?[\s\"'*`:=.：#(\[|-]{0,8}"
+    r"|(?:電話|电话|手机|手機|携帯|ファックス|ケータイ|전화|휴대폰|휴대전화|핸드폰|연락처)(?:番号|號碼|号码|号|번호)?[はのは是為为은는:：\s]{0,4})$",
+    re.IGNORECASE,
+)
+# fmt: off
+_ANY_COUNTRY = (
+    "US", "GB", "DE", "FR", "IN", "AU", "NZ", "IE", "CA", "ZA", "BR", "PT", "ES", "MX", "AR", "CO", "IT", "NL", "BE",
+    "CH", "AT", "PL", "CZ", "HU", "RO", "GR", "SE", "NO", "DK", "FI", "RU", "UA", "TR", "IL", "AE", "SA", "JP", "CN",
+    "KR", "TW", "HK", "SG",
+)
+# fmt: on
+# Kept free for fiction or given to nobody: invalid, but written for numbers in examples (NANPA, Ofcom, ARCEP)
+_FICTION = {
+    1: re.compile(r"555\d{7}"),
+    33: re.compile(r"63998\d{4}"),
+    44: re.compile(r"(?:7700900|1632960|3069990)\d{3}"),
+}
 _CALLED_OTHERWISE = re.compile(
     r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
     r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
     r"card|social security|bestell\w{0,8}|auftrag\w{0,8}|rechnung\w{0,8}|sendung\w{0,8}|kunden\w{0,8}|konto\w{0,8}|"
     r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|ordine|"
     r"fattura|zam[oó]wieni\w{0,3}|bestelling|factuur)"
-    r"(?:\s(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$",
+    r"(?:\s(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$"
+    r"|(?:第|(?:注文|伝票|追跡|受付|会員)番号|订单号?|訂單號?|单号|編號|编号|(?:주문|송장)번호)[はのは是為为은는:：\s]{0,4}$",
     re.IGNORECASE,
 )
-_DATE_OR_TIME = re.compile(
+_DATE_ISBN_OR_SUM = re.compile(
     r"(?:(?:19|20)\d{2}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d{2})(?:$|[ T(-])"
-    r"|(?:19|20)\d{2} ?- ?(?:19|20)\d{2}$"
+    r"|(?:19|20)\d{2} ?- ?(?:19|20)\d{2}$|97[89][- ]?\d(?!\d\d[- .]\d{4}$)"
+    r"|[1-9]\d?(?:[ .\u00a0]\d{3}){2,4}$|[1-9][\d .\u00a0]{0,12}(?:0[ .\u00a0]?){4}0$"
 )
-_ISBN_13 = re.compile(r"97[89][- ]?\d")
 
 
 def find_phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -57,7 +89,8 @@ def find_phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]
 def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
     """Phone numbers that follow each other from the start of a run of groups of digits.
 
-    The longest sequence of groups that is a number counts. What follows no number is none: figures in a table.
+    The longest sequence of groups that is a number counts, else the longest that can be one by what stands before it.
+    What follows no number is none: figures in a table.
     """
     groups = [group.span() for group in _GROUP.finditer(text, start, end)]
     if _WORD_GOES_ON.match(text, end) and not _EXTENSION.match(text, end):  # 0544 056B
@@ -65,37 +98,50 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     if len(groups) > 1 and text[groups[0][1]] == ")" and text[start] not in "(+":  # 1) 650-253-0000
         del groups[0]
         start = groups[0][0] - (text[groups[0][0] - 1] == "(")
+    if groups and text.startswith(("978", "979"), groups[0][0]) and sum(b - a for a, b in groups) == 13:  # an ISBN
+        return
     if not groups or groups[-1][1] - groups[0][0] < 7 or _NO_PHONE_BEFORE.match(text, end):
         return
     first = 0
     while first < len(groups):
-        for last in range(min(len(groups), first + _MOST_GROUPS) - 1, first - 1, -1):
-            stop = groups[last][1]
-            count = sum(b - a for a, b in groups[first : last + 1])
-            # An opening parenthesis that closes after the number is the sentence's.
-            begin = start + (text[start] == "(" and text.count("(", start, stop) > text.count(")", start, stop))
-            if 7 <= count <= 15 and _is_phone(text[begin:stop], text[max(0, begin - 40) : begin], regions):
-                yield begin, stop
-                break
-        else:
+        sequences = list(_sequences(text, start, groups[first : first + _MOST_GROUPS]))
+        found = next((item for item in sequences if _is_phone(*item[0], regions)), None)
+        if found and found[3] < len(groups) - first == sequences[0][3]:  # a part, where the whole may be of elsewhere
+            (value, before), *_ = sequences[0]
+            usual = sum(map(str.isdigit, value)) <= 11 and not value.startswith(("+", "(+"))
+            found = sequences[0] if usual and _can_be_phone(value, before) else found
+        found = found or next((item for item in sequences if _can_be_phone(*item[0])), None)
+        if found is None:
             return
-        first = last + 1
+        _, begin, stop, count = found
+        yield begin, stop
+        first += count
         start = groups[first][0] if first < len(groups) else end
         start -= start > 0 and text[start - 1] == "("
 
 
+def _sequences(text: str, start: int, groups: list[tuple[int, int]]) -> Iterator[tuple[tuple[str, str], int, int, int]]:
+    """((value, what stands before it), begin, end, count of groups) of those of a number's length, longest first."""
+    for count in range(len(groups), 0, -1):
+        stop = groups[count - 1][1]
+        # An opening parenthesis that closes after the number is the sentence's.
+        begin = start + (text[start] == "(" and text.count("(", start, stop) > text.count(")", start, stop))
+        if 7 <= sum(b - a for a, b in groups[:count]) <= 15:
+            yield (text[begin:stop], text[max(0, begin - 60) : begin]), begin, stop, count
+
+
 def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     """Valid for its country, and either international, or written the way the country writes it, or called a phone."""
-    if value.count("(") != value.count(")") or _DATE_OR_TIME.match(value) or _ISBN_13.match(value):
+    if _is_no_phone(value):
         return False
     if value.startswith(("+", "(+")):
         return _parse(value, None) is not None
-    if _CALLED_OTHERWISE.search(before):
+    called = _called(before)
+    if called == "other":
         return False
     if value.startswith(("00", "(00")):
         return _parse("+" + value.lstrip("(")[2:], None) is not None
-    called = _CALLED_A_PHONE.search(before) is not None
-    if not called and value.isdigit():
+    if not called and (value.isdigit() or before.endswith("=")):
         return False
     count = sum(map(str.isdigit, value))
     for region in regions:
@@ -107,7 +153,9 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
             continue
         if called:
             return True
-        written, groups = _GROUP.findall(value), _GROUP.findall(_national_format(number))
+        national = str(number.national_number)
+        groups = [national[:3]] if prefix == "1" else _GROUP.findall(_national_format(number))
+        written = _GROUP.findall(value)
         if prefix == "0" and len(groups) == 2 and groups[1][0] == "0":
             continue  # no number after the area code starts with the prefix of long-distance calls
         if written[0] in ("1", "0") and len(written) > 2:  # the trunk prefix, written apart
@@ -115,6 +163,39 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
         if len(written) > 1 and (written[0] == groups[0] or _is_mobile_code(written[0], groups[0], number)):
             return True
     return False
+
+
+def _can_be_phone(value: str, before: str) -> bool:
+    """Valid in any country behind a word that says phone, or with a country's code in its groups and of its length.
+
+    The numbers that people make up for an example are seldom given out: +1 555 123 4567, +49 123 456789.
+    """
+    called = _called(before)
+    if called == "other" or _is_no_phone(value):
+        return False
+    labelled = called == "label"
+    if value.startswith(("+", "(+")):
+        grouped = len(_GROUP.findall(value)) >= 3
+        return (labelled or grouped) and _is_possible(value)
+    count = sum(map(str.isdigit, value))
+    if value.isdigit() and count < 9 and not _MARK_BEFORE.search(before):  # cell 12345678
+        return False
+    return labelled and any(count in _numbering(region)[1] and _parse(value, region) for region in _ANY_COUNTRY)
+
+
+@lru_cache(maxsize=4)  # the sequences of a run stand behind the same
+def _called(before: str) -> str:
+    """What stands before a number: a "label" of phones, a "word" for calling, the name of an "other", or nothing."""
+    if _CALLED_OTHERWISE.search(before):
+        return "other"
+    if _LABELLED_A_PHONE.search(before):
+        return "label"
+    return "word" if _CALLED_A_PHONE.search(before) else ""
+
+
+def _is_no_phone(value: str) -> bool:
+    """Unbalanced parentheses, a date, years, an ISBN, or a sum."""
+    return value.count("(") != value.count(")") or _DATE_ISBN_OR_SUM.match(value) is not None
 
 
 def _is_mobile_code(written: str, area: str, number: "PhoneNumber") -> bool:
@@ -143,14 +224,30 @@ def _numbering(region: str) -> tuple[str, frozenset[int]]:
 
 
 def _parse(value: str, region: str | None) -> "PhoneNumber | None":
-    """The number, if it is a valid one."""
+    """The number, if it is a valid one, or one for fiction."""
     import phonenumbers
 
     try:
         number = phonenumbers.parse(value, region)
     except phonenumbers.NumberParseException:
         return None
-    return number if phonenumbers.is_valid_number(number) else None
+    fiction = _FICTION.get(number.country_code)
+    if phonenumbers.is_valid_number(number) or (fiction and fiction.fullmatch(str(number.national_number))):
+        return number
+    return None
+
+
+def _is_possible(value: str) -> bool:
+    """Whether a number has a country's code, a length that is usual there, and no row of zeros like a sum."""
+    import phonenumbers
+
+    try:
+        number = phonenumbers.parse(value)
+    except phonenumbers.NumberParseException:
+        return False
+    digits = str(number.national_number)
+    usual = 8 <= len(digits) <= 11 and not number.italian_leading_zero and (number.country_code != 1 or digits[0] > "1")
+    return usual and len(set(digits)) > 2 and phonenumbers.is_possible_number(number)
 
 
 def _national_format(number: "PhoneNumber") -> str:
