@@ -23,6 +23,7 @@ _CARD_GROUPS = re.compile(
     r"(?<!\d)(?:\d{4}([ \u00a0\u202f-])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?"
     r"|\d{4}([ \u00a0\u202f-])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
 )
+_DOTTED_CARD = re.compile(r"(?<![\w.,-])\d{4}(?:\.\d{4}){3}(?![\w-]|[.,]\d)")
 _NOT_A_CARD = re.compile(
     r"(?<![A-Za-z])(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|ref|id|"
     r"reference|timestamp|part|hash|(?:bestell|auftrag|rechnung|sendung|kunden)\w{0,8}|commande|facture|pedido|factura|"
@@ -147,6 +148,9 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
         for part in parts:
             if _is_card(_digits(part.group()), called):
                 yield part.span()
+    for match in _DOTTED_CARD.finditer(text):
+        if _is_card(_digits(match.group()), called=False):
+            yield match.span()
 
 
 def _is_card(digits: str, called: bool) -> bool:

@@ -21,33 +21,16 @@ _BARE_URL = re.compile(
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
 # domains that people write without a scheme; others need a path behind them: self.info and list.at are code
-_BARE_DOMAINS = frozenset(
-    ("com", "org", "net", "edu", "gov", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch")
-)
-_PATH_DOMAINS = _BARE_DOMAINS | frozenset(
-    (
-        "io",
-        "me",
-        "ly",
-        "co",
-        "gl",
-        "gg",
-        "tv",
-        "app",
-        "dev",
-        "ai",
-        "us",
-        "xyz",
-        "to",
-        "be",
-        "gle",
-        "link",
-        "info",
-        "at",
-        "page",
-        "site",
-    )
-)
+# fmt: off
+_BARE_DOMAINS = frozenset((
+    "com", "org", "net", "edu", "gov", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch", "jp", "ru",
+))
+_PATH_DOMAINS = _BARE_DOMAINS | frozenset((
+    "io", "me", "ly", "co", "gl", "gg", "tv", "app", "dev", "ai", "us", "xyz", "to", "be", "gle", "link", "info", "at",
+    "page", "site", "pl", "br", "nz", "kr", "cn", "tw", "mx", "ua", "za", "cloud", "tech", "online", "shop", "blog",
+    "news", "store",
+))
+# fmt: on
 _SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
 _NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
 _EMAIL = re.compile(
@@ -94,6 +77,12 @@ _MAC = re.compile(
     r"[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}(?:(?:-[0-9A-Fa-f]{2}){2})?|"
     r"[0-9A-Fa-f]{4}(?:\.[0-9A-Fa-f]{4}){2,3})(?![\w:-]|\.\w)"
 )
+MAC_NAME = re.compile(r"[Mm][Aa][Cc]")
+_BARE_MAC = re.compile(
+    r"\bmac(?:[ _-]?(?:address|addr|adresse))?[\"']?(?:\s?[:=]\s?|\s(?:is\s)?)[\"']?"
+    r"([0-9A-Fa-f]{12})(?!\w)",
+    re.IGNORECASE,
+)
 _CALLED_A_MAC = re.compile(r"\b(?:mac|ether|lladdr|hwaddr|address)\b", re.IGNORECASE)
 _PAIRS = re.compile(r"[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){7}")
 
@@ -120,6 +109,8 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
             yield match.start(), _url_end(text, *match.span())
 
 
+# Scripts without spaces go on right behind an address; in a path they begin a segment: /wiki/日本
+_GOES_ON_UNSPACED = re.compile(r"(?<=[A-Za-z0-9/=_-])を|(?<=[A-Za-z0-9])[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
 # an apostrophe within a word can be the URL's, but not a genitive's at its end; a quote of HTML ends it
 _QUOTE = re.compile(r"'(?!\w)|'s\W*$|&(?:lt|gt|quot|apos|#39);")
 _ANY_QUOTE = re.compile(r"'|&(?:lt|gt|quot|apos|#39);")
@@ -129,6 +120,8 @@ def _url_end(text: str, start: int, end: int) -> int:
     """Where a URL ends once the sentence's own punctuation, quotes and closing brackets are taken off."""
     quote = (_ANY_QUOTE if text[start - 1 : start] == "'" else _QUOTE).search(text, start, end)
     end = quote.start() if quote else end
+    if not text.isascii() and (word := _GOES_ON_UNSPACED.search(text, start, end)):
+        end = word.start()
     opened = {")": text.count("(", start, end), "]": text.count("[", start, end)}
     closed = {")": text.count(")", start, end), "]": text.count("]", start, end)}
     while end > start:
@@ -222,3 +215,6 @@ def find_macs(text: str) -> Iterator[tuple[int, int]]:
         # figures alone in groups are other numbers, unless they are called an address
         if ":" in match.group() or not digits.isdigit() or _CALLED_A_MAC.search(before):
             yield match.span()
+    for match in _BARE_MAC.finditer(text) if MAC_NAME.search(text) else ():
+        if _DIGIT.search(match.group(1)) and len(set(match.group(1))) > 1:
+            yield match.span(1)

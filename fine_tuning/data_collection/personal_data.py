@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Literal, NamedTuple, get_args
 
 from fine_tuning.data_collection.account_numbers import find_cards, find_ibans, find_national_ids, find_ssns
-from fine_tuning.data_collection.net_addresses import INNER_DOT, find_emails, find_ips, find_macs, find_urls
+from fine_tuning.data_collection.net_addresses import INNER_DOT, MAC_NAME, find_emails, find_ips, find_macs, find_urls
 from fine_tuning.data_collection.phone_numbers import find_phones
 from fine_tuning.data_collection.secret_patterns import find_secrets, names_a_secret
 
@@ -79,7 +79,7 @@ def _finders(text: str, digits: int) -> Iterator[tuple[str, Callable[[str], Iter
         yield "URL", find_urls
     if "@" in text:
         yield "EMAIL", find_emails
-    if colons >= 5 or dots >= 2 or text.count("-") >= 5:
+    if colons >= 5 or dots >= 2 or text.count("-") >= 5 or (digits and MAC_NAME.search(text)):
         yield "MAC", find_macs
     if digits == 0:
         return
