@@ -45,26 +45,38 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BL
 _PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_WITHOUT_END = re.compile(r"(?:(?:\s|\\[rn]){1,4}[A-Za-z0-9+/=]{16,2000}+)++")
 _NAMES = (
-    r"(?:pass(?:word|wd|phrase|code|wort)|(?<=[_-])pass|pwd|kennwort|mot de passe|contrase[nñ]a|senha|wachtwoord|"
+    r"(?:pass(?:word|wd|phrase|code|wort)|(?<=[_-])pass|pwd|(?<![\w.-])pw(?=\s?[:=])|"
+    r"kennwort|mot de passe|contrase[nñ]a|senha|wachtwoord|"
     r"has[lł]o|parola d'ordine|пароль|密码|パスワード|"
     r"secret(?:[_ -]?(?:access[_ -]?)?key(?:[_-]base)?)?|client[_ -]?secret|"
     r"(?:api|access|auth|app|account|shared[_ -]?access|private|encryption|signing|master|service|ssh)[_ -]?key|"
     r"(?:api|access|auth|refresh|session|bot)?[_ -]?token|api[_ -]?secret)"
 )
-_VALUE = r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|([^\s\"'`<>()\[\]{},;]{6,256}))"
+_BARE = r"([^\s\"'`<>()\[\]{},;]{6,256})"
+_VALUE = r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|" + _BARE + ")"
 _NAMED = re.compile(
     rf"({_NAMES})\d?[\"'*`]{{0,2}}"
     r"(?:\s(?:for|to|of|on|für|zum|vom|von|pour|du|de|del|della|do|da|para|per|voor|dla)(?:\s[\w'-]{1,20}){1,4})?"
-    r"(?:\s{0,3}(=>|:=|==|=|:|：)\*{0,2}\s{0,3}"
+    r"(?:\s{0,3}(=>|:=|==|=|:|：)\*{0,2}\s{0,3}(?:b(?=[\"']))?"
     r"|\s{1,3}(?:is|was|ist|lautet|war|est|es|era|è|é|jest)\s{0,3}:?\s{1,3})" + _VALUE,
     re.IGNORECASE,
 )
-# without a word between name and value, only what is long and mixed counts
+# without a word between name and value, only what is long and mixed counts, and the hexadecimal digits of a key
 _BESIDE = re.compile(
     rf"(?i:{_NAMES})\s(?=[^a-z\s]{{0,99}}[a-z])(?=[^A-Z\s]{{0,99}}[A-Z])(?=[^\d\s]{{0,99}}\d)"
     r"([A-Za-z0-9+/=_-]{24,256})(?![^\s.,;:!?)\"'`])"
 )
+_BESIDE_HEX = re.compile(
+    r"(?:api|access|secret|auth)[ _-]?(?:key|token)s?\s(?=[a-f]{0,31}\d)([0-9a-f]{32,64})(?![\w/-])", re.IGNORECASE
+)
 _OPTION = re.compile(r"--(?:[a-z0-9]{1,24}-){0,4}(password|passwd|pass|secret|token|api-key)( )" + _VALUE)
+# user:password of an HTTP client, the password of a file .netrc, and of sshpass
+_USER_OPTION = re.compile(r"(?<=\s)(?:-u|--user|--proxy-user)[ =]?([\"']?)[\w.@+-]{1,64}:" + _BARE)
+_NETRC = re.compile(r"\b(?:machine\s{1,4}\S{1,253}|default)\s{1,4}login\s{1,4}\S{1,64}\s{1,4}password\s{1,4}" + _BARE)
+_PASS_OF_USER = re.compile(
+    r"\b(?:user(?:name)?|login|account|e-?mail)\s?[:=]\s?\S{1,64}[\s,;/|]{1,4}pass\s?[:=]\s?" + _BARE, re.IGNORECASE
+)
+_SSHPASS = re.compile(r"\bsshpass -p ?([\"']?)" + _BARE)
 _BEARER = re.compile(
     r"(?<![A-Za-z])(authorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?)?(bearer|basic|token)\s{1,2}"
     r"([A-Za-z0-9_.~+/=-]{8,2000})",
@@ -89,6 +101,8 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     yield from _named_secrets(text)
     if longest >= _SHORTEST_BESIDE:
         yield from (match.span(1) for match in _BESIDE.finditer(text))
+        yield from (match.span(1) for match in _BESIDE_HEX.finditer(text))
+    yield from _commands_secrets(text)
     if "bearer" in lower or "basic" in lower or "authorization" in lower:
         for match in _BEARER.finditer(text):
             if _is_credential(match.group(3), match.group(2).lower(), header=match.group(1) is not None):
@@ -98,7 +112,20 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
 # without one of these no value is read as a secret: it keeps the names' pattern from prose
 _VALUE_MARK = re.compile(r"[\d\"'`=@#$%^&*~+!]")
 _VALUE_MARKS = bytes(code for code in range(128) if _VALUE_MARK.match(chr(code)))
-_OTHER_NAMES = ("kennwort", "contrase", "senha", "wachtwoord", "haslo", "parola d", "basic ", "bearer", "authoriz")
+_OTHER_NAMES = (
+    "kennwort",
+    "contrase",
+    "senha",
+    "wachtwoord",
+    "haslo",
+    "parola d",
+    "basic ",
+    "bearer",
+    "authoriz",
+    "curl ",
+    "pw:",
+    "pw=",
+)
 _NON_ASCII_NAMES = ("hasło", "пароль", "密码", "パスワード")
 
 
@@ -146,6 +173,16 @@ def _named_secrets(text: str) -> Iterator[tuple[int, int]]:
                 yield start, end
 
 
+def _commands_secrets(text: str) -> Iterator[tuple[int, int]]:
+    """Passwords on the command line of an HTTP client or sshpass, and in a .netrc."""
+    for pattern, hint in ((_USER_OPTION, " -"), (_NETRC, "login"), (_SSHPASS, "sshpass"), (_PASS_OF_USER, "pass")):
+        if hint in text:
+            for match in pattern.finditer(text):
+                start, end = _without_marks(text, *match.span(pattern.groups))
+                if _is_secret_value(text[start:end], "password", quoted=False, setting=False):
+                    yield start, end
+
+
 def _without_marks(text: str, start: int, end: int) -> tuple[int, int]:
     """A bare value without the sentence's end, the rest of a query, and Markdown's bold."""
     value = _NEXT_FIELD.split(text[start:end], maxsplit=1)[0].rstrip(".?:")
@@ -163,7 +200,7 @@ _STAND_IN = re.compile(
     r"|(?:none|null|nil|true|false|string|undefined|required|optional|redacted|hidden|masked|empty)\W*$",
     re.IGNORECASE,
 )
-_REFERENCE = ("$", "%", "{", "[", "#{", "os.", "process.", "env.", "arn:", "op://", "http://", "https://", "/")
+_REFERENCE = ("$", "%", "{", "[", "#{", "os.", "process.", "env.", "\\x", "arn:", "op://", "http://", "https://", "/")
 _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}$")
 _TAG = re.compile(r"!\w+$")  # of YAML
 _WORD = re.compile(r"[^\W\d_]+(?:[_-][^\W\d_]+)*$")
