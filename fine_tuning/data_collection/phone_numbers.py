@@ -17,6 +17,7 @@ _NATIONAL_PHONE = re.compile(
     rf"\(?\d++(?:{_BETWEEN}\d++)*+"
 )
 _MOST_GROUPS = 8
+_AMERICAN = re.compile(r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])\d{3}[ .-]\d{4}")
 _MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$")
 _EXTENSION = re.compile(
     r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
@@ -105,6 +106,7 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     first = 0
     while first < len(groups):
         sequences = list(_sequences(text, start, groups[first : first + _MOST_GROUPS]))
+        sequences.sort(key=lambda item: _AMERICAN.fullmatch(item[0][0]) is None)  # it is whole, whatever follows
         found = next((item for item in sequences if _is_phone(*item[0], regions)), None)
         if found and found[3] < len(groups) - first == sequences[0][3]:  # a part, where the whole may be of elsewhere
             (value, before), *_ = sequences[0]
