@@ -59,8 +59,11 @@ _VERSION_BEFORE = re.compile(
     r"library|package|java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|cuda|cudnn|unity|"
     r"oracle|flash|acrobat|reader|update|upgrade)|"
     r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
-    r"\b(?:section|chapter|figure|table|clause|article|paragraph)s?|\bkapitel|\babschnitt|§|"
-    r"[A-Za-z][/-]|==|>=|<=|~=)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
+    r"\b(?:(?:sub)?section|chapter|figure|table|clause|article|paragraph|paragraphe|appendix|annex|step|theorem|lemma|"
+    r"proposition|corollary|definition|equation|eq\.?|exercise|lesson|requirement|item)s?|\bkapitel|\babschnitt|§|"
+    r"\b(?:ziffer|punkt|schritt|anhang|artikel|chapitre|secci[oó]n|apartado|cap[ií]tulo|art[ií]culo|sezione|capitolo|articolo|"
+    r"se[cç][cç]?[aã]o|rozdzia[lł]|hoofdstuk|paragraaf)|(?-i:\bEC|\.NET|DirectX)|version_info|changelog|"
+    r"[A-Za-z][/-]|==|>=|<=|~=|~>|\^)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
     re.IGNORECASE,
 )
 # of home networks (RFC 1918) and of documentation (RFC 5737): no version looks like them

@@ -61,8 +61,12 @@ _CALLED_OTHERWISE = re.compile(
     r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
     r"card|social security|bestell\w{0,8}|auftrag\w{0,8}|rechnung\w{0,8}|sendung\w{0,8}|kunden\w{0,8}|konto\w{0,8}|"
     r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|ordine|"
-    r"fattura|zam[oó]wieni\w{0,3}|bestelling|factuur)"
-    r"(?:\s(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$"
+    r"fattura|zam[oó]wieni\w{0,3}|faktur[ay]|bestelling|factuur|encomenda|ordem|fatura|r[ée]f[ée]rence|r[ée]f|"
+    r"(?:order|bestel|klant|factuur|ordre|kunde|faktura)nummer|(?:buchungs|mitglieds|vertrags|versicherungs|ticket)-?nummer|"
+    r"batch|lot|flight|room|zimmer|quote|confirmation|claim|item|licen[cs]e|reservation|booking|policy|transaction|"
+    r"barcode|asin|s/n|sn|p/n|vin|cat|catalog(?:ue)?|"
+    r"(?:customer|member(?:ship)?|employee|student|contract|meter)\s?(?=number|no\b|nr|id|#))"
+    r"(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$"
     r"|(?:第|(?:注文|伝票|追跡|受付|会員)番号|订单号?|訂單號?|单号|編號|编号|(?:주문|송장)번호)[はのは是為为은는:：\s]{0,4}$",
     re.IGNORECASE,
 )
