@@ -38,6 +38,22 @@ _TOKENS = re.compile(
     r"|pscale_(?:tkn|pw|oauth)_[A-Za-z0-9=._-]{32,64}|dp\.(?:pt|st|ct|sa|scim|audit)\.[A-Za-z0-9.]{40,60}"
     r"|dt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}|tskey-[a-z]{2,10}-[A-Za-z0-9-]{20,64}|LTAI[A-Za-z0-9]{12,24}"
     r"|sbp_[a-f0-9]{40}|sb_secret_[A-Za-z0-9_-]{20,50}|nfp_[A-Za-z0-9]{36,40}|EZ[AT]K[A-Za-z0-9]{54}"
+    r"|NRII-[A-Za-z0-9-]{32}|NRJS-[a-f0-9]{19}|aio_[A-Za-z0-9]{28}|p8e-[a-z0-9]{32}|AKCp[A-Za-z0-9]{64,80}"
+    r"|cmVmdGtu[A-Za-z0-9]{56}|v1\.0-[a-f0-9]{24}-[a-f0-9]{146}|dnkey-[A-Za-z0-9=_-]{26}-[A-Za-z0-9=_-]{52}"
+    r"|duffel_(?:test|live)_[A-Za-z0-9_=-]{43}|FLWSECK(?:_TEST)?-[a-f0-9]{12,32}(?:-X)?|fo1_[A-Za-z0-9_-]{43}"
+    r"|fm[12][ar]?_[A-Za-z0-9+/]{100,800}={0,3}|fio-u-[A-Za-z0-9_=-]{64}|GR1348941[A-Za-z0-9_-]{20}"
+    r"|eyJrIjoi[A-Za-z0-9]{70,400}={0,3}|pat\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}|ico-[A-Za-z0-9]{32}"
+    r"|s-s4t2(?:ud|af)-[a-f0-9]{64}|sk\.eyJ[A-Za-z0-9_-]{40,120}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9]{6}_[A-Za-z0-9]{29}_mmk"
+    r"|API-[A-Z0-9]{26}|sha256~[A-Za-z0-9_-]{43}|pnu_[A-Za-z0-9]{36}|rdme_[a-z0-9]{70}|tk-us-[A-Za-z0-9_-]{48}"
+    r"|sm_[aps]at_[A-Za-z0-9]{16}|sgp_(?:(?:[a-f0-9]{16}|local)_)?[a-f0-9]{40}|tfp_[A-Za-z0-9_.=-]{59}"
+    r"|AQVN[A-Za-z0-9_-]{35,38}|y0_[A-Za-z0-9_-]{50,64}|ops_eyJ[A-Za-z0-9+/_-]{200,1500}={0,3}"
+    r"|A3-[A-Z0-9]{6}-(?:[A-Z0-9]{11}|[A-Z0-9]{6}-[A-Z0-9]{5})(?:-[A-Z0-9]{5}){3}|sk_[a-f0-9]{48}|nvapi-[A-Za-z0-9_-]{60,70}"
+    r"|pcsk_[A-Za-z0-9_]{50,80}|ph[xc]_[A-Za-z0-9]{40,50}|re_[A-Za-z0-9]{8}_[A-Za-z0-9]{20,24}|sq[aup]_[a-f0-9]{40}"
+    r"|vc[pika]_[A-Za-z0-9]{50,60}|tgp_v1_[A-Za-z0-9_-]{43}|tvly-[A-Za-z0-9-]{32,64}|bkua_[a-f0-9]{40}"
+    r"|CCIPAT_[A-Za-z0-9]{22}_[a-f0-9]{40}|CFPAT-[A-Za-z0-9_-]{43}|[01]/[0-9]{16}:[a-f0-9]{32}|rnd_[A-Za-z0-9]{28,32}"
+    r"|1//0[A-Za-z0-9_-]{40,120}|sl\.[A-Za-z0-9_=-]{130,1500}|ddp_[A-Za-z0-9]{36}|napi_[a-z0-9]{60,70}"
+    r"|(?:access-(?:sandbox|development|production)|pat-(?:na|eu)\d|ovsxat)[_-][a-f0-9]{8}(?:-[a-f0-9]{4}){3}-[a-f0-9]{12}"
+    r"|pk_[0-9]{6,9}_[A-Z0-9]{32}|ABSK[A-Za-z0-9+/]{109,269}={0,2}|shpua_[a-f0-9]{32}|oy2[a-z0-9]{43}|cio[A-Za-z0-9]{32}"
     r"|shippo_(?:live|test)_[a-f0-9]{40}|[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{31,34}"  # Azure
     r")(?![A-Za-z0-9_])"
 )
@@ -87,8 +103,10 @@ _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*~+])
 
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Spans of tokens, private keys, named values and bearer tokens."""
-    # Of all these only the tokens of Hugging Face are letters alone.
-    longest = max(map(len, text.split()), default=0) if "hf_" in text or _DIGIT.search(text) else 0
+    # Of all these only the tokens of Hugging Face can be letters alone.
+    longest = (
+        max(map(len, text.split()), default=0) if "hf_" in text or "api_org_" in text or _DIGIT.search(text) else 0
+    )
     if longest >= _SHORTEST_TOKEN:
         for match in _TOKENS.finditer(text):
             if not match.group().lower().endswith("xxxxxx"):
