@@ -214,6 +214,7 @@ _NEXT_FIELD = re.compile(r"&[\w.]{1,40}=")
 _STAND_IN = re.compile(
     r"(?:your[a-z]*|my|the|some|an?|example|placeholder|change|insert|enter|todo)"
     r"(?:[_ -][a-z_ -]*|(?:password|passwd|secret|token|key|api|me|here)*)$"
+    r"|#(?:[0-9a-f]{3}){1,2}$|[\w.]{1,64}\.\$\d$"  # a colour, a theme's scope
     r"|(?:your|insert|enter|replace|change)[_-]|.*(?:\.\.\.|…|_here$|xxxxxx)"
     r"|(?:none|null|nil|true|false|string|undefined|required|optional|redacted|hidden|masked|empty)\W*$",
     re.IGNORECASE,
@@ -236,7 +237,10 @@ def _is_secret_value(value: str, name: str, quoted: bool, setting: bool) -> bool
         return False
     if set(value) <= set("*xX.-_•") or _STAND_IN.match(value):
         return False
-    can_be_word = (quoted or setting) and (len(value) >= 24 or not name.lower().endswith(("token", "key")))
+    is_token = name.lower().endswith(("token", "key"))
+    if is_token and len(value) < 16 and not _DIGIT.search(value):  # a lexer's token: "@brackets", "|NEWLINE|"
+        return False
+    can_be_word = (quoted or setting) and (len(value) >= 24 or not is_token)
     if _WORD.match(value):
         return can_be_word
     if _CODE.match(value):
