@@ -40,7 +40,8 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
 
     Args:
         types: which of TYPES to look for.
-        regions: countries (ISO 3166) whose national phone numbers count; numbers with a + always do.
+        regions: countries (ISO 3166) whose national phone numbers count; numbers with a + always do, and behind a label
+            (Tel., mobile number, 電話) those of any country.
     """
     if not may_hold(text):
         return []
