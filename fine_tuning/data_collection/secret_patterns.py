@@ -104,9 +104,8 @@ _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*~+])
 def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Spans of tokens, private keys, named values and bearer tokens."""
     # Of all these only the tokens of Hugging Face can be letters alone.
-    longest = (
-        max(map(len, text.split()), default=0) if "hf_" in text or "api_org_" in text or _DIGIT.search(text) else 0
-    )
+    may_hold = "hf_" in text or "api_org_" in text or _DIGIT.search(text)
+    longest = max(map(len, text.split()), default=0) if may_hold else 0
     if longest >= _SHORTEST_TOKEN:
         for match in _TOKENS.finditer(text):
             if not match.group().lower().endswith("xxxxxx"):
@@ -130,20 +129,12 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
 # without one of these no value is read as a secret: it keeps the names' pattern from prose
 _VALUE_MARK = re.compile(r"[\d\"'`=@#$%^&*~+!]")
 _VALUE_MARKS = bytes(code for code in range(128) if _VALUE_MARK.match(chr(code)))
+# fmt: off
 _OTHER_NAMES = (
-    "kennwort",
-    "contrase",
-    "senha",
-    "wachtwoord",
-    "haslo",
-    "parola d",
-    "basic ",
-    "bearer",
-    "authoriz",
-    "curl ",
-    "pw:",
+    "kennwort", "contrase", "senha", "wachtwoord", "haslo", "parola d", "basic ", "bearer", "authoriz", "curl ", "pw:",
     "pw=",
 )
+# fmt: on
 _NON_ASCII_NAMES = ("hasło", "пароль", "密码", "パスワード")
 
 
