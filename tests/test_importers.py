@@ -198,11 +198,54 @@ def test_an_array_of_turns_is_one_conversation(tmp_path, name):
     (rows,) = RECORDS[name].values()
     (found,) = taken(write(tmp_path / "chat.json", rows))
     assert turns(found) == EXCHANGE
-    cut = write(tmp_path / "cut.json", json.dumps(rows)[:-1] + ', {"ro')
-    assert [turns(conversation) for conversation in taken(cut)] == [EXCHANGE]
-    assert [line for line, _ in problems(cut)] == [3]
-    dumped = write(tmp_path / "dump.json", [row | {"conversation_id": "7"} for row in rows])
-    assert not taken(dumped) and len(problems(dumped)) == 2, "whose turns they are is not guessed"
+    system = {key: "system" if key in ("role", "from") else "Be brief." for key in rows[0]}
+    (found,) = taken(write(tmp_path / "system.json", [system, *rows]))
+    assert turns(found) == [("system", "Be brief."), *EXCHANGE]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: [row | {"chat_id": "7"} for row in rows],
+        lambda rows: [*rows, rows[0] | {"session_id": "8"}],
+        lambda rows: [{"role": "system", "content": "A"}, *rows, {"role": "system", "content": "B"}, *rows],
+        lambda rows: [*rows, {"from": "human", "value": "And?"}],
+        lambda rows: [rows[0], rows[1] | {"role": "doctor"}],
+    ],
+)
+def test_turns_of_nobody_knows_whom_are_not_one_conversation(tmp_path, change):
+    rows = change(RECORDS["messages"]["messages"])
+    path = write(tmp_path / "dump.json", rows)
+    assert not taken(path)
+    assert [line for line, _ in problems(path)] == list(range(1, len(rows) + 1))
+
+
+def test_a_record_beside_turns_or_with_a_role_is_a_record(tmp_path):
+    whole = RECORDS["messages"]
+    path = write(tmp_path / "mixed.json", [*whole["messages"], whole])
+    assert [turns(conversation) for conversation in taken(path)] == [EXCHANGE] and len(problems(path)) == 2
+    path = write(tmp_path / "named.json", [whole | {"role": "user", "content": "title"}] * 2)
+    assert len(taken(path)) == 2 and not problems(path)
+
+
+@pytest.mark.parametrize("column", ["rows", "mapping", "chat"])
+def test_a_column_may_have_the_name_of_what_other_records_hold(tmp_path, column):
+    path = write(tmp_path / "table.csv", f"prompt,completion,{column}\nWhat is a lake?,Water that stays.,3\n")
+    (found,) = taken(path)
+    assert turns(found) == EXCHANGE
+    records = [RECORDS["prompt-completion"] | {column: value} for value in (3, [], {"a": 1})]
+    path = lines(tmp_path / "records.jsonl", *records)
+    assert len(taken(path)) == (2 if column == "mapping" else 3)
+
+
+def test_a_wrong_byte_late_in_an_array_is_told_with_what_was_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fine_tuning.data_collection.importers.CHUNK", 1000)
+    record = json.dumps(RECORDS["messages"]).encode()
+    path = tmp_path / "late.json"
+    path.write_bytes(b"[" + b",\n".join([record] * 200) + b",\n\xff]")
+    assert 0 < len(taken(path)) <= 200
+    ((line, reason),) = problems(path)
+    assert line == len(taken(path)) + 1 and "not UTF-8" in reason and "were not read" in reason
 
 
 def test_what_is_not_taken_has_its_line_and_reason(tmp_path):

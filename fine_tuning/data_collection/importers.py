@@ -26,12 +26,25 @@ from typing import Any, BinaryIO
 import zstandard
 
 from fine_tuning.data_collection.conversation import short_hash
-from fine_tuning.data_collection.record_formats import PAIRS, NotRecognised, from_chatml, recognise
+from fine_tuning.data_collection.record_formats import PAIRS, ROLE_NAMES, CsvRows, NotRecognised, from_chatml, recognise
 from fine_tuning.errors import UserError
 
 CHUNK = 1 << 20
 LONGEST_LINE = 64 << 20
+MOST_TURNS = 10_000  # of one conversation that stands alone in a file
 csv.field_size_limit(1 << 28)
+# of a message as OpenAI's API takes and gives it
+_API_KEYS = {
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "refusal",
+    "annotations",
+    "audio",
+}
 _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -320,21 +333,35 @@ def _json_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
 
 
 def _one_conversation(elements: Iterator[tuple[int, Any] | Problem]) -> Iterator[tuple[int, Any] | Problem]:
-    """The elements of an array; where they are turns, as an API takes them, they are one record together."""
-    first = next(elements, None)
-    record = first[1] if isinstance(first, tuple) else None
-    turns = [key for key, *of_turn in _TURNS if isinstance(record, dict) and record.keys() >= set(of_turn)]
-    if not turns or "conversation_id" in record:
-        if first is not None:
-            yield first
-        yield from elements
-        return
-    rest = list(elements)
-    yield 1, {turns[0]: [record, *(item[1] for item in rest if isinstance(item, tuple))]}
-    yield from (item for item in rest if isinstance(item, Problem))
+    """The elements of an array; where they are nothing but turns, as an API takes them, one record of them all.
+
+    Turns that say more, such as whose they are, stay apart, and so do those of several chats, each with its system
+    message: nobody knows which belong together.
+    """
+    held: list[Any] = []
+    kinds: set[str | None] = set()
+    for item in elements:
+        held.append(item)
+        kinds.add(None if isinstance(item, Problem) else _kind_of_turn(item[1], first=len(held) == 1))
+        if None in kinds or len(kinds) > 1 or len(held) > MOST_TURNS:
+            yield from held
+            yield from elements
+            return
+    for kind in kinds:
+        yield 1, {kind: [turn for _, turn in held]}
 
 
-_TURNS = (("messages", "role", "content"), ("conversations", "from", "value"))
+def _kind_of_turn(value: Any, first: bool) -> str | None:
+    """Under which key a record holds such turns; None for what is none. A system message is one where it is first."""
+    keys = value.keys() if isinstance(value, dict) else set()
+    if keys == {"from", "value"}:
+        kind, role = "conversations", value["from"]
+    elif {"role", "content"} <= keys <= _API_KEYS:
+        kind, role = "messages", value["role"]
+    else:
+        return None
+    name = ROLE_NAMES.get(role.strip().lower()) if isinstance(role, str) else None
+    return kind if name is not None and (first or name != "system") else None
 
 
 def _document(text: str) -> Iterator[tuple[int, Any] | Problem]:
@@ -378,7 +405,11 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
                 yield Problem(number + 1, "not JSON, or the file ends early; the records after it were not read")
                 return
             # As much again as is left over: an element of any length is scanned a few times, not once a chunk.
-            more = reader.read(max(len(buffer) - start, CHUNK))
+            try:
+                more = reader.read(max(len(buffer) - start, CHUNK))
+            except UnicodeDecodeError:
+                yield Problem(number + 1, "not UTF-8 here or further on; the records after it were not read")
+                return
             buffer, position, ended = buffer[start:] + more, 0, not more
 
 
@@ -396,7 +427,7 @@ def _csv_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
             group.append(row)
             continue
         if group:
-            yield start, {"rows": group}
+            yield start, CsvRows(group)
             group = []
         if (name := row.get("conversation_id")) and {"role", "content"} <= row.keys():
             if name in known:
@@ -405,7 +436,7 @@ def _csv_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
             known.add(name)
         group, start = [row], line
     if group:
-        yield start, {"rows": group}
+        yield start, CsvRows(group)
 
 
 def _goes_on(row: dict, first: dict) -> bool:

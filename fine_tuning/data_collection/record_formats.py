@@ -52,6 +52,13 @@ class NotRecognised(ValueError):
     """The record is none of the known forms, or is one without a usable message. Says which."""
 
 
+@dataclass(frozen=True)
+class CsvRows:
+    """The rows of one conversation in a CSV file, each {column: cell}."""
+
+    rows: list[dict]
+
+
 @dataclass
 class Found:
     """A recognised record.
@@ -76,6 +83,8 @@ def recognise(record: Any) -> Found:
     Raises:
         NotRecognised: the reason why it was not taken, without its content.
     """
+    if isinstance(record, CsvRows):
+        return _of_csv(record.rows)
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
@@ -83,11 +92,14 @@ def recognise(record: Any) -> Found:
     record = record | {key: _unpacked(key, record[key]) for key in _NESTED if isinstance(record.get(key), str)}
     for applies, read in _FORMS:
         if applies(record):
-            found = read(record)
-            if not any(m["content"].strip() for m in found.messages):
-                raise NotRecognised(f"{found.format}: no message has text")
-            return found
+            return _with_text(read(record))
     raise NotRecognised("none of the known forms")
+
+
+def _with_text(found: Found) -> Found:
+    if not any(m["content"].strip() for m in found.messages):
+        raise NotRecognised(f"{found.format}: no message has text")
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -309,12 +321,11 @@ def _open_webui(record: dict) -> Found:
     return Found("open-webui", messages, name, None, started, feedback=feedback)
 
 
-def _csv_rows(record: dict) -> Found:
+def _of_csv(rows: list[dict]) -> Found:
     """Rows of one conversation in a CSV file: a message a row (role, content) or an exchange a row."""
-    rows = record["rows"]
     first, identity = rows[0], _unique({"id": rows[0].get("conversation_id")})
     if {"role", "content"} <= first.keys():
-        return Found("csv", _turns(rows, "role", "content"), identity, started_at=_started(first))
+        return _with_text(Found("csv", _turns(rows, "role", "content"), identity, started_at=_started(first)))
     whole = None
     for row in rows:
         part = _recognise_row(row)
@@ -470,9 +481,8 @@ def _has_turns(key: str, inner: str) -> Callable[[dict], bool]:
 
 
 _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
-    (_has("rows"), _csv_rows),
-    (_has("mapping"), _chatgpt),
-    (lambda record: isinstance(record.get("chat"), dict), _open_webui),
+    (lambda record: isinstance(record.get("mapping"), dict), _chatgpt),
+    (lambda record: bool({"history", "messages"} & _object(record.get("chat")).keys()), _open_webui),
     (_has("chosen", "rejected"), _preference),
     (
         lambda record: (
