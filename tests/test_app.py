@@ -100,7 +100,9 @@ def test_an_exchange_is_logged_with_the_model_and_settings_that_made_it(checkout
     assert "incomplete" not in metadata
 
 
-def test_a_reply_that_comes_while_the_page_is_being_made_is_shown(checkout, monkeypatch):
+@pytest.fixture
+def slow_page(checkout, monkeypatch):
+    """A page whose look at the log lasts until the reply that was on its way is logged."""
     at = open_chat()
     identity, was_read = at.query_params["chat"], threading.Event()
     read, log = chat_history.conversations, ConversationLogger.log_conversation
@@ -118,10 +120,56 @@ def test_a_reply_that_comes_while_the_page_is_being_made_is_shown(checkout, monk
 
     monkeypatch.setattr(chat_history, "conversations", read_then_wait)
     monkeypatch.setattr(ConversationLogger, "log_conversation", log_once_read)
-    at.chat_input(key="message").set_value("Hello?").run()
+    return at
 
+
+def test_a_reply_that_comes_while_the_page_is_being_made_is_shown(slow_page):
+    at = slow_page.chat_input(key="message").set_value("Hello?").run()
     assert [message.name for message in at.chat_message] == ["user", "assistant"]
     assert not at.error
+
+
+def test_a_reply_that_breaks_off_while_the_page_is_being_made_is_shown_and_replaced_by_the_next_try(
+    checkout, slow_page, monkeypatch
+):
+    asked = []
+
+    def break_off_once(model, messages, *_, **__):
+        asked.append([message["content"] for message in messages])
+        yield "A part"
+        if len(asked) == 1:
+            raise UserError("the server went away: try again")
+
+    monkeypatch.setattr(chat, "stream_reply", break_off_once)
+    at = slow_page.chat_input(key="message").set_value("Hello?").run()
+    assert [message.name for message in at.chat_message] == ["user", "assistant"]
+    assert "went away" in at.error[0].value
+    settle(at.button(key="again").click().run())
+    assert asked == [["Hello?"]] * 2
+    assert logged(checkout)[1]["metadata"]["replaces"] == logged(checkout)[0]["id"]
+
+
+def test_what_a_second_page_sends_while_the_first_waits_is_shown_as_not_sent(checkout, monkeypatch):
+    over = threading.Event()
+
+    def wait(*_, **__):
+        yield "Well"
+        over.wait(30)
+
+    at = open_chat()
+    other = AppTest.from_file(str(APP), default_timeout=60)
+    other.query_params["chat"] = at.query_params["chat"]
+    other.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "stream_reply", wait)
+        at.chat_input(key="message").set_value("Hello?").run()
+    other.chat_input(key="message").set_value("A long and careful text").run()
+    over.set()
+    assert "Not sent" in other.warning[0].value
+    assert "A long and careful text" in [text.value for text in other.text] + [m.value for m in other.markdown]
+    settle(at)
+    say(other.run(), "Again")
+    assert not other.warning and [event["user_message"] for event in logged(checkout)] == ["Hello?", "Again"]
 
 
 def test_the_sampling_settings_reach_the_engine_and_the_log(checkout):

@@ -63,12 +63,13 @@ class Desk:
                 return None
             return question
 
-    def put(self, question: Question) -> bool:
-        """Take a question in; refused (False) while the conversation waits for another reply."""
+    def put(self, question: Question, begin: Callable[[], Reply]) -> bool:
+        """Take a question in and begin its reply; refused (False) while the conversation waits for another one."""
         with self._lock:
             other = self._questions.get(question.conversation_id)
             if other is not None and other.waiting:
                 return False
+            question.reply = begin()
             self._questions[question.conversation_id] = question
             self._questions.move_to_end(question.conversation_id)
             for identity in list(self._questions)[:-KEPT]:
@@ -144,7 +145,4 @@ def ask(
         except UserError as error:
             question.problem = str(error)
 
-    if not desk.put(question):
-        return False
-    question.reply = Reply(stream, log)
-    return True
+    return desk.put(question, lambda: Reply(stream, log))

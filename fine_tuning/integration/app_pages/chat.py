@@ -36,8 +36,7 @@ def page() -> None:
     """The whole page."""
     here = app()
     identity = _current_id()
-    question = desk.of(identity)  # before the log is read, which has what is no longer on its way
-    found = chat_history.conversations(here.checkout, here.logger)
+    question, waiting, found = _desk_and_log(here, identity)
     conversation = next((c for c in found if c["id"] == identity), None)
     _sidebar(here, found, conversation, identity)
     models = here.models()
@@ -50,12 +49,29 @@ def page() -> None:
     if not conversation and not question:
         st.caption("What is said here stays on this machine. After `seal`, the next `dvc repro` trains on it.")
     if question is not None:
-        _show_question(question, conversation, asking)
-    waiting = question is not None and question.waiting
-    text = st.chat_input("Your message", key="message", disabled=waiting, max_chars=MESSAGE_CHARACTERS)
+        _show_question(question, waiting, conversation, asking)
+    if unsent := st.session_state.get("unsent"):
+        st.warning("Not sent, for another reply of this chat was on its way:")
+        show_text(unsent, typed=True)
+    disabled = waiting and not st.session_state.get("message")  # what is sent already is not dropped
+    text = st.chat_input("Your message", key="message", disabled=disabled, max_chars=MESSAGE_CHARACTERS)
     if text and text.strip():
-        _send(asking, Question(identity, text, asking.model), conversation)
+        sent = _send(asking, Question(identity, text, asking.model), conversation)
+        st.session_state["unsent"] = None if sent else text
         st.rerun()
+
+
+def _desk_and_log(here: App, identity: str) -> tuple[Question | None, bool, list[dict]]:
+    """The question on its way, whether its reply may still come, and all conversations, as they were at one time.
+
+    A reply that ends between the looks at the one and the other would be in neither: then both are looked at again.
+    """
+    while True:
+        question = desk.of(identity)
+        waiting = question is not None and question.waiting
+        found = chat_history.conversations(here.checkout, here.logger)
+        if question is None or question.waiting == waiting:
+            return question, waiting, found
 
 
 # ------------------------------------------------------------------------------------------------- conversations
@@ -325,7 +341,8 @@ def _said(conversation: dict | None, replaces: str | None) -> list[dict]:
     return [{"role": m["role"], "content": edited.get(m["id"]) or m["content"]} for m in before]
 
 
-def _send(asking: Asking, question: Question, conversation: dict | None) -> None:
+def _send(asking: Asking, question: Question, conversation: dict | None) -> bool:
+    """Ask; False, and nothing is asked, where another page of the conversation waits for a reply."""
     here = asking.here
     messages = [*_said(conversation, question.replaces), {"role": "user", "content": question.text}]
     client = here.client()
@@ -341,19 +358,17 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> None
             client=client,
         )
 
-    ask(question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
+    return ask(question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
 
 
-def _show_question(question: Question, conversation: dict | None, asking: Asking) -> None:
+def _show_question(question: Question, waiting: bool, conversation: dict | None, asking: Asking) -> None:
     if question.exchange_id is None and question.replaces is None:
         with st.chat_message("user"):
             show_text(question.text, typed=True)
-    if question.waiting:
+    if waiting:
         with st.chat_message("assistant"):
             _writing(question)
         return
-    if question.settled:
-        st.rerun()  # its reply came while the page was being made
     st.error(plain(question.problem or "no reply came: send it again"), icon=":material/error:")
     with st.container(horizontal=True):
         st.button(
