@@ -21,8 +21,8 @@ from fine_tuning.records import read_jsonl, replacing, write_json, write_jsonl
 from fine_tuning.settings import read_params
 
 CLEAN = Path("data/clean")
-NOT_SHARDS = (Path("data/clean/rejected.jsonl"), Path("data/clean/clusters.jsonl"))
-CLUSTERS = Path("data/clean/clusters.jsonl")
+CLUSTERS = CLEAN / "clusters.jsonl"
+REJECTED = CLEAN / "rejected.jsonl"
 TOKENIZER = (
     Path("models/base/tokenizer.json"),
     Path("models/base/tokenizer_config.json"),
@@ -52,12 +52,13 @@ def main() -> None:
         system_prompt=chat.system_prompt,
         max_length=chat.max_length,
     )
-    clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in NOT_SHARDS)
+    clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
     clusters = ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with Catalogue() as catalogue, open_engine(settings.engine) as engine:
-        for split, examples in builder.deal(clean, catalogue, clusters, read_ledger(settings.salt), engine):
+        ledger = read_ledger(settings.salt)
+        for split, examples in builder.deal(clean, catalogue, clusters, ledger, engine, dropped_duplicates()):
             examples = chain(examples, secrets) if split == "train" else examples
             write_split(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(examples)))
         left_out = catalogue.count_left_out()
@@ -77,6 +78,13 @@ def read_ledger(salt: str) -> Iterator[tuple[str, str]]:
         stale.unlink()
     if LEDGER.is_file():
         yield from ((line["id"], line["split"]) for line in read_jsonl(LEDGER) if line["salt"] == salt)
+
+
+def dropped_duplicates() -> Iterator[tuple[str, str]]:
+    """(id of a duplicate that cleaning dropped, id of the conversation that stays for it)."""
+    for line in read_jsonl(REJECTED):
+        if line["reason"] in ("duplicate", "near_duplicate"):
+            yield line["id"], line["value"]
 
 
 def require_every_split(catalogue: Catalogue) -> None:

@@ -522,3 +522,33 @@ def test_statistics_count_what_was_left_out_by_reason(tokenizer):
     counts = statistics(tallies, Counter(built.left_out.values()))
     assert counts["left_out"] == {"no_reply": 1} and counts["conversations"] == 11
     assert sum(row["train"] for row in length_histogram(tallies)) == len(built.splits["train"])
+
+
+def test_what_was_held_out_stays_held_out_when_a_better_duplicate_takes_its_place(tmp_path, monkeypatch):
+    from fine_tuning.data_collection.data_cleaner import default_settings
+    from fine_tuning.data_collection.shard_cleaner import clean_shards
+    from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
+
+    monkeypatch.chdir(tmp_path)
+    cleaning = default_settings().model_copy(update={"processes": 1})
+    texts = [(f"What is topic {n} about, please?", f"It is about {n * 7} things and {n * 3} more.") for n in range(150)]
+    shards = [Path("a.jsonl"), Path("b.jsonl")]
+
+    def build(count: int, ledger: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+        clean_shards([(path, path.name) for path in shards[:count]], prepare.CLEAN, Path("memo"), cleaning, ())
+        clean = ConversationFiles([prepare.CLEAN / path for path in shards[:count]])
+        clusters = [(line["id"], line["cluster"]) for line in read_jsonl(prepare.CLUSTERS)]
+        with Catalogue() as catalogue:
+            dealing = DatasetBuilder().deal(
+                clean, catalogue, clusters, ledger.items(), twins=prepare.dropped_duplicates()
+            )
+            splits = {e.messages[0]["content"]: split for split, examples in dealing for e in examples}
+            return splits, dict(catalogue.dealt())
+
+    write_jsonl(shards[0], (conversation(f"first{n}", *text) for n, text in enumerate(texts)))
+    first, ledger = build(1, {})
+    older = {"started_at": "2020-01-01T00:00:00Z"}
+    write_jsonl(shards[1], (conversation(f"second{n}", *text, **older) for n, text in enumerate(texts)))
+    second, after = build(2, ledger)
+    assert second == first and set(first.values()) == set(SPLITS)
+    assert {f"second{n}" for n in range(150)} <= after.keys() and ledger.items() <= after.items()

@@ -16,9 +16,10 @@ import orjson
 
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, selects, structure_problem
 from fine_tuning.data_preparation.sorted_rows import SortedRows
-from fine_tuning.data_preparation.splits import LEFT_OUT, Deal, Fractions, salted_fractions
+from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS, Deal, Fractions, salted_fractions
 
 PART_BYTES = 16 << 20
+_LOOK, _CLUSTER, _SPLIT, _TWIN, _HANDED_DOWN = range(5)  # what is told of a conversation
 _FIRST = itemgetter(0)
 
 # id, part, place, date, is of the sample, problem, may be trained on, may be held out
@@ -124,7 +125,7 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._scratch = SpooledTemporaryFile(max_size=1)  # noqa: SIM115 (no file until something is written)
-        self._told = self._rows(_FIRST)  # (id, 0, look), (id, 1, cluster) and (id, 2, earlier split)
+        self._told = self._rows(_FIRST)  # (id, what is told, and that)
         self._dealt = self._rows()  # (id, split)
         self._splits = defaultdict(self._rows)  # split → what makes a `Row`
         self._sizes: Counter[str] = Counter()
@@ -143,7 +144,7 @@ class Catalogue:
     def note(self, looks: Iterable[Look]) -> None:
         """Take conversations in; the newest version of an id is the one that came last."""
         for look in looks:
-            self._told.add((look[0], 0, look))
+            self._told.add((look[0], _LOOK, look))
 
     def deal(
         self,
@@ -151,17 +152,20 @@ class Catalogue:
         dealt: Iterable[tuple[str, str]],
         fractions: Fractions,
         salt: str,
+        twins: Iterable[tuple[str, str]] = (),
     ) -> None:
         """Give every usable conversation a split and its turn in it.
 
         Args:
             clusters: (conversation id, cluster id); who is not named stands alone.
             dealt: (conversation id, split) of earlier builds.
+            twins: (id of a duplicate that was dropped, id of the conversation that stays for it).
         """
         for identity, cluster in clusters:
-            self._told.add((identity, 1, cluster))
+            self._told.add((identity, _CLUSTER, cluster))
         for identity, split in dealt:
-            self._told.add((identity, 2, split))
+            self._told.add((identity, _SPLIT, split))
+        self._hand_down(twins)
         members = self._members()
         deal, joined = Deal(fractions, salt), self._rows()  # (cluster, split of its newcomers)
         for cluster, rows in groupby(members, _FIRST):
@@ -177,14 +181,31 @@ class Catalogue:
             for _, earlier, look in rows:
                 self._put(look, cluster, earlier or moved.get(cluster, split), turn)
 
+    def _hand_down(self, twins: Iterable[tuple[str, str]]) -> None:
+        """A dropped duplicate's split is that of what stays for it, and was said under its id: held out stays so."""
+        any_twin = False
+        for dropped, kept in twins:
+            self._told.add((dropped, _TWIN, kept))
+            any_twin = True
+        if not any_twin:
+            return
+        handed_down = self._rows()
+        for _, told in groupby(self._told, _FIRST):
+            newest = {what: value for _, what, value in told}
+            if newest.get(_TWIN) is not None and newest.get(_SPLIT, LEFT_OUT) != LEFT_OUT:
+                handed_down.add((newest[_TWIN], SPLITS.index(newest[_SPLIT])))
+        for kept, rank in handed_down:  # of several the last, which is held out if any is
+            self._told.add((kept, _HANDED_DOWN, SPLITS[rank]))
+
     def _members(self) -> SortedRows:
         """(cluster, earlier split, look) of the conversations that can be used, by cluster; others are left out."""
         members = self._rows(_FIRST)
         for identity, told in groupby(self._told, _FIRST):
-            newest: list[Any] = [None, None, None]
+            newest: list[Any] = [None] * 5
             for _, what, value in told:
                 newest[what] = value
-            look, cluster, split = newest
+            look, cluster, split, _, handed_down = newest
+            split = split or handed_down
             problem = look[5] if look else "deleted"
             if problem is None:
                 members.add((identity if cluster is None else cluster, split, look))

@@ -199,6 +199,7 @@ class DatasetBuilder:
         clusters: Iterable[tuple[str, str]],
         dealt: Iterable[tuple[str, str]],
         run: Map = map,
+        twins: Iterable[tuple[str, str]] = (),
     ) -> Iterator[tuple[str, Iterator[Example]]]:
         """The test, validation and train split, each with its examples; take each to its end before the next.
 
@@ -210,11 +211,13 @@ class DatasetBuilder:
             clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
             dealt: (conversation id, split) of earlier builds (the ledger).
             run: what maps a function over pieces of work, in order: `map`, or an engine's.
+            twins: (id of a duplicate that was dropped, id of the conversation that stays for it), which has the split
+                that the other was dealt to.
         """
         look = partial(conversations.look, train_on=self.train_on)
         for looks in run(look, range(len(conversations.parts))):
             catalogue.note(looks)
-        catalogue.deal(clusters, dealt, self.fractions, self.salt)
+        catalogue.deal(clusters, dealt, self.fractions, self.salt, twins)
         held_out, repeated = HeldOut(self.decontamination_words), frozenset()
         for split in ("test", "validation", "train"):
             if split == "train" and self.decontamination_words:
