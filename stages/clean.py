@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_collection.shard_cleaner import clean_shards
+from fine_tuning.data_collection.shards import bring_back
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
 from fine_tuning.errors import UserError, run
 from fine_tuning.project import main_checkout
@@ -45,8 +46,7 @@ def require_shards(paths: Iterable[Path]) -> None:
     """Notice a shard that went between intake and here."""
     for path in paths:
         if not path.is_file():
-            mend = f"bring it back with `dvc checkout {CONVERSATIONS}.dvc`, then `dvc repro`"
-            raise UserError(f"the shard {path} is gone: {mend}")
+            raise UserError(f"the shard {path} is gone: {bring_back(path)}, then `dvc repro`")
 
 
 def control_tokens() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -358,17 +359,30 @@ def test_a_vanished_shard_is_one_line_with_the_command_that_mends_it(project, co
     assert intake_stage(project) is None
     shards(project)[0].unlink()
     output = intake_stage(project)
-    assert "is gone: bring it back with `dvc checkout data/conversations.dvc`" in output
+    assert "is gone: bring it back with `dvc get" in output and "\n" not in output
     assert len(read_json(project.folder / "data/manifest.json")["shards"]) == 2
 
 
-def test_the_command_that_intake_names_brings_the_shard_back(project, command, intake_stage):
+@pytest.mark.parametrize("rewritten", [True, False])
+@pytest.mark.parametrize("damage", ["gone", "changed"])
+def test_the_commands_that_intake_names_bring_the_shard_back(project, command, intake_stage, damage, rewritten):
     sealed(command, project, "a", "b")
     assert intake_stage(project) is None
-    shards(project)[0].unlink()
-    project.run("dvc", "checkout", "-q", "data/conversations.dvc")
+    project.commit("Two shards")
+    sealed(command, project, "newer")
+    whole = {path.name: path.read_bytes() for path in shards(project)}
+    for number, kept in enumerate([3, 2]):
+        path = shards(project)[0]
+        path.chmod(0o644)
+        path.unlink() if damage == "gone" else path.write_text("{}\n")
+        if rewritten:  # what `dvc repro` does before it runs the stage
+            project.run("dvc", "add", "-q", "data/conversations")
+        told = intake_stage(project)
+        assert damage in told
+        mend = re.findall("`(.*?)`", told)[number]
+        project.run("sh", "-c", f"{mend} --force" if "checkout" in mend else mend)  # it would ask
+        assert {p.name: p.read_bytes() for p in shards(project)} == dict(list(whole.items())[:kept])
     assert intake_stage(project) is None
-    assert len(shards(project)) == 2
 
 
 def test_a_changed_shard_is_refused(project, command, intake_stage):

@@ -155,10 +155,20 @@ def describe_shards(folder: str | Path, manifest: str | Path, sample: bool) -> l
     try:
         shards = [describe_shard(path) for path in shard_paths(folder, manifest)]
     except FileNotFoundError as error:
-        raise UserError(
-            f"the shard {error.filename} is gone: bring it back with `dvc checkout {folder}.dvc`, then `dvc repro`"
-        ) from None
+        raise UserError(f"the shard {error.filename} is gone: {bring_back(error.filename)}, then `dvc repro`") from None
     return [shard for shard in shards if sample or shard["source"] != "sample"]
+
+
+def bring_back(shard: str | Path) -> str:
+    """What mends a shard that is gone or was changed.
+
+    `dvc checkout` alone does not: `dvc repro` has written the damage into the folder's .dvc file by then.
+    """
+    tracked = f"{Path(shard).parent}.dvc"
+    return (
+        f"bring it back with `dvc get -f . {shard} --rev HEAD -o {shard}`, or all shards of the last commit, and none "
+        f"that came later, with `git checkout HEAD {tracked} && dvc checkout {tracked}` (or `dvc pull {tracked}`)"
+    )
 
 
 def check_append_only(manifest: str | Path, folder: str | Path, current: list[dict], sample: bool) -> list[dict]:
@@ -168,19 +178,18 @@ def check_append_only(manifest: str | Path, folder: str | Path, current: list[di
         UserError: names the shard and what brings it back.
     """
     present = {shard["name"]: shard for shard in current}
-    mend = f"bring it back with `dvc checkout {folder}.dvc` (or `dvc pull {folder}.dvc`)"
     previous = read_manifest(manifest)["shards"]
     for shard in previous:
-        name = shard["name"]
+        name, path = shard["name"], f"{folder}/{shard['name']}"
         if shard["source"] == "sample" and not sample:
             continue
         if name not in present:
             raise UserError(
-                f"the shard {folder}/{name} is gone: {mend}; if it is meant to be gone, "
+                f"the shard {path} is gone: {bring_back(path)}; if it is meant to be gone, "
                 f"delete its entry from {manifest}"
             )
         if present[name]["sha256"] != shard["sha256"]:
-            raise UserError(f"the shard {folder}/{name} was changed, and shards never change: {mend}")
+            raise UserError(f"the shard {path} was changed, and shards never change: {bring_back(path)}")
     known = {shard["name"] for shard in previous}
     return [shard for shard in current if shard["name"] not in known]
 
