@@ -326,6 +326,33 @@ def test_import_says_what_it_took_and_twice_adds_nothing(project, tmp_path, comm
     assert "1 taken, 2 skipped" in command(project, "import", str(file))
 
 
+def test_of_several_files_with_one_that_cannot_be_read_none_is_taken_and_the_line_says_so(
+    project, tmp_path, command, capsys
+):
+    file = tmp_path / "good.jsonl"
+    file.write_text('{"prompt": "What is a lake?", "completion": "Water."}\n')
+    output = command(project, "import", str(file), str(tmp_path / "nope"))
+    assert output == f"error: none of the 2 files was taken: {tmp_path / 'nope'} is not a file: check its path"
+    assert capsys.readouterr().out == "", "nothing is called taken that was not"
+    assert shards(project) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("broken.jsonl", '{"kingfisher\n{"x": "kingfisher"}\n', "broken.jsonl: not JSON): mend the file, or export"),
+        ("empty.json", "[]", "empty.json holds no records: check the export"),
+        ("header.csv", "prompt,completion\n", "header.csv holds no records: check the export"),
+    ],
+)
+def test_an_import_that_takes_nothing_is_an_error(project, tmp_path, command, name, text, line):
+    (tmp_path / name).write_text(text)
+    output = command(project, "import", str(tmp_path / name))
+    assert output.startswith("error: ") and line in output
+    assert "\n" not in output and "kingfisher" not in output
+    assert shards(project) == []
+
+
 def test_the_logger_s_own_file_can_be_imported(project, tmp_path, command):
     ConversationLogger(tmp_path / "other.jsonl").log_conversation("q", "a")
     assert "recognised exchange (1)" in command(project, "import", str(tmp_path / "other.jsonl"))

@@ -54,6 +54,9 @@ def import_files(args: argparse.Namespace) -> None:
         known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
 
         tombstones = Tombstones(FORGOTTEN)
+        report: list[str] = []  # told when the shard is written: until then nothing is taken
+        total: Counter[str] = Counter()
+        quarantined: list[str] = []
 
         def taken(path: Path) -> Iterator[dict]:
             counts: Counter[str] = Counter()
@@ -76,24 +79,45 @@ def import_files(args: argparse.Namespace) -> None:
                 counts["taken"] += 1
                 yield item.conversation
             recognised = ", ".join(f"{name} ({count})" for name, count in formats.most_common()) or "nothing"
-            print(f"{path}: recognised {recognised}")
-            print(
+            total.update(counts)
+            quarantined.extend(f"line {problem.line} of {path}: {problem.reason}" for problem in problems)
+            report.append(f"{path}: recognised {recognised}")
+            report.append(
                 f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), "
                 f"{counts['quarantined']} quarantined"
                 + (f", {counts['forgotten']} left out (forgotten: {FORGOTTEN})" if counts["forgotten"] else "")
             )
-            for problem in problems[:SHOWN_PROBLEMS]:
-                print(f"  line {problem.line}: {problem.reason}")
+            report.extend(f"  line {problem.line}: {problem.reason}" for problem in problems[:SHOWN_PROBLEMS])
             if len(problems) > SHOWN_PROBLEMS:
-                print(f"  and {len(problems) - SHOWN_PROBLEMS} more")
+                report.append(f"  and {len(problems) - SHOWN_PROBLEMS} more")
 
         stream = (conversation for path in args.files for conversation in taken(path))
         prefix = f"{next_stamp(CONVERSATIONS)}-import"
-        shard, count = write_shard(CONVERSATIONS, prefix, stream)
+        try:
+            shard, count = write_shard(CONVERSATIONS, prefix, stream)
+        except UserError as error:
+            if len(args.files) == 1:
+                raise
+            raise UserError(f"none of the {len(args.files)} files was taken: {error}") from None
         if shard is not None:
             track(repo)
+        print("\n".join(report))
+        if shard is not None:
             print(f"{count} conversations in {shard}")
             _say_next()
+        elif not total["skipped"] and not total["forgotten"]:
+            raise UserError(_nothing_taken(args.files, quarantined))
+
+
+def _nothing_taken(files: list[Path], quarantined: list[str]) -> str:
+    """Why files gave no conversation, and what to do."""
+    if quarantined:
+        return (
+            f"nothing was taken, {len(quarantined)} quarantined (the first is {quarantined[0]}): mend the file, or "
+            "export it in one of the formats of `python -m fine_tuning import --help`"
+        )
+    named = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files hold"
+    return f"nothing was taken: {named} no records: check the export, then import it again"
 
 
 def seal(args: argparse.Namespace) -> None:
