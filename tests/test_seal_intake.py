@@ -353,6 +353,30 @@ def test_an_import_that_takes_nothing_is_an_error(project, tmp_path, command, na
     assert shards(project) == []
 
 
+@pytest.mark.parametrize("odd", [{"over": -1}, {"over": "kingfisher"}, {"rating": "kingfisher"}, {"message_id": []}])
+def test_a_record_whose_feedback_cannot_be_read_is_quarantined(project, tmp_path, command, odd):
+    log(project).log_conversation("q", "a", id="x")
+    (record,) = log(project).read_conversations()
+    lines = [record, record | {"id": "odd", "feedback": [{"message_id": "x", "rating": None} | odd]}]
+    (tmp_path / "own.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    output = command(project, "import", str(tmp_path / "own.jsonl"))
+    assert "1 taken, 0 skipped (there already), 1 quarantined" in output
+    assert "line 2: whetstone: `feedback` has" in output and "kingfisher" not in output
+
+
+def test_a_preference_that_is_no_list_in_a_shard_stops_no_import_and_no_seal(project, command):
+    log(project).log_conversation("q", "a", {"session_id": "s"}, id="x")
+    log(project).log_conversation("q", "b", {"session_id": "s", "replaces": "x"}, id="y")
+    (record,) = log(project).read_conversations()
+    log(project).path.unlink()
+    odd = record | {"feedback": [{"message_id": "x", "rating": None, "over": -1, "by": "ann"}]}
+    shard = project.folder / "data/conversations/20260101T000000000-chat-x.jsonl"
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    shard.write_text(f"{json.dumps(odd)}\n")
+    log(project).log_preference("y", ["x"], by="ann")
+    assert "1 events sealed, 1 conversations" in command(project, "seal")
+
+
 def test_the_logger_s_own_file_can_be_imported(project, tmp_path, command):
     ConversationLogger(tmp_path / "other.jsonl").log_conversation("q", "a")
     assert "recognised exchange (1)" in command(project, "import", str(tmp_path / "other.jsonl"))

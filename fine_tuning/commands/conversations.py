@@ -43,7 +43,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
 def import_files(args: argparse.Namespace) -> None:
     """Import every file into one new shard; conversations that are there already are not taken again."""
-    from fine_tuning.data_collection.conversation import version_hash
+    from fine_tuning.data_collection.conversation import is_feedback, version_hash
     from fine_tuning.data_collection.importers import Problem, import_file
     from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
     from fine_tuning.data_collection.tombstones import Tombstones
@@ -63,6 +63,10 @@ def import_files(args: argparse.Namespace) -> None:
             formats: Counter[str] = Counter()
             problems = []
             for item in import_file(path):
+                if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
+                    item = Problem(
+                        item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type"
+                    )
                 if isinstance(item, Problem):
                     counts["quarantined"] += 1
                     problems.append(item)

@@ -68,11 +68,12 @@ def _is_message(message: dict) -> bool:
 
 
 def is_feedback(entry: dict) -> bool:
-    """Whether what a person said of a message can be read: a number as rating, a text as edit."""
+    """Whether what a person said of a message can be read: a number as rating, a text as edit, a list as `over`."""
     return (
         isinstance(entry.get("rating"), (int, float, NoneType))
         and isinstance(entry.get("edited"), (str, NoneType))
         and not isinstance(entry.get("message_id"), (list, dict))
+        and isinstance(entry.get("over") or [], (list, tuple))
     )
 
 
@@ -172,10 +173,15 @@ def version_hash(conversation: dict) -> str:
         for m in conversation["messages"]
     ]
     feedback = [
-        [*map(e.get, ("message_id", "rating", "comment", "edited", "by")), *(e.get("over") or [])]
+        [*map(e.get, ("message_id", "rating", "comment", "edited", "by")), *_over(e)]
         for e in conversation.get("feedback") or []
     ]
     return short_hash([messages, feedback, bool(conversation.get("deleted"))])
+
+
+def _over(entry: dict) -> list:
+    over = entry.get("over") or []
+    return list(over) if isinstance(over, (list, tuple)) else [over]
 
 
 def _said(message: dict) -> list[str]:
@@ -328,7 +334,7 @@ def _take_back(event: dict, feedback: list[dict]) -> None:
     """What the same person preferred before the other way round no longer holds."""
     for entry in feedback:
         same = entry.get("by") == event.get("by") and entry.get("message_id") in event["over"]
-        if same and event["message_id"] in (entry.get("over") or ()):
+        if same and event["message_id"] in _over(entry):
             del entry["over"]
 
 
