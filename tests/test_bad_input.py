@@ -39,14 +39,17 @@ import sys
 
 import pyarrow.parquet
 import pytest
+import yaml
 
 from fine_tuning.commands import conversations
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration import chat_history, data_view
 from fine_tuning.records import read_jsonl
+from fine_tuning.settings import read_params
 from stages import clean, export, intake, prepare
 from tests.project import ROOT, TOPICS, Project, new_project
 from tests.project import conversations as sound_conversations
@@ -420,6 +423,41 @@ def test_an_error_is_one_line_and_the_exit_status_says_so(checkout):
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ") and SECRET not in line and ": " in line[7:]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("filters.min_length", -1),
+        ("filters.max_length", 0),
+        ("filters.min_turns", -2),
+        ("filters.max_turns", 1),
+        ("filters.max_repetition", -1.0),
+        ("filters.max_special_characters", 40.0),
+        ("filters.min_language_confidence", 60.0),
+        ("filters.max_echo", -1.0),
+        ("near_duplicate_threshold", -3.0),
+        ("near_duplicate_threshold", 80.0),
+        ("near_duplicate_threshold", float("nan")),
+        ("max_same_reply", -5),
+        ("max_user_share", -1.0),
+        ("max_user_share", 25.0),
+        ("processes", -1),
+        ("phone_regions", ["US", "XX"]),
+        ("phone_regions", ["de"]),
+    ],
+)
+def test_a_parameter_of_cleaning_that_means_nothing_is_one_line_with_its_name(tmp_path, name, value):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    read_params("clean", CleanSettings, path)
+    section = params["clean"]["filters"] if name.startswith("filters.") else params["clean"]
+    section[name.split(".")[-1]] = value
+    path.write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=rf"parameter clean\.{name}(\.\d)? = .* should be") as told:
+        read_params("clean", CleanSettings, path)
+    assert "\n" not in str(told.value)
 
 
 def test_what_is_read_is_never_unpickled():

@@ -7,7 +7,9 @@ duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from fine_tuning.data_collection import personal_data
 from fine_tuning.data_collection.conversation import as_conversation, each_record, is_exchange, is_feedback
@@ -29,18 +31,26 @@ MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
 
 
+def _known_region(region: str) -> str:
+    from phonenumbers import SUPPORTED_REGIONS
+
+    if region not in SUPPORTED_REGIONS:
+        raise ValueError("a country with phone numbers, in two capital letters (ISO 3166), such as DE")
+    return region
+
+
 class CleanSettings(Settings):
     """The section `clean` of params.yaml."""
 
     mask: list[PersonalDataType]
-    phone_regions: list[str]
+    phone_regions: list[Annotated[str, AfterValidator(_known_region)]]
     fix_encoding: bool
     filters: FilterSettings
     drop_near_duplicates: bool
-    near_duplicate_threshold: float
-    max_same_reply: int
-    max_user_share: float
-    processes: int
+    near_duplicate_threshold: float = Field(gt=0, le=1.1)
+    max_same_reply: int = Field(ge=0)
+    max_user_share: float = Field(gt=0, le=1)
+    processes: int = Field(ge=0)
     engine: str | None
 
 

@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic import Field
+
 from fine_tuning.data_collection.conversation import ROLES
 from fine_tuning.settings import Settings
 
@@ -17,17 +19,17 @@ from fine_tuning.settings import Settings
 class FilterSettings(Settings):
     """The section `clean.filters` of params.yaml: thresholds, each measured on one conversation."""
 
-    min_length: int
-    max_length: int
-    min_turns: int
-    max_turns: int
-    max_repetition: float
-    max_special_characters: float
+    min_length: int = Field(ge=0)
+    max_length: int = Field(ge=1)
+    min_turns: int = Field(ge=0)
+    max_turns: int = Field(ge=2)
+    max_repetition: float = Field(gt=0)
+    max_special_characters: float = Field(ge=0, le=1)
     languages: list[str]
-    min_language_confidence: float
+    min_language_confidence: float = Field(ge=0, le=1)
     inappropriate: Literal["off", "flag", "drop"]
     inappropriate_words: list[str]
-    max_echo: float
+    max_echo: float = Field(ge=0, le=1)
 
 
 class Drop(NamedTuple):
