@@ -1,12 +1,16 @@
 """Errors that a user can cause, told in one line."""
 
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As SQLite and the libraries in Rust say it, which raise errors of their own.
 _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too large", "os error 28", "os error 27")
+
+_FULL = "error: the disk is full: free some space (`df -h .` shows it), then run the same again"
 
 
 class UserError(Exception):
@@ -17,7 +21,34 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` as a program: a UserError or a full disk is one line on stderr and exit status 1, Ctrl-C is 130."""
+    """Run `main` as a program: a UserError or a full disk is one line on stderr and exit status 1, Ctrl-C is 130.
+
+    Where the reader of its output went away, as `head` does, it ends quietly with 141, as if SIGPIPE had ended it.
+    """
+    try:
+        try:
+            _run(main)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        gone = isinstance(error, BrokenPipeError) and _reader_is_gone()
+        if not gone and not no_space(error):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        if not gone:
+            print(_FULL, file=sys.stderr)
+        sys.exit(141 if gone else 1)
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is standard output that broke, and not a connection somewhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -29,7 +60,7 @@ def run(main: Callable[[], int | None]) -> None:
     except Exception as error:
         if not no_space(error):
             raise
-        print("error: the disk is full: free some space (`df -h .` shows it), then run the same again", file=sys.stderr)
+        print(_FULL, file=sys.stderr)
         sys.exit(1)
 
 

@@ -32,6 +32,7 @@ import argparse
 import html
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, run
 from fine_tuning.integration import chat_history, data_view
 from fine_tuning.records import read_jsonl
 from fine_tuning.settings import read_params
@@ -423,6 +424,42 @@ def test_an_error_is_one_line_and_the_exit_status_says_so(checkout):
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ") and SECRET not in line and ": " in line[7:]
+
+
+@pytest.mark.parametrize("main", ["print('x' * 1_000_000)", "print('x')", "sys.exit(print('x'))", "fail()"])
+def test_a_command_whose_reader_goes_away_ends_quietly(main):
+    script = f"""import sys; from fine_tuning.errors import UserError, run
+def fail():
+    print('x')
+    raise UserError('told')
+sys.stdin.read()
+run(lambda: {main})"""
+    command = [sys.executable, "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, **pipes, cwd=ROOT, env=buffered) as process:
+        process.stdout.close()
+        process.stdin.close()
+        told = process.stderr.read()
+    assert process.returncode == 141
+    assert told == (b"error: told\n" if main == "fail()" else b"")
+
+
+def test_output_to_a_full_disk_is_one_line_and_without_any_output_a_command_ends_well():
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    script = f"{sys.executable} -c \"from fine_tuning.errors import run; run(lambda: print('x'))\""
+    shell = {"shell": True, "cwd": ROOT, "env": buffered, "capture_output": True, "text": True}
+    full = subprocess.run(f"{script} > /dev/full", **shell)
+    assert full.returncode == 1 and full.stderr.startswith("error: the disk is full") and full.stderr.count("\n") == 1
+    assert subprocess.run(f"{script} >&-", **shell).returncode == 0
+
+
+def test_a_connection_that_breaks_is_no_reader_that_goes_away():
+    def main():
+        raise BrokenPipeError("a server's")
+
+    with pytest.raises(BrokenPipeError, match="a server's"):
+        run(main)
 
 
 @pytest.mark.parametrize(
