@@ -11,6 +11,7 @@ from fine_tuning.data_collection.data_export import DataExporter
 from fine_tuning.data_collection.importers import Imported, import_file
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.formatter import FORMATS, TrainingDataFormatter
+from fine_tuning.data_preparation.selection import structure_problem
 from fine_tuning.errors import UserError
 
 EXCHANGE = {"user_message": "What is a lake?", "assistant_response": "Water that stays."}
@@ -44,6 +45,16 @@ def test_what_is_no_text_is_one_line(text):
 def test_lengths_that_cannot_be_are_one_line(lengths):
     with pytest.raises(UserError, match="_length"):
         DataCleaner(**lengths)
+
+
+@pytest.mark.parametrize("odd", [{1}, [1], {"a": 1}, bytearray(b"a"), ([],)])
+@pytest.mark.parametrize("place", [("messages", 1, "id"), ("feedback", 0, "message_id")])
+def test_an_id_that_nothing_can_be_told_by_is_malformed(odd, place):
+    record = changed(WHOLE[1], place, odd)
+    assert structure_problem(record) == "malformed"
+    assert DataCleaner().clean_conversation(record).drop.reason.endswith("_malformed")
+    built = DatasetBuilder().build_dataset([record, EXCHANGE])
+    assert sum(map(len, built.values())) == 1
 
 
 ODD = st.recursive(

@@ -60,11 +60,18 @@ def is_sound(conversation: dict) -> bool:
 
 
 def _is_message(message: dict) -> bool:
-    return (
-        message.get("role") in ROLES
-        and isinstance(message.get("content"), str)
-        and not isinstance(message.get("id"), (list, dict))
-    )
+    return message.get("role") in ROLES and isinstance(message.get("content"), str) and can_be_id(message.get("id"))
+
+
+def can_be_id(value: Any) -> bool:
+    """Whether messages can be told apart by a value: no list, dict or set."""
+    if value is None or isinstance(value, str):
+        return True
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def is_feedback(entry: dict) -> bool:
@@ -72,7 +79,7 @@ def is_feedback(entry: dict) -> bool:
     return (
         isinstance(entry.get("rating"), (int, float, NoneType))
         and isinstance(entry.get("edited"), (str, NoneType))
-        and not isinstance(entry.get("message_id"), (list, dict))
+        and can_be_id(entry.get("message_id"))
         and isinstance(entry.get("over") or [], (list, tuple))
     )
 

@@ -12,7 +12,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from fine_tuning.data_collection import personal_data
-from fine_tuning.data_collection.conversation import as_conversation, each_record, is_exchange, is_feedback
+from fine_tuning.data_collection.conversation import (
+    as_conversation,
+    can_be_id,
+    each_record,
+    is_exchange,
+    is_feedback,
+)
 from fine_tuning.data_collection.filters import (
     Drop,
     FilterSettings,
@@ -253,7 +259,7 @@ def _malformed(conversation: dict) -> Drop | None:
         return Drop("feedback_or_metadata_malformed", 0)
     if not all(isinstance(entry, dict) and is_feedback(entry) for entry in conversation["feedback"]):
         return Drop("feedback_or_metadata_malformed", 0)
-    if any(isinstance(message.get("id"), (list, dict)) for message in messages):
+    if not all(can_be_id(message.get("id")) for message in messages):
         return Drop("messages_malformed", "id")
     return None
 

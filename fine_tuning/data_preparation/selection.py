@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from fine_tuning.data_collection.conversation import as_conversation, is_exchange, is_feedback
+from fine_tuning.data_collection.conversation import as_conversation, can_be_id, is_exchange, is_feedback
 from fine_tuning.data_preparation.tokenizer import ROLES
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
@@ -32,7 +32,7 @@ def structure_problem(conversation: dict) -> str | None:
         if not isinstance(message, dict):
             return "malformed"
         role, content, identity = message.get("role"), message.get("content"), message.get("id")
-        if not isinstance(content, str) or isinstance(identity, (list, dict)):
+        if not isinstance(content, str) or not can_be_id(identity):
             return "malformed"
         if role == "user":
             asked = True
