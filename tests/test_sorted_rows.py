@@ -4,6 +4,7 @@ import random
 import tempfile
 from operator import itemgetter
 
+import numpy
 import pytest
 
 from fine_tuning.data_preparation import sorted_rows
@@ -34,6 +35,16 @@ def test_rows_come_out_in_order_and_as_often_as_they_are_wanted(held, block, mon
             assert [row for _, row in pairs] == sorted(given[::-1], key=itemgetter(0))
         whole.add(("", 0))
         assert list(whole) == [("", 0), *sorted(given)]
+
+
+def test_ids_out_of_a_table_are_texts_however_many_there_are(monkeypatch):
+    plain = random_conversations(60)
+    tabled = [c | {"id": numpy.str_(c["id"]), "source": numpy.str_(c.get("source") or "chat")} for c in plain]
+    whole = DatasetBuilder().build_dataset([c | {"source": c.get("source") or "chat"} for c in plain])
+    hold(monkeypatch, 7, 3)
+    built = DatasetBuilder().build_dataset(tabled)
+    assert built == whole
+    assert {type(row["id"]) for rows in built.values() for row in rows} == {str}
 
 
 def test_a_build_that_is_too_large_to_hold_is_the_same(monkeypatch):

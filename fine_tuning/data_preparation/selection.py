@@ -13,9 +13,11 @@ def read_conversation(record: dict) -> dict:
     """A conversation as it is, or a logged exchange as one.
 
     An exchange stays single, with its own id and its `session`: sealing is what makes conversations of exchanges.
+    What numpy and the like make of text, such as an id out of a table, is plain text again.
     """
     if "messages" in record and isinstance(record.get("id"), str):
-        return record
+        odd = {key: str.__str__(v) for key, v in record.items() if isinstance(v, str) and type(v) is not str}
+        return record | odd if odd else record
     conversation = as_conversation(record)
     if is_exchange(record):
         return conversation | {"id": str(conversation["messages"][-1]["id"]), "session": conversation["id"]}
