@@ -13,11 +13,11 @@ def read_conversation(record: dict) -> dict:
     """A conversation as it is, or a logged exchange as one.
 
     An exchange stays single, with its own id and its `session`: sealing is what makes conversations of exchanges.
-    What numpy and the like make of text, such as an id out of a table, is plain text again.
+    An id out of a table of numpy's is a plain text again.
     """
-    if "messages" in record and isinstance(record.get("id"), str):
-        odd = {key: str.__str__(v) for key, v in record.items() if isinstance(v, str) and type(v) is not str}
-        return record | odd if odd else record
+    identity = record.get("id")
+    if "messages" in record and isinstance(identity, str):
+        return record if type(identity) is str else record | {"id": str.__str__(identity)}
     conversation = as_conversation(record)
     if is_exchange(record):
         return conversation | {"id": str(conversation["messages"][-1]["id"]), "session": conversation["id"]}
@@ -34,7 +34,7 @@ def structure_problem(conversation: dict) -> str | None:
         if not isinstance(message, dict):
             return "malformed"
         role, content, identity = message.get("role"), message.get("content"), message.get("id")
-        if not isinstance(content, str) or not can_be_id(identity):
+        if not isinstance(content, str) or not (isinstance(identity, str) or can_be_id(identity)):
             return "malformed"
         if role == "user":
             asked = True
