@@ -367,6 +367,14 @@ def test_chatml_outside_of_whole_turns_is_not_lost_without_a_word(tmp_path, afte
     assert problems(lines(tmp_path / "c.jsonl", {"text": f"<s>{text}</s>\n<|im_start|>assistant\n"})) == []
 
 
+def test_chatml_in_another_encoding_is_not_taken_with_holes(tmp_path):
+    path = tmp_path / "chat.txt"
+    path.write_bytes(RECORDS["chatml"]["text"].replace("lake", "Wörthersee").encode("latin-1"))
+    assert not taken(path)
+    ((line, reason),) = problems(path)
+    assert line == 1 and "not UTF-8" in reason
+
+
 def test_what_is_missing_in_a_table_is_no_text(tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -56,7 +56,7 @@ def import_files(args: argparse.Namespace) -> None:
         tombstones = Tombstones(FORGOTTEN)
         report: list[str] = []  # told when the shard is written: until then nothing is taken
         total: Counter[str] = Counter()
-        quarantined: list[str] = []
+        quarantined: list[str] = []  # of each file the first
 
         def taken(path: Path) -> Iterator[dict]:
             counts: Counter[str] = Counter()
@@ -84,7 +84,7 @@ def import_files(args: argparse.Namespace) -> None:
                 yield item.conversation
             recognised = ", ".join(f"{name} ({count})" for name, count in formats.most_common()) or "nothing"
             total.update(counts)
-            quarantined.extend(f"line {problem.line} of {path}: {problem.reason}" for problem in problems)
+            quarantined.extend(f"line {problem.line} of {path}: {problem.reason}" for problem in problems[:1])
             report.append(f"{path}: recognised {recognised}")
             report.append(
                 f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), "
@@ -110,14 +110,14 @@ def import_files(args: argparse.Namespace) -> None:
             print(f"{count} conversations in {shard}")
             _say_next()
         elif not total["skipped"] and not total["forgotten"]:
-            raise UserError(_nothing_taken(args.files, quarantined))
+            raise UserError(_nothing_taken(args.files, total["quarantined"], quarantined))
 
 
-def _nothing_taken(files: list[Path], quarantined: list[str]) -> str:
+def _nothing_taken(files: list[Path], count: int, quarantined: list[str]) -> str:
     """Why files gave no conversation, and what to do."""
     if quarantined:
         return (
-            f"nothing was taken, {len(quarantined)} quarantined (the first is {quarantined[0]}): mend the file, or "
+            f"nothing was taken, {count} quarantined (the first is {quarantined[0]}): mend the file, or "
             "export it in one of the formats of `python -m fine_tuning import --help`"
         )
     named = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files hold"

@@ -34,17 +34,9 @@ LONGEST_LINE = 64 << 20
 MOST_TURNS = 10_000  # of one conversation that stands alone in a file
 csv.field_size_limit(1 << 28)
 # of a message as OpenAI's API takes and gives it
-_API_KEYS = {
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "function_call",
-    "refusal",
-    "annotations",
-    "audio",
-}
+_API_KEYS = frozenset(
+    ("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "annotations", "audio")
+)
 _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
@@ -177,7 +169,11 @@ def _records(path: Path) -> Iterator[tuple[int, Any] | Problem]:
         if kind == "csv":
             yield from _csv_records(file)
         elif kind == "chatml":
-            text = file.read().decode("utf-8-sig", "replace")
+            try:
+                text = file.read().decode("utf-8-sig")
+            except UnicodeDecodeError:
+                yield Problem(1, "not UTF-8: convert the file, such as with `iconv -f latin1 -t utf-8`")
+                return
             yield from enumerate(({"chatml": turns} for turns in from_chatml(text)), start=1)
         elif kind == "json":
             yield from _json_records(file)
