@@ -116,6 +116,12 @@ class LabelTrainer(Trainer):
         """Not counted: nobody reads it, and counting the parameters anew takes as long as `model.train()`."""
         return 0
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        # transformers looks for the parameters in all modules, twice.
+        if self.accelerator.num_processes > 1:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
     def mean_loss(self) -> float:
         """Mean loss a trained token over the validation rows."""
         was_training = self.model.training

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,14 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 
 from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import load_model, quiet_transformers
+from fine_tuning.training.cuda_graphs import (
+    LENGTH_STEP,
+    frequent_shapes,
+    may_record,
+    record_layers,
+    shape_of,
+    shapes_that_fit,
+)
 from fine_tuning.training.fused import fuse
 from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
@@ -99,28 +108,45 @@ def train_adapter(
     quiet_transformers()
     at_once = lanes(settings, hardware)
     torch.set_num_threads(hardware.threads // at_once)
+    if hardware.device == "cuda":
+        take_repeatable_kernels()
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
     if start_from:
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
-    plain, random = hardware.precision == "float32", settings.lora.dropout or settings.neftune_alpha
+    random = settings.lora.dropout or settings.neftune_alpha
     if hardware.precision != "float16":  # which is computed from weights in float32
         fuse(model)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
-    shared = plain and not (random or settings.packing) and share_prefixes(model, longest)
+    shared = not (random or settings.packing) and share_prefixes(model, longest)
+    recorded = shared and may_record(model, settings, hardware)
     guard = RunGuard(settings, progress)
     pad = model.config.get_text_config().pad_token_id or 0
-    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once)
+    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once, LENGTH_STEP if recorded else 1)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
+    shapes = frozenset()
+    if recorded:
+        uses = settings.max_steps / len(batches) if settings.max_steps else settings.epochs
+        most = shapes_that_fit(model, settings.batch_tokens)
+        shapes = frequent_shapes(batches, settings.batch_tokens, uses, most)
+        record_layers(model, shapes)
+
+    def lay_rows(batch: list[Sequence[Row]]) -> dict[str, torch.Tensor]:
+        (rows,) = batch
+        if settings.packing:
+            return collate_packed(rows)
+        shape = shape_of(rows, settings.batch_tokens)
+        return collate(rows, pad, shape if shape in shapes else None)
+
     trainer = LabelTrainer(
         lanes=at_once,
-        shared_prefixes=shared,
+        shared_prefixes=shared and not recorded,
         model=model,
         args=arguments,
         train_dataset=batches,
         eval_dataset=batch_by_tokens(validation_rows, 2 * settings.batch_tokens),
-        data_collator=lambda batch: collate_packed(batch[0]) if settings.packing else collate(batch[0], pad),
+        data_collator=lay_rows,
         callbacks=[guard],
     )
     trainer.remove_callback(PrinterCallback)
@@ -165,6 +191,13 @@ def train_adapter(
         hardware=hardware,
         history=[entry for entry in trainer.state.log_history if "train_loss" not in entry],
     )
+
+
+def take_repeatable_kernels() -> None:
+    """Let a GPU add in the same order every time, which attention and the products do only when they are asked."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreTrainedModel:

@@ -199,32 +199,42 @@ def count_labels(rows: Sequence[Row]) -> int:
     return sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
 
 
-def batch_by_tokens(rows: Sequence[Row], budget: int, multiple: int = 1) -> list[list[Row]]:
+def batch_by_tokens(rows: Sequence[Row], budget: int, multiple: int = 1, length_step: int = 1) -> list[list[Row]]:
     """Group rows of like length so that no padded batch has more than `budget` tokens.
 
-    A batch has a multiple of `multiple` rows, whatever the budget, but for the last. Sorting leaves half a per cent of
-    padding and keeps memory bounded; a fixed number of rows a batch does neither.
+    A batch has a multiple of `multiple` rows, whatever the budget, but for the last; it is padded to the next multiple
+    of `length_step` tokens. Sorting leaves half a per cent of padding and keeps memory bounded; a fixed number of rows
+    a batch does neither.
     """
     ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.id))
     batches: list[list[Row]] = []
     for start in range(0, len(ordered), multiple):
         group = ordered[start : start + multiple]
         # Rows come in order of length, so the newest is the longest: the batch is padded to it.
-        if batches and (len(batches[-1]) + len(group)) * len(group[-1].input_ids) <= budget:
+        longest = round_up(len(group[-1].input_ids), length_step)
+        if batches and (len(batches[-1]) + len(group)) * longest <= budget:
             batches[-1] += group
         else:
             batches.append(group)
     return batches
 
 
-def collate(batch: Sequence[Row], pad_token_id: int) -> dict[str, Any]:
-    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor (rows, longest row)."""
+def round_up(count: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-count // step) * step
+
+
+def collate(batch: Sequence[Row], pad_token_id: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`.
+
+    Without one it is (rows, longest row). Further rows are padding only.
+    """
     import torch
 
-    longest = max(len(row.input_ids) for row in batch)
-    input_ids = torch.full((len(batch), longest), pad_token_id)
-    attention_mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORED_LABEL)
+    shape = shape or (len(batch), max(len(row.input_ids) for row in batch))
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED_LABEL)
     for i, row in enumerate(batch):
         length = len(row.input_ids)
         input_ids[i, :length] = torch.tensor(row.input_ids)

@@ -1,0 +1,125 @@
+"""On a GPU the kernels of a model's layers are recorded once for each shape of a batch, and launched as one after that.
+
+A step of a small model launches some ten thousand kernels, and the GPU waits for the program that launches them one by
+one. PyTorch records what a shape launches, forward and backward, as CUDA graphs (Nguyen et al. 2021, "Accelerating
+PyTorch with CUDA Graphs"). So that few shapes serve many batches, lengths are rounded up and rows filled up with
+padding, which changes no loss: attention is causal and padding comes last.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from fine_tuning.training.training_utils import Hardware, Row, TrainSettings, process_count, round_up
+
+LENGTH_STEP = 16  # tokens; lengths are rounded up to multiples of it
+LEAST_USES = 8  # recording a shape takes as long as three to five steps
+MOST_SHAPES = 64
+SHARE_OF_MEMORY = 1 / 16  # of the GPU's, for what recordings keep
+# Parameters times tokens of a batch from which on the products take longer than the launches: 4 operations for each, at
+# some 4e14 a second, against 9,000 launches of 10 microseconds.
+LARGEST_STEP = 1e13
+
+Shape = tuple[int, int]
+
+
+def may_record(model: nn.Module, settings: TrainSettings, hardware: Hardware) -> bool:
+    """Whether steps are of the kind that can be recorded, and small enough to gain from it.
+
+    Not where the step draws random numbers (dropout, NEFTune) or makes activations anew (checkpointing), where rows are
+    laid end to end (packing), where gradients of several batches are summed (a recording writes its own into one place
+    every time: pytorch/pytorch#181723), where weights are unpacked for every product (QLoRA), or where several
+    processes train.
+    """
+    random = settings.lora.dropout or settings.neftune_alpha
+    other = settings.packing or settings.gradient_checkpointing or settings.gradient_accumulation > 1
+    if hardware.device != "cuda" or process_count() > 1 or settings.method == "qlora" or random or other:
+        return False
+    return sum(p.numel() for p in model.parameters()) * settings.batch_tokens <= LARGEST_STEP
+
+
+def shape_of(batch: Sequence[Row], budget: int) -> Shape:
+    """(rows, tokens a row) that a batch is padded to: a length of its class, and all rows that `budget` tokens hold."""
+    length = round_up(max(len(row.input_ids) for row in batch), LENGTH_STEP)
+    return max(len(batch), budget // length), length
+
+
+def frequent_shapes(batches: Sequence[Sequence[Row]], budget: int, uses_a_batch: float, most: int) -> frozenset[Shape]:
+    """The shapes that are used often enough to be recorded, the `most` frequent of them.
+
+    Args:
+        batches: of one epoch, made for `budget` tokens each.
+        uses_a_batch: how often each batch is trained on, such as the number of epochs.
+    """
+    counts = Counter(shape_of(batch, budget) for batch in batches)
+    often = [shape for shape, count in counts.items() if count * uses_a_batch >= LEAST_USES]
+    return frozenset(sorted(often, key=lambda shape: (-counts[shape], shape))[:most])
+
+
+def shapes_that_fit(model: Any, budget: int) -> int:
+    """How many recordings the GPU's memory has room for: each keeps its gradients, its output and its output's own."""
+    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    hidden = 2 * 4 * budget * model.config.get_text_config().hidden_size
+    room = SHARE_OF_MEMORY * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return min(MOST_SHAPES, int(room / (gradients + hidden)))
+
+
+def record_layers(model: Any, shapes: frozenset[Shape]) -> None:
+    """Let the layers of a causal model go through batches of these shapes by recordings, each made when first needed.
+
+    Attention must need no mask (see `share_prefixes`). Only training steps are recorded. One step's backward pass has
+    to be over before the next begins: recordings share their memory. Layers that cannot be recorded, such as those that
+    choose experts, go on as they are; a line says so.
+    """
+    base = model.get_base_model()
+    layers = getattr(base, base.base_model_prefix)
+    plain = layers.forward
+    left = set(shapes)
+    recordings: dict[Shape, Callable[[torch.Tensor], torch.Tensor]] = {}
+    pool = torch.cuda.graph_pool_handle()
+
+    def forward(input_ids: torch.Tensor | None = None, **rest: Any) -> Any:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        if layers.training and torch.is_grad_enabled():
+            if shape in left:
+                left.remove(shape)
+                try:
+                    recordings[shape] = _recording(layers, plain, input_ids, pool)
+                except (RuntimeError, TypeError) as error:
+                    left.clear()
+                    print(f"train: without CUDA graphs, which this base does not allow ({type(error).__name__})")
+            if shape in recordings:
+                return BaseModelOutputWithPast(last_hidden_state=recordings[shape](input_ids))
+        return plain(input_ids=input_ids, **rest)
+
+    layers.forward = forward
+
+
+def _recording(layers: nn.Module, plain: Any, input_ids: torch.Tensor, pool: Any) -> Callable:
+    kind = input_ids.device.type
+    # A cast weight that autocast keeps would be missing when the recording runs again.
+    with torch.autocast(
+        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+    ):
+        return torch.cuda.make_graphed_callables(
+            _HiddenStates(layers, plain), (input_ids.clone(),), num_warmup_iters=2, pool=pool
+        )
+
+
+class _HiddenStates(nn.Module):
+    """A model's layers as the one function of one tensor that PyTorch records."""
+
+    def __init__(self, layers: nn.Module, forward: Any) -> None:
+        super().__init__()
+        self.layers = layers
+        self.run = forward
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        outputs = self.run(input_ids=input_ids, use_cache=False)
+        if type(outputs) is not BaseModelOutputWithPast:
+            raise TypeError(type(outputs).__name__)
+        return outputs.last_hidden_state
