@@ -16,8 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fine_tuning.training.training_utils import Hardware, Row, TrainSettings, process_count, round_up
 
-LENGTH_STEP = 16  # tokens; lengths are rounded up to multiples of it
-LEAST_USES = 8  # recording a shape takes as long as three to five steps
+LEAST_USES = 4  # recording a shape takes as long as two steps without
 MOST_SHAPES = 64
 SHARE_OF_MEMORY = 1 / 16  # of the GPU's, for what recordings keep
 # Parameters times tokens of a batch from which on the products take longer than the launches: 4 operations for each, at
@@ -42,9 +41,14 @@ def may_record(model: nn.Module, settings: TrainSettings, hardware: Hardware) ->
     return sum(p.numel() for p in model.parameters()) * settings.batch_tokens <= LARGEST_STEP
 
 
+def length_class(length: int) -> int:
+    """The length (tokens) that a row is padded to: a multiple of 16, and from 128 on one of four an octave."""
+    return round_up(length, max(16, 2 ** ((length - 1).bit_length() - 3)))
+
+
 def shape_of(batch: Sequence[Row], budget: int) -> Shape:
     """(rows, tokens a row) that a batch is padded to: a length of its class, and all rows that `budget` tokens hold."""
-    length = round_up(max(len(row.input_ids) for row in batch), LENGTH_STEP)
+    length = length_class(max(len(row.input_ids) for row in batch))
     return max(len(batch), budget // length), length
 
 
@@ -100,14 +104,17 @@ def record_layers(model: Any, shapes: frozenset[Shape]) -> None:
 
 
 def _recording(layers: nn.Module, plain: Any, input_ids: torch.Tensor, pool: Any) -> Callable:
-    kind = input_ids.device.type
+    kind, hidden = input_ids.device.type, _HiddenStates(layers, plain)
     # A cast weight that autocast keeps would be missing when the recording runs again.
     with torch.autocast(
         kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
     ):
-        return torch.cuda.make_graphed_callables(
-            _HiddenStates(layers, plain), (input_ids.clone(),), num_warmup_iters=2, pool=pool
-        )
+        recording = torch.cuda.make_graphed_callables(hidden, (input_ids.clone(),), num_warmup_iters=1, pool=pool)
+    # What autograd noted while recording belongs to the stream of the recording, with which every step would have to
+    # wait for each parameter.
+    hidden.output.detach_()
+    del hidden.output
+    return recording
 
 
 class _HiddenStates(nn.Module):
@@ -117,9 +124,11 @@ class _HiddenStates(nn.Module):
         super().__init__()
         self.layers = layers
         self.run = forward
+        self.output: torch.Tensor
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         outputs = self.run(input_ids=input_ids, use_cache=False)
         if type(outputs) is not BaseModelOutputWithPast:
             raise TypeError(type(outputs).__name__)
-        return outputs.last_hidden_state
+        self.output = outputs.last_hidden_state
+        return self.output

@@ -43,6 +43,8 @@ class LabelTrainer(Trainer):
         self._head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
         self._quick_head = not (self.args.bf16 or self.args.fp16) and has_plain_head(self.model)
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        # Asked for its parameters, a model looks through all its modules, which takes as long as much of a GPU's step.
+        self.model.zero_grad = self._drop_gradients
 
     def _select(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
         # (rows, tokens, hidden) -> (1, trained positions, hidden); the quick head is given them aside.
@@ -100,24 +102,29 @@ class LabelTrainer(Trainer):
         if self.shared_prefixes:
             inputs = lay_out(inputs)
         labels = inputs["labels"]
-        trained = torch.zeros_like(labels, dtype=torch.bool)
-        trained[:, :-1] = labels[:, 1:] != IGNORED_LABEL
-        targets = labels[:, 1:][trained[:, :-1]]
-        self._at.trained = trained
+        # Looked up before the layers: afterwards a GPU would have to be through with them first.
+        rows, columns = (labels[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+        targets = labels[rows, columns + 1]
+        self._at.trained = rows, columns
         try:
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0]
         finally:
             self._at.trained = None
+        # Kept until the next step, the hidden states would keep all that they were computed from.
+        hidden, self._at.hidden = self._at.hidden, None
         if self._quick_head:
-            return summed_label_loss(self._at.hidden, self._head.weight, targets), targets.numel()
+            return summed_label_loss(hidden, self._head.weight, targets), targets.numel()
         return functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
 
     def floating_point_ops(self, inputs: Batch) -> int:
         """Not counted: nobody reads it, and counting the parameters anew takes as long as `model.train()`."""
         return 0
 
+    def _drop_gradients(self, set_to_none: bool = True) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
-        # transformers looks for the parameters in all modules, twice.
         if self.accelerator.num_processes > 1:
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
@@ -154,5 +161,5 @@ class LabelTrainer(Trainer):
 class _Positions(threading.local):
     """The trained positions of the batch that a thread is at, and the hidden states there."""
 
-    trained: torch.Tensor | None = None
+    trained: tuple[torch.Tensor, torch.Tensor] | None = None
     hidden: torch.Tensor | None = None

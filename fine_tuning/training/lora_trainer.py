@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 from fine_tuning.errors import UserError
 from fine_tuning.training.base_model import load_model, quiet_transformers
 from fine_tuning.training.cuda_graphs import (
-    LENGTH_STEP,
     frequent_shapes,
+    length_class,
     may_record,
     record_layers,
     shape_of,
@@ -123,7 +123,7 @@ def train_adapter(
     recorded = shared and may_record(model, settings, hardware)
     guard = RunGuard(settings, progress)
     pad = model.config.get_text_config().pad_token_id or 0
-    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once, LENGTH_STEP if recorded else 1)
+    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once, length_class if recorded else int)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     shapes = frozenset()
     if recorded:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,20 +199,21 @@ def count_labels(rows: Sequence[Row]) -> int:
     return sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
 
 
-def batch_by_tokens(rows: Sequence[Row], budget: int, multiple: int = 1, length_step: int = 1) -> list[list[Row]]:
+def batch_by_tokens(
+    rows: Sequence[Row], budget: int, multiple: int = 1, padded: Callable[[int], int] = int
+) -> list[list[Row]]:
     """Group rows of like length so that no padded batch has more than `budget` tokens.
 
-    A batch has a multiple of `multiple` rows, whatever the budget, but for the last; it is padded to the next multiple
-    of `length_step` tokens. Sorting leaves half a per cent of padding and keeps memory bounded; a fixed number of rows
-    a batch does neither.
+    A batch has a multiple of `multiple` rows, whatever the budget, but for the last. `padded` says how long the
+    rows of a batch are whose longest has so many tokens. Sorting leaves half a per cent of padding and keeps memory
+    bounded; a fixed number of rows a batch does neither.
     """
     ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.id))
     batches: list[list[Row]] = []
     for start in range(0, len(ordered), multiple):
         group = ordered[start : start + multiple]
         # Rows come in order of length, so the newest is the longest: the batch is padded to it.
-        longest = round_up(len(group[-1].input_ids), length_step)
-        if batches and (len(batches[-1]) + len(group)) * longest <= budget:
+        if batches and (len(batches[-1]) + len(group)) * padded(len(group[-1].input_ids)) <= budget:
             batches[-1] += group
         else:
             batches.append(group)
@@ -231,16 +232,19 @@ def collate(batch: Sequence[Row], pad_token_id: int, shape: tuple[int, int] | No
     """
     import torch
 
-    shape = shape or (len(batch), max(len(row.input_ids) for row in batch))
-    input_ids = torch.full(shape, pad_token_id)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED_LABEL)
-    for i, row in enumerate(batch):
-        length = len(row.input_ids)
-        input_ids[i, :length] = torch.tensor(row.input_ids)
-        attention_mask[i, :length] = 1
-        labels[i, :length] = torch.tensor(row.labels)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    lengths = [len(row.input_ids) for row in batch]
+    rows, longest = shape or (len(batch), max(lengths))
+    # One tensor of all: one for each row takes longer than a step on a GPU has to spare.
+    spare = rows - len(batch)
+
+    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in (*values, *([[]] * spare))])
+
+    return {
+        "input_ids": padded([row.input_ids for row in batch], pad_token_id),
+        "attention_mask": padded([[1] * length for length in lengths], 0),
+        "labels": padded([row.labels for row in batch], IGNORED_LABEL),
+    }
 
 
 def collate_packed(batch: Sequence[Row]) -> dict[str, Any]:
