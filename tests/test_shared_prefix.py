@@ -110,6 +110,28 @@ def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
     return shares
 
 
+def test_in_bfloat16_the_loss_is_as_near_to_the_exact_one_as_that_of_the_padded_batch(tiny_base):
+    from fine_tuning.training.base_model import load_model
+
+    rows = rows_after(PROMPT, [5, 6, 7, 11, 12], [8, 9], [5, 6, 7], [5, 13, 4, 4])
+    exact = summed_loss(load_model(tiny_base, torch.float32), rows, shared=False)
+    padded = summed_loss(load_model(tiny_base, torch.bfloat16), rows, shared=False)
+    model = load_model(tiny_base, torch.bfloat16)
+    assert share_prefixes(model, 64)
+    assert abs(summed_loss(model, rows, shared=True) - exact) < max(2 * abs(padded - exact), 0.01 * exact)
+
+
+def summed_loss(model, rows: list[Row], shared: bool) -> float:
+    inputs = collate(rows, 0)
+    inputs = lay_out(inputs) if shared else inputs
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+    return float(
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    )
+
+
 def test_a_model_with_shorter_windows_of_attention_is_left_as_it_is(tiny_base):
     from fine_tuning.training.base_model import load_model
 

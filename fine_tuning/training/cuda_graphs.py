@@ -82,6 +82,8 @@ def record_layers(model: Any, shapes: frozenset[Shape]) -> None:
     base = model.get_base_model()
     layers = getattr(base, base.base_model_prefix)
     plain = layers.forward
+    # Recordings are made on a stream of their own; PyTorch would wonder at it once.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     left = set(shapes)
     recordings: dict[Shape, Callable[[torch.Tensor], torch.Tensor]] = {}
     pool = torch.cuda.graph_pool_handle()
