@@ -11,6 +11,10 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too large", "os error 28", "os error 27")
 
 _FULL = "error: the disk is full: free some space (`df -h .` shows it), then run the same again"
+_NO_MEMORY = (
+    "error: the memory of this machine or of its GPU is full: end what else uses it (`free -h` or `nvidia-smi` shows) or "
+    "lower the stage's batch_tokens in params.yaml, then run the same again"
+)
 
 
 class UserError(Exception):
@@ -21,9 +25,10 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` as a program: a UserError or a full disk is one line on stderr and exit status 1, Ctrl-C is 130.
+    """Run `main` as a program: a UserError is one line on stderr and exit status 1, and so is a full disk or memory.
 
-    Where the reader of its output went away, as `head` does, it ends quietly with 141, as if SIGPIPE had ended it.
+    Ctrl-C is exit status 130. Where the reader of its output went away, as `head` does, it ends quietly with 141, as if
+    SIGPIPE had ended it.
     """
     try:
         try:
@@ -58,9 +63,9 @@ def _run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not no_space(error):
+        if not no_space(error) and not no_memory(error):
             raise
-        print(_FULL, file=sys.stderr)
+        print(_FULL if no_space(error) else _NO_MEMORY, file=sys.stderr)
         sys.exit(1)
 
 
@@ -73,3 +78,13 @@ def no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, a GPU's too, is full."""
+    # PyTorch's own error for GPUs by its name, since most programs run without it; on a CPU it has none.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

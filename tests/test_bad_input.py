@@ -47,7 +47,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError, run
+from fine_tuning.errors import UserError, no_memory, run
 from fine_tuning.integration import chat_history, data_view
 from fine_tuning.records import read_jsonl
 from fine_tuning.settings import read_params
@@ -443,6 +443,21 @@ run(lambda: {main})"""
         told = process.stderr.read()
     assert process.returncode == 141
     assert told == (b"error: told\n" if main == "fail()" else b"")
+
+
+@pytest.mark.parametrize("main", ["bytearray(2**60)", "torch.empty(2**60)"])
+def test_full_memory_is_one_line(main):
+    script = f"import torch; from fine_tuning.errors import run; run(lambda: {main})"
+    told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert told.stderr.startswith("error: the memory") and told.stderr.count("\n") == 1
+
+
+def test_the_full_memory_of_a_gpu_is_known_by_its_name():
+    import torch
+
+    assert no_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not no_memory(RuntimeError("CUDA error"))
 
 
 def test_output_to_a_full_disk_is_one_line_and_without_any_output_a_command_ends_well():

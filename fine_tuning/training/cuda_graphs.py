@@ -97,7 +97,7 @@ def record_layers(model: Any, shapes: frozenset[Shape]) -> None:
                     recordings[shape] = _recording(layers, plain, input_ids, pool)
                 except (RuntimeError, TypeError) as error:
                     left.clear()
-                    print(f"train: without CUDA graphs, which this base does not allow ({type(error).__name__})")
+                    print(f"train: without CUDA graphs, which this base or GPU refuses ({type(error).__name__})")
             if shape in recordings:
                 return BaseModelOutputWithPast(last_hidden_state=recordings[shape](input_ids))
         return plain(input_ids=input_ids, **rest)
