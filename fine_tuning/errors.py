@@ -12,8 +12,8 @@ _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too 
 
 _FULL = "error: the disk is full: free some space (`df -h .` shows it), then run the same again"
 _NO_MEMORY = (
-    "error: the memory of this machine or of its GPU is full: end what else uses it (`free -h` or `nvidia-smi` shows) or "
-    "lower the stage's batch_tokens in params.yaml, then run the same again"
+    "error: the memory of this machine or of its GPU is full: end what else uses it (`free -h`, `nvidia-smi`) or lower "
+    "the stage's batch_tokens in params.yaml, then run the same again"
 )
 
 
