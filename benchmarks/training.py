@@ -8,7 +8,8 @@ with rows grouped by length and once with rows packed. Printed are tokens a seco
 ratio to the quicker TRL, and the share of the floor: the time that the matrix products of every token of every row
 would take at the best speed measured for them before and after each run. (Who computes what rows have in common only
 once has fewer to do.) Before that, each gives its loss for the same rows: they have to agree, or the speeds would be of
-different things. On a GPU each trains on some rows before the clock starts, since kernels are compiled or chosen then.
+different things. On a GPU each trains on some rows before the clock starts, since kernels are compiled or chosen then;
+what this trainer records (CUDA graphs) is recorded while it runs.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import torch
 
 from fine_tuning.training import cuda_graphs, lora_trainer
 from fine_tuning.training.shared_prefix import share_prefixes
-from fine_tuning.training.training_utils import Hardware, Row, batch_by_tokens, collate
+from fine_tuning.training.training_utils import Hardware, Row, Shape, batch_by_tokens, collate
 from tests.test_training import SETTINGS, make_rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -56,14 +56,28 @@ def test_shapes_are_recorded_that_are_used_often():
         {"gradient_checkpointing": True},
         {"gradient_accumulation": 2},
         {"method": "qlora"},
-        {"batch_tokens": 10**12},
     ],
 )
 def test_steps_of_another_kind_are_not_recorded(changes):
-    model = torch.nn.Linear(8, 8)
-    assert cuda_graphs.may_record(model, SETTINGS, GPU)
-    assert not cuda_graphs.may_record(model, SETTINGS.model_copy(update=changes), GPU)
-    assert not cuda_graphs.may_record(model, SETTINGS, Hardware("cpu", "float32", 1, "a CPU"))
+    assert cuda_graphs.may_record(SETTINGS, GPU)
+    assert not cuda_graphs.may_record(SETTINGS.model_copy(update=changes), GPU)
+    assert not cuda_graphs.may_record(SETTINGS, Hardware("cpu", "float32", 1, "a CPU"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "batch_tokens", "gigabytes", "least", "most"),
+    [
+        (134_515_008, 8192, 80, 60, 64),
+        (134_515_008, 8192, 24, 10, 40),
+        (134_515_008, 8192, 16, 0, 0),  # twice the activations of a batch do not fit
+        (134_515_008, 512, 4, 1, 30),
+        (7_000_000_000, 8192, 80, 0, 0),  # products that take longer than their launches
+    ],
+)
+def test_as_many_shapes_are_recorded_as_the_memory_of_the_gpu_holds(parameters, batch_tokens, gigabytes, least, most):
+    base = Shape(parameters, 28_311_552, layers=30, hidden=576, vocabulary=49152)
+    settings = SETTINGS.model_copy(update={"batch_tokens": batch_tokens})
+    assert least <= cuda_graphs.shapes_to_record(base, settings, GPU, 2_442_240, gigabytes * 10**9) <= most
 
 
 def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base):

@@ -14,7 +14,15 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fine_tuning.training.training_utils import Hardware, Row, TrainSettings, process_count, round_up
+from fine_tuning.training.training_utils import (
+    Hardware,
+    Row,
+    Shape,
+    TrainSettings,
+    memory_needed,
+    process_count,
+    round_up,
+)
 
 LEAST_USES = 4  # recording a shape takes as long as two steps without
 MOST_SHAPES = 64
@@ -23,11 +31,11 @@ SHARE_OF_MEMORY = 1 / 16  # of the GPU's, for what recordings keep
 # some 4e14 a second, against 9,000 launches of 10 microseconds.
 LARGEST_STEP = 1e13
 
-Shape = tuple[int, int]
+BatchShape = tuple[int, int]
 
 
-def may_record(model: nn.Module, settings: TrainSettings, hardware: Hardware) -> bool:
-    """Whether steps are of the kind that can be recorded, and small enough to gain from it.
+def may_record(settings: TrainSettings, hardware: Hardware) -> bool:
+    """Whether steps are of the kind that can be recorded.
 
     Not where the step draws random numbers (dropout, NEFTune) or makes activations anew (checkpointing), where rows are
     laid end to end (packing), where gradients of several batches are summed (a recording writes its own into one place
@@ -36,9 +44,7 @@ def may_record(model: nn.Module, settings: TrainSettings, hardware: Hardware) ->
     """
     random = settings.lora.dropout or settings.neftune_alpha
     other = settings.packing or settings.gradient_checkpointing or settings.gradient_accumulation > 1
-    if hardware.device != "cuda" or process_count() > 1 or settings.method == "qlora" or random or other:
-        return False
-    return sum(p.numel() for p in model.parameters()) * settings.batch_tokens <= LARGEST_STEP
+    return hardware.device == "cuda" and process_count() == 1 and settings.method == "lora" and not (random or other)
 
 
 def length_class(length: int) -> int:
@@ -46,13 +52,15 @@ def length_class(length: int) -> int:
     return round_up(length, max(16, 2 ** ((length - 1).bit_length() - 3)))
 
 
-def shape_of(batch: Sequence[Row], budget: int) -> Shape:
+def shape_of(batch: Sequence[Row], budget: int) -> BatchShape:
     """(rows, tokens a row) that a batch is padded to: a length of its class, and all rows that `budget` tokens hold."""
     length = length_class(max(len(row.input_ids) for row in batch))
     return max(len(batch), budget // length), length
 
 
-def frequent_shapes(batches: Sequence[Sequence[Row]], budget: int, uses_a_batch: float, most: int) -> frozenset[Shape]:
+def frequent_shapes(
+    batches: Sequence[Sequence[Row]], budget: int, uses_a_batch: float, most: int
+) -> frozenset[BatchShape]:
     """The shapes that are used often enough to be recorded, the `most` frequent of them.
 
     Args:
@@ -64,15 +72,25 @@ def frequent_shapes(batches: Sequence[Sequence[Row]], budget: int, uses_a_batch:
     return frozenset(sorted(often, key=lambda shape: (-counts[shape], shape))[:most])
 
 
-def shapes_that_fit(model: Any, budget: int) -> int:
-    """How many recordings the GPU's memory has room for: each keeps its gradients, its output and its output's own."""
-    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    hidden = 2 * 4 * budget * model.config.get_text_config().hidden_size
-    room = SHARE_OF_MEMORY * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return min(MOST_SHAPES, int(room / (gradients + hidden)))
+def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, trainable: int, memory: int) -> int:
+    """How many shapes to record at most: none where that gains nothing or the GPU has no room for it.
+
+    Recordings have activations of their own, which steps that are not recorded cannot use, and each keeps its
+    gradients, its output and its output's gradient.
+
+    Args:
+        trainable: parameters of the adapter.
+        memory: all bytes of the GPU, used or not: what is free changes, and results must not change with it.
+    """
+    if base.parameters * settings.batch_tokens > LARGEST_STEP:
+        return 0
+    weights, activations = memory_needed(base, settings, hardware)
+    room = min(SHARE_OF_MEMORY * memory, memory - weights - 2 * activations - 0.5e9)
+    each = 4 * trainable + 2 * 4 * settings.batch_tokens * base.hidden
+    return max(0, min(MOST_SHAPES, int(room / each)))
 
 
-def record_layers(model: Any, shapes: frozenset[Shape]) -> None:
+def record_layers(model: Any, shapes: frozenset[BatchShape]) -> None:
     """Let the layers of a causal model go through batches of these shapes by recordings, each made when first needed.
 
     Attention must need no mask (see `share_prefixes`). Only training steps are recorded. One step's backward pass has
@@ -85,7 +103,7 @@ def record_layers(model: Any, shapes: frozenset[Shape]) -> None:
     # Recordings are made on a stream of their own; PyTorch would wonder at it once.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     left = set(shapes)
-    recordings: dict[Shape, Callable[[torch.Tensor], torch.Tensor]] = {}
+    recordings: dict[BatchShape, Callable[[torch.Tensor], torch.Tensor]] = {}
     pool = torch.cuda.graph_pool_handle()
 
     def forward(input_ids: torch.Tensor | None = None, **rest: Any) -> Any:

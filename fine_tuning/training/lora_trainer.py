@@ -23,7 +23,7 @@ from fine_tuning.training.cuda_graphs import (
     may_record,
     record_layers,
     shape_of,
-    shapes_that_fit,
+    shapes_to_record,
 )
 from fine_tuning.training.fused import fuse
 from fine_tuning.training.label_trainer import LabelTrainer
@@ -120,15 +120,18 @@ def train_adapter(
         fuse(model)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     shared = not (random or settings.packing) and share_prefixes(model, longest)
-    recorded = shared and may_record(model, settings, hardware)
+    most = 0
+    if shared and may_record(settings, hardware):
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        most = shapes_to_record(read_shape(base), settings, hardware, trainable, memory)
     guard = RunGuard(settings, progress)
     pad = model.config.get_text_config().pad_token_id or 0
-    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once, length_class if recorded else int)
+    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once, length_class if most else int)
     arguments = training_arguments(settings, hardware, checkpoints, len(batches))
     shapes = frozenset()
-    if recorded:
+    if most:
         uses = settings.max_steps / len(batches) if settings.max_steps else settings.epochs
-        most = shapes_that_fit(model, settings.batch_tokens)
         shapes = frequent_shapes(batches, settings.batch_tokens, uses, most)
         record_layers(model, shapes)
 
@@ -141,7 +144,7 @@ def train_adapter(
 
     trainer = LabelTrainer(
         lanes=at_once,
-        shared_prefixes=shared and not recorded,
+        shared_prefixes=shared and not most,
         model=model,
         args=arguments,
         train_dataset=batches,

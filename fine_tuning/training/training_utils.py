@@ -304,16 +304,12 @@ def read_shape(folder: Path) -> Shape:
     )
 
 
-def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
-    """Refuse to start what cannot fit; an estimate, meant to be right within a factor of two.
+def memory_needed(shape: Shape, settings: TrainSettings, hardware: Hardware) -> tuple[float, float]:
+    """Bytes that a process's weights take, and its activations: an estimate, meant to be right within a factor of two.
 
     Weights at their width (in four bits all but the embeddings, which stay whole), the activations that backpropagation
     keeps (34 values of the hidden size a token and layer: Korthikanti et al. 2022, "Reducing Activation Recomputation",
-    section 4.1, without the attention matrix, which is recomputed), a batch's logits, and half a gigabyte for the
-    program itself.
-
-    Raises:
-        UserError: the estimate exceeds the free memory; says what to change.
+    section 4.1, without the attention matrix, which is recomputed) and a batch's logits.
     """
     width = 2 if hardware.precision == "bfloat16" else 4
     weights = shape.parameters * width
@@ -323,8 +319,16 @@ def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> N
         weights /= process_count()
     kept = 2 if settings.gradient_checkpointing else 34
     values = kept * shape.layers * shape.hidden + shape.vocabulary
-    activations = settings.batch_tokens * values * (4 if hardware.precision == "float32" else 2)
-    needed = weights + activations + 0.5e9
+    return weights, settings.batch_tokens * values * (4 if hardware.precision == "float32" else 2)
+
+
+def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
+    """Refuse to start what cannot fit beside half a gigabyte for the program itself.
+
+    Raises:
+        UserError: the estimate exceeds the free memory; says what to change.
+    """
+    needed = sum(memory_needed(shape, settings, hardware)) + 0.5e9
     if hardware.device == "cpu":
         needed *= local_process_count()
     free = free_memory(hardware.device)
