@@ -9,11 +9,13 @@ from collections.abc import Callable
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As SQLite and the libraries in Rust say it, which raise errors of their own.
 _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too large", "os error 28", "os error 27")
+# As PyTorch says it, of a GPU, of its products and of a CPU.
+_NO_MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 _FULL = "error: the disk is full: free some space (`df -h .` shows it), then run the same again"
 _NO_MEMORY = (
     "error: the memory of this machine or of its GPU is full: end what else uses it (`free -h`, `nvidia-smi`) or lower "
-    "the stage's batch_tokens in params.yaml, then run the same again"
+    "batch_tokens of train or evaluate in params.yaml, then run the same again"
 )
 
 
@@ -80,11 +82,10 @@ def no_space(error: BaseException | None) -> bool:
     return False
 
 
-def no_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, a GPU's too, is full."""
-    # PyTorch's own error for GPUs by its name, since most programs run without it; on a CPU it has none.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
+def no_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised for, says that memory, a GPU's too, is full."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -453,11 +453,14 @@ def test_full_memory_is_one_line(main):
     assert told.stderr.startswith("error: the memory") and told.stderr.count("\n") == 1
 
 
-def test_the_full_memory_of_a_gpu_is_known_by_its_name():
+def test_the_full_memory_of_a_gpu_is_known_by_its_words():
     import torch
 
-    assert no_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not no_memory(RuntimeError("CUDA error"))
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    wrapped = UserError("a step failed")
+    wrapped.__cause__ = full
+    assert no_memory(full) and no_memory(wrapped) and no_memory(RuntimeError("CUDA error: out of memory"))
+    assert not no_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_output_to_a_full_disk_is_one_line_and_without_any_output_a_command_ends_well():

@@ -75,6 +75,40 @@ def test_bases_of_other_families_share_where_that_changes_nothing(family, change
     assert shares_with_the_same_gradients(transformers.AutoModelForCausalLM.from_config(config), PROMPT) is shares
 
 
+@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),  # a cap
+        ("Bloom", {"hidden_size": 64, "n_head": 4}),  # what stands in one row is one text
+        ("FalconH1", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_ssm": 64,
+                      "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}),  # a state runs through the row
+        ("Gemma3Text", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+                        "use_bidirectional_attention": True}),
+    ],
+)  # fmt: skip
+def test_bases_that_could_not_share_unnoticed_are_left_as_they_are(family, changes, width):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=512, num_hidden_layers=2, intermediate_size=96, attn_implementation="eager", **changes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).to(width)
+    before = model.config._attn_implementation
+    assert not share_prefixes(model, 64)
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_with_shorter_chunks_of_attention_is_left_as_it_is(tiny_base):
+    from fine_tuning.training.base_model import load_model
+
+    model = load_model(tiny_base, torch.float32)
+    model.config.attention_chunk_size = 16
+    assert not share_prefixes(model, 17)
+    assert share_prefixes(model, 16)
+
+
 def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
     """Whether a base's rows share their prefix; the quick form has the loss and gradients of the plain one anyway."""
     from fine_tuning.training.fused import fuse

@@ -155,13 +155,15 @@ def test_half_a_checkpoint_is_never_loaded(tmp_path):
     assert not (tmp_path / "checkpoint-10").exists()
 
 
-def test_other_data_or_parameters_do_not_share_checkpoints():
+def test_other_data_parameters_or_machines_do_not_share_checkpoints(monkeypatch):
     rows = make_rows(5)
     key = checkpoint_key(SETTINGS, rows, "base")
     assert key == checkpoint_key(SETTINGS, rows, "base")
     assert key != checkpoint_key(SETTINGS, rows[:4], "base")
     assert key != checkpoint_key(SETTINGS.model_copy(update={"seed": 7}), rows, "base")
     assert key != checkpoint_key(SETTINGS, rows, "other")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert key != checkpoint_key(SETTINGS, rows, "base")
 
 
 KILLED_RUN = """

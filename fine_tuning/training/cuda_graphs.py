@@ -25,8 +25,9 @@ from fine_tuning.training.training_utils import (
 )
 
 LEAST_USES = 4  # recording a shape takes as long as two steps without
-MOST_SHAPES = 64
+MOST_SHAPES = 32
 SHARE_OF_MEMORY = 1 / 16  # of the GPU's, for what recordings keep
+SPACE_OF_ITS_OWN = 100e6  # bytes of a recording: the graph, and the space that its products work in
 # Parameters times tokens of a batch from which on the products take longer than the launches: 4 operations for each, at
 # some 4e14 a second, against 9,000 launches of 10 microseconds.
 LARGEST_STEP = 1e13
@@ -58,9 +59,7 @@ def shape_of(batch: Sequence[Row], budget: int) -> BatchShape:
     return max(len(batch), budget // length), length
 
 
-def frequent_shapes(
-    batches: Sequence[Sequence[Row]], budget: int, uses_a_batch: float, most: int
-) -> frozenset[BatchShape]:
+def frequent_shapes(batches: Sequence[Sequence[Row]], budget: int, uses_a_batch: float, most: int) -> set[BatchShape]:
     """The shapes that are used often enough to be recorded, the `most` frequent of them.
 
     Args:
@@ -69,14 +68,15 @@ def frequent_shapes(
     """
     counts = Counter(shape_of(batch, budget) for batch in batches)
     often = [shape for shape, count in counts.items() if count * uses_a_batch >= LEAST_USES]
-    return frozenset(sorted(often, key=lambda shape: (-counts[shape], shape))[:most])
+    return set(sorted(often, key=lambda shape: (-counts[shape], shape))[:most])
 
 
 def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, trainable: int, memory: int) -> int:
     """How many shapes to record at most: none where that gains nothing or the GPU has no room for it.
 
-    Recordings have activations of their own, which steps that are not recorded cannot use, and each keeps its
-    gradients, its output and its output's gradient.
+    Recordings have activations of their own, for which some space is lost between shapes and which steps that are not
+    recorded cannot use: three times those of a batch have to fit. Each keeps its gradients, its output and that one's
+    gradient.
 
     Args:
         trainable: parameters of the adapter.
@@ -85,40 +85,40 @@ def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, t
     if base.parameters * settings.batch_tokens > LARGEST_STEP:
         return 0
     weights, activations = memory_needed(base, settings, hardware)
-    room = min(SHARE_OF_MEMORY * memory, memory - weights - 2 * activations - 0.5e9)
-    each = 4 * trainable + 2 * 4 * settings.batch_tokens * base.hidden
+    room = min(SHARE_OF_MEMORY * memory, memory - weights - 3 * activations - 0.5e9)
+    each = 4 * trainable + 2 * 4 * settings.batch_tokens * base.hidden + SPACE_OF_ITS_OWN
     return max(0, min(MOST_SHAPES, int(room / each)))
 
 
-def record_layers(model: Any, shapes: frozenset[BatchShape]) -> None:
+def record_layers(model: Any, shapes: set[BatchShape]) -> None:
     """Let the layers of a causal model go through batches of these shapes by recordings, each made when first needed.
 
     Attention must need no mask (see `share_prefixes`). Only training steps are recorded. One step's backward pass has
     to be over before the next begins: recordings share their memory. Layers that cannot be recorded, such as those that
-    choose experts, go on as they are; a line says so.
+    choose experts, go on as they are: a line says so, and `shapes` is emptied.
     """
     base = model.get_base_model()
     layers = getattr(base, base.base_model_prefix)
     plain = layers.forward
-    # Recordings are made on a stream of their own; PyTorch would wonder at it once.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    left = set(shapes)
     recordings: dict[BatchShape, Callable[[torch.Tensor], torch.Tensor]] = {}
     pool = torch.cuda.graph_pool_handle()
+    # Recordings are made on a stream of their own; PyTorch would wonder at it once.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
     def forward(input_ids: torch.Tensor | None = None, **rest: Any) -> Any:
         shape = None if input_ids is None else tuple(input_ids.shape)
-        if layers.training and torch.is_grad_enabled():
-            if shape in left:
-                left.remove(shape)
-                try:
-                    recordings[shape] = _recording(layers, plain, input_ids, pool)
-                except (RuntimeError, TypeError) as error:
-                    left.clear()
-                    print(f"train: without CUDA graphs, which this base or GPU refuses ({type(error).__name__})")
-            if shape in recordings:
-                return BaseModelOutputWithPast(last_hidden_state=recordings[shape](input_ids))
-        return plain(input_ids=input_ids, **rest)
+        if shape not in shapes or not (layers.training and torch.is_grad_enabled()):
+            return plain(input_ids=input_ids, **rest)
+        if shape not in recordings:
+            stream = torch.cuda.current_stream()
+            try:
+                recordings[shape] = _recording(layers, plain, input_ids, pool)
+            except Exception as error:
+                torch.cuda.set_stream(stream)  # which a recording that breaks off does not go back to
+                shapes.clear()
+                print(f"train: going on without CUDA graphs, which this base or GPU refuses ({type(error).__name__})")
+                return plain(input_ids=input_ids, **rest)
+        return BaseModelOutputWithPast(last_hidden_state=recordings[shape](input_ids))
 
     layers.forward = forward
 

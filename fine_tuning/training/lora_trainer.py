@@ -1,5 +1,6 @@
 """Train a LoRA adapter (Hu et al. 2021) on assistant tokens: sorted batches, logits at trained positions only."""
 
+import gc
 import json
 import math
 import os
@@ -99,6 +100,7 @@ def train_adapter(
             checkpoint stays).
         KeyboardInterrupt: Ctrl-C, after the step under way and a checkpoint.
     """
+    gc.collect()  # what an earlier training in this process left, which refers to itself
     check_rows(train_rows, "train")
     check_rows(validation_rows, "validation")
     check_spreading(settings)
@@ -109,6 +111,7 @@ def train_adapter(
     at_once = lanes(settings, hardware)
     torch.set_num_threads(hardware.threads // at_once)
     if hardware.device == "cuda":
+        torch.cuda.empty_cache()
         take_repeatable_kernels()
     set_seed(settings.seed)
     model = attach_adapter(load_base(base, settings, hardware), settings)
@@ -120,20 +123,20 @@ def train_adapter(
         fuse(model)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     shared = not (random or settings.packing) and share_prefixes(model, longest)
-    most = 0
+    guard = RunGuard(settings, progress)
+    pad = model.config.get_text_config().pad_token_id or 0
+    batches, shapes = batch_by_tokens(train_rows, settings.batch_tokens, at_once), set()
     if shared and may_record(settings, hardware):
+        rounded = batch_by_tokens(train_rows, settings.batch_tokens, padded=length_class)
+        uses = settings.max_steps / len(rounded) if settings.max_steps else settings.epochs
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         most = shapes_to_record(read_shape(base), settings, hardware, trainable, memory)
-    guard = RunGuard(settings, progress)
-    pad = model.config.get_text_config().pad_token_id or 0
-    batches = batch_by_tokens(train_rows, settings.batch_tokens, at_once, length_class if most else int)
-    arguments = training_arguments(settings, hardware, checkpoints, len(batches))
-    shapes = frozenset()
-    if most:
-        uses = settings.max_steps / len(batches) if settings.max_steps else settings.epochs
-        shapes = frequent_shapes(batches, settings.batch_tokens, uses, most)
+        shapes = frequent_shapes(rounded, settings.batch_tokens, uses, most)
+    if shapes:
+        batches, shared = rounded, False
         record_layers(model, shapes)
+    arguments = training_arguments(settings, hardware, checkpoints, len(batches))
 
     def lay_rows(batch: list[Sequence[Row]]) -> dict[str, torch.Tensor]:
         (rows,) = batch
@@ -144,7 +147,7 @@ def train_adapter(
 
     trainer = LabelTrainer(
         lanes=at_once,
-        shared_prefixes=shared and not most,
+        shared_prefixes=shared,
         model=model,
         args=arguments,
         train_dataset=batches,
@@ -153,7 +156,14 @@ def train_adapter(
         callbacks=[guard],
     )
     trainer.remove_callback(PrinterCallback)
-    before = trainer.mean_loss()
+    try:
+        before = trainer.mean_loss()
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        print("train: this base has no repeatable kernels on a GPU: trained again, it may be other bytes", flush=True)
+        torch.use_deterministic_algorithms(False)
+        before = trainer.mean_loss()
     started = time.monotonic()
     resume = newest_checkpoint(checkpoints)
     if resume and is_main_process():

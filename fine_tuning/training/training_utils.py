@@ -394,11 +394,14 @@ def group_memory(top: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 
 
 def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: str) -> str:
-    """Name of the folder that may hold this run's checkpoints: settings, data and base, hashed.
+    """Name of the folder that may hold this run's checkpoints: settings, data, base and kind of machine, hashed.
 
-    Hence a run never resumes from a checkpoint of other data or other parameters.
+    Hence a run never resumes from a checkpoint of other data or other parameters, nor from one whose batches were
+    others, since a GPU, two cores or several processes divide the rows in their own ways.
     """
-    digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode())
+    hardware = detect_hardware(settings.precision, settings.threads)
+    machine = f"{hardware.device} {hardware.precision} {lanes(settings, hardware)} {process_count()}"
+    digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())
     for row in rows:
         digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
     return digest.hexdigest()[:24]
