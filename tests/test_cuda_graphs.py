@@ -80,7 +80,7 @@ def test_as_many_shapes_are_recorded_as_the_memory_of_the_gpu_holds(parameters, 
     assert least <= cuda_graphs.shapes_to_record(base, settings, GPU, 2_442_240, gigabytes * 10**9) <= most
 
 
-def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base):
+def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base, tmp_path):
     from fine_tuning.training.base_model import load_model
     from fine_tuning.training.label_trainer import LabelTrainer
 
@@ -96,7 +96,7 @@ def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base):
     hardware = Hardware("cpu", "float32", 1, "a CPU")
     found = []
     for model, shape in ((plain, None), (causal, (8, longest + 9))):
-        arguments = lora_trainer.training_arguments(SETTINGS, hardware, tiny_base / "unused", 1)
+        arguments = lora_trainer.training_arguments(SETTINGS, hardware, tmp_path, 1)
         trainer = LabelTrainer(model=model, args=arguments, train_dataset=[rows], eval_dataset=[rows])
         loss, count = trainer.summed_loss(model.train(), collate(rows, 0, shape))
         loss.backward()
