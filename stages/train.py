@@ -129,16 +129,20 @@ def in_the_background(train: Any) -> None:
 
 
 def summary(settings: TrainSettings, result: TrainingResult) -> str:
-    """What a run took and brought, in one line."""
+    """What a run took and brought, in one line, and in another that it made things worse."""
     weights = f"{result.base_weights.held_mb:.0f} MB"
     if settings.method == "qlora":
         weights += f" in four bits instead of {result.base_weights.lora_mb:.0f} MB"
-    return (
+    memory = f"{result.peak_memory_mb:.0f} MB at most"
+    said = (
         f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
         f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "
         f"{result.validation_loss:.3f}; the base's weights took {weights}, the whole run "
-        f"{result.peak_memory_mb:.0f} MB at most"
+        + (memory if settings.launch == "single" else f"{memory} in this process, of several")
     )
+    if result.validation_loss > result.validation_loss_before:
+        said += "\ntrain: the validation loss rose: lower train.learning_rate, or train.epochs"
+    return said
 
 
 def reply_opener() -> str:

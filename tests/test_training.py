@@ -1,5 +1,6 @@
 """Training: batches within their budget, the loss of the trained tokens only, the same bytes every time."""
 
+import dataclasses
 import json
 import os
 import random
@@ -578,3 +579,13 @@ def test_a_wrong_parameter_that_may_have_several_forms_names_them_all():
         "params.yaml: parameter train.lora.target_modules = 'attention2' should be 'all-linear' or 'attention', "
         "or a valid list"
     )
+
+
+def test_a_run_that_made_things_worse_says_so(tiny_base, tmp_path):
+    from stages.train import summary
+
+    result = train(tiny_base, tmp_path / "a", tmp_path / "ca", max_steps=1)
+    better, worse = (dataclasses.replace(result, validation_loss=loss) for loss in (0.5, 10.8))
+    assert "the validation loss rose: lower train.learning_rate" in summary(SETTINGS, worse)
+    assert "rose" not in summary(SETTINGS, better) and "in this process" not in summary(SETTINGS, better)
+    assert "in this process, of several" in summary(SETTINGS.model_copy(update={"launch": "ddp"}), better)
