@@ -3,9 +3,9 @@
     make repro && python -m benchmarks.learning_rate [--rates 5.0e-4,1.0e-3,2.0e-3] [--seeds 1,2,3]
 
 Every run trains an adapter on data/prepared/train.parquet with the parameters of params.yaml but for the rate and the
-seed, and measures the loss on data/prepared/validation.parquet. The test split is not read. A seed decides the adapter's
-first weights and the order of the batches; with one seed two rates differ by chance as well, so the table has the
-standard deviation over the seeds.
+seed, and measures the loss on data/prepared/validation.parquet. The test split is not read. A seed decides the first
+weights of the adapter and the order of the batches; with one seed two rates differ by chance as well, so the table has
+the standard deviation over the seeds.
 """
 
 import argparse
