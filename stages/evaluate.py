@@ -6,7 +6,7 @@ from typing import Any
 
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
-from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
+from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.items import chat_format, encoded_anew, read_items
@@ -36,7 +36,7 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
-    refuse_own_words(settings.references, BASE.folder, CHAMPION)
+    check_references(settings.references, BASE.folder, CHAMPION, read_params("deploy", ProjectName).name)
     tokenizer = load_tokenizer(BASE.folder)
     items = read_items(TEST, tokenizer, settings.references)
     memo = main_checkout() / ".whetstone/memo/evaluate"

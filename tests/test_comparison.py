@@ -198,37 +198,44 @@ def test_the_same_records_give_the_same_bytes(metrics):
     assert decide(metrics, *lines) == decide(metrics, *[list(reversed(group)) for group in lines])
 
 
-def own_words(lines: list[dict], nats: float) -> list[dict]:
-    """The same records with a second reply each, which is a model's own."""
+def own_words(lines: list[dict], nats: float, liked: int) -> list[dict]:
+    """The same records with a second reply each, which is a model's own; the first ones somebody liked."""
     columns = ("nll", "tokens", "correct")
     return [
         line
         | {
             "turns": [
                 {name: line[name] for name in columns} | {"reference": True, "bytes": 1},
-                {"nll": nats * TOKENS, "tokens": TOKENS, "correct": 10, "reference": False, "bytes": 1},
+                {"nll": nats * TOKENS, "tokens": TOKENS, "correct": 10, "reference": False, "bytes": 1}
+                | {"liked": index < liked},
             ]
         }
-        for line in lines
+        for index, line in enumerate(lines)
     ]
 
 
 def test_the_bias_of_a_models_own_words_is_shown_and_decides_nothing(metrics):
     base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
     plain = decide(metrics, base, candidate)
-    found = decide(metrics, own_words(base, 0.1), own_words(candidate, 5.0))
+    found = decide(metrics, own_words(base, 0.1, 20), own_words(candidate, 5.0, 20))
     assert found["verdict"] == plain["verdict"] == "PROMOTE"
     assert found["primary"] == plain["primary"]
-    assert found["provenance"]["left_out"] == 60
+    assert (found["provenance"]["left_out"], found["provenance"]["liked"]) == (60, 20)
     assert found["provenance"]["with_own_words"]["difference"] > 0
+    # Of the liked ones there are fewer: they bias less.
+    assert plain["primary"]["base"]["difference"] < found["provenance"]["with_liked"]["difference"]
+    assert found["provenance"]["with_liked"]["difference"] < found["provenance"]["with_own_words"]["difference"]
 
 
 def test_own_words_alone_are_inconclusive(metrics):
-    lines = [
-        {"contender": name, "id": "a", "cluster": "a", "turns": [{"reference": False}]}
-        for name in ("base", "candidate")
-    ]
-    assert decide(metrics, lines)["verdict"] == "INCONCLUSIVE"
+    turn = {"nll": 9.0, "tokens": 9, "correct": 5, "bytes": 40, "reference": False, "liked": True}
+    lines = [{"contender": name, "id": "a", "cluster": "a", "turns": [turn]} for name in ("base", "candidate")]
+    found = decide(metrics, lines)
+    assert found["verdict"] == "INCONCLUSIVE"
+    assert "write replies of your own" in found["reasons"][0]
+    assert found["provenance"] | {"with_liked": 0, "with_own_words": 0} == {
+        "references": 0, "left_out": 1, "liked": 1, "with_liked": 0, "with_own_words": 0
+    }  # fmt: skip
 
 
 def test_personal_data_in_a_generated_reply_holds(metrics):

@@ -29,7 +29,7 @@ from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.forgetting import forgotten, unguarded
 from fine_tuning.evaluation.measurements import Metrics, likelihood_columns
 from fine_tuning.evaluation.memory import kept
-from fine_tuning.evaluation.metrics import REPLY_COLUMNS
+from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, REPLY_COLUMNS
 from fine_tuning.evaluation.privacy import leaks
 from fine_tuning.evaluation.rivals import PROMPTED, SHOWN
 from fine_tuning.evaluation.scoring import finite
@@ -81,7 +81,7 @@ def compare(
     remembered, memorised = kept(memory)
     common = {"forgetting": forgetting, "privacy": privacy, "memory": remembered}
     if not any("nll" in line for line in records):
-        return no_references(settings, records, leaked + memorised) | common
+        return no_references(settings, records, metrics, intervals, leaked + memorised) | common
     present = {line["contender"] for line in records}
     pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
     deciding = {
@@ -145,11 +145,13 @@ def compare(
     }
 
 
-def no_references(settings: CompareSettings, records: Records, leaked: list[str]) -> dict[str, Any]:
+def no_references(
+    settings: CompareSettings, records: Records, metrics: Metrics, intervals: IntervalSettings, leaked: list[str]
+) -> dict[str, Any]:
     """The verdict on a test split that holds nothing but models' own words."""
     reason = (
-        "every reply in the test split is a model's own word and proves nothing: rate or edit replies in the app, "
-        "import conversations, or name models that are worth learning from in evaluate.references"
+        "every reply in the test split is a model's own word and proves nothing: write replies of your own in place of "
+        "the model's in the app, import what people wrote, or name models worth learning from in evaluate.references"
     )
     return {
         "verdict": "HOLD" if leaked else "INCONCLUSIVE",
@@ -160,7 +162,7 @@ def no_references(settings: CompareSettings, records: Records, leaked: list[str]
         "other_tokens": [],
         "quantisation": {},
         "cheaper_roads": {},
-        "provenance": {"references": 0, "left_out": len({line["id"] for line in records})},
+        "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": 0,
         "clusters": 0,
     }
@@ -190,18 +192,27 @@ def cheaper_roads(
 
 
 def provenance(records: Records, metrics: Metrics, primary: str, intervals: IntervalSettings) -> dict[str, Any]:
-    """How many replies are references, how many are own words of models, and what counting those would show."""
+    """How many replies are references, how many are models' own words, and what counting all or the liked would show.
+
+    Whoever likes the replies of one of two equal models would make it surely better: liked replies are shown apart.
+    """
     turns = [turn for line in records if line["contender"] == CANDIDATE for turn in line["turns"]]
     left_out = [turn for turn in turns if not turn["reference"]]
-    found: dict[str, Any] = {"references": len(turns) - len(left_out), "left_out": len(left_out)}
-    if left_out:
-        everything = [
-            {key: value for key, value in line.items() if key not in REPLY_COLUMNS} | likelihood_columns(line["turns"])
+    liked = sum(turn.get("liked", False) for turn in left_out)
+    found: dict[str, Any] = {"references": len(turns) - len(left_out), "left_out": len(left_out), "liked": liked}
+    for name, wanted in (("with_own_words", len(left_out)), ("with_liked", liked)):
+        if not wanted:
+            continue
+        counted = [
+            {key: value for key, value in line.items() if key not in (*REPLY_COLUMNS, *LIKELIHOOD_COLUMNS)}
+            | likelihood_columns(
+                [t for t in line["turns"] if t["reference"] or t.get("liked") or name == "with_own_words"]
+            )
             for line in records
         ]
-        biased = differences(everything, metrics, "base", intervals)
+        biased = differences(counted, metrics, "base", intervals)
         if primary in biased:
-            found["with_own_words"] = biased[primary].as_json()
+            found[name] = biased[primary].as_json()
     return found
 
 

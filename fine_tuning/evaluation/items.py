@@ -14,7 +14,9 @@ from fine_tuning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ENDORSED = ("edited", "liked", "imported")  # authors that are people
+PERSON = "person"  # author of what no model wrote
+EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
+UNKNOWN = "unknown"  # author of what a model wrote that nobody named
 SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
 COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 
@@ -23,9 +25,9 @@ COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 class Item:
     """A held-out conversation. `runs` are the ranges [start, end) of its replies in `input_ids`.
 
-    `authors` says who wrote each reply: "edited" and "liked" are a person's choice, "imported" came without a model's
-    name, anything else is the name of the model whose own words they are. Likelihood and overlap with a model's own
-    words favour that model and its descendants, so they are references only where `endorsed` names that model.
+    `authors` says who wrote each reply: PERSON, the name of a model, EDITED or UNKNOWN. Likelihood and overlap with a
+    model's own words favour that model and its descendants, whether or not somebody liked them: a reply is a reference
+    only where `endorsed` names its author.
     """
 
     id: str
@@ -37,12 +39,19 @@ class Item:
     runs: list[tuple[int, int]]
     authors: list[str]
     texts: list[str]
-    endorsed: tuple[str, ...] = ENDORSED
+    endorsed: tuple[str, ...] = (PERSON,)
 
     @property
     def references(self) -> list[int]:
         """Indices of the replies that a model may be compared with: those of endorsed authors."""
         return [index for index, author in enumerate(self.authors) if author in self.endorsed]
+
+    @property
+    def liked(self) -> list[bool]:
+        """Whether somebody liked each reply as its author wrote it."""
+        replies = labelled_replies(self.messages, len(self.runs))
+        liked = [reply.get("rating", 0) > 0 and not reply.get("edited") for reply in replies]
+        return [*[False] * (len(self.runs) - len(liked)), *liked]
 
     @property
     def question(self) -> str:
@@ -67,7 +76,7 @@ class Item:
         return self.input_ids[: self.runs[reply][0]]
 
 
-def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = ENDORSED) -> list[Item]:
+def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,)) -> list[Item]:
     """Conversations of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
 
     Raises:
@@ -138,11 +147,9 @@ def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
     """Authors of the last `count` replies that preparation labelled."""
     authors = []
     for message in labelled_replies(messages, count):
-        if message.get("edited"):
-            authors.append("edited")
-        else:
-            authors.append("liked" if message.get("rating", 0) > 0 else message.get("model") or "imported")
-    return [*["imported"] * (count - len(authors)), *authors]
+        model = EDITED if message.get("edited") else message.get("model") or UNKNOWN
+        authors.append(PERSON if message.get("person") else model)
+    return [*[UNKNOWN] * (count - len(authors)), *authors]
 
 
 def labelled_replies(messages: Sequence[dict], count: int) -> list[dict]:

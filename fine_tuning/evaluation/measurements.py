@@ -21,6 +21,7 @@ def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | 
     turns = [
         {
             "author": author,
+            "liked": item.liked[index],
             "reference": index in item.references,
             "nll": finite(nll),
             "tokens": tokens,

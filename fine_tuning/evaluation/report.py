@@ -148,17 +148,17 @@ def quantising(found: dict[str, Any]) -> str:
 
 
 def references(found: dict[str, Any], metric: str) -> str:
-    """One line on whose words the models were compared with."""
-    words = f"<p>{found['references']} replies that a person wrote or chose are the references"
-    if not found["left_out"]:
-        return words + ".</p>"
-    words += f"; {found['left_out']} that are a model's own words are left out"
-    if biased := found.get("with_own_words"):
-        words += (
-            f": counting them, {escape(metric)} would differ from the base's by {number(biased['difference'])} "
-            f"[{number(biased['low'])}, {number(biased['high'])}]"
-        )
-    return words + ".</p>"
+    """Whose words the models were compared with, and what counting models' own words would have shown."""
+    lines = [f"{found['references']} replies are references: by people, or by models that evaluate.references names"]
+    if found["left_out"]:
+        lines.append(f"{found['left_out']} replies are a model's own words and none, {found['liked']} of them liked")
+    for name, counted in (("with_liked", "the liked ones"), ("with_own_words", "all of them")):
+        if biased := found.get(name):
+            lines.append(
+                f"counting {counted}, {metric} would differ from the base's by {number(biased['difference'])} "
+                f"[{number(biased['low'])}, {number(biased['high'])}]: that is bias, not evidence"
+            )
+    return bullets(lines)
 
 
 def forgetting(found: dict[str, dict[str, Any]]) -> str:
