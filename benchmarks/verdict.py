@@ -8,16 +8,22 @@ It needs the records of `dvc repro` (data/evaluation). Runs with the same seed p
 """
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fine_tuning.data_preparation.authorship import is_by_a_person
 from fine_tuning.errors import UserError, run
+from fine_tuning.evaluation.differences import Difference, non_inferiority
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.metrics import load_metric
+from fine_tuning.evaluation.measurements import estimates
+from fine_tuning.evaluation.metrics import columns_of, direction, load_metric
+from fine_tuning.evaluation.statistics import Estimate, Resampling
+from fine_tuning.integration.votes import wilson
 from fine_tuning.records import read_jsonl
 
 MODULES = Path(__file__).parents[1] / "fine_tuning/evaluation/metric_modules"
@@ -35,6 +41,15 @@ class Context:
     def rng(self, *keys: int) -> np.random.Generator:
         """A generator of its own for a simulation, or a row of one."""
         return np.random.default_rng([self.seed, *keys])
+
+    @property
+    def root(self) -> Path:
+        """The checkout that the records belong to."""
+        return self.folder.resolve().parents[1]
+
+    def resampling(self, size: int) -> Resampling:
+        """Draws over so many clusters."""
+        return Resampling.over([f"{index:05d}" for index in range(size)], self.intervals.draws, self.seed)
 
     def records(self, *contenders: str) -> list[dict[str, Any]]:
         """Lines of items.jsonl, of the contenders named (all if none is)."""
@@ -73,6 +88,248 @@ def metrics(*names: str) -> list[Any]:
 
 
 # -----------------------------------------------------------------------------
+# intervals and requirements, on resampled records
+
+LEVELS = (0.025, 0.0025)  # one-sided: of a single look, and of one of twenty or so at the same test split
+SIZES = (20, 50, 100)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A metric's sums for each cluster, of candidate and base; a simulated test split draws clusters of these."""
+
+    metric: Any
+    sums: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, metric: Any, records: Sequence[Row]) -> "Paired":
+        """From the lines of candidate and base."""
+        columns = columns_of(metric)
+        by_id = [
+            {line["id"]: line for line in records if line["contender"] == name and set(columns) <= line.keys()}
+            for name in ("candidate", "base")
+        ]
+        ids = sorted(by_id[0].keys() & by_id[1].keys())
+        clusters = Resampling.over([by_id[0][id]["cluster"] for id in ids], 1, 0)
+        tables = (metric.statistics(**{c: [lines[id][c] for id in ids] for c in columns}) for lines in by_id)
+        return cls(metric, tuple(clusters.totals(table.astype(float)) for table in tables))
+
+    def drawn(self, rng: np.random.Generator, size: int, swapped: bool = False) -> list[np.ndarray]:
+        """The sums of `size` clusters; with `swapped` a coin decides for each which model is which: they are equal."""
+        chosen = rng.integers(0, len(self.sums[0]), size)
+        ours, theirs = (part[chosen] for part in self.sums)
+        if swapped:
+            turned = rng.random(size)[:, None] < 0.5
+            ours, theirs = np.where(turned, theirs, ours), np.where(turned, ours, theirs)
+        return [ours, theirs]
+
+
+@simulation("intervals")
+def intervals(context: Context) -> list[Row]:
+    """How often an end of the interval of a gain lies beyond the true gain, in per cent; in brackets what it should be.
+    "Too high" promotes what is no gain, "too low" holds what is one. The population are the clusters of the records,
+    candidate against base (perplexity as its logarithm); test splits are drawn from it with replacement.
+    """
+    records, rows = context.records("candidate", "base"), []
+    modules = {"perplexity": "perplexity", "nll_per_byte": "nll_per_byte", "token_accuracy": "token_accuracy"}
+    for number, (name, module) in enumerate((modules | {"rougeL": "rouge", "bleu": "bleu", "chrf": "chrf"}).items()):
+        (metric,) = metrics(module)
+        paired, sign = Paired.of(metric, records), direction(metric, name)
+        whole = [part.sum(axis=0, keepdims=True) for part in paired.sums]
+        truth = estimates(metric, whole, Resampling.over(["all"], 1, 0))[name].value
+        runs = max(1, context.runs // (20 if module in ("bleu", "chrf") else 1))  # a hundred times slower than others
+        for size in SIZES:
+            rng, resampling = context.rng(number, size), context.resampling(size)
+            missed: dict[str, np.ndarray] = {}
+            for _ in range(runs):
+                for method, found in methods(metric, name, paired.drawn(rng, size), resampling).items():
+                    bounds = [found.interval(1 - 2 * level) for level in LEVELS]
+                    beyond = [[bound.low > truth, bound.high < truth][::sign] for bound in bounds]
+                    missed[method] = missed.get(method, 0) + np.array(beyond).ravel()
+            for method, counts in missed.items():
+                row = {"metric": name, "clusters": size, "interval": method}
+                heads = [f"{end} ({100 * level:g})" for level in LEVELS for end in ("too high", "too low")]
+                row |= {head: f"{100 * count / runs:.2f}" for head, count in zip(heads, counts, strict=True)}
+                rows.append(row | {"runs": runs})
+    return rows
+
+
+def methods(metric: Any, name: str, statistics: Sequence[np.ndarray], resampling: Resampling) -> dict[str, Estimate]:
+    """The interval that the verdict uses, first, and for ratios of sums those that it might use instead."""
+    found = estimates(metric, statistics, resampling)[name]
+    if not found.studentised:
+        return {"percentile": found}
+    over, under = metric.ratios[name]
+    ours, theirs = (resampling.sums(part) for part in statistics)
+    plain = ours[:, over] / ours[:, under] - theirs[:, over] / theirs[:, under]
+    return {
+        "bootstrap-t": found,
+        "Student's t": replace(found, draws=np.full(2, np.inf)),  # what stands in for draws without spread
+        "percentile": replace(found, draws=plain, studentised=False),
+    }
+
+
+@simulation("unchanged")
+def unchanged(context: Context) -> list[Row]:
+    """How many unchanged models pass a requirement. The two models differ in every cluster as much as candidate and
+    base do, and a coin decides which is which, so that neither is better. "Always" is what passes if the loss has to be
+    ruled out whatever the number of items; "as it is" has it a requirement only while the standard error is at most a
+    third of the margin.
+    """
+    records, rows = context.records("candidate", "base"), []
+    wanted = (("token_accuracy", "token_accuracy", 0.02), ("token_accuracy", "token_accuracy", 0.03))
+    for number, (module, name, margin) in enumerate((*wanted, ("rouge", "rougeL", 0.03))):
+        (metric,) = metrics(module)
+        paired, runs = Paired.of(metric, records), max(1, context.runs // 2)
+        for size in (40, 88, 200, 400, 800):
+            rng, resampling, counts = context.rng(number, size), context.resampling(size), np.zeros(3)
+            for _ in range(runs):
+                found = estimates(metric, paired.drawn(rng, size, swapped=True), resampling)[name]
+                low, high = (getattr(found.interval(context.intervals.confidence), end) for end in ("low", "high"))
+                one = Difference(name, "base", 0.5, 0.5, low, high, found, False, 1, size, size)
+                cells, reasons, _ = non_inferiority({"base": {name: one}}, {name: margin})
+                cell = cells[name]["base"]
+                counts += cell["non_inferior"], not reasons, cell["requirement"]
+            row = {"metric": name, "margin": margin, "clusters": size}
+            heads = ("always", "as it is", "a requirement in")
+            rows.append(row | {head: percent(count / runs) for head, count in zip(heads, counts, strict=True)})
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# whose words
+
+NOISE = 0.1  # of a weight matrix's standard deviation: two such models are as far apart as two short trainings
+REPLIES = 60
+SHARES = {"as A wrote it": 0.0, "1 % of the words edited": 0.01, "10 %": 0.1, "50 %": 0.5, "80 %": 0.8, "all": 1.0}
+
+
+@simulation("own-words")
+def own_words(context: Context) -> list[Row]:
+    """Two equal models, A and B: the base with noise of its own on the weights of each. A's sampled replies to held-out
+    questions are all liked, or edited (at least one word, in random places, by words of persons' replies), and counted
+    as references: how often is one of the two surely better in perplexity on 50 of them? The last column says how many
+    are a reference by the rule that a model is to be named and that of an edit four fifths of the words have to be the
+    person's.
+    """
+    rows = []
+    for number, (name, lines, references) in enumerate(scored_edits(context)):
+        rng, better, runs = context.rng(number), np.zeros(2), max(1, context.runs // 2)
+        paired, resampling = Paired.of(metrics("perplexity")[0], lines), context.resampling(50)
+        for _ in range(runs):
+            found = estimates(paired.metric, paired.drawn(rng, 50), resampling)["perplexity"].interval(0.95)
+            better += found.high < 0, found.low > 0
+        row = {"replies": name, "A surely better": percent(better[0] / runs)}
+        row |= {"B surely better": percent(better[1] / runs)}
+        rows.append(row | {"references": f"{references} of {len(lines) // 2}"})
+    return rows
+
+
+def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
+    """(name, lines with the scores of A and B, how many are references): persons' replies, then each share of edits."""
+    from fine_tuning.data_preparation.tokenizer import load_tokenizer
+    from fine_tuning.evaluation.items import read_items, sample
+    from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+
+    base, test = (context.root / path for path in ("models/base", "data/prepared/test.parquet"))
+    tokenizer = load_tokenizer(base)
+    items = sample(read_items(test, tokenizer), REPLIES)
+    pool = [word for item in items for text in item.texts for word in text.split()]
+    rng = context.rng(0)
+    with loaded(base, scoring_hardware(None)) as model:
+        models = [noisy(model, context.seed + number) for number in range(2)]
+    said = sampled(models[0], tokenizer, [item.input_ids[: item.runs[-1][0]] for item in items], context.seed)
+
+    def scored(name: str, texts: Sequence[str], references: int) -> tuple[str, list[Row], int]:
+        asked = [item_of(tokenizer, item, text) for item, text in zip(items, texts, strict=True)]
+        lines = []
+        for contender, one in zip(("candidate", "base"), models, strict=True):
+            for item, score in zip(asked, likelihoods(one, asked, 1024), strict=True):
+                ((nll, tokens, _),) = score.turns
+                about = {"contender": contender, "id": item.id, "cluster": item.cluster}
+                lines.append(about | {"nll": nll, "tokens": tokens})
+        return name, lines, references
+
+    yield scored("persons' own", [item.texts[-1] for item in items], len(items))
+    for name, share in SHARES.items():
+        texts = [edited(text, share, pool, rng) for text in said]
+        question = {"id": "a-user", "role": "user", "content": ""}
+        replies = [{"id": "a", "role": "assistant", "content": text, "model": "A"} for text in said]
+        chats = [{"source": "chat", "messages": [question, reply]} for reply in replies]
+        edits = [text if share else None for text in texts]
+        by_persons = sum(is_by_a_person(chat, 1, edit) for chat, edit in zip(chats, edits, strict=True))
+        yield scored(name, texts, by_persons)
+
+
+def noisy(model: Any, seed: int) -> Any:
+    """A copy of the model with noise on its weight matrices, those of embeddings apart."""
+    import torch
+
+    copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for name, weights in copied.named_parameters():
+        if weights.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            drawn = torch.randn(weights.shape, generator=generator)
+            weights.data += NOISE * weights.std() * drawn
+    return copied
+
+
+def sampled(model: Any, tokenizer: Any, prompts: Sequence[list[int]], seed: int) -> list[str]:
+    """Replies as the chat app draws them by default."""
+    import torch
+
+    torch.manual_seed(seed)
+    texts = []
+    for start in range(0, len(prompts), 15):
+        batch = prompts[start : start + 15]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        options = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "min_new_tokens": 6, "max_new_tokens": 48}
+        with torch.inference_mode():
+            found = model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+        texts += [tokenizer.decode(row[width:], skip_special_tokens=True).strip() or "." for row in found]
+    return texts
+
+
+def edited(text: str, share: float, pool: Sequence[str], rng: np.random.Generator) -> str:
+    """The text with this share of its words, if any at least one, replaced by words of the pool."""
+    words = text.split()
+    for place in rng.choice(len(words), int(np.ceil(share * len(words))), replace=False):
+        words[place] = pool[rng.integers(len(pool))]
+    return " ".join(words)
+
+
+def item_of(tokenizer: Any, item: Any, reply: str) -> Any:
+    """The item with another last reply, which alone is scored."""
+    from fine_tuning.data_preparation.tokenizer import encode_conversation
+    from fine_tuning.evaluation.items import label_runs
+
+    last = max(place for place, message in enumerate(item.messages) if message["role"] == "assistant")
+    messages = [*item.messages[:last], {"role": "assistant", "content": reply}]
+    trained = [False] * last + [True]
+    encoded = encode_conversation(tokenizer, messages, None, 1024, trained)
+    runs = label_runs(encoded.labels)
+    return replace(item, messages=messages, input_ids=encoded.input_ids, labels=encoded.labels, runs=runs)
+
+
+@simulation("coin-toss")
+def coin_toss(context: Context) -> list[Row]:
+    """Judgements by the toss of a coin: how often do they call one of two equal models surely better? Blind votes
+    between the two decide by the interval of the win rate. Thumbs on what A alone wrote say nothing of B: whatever the
+    coin, the liked half are A's words (the table above, as A wrote it), and no reference.
+    """
+    rng, rows = context.rng(0), []
+    for votes in SIZES:
+        runs = 20 * context.runs
+        wins = rng.binomial(votes, 0.5, runs)
+        bounds = np.array([wilson(won, votes) for won in range(votes + 1)])[wins]
+        beyond = [(bounds[:, 0] > 0.5).mean(), (bounds[:, 1] < 0.5).mean()]
+        row = {"judgements": f"{votes} blind votes", "A surely better": percent(beyond[0])}
+        rows.append(row | {"B surely better": percent(beyond[1])})
+    return rows
+
+
+# -----------------------------------------------------------------------------
 # output
 
 
@@ -101,7 +358,7 @@ def main() -> None:
     if arguments.list:
         print("\n".join(SIMULATIONS))
         return
-    intervals = IntervalSettings(draws=1000, confidence=0.95, seed=arguments.seed)
+    intervals = IntervalSettings(draws=2000, confidence=0.95, seed=arguments.seed)
     context = Context(arguments.folder, arguments.runs, arguments.seed, intervals)
     for name in arguments.names or SIMULATIONS:
         text = " ".join((SIMULATIONS[name].__doc__ or "").split())

@@ -27,6 +27,7 @@ COMPARE = CompareSettings(
     primary="perplexity",
     minimum_effect=0.01,
     minimum_conversations=2,
+    minimum_against_champion=2,
     secondary={"token_accuracy": 0.02, "rougeL": 0.03},
     quantisation_tolerance=0.05,
     goldens=[],

@@ -23,6 +23,7 @@ COMPARE = CompareSettings(
     primary="perplexity",
     minimum_effect=0.01,
     minimum_conversations=5,
+    minimum_against_champion=5,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
     goldens=[],

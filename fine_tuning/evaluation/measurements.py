@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.items import Item
 from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, ItemwiseMetric, SummedMetric, columns_of
 from fine_tuning.evaluation.scoring import Likelihood, Reply, finite
-from fine_tuning.evaluation.statistics import Resampling, bootstrap, interval
+from fine_tuning.evaluation.statistics import Estimate, Resampling, ratio_estimate
 
 Metrics = Sequence[SummedMetric | ItemwiseMetric]
 
@@ -62,6 +64,32 @@ def likelihood_columns(turns: Sequence[dict[str, Any]]) -> dict[str, float | int
     }
 
 
+def estimates(
+    metric: SummedMetric | ItemwiseMetric, statistics: Sequence[np.ndarray], resampling: Resampling
+) -> dict[str, Estimate]:
+    """Each value of a metric for one contender, or the first of two less the second.
+
+    An exponential metric's estimates are on the scale of its exponent.
+
+    Args:
+        statistics: what each item adds, (items, k) a contender; the items of both are the same.
+    """
+    point, drawn = (
+        [metric.values(sums) for sums in each]
+        for each in ([part.sum(axis=0) for part in statistics], [resampling.sums(part) for part in statistics])
+    )
+    found = {}
+    for name in point[0]:
+        if name in metric.ratios:
+            places = list(metric.ratios[name])
+            found[name] = ratio_estimate([part[:, places] for part in statistics], resampling)
+            continue
+        value, draws = (values[0][name] - (values[1][name] if len(values) > 1 else 0.0) for values in (point, drawn))
+        error = float(np.nanstd(draws)) if np.isfinite(draws).any() else float("nan")
+        found[name] = Estimate(float(value), error, draws, resampling.clusters, studentised=False)
+    return found
+
+
 def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings) -> dict[str, dict]:
     """{metric: {value, low, high, n}} of one contender's records; n counts conversations, null where undefined."""
     table: dict[str, dict] = {}
@@ -72,7 +100,9 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: Int
             continue
         statistics = metric.statistics(**{column: [line[column] for line in usable] for column in columns})
         resampling = Resampling.over([line["cluster"] for line in usable], settings.draws, settings.seed)
-        for name, (value, draws) in bootstrap(metric.values, statistics, resampling).items():
-            found = asdict(interval(value, draws, settings.confidence, resampling.clusters))
+        for name, estimate in estimates(metric, [statistics.astype(float)], resampling).items():
+            found = asdict(estimate.interval(settings.confidence))
+            if metric.exponential:
+                found = {key: np.exp(number) for key, number in found.items()}
             table[name] = {key: finite(number) for key, number in found.items()} | {"n": len(usable)}
     return table
