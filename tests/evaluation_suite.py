@@ -22,6 +22,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "rivals": {"system_prompt": "Say where it is.", "examples": 2, "items": 3},
         "memory": {"conversations": 4},
         "forgetting": True,
+        "other_histories": 8,
         "interval": {"draws": 500, "confidence": 0.95, "seed": 0},
         "test_prompts": ["Where is the router?"],
     }

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.comparison import CompareSettings, compare
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.privacy import personal_data
-from fine_tuning.evaluation.statistics import Resampling, holm, interval, mcnemar, ratio_estimate, share_at_most
+from fine_tuning.evaluation.statistics import Resampling, clustered_mean, holm, interval, ratio_estimate, share_at_most
 from tests.evaluation_suite import MODULES
 
 INTERVALS = IntervalSettings(draws=2000, confidence=0.95, seed=0)
@@ -19,7 +20,9 @@ SETTINGS = CompareSettings(
     minimum_against_champion=20,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
-    goldens=["facts-01"],
+    golden_lead=4.0,
+    text_tolerance=0.05,
+    prompt_help=0.8,
 )
 TOKENS = 20
 
@@ -419,21 +422,51 @@ def test_scores_of_another_suite_are_refused(metrics):
         decide(metrics, base, candidate)
 
 
-def test_goldens_that_do_not_exist_are_refused_and_those_nobody_knows_are_named(metrics):
+def prompt_lines(helps: dict[str, float], conversations: int = 60) -> list[dict]:
+    """Lines of prompt_help.jsonl: each contender's mean help of the prompt in nats, the same noise in all of them."""
+    noise = np.random.default_rng(3).standard_normal(conversations)
+    return [
+        {"contender": name, "id": f"c{index}", "cluster": f"c{index}", "own": 5.0, "others": [5.0 + help + 2 * part]}
+        for name, help in helps.items()
+        for index, part in enumerate(noise)
+    ]
+
+
+def test_a_candidate_whose_replies_fit_any_prompt_is_held_though_there_is_no_champion_and_it_gains(metrics):
     groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
 
-    def lines(known: bool) -> list[dict]:
-        return [
-            {"contender": name, "question": "facts-01", "known": known, "category": "facts"}
-            for name in ("base", "candidate")
-        ]
+    def decided(help: float, conversations: int = 60, **changes) -> dict:
+        lines = prompt_lines({"base": 10.0, "candidate": help}, conversations)
+        settings = SETTINGS.model_copy(update=changes)
+        return compare(groups, metrics, settings, INTERVALS, {"prompt_help": lines})
 
-    assert compare(groups, metrics, SETTINGS, INTERVALS, lines(known=True))["reasons"][-1].startswith("not worse in")
-    found = compare(groups, metrics, SETTINGS, INTERVALS, lines(known=False))
-    assert found["reasons"][-1].startswith("the goldens guard nothing")
-    wrong = SETTINGS.model_copy(update={"goldens": ["facts-99"]})
-    with pytest.raises(UserError, match="names facts-99: choose ids of general_items"):
-        compare(groups, metrics, wrong, INTERVALS, lines(known=True))
+    found = decided(3.0)
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("its replies fit their prompts less than the base's: prompt_help 2.97")
+    assert found["differences"]["base"]["prompt_help"]["difference"] == pytest.approx(-7.0)
+    assert decided(10.0)["verdict"] == "PROMOTE"
+    # Not surely short of 8 nats and not surely above: shown with enough conversations, a note with fewer.
+    assert decided(8.0)["verdict"] == "HOLD"
+    assert "not shown to fit" in decided(8.0)["reasons"][0]
+    few = decided(8.0, conversations=30)
+    assert few["verdict"] == "PROMOTE"
+    assert few["reasons"][-1].startswith("30 conversations, 50 are needed to show that replies fit prompts")
+    assert decided(3.0, conversations=30)["verdict"] == "HOLD"
+    off = decided(3.0, prompt_help=None)
+    assert off["verdict"] == "PROMOTE"
+    assert any("replies that ignore their prompts (evaluate.other" in reason for reason in off["reasons"])
+
+
+def test_a_guard_that_is_switched_off_is_named(metrics):
+    groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
+    found = compare(groups, metrics, SETTINGS, INTERVALS)
+    (note,) = (reason for reason in found["reasons"] if "not guarded against" in reason)
+    for parameter in ("evaluate.forgetting", "other_histories", "rivals.system_prompt", "rivals.examples"):
+        assert parameter in note
+    on = [*groups, *records("base_few_shot", spread(2.9))]
+    (note,) = (r for r in compare(on, metrics, SETTINGS, INTERVALS)["reasons"] if "not guarded against" in r)
+    assert "rivals.examples" not in note
+    assert "rivals.system_prompt" in note
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -513,10 +546,25 @@ def test_holm_is_between_no_correction_and_bonferroni():
     assert share_at_most(np.array([1.0, 2.0, 3.0]), 0.5, clusters=10**6) == pytest.approx(0.25, abs=0.001)
 
 
-def test_mcnemar_is_exact():
-    assert mcnemar(0, 0) == 1
-    assert mcnemar(0, 5) == pytest.approx(2 / 32)
-    assert mcnemar(4, 4) == 1
+def test_a_clustered_mean_is_students_over_clusters():
+    values = np.random.default_rng(0).standard_normal(20)
+    found = clustered_mean(values, [str(index) for index in range(20)]).interval(0.95)
+    theirs = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), *theirs))
+    twice = clustered_mean([*values, *values], [str(index) for index in range(20)] * 2).interval(0.95)
+    assert (twice.low, twice.high) == pytest.approx((found.low, found.high))
+    assert np.isnan(clustered_mean([1.0, 2.0], ["a", "a"]).interval(0.95).low)
+    assert np.isnan(clustered_mean([1.0, np.nan], ["a", "b"]).interval(0.95).high)
+
+
+def test_a_clustered_mean_of_unequal_clusters_misses_no_more_than_stated():
+    rng = np.random.default_rng(8)
+    clusters = np.repeat(np.arange(40), rng.integers(1, 5, 40))
+    missed = 0
+    for _ in range(4000):
+        values = rng.standard_normal(40)[clusters] + rng.standard_normal(len(clusters))
+        missed += clustered_mean(values, clusters).interval(0.9).low > 0
+    assert 0.04 <= missed / 4000 <= 0.06
 
 
 # --- how often is the verdict wrong? ---------------------------------------------------------------------------------
@@ -531,7 +579,7 @@ def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, rivals
     near-duplicates do: standard deviations 0.5 between clusters and 0.3 within, in nats a token. `effect` is the true
     gain of the candidate on the base and on the champion, if there are two rivals.
     """
-    settings = SETTINGS.model_copy(update={"goldens": [], **changes})
+    settings = SETTINGS.model_copy(update=changes)
     intervals = INTERVALS.model_copy(update={"draws": 500})
     metrics = [load_metric(name, MODULES) for name in ("perplexity", "token_accuracy")]
     rng = np.random.default_rng(seed)

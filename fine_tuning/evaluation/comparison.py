@@ -1,9 +1,10 @@
 """Is the candidate better? Paired differences on the same items, and a verdict with its reasons.
 
 PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, a loss in
-               secondary metrics is ruled out where there are items enough, quantising costs little, and no prompting
-               baseline surely does as well; against a champion with another tokenizer the likelihood a byte decides
-               instead of metrics that count tokens
+               secondary metrics is ruled out where there are items enough, quantising costs little, no prompting
+               baseline surely does as well, general knowledge is kept and replies fit their prompts (guards.py);
+               against a champion with another tokenizer the likelihood a byte decides instead of metrics that count
+               tokens
 INCONCLUSIVE   too few conversations to tell
 HOLD           anything else: a leak and a number that is none however few the conversations
 """
@@ -27,8 +28,8 @@ from fine_tuning.evaluation.differences import (
     told,
 )
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.forgetting import forgotten, unguarded
-from fine_tuning.evaluation.measurements import Metrics, likelihood_columns
+from fine_tuning.evaluation.guards import guard, guard_differences
+from fine_tuning.evaluation.measurements import Files, Metrics, likelihood_columns
 from fine_tuning.evaluation.memory import kept, untested
 from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, REPLY_COLUMNS
 from fine_tuning.evaluation.privacy import leaks
@@ -55,7 +56,9 @@ class CompareSettings(Settings):
     minimum_against_champion: int = Field(ge=2)
     secondary: dict[str, float]
     quantisation_tolerance: float = Field(ge=0)
-    goldens: list[str]
+    golden_lead: float = Field(ge=0)
+    text_tolerance: float = Field(ge=0)
+    prompt_help: float | None = Field(ge=0, le=1)
 
     def needed(self, rival: str) -> int:
         """How many different conversations a verdict against this rival needs."""
@@ -67,7 +70,7 @@ def compare(
     metrics: Metrics,
     settings: CompareSettings,
     intervals: IntervalSettings,
-    general: Sequence[dict[str, Any]] = (),
+    guarded: Files | None = None,
     answers: Sequence[dict[str, Any]] = (),
     memory: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def compare(
 
     Args:
         records: lines of items.jsonl, all contenders.
-        general: lines of general.jsonl, the suite against forgetting.
+        guarded: lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem.
         answers: lines of prompts.jsonl, the answers to the test prompts.
         memory: lines of memory.jsonl, what was kept of the training data; None: of no concern here.
 
@@ -83,14 +86,18 @@ def compare(
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
     """
     check_same_suite(records)
-    forgetting, lost = forgotten(general, settings.goldens)
+    files = {"general": (), "general_text": (), "prompt_help": ()} | (guarded or {})
+    tables, lost, doubts = guard(
+        files, settings.golden_lead, settings.text_tolerance, settings.prompt_help or 0, intervals.confidence
+    )
     privacy, leaked = leaks(records, answers)
     remembered, memorised = kept(memory or ())
-    common = {"forgetting": forgetting, "privacy": privacy, "memory": remembered}
+    common = tables | {"privacy": privacy, "memory": remembered}
     if not any("nll" in line for line in records):
         return no_references(settings, records, metrics, intervals, leaked + memorised) | common
     present = {line["contender"] for line in records}
     pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
+    others = guard_differences(files, pairs, intervals.confidence)
     deciding = {
         rival: settings.primary if settings.primary in found else ANY_TOKENIZER for rival, found in pairs.items()
     }
@@ -116,7 +123,7 @@ def compare(
     roads, cheaper, behind = cheaper_roads(records, metrics, intervals, settings)
     notes += behind + other_tokenizers(pairs, deciding, settings)
     notes += untested(remembered) if memory is not None else []
-    notes += [note] if (note := unguarded(forgetting, settings.goldens)) else []
+    notes = [*switched_off(present, tables), *notes, *doubts]
 
     clusters = min(difference.clusters for difference in primary)
     few = [
@@ -144,7 +151,8 @@ def compare(
         | {difference.rival: {"metric": difference.metric} | difference.as_json() for difference in primary},
         "secondary": secondary,
         "differences": {
-            rival: {name: difference.as_json() for name, difference in found.items()} for rival, found in pairs.items()
+            rival: {name: difference.as_json() for name, difference in found.items()} | others[rival]
+            for rival, found in pairs.items()
         },
         "other_tokens": [rival for rival, found in pairs.items() if pairs["base"].keys() - found.keys()],
         "quantisation": quantisation,
@@ -210,6 +218,18 @@ def looping(pairs: Mapping[str, Mapping[str, Difference]]) -> list[str]:
         return []
     base = f"{found.rival_value:.0%} of the base's"
     return [f"{found.candidate_value:.0%} of the candidate's {found.n} replies loop, {base}"]
+
+
+def switched_off(present: set[str], tables: Mapping[str, Any]) -> list[str]:
+    """One note that names the guards without records, and the parameters that switch them on."""
+    guards = {
+        "forgetting (evaluate.forgetting)": tables["forgetting"] and tables["general_text"],
+        "replies that ignore their prompts (evaluate.other_histories, compare.prompt_help)": tables["prompt_help"],
+        "a system prompt that does as well (evaluate.rivals.system_prompt)": PROMPTED in present,
+        "examples that do as well (evaluate.rivals.examples)": SHOWN in present,
+    }
+    off = [name for name, measured in guards.items() if not measured]
+    return [f"switched off or without records, not guarded against: {', '.join(off)}"] if off else []
 
 
 def provenance(records: Records, metrics: Metrics, primary: str, intervals: IntervalSettings) -> dict[str, Any]:

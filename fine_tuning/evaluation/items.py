@@ -1,6 +1,7 @@
 """The frozen suite: held-out conversations as the models see them, and who wrote their replies."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,17 +55,16 @@ class Item:
         return [*[False] * (len(self.runs) - len(liked)), *liked]
 
     @property
-    def question(self) -> str:
-        """The user's last message before the reply that models are asked for, else the first one."""
+    def history(self) -> list[dict]:
+        """The messages before the reply that models are asked for, else before the first one."""
         replies = labelled_replies(self.messages, len(self.runs))
         answer = replies[self.asked or 0] if replies else None
-        said = ""
-        for message in self.messages:
-            if message is answer:
-                break
-            if message["role"] == "user":
-                said = message["content"]
-        return said
+        return list(itertools.takewhile(lambda message: message is not answer, self.messages))
+
+    @property
+    def question(self) -> str:
+        """The last message of a user in the history."""
+        return next((message["content"] for message in reversed(self.history) if message["role"] == "user"), "")
 
     @property
     def asked(self) -> int | None:
@@ -173,6 +173,24 @@ def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((position, position + 1))
     return runs
+
+
+def content_only(item: Item, reply: int, closing: Sequence[int]) -> Item:
+    """The item up to the end of one reply, of which only the content is scored and not the tokens that end the turn.
+
+    How a model ends its turn is not what it says: without this, whoever writes short answers is rewarded for them.
+
+    Args:
+        closing: token ids that end a turn, see `end_of_turn_ids`.
+    """
+    start, end = item.runs[reply]
+    while end > start + 1 and item.input_ids[end - 1] in closing:
+        end -= 1
+    ids = item.input_ids[:end]
+    return replace(
+        item, input_ids=ids, labels=[NOT_TRAINED] * start + ids[start:], runs=[(start, end)],
+        authors=[item.authors[reply]], texts=[item.texts[reply]],
+    )  # fmt: skip
 
 
 def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") -> str:

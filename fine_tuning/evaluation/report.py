@@ -74,7 +74,9 @@ def write_report(path: Path, found: Findings) -> None:
         "<h2>Test prompts</h2>",
         *(answer_table(answer) for answer in found.answers),
         "<h2>Forgetting</h2>",
-        forgetting(comparison["forgetting"]),
+        forgetting(comparison["forgetting"], comparison["general_text"]),
+        "<h2>Do replies fit their prompts?</h2>",
+        prompt_help(comparison["prompt_help"]),
         "<h2>Memory and privacy</h2>",
         memory(comparison["memory"]),
         privacy(comparison["privacy"]),
@@ -161,18 +163,38 @@ def references(found: dict[str, Any], metric: str) -> str:
     return bullets(lines)
 
 
-def forgetting(found: dict[str, dict[str, Any]]) -> str:
-    """What the candidate still knows of the general questions."""
-    if not found:
+def forgetting(questions: dict[str, dict[str, Any]], texts: dict[str, dict[str, Any]]) -> str:
+    """What the candidate still knows of the general questions, and how it reads general text."""
+    if not questions:
         return "<p>Not measured.</p>"
     rows = "".join(
-        f"<tr><td>{escape(rival)}</td><td>{row['rival_knows']} of {row['questions']}</td>"
+        f"<tr><td>{escape(rival)}</td><td>{paired(row)}</td><td>{row['rival_knows']} of {row['n']}</td>"
         f"<td>{row['candidate_knows']}</td><td>{len(row['lost'])} <small>{escape(', '.join(row['lost']))}</small></td>"
-        f"<td>{len(row['gained'])}</td><td>{row['p_value']:.2g}</td></tr>"
-        for rival, row in found.items()
+        f"<td>{len(row['gained'])}</td><td>{len(row['goldens_lost'])} of {row['goldens']}</td></tr>"
+        for rival, row in questions.items()
     )
-    head = "<tr><th>rival</th><th>it knows</th><th>candidate knows</th><th>lost</th><th>gained</th><th>p</th></tr>"
-    return f'<div class="scroll"><table>{head}{rows}</table></div>'
+    names = ("rival", "mean probability of the right answer", "rival prefers it", "candidate", "lost", "gained")
+    head = "".join(f"<th>{name}</th>" for name in (*names, "goldens lost"))
+    lines = [f"general text, nats a byte against the {rival}: {paired(row)}" for rival, row in texts.items()]
+    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{bullets(lines)}'
+
+
+def prompt_help(found: dict[str, Any]) -> str:
+    """Whether the candidate keeps the required share of the base's help of the prompt."""
+    if not found:
+        return "<p>Not measured.</p>"
+    return bullets(
+        [
+            f"nats by which its own prompt makes a reply likelier than others' prompts, against {found['share']:g} "
+            f"times the base's: {paired(found)} in {found['clusters']} different conversations"
+        ]
+    )
+
+
+def paired(row: dict[str, Any]) -> str:
+    """Candidate and rival, and their difference with its interval."""
+    low, high = number(row["low"]), number(row["high"])
+    return f"{number(row['candidate'])} against {number(row['rival'])}, {number(row['difference'])} [{low}, {high}]"
 
 
 def privacy(found: dict[str, dict[str, Any]]) -> str:

@@ -190,9 +190,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided McNemar test: how surprising is this split of the items that only one of two models got right?"""
-    from scipy.stats import binomtest
+def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
+    """Mean of item values with the standard error from sums over clusters (Cochran 1977, section 9A.2).
 
-    disagreements = only_first + only_second
-    return float(binomtest(only_first, disagreements, 0.5).pvalue) if disagreements else 1.0
+    Without draws its intervals are Student's, with clusters - 1 degrees of freedom. The error of one cluster is NaN.
+    """
+    found = np.asarray(values, dtype=float)
+    names, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    mean, count = found.mean(), len(names)
+    sums = np.bincount(index, weights=found - mean)
+    error = np.sqrt(count / (count - 1) * (sums @ sums)) / len(found) if count > 1 else np.nan
+    return Estimate(float(mean), float(error), np.empty(0), count, studentised=True)
