@@ -3,12 +3,17 @@
     python -m benchmarks.verdict                        # every simulation
     python -m benchmarks.verdict intervals own-words    # some of them; --list names them
     python -m benchmarks.verdict --runs 4000            # more runs of each: surer rates, more time
+    python -m benchmarks.verdict shuffled-replies       # trains three adapters, some ten minutes: only if it is named
+    python -m benchmarks.verdict shuffled-replies --train-tokens 10000 --threads 1
 
-It needs the records of `dvc repro` (data/evaluation). Runs with the same seed print the same numbers.
+It needs the records of `dvc repro` (data/evaluation), shuffled-replies its data and its base (data/prepared,
+models/base) as well. Runs with the same seed print the same numbers.
 """
 
 import argparse
 import copy
+import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,15 +22,29 @@ from typing import Any
 import numpy as np
 
 from fine_tuning.data_preparation.authorship import is_by_a_person
+from fine_tuning.data_preparation.dataset_builder import read_split
+from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_conversation, load_tokenizer
 from fine_tuning.errors import UserError, run
+from fine_tuning.evaluation.comparison import CompareSettings, compare
 from fine_tuning.evaluation.differences import Difference, non_inferiority
-from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.measurements import estimates
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings, IntervalSettings
+from fine_tuning.evaluation.forgetting import ANSWERS, SUITE, general_items, knowledge, reading, text_items
+from fine_tuning.evaluation.guards import forgotten
+from fine_tuning.evaluation.histories import prompt_lines, swapped_histories
+from fine_tuning.evaluation.items import Item, label_runs, labelled_replies, read_items
+from fine_tuning.evaluation.learning_curve import score_adapter
+from fine_tuning.evaluation.measurements import by_contender, describe, estimates, golden_lead, right_probability
 from fine_tuning.evaluation.metrics import columns_of, direction, load_metric
+from fine_tuning.evaluation.scoring import Likelihood, likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.statistics import Estimate, Resampling
 from fine_tuning.integration.votes import wilson
 from fine_tuning.records import read_jsonl
+from fine_tuning.settings import read_params
+from fine_tuning.training.training_utils import Row as TrainRow
+from fine_tuning.training.training_utils import TrainSettings, read_rows
 
+LEAD = 4.0  # nats, compare.golden_lead
+BASE, PREPARED = Path("models/base"), Path("data/prepared")
 MODULES = Path(__file__).parents[1] / "fine_tuning/evaluation/metric_modules"
 
 
@@ -37,6 +56,8 @@ class Context:
     runs: int
     seed: int
     intervals: IntervalSettings
+    train_tokens: int | None = None  # of the adapters that shuffled-replies trains; None: all
+    threads: int | None = None
 
     def rng(self, *keys: int) -> np.random.Generator:
         """A generator of its own for a simulation, or a row of one."""
@@ -59,13 +80,17 @@ class Context:
 
 Row = dict[str, Any]
 SIMULATIONS: dict[str, Callable[[Context], list[Row]]] = {}
+TRAINS: set[str] = set()  # simulations that train, run only where they are named
 
 
-def simulation(name: str) -> Callable[[Callable[[Context], list[Row]]], Callable[[Context], list[Row]]]:
+def simulation(
+    name: str, trains: bool = False
+) -> Callable[[Callable[[Context], list[Row]]], Callable[[Context], list[Row]]]:
     """Register a function that returns the rows of one table; its docstring stands above the table."""
 
     def register(function: Callable[[Context], list[Row]]) -> Callable[[Context], list[Row]]:
         SIMULATIONS[name] = function
+        TRAINS.update({name} if trains else ())
         return function
 
     return register
@@ -330,6 +355,147 @@ def coin_toss(context: Context) -> list[Row]:
 
 
 # -----------------------------------------------------------------------------
+# general knowledge and the help of the prompt
+
+
+def files_of(context: Context) -> dict[str, list[dict[str, Any]]]:
+    """Lines of the files that the guards judge."""
+    return {name: read_lines(context.folder / f"{name}.jsonl") for name in ("general", "general_text", "prompt_help")}
+
+
+@simulation("ending-cost")
+def ending_cost(context: Context) -> list[Row]:
+    """What ending a turn costs, in nats, added to every answer of a model that prefers every right answer (1 nat a byte
+    instead of 1.5) and of the base, of whose answers the content alone is recorded. Before, nats of answer and end were
+    divided by the bytes of the answer, and the likelier answer was known; now the content of the answers decides."""
+    questions = {line["id"]: line for line in read_jsonl(SUITE)}
+    base = by_contender(files_of(context)["general"])["base"]
+    sizes = {id: [len(line[answer].encode()) for answer in ANSWERS] for id, line in questions.items()}
+    answers = {
+        "made up": {id: (right, 1.5 * wrong) for id, (right, wrong) in sizes.items()},
+        "base": {id: (line["right"], line["wrong"]) for id, line in base.items()},
+    }
+    rows = []
+    for cost in (0, 2, 4, 8):
+        row: Row = {"ending costs": f"{cost} nats"}
+        for name, nats in answers.items():
+            known = [
+                (right + cost) / sizes[id][0] < (wrong + cost) / sizes[id][1] for id, (right, wrong) in nats.items()
+            ]
+            row[f"{name}: known before"] = f"{sum(known)} of {len(known)}"
+        row["base: known now"] = f"{sum(golden_lead(line) > 0 for line in base.values())} of {len(base)}"
+        row["base: mean probability now"] = f"{np.mean([right_probability(line) for line in base.values()]):.3f}"
+        rows.append(row)
+    return rows
+
+
+@simulation("general-knowledge")
+def general_knowledge(context: Context) -> list[Row]:
+    """How often a candidate passes the general questions: base and candidate on as many questions as there are, drawn
+    with replacement from the real ones, the candidate's leads less a loss that is the same on all of them."""
+    found = by_contender(files_of(context)["general"])
+    leads = {name: np.array([golden_lead(found[name][id]) for id in found["base"]]) for name in ("base", "candidate")}
+    count, rows = len(found["base"]), []
+    for number, loss in enumerate((0.0, 0.25, 0.5, 1.0, 2.0)):
+        rng, passed, mean, goldens = context.rng(11, number), 0, 0.0, 0
+        for _ in range(context.runs):
+            drawn = rng.integers(0, count, count)
+            values = {"base": leads["base"][drawn], "candidate": leads["candidate"][drawn] - loss}
+            lines = [
+                {"contender": name, "id": str(index), "right": 0.0, "wrong": float(lead)}
+                for name, column in values.items()
+                for index, lead in enumerate(column)
+            ]
+            table, reasons, _ = forgotten({"general": lines}, LEAD)
+            passed += not reasons
+            mean += table["base"]["difference"] / context.runs
+            goldens += bool(table["base"]["goldens_lost"])
+        rows.append(
+            {"loss on every question": f"{loss:g} nats", "mean probability": f"{100 * mean:+.1f} points"}
+            | {"pass": percent(passed / context.runs), "lose a golden": percent(goldens / context.runs)}
+        )
+    return rows
+
+
+@simulation("shuffled-replies", trains=True)
+def shuffled_replies(context: Context) -> list[Row]:
+    """Adapters trained anew with none, half and all of the training replies shuffled among the conversations, each
+    against the base on the held-out ones. Without a look at the prompts a gain in perplexity promotes them all."""
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    tokenizer, evaluate = load_tokenizer(BASE), read_params("evaluate", EvaluateSettings)
+    chat, limits = read_params("chat", ChatSettings), read_params("compare", CompareSettings)
+    settings = read_params("train", TrainSettings).model_copy(
+        update={"start_from": None, "launch": "single", "threads": context.threads}
+    )
+    items = read_items(PREPARED / "test.parquet", tokenizer)
+    swaps = swapped_histories(items, len(items), tokenizer, 2 * chat.max_length)
+    questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
+    texts, variants = text_items(tokenizer), [item for swap in swaps for item in swap.variants]
+
+    def lines_of(name: str, score: Callable[[Sequence[Item]], Sequence[Likelihood]]) -> dict[str, list[dict[str, Any]]]:
+        return {
+            "items": [describe(name, *pair, None) for pair in zip(items, score(items), strict=True)],
+            "general": knowledge(name, questions, score(questions)),
+            "general_text": reading(name, texts, score(texts)),
+            "prompt_help": prompt_lines(name, swaps, score(variants)),
+        }
+
+    with loaded(BASE, scoring_hardware(context.threads)) as model:
+        base = lines_of("base", lambda asked: likelihoods(model, asked, evaluate.batch_tokens))
+    rows = []
+    measured = metrics("perplexity", "token_accuracy")
+    limits = limits.model_copy(update={"secondary": {"token_accuracy": 0.03}})
+    for share in (0.0, 0.5, 1.0):
+        trained = shuffled_rows(share, context, tokenizer, chat)
+        with tempfile.TemporaryDirectory() as folder:
+            adapter, validation = Path(folder) / "adapter", read_rows(PREPARED / "validation.parquet")
+            train_adapter(BASE, "base", trained, validation, settings, adapter, Path(folder) / "checkpoints")
+            candidate = lines_of(
+                "candidate",
+                lambda asked, adapter=adapter: score_adapter(
+                    BASE, adapter, asked, evaluate.batch_tokens, context.threads
+                ),
+            )
+        files = {name: base[name] + candidate[name] for name in base}
+        found = compare(files["items"], measured, limits, context.intervals, files)
+        row = found["differences"]["base"]
+        rows.append(
+            {"replies shuffled": percent(share), "conversations": len(trained)}
+            | {name: shown(row[name]) for name in ("perplexity", "prompt_help", "general_knowledge", "general_text")}
+            | {"verdict": found["verdict"], "reason": found["reasons"][0]}
+        )
+    return rows
+
+
+def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSettings) -> list[TrainRow]:
+    """Training rows with the contents of that share of the trained replies dealt anew among them."""
+    found, kept = [], 0
+    for row in read_split(PREPARED / "train.parquet"):
+        kept += len(row["input_ids"])
+        if context.train_tokens is None or kept <= context.train_tokens:
+            found.append((row["id"], json.loads(row["messages"]), len(label_runs(row["labels"]))))
+    replies = [reply for _, messages, count in found for reply in labelled_replies(messages, count)]
+    rng = context.rng(12)
+    chosen = rng.permutation(len(replies))[: round(share * len(replies))]
+    contents = [replies[index]["content"] for index in np.roll(chosen, 1)]
+    for index, content in zip(chosen, contents, strict=True):
+        replies[index]["content"] = content
+    rows = []
+    for id, messages, _ in found:
+        trained = [any(message is reply for reply in replies) for message in messages]
+        encoded = encode_conversation(tokenizer, messages, None, chat.max_length, trained)
+        rows.append(TrainRow(id, encoded.input_ids, encoded.labels))
+    return rows
+
+
+def shown(row: Row) -> str:
+    """Candidate against base, with the interval of the difference."""
+    low, high = (f"{row[end]:+.3g}" for end in ("low", "high"))
+    return f"{row['candidate']:.3g} to {row['rival']:.3g} ({row['difference']:+.3g} [{low}, {high}])"
+
+
+# -----------------------------------------------------------------------------
 # output
 
 
@@ -352,6 +518,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("data/evaluation"), help="records of an evaluation")
     parser.add_argument("--runs", type=int, default=1000, help="simulated comparisons a row")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-tokens", type=int, help="of the adapters that shuffled-replies trains; all by default")
+    parser.add_argument("--threads", type=int, help="of that training and scoring")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - SIMULATIONS.keys():
         raise UserError(f"no simulation is named {', '.join(sorted(unknown))}: choose from {', '.join(SIMULATIONS)}")
@@ -359,8 +527,10 @@ def main() -> None:
         print("\n".join(SIMULATIONS))
         return
     intervals = IntervalSettings(draws=2000, confidence=0.95, seed=arguments.seed)
-    context = Context(arguments.folder, arguments.runs, arguments.seed, intervals)
-    for name in arguments.names or SIMULATIONS:
+    context = Context(
+        arguments.folder, arguments.runs, arguments.seed, intervals, arguments.train_tokens, arguments.threads
+    )
+    for name in arguments.names or (name for name in SIMULATIONS if name not in TRAINS):
         text = " ".join((SIMULATIONS[name].__doc__ or "").split())
         print(f"\n**{name}.** {text}\n\n{markdown(SIMULATIONS[name](context))}", flush=True)
 

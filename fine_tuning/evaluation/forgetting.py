@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, encode_conversation, end_of_turn_ids
-from fine_tuning.evaluation.items import Item, content_only, label_runs
+from fine_tuning.evaluation.items import PERSON, Item, content_only, label_runs
 from fine_tuning.evaluation.scoring import Likelihood, finite
 from fine_tuning.records import read_jsonl
 
@@ -35,7 +35,7 @@ def general_items(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | Non
             name = f"{question['id']}/{answer}"
             item = Item(
                 name, question["category"], question["id"], messages, encoded.input_ids, encoded.labels, runs,
-                ["imported"], [question[answer]],
+                [PERSON], [question[answer]],
             )  # fmt: skip
             items.append(content_only(item, 0, closing))
     return items
@@ -58,9 +58,7 @@ def text_items(tokenizer: "PreTrainedTokenizerFast") -> list[Item]:
         ids = tokenizer(text["text"])["input_ids"]
         scored = tokenizer.decode(ids[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         labels = [NOT_TRAINED, *ids[1:]]
-        items.append(
-            Item(text["id"], text["domain"], text["id"], [], ids, labels, [(1, len(ids))], ["imported"], [scored])
-        )
+        items.append(Item(text["id"], text["domain"], text["id"], [], ids, labels, [(1, len(ids))], [PERSON], [scored]))
     return items
 
 

@@ -165,29 +165,24 @@ def references(found: dict[str, Any], metric: str) -> str:
 
 def forgetting(questions: dict[str, dict[str, Any]], texts: dict[str, dict[str, Any]]) -> str:
     """What the candidate still knows of the general questions, and how it reads general text."""
-    if not questions:
-        return "<p>Not measured.</p>"
-    rows = "".join(
-        f"<tr><td>{escape(rival)}</td><td>{paired(row)}</td><td>{row['rival_knows']} of {row['n']}</td>"
-        f"<td>{row['candidate_knows']}</td><td>{len(row['lost'])} <small>{escape(', '.join(row['lost']))}</small></td>"
-        f"<td>{len(row['gained'])}</td><td>{len(row['goldens_lost'])} of {row['goldens']}</td></tr>"
+    lines = [
+        f"general questions, mean probability of the right answer against the {rival}: {paired(row)}; the candidate "
+        f"prefers the right answer to {row['candidate_knows']} of {row['n']}, the {rival} to {row['rival_knows']}; "
+        f"gained {len(row['gained'])}, lost {len(row['lost'])} ({', '.join(row['lost']) or 'none'}), of "
+        f"{row['goldens']} golden ones lost {len(row['goldens_lost'])}"
         for rival, row in questions.items()
-    )
-    names = ("rival", "mean probability of the right answer", "rival prefers it", "candidate", "lost", "gained")
-    head = "".join(f"<th>{name}</th>" for name in (*names, "goldens lost"))
-    lines = [f"general text, nats a byte against the {rival}: {paired(row)}" for rival, row in texts.items()]
-    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>{bullets(lines)}'
+    ]
+    lines += [f"general text, nats a byte against the {rival}: {paired(row)}" for rival, row in texts.items()]
+    return bullets(lines) if lines else "<p>Not measured.</p>"
 
 
 def prompt_help(found: dict[str, Any]) -> str:
     """Whether the candidate keeps the required share of the base's help of the prompt."""
     if not found:
         return "<p>Not measured.</p>"
-    return bullets(
-        [
-            f"nats by which its own prompt makes a reply likelier than others' prompts, against {found['share']:g} "
-            f"times the base's: {paired(found)} in {found['clusters']} different conversations"
-        ]
+    return (
+        f"<p>Nats by which its own prompt makes a reply likelier than other prompts do, against {found['share']:g} times "
+        f"the base's: {paired(found)}, {found['clusters']} different conversations.</p>"
     )
 
 
