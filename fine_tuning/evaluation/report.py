@@ -181,8 +181,8 @@ def prompt_help(found: dict[str, Any]) -> str:
     if not found:
         return "<p>Not measured.</p>"
     return (
-        f"<p>Nats by which its own prompt makes a reply likelier than other prompts do, against {found['share']:g} times "
-        f"the base's: {paired(found)}, {found['clusters']} different conversations.</p>"
+        f"<p>Nats by which its own prompt makes a reply likelier than other prompts do, against {found['share']:g} "
+        f"times the base's: {paired(found)}, {found['clusters']} different conversations.</p>"
     )
 
 
