@@ -44,7 +44,6 @@ from fine_tuning.training.training_utils import Row as TrainRow
 from fine_tuning.training.training_utils import TrainSettings, read_rows
 
 LEAD = 4.0  # nats, compare.golden_lead
-BASE, PREPARED = Path("models/base"), Path("data/prepared")
 MODULES = Path(__file__).parents[1] / "fine_tuning/evaluation/metric_modules"
 
 
@@ -423,12 +422,13 @@ def shuffled_replies(context: Context) -> list[Row]:
     against the base on the held-out ones. Without a look at the prompts a gain in perplexity promotes them all."""
     from fine_tuning.training.lora_trainer import train_adapter
 
-    tokenizer, evaluate = load_tokenizer(BASE), read_params("evaluate", EvaluateSettings)
+    home, prepared = context.root / "models/base", context.root / "data/prepared"
+    tokenizer, evaluate = load_tokenizer(home), read_params("evaluate", EvaluateSettings)
     chat, limits = read_params("chat", ChatSettings), read_params("compare", CompareSettings)
     settings = read_params("train", TrainSettings).model_copy(
         update={"start_from": None, "launch": "single", "threads": context.threads}
     )
-    items = read_items(PREPARED / "test.parquet", tokenizer)
+    items = read_items(prepared / "test.parquet", tokenizer)
     swaps = swapped_histories(items, len(items), tokenizer, 2 * chat.max_length)
     questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
     texts, variants = text_items(tokenizer), [item for swap in swaps for item in swap.variants]
@@ -441,7 +441,7 @@ def shuffled_replies(context: Context) -> list[Row]:
             "prompt_help": prompt_lines(name, swaps, score(variants)),
         }
 
-    with loaded(BASE, scoring_hardware(context.threads)) as model:
+    with loaded(home, scoring_hardware(context.threads)) as model:
         base = lines_of("base", lambda asked: likelihoods(model, asked, evaluate.batch_tokens))
     rows = []
     measured = metrics("perplexity", "token_accuracy")
@@ -449,12 +449,12 @@ def shuffled_replies(context: Context) -> list[Row]:
     for share in (0.0, 0.5, 1.0):
         trained = shuffled_rows(share, context, tokenizer, chat)
         with tempfile.TemporaryDirectory() as folder:
-            adapter, validation = Path(folder) / "adapter", read_rows(PREPARED / "validation.parquet")
-            train_adapter(BASE, "base", trained, validation, settings, adapter, Path(folder) / "checkpoints")
+            adapter, validation = Path(folder) / "adapter", read_rows(prepared / "validation.parquet")
+            train_adapter(home, "base", trained, validation, settings, adapter, Path(folder) / "checkpoints")
             candidate = lines_of(
                 "candidate",
                 lambda asked, adapter=adapter: score_adapter(
-                    BASE, adapter, asked, evaluate.batch_tokens, context.threads
+                    home, adapter, asked, evaluate.batch_tokens, context.threads
                 ),
             )
         files = {name: base[name] + candidate[name] for name in base}
@@ -471,7 +471,7 @@ def shuffled_replies(context: Context) -> list[Row]:
 def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSettings) -> list[TrainRow]:
     """Training rows with the contents of that share of the trained replies dealt anew among them."""
     found, kept = [], 0
-    for row in read_split(PREPARED / "train.parquet"):
+    for row in read_split(context.root / "data/prepared/train.parquet"):
         kept += len(row["input_ids"])
         if context.train_tokens is None or kept <= context.train_tokens:
             found.append((row["id"], json.loads(row["messages"]), len(label_runs(row["labels"]))))
