@@ -458,12 +458,13 @@ def shuffled_replies(context: Context) -> list[Row]:
                 ),
             )
         files = {name: base[name] + candidate[name] for name in base}
-        found = compare(files["items"], measured, limits, context.intervals, files)
+        blind = limits.model_copy(update={"prompt_help": None})
+        found, before = (compare(files["items"], measured, one, context.intervals, files) for one in (limits, blind))
         row = found["differences"]["base"]
         rows.append(
             {"replies shuffled": percent(share), "conversations": len(trained)}
             | {name: shown(row[name]) for name in ("perplexity", "prompt_help", "general_knowledge", "general_text")}
-            | {"verdict": found["verdict"], "reason": found["reasons"][0]}
+            | {"without prompt_help": before["verdict"], "verdict": found["verdict"], "reason": found["reasons"][0]}
         )
     return rows
 

@@ -362,7 +362,8 @@ def test_a_secondary_metric_is_a_requirement_only_where_it_can_be_told(metrics):
     assert (row["requirement"], row["non_inferior"]) == (False, False)
     parts = np.random.default_rng(3).standard_normal(60)
     assert row["standard_error"] == pytest.approx(0.1 * parts.std(ddof=1) / 60**0.5)
-    assert found["reasons"][1].startswith("token_accuracy is no requirement against the base yet: some ")
+    assert any(reason.startswith("token_accuracy is no requirement against the base yet: some ")
+               for reason in found["reasons"])  # fmt: skip
     # With so many more, it is one.
     more = 60 + row["items_missing"]
     base, candidate = records("base", spread(3.0, more)), records("candidate", spread(2.0, more))
