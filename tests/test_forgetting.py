@@ -146,4 +146,4 @@ def test_text_that_became_less_likely_than_tolerated_holds():
         return text_lost({"general_text": found}, 0.05)[1]
 
     assert read(1.03) == []
-    assert read(1.05)[0].startswith("forgets: a rise of more than 5% is not ruled out: general_text 0.8")
+    assert read(1.05)[0].startswith("forgets: a rise of more than 5.0% is not ruled out: general_text 0.8")

@@ -101,7 +101,7 @@ def text_lost(files: Files, tolerance: float) -> Verdict:
         found = paired(files, "general_text", rival, 1 - 2 * LEVEL)
         table[rival] = found.as_json()
         if not beyond.high < 0:
-            reasons.append(f"forgets: a rise of more than {tolerance:.0%} is not ruled out: {told(found)}")
+            reasons.append(f"forgets: a rise of more than {tolerance:.1%} is not ruled out: {told(found)}")
     return table, reasons, []
 
 
