@@ -4,8 +4,9 @@
     .venv-lm-eval/bin/pip install -r requirements.txt -r benchmarks/requirements-lm-eval.txt
     python -m benchmarks.evaluation [--peer .venv-lm-eval/bin/python] [--questions 84] [--threads 1]
 
-Both sides score both answers of the general questions: the harness through its own `hf` model and `loglikelihood`
-requests of text, this project by token ids; each in a process of its own, float32 on a CPU. The seconds are those of
+Both sides score both answers of the general questions, without the tokens that end a turn: the harness through its own
+`hf` model and `loglikelihood` requests of text, this project by token ids; each in a process of its own, float32 on a
+CPU. The seconds are those of
 scoring; loading the model and imports are shown apart. The harness counts the line break that the chat template puts
 before a reply as part of the reply, because it moves white space at the end of a prompt there, so here it is counted as
 well.
@@ -69,9 +70,8 @@ def report(results: dict[str, dict[str, Any]]) -> None:
 
 
 def known(found: dict[str, Any]) -> list[bool]:
-    """Whether the right answer of each question is the likelier one, a byte."""
-    each = [nats / size for nats, size in zip(found["nats"], found["bytes"], strict=True)]
-    return [right > wrong for right, wrong in zip(each[::2], each[1::2], strict=True)]
+    """Whether the right answer of each question is the likelier one."""
+    return [right > wrong for right, wrong in zip(found["nats"][::2], found["nats"][1::2], strict=True)]
 
 
 def requests(questions: int) -> list[dict[str, str]]:
@@ -84,10 +84,7 @@ def requests(questions: int) -> list[dict[str, str]]:
     for question in list(read_jsonl(SUITE))[:questions]:
         asked = [{"role": "user", "content": question["prompt"]}]
         prompt = render(tokenizer, asked, None, add_generation_prompt=True).text
-        for key in ("right", "wrong"):
-            whole = render(tokenizer, [*asked, {"role": "assistant", "content": question[key]}], None).text
-            # What the template writes after the end token stands before the next turn and is nobody's reply.
-            found.append({"prompt": prompt, "reply": whole.removeprefix(prompt).rstrip(), "answer": question[key]})
+        found += [{"prompt": prompt, "reply": question[key]} for key in ("right", "wrong")]
     return found
 
 
@@ -118,7 +115,6 @@ def score_ours(arguments: argparse.Namespace) -> dict[str, Any]:
         "load": ready - started,
         "seconds": time.perf_counter() - ready,
         "nats": [-score.turns[0][0] for score in scores],
-        "bytes": [len(request["answer"].encode()) for request in asked],
     }
 
 
@@ -144,7 +140,6 @@ def score_theirs(arguments: argparse.Namespace) -> dict[str, Any]:
         "load": ready - started,
         "seconds": time.perf_counter() - ready,
         "nats": [nats for nats, _ in found],
-        "bytes": [len(request["answer"].encode()) for request in asked],
     }
 
 

@@ -17,7 +17,7 @@ from fine_tuning.settings import read_params
 
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
-GENERAL = Path("data/evaluation/general.jsonl")
+GUARDS = {name: Path(f"data/evaluation/{name}.jsonl") for name in ("general", "general_text", "prompt_help")}
 MEMORY = Path("data/evaluation/memory.jsonl")
 EVALUATION = Path("metrics/evaluation.json")
 LEARNING_CURVE = Path("metrics/learning_curve.json")
@@ -33,9 +33,10 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
     metrics = [load_metric(name, MODULES) for name in evaluate.metrics]
-    records, general, answers, memory = (list(read_jsonl(path)) for path in (RECORDS, GENERAL, ANSWERS, MEMORY))
+    records, answers, memory = (list(read_jsonl(path)) for path in (RECORDS, ANSWERS, MEMORY))
+    guarded = {name: list(read_jsonl(path)) for name, path in GUARDS.items()}
     evaluation, learning = read_json(EVALUATION), read_json(LEARNING_CURVE)
-    verdict = compare(records, metrics, settings, evaluate.interval, general, answers, memory) | {
+    verdict = compare(records, metrics, settings, evaluate.interval, guarded, answers, memory) | {
         "adapter_sha256": sha256_file(ADAPTER),
         "eval_set_sha256": evaluation["suite"]["sha256"],
     }

@@ -6,11 +6,11 @@ from typing import Any
 
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
-from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
+from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.items import chat_format, encoded_anew, read_items
-from fine_tuning.evaluation.measurements import left_out, summarise
+from fine_tuning.evaluation.measurements import guard_metrics, left_out, summarise
 from fine_tuning.evaluation.metrics import load_metric, signatures
 from fine_tuning.evaluation.privacy import personal_data
 from fine_tuning.evaluation.scoring import Reply
@@ -26,7 +26,7 @@ CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/m
 CHAMPION = Path("models/champion.json")
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
-GENERAL = Path("data/evaluation/general.jsonl")
+GUARDS = {name: Path(f"data/evaluation/{name}.jsonl") for name in ("general", "general_text", "prompt_help")}
 MEMORY = Path("data/evaluation/memory.jsonl")
 METRICS = Path("metrics/evaluation.json")
 PAGE = Path("metrics/side_by_side.md")
@@ -36,20 +36,22 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
-    refuse_own_words(settings.references, BASE.folder, CHAMPION)
+    check_references(settings.references, BASE.folder, CHAMPION, read_params("deploy", ProjectName).name)
     tokenizer = load_tokenizer(BASE.folder)
     items = read_items(TEST, tokenizer, settings.references)
     memo = main_checkout() / ".whetstone/memo/evaluate"
     common = Evaluator(items, tokenizer, chat, settings, memo)
 
-    records, known, answers = [], [], {}
+    records, guarded, answers = [], {name: [] for name in GUARDS}, {}
     for contender in filter(None, (BASE, find_champion(CHAMPION), CANDIDATE)):
         own, evaluator = load_tokenizer(contender.folder), common
         if chat_format(own) != chat_format(tokenizer):
             evaluator = Evaluator(encoded_anew(items, own, chat.max_length), own, chat, settings, memo)
         if evaluator.items:
             lines, answers[contender.name] = evaluator.evaluate(contender)
-            records, known = records + lines, known + evaluator.knowledge(contender)
+            records += lines
+            for name, found in evaluator.guard_lines(contender).items():
+                guarded[name] += found
         asked = {item.id for item in evaluator.items}
         missing = [item for item in items if item.id not in asked]
         records += [left_out(contender.name, item) for item in missing]
@@ -65,6 +67,8 @@ def main() -> None:
     for name in dict.fromkeys(line["contender"] for line in records):
         own_lines = [line for line in records if line["contender"] == name]
         table[name] = summarise(own_lines, metrics, settings.interval)
+    for name, row in guard_metrics(guarded, settings.interval.confidence).items():
+        table[name] |= row
     suite = {
         "sha256": common.suite,
         "conversations": len(items),
@@ -72,7 +76,8 @@ def main() -> None:
         "signatures": signatures(metrics),
     }
     write_jsonl(RECORDS, records)
-    write_jsonl(GENERAL, known)
+    for name, path in GUARDS.items():
+        write_jsonl(path, guarded[name])
     write_jsonl(MEMORY, memory)
     write_jsonl(ANSWERS, answer_lines(settings.test_prompts, answers))
     PAGE.write_text(side_by_side(settings.test_prompts, answers), encoding="utf-8", errors="replace")

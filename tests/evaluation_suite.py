@@ -14,7 +14,7 @@ from fine_tuning.model_management.gguf_writer import write_gguf
 SETTINGS = EvaluateSettings.model_validate(
     {
         "metrics": ["perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge", "exact_match", "replies"],
-        "references": ["edited", "liked", "imported"],
+        "references": ["person"],
         "batch_tokens": 256,
         "threads": 1,
         "generation": {"items": 6, "max_tokens": 24, "slots": 2},
@@ -22,6 +22,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "rivals": {"system_prompt": "Say where it is.", "examples": 2, "items": 3},
         "memory": {"conversations": 4},
         "forgetting": True,
+        "other_histories": 8,
         "interval": {"draws": 500, "confidence": 0.95, "seed": 0},
         "test_prompts": ["Where is the router?"],
     }
@@ -47,8 +48,9 @@ def evaluator_of(items: list[Item], model: Path, memo: Path, **changes: object) 
 
 
 def conversation(text: str, reply: str, **fields: object) -> list[dict]:
-    """A question and its answer; `fields` go to the answer."""
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": reply, **fields}]
+    """A question and its answer, by a person where no model is named; `fields` go to the answer."""
+    author = {} if "model" in fields else {"person": True}
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": reply, **author, **fields}]
 
 
 def write_items(path: Path, model: Path, conversations: dict[str, list[dict]], max_length: int = 200) -> Path:

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.comparison import CompareSettings, compare
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.privacy import personal_data
-from fine_tuning.evaluation.statistics import Resampling, holm, interval, mcnemar, share_at_most
+from fine_tuning.evaluation.statistics import Resampling, clustered_mean, holm, interval, ratio_estimate, share_at_most
 from tests.evaluation_suite import MODULES
 
 INTERVALS = IntervalSettings(draws=2000, confidence=0.95, seed=0)
@@ -16,9 +17,12 @@ SETTINGS = CompareSettings(
     primary="perplexity",
     minimum_effect=0.01,
     minimum_conversations=20,
+    minimum_against_champion=20,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
-    goldens=["facts-01"],
+    golden_lead=4.0,
+    text_tolerance=0.05,
+    prompt_help=0.8,
 )
 TOKENS = 20
 
@@ -54,7 +58,7 @@ def decide(metrics, *groups: list[dict], **changes) -> dict:
 
 
 def test_a_clear_gain_is_promoted_with_its_numbers(metrics):
-    found = decide(metrics, records("base", spread(3.0)), records("candidate", spread(2.0), correct=0.6))
+    found = decide(metrics, records("base", spread(3.0)), records("candidate", spread(2.0, seed=1), correct=0.6))
     assert found["verdict"] == "PROMOTE"
     assert "perplexity 7." in found["reasons"][0]
     primary = found["primary"]["base"]
@@ -198,37 +202,44 @@ def test_the_same_records_give_the_same_bytes(metrics):
     assert decide(metrics, *lines) == decide(metrics, *[list(reversed(group)) for group in lines])
 
 
-def own_words(lines: list[dict], nats: float) -> list[dict]:
-    """The same records with a second reply each, which is a model's own."""
+def own_words(lines: list[dict], nats: float, liked: int) -> list[dict]:
+    """The same records with a second reply each, which is a model's own; the first ones somebody liked."""
     columns = ("nll", "tokens", "correct")
     return [
         line
         | {
             "turns": [
                 {name: line[name] for name in columns} | {"reference": True, "bytes": 1},
-                {"nll": nats * TOKENS, "tokens": TOKENS, "correct": 10, "reference": False, "bytes": 1},
+                {"nll": nats * TOKENS, "tokens": TOKENS, "correct": 10, "reference": False, "bytes": 1}
+                | {"liked": index < liked},
             ]
         }
-        for line in lines
+        for index, line in enumerate(lines)
     ]
 
 
 def test_the_bias_of_a_models_own_words_is_shown_and_decides_nothing(metrics):
     base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
     plain = decide(metrics, base, candidate)
-    found = decide(metrics, own_words(base, 0.1), own_words(candidate, 5.0))
+    found = decide(metrics, own_words(base, 0.1, 20), own_words(candidate, 5.0, 20))
     assert found["verdict"] == plain["verdict"] == "PROMOTE"
     assert found["primary"] == plain["primary"]
-    assert found["provenance"]["left_out"] == 60
+    assert (found["provenance"]["left_out"], found["provenance"]["liked"]) == (60, 20)
     assert found["provenance"]["with_own_words"]["difference"] > 0
+    # Of the liked ones there are fewer: they bias less.
+    assert plain["primary"]["base"]["difference"] < found["provenance"]["with_liked"]["difference"]
+    assert found["provenance"]["with_liked"]["difference"] < found["provenance"]["with_own_words"]["difference"]
 
 
 def test_own_words_alone_are_inconclusive(metrics):
-    lines = [
-        {"contender": name, "id": "a", "cluster": "a", "turns": [{"reference": False}]}
-        for name in ("base", "candidate")
-    ]
-    assert decide(metrics, lines)["verdict"] == "INCONCLUSIVE"
+    turn = {"nll": 9.0, "tokens": 9, "correct": 5, "bytes": 40, "reference": False, "liked": True}
+    lines = [{"contender": name, "id": "a", "cluster": "a", "turns": [turn]} for name in ("base", "candidate")]
+    found = decide(metrics, lines)
+    assert found["verdict"] == "INCONCLUSIVE"
+    assert "write replies of your own" in found["reasons"][0]
+    assert found["provenance"] | {"with_liked": 0, "with_own_words": 0} == {
+        "references": 0, "left_out": 1, "liked": 1, "with_liked": 0, "with_own_words": 0
+    }  # fmt: skip
 
 
 def test_personal_data_in_a_generated_reply_holds(metrics):
@@ -282,13 +293,112 @@ def test_training_that_a_prompt_could_have_spared_is_held_and_the_cheaper_road_n
     assert "set chat.system_prompt" in found["reasons"][0]
 
 
-def test_a_road_that_is_behind_but_not_surely_is_noted_and_does_not_hold(metrics):
+@pytest.mark.parametrize("behind", [0.02, 0.0, -0.02])
+def test_a_prompting_baseline_that_may_do_as_well_is_noted_and_does_not_hold(metrics, behind):
     base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
     noise = np.random.default_rng(5).standard_normal(60)
-    near = [value + 0.02 + 0.3 * part for value, part in zip(spread(2.0), noise - noise.mean(), strict=True)]
+    near = [value + behind + 0.3 * part for value, part in zip(spread(2.0), noise - noise.mean(), strict=True)]
     found = decide(metrics, base, candidate, records("base_prompted", near))
     assert found["verdict"] == "PROMOTE"
     assert found["reasons"][-1].startswith("the base with another system prompt may do as well")
+
+
+def test_a_prompting_baseline_holds_only_where_a_gain_of_the_minimum_effect_is_ruled_out(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    noise = 0.005 * np.random.default_rng(5).standard_normal(60)
+    near = records("base_prompted", [value + 0.004 + part for value, part in zip(spread(2.0), noise, strict=True)])
+    found = decide(metrics, base, candidate, near)
+    low, high = sorted(-found["cheaper_roads"]["base_prompted"][end] for end in ("low", "high"))
+    assert low > 0
+    assert high < 0.01 * found["cheaper_roads"]["base_prompted"]["rival"]
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("do not train yet")
+    assert decide(metrics, base, candidate, near, minimum_effect=0.001)["verdict"] == "PROMOTE"
+
+
+def replied(lines: list[dict], predictions: list[str]) -> list[dict]:
+    """The records with replies; the reference is always the same."""
+    said = {"references": "The router is in the box.", "personal_data": [], "finished": True, "reply_tokens": 9}
+    return [line | said | {"predictions": text} for line, text in zip(lines, predictions, strict=True)]
+
+
+def test_chrf_that_surely_falls_and_replies_that_loop_are_among_the_reasons_whatever_the_verdict():
+    measured = [load_metric(name, MODULES) for name in ("perplexity", "token_accuracy", "chrf", "replies")]
+    alike = [f"The router is in the box{' and' * (index % 3)}." for index in range(60)]
+    unlike = [f"I do not know{' at all' * (index % 3)}." for index in range(45)]
+    loops = ["no no no no no no"] * 15
+    base = replied(records("base", spread(3.0)), alike)
+    for nats, verdict in ((2.0, "PROMOTE"), (3.0, "HOLD")):
+        found = decide(measured, base, replied(records("candidate", spread(nats, seed=1)), unlike + loops))
+        assert found["verdict"] == verdict
+        assert any(reason.startswith("surely worse: chrf") for reason in found["reasons"])
+        assert "25% of the candidate's 60 replies loop, 0% of the base's" in found["reasons"]
+    fewer = replied(records("candidate", spread(2.0, seed=1)), [*unlike, unlike[0], *loops[1:]])
+    assert not any("replies loop" in reason for reason in decide(measured, base, fewer)["reasons"])
+    same = replied(records("candidate", spread(2.0, seed=1)), alike)
+    assert not any("surely worse" in reason for reason in decide(measured, base, same)["reasons"])
+
+
+def unsure(lines: list[dict], noise: float, loss: float = 0.0) -> list[dict]:
+    """The records with token accuracies that differ from 0.5 by noise, and by a loss on average."""
+    drawn = np.random.default_rng(3).standard_normal(len(lines))
+    parts = noise * (drawn - drawn.mean()) - loss
+    return [line | {"correct": (0.5 + part) * TOKENS} for line, part in zip(lines, parts, strict=True)]
+
+
+def test_a_secondary_metric_is_a_requirement_only_where_it_can_be_told(metrics):
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    # Of 60 items with a deviation of 0.04 the standard error is 0.005, less than a third of 0.02.
+    sure = decide(metrics, base, unsure(candidate, 0.04))
+    assert sure["verdict"] == "PROMOTE"
+    assert sure["secondary"]["token_accuracy"]["base"]["requirement"]
+    assert sure["reasons"][1] == "not worse in token_accuracy"
+    # With a loss inside of the margin that is not surely inside, it holds.
+    assert decide(metrics, base, unsure(candidate, 0.04, 0.012))["verdict"] == "HOLD"
+    # With a deviation of 0.1 an unchanged model would be held by noise.
+    found = decide(metrics, base, unsure(candidate, 0.1))
+    assert found["verdict"] == "PROMOTE"
+    row = found["secondary"]["token_accuracy"]["base"]
+    assert (row["requirement"], row["non_inferior"]) == (False, False)
+    parts = np.random.default_rng(3).standard_normal(60)
+    assert row["standard_error"] == pytest.approx(0.1 * parts.std(ddof=1) / 60**0.5)
+    assert any(reason.startswith("token_accuracy is no requirement against the base yet: some ")
+               for reason in found["reasons"])  # fmt: skip
+    # With so many more, it is one.
+    more = 60 + row["items_missing"]
+    base, candidate = records("base", spread(3.0, more)), records("candidate", spread(2.0, more))
+    assert decide(metrics, base, unsure(candidate, 0.1))["secondary"]["token_accuracy"]["base"]["items_missing"] < 60
+    # A loss that surely exceeds the margin holds with any number.
+    base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
+    found = decide(metrics, base, unsure(candidate, 0.1, 0.06))
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("a loss of more than 0.02 is sure: token_accuracy")
+
+
+def test_a_champion_is_compared_with_on_more_conversations_than_the_base(metrics):
+    base, champion, candidate = (
+        records(name, spread(mean, 40)) for name, mean in (("base", 3.0), ("champion", 2.5), ("candidate", 2.0))
+    )
+    needed = {"minimum_conversations": 20, "minimum_against_champion": 50}
+    assert decide(metrics, base, candidate, **needed)["verdict"] == "PROMOTE"
+    found = decide(metrics, base, champion, candidate, **needed)
+    assert found["verdict"] == "INCONCLUSIVE"
+    assert found["reasons"][0].startswith("only 40 different conversations in the test split, 50 are needed to compare")
+
+
+def test_a_memory_gate_that_guards_nothing_says_so(metrics):
+    groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
+    found = compare(groups, metrics, SETTINGS, INTERVALS, memory=[])
+    assert found["verdict"] == "PROMOTE"
+    assert found["reasons"][-1].startswith("the memory gate guards nothing")
+    line = {"kind": "training", "id": "t", "nll": 30.0, "word_for_word": False}
+    lines = [line | {"contender": name} for name in ("base", "candidate")]
+    assert not any(
+        "guards" in reason for reason in compare(groups, metrics, SETTINGS, INTERVALS, memory=lines)["reasons"]
+    )
+    guessable = [line | {"nll": 3.0} for line in lines]
+    found = compare(groups, metrics, SETTINGS, INTERVALS, memory=guessable)
+    assert found["reasons"][-1].startswith("the memory gate guards nothing")
 
 
 def test_a_loss_by_quantising_that_is_not_ruled_out_holds(metrics):
@@ -313,21 +423,51 @@ def test_scores_of_another_suite_are_refused(metrics):
         decide(metrics, base, candidate)
 
 
-def test_goldens_that_do_not_exist_are_refused_and_those_nobody_knows_are_named(metrics):
+def prompt_lines(helps: dict[str, float], conversations: int = 60) -> list[dict]:
+    """Lines of prompt_help.jsonl: each contender's mean help of the prompt in nats, the same noise in all of them."""
+    noise = np.random.default_rng(3).standard_normal(conversations)
+    return [
+        {"contender": name, "id": f"c{index}", "cluster": f"c{index}", "own": 5.0, "others": [5.0 + help + 2 * part]}
+        for name, help in helps.items()
+        for index, part in enumerate(noise)
+    ]
+
+
+def test_a_candidate_whose_replies_fit_any_prompt_is_held_though_there_is_no_champion_and_it_gains(metrics):
     groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
 
-    def lines(known: bool) -> list[dict]:
-        return [
-            {"contender": name, "question": "facts-01", "known": known, "category": "facts"}
-            for name in ("base", "candidate")
-        ]
+    def decided(help: float, conversations: int = 60, **changes) -> dict:
+        lines = prompt_lines({"base": 10.0, "candidate": help}, conversations)
+        settings = SETTINGS.model_copy(update=changes)
+        return compare(groups, metrics, settings, INTERVALS, {"prompt_help": lines})
 
-    assert compare(groups, metrics, SETTINGS, INTERVALS, lines(known=True))["reasons"][-1].startswith("not worse in")
-    found = compare(groups, metrics, SETTINGS, INTERVALS, lines(known=False))
-    assert found["reasons"][-1].startswith("the goldens guard nothing")
-    wrong = SETTINGS.model_copy(update={"goldens": ["facts-99"]})
-    with pytest.raises(UserError, match="names facts-99: choose ids of general_items"):
-        compare(groups, metrics, wrong, INTERVALS, lines(known=True))
+    found = decided(3.0)
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].startswith("its replies fit their prompts less than the base's: prompt_help 2.97")
+    assert found["differences"]["base"]["prompt_help"]["difference"] == pytest.approx(-7.0)
+    assert decided(10.0)["verdict"] == "PROMOTE"
+    # Not surely short of 8 nats and not surely above: shown with enough conversations, a note with fewer.
+    assert decided(8.0)["verdict"] == "HOLD"
+    assert "not shown to fit" in decided(8.0)["reasons"][0]
+    few = decided(8.0, conversations=30)
+    assert few["verdict"] == "PROMOTE"
+    assert few["reasons"][-1].startswith("30 conversations, 50 are needed to show that replies fit prompts")
+    assert decided(3.0, conversations=30)["verdict"] == "HOLD"
+    off = decided(3.0, prompt_help=None)
+    assert off["verdict"] == "PROMOTE"
+    assert any("replies that ignore their prompts (evaluate.other" in reason for reason in off["reasons"])
+
+
+def test_a_guard_that_is_switched_off_is_named(metrics):
+    groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
+    found = compare(groups, metrics, SETTINGS, INTERVALS)
+    (note,) = (reason for reason in found["reasons"] if "not guarded against" in reason)
+    for parameter in ("evaluate.forgetting", "other_histories", "rivals.system_prompt", "rivals.examples"):
+        assert parameter in note
+    on = [*groups, *records("base_few_shot", spread(2.9))]
+    (note,) = (r for r in compare(on, metrics, SETTINGS, INTERVALS)["reasons"] if "not guarded against" in r)
+    assert "rivals.examples" not in note
+    assert "rivals.system_prompt" in note
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -336,9 +476,53 @@ def test_goldens_that_do_not_exist_are_refused_and_those_nobody_knows_are_named(
 def test_whole_clusters_are_drawn():
     drawn = Resampling.over(["a", "a", "b", "c", "c", "c"], 200, seed=0)
     assert drawn.clusters == 3
-    assert (drawn.weights[:, 0] == drawn.weights[:, 1]).all()
-    per_draw = drawn.weights[:, [0, 2, 3]].sum(axis=1)
-    assert (per_draw == 3).all()
+    assert (drawn.taken.sum(axis=1) == 3).all()
+    assert drawn.totals(np.ones((6, 1)))[:, 0].tolist() == [2, 1, 3]
+    assert (drawn.sums(np.ones((6, 1)))[:, 0] == drawn.taken @ [2, 1, 3]).all()
+
+
+def test_a_ratio_of_sums_has_the_error_of_its_linearised_clusters():
+    rng = np.random.default_rng(0)
+    clusters = [f"k{index // 3}" for index in range(90)]
+    ours, theirs = (rng.gamma(2.0, 1.0, (90, 2)) for _ in range(2))
+    theirs[:, 1] = ours[:, 1]
+    drawn = Resampling.over(clusters, 500, seed=0)
+    # A mean over clusters of equal size is the textbook's.
+    mean = ratio_estimate([np.column_stack([ours[:, 0], np.ones(90)])], drawn)
+    per_cluster = ours[:, 0].reshape(30, 3).mean(axis=1)
+    assert mean.value == pytest.approx(per_cluster.mean())
+    assert mean.error == pytest.approx(per_cluster.std(ddof=1) / 30**0.5)
+    # The difference of ratios with the same denominators is one ratio.
+    one = ratio_estimate([np.column_stack([ours[:, 0] - theirs[:, 0], ours[:, 1]])], drawn)
+    two = ratio_estimate([ours, theirs], drawn)
+    assert (two.value, two.error) == pytest.approx((one.value, one.error))
+    assert two.draws == pytest.approx(one.draws)
+
+
+def test_where_draws_have_no_spread_students_t_stands_in():
+    flat = np.zeros(30)
+    flat[0] = 1.0
+    drawn = Resampling.over([str(index) for index in range(30)], 500, seed=0)
+    found = ratio_estimate([np.column_stack([flat, np.ones(30)])], drawn)
+    bounds = found.interval(0.95)
+    assert bounds.high == pytest.approx(found.value + 2.045 * found.error, rel=1e-3)
+    assert found.p_not_below_zero(1) == pytest.approx(0.837, abs=0.005)  # t = 1 with 29 degrees of freedom
+    same = ratio_estimate([np.ones((30, 2))], drawn).interval(0.95)
+    assert (same.low, same.high) == (1.0, 1.0)
+
+
+def test_a_p_value_and_an_interval_say_the_same():
+    rng = np.random.default_rng(0)
+    drawn = Resampling.over([str(index) for index in range(40)], 999, seed=0)
+    seen = set()
+    for _ in range(200):
+        found = ratio_estimate([np.column_stack([rng.standard_exponential(40) - 1.4, np.ones(40)])], drawn)
+        surely = found.interval(0.95).high < 0
+        # Between two draws the one interpolates and the other counts.
+        assert found.p_not_below_zero(1) < 0.0265 if surely else found.p_not_below_zero(1) > 0.0235
+        assert found.p_not_below_zero(-1) > 0.4
+        seen.add(surely)
+    assert seen == {True, False}
 
 
 def test_an_interval_forgives_few_undefined_draws_and_no_more():
@@ -363,10 +547,25 @@ def test_holm_is_between_no_correction_and_bonferroni():
     assert share_at_most(np.array([1.0, 2.0, 3.0]), 0.5, clusters=10**6) == pytest.approx(0.25, abs=0.001)
 
 
-def test_mcnemar_is_exact():
-    assert mcnemar(0, 0) == 1
-    assert mcnemar(0, 5) == pytest.approx(2 / 32)
-    assert mcnemar(4, 4) == 1
+def test_a_clustered_mean_is_students_over_clusters():
+    values = np.random.default_rng(0).standard_normal(20)
+    found = clustered_mean(values, [str(index) for index in range(20)]).interval(0.95)
+    theirs = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.value, found.low, found.high) == pytest.approx((values.mean(), *theirs))
+    twice = clustered_mean([*values, *values], [str(index) for index in range(20)] * 2).interval(0.95)
+    assert (twice.low, twice.high) == pytest.approx((found.low, found.high))
+    assert np.isnan(clustered_mean([1.0, 2.0], ["a", "a"]).interval(0.95).low)
+    assert np.isnan(clustered_mean([1.0, np.nan], ["a", "b"]).interval(0.95).high)
+
+
+def test_a_clustered_mean_of_unequal_clusters_misses_no_more_than_stated():
+    rng = np.random.default_rng(8)
+    clusters = np.repeat(np.arange(40), rng.integers(1, 5, 40))
+    missed = 0
+    for _ in range(4000):
+        values = rng.standard_normal(40)[clusters] + rng.standard_normal(len(clusters))
+        missed += clustered_mean(values, clusters).interval(0.9).low > 0
+    assert 0.04 <= missed / 4000 <= 0.06
 
 
 # --- how often is the verdict wrong? ---------------------------------------------------------------------------------
@@ -381,7 +580,7 @@ def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, rivals
     near-duplicates do: standard deviations 0.5 between clusters and 0.3 within, in nats a token. `effect` is the true
     gain of the candidate on the base and on the champion, if there are two rivals.
     """
-    settings = SETTINGS.model_copy(update={"goldens": [], **changes})
+    settings = SETTINGS.model_copy(update=changes)
     intervals = INTERVALS.model_copy(update={"draws": 500})
     metrics = [load_metric(name, MODULES) for name in ("perplexity", "token_accuracy")]
     rng = np.random.default_rng(seed)
@@ -425,14 +624,23 @@ def test_a_planted_effect_is_found_with_the_stated_power():
     assert verdicts(0.50, 100, seed=6, rivals=2) >= 0.85
 
 
-def test_percentile_intervals_of_clusters_miss_no_more_than_stated():
-    """The interval alone, with many more runs than the whole verdict affords."""
+@pytest.mark.parametrize("clusters", [20, 60])
+def test_intervals_of_skewed_ratios_miss_no_more_than_stated_at_either_end(clusters):
+    """The interval alone, with many more runs than the whole verdict affords: a few conversations gain most."""
     rng = np.random.default_rng(7)
-    clusters = np.repeat(np.arange(60), 4)
-    drawn = Resampling.over(clusters, 1000, seed=7)
-    missed = 0
-    for _ in range(4000):
-        gain = 0.5 * rng.standard_normal(60)[clusters] + 0.3 * rng.standard_normal(240)
-        means = drawn.sums(np.column_stack([gain, np.ones(240)]))
-        missed += interval(gain.mean(), means[:, 0] / means[:, 1], 0.95, drawn.clusters).low > 0
-    assert missed / 4000 <= NOMINAL + 2 * 0.0025
+    runs, truth = 3000, np.exp(0.5)
+    drawn = Resampling.over([str(index) for index in range(clusters)], 1000, seed=7)
+    missed, percentile = np.zeros(2), np.zeros(2)
+    for _ in range(runs):
+        tokens = rng.gamma(2.0, 10.0, clusters)
+        gain = tokens * np.exp(rng.standard_normal(clusters))
+        found = ratio_estimate([np.column_stack([gain, tokens])], drawn)
+        means = drawn.sums(np.column_stack([gain, tokens]))
+        for count, bounds in (
+            (missed, found.interval(0.95)),
+            (percentile, interval(found.value, means[:, 0] / means[:, 1], 0.95, clusters)),
+        ):
+            count += bounds.low > truth, bounds.high < truth
+    # Skew this strong costs the bootstrap-t some of its upper end; the lower one, which promotes, is as stated.
+    assert missed[0] / runs <= NOMINAL + 3 * 0.0029
+    assert missed[1] < 0.7 * percentile[1]

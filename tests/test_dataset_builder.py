@@ -227,7 +227,7 @@ def test_the_author_of_a_reply_stays_known():
     judged["messages"][1]["model"] = "whetstone:3"
     messages = DatasetBuilder().build([judged], {}).splits["train"][0].messages
     assert messages[1] == {"role": "assistant", "content": "liked", "model": "whetstone:3", "rating": 1}
-    assert messages[7] == {"role": "assistant", "content": "right", "edited": True, "rating": -1}
+    assert messages[7] == {"role": "assistant", "content": "right", "edited": True, "person": True, "rating": -1}
 
 
 def test_held_out_splits_do_not_change_with_what_is_trained_on():

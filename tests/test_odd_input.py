@@ -27,9 +27,12 @@ COMPARE = CompareSettings(
     primary="perplexity",
     minimum_effect=0.01,
     minimum_conversations=2,
+    minimum_against_champion=2,
     secondary={"token_accuracy": 0.02, "rougeL": 0.03},
     quantisation_tolerance=0.05,
-    goldens=[],
+    golden_lead=4.0,
+    text_tolerance=0.05,
+    prompt_help=0.8,
 )
 
 

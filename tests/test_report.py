@@ -9,7 +9,7 @@ from fine_tuning.commands import summary
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.comparison import CompareSettings, compare
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.measurements import summarise
+from fine_tuning.evaluation.measurements import guard_metrics, summarise
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.report import Findings, write_report
 from fine_tuning.evaluation.scoring import Reply
@@ -23,9 +23,12 @@ COMPARE = CompareSettings(
     primary="perplexity",
     minimum_effect=0.01,
     minimum_conversations=5,
+    minimum_against_champion=5,
     secondary={"token_accuracy": 0.02},
     quantisation_tolerance=0.05,
-    goldens=[],
+    golden_lead=4.0,
+    text_tolerance=0.05,
+    prompt_help=0.8,
 )
 EVIL = "<script>alert(1)</script> & ```"
 
@@ -78,9 +81,18 @@ def result():
     records = [line("base", i, 3 + i / 10) for i in range(12)] + [line("candidate", i, 2 + i / 20) for i in range(12)]
     records += [line("candidate_quantised", i, 2.01 + i / 20) for i in range(4)]
     metrics = [load_metric(name, MODULES) for name in SETTINGS.metrics]
-    comparison = compare(records, metrics, COMPARE, INTERVALS) | {"adapter_sha256": "ab" * 32}
+    guarded = {"general": [], "general_text": [], "prompt_help": []}
+    for name, gain in (("base", 0.0), ("candidate", 1.0)):
+        for index in range(12):
+            common = {"contender": name, "id": f"x{index}"}
+            guarded["general"].append(common | {"right": 5.0, "wrong": 9.0 + index + gain})
+            guarded["general_text"].append(common | {"nats": 80.0 + index - gain, "bytes": 100})
+            guarded["prompt_help"].append(common | {"own": 9.0, "others": [19.0 + gain, 18.0 + gain]})
+    comparison = compare(records, metrics, COMPARE, INTERVALS, guarded) | {"adapter_sha256": "ab" * 32}
     names = ("base", "candidate", "candidate_quantised")
     evaluation = {n: summarise([x for x in records if x["contender"] == n], metrics, INTERVALS) for n in names}
+    for name, row in guard_metrics(guarded, 0.95).items():
+        evaluation[name] |= row
     evaluation["suite"] = {"sha256": "cd" * 32, "conversations": 12, "clusters": 12}
     return records, comparison, evaluation
 
@@ -117,6 +129,12 @@ def test_the_report_shows_intervals_slices_quantisation_and_examples(page):
     assert page.count("<circle") >= 10
 
 
+def test_the_report_shows_what_was_kept_of_general_knowledge_and_whether_replies_fit(page):
+    assert "of 11 golden ones lost 0" in page
+    assert "general text, nats a byte against the base: 0.845 against 0.855" in page
+    assert "10.5 against 7.6, 2.9 [2.9, 2.9], 12 different" in page
+
+
 def test_the_page_side_by_side_keeps_replies_as_they_are():
     answers = {"base": [Reply("```\n# heading", 3, True)], "candidate": [Reply("", 0, False)]}
     found = side_by_side(["Why\nso?"], answers)
@@ -136,6 +154,7 @@ def test_the_summary_says_verdict_reasons_modelfile_and_what_to_type(result, tmp
     printed = capsys.readouterr().out
     for words in ("perplexity *", "rougeL", "Verdict: PROMOTE", "models/package/Modelfile", "make promote"):
         assert words in printed
+    assert printed.index("perplexity") < printed.index("prompt_help") < printed.index("general_text")
     assert printed.index("perplexity") < printed.index("bleu") < printed.index("self_ended")
     assert "report.html" not in printed  # a clone has the numbers before it has the page
     (tmp_path / "metrics/report.html").touch()

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-BASE = Path("models/base")
+BASE, CHAMPION = Path("models/base"), Path("models/champion.json")
 TRAIN = Path("data/prepared/train.parquet")
 VALIDATION = Path("data/prepared/validation.parquet")
 CURVE = Path("metrics/learning_curve.json")
@@ -29,6 +29,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     fractions = parse_fractions(arguments.fractions)
 
     from fine_tuning.data_preparation.tokenizer import load_tokenizer
+    from fine_tuning.evaluation.contenders import ProjectName, check_references
     from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
     from fine_tuning.evaluation.items import read_items, suite_sha256
     from fine_tuning.evaluation.memo import Memo
@@ -43,6 +44,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
 
     evaluate = read_params("evaluate", EvaluateSettings)
     settings = read_params("train", TrainSettings).model_copy(update={"start_from": None, "launch": "single"})
+    check_references(evaluate.references, BASE, CHAMPION, read_params("deploy", ProjectName).name)
     base, tokenizer = read_base_card(BASE), load_tokenizer(BASE)
     items = read_items(VALIDATION, tokenizer, evaluate.references)
     rows, validation = read_rows(TRAIN), read_rows(VALIDATION)

@@ -11,7 +11,10 @@ EVALUATION = Path("metrics/evaluation.json")
 COMPARISON = Path("metrics/comparison.json")
 MODELFILE = Path("models/package/Modelfile")
 PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
-ORDER = ("perplexity", "nll_per_byte", "token_accuracy", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "exact_match")
+ORDER = (
+    "perplexity", "nll_per_byte", "token_accuracy", "prompt_help", "general_knowledge", "general_text", "bleu", "chrf",
+    "rouge1", "rouge2", "rougeL", "exact_match",
+)  # fmt: skip
 COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
 

@@ -176,7 +176,7 @@ def _exchange(record: dict, name: str) -> Found:
     found = _flat(name, record, record["user_message"], record["assistant_response"])
     reply = {key: value for key, value in known["messages"][1].items() if key not in ("id", "at")}
     found.messages[-1] = reply | {key: value for key, value in found.messages[-1].items() if key == "model"}
-    found.metadata = known["metadata"]
+    found.metadata, found.source = known["metadata"], known["source"]
     if str(record.get("rating")) in ("1", "-1"):
         found.feedback = [{"index": len(found.messages) - 1, "rating": int(record["rating"])}]
     return found
@@ -291,7 +291,8 @@ def _chatgpt(record: dict) -> Found:
             model = metadata.get("model_slug") if role == "assistant" else None
             messages.append({"role": role, "content": text, "model": model, "at": said.get("create_time")})
     identity = record.get("conversation_id") or record.get("id")
-    return Found("chatgpt", messages, f"chatgpt-{identity}" if identity else None, None, record.get("create_time"))
+    name = f"chatgpt-{identity}" if identity else None
+    return Found("chatgpt", messages, name, "chatgpt", record.get("create_time"))
 
 
 def _open_webui(record: dict) -> Found:
@@ -318,7 +319,7 @@ def _open_webui(record: dict) -> Found:
     identity = record.get("id") or chat.get("id")
     started = record.get("created_at") or chat.get("timestamp")
     name = f"open-webui-{identity}" if identity else None
-    return Found("open-webui", messages, name, None, started, feedback=feedback)
+    return Found("open-webui", messages, name, "open-webui", started, feedback=feedback)
 
 
 def _of_csv(rows: list[dict]) -> Found:

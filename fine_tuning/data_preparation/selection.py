@@ -3,6 +3,7 @@
 from typing import Literal
 
 from fine_tuning.data_collection.conversation import as_conversation, can_be_id, is_exchange, is_feedback
+from fine_tuning.data_preparation.authorship import is_by_a_person
 from fine_tuning.data_preparation.tokenizer import ROLES
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
@@ -70,8 +71,9 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
     """The messages to render and which of them are trained; None where nothing is.
 
     Edits stand in place of replies; replies that were broken off are context only. Messages after the last trained
-    reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true` for a person's words,
-    its `rating` and `"incomplete": true`, so that evaluation knows which replies are labelled and whose they are.
+    reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true`, its `rating`,
+    `"incomplete": true`, and `"person": true` where a person wrote it, so that evaluation knows which replies are
+    labelled and whose they are.
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
@@ -89,7 +91,7 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
 
     messages, trained = [], []
     asked, end = False, 0
-    for message in conversation["messages"]:
+    for index, message in enumerate(conversation["messages"]):
         role = message["role"]
         kept = {"role": role, "content": message["content"]}
         messages.append(kept)
@@ -105,6 +107,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
                 kept["model"] = model
             if edited:
                 kept |= {"content": edited, "edited": True}
+            if is_by_a_person(conversation, index, edited):
+                kept["person"] = True
             if rating:
                 kept["rating"] = rating
             if incomplete:

@@ -1,8 +1,10 @@
 """Is the candidate better? Paired differences on the same items, and a verdict with its reasons.
 
-PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, no secondary
-               metric is shown to be lost, quantising costs little, and no cheaper road does as well; against a champion
-               with another tokenizer the likelihood a byte decides instead of metrics that count tokens
+PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, a loss in
+               secondary metrics is ruled out where there are items enough, quantising costs little, no prompting
+               baseline surely does as well, general knowledge is kept and replies fit their prompts (guards.py);
+               against a champion with another tokenizer the likelihood a byte decides instead of metrics that count
+               tokens
 INCONCLUSIVE   too few conversations to tell
 HOLD           anything else: a leak and a number that is none however few the conversations
 """
@@ -21,15 +23,15 @@ from fine_tuning.evaluation.differences import (
     differences,
     gain_bounds,
     non_inferiority,
-    relative,
     shortfall,
+    surely_lost,
     told,
 )
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.forgetting import forgotten, unguarded
-from fine_tuning.evaluation.measurements import Metrics, likelihood_columns
-from fine_tuning.evaluation.memory import kept
-from fine_tuning.evaluation.metrics import REPLY_COLUMNS
+from fine_tuning.evaluation.guards import guard, guard_differences
+from fine_tuning.evaluation.measurements import Files, Metrics, likelihood_columns
+from fine_tuning.evaluation.memory import kept, untested
+from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, REPLY_COLUMNS
 from fine_tuning.evaluation.privacy import leaks
 from fine_tuning.evaluation.rivals import PROMPTED, SHOWN
 from fine_tuning.evaluation.scoring import finite
@@ -41,6 +43,7 @@ ROADS = {
     PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.rivals"),
     SHOWN: ("the base with examples from training conversations", "put the likest conversations into the prompt"),
 }
+LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a rival counts others
 
 
@@ -50,9 +53,16 @@ class CompareSettings(Settings):
     primary: str
     minimum_effect: float = Field(ge=0)
     minimum_conversations: int = Field(ge=2)
+    minimum_against_champion: int = Field(ge=2)
     secondary: dict[str, float]
     quantisation_tolerance: float = Field(ge=0)
-    goldens: list[str]
+    golden_lead: float = Field(ge=0)
+    text_tolerance: float = Field(ge=0)
+    prompt_help: float | None = Field(ge=0, le=1)
+
+    def needed(self, rival: str) -> int:
+        """How many different conversations a verdict against this rival needs."""
+        return self.minimum_against_champion if rival == "champion" else self.minimum_conversations
 
 
 def compare(
@@ -60,30 +70,34 @@ def compare(
     metrics: Metrics,
     settings: CompareSettings,
     intervals: IntervalSettings,
-    general: Sequence[dict[str, Any]] = (),
+    guarded: Files | None = None,
     answers: Sequence[dict[str, Any]] = (),
-    memory: Sequence[dict[str, Any]] = (),
+    memory: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The content of metrics/comparison.json but for the identities of candidate and suite.
 
     Args:
         records: lines of items.jsonl, all contenders.
-        general: lines of general.jsonl, the suite against forgetting.
+        guarded: lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem.
         answers: lines of prompts.jsonl, the answers to the test prompts.
-        memory: lines of memory.jsonl, what was kept of the training data.
+        memory: lines of memory.jsonl, what was kept of the training data; None: of no concern here.
 
     Raises:
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
     """
     check_same_suite(records)
-    forgetting, lost = forgotten(general, settings.goldens)
+    files = {"general": (), "general_text": (), "prompt_help": ()} | (guarded or {})
+    tables, lost, doubts = guard(
+        files, settings.golden_lead, settings.text_tolerance, settings.prompt_help or 0, intervals.confidence
+    )
     privacy, leaked = leaks(records, answers)
-    remembered, memorised = kept(memory)
-    common = {"forgetting": forgetting, "privacy": privacy, "memory": remembered}
+    remembered, memorised = kept(memory or ())
+    common = tables | {"privacy": privacy, "memory": remembered}
     if not any("nll" in line for line in records):
-        return no_references(settings, records, leaked + memorised) | common
+        return no_references(settings, records, metrics, intervals, leaked + memorised) | common
     present = {line["contender"] for line in records}
     pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
+    others = guard_differences(files, pairs, intervals.confidence)
     deciding = {
         rival: settings.primary if settings.primary in found else ANY_TOKENIZER for rival, found in pairs.items()
     }
@@ -102,30 +116,34 @@ def compare(
     ]  # reasons not to promote
     for difference in primary:
         against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
-    secondary, inferior = non_inferiority(pairs, settings.secondary, 1 - intervals.confidence)
+    secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
+    notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
+    notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
-    roads, cheaper, notes = cheaper_roads(records, metrics, intervals, settings.primary)
-    notes += other_tokenizers(pairs, deciding, settings)
-    notes += [note] if (note := unguarded(forgetting, settings.goldens)) else []
+    roads, cheaper, behind = cheaper_roads(records, metrics, intervals, settings)
+    notes += behind + other_tokenizers(pairs, deciding, settings)
+    notes += untested(remembered) if memory is not None else []
+    notes = [*switched_off(present, tables), *notes, *doubts]
 
     clusters = min(difference.clusters for difference in primary)
+    few = [
+        f"only {difference.clusters} different conversations in the test split, {needed} are needed to compare with "
+        f"the {difference.rival}: collect more"
+        for difference in primary
+        if difference.clusters < (needed := settings.needed(difference.rival))
+    ]
     standing = leaked + memorised + lost + coarse  # they hold whatever the number of conversations
     undefined = any(not np.isfinite(difference.value) for difference in primary)
     if undefined or leaked or memorised:
         verdict, reasons = "HOLD", against + inferior + standing + cheaper
-    elif clusters < settings.minimum_conversations:
-        verdict = "INCONCLUSIVE"
-        reasons = [
-            f"only {clusters} different conversations in the test split, {settings.minimum_conversations} are needed "
-            "to tell: collect more",
-            *standing,
-        ]
+    elif few:
+        verdict, reasons = "INCONCLUSIVE", few + standing
     elif reasons := against + inferior + standing + cheaper:
         verdict = "HOLD"
     else:
         verdict, reasons = "PROMOTE", [told(difference) for difference in primary]
-        if settings.secondary:
-            reasons.append(f"not worse in {', '.join(settings.secondary)}")
+        if shown := [name for name, row in secondary.items() if all(one["non_inferior"] for one in row.values())]:
+            reasons.append(f"not worse in {', '.join(shown)}")
     return {
         "verdict": verdict,
         "reasons": reasons + notes,
@@ -133,7 +151,8 @@ def compare(
         | {difference.rival: {"metric": difference.metric} | difference.as_json() for difference in primary},
         "secondary": secondary,
         "differences": {
-            rival: {name: difference.as_json() for name, difference in found.items()} for rival, found in pairs.items()
+            rival: {name: difference.as_json() for name, difference in found.items()} | others[rival]
+            for rival, found in pairs.items()
         },
         "other_tokens": [rival for rival, found in pairs.items() if pairs["base"].keys() - found.keys()],
         "quantisation": quantisation,
@@ -145,11 +164,13 @@ def compare(
     }
 
 
-def no_references(settings: CompareSettings, records: Records, leaked: list[str]) -> dict[str, Any]:
+def no_references(
+    settings: CompareSettings, records: Records, metrics: Metrics, intervals: IntervalSettings, leaked: list[str]
+) -> dict[str, Any]:
     """The verdict on a test split that holds nothing but models' own words."""
     reason = (
-        "every reply in the test split is a model's own word and proves nothing: rate or edit replies in the app, "
-        "import conversations, or name models that are worth learning from in evaluate.references"
+        "every reply in the test split is a model's own word and proves nothing: write replies of your own in place of "
+        "the model's in the app, import what people wrote, or name models worth learning from in evaluate.references"
     )
     return {
         "verdict": "HOLD" if leaked else "INCONCLUSIVE",
@@ -160,48 +181,79 @@ def no_references(settings: CompareSettings, records: Records, leaked: list[str]
         "other_tokens": [],
         "quantisation": {},
         "cheaper_roads": {},
-        "provenance": {"references": 0, "left_out": len({line["id"] for line in records})},
+        "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": 0,
         "clusters": 0,
     }
 
 
 def cheaper_roads(
-    records: Records, metrics: Metrics, intervals: IntervalSettings, primary: str
+    records: Records, metrics: Metrics, intervals: IntervalSettings, settings: CompareSettings
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """What the base does without training: numbers, reasons to hold, and notes.
 
-    A road that does as well as the candidate holds it: nobody should keep an adapter for what a prompt does. One that
-    is behind, but not surely, is noted.
+    A prompting baseline holds the candidate where it surely does as well, that is where a gain of the minimum effect is
+    ruled out: nobody should keep an adapter for what a prompt does. One that may do as well is noted.
     """
     present = {line["contender"] for line in records}
     table, reasons, notes = {}, [], []
     for rival, (name, how) in ROADS.items():
         found = differences(records, metrics, rival, intervals) if rival in present else {}
-        if primary not in found:
+        if settings.primary not in found:
             continue
-        difference = found[primary]
+        difference = found[settings.primary]
         table[rival] = {"what": name} | difference.as_json()
-        if not difference.better * difference.value > 0:  # no number is no gain either
+        (low, high), needed = gain_bounds(difference), settings.minimum_effect * abs(difference.rival_value)
+        if high < needed:
             reasons.append(f"do not train yet, {name} does as well: {told(difference, name)}; {how}")
-        elif gain_bounds(difference)[0] <= 0:
-            notes.append(f"{name} may do as well: {told(difference, name)}; try the cheaper road, {how}")
+        elif not low > needed:
+            notes.append(f"{name} may do as well: {told(difference, name)}; try it: {how}")
     return table, reasons, notes
 
 
+def looping(pairs: Mapping[str, Mapping[str, Difference]]) -> list[str]:
+    """A note where a quarter of the candidate's replies or more repeat themselves without end."""
+    found = pairs["base"].get("loops")
+    if found is None or not found.candidate_value >= LOOPING:
+        return []
+    base = f"{found.rival_value:.0%} of the base's"
+    return [f"{found.candidate_value:.0%} of the candidate's {found.n} replies loop, {base}"]
+
+
+def switched_off(present: set[str], tables: Mapping[str, Any]) -> list[str]:
+    """One note that names the guards without records, and the parameters that switch them on."""
+    guards = {
+        "forgetting (evaluate.forgetting)": tables["forgetting"] and tables["general_text"],
+        "replies that ignore their prompts (evaluate.other_histories, compare.prompt_help)": tables["prompt_help"],
+        "a system prompt that does as well (evaluate.rivals.system_prompt)": PROMPTED in present,
+        "examples that do as well (evaluate.rivals.examples)": SHOWN in present,
+    }
+    off = [name for name, measured in guards.items() if not measured]
+    return [f"switched off or without records, not guarded against: {', '.join(off)}"] if off else []
+
+
 def provenance(records: Records, metrics: Metrics, primary: str, intervals: IntervalSettings) -> dict[str, Any]:
-    """How many replies are references, how many are own words of models, and what counting those would show."""
+    """How many replies are references, how many are models' own words, and what counting all or the liked would show.
+
+    Whoever likes the replies of one of two equal models would make it surely better: liked replies are shown apart.
+    """
     turns = [turn for line in records if line["contender"] == CANDIDATE for turn in line["turns"]]
     left_out = [turn for turn in turns if not turn["reference"]]
-    found: dict[str, Any] = {"references": len(turns) - len(left_out), "left_out": len(left_out)}
-    if left_out:
-        everything = [
-            {key: value for key, value in line.items() if key not in REPLY_COLUMNS} | likelihood_columns(line["turns"])
+    liked = sum(turn.get("liked", False) for turn in left_out)
+    found: dict[str, Any] = {"references": len(turns) - len(left_out), "left_out": len(left_out), "liked": liked}
+    for name, wanted in (("with_own_words", len(left_out)), ("with_liked", liked)):
+        if not wanted:
+            continue
+        counted = [
+            {key: value for key, value in line.items() if key not in (*REPLY_COLUMNS, *LIKELIHOOD_COLUMNS)}
+            | likelihood_columns(
+                [t for t in line["turns"] if t["reference"] or t.get("liked") or name == "with_own_words"]
+            )
             for line in records
         ]
-        biased = differences(everything, metrics, "base", intervals)
+        biased = differences(counted, metrics, "base", intervals)
         if primary in biased:
-            found["with_own_words"] = biased[primary].as_json()
+            found[name] = biased[primary].as_json()
     return found
 
 
@@ -263,20 +315,23 @@ def quantising_loss(
     found = differences(records, metrics, CANDIDATE, intervals, candidate=QUANTISED)
     if "perplexity" not in found:
         return {}, []
-    share = relative(found["perplexity"], intervals.confidence)
+    perplexity = found["perplexity"]
+    value, low, high = (
+        np.divide(x, perplexity.rival_value) for x in (perplexity.value, perplexity.low, perplexity.high)
+    )
     tolerance, reasons = settings.quantisation_tolerance, []
-    if not share.value <= tolerance:  # NaN is too much as well
+    if not value <= tolerance:  # NaN is too much as well
         reasons = [
-            f"quantising costs {share.value:.1%} of perplexity, more than {tolerance:.1%}: choose a finer "
+            f"quantising costs {value:.1%} of perplexity, more than {tolerance:.1%}: choose a finer "
             "package.quantisation"
         ]
-    elif not share.high <= tolerance:
+    elif not high <= tolerance:
         reasons = [
-            f"quantising may cost more than {tolerance:.1%} of perplexity ({share.low:+.1%} to {share.high:+.1%}): "
+            f"quantising may cost more than {tolerance:.1%} of perplexity ({low:+.1%} to {high:+.1%}): "
             "raise evaluate.quantised_items, or choose a finer package.quantisation"
         ]
     return {name: difference.as_json() for name, difference in found.items()} | {
-        "perplexity_lost": finite(share.value),
-        "low": finite(share.low),
-        "high": finite(share.high),
+        "perplexity_lost": finite(value),
+        "low": finite(low),
+        "high": finite(high),
     }, reasons

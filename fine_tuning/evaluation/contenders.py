@@ -1,13 +1,22 @@
 """The models that are compared: where they lie and what they are."""
 
 import hashlib
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ConfigDict
 
 from fine_tuning.errors import UserError
 from fine_tuning.project import main_checkout, sha256_file
 from fine_tuning.records import read_json
+from fine_tuning.settings import Settings
+from fine_tuning.training.base_model import locate_base
+
+# Parts of a model's name that say how it is stored or tuned and not which one it is.
+_VARIANT = re.compile(r"(?:^|(?<=[^a-z0-9]))(?:i?q\d\w*|b?f(?:16|32)|fp16|gguf|latest|instruct|chat|it)(?![a-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -58,18 +67,57 @@ def find_champion(record: Path) -> Contender | None:
     return found
 
 
-def refuse_own_words(references: Sequence[str], base: Path, record: Path) -> None:
-    """See that no author of references is base or champion themselves, by the names that the app logs them under.
+class ProjectName(Settings):
+    """Of section `deploy`, what this project's models are called."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+
+
+def check_references(references: Sequence[str], base: Path, record: Path, name: str) -> None:
+    """See that authors of references are people, or models that are neither compared nor made here.
+
+    Args:
+        base: folder of the base, whose base.json says what it is.
+        record: models/champion.json.
+        name: `deploy.name`, under which this project's versions are registered and deployed.
 
     Raises:
-        UserError: one is.
+        UserError: one is not.
     """
-    card, champion = base / "base.json", read_json(record)
-    own = {str(read_json(card).get("model"))} if card.is_file() else set()
-    if champion.get("version") is not None:
-        own |= {f"{champion.get('name')}:{champion['version']}", f"{champion.get('name')}:live"}
-    if named := sorted(own & set(references)):
+    if old := [author for author in references if author in ("liked", "edited", "imported")]:
         raise UserError(
-            f"evaluate.references names {', '.join(named)}, which is itself compared, and its own words favour it: "
-            "take it out in params.yaml"
+            f"evaluate.references names {', '.join(old)}, which say no longer who wrote a reply: write [person] in "
+            "params.yaml, and beside it the names of models that are worth learning from"
         )
+    card, champion = (read_json(path) if path.is_file() else {} for path in (base / "base.json", record))
+    families, bases = {name, champion.get("name")}, _base_names(str(card.get("model")))
+    own = [
+        author
+        for author in references
+        # name:3 and name:live, a registry's models:/name/3, the files that the app runs
+        if families & set(re.split("[:/@]", author))
+        or author.startswith("models/")
+        or any(_words(author) and _words(base)[: len(_words(author))] == _words(author) for base in bases)
+    ]
+    if own:
+        raise UserError(
+            f"evaluate.references names {', '.join(own)}, which is itself compared or was made here, and its own words "
+            "favour it: take it out in params.yaml"
+        )
+
+
+def _base_names(model: str) -> list[str]:
+    """What a base may be called: `base.model`, and the file that its package carries."""
+    names = [model]
+    if model.startswith("package:"):
+        with suppress(UserError):
+            names.append(str(locate_base(model, None).gguf_file))
+    return names
+
+
+def _words(model: str) -> list[str]:
+    """Words and numbers of a model's name that tell models apart: SmolLM2-135M-Instruct is Ollama's smollm2:135m."""
+    name = Path(model.removeprefix("package:").lower()).name
+    return re.findall(r"[a-z]+|\d+(?:\.\d+)?", _VARIANT.sub(" ", name))

@@ -34,6 +34,7 @@ class EvaluateSettings(Settings):
     quantised_items: int = Field(ge=0)
     rivals: RivalSettings
     forgetting: bool
+    other_histories: int = Field(ge=0)
     memory: MemorySettings
     interval: IntervalSettings
     test_prompts: list[str]

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt
 from fine_tuning.evaluation.contenders import Contender
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-from fine_tuning.evaluation.forgetting import general_items, knowledge
+from fine_tuning.evaluation.forgetting import general_items, knowledge, reading, text_items
+from fine_tuning.evaluation.histories import prompt_lines, swapped_histories
 from fine_tuning.evaluation.items import Item, sample, suite_sha256
 from fine_tuning.evaluation.llama_engine import LlamaEngine
 from fine_tuning.evaluation.measurements import describe
@@ -85,12 +86,19 @@ class Evaluator:
             records.append(line)
         return records, answers[len(asked) :]
 
-    def knowledge(self, contender: Contender) -> list[dict[str, Any]]:
-        """What the contender knows of the general questions: lines of general.jsonl, none if they are not asked."""
-        if not self.settings.forgetting:
-            return []
-        items = general_items(self.tokenizer, self.chat.system_prompt, self.chat.max_length)
-        return knowledge(contender.name, items, self.score(contender, items, "general knowledge"))
+    def guard_lines(self, contender: Contender) -> dict[str, list[dict[str, Any]]]:
+        """Lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem; none of what is switched off."""
+        name, found = contender.name, {"general": [], "general_text": [], "prompt_help": []}
+        if self.settings.forgetting:
+            items = general_items(self.tokenizer, self.chat.system_prompt, self.chat.max_length)
+            found["general"] = knowledge(name, items, self.score(contender, items, "general knowledge"))
+            items = text_items(self.tokenizer)
+            found["general_text"] = reading(name, items, self.score(contender, items, "general text"))
+        count, longest = self.settings.other_histories, 2 * self.chat.max_length
+        swaps = swapped_histories(self.items, count, self.tokenizer, longest)
+        items = [item for swap in swaps for item in swap.variants]
+        found["prompt_help"] = prompt_lines(name, swaps, self.score(contender, items, "other histories"))
+        return found
 
     def score_rivals(self, base: Contender, train: Path) -> list[dict[str, Any]]:
         """Records of the base with another system prompt, and with examples out of the prepared split `train`."""

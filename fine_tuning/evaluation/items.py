@@ -1,6 +1,7 @@
 """The frozen suite: held-out conversations as the models see them, and who wrote their replies."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ from fine_tuning.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ENDORSED = ("edited", "liked", "imported")  # authors that are people
+PERSON = "person"  # author of what no model wrote
+EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
+UNKNOWN = "unknown"  # author of what a model wrote that nobody named
 SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
 COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 
@@ -23,9 +26,9 @@ COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 class Item:
     """A held-out conversation. `runs` are the ranges [start, end) of its replies in `input_ids`.
 
-    `authors` says who wrote each reply: "edited" and "liked" are a person's choice, "imported" came without a model's
-    name, anything else is the name of the model whose own words they are. Likelihood and overlap with a model's own
-    words favour that model and its descendants, so they are references only where `endorsed` names that model.
+    `authors` says who wrote each reply: PERSON, the name of a model, EDITED or UNKNOWN. Likelihood and overlap with a
+    model's own words favour that model and its descendants, whether or not somebody liked them: a reply is a reference
+    only where `endorsed` names its author.
     """
 
     id: str
@@ -37,7 +40,7 @@ class Item:
     runs: list[tuple[int, int]]
     authors: list[str]
     texts: list[str]
-    endorsed: tuple[str, ...] = ENDORSED
+    endorsed: tuple[str, ...] = (PERSON,)
 
     @property
     def references(self) -> list[int]:
@@ -45,17 +48,23 @@ class Item:
         return [index for index, author in enumerate(self.authors) if author in self.endorsed]
 
     @property
-    def question(self) -> str:
-        """The user's last message before the reply that models are asked for, else the first one."""
+    def liked(self) -> list[bool]:
+        """Whether somebody liked each reply as its author wrote it."""
+        replies = labelled_replies(self.messages, len(self.runs))
+        liked = [reply.get("rating", 0) > 0 and not reply.get("edited") for reply in replies]
+        return [*[False] * (len(self.runs) - len(liked)), *liked]
+
+    @property
+    def history(self) -> list[dict]:
+        """The messages before the reply that models are asked for, else before the first one."""
         replies = labelled_replies(self.messages, len(self.runs))
         answer = replies[self.asked or 0] if replies else None
-        said = ""
-        for message in self.messages:
-            if message is answer:
-                break
-            if message["role"] == "user":
-                said = message["content"]
-        return said
+        return list(itertools.takewhile(lambda message: message is not answer, self.messages))
+
+    @property
+    def question(self) -> str:
+        """The last message of a user in the history."""
+        return next((message["content"] for message in reversed(self.history) if message["role"] == "user"), "")
 
     @property
     def asked(self) -> int | None:
@@ -67,7 +76,7 @@ class Item:
         return self.input_ids[: self.runs[reply][0]]
 
 
-def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = ENDORSED) -> list[Item]:
+def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,)) -> list[Item]:
     """Conversations of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
 
     Raises:
@@ -138,11 +147,9 @@ def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
     """Authors of the last `count` replies that preparation labelled."""
     authors = []
     for message in labelled_replies(messages, count):
-        if message.get("edited"):
-            authors.append("edited")
-        else:
-            authors.append("liked" if message.get("rating", 0) > 0 else message.get("model") or "imported")
-    return [*["imported"] * (count - len(authors)), *authors]
+        model = EDITED if message.get("edited") else message.get("model") or UNKNOWN
+        authors.append(PERSON if message.get("person") else model)
+    return [*[UNKNOWN] * (count - len(authors)), *authors]
 
 
 def labelled_replies(messages: Sequence[dict], count: int) -> list[dict]:
@@ -166,6 +173,24 @@ def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((position, position + 1))
     return runs
+
+
+def content_only(item: Item, reply: int, closing: Sequence[int]) -> Item:
+    """The item up to the end of one reply, of which only the content is scored and not the tokens that end the turn.
+
+    How a model ends its turn is not what it says: without this, whoever writes short answers is rewarded for them.
+
+    Args:
+        closing: token ids that end a turn, see `end_of_turn_ids`.
+    """
+    start, end = item.runs[reply]
+    while end > start + 1 and item.input_ids[end - 1] in closing:
+        end -= 1
+    ids = item.input_ids[:end]
+    return replace(
+        item, input_ids=ids, labels=[NOT_TRAINED] * start + ids[start:], runs=[(start, end)],
+        authors=[item.authors[reply]], texts=[item.texts[reply]],
+    )  # fmt: skip
 
 
 def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") -> str:

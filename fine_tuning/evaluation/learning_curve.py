@@ -77,7 +77,7 @@ def measure(
         UserError: the validation split holds no reference to compare with.
     """
     if not any(item.references for item in items):
-        raise UserError("every reply in the validation split is a model's own word: rate or edit replies in the app")
+        raise UserError("every reply in the validation split is a model's own word: import what people wrote")
     points: list[dict[str, Any]] = []
     before: list[dict[str, Any]] = []
     for fraction in fractions:

@@ -1,16 +1,19 @@
 """One record for each contender and held-out conversation, and what the metrics make of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.items import Item
 from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, ItemwiseMetric, SummedMetric, columns_of
 from fine_tuning.evaluation.scoring import Likelihood, Reply, finite
-from fine_tuning.evaluation.statistics import Resampling, bootstrap, interval
+from fine_tuning.evaluation.statistics import Estimate, Resampling, clustered_mean, ratio_estimate
 
 Metrics = Sequence[SummedMetric | ItemwiseMetric]
+Line = Mapping[str, Any]
 
 
 def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | None) -> dict[str, Any]:
@@ -21,6 +24,7 @@ def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | 
     turns = [
         {
             "author": author,
+            "liked": item.liked[index],
             "reference": index in item.references,
             "nll": finite(nll),
             "tokens": tokens,
@@ -61,6 +65,32 @@ def likelihood_columns(turns: Sequence[dict[str, Any]]) -> dict[str, float | int
     }
 
 
+def estimates(
+    metric: SummedMetric | ItemwiseMetric, statistics: Sequence[np.ndarray], resampling: Resampling
+) -> dict[str, Estimate]:
+    """Each value of a metric for one contender, or the first of two less the second.
+
+    An exponential metric's estimates are on the scale of its exponent.
+
+    Args:
+        statistics: what each item adds, (items, k) a contender; the items of both are the same.
+    """
+    point, drawn = (
+        [metric.values(sums) for sums in each]
+        for each in ([part.sum(axis=0) for part in statistics], [resampling.sums(part) for part in statistics])
+    )
+    found = {}
+    for name in point[0]:
+        if name in metric.ratios:
+            places = list(metric.ratios[name])
+            found[name] = ratio_estimate([part[:, places] for part in statistics], resampling)
+            continue
+        value, draws = (values[0][name] - (values[1][name] if len(values) > 1 else 0.0) for values in (point, drawn))
+        error = float(np.nanstd(draws)) if np.isfinite(draws).any() else float("nan")
+        found[name] = Estimate(float(value), error, draws, resampling.clusters, studentised=False)
+    return found
+
+
 def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings) -> dict[str, dict]:
     """{metric: {value, low, high, n}} of one contender's records; n counts conversations, null where undefined."""
     table: dict[str, dict] = {}
@@ -71,7 +101,66 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: Int
             continue
         statistics = metric.statistics(**{column: [line[column] for line in usable] for column in columns})
         resampling = Resampling.over([line["cluster"] for line in usable], settings.draws, settings.seed)
-        for name, (value, draws) in bootstrap(metric.values, statistics, resampling).items():
-            found = asdict(interval(value, draws, settings.confidence, resampling.clusters))
+        for name, estimate in estimates(metric, [statistics.astype(float)], resampling).items():
+            found = asdict(estimate.interval(settings.confidence))
+            if metric.exponential:
+                found = {key: np.exp(number) for key, number in found.items()}
             table[name] = {key: finite(number) for key, number in found.items()} | {"n": len(usable)}
+    return table
+
+
+# -----------------------------------------------------------------------------
+# general knowledge and the help of the prompt
+
+
+def golden_lead(line: Line) -> float:
+    """Nats by which the right answer is likelier than the wrong one; -inf where either is undefined."""
+    return -np.inf if None in (line["right"], line["wrong"]) else line["wrong"] - line["right"]
+
+
+def right_probability(line: Line) -> float:
+    """Probability of the right answer among both, from the nats of their content."""
+    return float(1 / (1 + np.exp(-np.clip(golden_lead(line), -500, 500))))
+
+
+def nats_per_byte(line: Line) -> float:
+    """Of a text: the logarithm of perplexity, in a unit that every tokenizer shares."""
+    return np.nan if line["nats"] is None else line["nats"] / line["bytes"]
+
+
+def help_of_prompt(line: Line) -> float:
+    """Nats by which its own history makes a reply likelier than the histories of others do on average."""
+    return np.nan if None in (line["own"], *line["others"]) else float(np.mean(line["others"]) - line["own"])
+
+
+# Metric → the stem of the file that holds its lines, its value on a line, and 1 where more is better, else -1.
+MEASURES: dict[str, tuple[str, Callable[[Line], float], int]] = {
+    "general_knowledge": ("general", right_probability, 1),
+    "general_text": ("general_text", nats_per_byte, -1),
+    "prompt_help": ("prompt_help", help_of_prompt, 1),
+}
+Files = Mapping[str, Sequence[Line]]  # lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem
+
+
+def by_contender(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
+    """{contender: {id: line}}"""
+    found: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        found.setdefault(line["contender"], {})[line["id"]] = line
+    return found
+
+
+def clusters_of(lines: Iterable[Line]) -> list[str]:
+    """Clusters of lines; questions and texts are their own."""
+    return [line.get("cluster", line["id"]) for line in lines]
+
+
+def guard_metrics(files: Files, confidence: float) -> dict[str, dict[str, dict[str, Any]]]:
+    """{contender: {metric: {value, low, high, n}}} for metrics/evaluation.json."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for metric, (file, value, _) in MEASURES.items():
+        for contender, lines in by_contender(files[file]).items():
+            mean = clustered_mean([value(line) for line in lines.values()], clusters_of(lines.values()))
+            numbers = {key: finite(number) for key, number in asdict(mean.interval(confidence)).items()}
+            table.setdefault(contender, {})[metric] = numbers | {"n": len(lines)}
     return table

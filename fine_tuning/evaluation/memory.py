@@ -169,6 +169,16 @@ def _leaks(row: dict[str, Any], said: dict[str, dict[str, set[str]]], candidate:
     return reasons
 
 
+def untested(table: dict[str, Any], candidate: str = "candidate") -> list[str]:
+    """A note where no training reply could show that the candidate says it word for word."""
+    if "training" in table.get(candidate, {}):
+        return []
+    return [
+        "the memory gate guards nothing: evaluate.memory.conversations is 0, or no training reply has "
+        f"{GIVEN + SHORTEST} tokens that the base cannot guess"
+    ]
+
+
 def exposures(canaries: Sequence[float], never_shown: Sequence[float]) -> list[float]:
     """Exposure of each canary in bits: log2 of the possible ranks less log2 of its own (Carlini et al. 2019, 4.2).
 

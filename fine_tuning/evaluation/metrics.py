@@ -18,6 +18,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import evaluate
@@ -43,14 +44,19 @@ class SummedMetric(evaluate.Metric, ABC):
 
     # True, False, or by the name of the value; None where neither more nor less is better.
     higher_is_better: bool | Mapping[str, bool | None] | None = True
+    # Values that are a ratio of two of the sums, by the places of these. Their intervals are the better ones.
+    ratios: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    # Of ratios: the value is the exponential of the ratio, and compared on the scale of the ratio.
+    exponential: bool = False
 
     @abstractmethod
     def statistics(self, **columns: Sequence[Any]) -> np.ndarray:
         """What each item adds: an array (items, k)."""
 
-    @abstractmethod
     def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """The metric's values by name, each of shape (...), for sums of shape (..., k). NaN where undefined."""
+        found = {name: ratio(sums[..., over], sums[..., under]) for name, (over, under) in self.ratios.items()}
+        return {name: np.exp(value) if self.exponential else value for name, value in found.items()}
 
     def _compute(self, **columns: Sequence[Any]) -> dict[str, float]:
         return {name: float(value) for name, value in self.values(self.statistics(**columns).sum(axis=0)).items()}
@@ -58,6 +64,8 @@ class SummedMetric(evaluate.Metric, ABC):
 
 class ItemwiseMetric:
     """Any other `evaluate` metric: computed on each item alone, and averaged."""
+
+    exponential = False
 
     def __init__(self, metric: evaluate.Metric) -> None:
         self.metric = metric
@@ -73,9 +81,12 @@ class ItemwiseMetric:
             rows.append([*(float(result[name]) for name in self._names), 1.0])
         return np.array(rows)
 
-    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+    @property
+    def ratios(self) -> dict[str, tuple[int, int]]:
         """Means over the items."""
-        return {name: ratio(sums[..., i], sums[..., -1]) for i, name in enumerate(self._names)}
+        return {name: (place, len(self._names)) for place, name in enumerate(self._names)}
+
+    values = SummedMetric.values
 
 
 def words(text: str) -> list[str]:

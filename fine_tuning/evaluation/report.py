@@ -74,7 +74,9 @@ def write_report(path: Path, found: Findings) -> None:
         "<h2>Test prompts</h2>",
         *(answer_table(answer) for answer in found.answers),
         "<h2>Forgetting</h2>",
-        forgetting(comparison["forgetting"]),
+        forgetting(comparison["forgetting"], comparison["general_text"]),
+        "<h2>Do replies fit their prompts?</h2>",
+        prompt_help(comparison["prompt_help"]),
         "<h2>Memory and privacy</h2>",
         memory(comparison["memory"]),
         privacy(comparison["privacy"]),
@@ -148,31 +150,46 @@ def quantising(found: dict[str, Any]) -> str:
 
 
 def references(found: dict[str, Any], metric: str) -> str:
-    """One line on whose words the models were compared with."""
-    words = f"<p>{found['references']} replies that a person wrote or chose are the references"
-    if not found["left_out"]:
-        return words + ".</p>"
-    words += f"; {found['left_out']} that are a model's own words are left out"
-    if biased := found.get("with_own_words"):
-        words += (
-            f": counting them, {escape(metric)} would differ from the base's by {number(biased['difference'])} "
-            f"[{number(biased['low'])}, {number(biased['high'])}]"
-        )
-    return words + ".</p>"
+    """Whose words the models were compared with, and what counting models' own words would have shown."""
+    lines = [f"{found['references']} replies are references: by people, or by models that evaluate.references names"]
+    if found["left_out"]:
+        lines.append(f"{found['left_out']} replies are a model's own words and none, {found['liked']} of them liked")
+    for name, counted in (("with_liked", "the liked ones"), ("with_own_words", "all of them")):
+        if biased := found.get(name):
+            lines.append(
+                f"counting {counted}, {metric} would differ from the base's by {number(biased['difference'])} "
+                f"[{number(biased['low'])}, {number(biased['high'])}]: that is bias, not evidence"
+            )
+    return bullets(lines)
 
 
-def forgetting(found: dict[str, dict[str, Any]]) -> str:
-    """What the candidate still knows of the general questions."""
+def forgetting(questions: dict[str, dict[str, Any]], texts: dict[str, dict[str, Any]]) -> str:
+    """What the candidate still knows of the general questions, and how it reads general text."""
+    lines = [
+        f"general questions, mean probability of the right answer against the {rival}: {paired(row)}; the candidate "
+        f"prefers the right answer to {row['candidate_knows']} of {row['n']}, the {rival} to {row['rival_knows']}; "
+        f"gained {len(row['gained'])}, lost {len(row['lost'])} ({', '.join(row['lost']) or 'none'}), of "
+        f"{row['goldens']} golden ones lost {len(row['goldens_lost'])}"
+        for rival, row in questions.items()
+    ]
+    lines += [f"general text, nats a byte against the {rival}: {paired(row)}" for rival, row in texts.items()]
+    return bullets(lines) if lines else "<p>Not measured.</p>"
+
+
+def prompt_help(found: dict[str, Any]) -> str:
+    """Whether the candidate keeps the required share of the base's help of the prompt."""
     if not found:
         return "<p>Not measured.</p>"
-    rows = "".join(
-        f"<tr><td>{escape(rival)}</td><td>{row['rival_knows']} of {row['questions']}</td>"
-        f"<td>{row['candidate_knows']}</td><td>{len(row['lost'])} <small>{escape(', '.join(row['lost']))}</small></td>"
-        f"<td>{len(row['gained'])}</td><td>{row['p_value']:.2g}</td></tr>"
-        for rival, row in found.items()
+    return (
+        f"<p>Nats by which its own prompt makes a reply likelier than other prompts do, against {found['share']:g} "
+        f"times the base's: {paired(found)}, {found['clusters']} different conversations.</p>"
     )
-    head = "<tr><th>rival</th><th>it knows</th><th>candidate knows</th><th>lost</th><th>gained</th><th>p</th></tr>"
-    return f'<div class="scroll"><table>{head}{rows}</table></div>'
+
+
+def paired(row: dict[str, Any]) -> str:
+    """Candidate and rival, and their difference with its interval."""
+    low, high = number(row["low"]), number(row["high"])
+    return f"{number(row['candidate'])} against {number(row['rival'])}, {number(row['difference'])} [{low}, {high}]"
 
 
 def privacy(found: dict[str, dict[str, Any]]) -> str:

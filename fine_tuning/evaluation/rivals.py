@@ -63,19 +63,14 @@ def shown(
 ) -> list[Item]:
     """The items after the `count` training exchanges that are likest their first question, the likest one last.
 
-    Fewer where `max_length` tokens do not hold them.
+    Fewer where `max_length` tokens do not hold them: whole turns are dropped, those of the least like exchange first.
     """
     found = []
     for item in items:
         first = next((message["content"] for message in item.messages if message["role"] == "user"), "")
-        likest = exchanges.likest(first, count)
-        for kept in range(len(likest), -1, -1):
-            before = [message for exchange in reversed(likest[:kept]) for message in exchange.messages]
-            encoded = encoded_after(item, before, tokenizer, max_length)
-            if encoded is not None and len(encoded.messages) == len(item.messages):
-                found.append(encoded)
-                break
-    return found
+        before = [message for exchange in reversed(exchanges.likest(first, count)) for message in exchange.messages]
+        found.append(encoded_after(item, before, tokenizer, max_length))
+    return [item for item in found if item is not None]
 
 
 class Exchanges:

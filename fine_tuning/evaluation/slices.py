@@ -43,7 +43,8 @@ def slices(
 
 
 def _slices_of(line: dict[str, Any], index: int, turn: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "author of the reply", turn["author"] if turn["reference"] else f"{turn['author']} (no reference)"
+    author = f"{turn['author']}, liked" if turn.get("liked") else turn["author"]
+    yield "author of the reply", author if turn["reference"] else f"{author} (no reference)"
     if not turn["reference"]:
         return
     yield "source", line["source"]

@@ -1,14 +1,18 @@
 """Share of replies equal to their reference, white space and case aside."""
 
+from typing import ClassVar
+
 import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.evaluation.metrics import SummedMetric
 
 
 class ExactMatch(SummedMetric):
     """Useful where replies are short and have one right form."""
+
+    ratios: ClassVar = {"exact_match": (0, 1)}
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -19,9 +23,6 @@ class ExactMatch(SummedMetric):
     def statistics(self, predictions: list[str], references: list[str]) -> np.ndarray:
         pairs = zip(predictions, references, strict=True)
         return np.array([[float(_plain(prediction) == _plain(reference)), 1.0] for prediction, reference in pairs])
-
-    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {"exact_match": ratio(sums[..., 0], sums[..., 1])}
 
 
 def _plain(text: str) -> str:

@@ -1,16 +1,19 @@
 """Negative log-likelihood in nats a UTF-8 byte of the reference: compares models with different tokenizers."""
 
+from typing import ClassVar
+
 import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.evaluation.metrics import SummedMetric
 
 
 class NllPerByte(SummedMetric):
     """The end-of-turn token counts in the likelihood and adds no byte."""
 
     higher_is_better = False
+    ratios: ClassVar = {"nll_per_byte": (0, 1)}
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -21,6 +24,3 @@ class NllPerByte(SummedMetric):
 
     def statistics(self, nll: list[float], bytes: list[int]) -> np.ndarray:
         return np.column_stack([nll, bytes]).astype(float)
-
-    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {"nll_per_byte": ratio(sums[..., 0], sums[..., 1])}

@@ -1,16 +1,20 @@
 """Perplexity of the reference tokens: exp of the mean negative log-likelihood a token. Needs one tokenizer for all."""
 
+from typing import ClassVar
+
 import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.evaluation.metrics import SummedMetric
 
 
 class Perplexity(SummedMetric):
     """Sums, not means of batch means: a long reply counts for as many tokens as it has."""
 
     higher_is_better = False
+    ratios: ClassVar = {"perplexity": (0, 1)}
+    exponential = True
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -21,6 +25,3 @@ class Perplexity(SummedMetric):
 
     def statistics(self, nll: list[float], tokens: list[int]) -> np.ndarray:
         return np.column_stack([nll, tokens]).astype(float)
-
-    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {"perplexity": np.exp(ratio(sums[..., 0], sums[..., 1]))}

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio, words
+from fine_tuning.evaluation.metrics import SummedMetric, words
 
 CONTROL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
 LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric
@@ -25,6 +25,14 @@ class Replies(SummedMetric):
         "distinct_1": True,
         "distinct_2": True,
         "distinct_3": True,
+    }
+    ratios: ClassVar = {
+        "self_ended": (1, 0),
+        "empty": (2, 0),
+        "loops": (3, 0),
+        "control_tokens": (4, 0),
+        "length_ratio": (5, 6),
+        **{f"distinct_{size}": (5 + 2 * size, 6 + 2 * size) for size in (1, 2, 3)},
     }
 
     def _info(self) -> evaluate.MetricInfo:
@@ -52,17 +60,6 @@ class Replies(SummedMetric):
                 ]
             )
         return np.array(rows, dtype=float)
-
-    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        replies = sums[..., 0]
-        return {
-            "self_ended": ratio(sums[..., 1], replies),
-            "empty": ratio(sums[..., 2], replies),
-            "loops": ratio(sums[..., 3], replies),
-            "control_tokens": ratio(sums[..., 4], replies),
-            "length_ratio": ratio(sums[..., 5], sums[..., 6]),
-            **{f"distinct_{size}": ratio(sums[..., 5 + 2 * size], sums[..., 6 + 2 * size]) for size in (1, 2, 3)},
-        }
 
 
 def distinct(said: list[str], size: int) -> tuple[int, int]:

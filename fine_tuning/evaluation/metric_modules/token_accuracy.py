@@ -1,14 +1,18 @@
 """Share of the reference tokens that were the model's first choice, given all tokens before them."""
 
+from typing import ClassVar
+
 import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.evaluation.metrics import SummedMetric
 
 
 class TokenAccuracy(SummedMetric):
     """Token-weighted."""
+
+    ratios: ClassVar = {"token_accuracy": (0, 1)}
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -19,6 +23,3 @@ class TokenAccuracy(SummedMetric):
 
     def statistics(self, correct: list[int], tokens: list[int]) -> np.ndarray:
         return np.column_stack([correct, tokens]).astype(float)
-
-    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {"token_accuracy": ratio(sums[..., 0], sums[..., 1])}

@@ -1,0 +1,60 @@
+"""Who wrote a reply: a person, or a model that may or may not be named."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+CHATS = ("chat", "chatgpt", "open-webui")  # sources whose replies a model wrote, named or not
+CHAT_IDS = ("chatgpt-", "open-webui-")  # how ids begin of what was imported from there, also before its source said so
+# An edit of which more than one word in five stands in the model's reply, in the same order, is still the model's: it
+# makes that model's likelihood higher than an equal one's (`python -m benchmarks.verdict own-words` measures it).
+MOST_KEPT = 0.2
+MOST_WORDS = 20_000  # of each text are compared: a tenth of a second
+# Scripts that write no spaces between words: their characters count as words.
+_NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
+
+
+def is_by_a_person(conversation: dict, index: int, edited: str | None = None) -> bool:
+    """Whether a person wrote the reply `messages[index]`, or the text `edited` that stands in its place.
+
+    A reply is a person's where no model is named and it comes neither from a chat's export nor from the log, which has
+    replies of models alone. An edit is a person's where at least four fifths of its words are: those outside the
+    longest common subsequence with the reply, and with each of its alternatives.
+    """
+    messages = conversation["messages"]
+    reply = messages[index]
+    # The log names a question after its reply.
+    logged = index > 0 and messages[index - 1].get("id") == f"{reply.get('id')}-user"
+    chat = logged or conversation.get("source") in CHATS or str(conversation.get("id")).startswith(CHAT_IDS)
+    if reply.get("model") is None and not chat:
+        return True
+    if not edited:
+        return False
+    words, others = words_of(edited)[:MOST_WORDS], reply.get("alternatives")
+    originals = [reply, *(others if isinstance(others, list) else [])]
+    return bool(words) and all(
+        common_words(words, words_of(str(other["content"]))[:MOST_WORDS]) <= MOST_KEPT * len(words)
+        for other in originals
+        if isinstance(other, dict) and other.get("content")
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """Words of any script in lower case, without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def common_words(first: Iterable[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a bit of an integer for each word of `second`.
+
+    The recurrence is that of Hyyrö 2004, "Bit-parallel LCS-length computation revisited": two texts of 1,500 words take
+    a millisecond.
+    """
+    places: dict[str, int] = {}
+    for index, word in enumerate(second):
+        places[word] = places.get(word, 0) | 1 << index
+    every = row = (1 << len(second)) - 1
+    for word in first:
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & every
+    return len(second) - row.bit_count()
