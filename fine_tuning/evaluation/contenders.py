@@ -92,7 +92,10 @@ def check_references(references: Sequence[str], base: Path, record: Path, name: 
             "params.yaml, and beside it the names of models that are worth learning from"
         )
     card, champion = (read_json(path) if path.is_file() else {} for path in (base / "base.json", record))
-    families, bases = {name, champion.get("name")}, _base_names(str(card.get("model")))
+    families, bases = {name, champion.get("name")}, [str(card.get("model"))]
+    if bases[0].startswith("package:"):
+        with suppress(UserError):
+            bases.append(str(locate_base(bases[0], None).gguf_file))
     own = [
         author
         for author in references
@@ -106,15 +109,6 @@ def check_references(references: Sequence[str], base: Path, record: Path, name: 
             f"evaluate.references names {', '.join(own)}, which is itself compared or was made here, and its own words "
             "favour it: take it out in params.yaml"
         )
-
-
-def _base_names(model: str) -> list[str]:
-    """What a base may be called: `base.model`, and the file that its package carries."""
-    names = [model]
-    if model.startswith("package:"):
-        with suppress(UserError):
-            names.append(str(locate_base(model, None).gguf_file))
-    return names
 
 
 def _words(model: str) -> list[str]:

@@ -10,7 +10,6 @@ gains. Other metrics, such as BLEU, keep percentile intervals. `python -m benchm
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -60,7 +59,7 @@ class Resampling:
 class Estimate:
     """A number with its standard error and its bootstrap draws.
 
-    Studentised draws are (draw - value) / standard error of the draw; others are the number's values on the draws.
+    Studentised draws are (draw - value) / standard error of the draw, others the number's values on the draws.
     """
 
     value: float
@@ -69,44 +68,23 @@ class Estimate:
     clusters: int
     studentised: bool
 
-    @cached_property
-    def ordered(self) -> np.ndarray | None:
-        """The studentised draws; None where they say nothing: one without spread, and Student's t stands in for them.
-
-        One undefined draw in twenty is forgiven.
-        """
-        defined = self.draws[~np.isnan(self.draws)]
-        bad = np.isinf(defined).any() or len(defined) < max(1, 0.95 * len(self.draws)) or self.clusters < 2
-        return None if bad else np.sort(defined)
-
     def interval(self, confidence: float) -> Interval:
         """Bootstrap-t interval where draws are studentised (Davison & Hinkley 1997, section 5.2.1), else percentile."""
-        from scipy.stats import t
-
         if not self.studentised:
             return interval(self.value, self.draws, confidence, self.clusters)
-        if not np.isfinite(self.value) or not np.isfinite(self.error):
-            return Interval(self.value, float("nan"), float("nan"))
-        tails = np.array([1 - (1 - confidence) / 2, (1 - confidence) / 2])
-        if self.ordered is not None:
-            cut = np.quantile(self.ordered, tails)
-        else:
-            cut = t.ppf(tails, self.clusters - 1) if self.clusters > 1 else np.zeros(2)
-        low, high = self.value - cut * self.error
-        return Interval(self.value, float(low), float(high))
+        high, low = np.quantile(self.draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+        return Interval(self.value, float(self.value - low * self.error), float(self.value - high * self.error))
 
     def p_not_below_zero(self, sign: int) -> float:
-        """P-value of "`sign` times the true value is not below zero", from the same draws as the interval."""
+        """P-value of "`sign` times the true value is not below zero": from studentised draws, else Student's t."""
         from scipy.stats import t
 
-        if not self.studentised:
-            return share_at_most(-sign * self.draws, 0.0, self.clusters)
-        if not self.error > 0 or self.clusters < 2:
+        if not self.error > 0:
             return 1.0
         seen = sign * self.value / self.error
-        if self.ordered is None:
-            return float(t.cdf(seen, self.clusters - 1))
-        return (1 + np.count_nonzero(sign * self.ordered <= seen)) / (1 + len(self.ordered))
+        if not self.studentised:
+            return float(t.cdf(seen, max(1, self.clusters - 1)))
+        return (1 + np.count_nonzero(sign * self.draws <= seen)) / (1 + len(self.draws))
 
 
 def ratio_estimate(ratios: Sequence[np.ndarray], resampling: Resampling) -> Estimate:
@@ -119,15 +97,16 @@ def ratio_estimate(ratios: Sequence[np.ndarray], resampling: Resampling) -> Esti
     Args:
         ratios: numerators and denominators, (items, 2) each.
     """
+    from scipy.stats import t
+
     signs = np.array([1.0, -1.0])[: len(ratios)]
     sums = resampling.totals(np.concatenate(ratios, axis=1))  # (clusters, 2 or 4)
 
     def linear(totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Value (...) and coefficients (..., k) of the linearised error, for totals (..., k)."""
-        over, under = totals[..., 0::2], totals[..., 1::2]
-        found = np.divide(over, under, out=np.full(over.shape, np.nan), where=under != 0)
-        inverse = np.divide(signs, under, out=np.full(over.shape, np.nan), where=under != 0)
-        return (signs * found).sum(-1), np.stack([inverse, -found * inverse], -1).reshape(totals.shape)
+        inverse = 1 / np.where(totals[..., 1::2] == 0, np.nan, totals[..., 1::2])
+        found = totals[..., 0::2] * inverse
+        return (signs * found).sum(-1), np.stack([signs * inverse, -signs * found * inverse], -1).reshape(totals.shape)
 
     clusters = len(sums)
     scale = clusters / max(1, clusters - 1)
@@ -137,10 +116,13 @@ def ratio_estimate(ratios: Sequence[np.ndarray], resampling: Resampling) -> Esti
     products = (sums[:, :, None] * sums[:, None, :]).reshape(clusters, -1)
     products = (resampling.taken @ products).reshape(len(drawn), sums.shape[1], sums.shape[1])
     errors = np.sqrt(scale * np.maximum(0, np.einsum("dk,dkl,dl->d", factors, products, factors)))
-    # Rounding leaves some of what should be zero; a draw without spread makes the whole distribution useless.
-    spread = errors > 1e-6 * error
-    draws = np.divide(drawn - value, errors, out=np.where(np.isnan(drawn), np.nan, np.inf), where=spread)
-    return Estimate(float(value), error, draws, clusters, studentised=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = (drawn - value) / np.where(errors > 1e-6 * error, errors, 0)  # rounding leaves some of what is zero
+    known = draws[~np.isnan(drawn)]
+    if len(known) < 0.95 * len(draws) or not np.isfinite(known).all():
+        # A draw without spread makes the whole distribution useless: quantiles of Student's t stand in.
+        known = t.ppf((np.arange(len(draws)) + 0.5) / len(draws), max(1, clusters - 1))
+    return Estimate(float(value), error, known, clusters, studentised=True)
 
 
 def interval(value: float, draws: np.ndarray, confidence: float, clusters: int) -> Interval:
@@ -149,35 +131,16 @@ def interval(value: float, draws: np.ndarray, confidence: float, clusters: int) 
     Plain percentiles are too narrow for small samples, as a normal interval with the biased standard deviation is; the
     expanded ones are as wide as Student's (Hesterberg 2015, section 5.2). One undefined draw in twenty is forgiven.
     """
+    from scipy.stats import norm, t
+
     defined = draws[np.isfinite(draws)]
     if not np.isfinite(value) or len(defined) < 0.95 * len(draws) or not len(defined):
         return Interval(value, float("nan"), float("nan"))
-    tail = expanded_tail((1 - confidence) / 2, clusters)
+    tail = 0.0
+    if clusters > 1:
+        tail = norm.cdf(np.sqrt(clusters / (clusters - 1)) * t.ppf((1 - confidence) / 2, clusters - 1))
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))
-
-
-def expanded_tail(tail: float, clusters: int) -> float:
-    """The share to cut off one end of a bootstrap distribution, so that `tail` of all samples miss the truth."""
-    from scipy.stats import norm, t
-
-    if clusters < 2:
-        return 0.0
-    return float(norm.cdf(np.sqrt(clusters / (clusters - 1)) * t.ppf(tail, clusters - 1)))
-
-
-def share_at_most(draws: np.ndarray, threshold: float, clusters: int) -> float:
-    """Bootstrap p-value of "the true value is at most `threshold`", expanded like the intervals.
-
-    (1 + draws there) / (1 + all draws) before the expansion, so that it is never zero (Davison & Hinkley 1997, 4.2).
-    """
-    from scipy.stats import norm, t
-
-    defined = draws[np.isfinite(draws)]
-    if not len(defined) or clusters < 2:
-        return 1.0
-    share = (1 + np.count_nonzero(defined <= threshold)) / (1 + len(defined))
-    return float(t.cdf(norm.ppf(share) / np.sqrt(clusters / (clusters - 1)), clusters - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
