@@ -42,7 +42,7 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
     Args:
         types: which of TYPES to look for.
         regions: countries (ISO 3166) whose national phone numbers count; numbers with a + always do, and behind a label
-            (Tel., mobile number, 電話) those of any country.
+            (Tel., mobile number, 電話) or where a sentence gives somebody's number those of any country.
     """
     text = ascii_forms(text)
     if not _may_hold(text):

@@ -23,14 +23,12 @@ _EXTENSION = re.compile(
     r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
 )
 _CALLED_A_PHONE = re.compile(
-    r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|"
-    r"hotline|"
+    r"\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
     r"telefon\w{0,9}|handy\w{0,8}|mobilnummer|rufnummer|ruf|rufen|anrufen|durchwahl|t[ée]l[ée]phone|portable|"
-    r"appele[zr]|appelle|joindre|tel[ée]fono|m[óo]vil|ll[áa]mame|celular|telem[óo]vel|telefone|ligue|cellulare|"
-    r"chiama(?:mi)?|"
-    r"telefoon\w{0,7}|bel|zadzwo[ńn]|kom[óo]rk[aię]|(?:my|his|her|our|their|your) (?:new )?number|"
-    r"(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|(?:mon|ton|son|notre|votre) num[ée]ro|mi n[úu]mero)\b)"
-    r"[^\d\n]{0,24}$",
+    r"appele[zr]|"
+    r"appelle|joindre|tel[ée]fono|m[óo]vil|celular|telem[óo]vel|telefone|cellulare|telefoon\w{0,7}|kom[óo]rk[aię]|"
+    r"(?:my|his|her|our|their|your) (?:new )?number|(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|"
+    r"(?:mon|ton|son|notre|votre) num[ée]ro)\b[^\d\n]{0,24}$",
     re.IGNORECASE,
 )
 # what stands on cards, in forms and in code right before a number: unlike a verb it says phone in any country
@@ -65,14 +63,23 @@ _WHOSE = (
 # ... or a word for calling and reaching, and what stands between it and the number
 _REACHED = (
     r"(?:joignables?|(?:r?appel|contact|t[ée]l[ée]phon)(?:e|es|er|ez)|joindre|raggiungibil[ei]|(?:ri)?chiam\w{1,6}|"
-    r"telefon(?:a|ami|are|ate|eer|ere)|contatt\w{1,6}|recapit\w{1,8}|scriv\w{1,5}|ll[áa]m\w{1,6}|localiz\w{1,6}|"
-    r"cont[áa]ct\w{1,7}|m[áa]nda\w{1,4}|escr[íi]b\w{1,5}|ligu?[ea]r?|fal[ea]r? (?:com|conosco)|chamar?|bel(?:len|t)?|"
-    r"bereik\w{1,5}|app(?= (?:me|mij|ons))|(?:za|od)?dzwo[nń]\w{0,4}|dost[ęe]pn[yai]|kontakt\w{0,4}|napi[sš]\w{0,4}|"
+    r"telefon(?:a|ami|are|ate|eer|ere)|contatt\w{1,6}|recapit\w{1,8}|scriv(?:i|e|ete|er)(?:mi|ci)|ll[áa]m\w{1,6}|"
+    r"locali[zc]\w{0,4}(?:me|nos|le)|"
+    r"cont[áa]ct\w{1,7}|m[áa]nd[ae](?:me|nos|le|n)|escr[íi]b[aei]r?(?:me|nos|le)|ligu?[ea]r?|fal[ea]r? (?:com|"
+    r"conosco)|chamar?|bel(?:len|t)?|"
+    r"bereik\w{1,5}|app(?= (?:me|mij|ons))|(?:za|od)?dzwo[nń]\w{0,4}|dost[ęe]pn[yai]|kontakt\w{0,4}|"
+    r"(?:napi[sš]\w{0,2}|пиши(?:те)?)(?= (?:sms|do|mi|mu|мне|в|на)\b)|"
     r"ring(?:a|er)?|n[åa]r?s?(?= (?:mig|meg|oss|på))|f[åa] fat i|zavol\w{1,6}|vol(?:ej|at)\w{0,3}|"
-    r"(?:по)?(?:звон|дзвон)\w{1,5}|пиши(?:те)?|связаться|aray\w{1,6}|ula[şs]\w{1,12}|whats ?app|в[оа]тсап\w{0,2}|sms|"
+    r"(?:по)?(?:звон|дзвон)\w{1,5}|связаться|aray[ıi]n\w{0,4}|ula[şs]\w{1,12}|whats ?app|в[оа]тсап\w{0,2}|sms|"
     r"erreich\w{1,5}|anruf\w{0,4}|bell|voicemail|get hold of|soit[at]\w{0,4}|hívj\w{0,3}|sun[aă]\w{0,4}|gọi|hubungi|"
     r"telpon)"
-    r"(?:[\s,-]{1,2}[^\W\d_]{1,10}){0,4}"
+    r"(?:[\s,-]{1,2}(?:me|moi|mi|mij|mig|meg|mnie|mn[eě]|mir|mich|n?ous|nos|noi|ons|oss|uns|him|her|them|con|nosotros|"
+    r"conosco|"
+    r"au|aux|[ao]l?|ao|à|op|på|sur|pel[oa]|n[oa]|em|en|para|por|pod|naar|til|till|do|k|к|на|по|в|мне|нам|через|unter|"
+    r"at|on|"
+    r"le|la|el|il|het|numer\w{0,2}|n[úu]mero|num[ée]ro|nummer|[čc][íi]slo|номер\w?|numara\w{0,4}|whatsapp|вотсап\w?|"
+    r"sms|een|"
+    r"ett?|une?|uma|gerne|g[äa]rna|можно|telefon\w{0,4}|i|mit|nu|even)){0,4}"
 )
 _UNSPACED_WORDS = (
     r"(?:(?:[拨撥致]|请打|給我打|请|来)[打电電]?[话話]?|[联聯][系繫络絡](?:方式|人|我)?|微信(?:同[号號])?|連絡先|"
@@ -89,24 +96,19 @@ _SAID_AFTER = re.compile(
 )
 # "Anna: 4156667777"; Chinese names begin with one of the usual surnames, and these words are no names
 _PERSON = re.compile(r"(?:^|[\n,;(•*-])\s{0,3}([^\W\d_]{2,20})(?: [^\W\d_]{2,20})?\s?[:：]\s{0,2}$")
-_SURNAMES = frozenset(
-    "王李张張刘劉陈陳杨楊赵趙黄黃周吴吳徐孙孫胡朱高林何郭马馬罗羅梁宋郑鄭谢謝韩韓唐冯馮于董萧程曹袁邓鄧许許傅沈曾彭吕蘇苏卢蒋"
-    "蔡贾丁魏薛叶葉阎余潘杜戴夏钟汪田任姜范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤尹黎易常武乔贺赖龚文"
-)
+_SURNAMES = "王李张張刘劉陈陳杨楊赵趙黄周吴吳徐孙孫胡朱高林何郭马馬罗羅梁宋郑鄭谢謝韩韓唐冯于董萧程曹袁邓許沈曾彭蘇"
 _NO_PERSONS = (
-    " number numbers nummer numero número numéro numer номер num nr no total totale count counts sum summe somma suma "
-    "сумма gesamt amount betrag montant importe importo price preis prix precio prezzo cost kosten revenue sales "
-    "profit income salary budget balance account konto compte cuenta conto population users followers subscribers "
-    "views likes downloads votes max maximum min minimum average mean median seed timestamp epoch time date datum "
-    "zeit year size length width height weight distance area volume speed offset limit index key value wert valeur "
-    "valor id ids uid pid gid code hash checksum crc bytes byte bits memory disk ram version build serial barcode "
-    "isbn ean upc sku model part lot batch order orders invoice ticket tracking reference ref case item items product "
-    "result results resultat résultat resultado risultato ergebnis wynik answer antwort réponse respuesta solution "
-    "output input expected actual example test score points rank rate range start end begin stop first last next step "
-    "steps iteration epochs page line row rows column prime random integer int long float data status error level "
+    " number numbers nummer numero número numéro numer номер num nr no total totale count sum summe somma suma сумма "
+    "gesamt amount betrag montant importe importo price preis prix precio prezzo cost kosten revenue sales profit "
+    "income salary budget balance account konto compte cuenta conto population users followers subscribers views "
+    "likes downloads votes max min maximum minimum average mean median seed timestamp epoch time date datum year size "
+    "length width height weight distance area volume speed offset limit index key value wert valeur valor id ids uid "
+    "pid code hash checksum bytes memory version build serial barcode isbn ean upc sku model part lot batch order "
+    "invoice ticket tracking reference ref case item product result results resultat résultat resultado risultato "
+    "ergebnis wynik answer antwort réponse respuesta solution output input expected actual example test score points "
+    "rank rate range start end first last next step page line row column prime random integer data status error "
     "address port patent license licence registration passport policy contract claim customer client kunde employee "
-    "student member quantity anzahl menge nombre cantidad liczba zahl ziffer figure table factor difference remainder "
-    "factorial capacity energy "
+    "student member quantity anzahl nombre cantidad zahl factor difference capacity energy "
 )
 # fmt: off
 _ANY_COUNTRY = (
@@ -133,7 +135,8 @@ _CALLED_OTHERWISE = re.compile(
     r"ticket)-?nummer|"
     r"batch|lot|flight|room|zimmer|quote|confirmation|claim|item|licen[cs]e|reservation|booking|policy|transaction|"
     r"n[uú]m[eé]ro\s(?:d[eo]s?\s|d[ia]\s|d')(?!t[eé]l|portable|mobile|cel|m[óo]v|whats|contac|m[ií][aeo]?\b|meu|minha|"
-    r"(?-i:[A-ZÀ-Þ]))\w{2,20}|(?:sipariş|müşteri|fatura|takip|dosya|hesap|kimlik) num\w{3,8}|"
+    r"(?-i:[A-ZÀ-Þ]))\w{2,20}|(?:sipariş|müşteri|fatura|takip|dosya|hesap|kimlik) num\w{3,8}|has|hat|tiene|"
+    r"(?:func?[tc]i[oó]n|fonction|funktion|funzione)(?: \w{3,4})?|"
     r"barcode|asin|s/n|sn|p/n|vin|cat|catalog(?:ue)?|"
     r"(?:customer|member(?:ship)?|employee|student|contract|meter)\s?(?=number|no\b|nr|id|#))"
     r"(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet|es|[èé]|[äe]r|to|je))?\.?[^\w\n]{0,4}$"
@@ -198,13 +201,8 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
         start -= start > 0 and text[start - 1] == "("
 
 
-def _sequences(
-    text: str, start: int, groups: list[tuple[int, int]]
-) -> Iterator[tuple[tuple[str, str, str], int, int, int]]:
-    """((value, before, after), begin, end, count of groups) of those of a number's length, longest first.
-
-    `before` and `after` are what stands beside the value.
-    """
+def _sequences(text: str, start: int, groups: list[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], int, int, int]]:
+    """((value, before, after), begin, end, count of groups) of those of a number's length, longest first."""
     for count in range(len(groups), 0, -1):
         stop = groups[count - 1][1]
         # An opening parenthesis that closes after the number is the sentence's.

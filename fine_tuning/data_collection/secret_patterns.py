@@ -272,7 +272,7 @@ def _is_call(value: str, after: str) -> bool:
     A name of code has no digits between its letters twice, and nothing but an operator stands behind its bracket.
     """
     if value[0] in "([{":
-        return value[-1] in ")]}" or after[:1] in ('"', "'")
+        return value[-1] in ")]}" or not _CLOSED.search(value) or after[:1] in ('"', "'")
     call = _CALL.match(value)
     if call is None or _INTERLEAVED.search(call.group()):
         return after[:1] in ('"', "'") and value[-1] in "([{"
@@ -280,6 +280,7 @@ def _is_call(value: str, after: str) -> bool:
 
 
 _BRACKET = re.compile(r"[()\[\]{}]")
+_CLOSED = re.compile(r"[)\]}]")
 _CALL = re.compile(r"[A-Za-z_$][\w$.:>?-]*+[(\[{]")
 _GOES_ON = re.compile(r"[^()\[\]{}]*+[)\]}][A-Za-z0-9]")
 _INTERLEAVED = re.compile(r"(?:[A-Za-z]+\d+){2}|(?:\d+[A-Za-z]+){2}")
@@ -295,7 +296,8 @@ _STAND_IN = re.compile(
 _REFERENCE = ("#{", "os.", "process.", "env.", "\\x", "arn:", "op://", "http://", "https://", "/")
 # a variable of a shell, a template or PHP; other values that begin with the sign are passwords
 _VARIABLE = re.compile(
-    r"\$(?:[({$]|\d*$|[A-Za-z_]\w*(?:$|->|::|[.?:/\[({})\]]))|%(?:[({]|[A-Za-z_]\w*%?$)|\{\{|[{\[]\W|\[\w*\]$|\{\w*\}$"
+    r"\$(?:[({$]|\d*$|[A-Za-z_]\w*(?:$|-$|->|::|[.?:/\[({})\]]))|%(?:[({]|[A-Za-z_]\w*%?$)|\{\{|[{\[]\W|\[\w*\]$|"
+    r"\{\w*\}$"
 )
 _NAME_OF_CODE = re.compile(r"[$%][A-Za-z_]\w*$")
 _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}$")
