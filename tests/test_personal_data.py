@@ -1,5 +1,7 @@
 """Personal data: precision and recall on labelled cases, and what masking does to a conversation."""
 
+import time
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -8,6 +10,7 @@ from benchmarks import masking
 from fine_tuning.data_collection.account_numbers import luhn
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.personal_data import TYPES, Masker, find, may_hold
+from fine_tuning.data_collection.writing_systems import ascii_forms
 from fine_tuning.records import read_jsonl
 
 CASES = list(read_jsonl(masking.CASES))
@@ -102,3 +105,53 @@ def test_what_may_hold_nothing_holds_nothing():
 @given(st.text(max_size=80))
 def test_the_quick_look_misses_nothing(text):
     assert may_hold(text) or find(text) == []
+
+
+def test_valid_phone_numbers_of_many_countries_are_found_in_sentences_and_other_figures_are_not():
+    outcome = masking.score(masking.phone_cases(seed=3, each=2))
+    for (right, whole), floor in ((outcome.recall("PHONE"), 0.95), (outcome.precision("PHONE"), 0.99)):
+        assert right / whole >= floor, outcome.misses
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(
+        st.characters(categories=("Nd", "Lo", "Po", "Lu")) | st.sampled_from("１：．－ＡＢ（）＋＠٣๔９"), max_size=40
+    )
+)
+def test_ascii_forms_keep_every_place_and_change_nothing_twice(text):
+    forms = ascii_forms(text)
+    assert len(forms) == len(text) and ascii_forms(forms) == forms
+    assert not any(character.isdecimal() and not character.isascii() for character in forms)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("カードは４１１１１１１１１１１１１１１１です", "カードは<CREDIT_CARD_1>です"),
+        ("我的信用卡号是4111111111111111，IP是192.168.1.77", "我的信用卡号是<CREDIT_CARD_1>，IP是<IP_1>"),
+        ("密码：Ab3(xY9)zz，请不要告诉别人", "密码：<SECRET_1>，请不要告诉别人"),
+        ("用（password: Ab3xY9zz）登录", "用（password: <SECRET_1>）登录"),
+        ("connect(user, password=Ab3xY9zz)", "connect(user, password=<SECRET_1>)"),
+        ("IP 192.168.1.77 and １９２．１６８．１．７７", "IP <IP_1> and <IP_1>"),
+    ],
+)
+def test_what_stands_around_a_value_stays(text, masked):
+    assert Masker().mask(text) == masked
+
+
+# each began a search again at every place, or made one long run, in some version of the patterns
+@pytest.mark.parametrize(
+    "part",
+    ["password for a b c d ", "mi número de ", "my number is ", "appeler me ", "Anna: ", "密码是", "电话", "是@.", "मे@",
+     "邮箱", "１２", "：１", "（１２）", "A1a1", "password: (1", "((((", "$a", "“a", "PIN: 1", "senhaaaaaa", "12-"],
+)  # fmt: skip
+def test_a_long_text_of_one_part_takes_no_longer_than_its_length(part):
+    def seconds(length):
+        text = (part * length)[:length]
+        start = time.process_time()
+        find(text)
+        return time.process_time() - start
+
+    seconds(1000)
+    assert seconds(50_000) < max(0.5, 40 * seconds(5_000))

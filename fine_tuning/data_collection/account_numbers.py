@@ -4,10 +4,12 @@ A pattern proposes and a checksum decides. Every pattern repeats possessively or
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+
+from fine_tuning.data_collection.writing_systems import JOINED, OTHER_NUMBERS, WORD
 
 _NO_DIGITS = re.compile(r"\D+")
 
@@ -17,31 +19,33 @@ def _digits(text: str) -> str:
 
 
 _IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ \u00a0\u202f-]?[A-Za-z0-9])")
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ \u00a0\u202f-]?\d){11,}+(?![\w-]|[.,]\d)")
+_CARD = re.compile(rf"\d(?<!{WORD}\d)(?<![.-]\d)(?:[ \u00a0\u202f-]?\d){{11,}}+(?!{WORD}|-|[.,]\d)")
 # how cards are printed; among more digits than a card has, only these count
 _CARD_GROUPS = re.compile(
     r"(?<!\d)(?:\d{4}([ \u00a0\u202f-])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?"
     r"|\d{4}([ \u00a0\u202f-])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
 )
-_DOTTED_CARD = re.compile(r"(?<![\w.,-])\d{4}(?:\.\d{4}){3}(?![\w-]|[.,]\d)")
+_DOTTED_CARD = re.compile(rf"\d(?<!{WORD}\d)(?<![.,-]\d)\d{{3}}(?:\.\d{{4}}){{3}}(?!{WORD}|-|[.,]\d)")
 _NOT_A_CARD = re.compile(
     r"(?<![A-Za-z])(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|ref|id|"
     r"reference|timestamp|part|hash|(?:bestell|auftrag|rechnung|sendung|kunden)\w{0,8}|commande|facture|pedido|factura|"
     r"ordine|fattura|zam[oó]wieni\w{0,3}|bestelling|factuur|encomenda|fatura)\b"
-    r"(?:[\s_.-]{0,2}(?:number|no|num|nr|n|id|code|is|was|ist|est)\b){0,3}[\s.:#=º°\"'-]{0,5}$",
+    r"(?:[\s_.-]{0,2}(?:number|no|num|nr|n|id|code|is|was|ist|est)\b){0,3}[\s.:#=º°\"'-]{0,5}$"
+    rf"|{OTHER_NUMBERS}{JOINED}$",
     re.IGNORECASE,
 )
 _CALLED_A_CARD = re.compile(
     r"(?:cards?|kart[eay]|kaart|\bcarte|tarjeta|\bcarta|cart[aã]o|visa|master ?card|amex|american express|\bdiners|"
-    r"maestro|discover|\bjcb|union ?pay|rupay|\btroy|\bmir)\b[^\d\n]{0,20}$",
+    r"maestro|discover|カード|信用卡|卡[号號]|카드|"
+    r"\bjcb|union ?pay|rupay|\btroy|\bmir)\b[^\d\n]{0,20}$",
     re.IGNORECASE,
 )
-_SSN = re.compile(r"(?<![\w-])\d{3}([- .])\d{2}\1\d{4}(?![\w-]|\.\d)")
+_SSN = re.compile(rf"\d(?<!{WORD}\d)(?<!-\d)\d\d([- .])\d{{2}}\1\d{{4}}(?!{WORD}|-|\.\d)")
 _BARE_SSN = re.compile(
     r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
 )
 _NATIONAL = re.compile(
-    r"(?<![\w.-])(?=[A-Z0-9])(?:"
+    rf"(?=[A-Z0-9])(?<!{WORD})(?<![.-])(?:"
     r"(?P<cpf>\d{3}\.\d{3}\.\d{3}-\d{2})"  # Brazil
     r"|(?P<nino>[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D])"  # United Kingdom
     r"|(?P<codice>[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z])"  # Italy
@@ -57,7 +61,7 @@ _NATIONAL = re.compile(
     r"|(?P<rrn>\d{6}-\d{7})"  # South Korea
     r"|(?P<ric>[1-9]\d{16}[0-9X])"  # China
     r"|(?P<called>\d(?:[ ./+-]?\d){6,17}+(?:-?[A-Z]{1,2})?)"
-    r")(?![\w-]|\.\d)"
+    rf")(?!{WORD}|-|\.\d)"
 )
 # what each of them is checked by in python-stdnum
 _CHECKS = {
@@ -75,33 +79,31 @@ _CHECKS = {
     "ric": ("cn.ric",),
 }
 # numbers that look like many others count only behind one of these words
+# fmt: off
 _CALLED = {
     word: checks
-    for words, checks in (
-        ("pesel", ("pl.pesel",)),
-        ("bsn burgerservicenummer sofinummer", ("nl.bsn",)),
-        ("steuer steueridentifikationsnummer identifikationsnummer idnr", ("de.idnr",)),
-        ("personnummer personnumret", ("se.personnummer", "no.fodselsnummer")),
-        ("fødselsnummer fodselsnummer", ("no.fodselsnummer",)),
-        ("cpr", ("dk.cpr",)),
-        ("nif contribuinte", ("pt.nif", "es.nif")),
-        ("nhs", ("gb.nhs",)),
-        ("pps ppsn", ("ie.pps",)),
-        ("itin", ("us.itin",)),
-        ("tfn", ("au.tfn",)),
-        ("cnp", ("ro.cnp",)),
-        ("rodné rodne", ("cz.rc",)),
-        ("oib", ("hr.oib",)),
-        ("isikukood", ("ee.ik",)),
-        ("asmens", ("lt.asmens",)),
-        ("егн egn", ("bg.egn",)),
-        ("αμκα amka", ("gr.amka",)),
-        ("svnr sozialversicherungsnummer", ("at.vnr",)),
-        ("kimlik", ("tr.tckimlik",)),
-        ("rut", ("cl.rut",)),
+    for words, *checks in (
+        ("pesel", "pl.pesel"), ("bsn burgerservicenummer sofinummer", "nl.bsn"), ("cpf", "br.cpf"), ("nhs", "gb.nhs"),
+        ("steuer steueridentifikationsnummer identifikationsnummer idnr", "de.idnr"), ("pps ppsn", "ie.pps"),
+        ("personnummer personnumret", "se.personnummer", "no.fodselsnummer"),
+        ("fødselsnummer fodselsnummer", "no.fodselsnummer"), ("cpr", "dk.cpr"),
+        ("nif contribuinte", "pt.nif", "es.nif"), ("itin", "us.itin"), ("tfn", "au.tfn"), ("cnp", "ro.cnp"),
+        ("rodné rodne", "cz.rc"), ("oib", "hr.oib"), ("isikukood", "ee.ik"), ("asmens", "lt.asmens"),
+        ("егн egn", "bg.egn"), ("αμκα amka", "gr.amka"), ("svnr sozialversicherungsnummer", "at.vnr"),
+        ("kimlik tckn", "tr.tckimlik"), ("rut", "cl.rut", "uy.rut"), ("aadhaar aadhar", "in_.aadhaar"),
+        ("sin insurance", "ca.sin"), ("ird", "nz.ird"), ("sécurité securite sécu nir", "fr.nir"),
+        ("african sa id", "za.idnr"), ("инн", "ru.inn"), ("іпн рнокпп", "ua.rntrc"), ("nik ktp", "id.nik"),
+        ("nric ic mykad", "my.nric"), ("cnic", "pk.cnic"), ("cuil cuit", "ar.cuit"),
+        ("cédula cedula", "do.cedula", "ec.ci"), ("kennitala", "is_.kennitala"), ("emšo emso", "si.emso"),
     )
     for word in words.split()
 }
+# in scripts without spaces, or with marks within their words
+_CALLED_WITHIN = {
+    "マイナンバー": ["jp.in_"], "個人番号": ["jp.in_"], "주민": ["kr.rrn"], "ประชาชน": ["th.pin"],
+    "आधार": ["in_.aadhaar"], "ת.ז": ["il.idnr"], "תעודת זהות": ["il.idnr"],
+}
+# fmt: on
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -210,17 +212,24 @@ def _national_check(kind: str, value: str, before: str) -> bool:
 
 def _called_number(value: str, before: str) -> str:
     """The number of which the words before it say what it is, without the groups behind it; empty if it is none."""
-    words = _WORD.findall(before)[-3:]
-    checks = next((_CALLED[word] for word in map(str.lower, words) if word in _CALLED), ())
+    words = _WORD.findall(before)[-4:]
+    checks = next((_CALLED[word] for word in map(str.lower, words) if word in _CALLED), [])
+    if not checks and not before.isascii():
+        checks = next((found for name, found in _CALLED_WITHIN.items() if name in before[-20:]), [])
+    if "id" in map(str.lower, words) and _NOT_AN_ID.search(before):
+        return ""
     while checks and value and not _is_valid(checks, value):
         value = value[: max(map(value.rfind, " ./+-"), default=0)] if _GROUPED.search(value) else ""
     return value if checks else ""
 
 
+_NOT_AN_ID = re.compile(
+    r"\b(?:order|user|item|ticket|session|case|invoice|tracking|customer)\W{0,2}id\b", re.IGNORECASE
+)
 _GROUPED = re.compile(r"[ ./+-]")
 
 
-def _is_valid(checks: tuple[str, ...], value: str) -> bool:
+def _is_valid(checks: Sequence[str], value: str) -> bool:
     return any(_stdnum(name).is_valid(value) for name in checks)
 
 

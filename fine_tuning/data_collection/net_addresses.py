@@ -7,6 +7,8 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
+from fine_tuning.data_collection.writing_systems import UNSPACED, WORD
+
 _DIGIT = re.compile(r"\d")
 _SEPARATOR = re.compile(r"[.:-]")
 # not in a URL: white space, quotes, brackets of markup, and the punctuation of scripts that write no spaces
@@ -35,21 +37,37 @@ _SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
 _NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
 _EMAIL = re.compile(
     rf"(?<![{_LETTERS}._%+@-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
-    r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[^\W\d_a-zA-Z]{2,10}))"
+    r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|"
+    rf"[^\W\d_a-zA-Z{UNSPACED}]{{2,24}}|[^\W\d_a-zA-Z]{{2,10}}))"
     r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
 )
 # in scripts without spaces between words only where nothing but the address stands between marks
+# or the word for an e-mail address and its particle. Vowels of Indic scripts and Thai are marks, no letters to `re`.
+# Of Chinese, Japanese and Korean only the top-level domains of IANA's list end an address: no space does.
+_UNSPACED_DOMAINS = (
+    "中国|中國|公司|网络|網絡|网址|我爱你|在线|中文网|集团|公益|商城|商标|移动|政务|手机|游戏|香港|台湾|台灣|新加坡|世界|信息|健康|广东|慈善|时尚|企业|餐厅|娱乐|招聘|"
+    "购物|网店|网站|食品|点看|机构|组织机构|广告|澳門|佛山|八卦|天主教|珠宝|家電|通販|書籍|みんな|コム|セール|ストア|ファッション|クラウド|ポイント|닷컴|닷넷|한국|ไทย|คอม"
+)
+_MARKED = r"[^\W_]|[\u0300-\u036f\u064b-\u0652\u0900-\u0963\u0966-\u0eff]"
 _EMAIL_ALONE = re.compile(
-    r"(?<![^\s<>(:,;\"'：，；（])[^\W_][\w.+-]{0,63}+@(?:[^\W_]{1,30}\.){1,8}+[^\W\d_a-zA-Z]{2,10}(?![\w.@-])"
+    r"(?<![^\s<>(:,;\"'：，；（])(?:[^\W\d_]{0,6}?(?:邮箱|郵箱|信箱|メール|アドレス|메일|"
+    r"邮件)[^\W\d_]{0,4}?[是为為は는은])?"
+    rf"((?:{_MARKED})(?:{_MARKED}|[.+_-]){{0,63}}+@(?:(?:(?:{_MARKED}|-){{1,30}}+\.){{1,8}})"
+    rf"(?:[A-Za-z]{{2,24}}+(?![0-9_@-]|\.\w)|{_UNSPACED_DOMAINS}|"
+    rf"(?:(?![A-Za-z0-9{UNSPACED}])(?:{_MARKED})){{2,24}}+(?!{WORD}|[.@-])))"
 )
 _QUOTED_EMAIL = re.compile(r"\"(?:[^\"\\\n]|\\.){1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
 _EMAIL_AT_IP = re.compile(
     rf"(?<![{_LETTERS}._%+-])[{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+@\[(?:IPv6:)?([0-9A-Fa-f:.]{{2,45}})\]"
 )
-_IPV4 = re.compile(r"(?<![\w.])((?:\d{1,3}\.){3}\d{1,3})(?:/(\d{1,2})(?![\w/]|\.\d))?(?![\w]|\.\d)")
+_IPV4 = re.compile(
+    rf"((?<!{WORD})(?<!\.)(?:\d{{1,3}}\.){{3}}\d{{1,3}})(?:/(\d{{1,2}})(?!{WORD}|/|\.\d))?(?!{WORD}|\.\d)"
+)
 _IPV6 = re.compile(
-    r"(?<![\w:.])((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
-    r"(?:%\w{1,15})?(?:/\d{1,3})?(?![\w:])"
+    r"(?<![:.])"
+    + rf"(?<!{WORD})"
+    + r"((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
+    rf"(?:%[a-zA-Z0-9_]{{1,15}})?(?:/\d{{1,3}})?(?!{WORD}|:)"
 )
 # a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
@@ -61,8 +79,11 @@ _VERSION_BEFORE = re.compile(
     r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
     r"\b(?:(?:sub)?section|chapter|figure|table|clause|article|paragraph|paragraphe|appendix|annex|step|theorem|lemma|"
     r"proposition|corollary|definition|equation|eq\.?|exercise|lesson|requirement|item)s?|\bkapitel|\babschnitt|§|"
-    r"\b(?:ziffer|punkt|schritt|anhang|artikel|chapitre|secci[oó]n|apartado|cap[ií]tulo|art[ií]culo|sezione|capitolo|articolo|"
-    r"se[cç][cç]?[aã]o|rozdzia[lł]|hoofdstuk|paragraaf)|(?-i:\bEC|\.NET|DirectX)|version_info|changelog|"
+    r"\b(?:ziffer|punkt|schritt|anhang|artikel|chapitre|secci[oó]n|apartado|cap[ií]tulo|art[ií]culo|sezione|capitolo|"
+    r"articolo|"
+    r"se[cç][cç]?[aã]o|rozdzia[lł]|hoofdstuk|paragraaf)|"
+    r"(?:版本|バージョン|버전|เวอร์ชัน)[号號]?[はの是為为은는]?|第|"
+    r"(?-i:\bEC|\.NET|DirectX)|version_info|changelog|"
     r"[A-Za-z][/-]|==|>=|<=|~=|~>|\^)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
     re.IGNORECASE,
 )
@@ -76,14 +97,14 @@ _VERSION_AFTER = re.compile(
 )
 # EUI-48, and EUI-64 with two groups more
 _MAC = re.compile(
-    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}(?:(?::[0-9A-Fa-f]{2}){2})?|"
+    rf"(?<!{WORD})(?<![:.-])" + r"(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}(?:(?::[0-9A-Fa-f]{2}){2})?|"
     r"[0-9A-Fa-f]{2}(?:-[0-9A-Fa-f]{2}){5}(?:(?:-[0-9A-Fa-f]{2}){2})?|"
-    r"[0-9A-Fa-f]{4}(?:\.[0-9A-Fa-f]{4}){2,3})(?![\w:-]|\.\w)"
+    r"[0-9A-Fa-f]{4}(?:\.[0-9A-Fa-f]{4}){2,3})" + rf"(?!{WORD}|[:-]|\.\w)"
 )
 MAC_NAME = re.compile(r"[Mm][Aa][Cc]")
 _BARE_MAC = re.compile(
-    r"\bmac(?:[ _-]?(?:address|addr|adresse))?[\"']?(?:\s?[:=]\s?|\s(?:is\s)?)[\"']?"
-    r"([0-9A-Fa-f]{12})(?!\w)",
+    r"(?<![A-Za-z0-9_])mac(?:[ _-]?(?:address|addr|adresse))?[\"']?(?:\s?[:=]\s?|\s(?:is\s)?)[\"']?"
+    rf"([0-9A-Fa-f]{{12}})(?!{WORD})",
     re.IGNORECASE,
 )
 _CALLED_A_MAC = re.compile(r"\b(?:mac|ether|lladdr|hwaddr|address)\b", re.IGNORECASE)
@@ -113,7 +134,7 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
 
 
 # Scripts without spaces go on right behind an address; in a path they begin a segment: /wiki/日本
-_GOES_ON_UNSPACED = re.compile(r"(?<=[A-Za-z0-9/=_-])を|(?<=[A-Za-z0-9])[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
+_GOES_ON_UNSPACED = re.compile(r"(?<=[A-Za-z0-9/=_-])を|(?<=[A-Za-z0-9])[" + UNSPACED + "]")
 # an apostrophe within a word can be the URL's, but not a genitive's at its end; a quote of HTML ends it
 _QUOTE = re.compile(r"'(?!\w)|'s\W*$|&(?:lt|gt|quot|apos|#39);")
 _ANY_QUOTE = re.compile(r"'|&(?:lt|gt|quot|apos|#39);")
@@ -149,7 +170,10 @@ def find_emails(text: str) -> Iterator[tuple[int, int]]:
         if ".." not in local and not local.endswith(".") and "_" not in match.group(2):
             yield match.start() + lead, match.end()
     if not text.isascii():
-        yield from (match.span() for match in _EMAIL_ALONE.finditer(text))
+        for match in _EMAIL_ALONE.finditer(text):
+            local, _, domain = match.group(1).partition("@")
+            if not (domain.isascii() and local[-1].isascii()):  # those are found without what stands before them
+                yield match.span(1)
     if '"@' in text:
         yield from (match.span() for match in _QUOTED_EMAIL.finditer(text))
     if "@[" in text:

