@@ -28,9 +28,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     command = subparsers.add_parser(
         "import",
         help="take conversations from files of other tools",
-        description="Recognised: OpenAI or Hugging Face messages, ShareGPT, Alpaca, prompt/completion, ChatML text, "
-        "ChatGPT's conversations.json, Open WebUI's export, preferences (chosen and rejected), CSV with a header, "
-        "Parquet; JSON, JSON Lines, .gz, .zst.",
+        description="Recognised: OpenAI, Anthropic or Hugging Face messages, ShareGPT, Alpaca, Dolly, "
+        "prompt/completion, ChatML text, ChatGPT's conversations.json, Open WebUI's chats and feedback, preferences "
+        "(chosen and rejected, or a label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
     )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.set_defaults(func=import_files)

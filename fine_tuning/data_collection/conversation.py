@@ -27,6 +27,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.records import dump_line
 
 ROLES = ("system", "user", "assistant", "tool")
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
 
 
 def now() -> str:
@@ -171,8 +172,7 @@ def edits(conversation: dict) -> dict[str, str]:
 
 def short_hash(value: Any, length: int = 24) -> str:
     """A hex digest of any JSON value that does not depend on key order."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:length]
+    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:length]
 
 
 def version_hash(conversation: dict) -> str:

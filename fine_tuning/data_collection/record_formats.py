@@ -50,11 +50,14 @@ _CALLS = ("tool_use", "function_call")
 _RESULTS = ("tool_result", "function_call_output")
 _THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 _MEDIA = {"image": "an image", "video": "a video", "audio": "a sound", "file": "a file", "document": "a file"}
+_MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 _PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # of LLaVA and LLaMA-Factory
 _SHOWN_THOUGHTS = re.compile(
     r'<details\s[^>]*type="reasoning"[^>]*>(?:\s*<summary>.*?</summary>)?(.*?)(?:</details>|\Z)\s*', re.DOTALL
 )
 _SHOWN_CALLS = re.compile(r'<details\s[^>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
+_PLAIN = frozenset(("role", "content", "from", "value", "id"))
+_NOTHING = (None, "", "[]", [])
 _LABELS = {"true": 1, "1": 1, "1.0": 1, "false": -1, "0": -1, "0.0": -1, "-1": -1}
 _WEIGHTS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 # columns that CSV and Parquet files hold as JSON text
@@ -245,14 +248,14 @@ def _found(name: str, record: dict, messages: list[dict]) -> Found:
     """A record's messages, with the system prompt, tools, images and judgement that stand beside them."""
     first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     system = record.get("system", record.get("system_prompt")) if first is None else first
-    tools = {key: record[key] for key in ("tools", "functions") if record.get(key) not in (None, "", "[]", [])}
+    tools = {key: record[key] for key in ("tools", "functions") if key in record and record[key] not in _NOTHING}
     if tools or (first is None and isinstance(system, (str, list))):
         messages[: first is not None] = [_message(tools, "system", system)]
     _mark_media(record, messages)
     feedback = [{"index": i, "rating": m["rating"]} for i, m in enumerate(messages) if m.get("rating")]
-    replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
-    if replies and not feedback and (rating := _rating(record)):
-        feedback = [{"index": replies[-1], "rating": rating}]
+    if not feedback and (rating := _rating(record)):
+        replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+        feedback = [{"index": index, "rating": rating} for index in replies[-1:]]
     identity, started = _unique(record), _started(record)
     return Found(name, messages, identity, started_at=started, metadata=_metadata(record), feedback=feedback)
 
@@ -261,17 +264,19 @@ def _mark_media(record: dict, messages: list[dict]) -> None:
     """Mark user messages with a placeholder for an image, video or sound; the first one if only a column has it."""
     users = [message for message in messages if message["role"] == "user"]
     for message in users:
-        if place := _PLACEHOLDER.search(message["content"]):
+        if ">" in message["content"] and (place := _PLACEHOLDER.search(message["content"])):
             message["lost"] = _MEDIA[place[1] or place[2]]
-    column = next((key for kind in ("image", "video", "audio") for key in (kind, f"{kind}s") if record.get(key)), None)
+    column = next((key for key in _MEDIA_COLUMNS.intersection(record) if record[key]), None)
     if column and users and not any("lost" in message for message in users):
         users[0]["lost"] = _MEDIA[column.removesuffix("s")]
 
 
 def _rating(row: dict) -> int | None:
     """1 or -1 by the `label` of TRL's unpaired preferences or LLaMA-Factory's `kto_tag`; other labels say nothing."""
-    labels = (_LABELS.get(str(row[key]).strip().lower()) for key in ("label", "kto_tag") if key in row)
-    return next(filter(None, labels), None)
+    for key in ("label", "kto_tag"):
+        if key in row and (rating := _LABELS.get(str(row[key]).strip().lower())):
+            return rating
+    return None
 
 
 def _flat(name: str, record: dict, question: str, answer: str) -> Found:
@@ -540,6 +545,8 @@ def _call(part: dict) -> dict:
 def _message(row: dict, role: str | None, content: Any) -> dict:
     """One message. Tools and calls are JSON below its text; `lost` says what it has that is no text."""
     text = _text(content)
+    if text is content and role in ("system", "user", "assistant", "tool") and row.keys() <= _PLAIN:
+        return {"role": role, "content": text}  # nearly all of them
     if not text and isinstance(row.get("refusal"), str):
         text = row["refusal"]
     calls = {key: _parsed(row[key]) for key in ("tools", "functions", "tool_calls", "function_call") if row.get(key)}
@@ -684,7 +691,10 @@ def _has_turns(rows: Any) -> bool:
 
 _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
     (lambda record: isinstance(record.get("mapping"), dict), _chatgpt),
-    (lambda r: all(isinstance(r.get(key), dict) for key in ("data", "meta", "snapshot")), _open_webui_feedback),
+    (
+        lambda r: "snapshot" in r and all(isinstance(r.get(key), dict) for key in ("data", "meta", "snapshot")),
+        _open_webui_feedback,
+    ),
     (lambda record: bool({"history", "messages"} & _object(record.get("chat")).keys()), _open_webui),
     (_has("chosen", "rejected"), _preference),
     (lambda r: _has("id", "source", "started_at", "feedback")(r) and _has_turns(r.get("messages")), _own),
