@@ -383,7 +383,33 @@ def test_of_exact_duplicates_the_endorsed_one_stays_whatever_the_order(tmp_path,
         assert rejected["disliked"]["feedback"] == {"disliked": 1, "commented": 1}
         assert "feedback" not in rejected["plain"]
         assert rows(files, "clusters.jsonl") == [{"id": "liked", "cluster": "disliked"}]
-    assert [c["id"] for c in DataCleaner().filter_conversations([records[number] for number in order])] == ["liked"]
+        (stays,) = (row for name in files if name[0].isdigit() for row in rows(files, name))
+        assert sorted((e["message_id"], e["rating"], e.get("comment")) for e in stays["feedback"]) == [
+            ("liked-1", -1, "no"),
+            ("liked-1", 1, None),
+        ], "what was said of the others is said of the same words"
+    (stays,) = DataCleaner().filter_conversations([records[number] for number in order])
+    assert stays["id"] == "liked" and sorted(entry["rating"] for entry in stays["feedback"]) == [-1, 1]
+
+
+def test_a_preference_comes_with_its_alternative_to_the_duplicate_that_stays(tmp_path):
+    words = ("What is a lake?", "Water that stays.")
+    other = {"id": "other", "role": "assistant", "content": "A car."}
+    preferred = judged(*words, id="preferred", over=["other"])
+    preferred["messages"][1]["alternatives"] = [other]
+    records = [preferred, judged(*words, id="edited", edited="Still water.")]
+    _, files = run(tmp_path, [path := shard(tmp_path, "1", records)])
+    for (stays,) in (rows(files, path.name), DataCleaner().filter_conversations(records)):
+        assert stays["id"] == "edited" and stays["messages"][1]["alternatives"] == [other]
+        assert [entry.get("over") for entry in stays["feedback"]] == [None, ["other"]]
+
+
+def test_a_judgement_of_a_duplicate_that_came_later_reaches_the_one_that_stayed(tmp_path):
+    words = ("What is a lake?", "Water that stays.")
+    first = shard(tmp_path, "1", [talk(*words, id="a")])
+    run(tmp_path, [first])
+    _, files = run(tmp_path, [first, shard(tmp_path, "2", [judged(*words, id="b", rating=-1)])])
+    assert [(row["id"], row["feedback"][0]["rating"]) for row in rows(files, first.name)] == [("a", -1)]
 
 
 def test_an_edited_duplicate_takes_the_place_of_others_and_no_edit_is_lost(tmp_path):

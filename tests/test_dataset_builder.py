@@ -12,6 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.data_collection.data_cleaner import DataCleaner
+from fine_tuning.data_collection.importers import import_records
 from fine_tuning.data_preparation.dataset_builder import (
     DatasetBuilder,
     Example,
@@ -178,6 +180,24 @@ def test_building_imports_nothing_heavy():
         "assert not {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_of_unpaired_preferences_the_disliked_half_is_not_trained(tokenizer):
+    """TRL's KTO set from the file to the labels; a completion that is rated both ways is a disliked one."""
+    texts = [row["messages"] for row in random_conversations(40)]
+    rows = [
+        {"prompt": q["content"], "completion": a["content"], "label": number % 2 == 0}
+        for number, (q, a) in enumerate(texts)
+    ]
+    rows.append(rows[0] | {"label": False})
+    found = list(import_records(enumerate(rows, start=1), "import", "2026-01-01T00:00:00Z"))
+    cleaned = DataCleaner().filter_conversations([item.conversation for item in found])
+    assert len(cleaned) == 40
+    dataset = DatasetBuilder(train_on="not_disliked", tokenizer=tokenizer).build_dataset(cleaned)
+    labels = [row["labels"] for split in SPLITS for row in dataset[split]]
+    trained = {tokenizer.decode([label for label in row if label != NOT_TRAINED]) for row in labels}
+    good = {row["completion"] for row in rows[1:] if row["label"]}
+    assert {text.removesuffix("<|im_end|>").strip() for text in trained} == good
 
 
 # --- what is trained on ----------------------------------------------------------------------------------------------

@@ -104,6 +104,28 @@ def test_edits_stand_in_the_place_of_replies(tmp_path):
     assert b"better" in DataExporter(tmp_path).export([record], "alpaca").read_bytes()
 
 
+@pytest.mark.parametrize("system", [None, "", "'", "''", "'a'", "Be kind."])
+@pytest.mark.parametrize("name", FILES)
+def test_an_empty_system_prompt_is_another_thing_than_none(tmp_path, name, system):
+    record = conversation(["q", "a", "r", "b"], "0" * 32)
+    if system is not None:
+        record["messages"].insert(0, {"id": "s", "role": "system", "content": system})
+    assert said(reimport(DataExporter(tmp_path).export([record], name))) == said([record])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_reply_that_is_context_only_is_exported_as_such_or_not_at_all(tmp_path, name):
+    record = conversation(["q", "a", "r", "b"], "0" * 32)
+    record["messages"][1]["weight"] = 0
+    exporter = DataExporter(tmp_path)
+    path = exporter.export([record], name)
+    if name in ("json", "openai", "sharegpt"):
+        (again,) = reimport(path)
+        assert [message.get("weight") for message in again["messages"]] == [None, 0, None, None]
+    else:
+        assert exporter.counts[name] == {"exported": 0, "skipped": 1}
+
+
 def test_no_cell_of_the_csv_is_a_formula(tmp_path):
     path = DataExporter(tmp_path).export(CONVERSATIONS, "csv")
     with open(path, newline="", encoding="utf-8") as file:

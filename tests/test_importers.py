@@ -6,15 +6,18 @@ import json
 import math
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.conversation import version_hash
+from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.importers import Imported, Problem, import_file, import_records
 from fine_tuning.data_collection.sample import sample_conversations
 from fine_tuning.data_collection.shards import write_shard
+from fine_tuning.data_preparation.selection import select
 from fine_tuning.errors import UserError
 from tests.test_odd_records import changed, places
 
@@ -87,7 +90,7 @@ def test_openai_messages_with_parts_tools_and_developer(tmp_path):
     call = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
     messages = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "image_url", "image_url": {}}]},
+        {"role": "user", "content": [{"type": "text", "text": "Look:"}]},
         {"role": "assistant", "content": None, "tool_calls": call},
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "It is 42."},
@@ -449,10 +452,212 @@ def test_a_preference_is_a_reply_with_a_worse_alternative(tmp_path, name):
     assert talk["feedback"] == [{"message_id": talk["messages"][1]["id"], "over": [other["id"]]}]
 
 
-def test_a_completion_with_a_label_is_liked_or_disliked(tmp_path):
-    record = RECORDS["prompt-completion"]
-    talks = taken(lines(tmp_path / "f.jsonl", *(record | {"label": label} for label in (True, False, "x"))))
-    assert [[entry["rating"] for entry in talk["feedback"]] for talk in talks] == [[1], [-1], []]
+@pytest.mark.parametrize("key", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", sorted(RECORDS))
+def test_a_record_with_a_label_is_liked_or_disliked(tmp_path, name, key):
+    good, bad, silent = (True, 1, "true"), (False, 0, "False", "0"), ("x", 7, None)
+    for label in (*good, *bad, *silent):
+        rating = 1 if label in good else -1 if label in bad else None
+        (talk,) = taken(lines(tmp_path / "f.jsonl", RECORDS[name] | {key: label}))
+        wanted = [{"message_id": talk["messages"][-1]["id"], "rating": rating}] if rating else []
+        assert talk["feedback"] == wanted, label
+
+
+def test_a_label_is_about_the_last_reply_that_is_trained_or_about_its_own_message(tmp_path):
+    def rated(messages, **beside):
+        (talk,) = taken(lines(tmp_path / "f.jsonl", {"messages": messages, **beside}))
+        places = {message["id"]: place for place, message in enumerate(talk["messages"])}
+        return {places[entry["message_id"]]: entry["rating"] for entry in talk["feedback"]}
+
+    system = {"role": "system", "content": "Be brief."}
+    assert rated([system, QUESTION, GOOD, QUESTION, BAD, QUESTION], label=False) == {4: -1}
+    assert rated([QUESTION, GOOD, QUESTION, BAD], label=False, system="Be brief.") == {4: -1}
+    assert rated([QUESTION, GOOD, QUESTION, BAD | {"weight": 0}], label=True) == {1: 1}
+    assert rated([QUESTION, BAD | {"label": False}, QUESTION, GOOD | {"label": True}], label=False) == {1: -1, 3: 1}
+
+
+@pytest.mark.parametrize(("weight", "kept"), [(0, True), ("0", True), (False, True), (1, False), (None, False)])
+def test_a_reply_of_weight_0_is_context_only(tmp_path, weight, kept):
+    rows = [QUESTION, BAD | {"weight": weight}, QUESTION, GOOD]
+    shares = [{"from": m["role"], "value": m["content"]} | {k: m[k] for k in m.keys() & {"weight"}} for m in rows]
+    for record in ({"messages": rows}, {"conversations": shares}):
+        (talk,) = taken(lines(tmp_path / "f.jsonl", record))
+        assert [message.get("weight") for message in talk["messages"]] == [None, 0 if kept else None, None, None]
+        _, trained = select(DataCleaner().clean_conversation(talk).conversation, "all")
+        assert trained == [False, not kept, False, True]
+
+
+def test_a_weight_of_neither_0_nor_1_is_not_taken_for_1(tmp_path):
+    path = lines(tmp_path / "f.jsonl", {"messages": [QUESTION, GOOD | {"weight": 0.5}]})
+    assert problems(path) == [(1, "the `weight` of a message is neither 0 nor 1")]
+
+
+# -----------------------------------------------------------------------------
+# what stands beside the messages, and what is no text
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
+
+
+def left_out(path):
+    return [reason for item in import_file(path) if isinstance(item, Imported) for reason in item.left_out]
+
+
+@pytest.mark.parametrize("answer", ["response", "output"])
+def test_the_context_of_a_question_stands_below_it(tmp_path, answer):
+    record = {"instruction": "Where is it?", "context": "Lake Como is in Italy.", answer: "In Italy.", "category": "qa"}
+    (talk,) = taken(lines(tmp_path / "dolly.jsonl", record))
+    assert turns(talk) == [("user", "Where is it?\n\nLake Como is in Italy."), ("assistant", "In Italy.")]
+    path = lines(tmp_path / "odd.jsonl", {"question": "q", "answer": "a", "context": {"title": ["x"]}})
+    assert not taken(path) and problems(path) == [(1, "a message is no text")]
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "prompt-completion"])
+def test_tools_and_a_system_prompt_beside_the_turns_are_in_the_system_message(tmp_path, name):
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        (talk,) = taken(lines(tmp_path / "f.jsonl", RECORDS[name] | {"tools": tools, "system": "Be brief."}))
+        (role, text), *rest = turns(talk)
+        assert role == "system" and rest == EXCHANGE
+        prompt, _, definitions = text.partition("\n")
+        assert prompt == "Be brief." and json.loads(definitions) == {"tools": TOOLS}
+    (talk,) = taken(lines(tmp_path / "f.jsonl", RECORDS[name] | {"tools": []}))
+    assert turns(talk) == EXCHANGE
+
+
+def test_tools_of_a_system_message_stay_with_it(tmp_path):
+    system = {"role": "system", "content": "Be brief.", "tools": json.dumps(TOOLS)}
+    (talk,) = taken(lines(tmp_path / "f.jsonl", {"messages": [system, QUESTION, GOOD]}))
+    assert json.loads(turns(talk)[0][1].partition("\n")[2]) == {"tools": TOOLS}
+
+
+def test_anthropic_calls_and_results_are_messages_of_their_own(tmp_path):
+    record = {
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [
+            {"role": "user", "content": "What time is it?"},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "A clock is needed.", "signature": "x"},
+                {"type": "text", "text": "Let me see."},
+                {"type": "tool_use", "id": "a", "name": "clock", "input": {"zone": "UTC"}},
+                {"type": "tool_use", "id": "b", "name": "clock", "input": {"zone": "CET"}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "a", "content": "12:00"},
+                {"type": "tool_result", "tool_use_id": "b", "content": [{"type": "text", "text": "13:00"}]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Noon."}]},
+        ],
+    }  # fmt: skip
+    (talk,) = taken(lines(tmp_path / "f.jsonl", record))
+    roles, texts = zip(*turns(talk), strict=True)
+    assert roles == ("system", "user", "assistant", "tool", "tool", "assistant")
+    said, _, calls = texts[2].partition("\n")
+    assert said == "Let me see." and texts[3:] == ("12:00", "13:00", "Noon.")
+    assert [(c["id"], json.loads(c["function"]["arguments"])) for c in json.loads(calls)["tool_calls"]] == [
+        ("a", {"zone": "UTC"}), ("b", {"zone": "CET"})]  # fmt: skip
+    assert talk["messages"][2]["reasoning"] == "A clock is needed."
+    assert DataCleaner().clean_conversation(talk).drop is None
+
+
+IMAGES = {
+    "openai": {"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": {}}]},
+    "anthropic": {"role": "user", "content": [{"type": "image", "source": {}}, {"type": "text", "text": "See"}]},
+    "hugging face": {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "See"}]},
+    "placeholder": {"role": "user", "content": "<image>\nWhat is on it?"},
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_conversation_ends_before_an_image_and_says_so(tmp_path, name):
+    path = lines(tmp_path / "f.jsonl", {"messages": [QUESTION, GOOD, IMAGES[name], BAD, QUESTION, GOOD], "label": True})
+    (talk,) = taken(path)
+    assert turns(talk) == EXCHANGE
+    assert left_out(path) == ["the conversation ends before an image, which is not text"]
+    path = lines(tmp_path / "g.jsonl", {"messages": [IMAGES[name], GOOD]})
+    assert not taken(path)
+    assert problems(path) == [(1, "messages: a question has an image, which is not text")]
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "question-answer"])
+def test_an_image_in_a_column_is_part_of_the_question(tmp_path, name):
+    path = lines(tmp_path / "f.jsonl", RECORDS[name] | {"images": ["a.png"]}, RECORDS[name] | {"images": []})
+    assert [turns(talk) for talk in taken(path)] == [EXCHANGE]
+    assert problems(path) == [(1, f"{name}: a question has an image, which is not text")]
+
+
+def test_a_tag_that_is_talked_about_is_no_image(tmp_path):
+    path = lines(tmp_path / "f.jsonl", {"prompt": "What does <image> do in SVG?", "completion": "It embeds one."})
+    assert len(taken(path)) == 1 and not left_out(path)
+
+
+def test_a_reply_with_what_only_chatgpt_saw_is_context_only(tmp_path):
+    path = write(tmp_path / "conversations.json", chatgpt_export())
+    (talk,) = taken(path)
+    assert talk["messages"][1]["weight"] == 0
+    assert left_out(path) == ["a reply is context only: it rests on what a tool returned, which is not in the record"]
+    export = chatgpt_export()
+    picture = {"content_type": "image_asset_pointer", "asset_pointer": "file-service://x"}
+    export[0]["mapping"]["q"]["message"]["content"] = {"content_type": "multimodal_text", "parts": [picture, "This?"]}
+    assert problems(write(tmp_path / "conversations.json", export)) == [
+        (1, "chatgpt: a question has an image, which is not text")
+    ]
+
+
+# -----------------------------------------------------------------------------
+# Open WebUI
+
+WEBUI = Path(__file__).parent / "open_webui"
+
+
+def test_open_webui_replies_in_output_and_thumbs_beside_the_path():
+    lakes, clock = taken(WEBUI / "chats_all.ndjson")
+    assert turns(lakes)[:2] == EXCHANGE
+    reply = lakes["messages"][1]
+    (other,) = reply["alternatives"]
+    assert (reply["reasoning"], other["content"], other["model"]) == (
+        "They ask about water.",
+        "A kind of car.",
+        "gemma:2b",
+    )
+    assert lakes["feedback"] == [
+        {"message_id": reply["id"], "rating": 1, "comment": "short and right", "by": "ann"},
+        {"message_id": other["id"], "rating": -1, "by": "ann"},
+    ]
+    assert [role for role, _ in turns(clock)] == ["user", "assistant", "tool", "assistant"]
+    assert "clock" in turns(clock)[1][1] and turns(clock)[2:] == [("tool", "12:00"), ("assistant", "It is noon.")]
+    assert DataCleaner().clean_conversation(clock).drop is None
+
+
+def test_open_webui_thoughts_and_calls_in_the_text():
+    (talk,) = taken(WEBUI / "chats_export.json")
+    assert [text for _, text in turns(talk)][1::2] == ["A small one.", "Three metres."]
+    assert talk["messages"][1]["reasoning"] == "> Size matters."
+    assert [message.get("weight") for message in talk["messages"]] == [None, None, None, 0]
+    assert len(left_out(WEBUI / "chats_export.json")) == 1
+
+
+@pytest.mark.parametrize("where", ["user", "assistant"])
+def test_open_webui_files_and_sources_are_not_left_out_without_a_word(tmp_path, where):
+    export = open_webui_export()
+    nodes = export["chat"]["history"]["messages"]
+    nodes["1" if where == "user" else "2"]["files" if where == "user" else "sources"] = [{"type": "file", "name": "x"}]
+    path = write(tmp_path / "chats.json", [export])
+    if where == "user":
+        assert problems(path) == [(1, "open-webui: a question has a file, which is not text")]
+    else:
+        (talk,) = taken(path)
+        assert talk["messages"][1]["weight"] == 0 and len(left_out(path)) == 1
+
+
+def test_open_webui_feedback_is_a_rating_or_a_preference_of_the_arena_s_winner():
+    path = WEBUI / "feedbacks_export.json"
+    plain, won, lost = taken(path)
+    assert turns(plain) == EXCHANGE
+    assert plain["feedback"] == [{"message_id": plain["messages"][1]["id"], "rating": -1, "by": "ann"}]
+    assert won["feedback"] == [{"message_id": "s2", "rating": 1, "by": "ann", "over": ["s1"]}]
+    assert [m["model"] for m in (won["messages"][1], *won["messages"][1]["alternatives"])] == ["b:1", "a:1"]
+    assert lost["feedback"] == [
+        {"message_id": "t1", "rating": -1, "by": "ann"},
+        {"message_id": "t2", "rating": None, "over": ["t1"], "by": "ann"},
+    ]
+    assert [line for line, _ in problems(path)] == [4]
 
 
 def test_an_imported_exchange_keeps_its_author_and_that_it_was_broken_off(tmp_path):
@@ -463,10 +668,13 @@ def test_an_imported_exchange_keeps_its_author_and_that_it_was_broken_off(tmp_pa
     assert talk["metadata"] == {"user_id": "ann"}
 
 
+SOUND = {"content_type": "audio_asset_pointer", "asset_pointer": "sediment://file_1", "format": "wav"}
+
+
 def test_what_was_spoken_to_chatgpt_is_its_transcript(tmp_path):
     export = chatgpt_export()
     part = {"content_type": "audio_transcription", "text": "What is a lake?", "direction": "in"}
-    export[0]["mapping"]["q"]["message"]["content"] = {"content_type": "multimodal_text", "parts": [part, {"x": 1}]}
+    export[0]["mapping"]["q"]["message"]["content"] = {"content_type": "multimodal_text", "parts": [part, SOUND]}
     (talk,) = taken(write(tmp_path / "conversations.json", export))
     assert turns(talk) == EXCHANGE
 
@@ -491,10 +699,14 @@ ODD = st.recursive(
 )
 
 
+WEBUI_RECORDS = [json.loads((WEBUI / "chats_all.ndjson").read_text().splitlines()[1])]
+WEBUI_RECORDS += json.loads((WEBUI / "feedbacks_export.json").read_text())[1:2]
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_record_that_is_odd_anywhere_is_taken_or_a_problem(data):
-    known = [*RECORDS.values(), *PREFERENCES.values(), *chatgpt_export(), open_webui_export(), OWN]
+    known = [*RECORDS.values(), *PREFERENCES.values(), *chatgpt_export(), open_webui_export(), OWN, *WEBUI_RECORDS]
     record = data.draw(st.sampled_from(known))
     odd = changed(record, data.draw(st.sampled_from(list(places(record)))), data.draw(ODD))
     (item,) = import_records([(1, odd)], "import", "2026-01-01T00:00:00.000Z")

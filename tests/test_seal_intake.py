@@ -364,6 +364,138 @@ def test_a_record_whose_feedback_cannot_be_read_is_quarantined(project, tmp_path
     assert "line 2: whetstone: `feedback` has" in output and "kingfisher" not in output
 
 
+def write_lines(path, *records):
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return str(path)
+
+
+def only_version(project):
+    newest = {record["id"]: record for path in shards(project) for record in read_jsonl(path)}
+    (record,) = newest.values()
+    return record
+
+
+QUESTION, REPLY = "What is a lake?", "Water that stays."
+JUDGED_ROWS = {
+    "preference": {"prompt": QUESTION, "chosen": REPLY, "rejected": "A car."},
+    "label": {"prompt": QUESTION, "completion": REPLY, "label": False},
+}
+
+
+@pytest.mark.parametrize("name", JUDGED_ROWS)
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("judged_first", [True, False])
+def test_the_same_words_without_their_feedback_take_none_away(project, tmp_path, command, name, together, judged_first):
+    rows = {"judged": JUDGED_ROWS[name], "plain": {"prompt": QUESTION, "completion": REPLY}}
+    files = [write_lines(tmp_path / f"{kind}.jsonl", row) for kind, row in rows.items()]
+    files = files if judged_first else files[::-1]
+    for call in [files] if together else [[file] for file in files]:
+        command(project, "import", *call)
+    record = only_version(project)
+    (entry,) = record["feedback"]
+    reply = record["messages"][1]
+    assert entry["message_id"] == reply["id"]
+    if name == "label":
+        assert entry["rating"] == -1
+    else:
+        assert entry["over"] == [reply["alternatives"][0]["id"]] and reply["alternatives"][0]["content"] == "A car."
+    before = len(shards(project))
+    assert "0 taken, 1 skipped" in command(project, "import", files[0])
+    assert len(shards(project)) == before
+
+
+def test_of_one_person_s_judgements_the_newest_counts_and_those_of_others_stay(project, tmp_path, command):
+    talk = {"id": "c", "source": "chat", "started_at": None, "metadata": {}, "restored": True}
+    talk["messages"] = [
+        {"id": "q", "role": "user", "content": QUESTION},
+        {"id": "a", "role": "assistant", "content": REPLY},
+    ]
+    first = [
+        {"message_id": "a", "rating": 1, "by": "ann", "comment": "yes"},
+        {"message_id": "a", "rating": None, "by": "ann", "edited": "Still water."},
+        {"message_id": "a", "rating": 1, "by": "bob"},
+        {"message_id": "q", "rating": None, "comment": "fine"},
+    ]
+    command(project, "import", write_lines(tmp_path / "1.jsonl", talk | {"feedback": first[:1] + first[2:]}))
+    command(project, "import", write_lines(tmp_path / "2.jsonl", talk | {"feedback": first[1:2]}))
+    del talk["restored"]
+    later = [{"message_id": "a", "rating": -1, "by": "ann"}]
+    command(project, "import", write_lines(tmp_path / "3.jsonl", talk | {"feedback": later}))
+    record = only_version(project)
+    by = {(entry["message_id"], entry.get("by")): entry for entry in record["feedback"]}
+    assert len(by) == len(record["feedback"]) == 3 and record["restored"]
+    assert by["a", "ann"] == {"message_id": "a", "rating": -1, "by": "ann", "comment": "yes", "edited": "Still water."}
+    assert by["a", "bob"]["rating"] == 1 and by["q", None]["comment"] == "fine"
+    changed = talk | {"messages": [talk["messages"][0], {"id": "a", "role": "assistant", "content": "Other words."}]}
+    command(project, "import", write_lines(tmp_path / "4.jsonl", changed | {"feedback": []}))
+    assert only_version(project)["feedback"] == [by["q", None]], "what was said of other words is not said of these"
+
+
+def test_preferences_over_different_replies_are_joined_and_the_other_way_round_takes_back(project, tmp_path, command):
+    rows = [{"prompt": QUESTION, "chosen": REPLY, "rejected": text} for text in ("A car.", "A shoe.")]
+    for row in rows:
+        command(project, "import", write_lines(tmp_path / "f.jsonl", row))
+    record = only_version(project)
+    reply = record["messages"][1]
+    assert [other["content"] for other in reply["alternatives"]] == ["A shoe.", "A car."]
+    assert len({other["id"] for other in reply["alternatives"]}) == 2
+    (entry,) = record["feedback"]
+    assert set(entry["over"]) == {other["id"] for other in reply["alternatives"]}
+    shoe = reply["alternatives"][0]["id"]
+    changed = record | {"feedback": [{"message_id": shoe, "rating": None, "over": [reply["id"]]}]}
+    command(project, "import", write_lines(tmp_path / "f.jsonl", changed))
+    over = {entry["message_id"]: entry.get("over") for entry in only_version(project)["feedback"]}
+    assert over == {reply["id"]: None, shoe: [reply["id"]]}
+
+
+WEBUI = Path(__file__).parent / "open_webui"
+
+
+def test_open_webui_s_feedback_is_added_to_the_chat_that_is_known(project, command):
+    command(project, "import", str(WEBUI / "chats_all.ndjson"))
+    output = command(project, "import", str(WEBUI / "feedbacks_export.json"))
+    assert "3 taken, 0 skipped (there already), 1 quarantined" in output
+    name = "open-webui-11111111-0000-4000-8000-00000000000a"
+    lakes = versions(project, name)[name]
+    assert [m["content"] for m in lakes["messages"]] == [QUESTION, REPLY, "Thanks!"], "the chat stays whole"
+    ratings = [entry["rating"] for entry in lakes["feedback"] if entry["message_id"] == lakes["messages"][1]["id"]]
+    assert ratings == [-1], "the same person's newest"
+    assert "0 taken, 3 skipped" in command(project, "import", str(WEBUI / "feedbacks_export.json"))
+    command(project, "import", str(WEBUI / "chats_all.ndjson"))
+    assert len(versions(project, name)[name]["feedback"]) == 2
+
+
+def test_feedback_on_another_branch_replaces_no_words(project, tmp_path, command):
+    (row, *_) = json.loads((WEBUI / "feedbacks_export.json").read_text())
+    command(project, "import", str(WEBUI / "chats_all.ndjson"))
+    nodes = row["snapshot"]["chat"]["chat"]["history"]["messages"]
+    nodes |= {
+        "q2": {"parentId": None, "role": "user", "content": "What is a pond?"},
+        "a2": {"parentId": "q2", "role": "assistant", "content": "A small lake."},
+    }
+    row["meta"]["message_id"] = "a2"
+    command(project, "import", write_lines(tmp_path / "f.json", [row]))
+    whole, branch = (
+        "open-webui-11111111-0000-4000-8000-00000000000a",
+        "open-webui-11111111-0000-4000-8000-00000000000a-a2",
+    )
+    found = versions(project, whole, branch)
+    assert [len(found[name]["messages"]) for name in (whole, branch)] == [3, 2]
+    assert [entry["rating"] for entry in found[branch]["feedback"]] == [-1]
+
+
+def test_an_import_counts_what_it_could_not_keep_by_reason(project, tmp_path, command):
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": REPLY}]
+    rows = [{"messages": [*said, picture, said[1]]}] * 3 + [{"messages": [picture, said[1]]}] * 12 + [{"a": 1}] * 2
+    output = command(project, "import", write_lines(tmp_path / "f.jsonl", *rows))
+    assert "3 taken, 0 skipped (there already), 14 quarantined" in output
+    assert "  3 times the conversation ends before an image, which is not text" in output
+    assert "  and 4 more:" in output
+    assert "  2 times messages: a question has an image, which is not text" in output
+    assert "  2 times none of the known forms" in output
+
+
 def test_a_preference_that_is_no_list_in_a_shard_stops_no_import_and_no_seal(project, command):
     log(project).log_conversation("q", "a", {"session_id": "s"}, id="x")
     log(project).log_conversation("q", "b", {"session_id": "s", "replaces": "x"}, id="y")

@@ -1,7 +1,12 @@
 """Rendering and encoding: the ids that a server computes, labels on replies alone, control tokens unforged."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from hypothesis import given, settings
@@ -409,6 +414,60 @@ def test_special_tokens_that_would_go_wrong_are_told(saved, template, change, pr
 def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path):
     with pytest.raises(UserError, match="give a folder"):
         TokenizerUtils(tmp_path / "nothing")
+
+
+def test_a_tokenizer_may_be_named_by_its_file(tiny_base):
+    assert TokenizerUtils(tiny_base / "tokenizer.json").count("hello") == TokenizerUtils(tiny_base).count("hello")
+
+
+def test_what_a_template_refuses_is_not_called_short(saved):
+    talk = [{"messages": chat("a", "b", system="s")}]
+    (report,) = compare_tokenizers([saved("mistral", MISTRAL)], talk)
+    assert (report.refused_share, report.truncated_share, report.template_share) == (1, None, None)
+    assert "| truncated share | unknown |" in comparison_table([report])
+    half = [*talk, {"messages": chat("a", "b " * 600)}]
+    (report,) = compare_tokenizers([saved("mistral", MISTRAL)], half)
+    assert (report.refused_share, report.truncated_share) == (0.5, 1)
+
+
+HUB = """
+import sys
+from fine_tuning.data_preparation.tokenizer import TokenizerUtils
+from fine_tuning.errors import UserError
+try:
+    TokenizerUtils(sys.argv[1])
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_one_for_no_path(tmp_path):
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        settings |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+        for name in ("nobody/nothing", "some/where/tokenizer.json"):
+            command = [sys.executable, "-c", HUB, name]
+            shown = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+            assert shown.stdout.startswith(f"no tokenizer '{name}'")
+            if name == "nobody/nothing":
+                assert len([path for path in asked if "nothing" in path]) == 1
+        hub.shutdown()
+    assert not [path for path in asked if "where" in path]
 
 
 @pytest.mark.parametrize("content", [b"", b"{broken", b"{}"])

@@ -13,6 +13,8 @@ from fine_tuning.errors import UserError
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
+    from fine_tuning.data_collection.importers import Imported, Problem
+
 INBOX = Path("inbox/conversations.jsonl")
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
@@ -26,9 +28,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     command = subparsers.add_parser(
         "import",
         help="take conversations from files of other tools",
-        description="Recognised: OpenAI or Hugging Face messages, ShareGPT, Alpaca, prompt/completion, ChatML text, "
-        "ChatGPT's conversations.json, Open WebUI's export, preferences (chosen and rejected), CSV with a header, "
-        "Parquet; JSON, JSON Lines, .gz, .zst.",
+        description="Recognised: OpenAI, Anthropic or Hugging Face messages, ShareGPT, Alpaca, Dolly, "
+        "prompt/completion, ChatML text, ChatGPT's conversations.json, Open WebUI's chats and feedback, preferences "
+        "(chosen and rejected, or a label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
     )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.set_defaults(func=import_files)
@@ -42,9 +44,12 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
 
 def import_files(args: argparse.Namespace) -> None:
-    """Import every file into one new shard; conversations that are there already are not taken again."""
+    """Import every file; conversations that are there already are not taken again.
+
+    New conversations go into one shard; new versions of known ones into another, with the feedback that was known.
+    """
     from fine_tuning.data_collection.conversation import is_feedback, version_hash
-    from fine_tuning.data_collection.importers import Problem, import_file
+    from fine_tuning.data_collection.importers import Imported, Problem, import_file
     from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
     from fine_tuning.data_collection.tombstones import Tombstones
 
@@ -54,71 +59,118 @@ def import_files(args: argparse.Namespace) -> None:
         known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
 
         tombstones = Tombstones(FORGOTTEN)
-        report: list[str] = []  # told when the shard is written: until then nothing is taken
-        total: Counter[str] = Counter()
-        quarantined: list[str] = []  # of each file the first
+        reports: list[_Report] = []  # told when the shard is written: until then nothing is taken
+        changes: list[tuple[Imported, Counter[str]]] = []
 
         def taken(path: Path) -> Iterator[dict]:
-            counts: Counter[str] = Counter()
-            formats: Counter[str] = Counter()
-            problems = []
+            report = _Report(path)
+            reports.append(report)
             for item in import_file(path):
                 if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
                     item = Problem(
                         item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type"
                     )
                 if isinstance(item, Problem):
-                    counts["quarantined"] += 1
-                    problems.append(item)
+                    report.problems.append(item)
                     continue
-                formats[item.format] += 1
+                report.formats[item.format] += 1
+                report.left_out.update(item.left_out)
+                identity, version = item.conversation["id"], version_hash(item.conversation)
                 if tombstones.cover(item.conversation):
-                    counts["forgotten"] += 1
-                    continue
-                version = version_hash(item.conversation)
-                if known.get(item.conversation["id"]) == version:
-                    counts["skipped"] += 1
-                    continue
-                known[item.conversation["id"]] = version
-                counts["taken"] += 1
-                yield item.conversation
-            recognised = ", ".join(f"{name} ({count})" for name, count in formats.most_common()) or "nothing"
-            total.update(counts)
-            quarantined.extend(f"line {problem.line} of {path}: {problem.reason}" for problem in problems[:1])
-            report.append(f"{path}: recognised {recognised}")
-            report.append(
-                f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), "
-                f"{counts['quarantined']} quarantined"
-                + (f", {counts['forgotten']} left out (forgotten: {FORGOTTEN})" if counts["forgotten"] else "")
-            )
-            report.extend(f"  line {problem.line}: {problem.reason}" for problem in problems[:SHOWN_PROBLEMS])
-            if len(problems) > SHOWN_PROBLEMS:
-                report.append(f"  and {len(problems) - SHOWN_PROBLEMS} more")
+                    report.counts["forgotten"] += 1
+                elif known.get(identity) == version:
+                    report.counts["skipped"] += 1
+                elif identity in known:
+                    changes.append((item, report.counts))
+                else:
+                    known[identity] = version
+                    report.counts["taken"] += 1
+                    yield item.conversation
 
         stream = (conversation for path in args.files for conversation in taken(path))
-        prefix = f"{next_stamp(CONVERSATIONS)}-import"
         try:
-            shard, count = write_shard(CONVERSATIONS, prefix, stream)
+            written = [write_shard(CONVERSATIONS, f"{next_stamp(CONVERSATIONS)}-import", stream)]
         except UserError as error:
             if len(args.files) == 1:
                 raise
             raise UserError(f"none of the {len(args.files)} files was taken: {error}") from None
-        if shard is not None:
+        if changes:
+            written.append(write_shard(CONVERSATIONS, f"{next_stamp(CONVERSATIONS)}-import", _new_versions(changes)))
+        written = [(shard, count) for shard, count in written if shard is not None]
+        if written:
             track(repo)
-        print("\n".join(report))
-        if shard is not None:
+        for report in reports:
+            report.show()
+        for shard, count in written:
             print(f"{count} conversations in {shard}")
+        if written:
             _say_next()
-        elif not total["skipped"] and not total["forgotten"]:
-            raise UserError(_nothing_taken(args.files, total["quarantined"], quarantined))
+        elif not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
+            problems = [(report.path, problem) for report in reports for problem in report.problems]
+            raise UserError(_nothing_taken(args.files, problems))
 
 
-def _nothing_taken(files: list[Path], count: int, quarantined: list[str]) -> str:
+class _Report:
+    """What an import has to say of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.problems = path, []
+        self.counts, self.formats, self.left_out = Counter(), Counter(), Counter()
+
+    def show(self) -> None:
+        counts = self.counts
+        recognised = ", ".join(f"{name} ({count})" for name, count in self.formats.most_common()) or "nothing"
+        print(f"{self.path}: recognised {recognised}")
+        print(
+            f"  {counts['taken']} taken, {counts['skipped']} skipped (there already), {len(self.problems)} quarantined"
+            + (f", {counts['forgotten']} left out (forgotten: {FORGOTTEN})" if counts["forgotten"] else "")
+        )
+        for reason, count in self.left_out.most_common():
+            print(f"  {count} times {reason}")
+        for problem in self.problems[:SHOWN_PROBLEMS]:
+            print(f"  line {problem.line}: {problem.reason}")
+        if more := self.problems[SHOWN_PROBLEMS:]:
+            print(f"  and {len(more)} more:")
+            for reason, count in Counter(problem.reason for problem in more).most_common(SHOWN_PROBLEMS):
+                print(f"  {count} times {reason}")
+
+
+def _new_versions(changes: list[tuple["Imported", Counter[str]]]) -> Iterator[dict]:
+    """New versions of known conversations, each with the feedback that is known of the same words.
+
+    A judgement brings the chat as it was when somebody judged: it changes the words that are known only if it goes on
+    from them.
+    """
+    from fine_tuning.data_collection.conversation import message_ids, version_hash, with_feedback_of
+    from fine_tuning.data_collection.shards import newest_versions, shard_paths
+
+    names = {item.conversation["id"] for item, _ in changes}
+    names |= {f"{item.conversation['id']}-{item.judges}" for item, _ in changes if item.judges}
+    newest = newest_versions(shard_paths(CONVERSATIONS, MANIFEST), names)
+    for item, counts in changes:
+        newer, older = item.conversation, newest[item.conversation["id"]]
+        if item.judges in set(message_ids(older)) or (item.judges and older.get("deleted")):
+            newer = older | {"feedback": newer["feedback"] if older["messages"] else []}
+        elif item.judges and older["messages"][-1].get("id") not in set(message_ids(newer)):  # another branch
+            newer = newer | {"id": f"{newer['id']}-{item.judges}"}
+            older = newest.get(newer["id"], older | {"messages": []})
+        merged = with_feedback_of(older, newer)
+        if version_hash(merged) == version_hash(older):
+            counts["skipped"] += 1
+            continue
+        newest[merged["id"]] = merged
+        counts["taken"] += 1
+        yield merged
+
+
+def _nothing_taken(files: list[Path], problems: list[tuple[Path, "Problem"]]) -> str:
     """Why files gave no conversation, and what to do."""
-    if quarantined:
+    if problems:
+        path, first = problems[0]
         return (
-            f"nothing was taken, {count} quarantined (the first is {quarantined[0]}): mend the file, or "
-            "export it in one of the formats of `python -m fine_tuning import --help`"
+            f"nothing was taken, {len(problems)} quarantined (the first is line {first.line} of {path}: "
+            f"{first.reason}): mend the file, or export it in one of the formats of "
+            "`python -m fine_tuning import --help`"
         )
     named = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files hold"
     return f"nothing was taken: {named} no records: check the export, then import it again"

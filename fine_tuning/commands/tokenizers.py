@@ -10,7 +10,9 @@ from fine_tuning.errors import UserError
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
     """Add tokenizers to the command line."""
     command = subparsers.add_parser("tokenizers", help="compare tokenizers on your conversations, side by side")
-    command.add_argument("names", nargs="+", metavar="TOKENIZER", help="a folder, a .gguf file or a hub id")
+    command.add_argument(
+        "names", nargs="+", metavar="TOKENIZER", help="a folder or its tokenizer.json, a .gguf file or a hub id"
+    )
     command.add_argument("--data", type=Path, default=Path("data/clean"), help="folder of clean conversations")
     command.add_argument("--limit", type=int, default=1000, metavar="N", help="count the first N conversations")
     command.set_defaults(func=compare)

@@ -5,13 +5,15 @@ A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "co
 id, has no messages and "deleted": true, so that older versions of it stay deleted.
 
 A reply may also bear "version" (of the model that wrote it), "tokens" (how many), "incomplete" (why it was not
-finished: it is not trained on) and "alternatives" (other replies to the same question, whole messages). A feedback
-entry with "over" prefers its message to the alternatives of those ids.
+finished: it is not trained on), "weight": 0 (OpenAI's: context only, not trained on, whatever its ratings),
+"reasoning" (its thoughts, which are not trained on) and "alternatives" (other replies to the same question, whole
+messages). A feedback entry with "over" prefers its message to the alternatives of those ids.
 
 A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
 no more.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -25,6 +27,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.records import dump_line
 
 ROLES = ("system", "user", "assistant", "tool")
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
 
 
 def now() -> str:
@@ -169,14 +172,13 @@ def edits(conversation: dict) -> dict[str, str]:
 
 def short_hash(value: Any, length: int = 24) -> str:
     """A hex digest of any JSON value that does not depend on key order."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:length]
+    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:length]
 
 
 def version_hash(conversation: dict) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
     messages = [
-        [*map(m.get, ("role", "content", "model")), *sorted(_said(a) for a in m.get("alternatives") or [])]
+        [*map(m.get, ("role", "content", "model", "weight")), *sorted(_said(a) for a in m.get("alternatives") or [])]
         for m in conversation["messages"]
     ]
     feedback = [
@@ -193,6 +195,75 @@ def _over(entry: dict) -> list:
 
 def _said(message: dict) -> list[str]:
     return [str(message.get("content")), str(message.get("model"))]
+
+
+# -----------------------------------------------------------------------------
+# feedback from version to version
+
+
+def with_feedback_of(older: dict, newer: dict) -> dict:
+    """`newer`, with what people said of the same words in `older`.
+
+    Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
+    """
+    merged = copy.deepcopy(newer) | {"feedback": []}
+    said: dict[tuple, list[tuple[int, dict]]] = {}
+    for place, message in enumerate(merged["messages"]):
+        for version in _versions(message):
+            said.setdefault((version.get("role"), version["content"]), []).append((place, version))
+    pairs = []
+    for place, message in enumerate(older["messages"]):
+        for old in _versions(message):
+            same = said.get((old.get("role"), old["content"]), ())
+            ranked = [(new.get("id") != old.get("id"), abs(there - place), n) for n, (there, new) in enumerate(same)]
+            pairs += [(old, same[min(ranked)[-1]][1])] if same else []
+    carry_feedback(older.get("feedback") or [], merged, pairs)
+    for entry in newer["feedback"]:
+        if entry.get("over"):
+            _take_back(entry, merged["feedback"])
+        if known := _entry_of(entry, merged["feedback"]):
+            over = list(dict.fromkeys([*_over(known), *_over(entry)]))
+            known.update(
+                {key: value for key, value in entry.items() if value is not None} | ({"over": over} if over else {})
+            )
+        else:
+            merged["feedback"].append(entry)
+    return merged | ({"restored": True} if older.get("restored") else {})
+
+
+def carry_feedback(feedback: list[dict], conversation: dict, pairs: Iterable[tuple[dict, dict]]) -> None:
+    """Add feedback on the first message of each pair to the second, which is `conversation`'s, and its alternatives."""
+    names = {}
+    for old, new in pairs:
+        names[old.get("id")] = new.get("id")
+        known = {version["content"]: version.get("id") for version in _versions(new)}
+        shown = any(new is message for message in conversation["messages"])
+        for other in (old.get("alternatives") or []) if shown else ():
+            name = known.get(other["content"])
+            if name is None:
+                taken = other.get("id") in known.values()
+                name = short_hash([other["id"], other["content"]]) if taken else other.get("id")
+                new["alternatives"] = [*(new.get("alternatives") or []), other | {"id": name}]
+                known[other["content"]] = name
+            names.setdefault(other.get("id"), name)
+    for entry in feedback:
+        if entry.get("message_id") in names:
+            over = [names[name] for name in _over(entry) if name in names]
+            moved = {key: value for key, value in entry.items() if key != "over"} | ({"over": over} if over else {})
+            moved["message_id"] = names[entry["message_id"]]
+            if moved not in conversation["feedback"]:
+                conversation["feedback"].append(moved)
+
+
+def _versions(message: dict) -> list[dict]:
+    """A reply and its alternatives."""
+    return [message, *(message.get("alternatives") or [])]
+
+
+def _entry_of(entry: dict, feedback: list[dict]) -> dict | None:
+    """What the same person said of the same message before."""
+    key = (entry.get("message_id"), entry.get("by"))
+    return next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
 
 
 # -----------------------------------------------------------------------------
@@ -368,9 +439,8 @@ def _judge(event: dict, conversation: dict) -> None:
     """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
     if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
         return
-    key = (event.get("message_id"), event.get("by"))
     feedback = conversation["feedback"]
-    entry = next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
+    entry = _entry_of(event, feedback)
     if entry is None:
         entry = {"message_id": event.get("message_id"), "rating": None}
         if event.get("by") is not None:

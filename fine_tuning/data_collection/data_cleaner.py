@@ -4,8 +4,9 @@ Order: roles → characters, encoding, control tokens and white space → person
 duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 """
 
+import copy
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from fine_tuning.data_collection import personal_data
 from fine_tuning.data_collection.conversation import (
     as_conversation,
     can_be_id,
+    carry_feedback,
     each_record,
     is_exchange,
     is_feedback,
@@ -33,7 +35,7 @@ from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
 from fine_tuning.settings import Settings, parse_settings
 
-MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
+MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
 
 
@@ -185,20 +187,26 @@ class DataCleaner:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
         passed = []
         best: dict[str, tuple[int, int]] = {}
+        judged: dict[str, list[tuple[int, dict]]] = defaultdict(list)
         for record in each_record(conversations):
             cleaned = self.clean_conversation(record).conversation
             if cleaned is None:
                 continue
             for key in duplicate_keys(cleaned):
                 best[key] = max(best.get(key, (-9, 0)), (standing(cleaned), -len(passed)))
+            if said := judgements(cleaned):
+                judged[duplicate_keys(cleaned)[-1]].append((len(passed), said))
             passed.append((record, cleaned))
         kept = []
         for index, (record, cleaned) in enumerate(passed):
             if best[duplicate_keys(cleaned)[0]][1] != -index:
                 continue
+            others = [said for place, said in judged.get(duplicate_keys(cleaned)[-1], ()) if place != index]
+            cleaned = add_judgements(cleaned, others) if others else cleaned
             if is_exchange(record):
                 user, assistant = (message["content"] for message in cleaned["messages"])
-                cleaned = record | {"user_message": user, "assistant_response": assistant}
+                said = {"feedback": cleaned["feedback"]} if others else {}
+                cleaned = record | {"user_message": user, "assistant_response": assistant} | said
             kept.append(cleaned)
         return kept
 
@@ -307,6 +315,26 @@ def standing(conversation: dict) -> int:
             ratings[target] = min(rating, ratings.get(target, rating))
     ratings |= dict.fromkeys(edited, 1)
     return (min(ratings.values()) > 0) * 4 - 2 + bool(edited) if ratings else 0
+
+
+def judgements(conversation: dict) -> dict | None:
+    """What people said of a conversation, for an exact duplicate that stays in its stead; None for nothing.
+
+    Edits stay behind: of two that were edited differently both stay.
+    """
+    kept = ("message_id", "rating", "over", "comment")
+    feedback = [{key: e[key] for key in kept if e.get(key)} for e in conversation["feedback"]]
+    messages = [{key: m[key] for key in ("id", "alternatives") if key in m} for m in conversation["messages"]]
+    said = [entry | {"rating": entry.get("rating")} for entry in feedback if entry.keys() - {"message_id"}]
+    return {"messages": messages, "feedback": said} if said else None
+
+
+def add_judgements(conversation: dict, others: Iterable[dict]) -> dict:
+    """A copy of a conversation with the judgements of exact duplicates of it."""
+    conversation = copy.deepcopy(conversation)
+    for other in others:
+        carry_feedback(other["feedback"], conversation, zip(other["messages"], conversation["messages"], strict=True))
+    return conversation
 
 
 def feedback_counts(conversation: dict) -> dict[str, int]:

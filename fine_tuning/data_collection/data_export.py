@@ -217,7 +217,7 @@ def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
                 conversation["started_at"] or "",
                 conversation["source"],
                 reply.get("model") or "",
-                (system or "") if turn == 1 else "",
+                _system_cell(system) if turn == 1 else "",
                 question["content"],
                 reply["content"],
                 ratings.get(reply.get("id"), ""),
@@ -231,6 +231,11 @@ def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
     flush()
 
 
+def _system_cell(system: str | None) -> str:
+    """An empty system prompt is another thing than none: an apostrophe more before one that has nothing else."""
+    return "" if system is None else system if system.strip("'") else f"'{system}"
+
+
 def neutralise(cell: str) -> str:
     """A cell that no spreadsheet runs as a formula (OWASP, CSV injection); the importers take the apostrophe off."""
     return f"'{cell}" if cell[:1] in _FORMULA_STARTS and _FORMULA.match(cell) else cell
@@ -241,12 +246,12 @@ def neutralise(cell: str) -> str:
 
 
 def split_turns(conversation: dict) -> tuple[str | None, list[tuple[dict, dict]]] | None:
-    """(system prompt, exchanges) of a conversation that is nothing but exchanges, otherwise None."""
+    """(system prompt, exchanges) of a conversation that is nothing but exchanges, all trained on; otherwise None."""
     messages = conversation["messages"]
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     turns = messages[system is not None :]
     pairs = list(zip(turns[::2], turns[1::2], strict=False))
-    plain = all(q["role"] == "user" and a["role"] == "assistant" for q, a in pairs)
+    plain = all(q["role"] == "user" and a["role"] == "assistant" and a.get("weight") != 0 for q, a in pairs)
     return (system, pairs) if pairs and plain and len(turns) == 2 * len(pairs) else None
 
 
@@ -257,9 +262,10 @@ def to_chatml(conversation: dict) -> dict:
 
 
 def _chatml_line(conversation: dict) -> dict | None:
-    """None for what ChatML cannot say: it has no escape for its own marks, and a system turn begins a conversation."""
+    """None for what ChatML cannot say: its own marks, weights, and system turns that begin no conversation."""
     messages = conversation["messages"]
-    if any("<|im_" in m["content"] or (m["role"] == "system" and i) for i, m in enumerate(messages)):
+    odd = (m.get("weight") == 0 or (m["role"] == "system" and i) for i, m in enumerate(messages))
+    if any(odd) or any("<|im_" in m["content"] for m in messages):
         return None
     return to_chatml(conversation)
 
@@ -290,14 +296,18 @@ def _last_exchange(conversation: dict, question_key: str, answer_key: str) -> di
 
 
 def to_openai(conversation: dict) -> dict:
-    """{"id", "messages": [{"role", "content"}]}, the form of chat completions and of TRL."""
-    messages = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
+    """{"id", "messages": [{"role", "content", "weight"?}]}, the form of chat completions and of TRL."""
+    keys = ("role", "content", "weight")
+    messages = [{key: m[key] for key in keys if key in m} for m in conversation["messages"]]
     return {"id": conversation["id"], "messages": messages}
 
 
 def to_sharegpt(conversation: dict) -> dict:
-    """{"id", "conversations": [{"from", "value"}]}."""
-    turns = [{"from": SHAREGPT_ROLES[m["role"]], "value": m["content"]} for m in conversation["messages"]]
+    """{"id", "conversations": [{"from", "value", "weight"?}]}."""
+    turns = [
+        {"from": SHAREGPT_ROLES[m["role"]], "value": m["content"]} | ({"weight": 0} if m.get("weight") == 0 else {})
+        for m in conversation["messages"]
+    ]
     return {"id": conversation["id"], "conversations": turns}
 
 

@@ -50,11 +50,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Imported:
-    """A conversation that was taken, and the format that its record was recognised as."""
+    """A conversation that was taken, and the format that its record was recognised as.
+
+    `left_out` says what of the record could not be kept. `judges` is the message that a judgement is about where the
+    record is one: what it has of the chat may be older than what is known.
+    """
 
     line: int
     format: str
     conversation: dict
+    left_out: tuple[str, ...] = ()
+    judges: str | None = None
 
 
 def import_file(path: str | Path) -> Iterator[Imported | Problem]:
@@ -97,25 +103,12 @@ def import_records(
         content = short_hash([[m["role"], m["content"]] for m in found.messages])
         identity = found.id or short_hash([content, seen[content]])
         seen[content] += 1
-        yield Imported(line, found.format, _conversation(found, identity, source, started_at))
+        conversation = _conversation(found, identity, source, started_at)
+        yield Imported(line, found.format, conversation, tuple(found.left_out), found.judges)
 
 
 def _conversation(found: Any, identity: str, source: str, started_at: str) -> dict:
-    messages = []
-    for index, message in enumerate(found.messages):
-        at = _timestamp(message.get("at"))
-        kept = {
-            "id": message.get("id") or f"{identity}-{index}",
-            "role": message["role"],
-            "content": message["content"],
-        }
-        kept |= {key: message[key] for key in ("model", "version", "incomplete") if message.get(key)}
-        if message.get("alternatives"):
-            kept["alternatives"] = [
-                {"id": f"{kept['id']}-other-{number}"} | other
-                for number, other in enumerate(message["alternatives"], start=1)
-            ]
-        messages.append(kept | ({"at": at} if at else {}))
+    messages = [_kept(message, f"{identity}-{index}") for index, message in enumerate(found.messages)]
     feedback = [_pointed(entry, messages) for entry in found.feedback]
     first = next((m["at"] for m in messages if "at" in m), None)
     return {
@@ -126,6 +119,17 @@ def _conversation(found: Any, identity: str, source: str, started_at: str) -> di
         "feedback": feedback,
         "metadata": found.metadata,
     } | ({"restored": True} if found.restored else {})
+
+
+def _kept(message: dict, name: str) -> dict:
+    """A message in the form of the record, with an id of its own or this one."""
+    kept = {"id": message.get("id") or name, "role": message["role"], "content": message["content"]}
+    kept |= {key: message[key] for key in ("model", "version", "incomplete", "reasoning") if message.get(key)}
+    if message.get("weight") == 0:
+        kept["weight"] = 0
+    if others := message.get("alternatives"):
+        kept["alternatives"] = [_kept(o, f"{kept['id']}-other-{n}") for n, o in enumerate(others, start=1)]
+    return kept | ({"at": at} if (at := _timestamp(message.get("at"))) else {})
 
 
 def _pointed(entry: dict, messages: list[dict]) -> dict:

@@ -1,4 +1,9 @@
-"""What one record of a foreign file is: each known form is recognised by its keys and turned into messages."""
+"""What one record of a foreign file is: each known form is recognised by its keys and turned into messages.
+
+A record that holds more than its messages can say is never taken as if it were whole. Definitions of tools, their calls
+and what they returned are text. Before a message with an image, a sound or a file the conversation ends; a reply that
+rests on something that the file does not hold has `weight` 0 and is context only. `Found.left_out` says so.
+"""
 
 import json
 import math
@@ -40,6 +45,21 @@ PAIRS = (
     ("input", "output"),
     ("user", "assistant"),
 )
+# Kinds of content parts: of chat completions and Responses (OpenAI), of Messages (Anthropic), and of ChatGPT
+_CALLS = ("tool_use", "function_call")
+_RESULTS = ("tool_result", "function_call_output")
+_THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
+_MEDIA = {"image": "an image", "video": "a video", "audio": "a sound", "file": "a file", "document": "a file"}
+_MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+_PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # of LLaVA and LLaMA-Factory
+_SHOWN_THOUGHTS = re.compile(
+    r'<details\s[^>]*type="reasoning"[^>]*>(?:\s*<summary>.*?</summary>)?(.*?)(?:</details>|\Z)\s*', re.DOTALL
+)
+_SHOWN_CALLS = re.compile(r'<details\s[^>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
+_PLAIN = frozenset(("role", "content", "from", "value", "id"))
+_NOTHING = (None, "", "[]", [])
+_LABELS = {"true": 1, "1": 1, "1.0": 1, "false": -1, "0": -1, "0.0": -1, "-1": -1}
+_WEIGHTS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 # columns that CSV and Parquet files hold as JSON text
 _NESTED = ("messages", "conversations", "conversation")
 _UNIQUE_ID = re.compile(r"(?:[a-z0-9-]+-)?[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3,}")
@@ -64,7 +84,7 @@ class Found:
     """A recognised record.
 
     A feedback entry points at its message by `index` where the message has no id yet; `"over": True` beside it prefers
-    the message to all its alternatives.
+    the message to all its alternatives. `judges` is the id of the message that a record which is a judgement is about.
     """
 
     format: str
@@ -75,6 +95,8 @@ class Found:
     metadata: dict = field(default_factory=dict)
     feedback: list[dict] = field(default_factory=list)
     restored: bool = False
+    left_out: list[str] = field(default_factory=list)
+    judges: str | None = None
 
 
 def recognise(record: Any) -> Found:
@@ -92,8 +114,26 @@ def recognise(record: Any) -> Found:
     record = record | {key: _unpacked(key, record[key]) for key in _NESTED if isinstance(record.get(key), str)}
     for applies, read in _FORMS:
         if applies(record):
-            return _with_text(read(record))
+            return _with_text(_whole(read(record)))
     raise NotRecognised("none of the known forms")
+
+
+def _whole(found: Found) -> Found:
+    """Leave out what cannot be kept whole: see the module's docstring."""
+    messages = found.messages
+    for place, message in enumerate(messages):
+        if (lost := message.get("lost")) and message["role"] == "assistant":
+            message["weight"] = 0
+            found.left_out.append(f"a reply is context only: it rests on {lost}, which is not in the record")
+        elif lost:
+            start = max((i for i in range(place + 1) if messages[i]["role"] == "user"), default=0)
+            del messages[start:]
+            found.feedback = [entry for entry in found.feedback if entry.get("index", -1) < start]
+            if found.judges or not any(kept["role"] == "assistant" for kept in messages):
+                raise NotRecognised(f"{found.format}: a question has {lost}, which is not text")
+            found.left_out.append(f"the conversation ends before {lost}, which is not text")
+            break
+    return found
 
 
 def _with_text(found: Found) -> Found:
@@ -126,7 +166,7 @@ def _own(record: dict) -> Found:
 
 def _own_message(original: dict) -> dict:
     message = _message(original, original.get("role"), original.get("content"))
-    message |= {key: original[key] for key in ("id", "at", "version", "incomplete") if original.get(key)}
+    message |= {key: original[key] for key in ("id", "at", "version", "incomplete", "reasoning") if original.get(key)}
     others = original.get("alternatives")
     if isinstance(others, list) and others:
         message["alternatives"] = [_own_message(other) for other in others if isinstance(other, dict)]
@@ -134,20 +174,13 @@ def _own_message(original: dict) -> dict:
 
 
 def _messages(record: dict) -> Found:
-    rows = record["messages"] if "messages" in record else record.get("conversation") or record["conversations"]
-    return _found("messages", record, _turns(rows, "role", "content"))
-
-
-def _sharegpt(record: dict) -> Found:
-    rows = record["conversations"] if "conversations" in record else record["conversation"]
-    messages = _turns(rows, "from", "value")
-    if isinstance(record.get("system"), str) and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": record["system"]})
-    return _found("sharegpt", record, messages)
+    """Turns with `role` and `content`, or ShareGPT's with `from` and `value`."""
+    rows = next(record[key] for key in _NESTED if _has_turns(record.get(key)))
+    return _found("sharegpt" if rows and "from" in rows[0] else "messages", record, _any_turns(rows))
 
 
 def _alpaca(record: dict) -> Found:
-    return _flat("alpaca", record, _question(record), _text(record["output"]))
+    return _flat("alpaca", record, _question(record, "instruction"), _text(record["output"]))
 
 
 def _pair(record: dict) -> Found:
@@ -158,15 +191,8 @@ def _pair(record: dict) -> Found:
         return _exchange(record, name)
     if isinstance(question, list) or isinstance(answer, list):
         rows = [*_as_turns(question, "user"), *_as_turns(answer, "assistant")]
-        return _labelled(record, _found(name, record, _any_turns(rows)))
-    return _labelled(record, _flat(name, record, _text(question), _text(answer)))
-
-
-def _labelled(record: dict, found: Found) -> Found:
-    """TRL's unpaired preferences say with `label` whether the completion is a good one."""
-    if isinstance(record.get("label"), bool) and found.messages:
-        found.feedback = [{"index": len(found.messages) - 1, "rating": 1 if record["label"] else -1}]
-    return found
+        return _found(name, record, _any_turns(rows))
+    return _flat(name, record, _question(record, asked), _text(answer))
 
 
 def _exchange(record: dict, name: str) -> Found:
@@ -187,47 +213,78 @@ def _preference(record: dict) -> Found:
     chosen, rejected = (_any_turns(_as_turns(record[key], "assistant")) for key in ("chosen", "rejected"))
     before = chosen[:-1]
     if not any(message["role"] == "user" for message in before):
-        asked = next((record[key] for key in ("prompt", "question", "conversations", "messages") if key in record), "")
-        if "instruction" in record:
-            before = _flat("", record, _question(record), "").messages[:-1] + before
-        elif isinstance(asked, list):
-            before = _any_turns(asked) + before
-        else:
-            before = _flat("", record, _text(asked), "").messages[:-1] + before
+        names = ("instruction", "prompt", "question", "conversations", "messages")
+        asked = next((key for key in names if key in record), "")
+        whole = isinstance(record.get(asked), list)
+        before = (_any_turns(record[asked]) if whole else _asked(record, _question(record, asked))) + before
     if not chosen or not rejected or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise NotRecognised("preference: `chosen` and `rejected` do not end with a reply")
     if not any(message["role"] == "user" and message["content"].strip() for message in before):
         raise NotRecognised("preference: there is no question")
+    if lost := rejected[-1].get("lost"):
+        raise NotRecognised(f"preference: a reply has {lost}, which is not text")
     found = _found("preference", record, [*before, chosen[-1]])
     if rejected[-1]["content"] not in ("", chosen[-1]["content"]):
         chosen[-1]["alternatives"] = [rejected[-1]]
-        found.feedback = [{"index": len(before), "over": True}]
+        found.feedback = [{"index": len(found.messages) - 1, "over": True}]
     return found
 
 
-def _question(record: dict) -> str:
-    """Alpaca's instruction with its input, where there is one, below."""
-    question = _text(record["instruction"])
-    if extra := _text(record.get("input") or ""):
-        return f"{question}\n\n{extra}" if question else extra
-    return question
+def _asked(record: dict, question: str) -> list[dict]:
+    """A question, after the turns under `history`."""
+    messages = []
+    for pair in _history(record.get("history")):
+        messages += [{"role": "user", "content": _text(pair[0])}, {"role": "assistant", "content": _text(pair[1])}]
+    return [*messages, {"role": "user", "content": question}]
+
+
+def _question(record: dict, asked: str) -> str:
+    """A question with what it is about below it: Alpaca's `input`, Dolly's `context`."""
+    extra = (record.get(key) or "" for key in ("input", "context") if key != asked)
+    return "\n\n".join(filter(None, map(_text, (record.get(asked), *extra))))
 
 
 def _found(name: str, record: dict, messages: list[dict]) -> Found:
-    return Found(name, messages, _unique(record), started_at=_started(record), metadata=_metadata(record))
+    """A record's messages, with the system prompt, tools, images and judgement that stand beside them."""
+    first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+    system = record.get("system", record.get("system_prompt")) if first is None else first
+    tools = {key: record[key] for key in ("tools", "functions") if key in record and record[key] not in _NOTHING}
+    if tools or (first is None and isinstance(system, (str, list))):
+        messages[: first is not None] = [_message(tools, "system", system)]
+    _mark_media(record, messages)
+    feedback = [{"index": i, "rating": m["rating"]} for i, m in enumerate(messages) if m.get("rating")]
+    if not feedback and (rating := _rating(record)):
+        replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+        feedback = [{"index": index, "rating": rating} for index in replies[-1:]]
+    identity, started = _unique(record), _started(record)
+    return Found(name, messages, identity, started_at=started, metadata=_metadata(record), feedback=feedback)
+
+
+def _mark_media(record: dict, messages: list[dict]) -> None:
+    """Mark user messages with a placeholder for an image, video or sound; the first one if only a column has it."""
+    users = [message for message in messages if message["role"] == "user"]
+    for message in users:
+        if ">" in message["content"] and (place := _PLACEHOLDER.search(message["content"])):
+            message["lost"] = _MEDIA[place[1] or place[2]]
+    column = next((key for key in _MEDIA_COLUMNS.intersection(record) if record[key]), None)
+    if column and users and not any("lost" in message for message in users):
+        users[0]["lost"] = _MEDIA[column.removesuffix("s")]
+
+
+def _rating(row: dict) -> int | None:
+    """1 or -1 by the `label` of TRL's unpaired preferences or LLaMA-Factory's `kto_tag`; other labels say nothing."""
+    for key in ("label", "kto_tag"):
+        if key in row and (rating := _LABELS.get(str(row[key]).strip().lower())):
+            return rating
+    return None
 
 
 def _flat(name: str, record: dict, question: str, answer: str) -> Found:
-    """One question and answer, with the turns before them under `history` and the system prompt under `system`."""
-    messages = []
-    if isinstance(record.get("system"), str):
-        messages.append({"role": "system", "content": record["system"]})
-    for pair in _history(record.get("history")):
-        messages += [{"role": "user", "content": _text(pair[0])}, {"role": "assistant", "content": _text(pair[1])}]
+    """One question and answer, with the turns before them under `history`."""
     reply = {"role": "assistant", "content": answer}
     if isinstance(record.get("model"), str):
         reply["model"] = record["model"]
-    return _found(name, record, [*messages, {"role": "user", "content": question}, reply])
+    return _found(name, record, [*_asked(record, question), reply])
 
 
 def _chatml(record: dict) -> Found:
@@ -276,50 +333,125 @@ def _chatgpt(record: dict) -> Found:
     if not isinstance(leaf, str) or leaf not in nodes:
         leaf = max(nodes, key=lambda name: (_created(nodes[name]), name), default=None)
     messages: list[dict] = []
+    consulted = False  # a tool, whose call and answer the export has only in part
     for node in _path_to(nodes, leaf, "parent"):
         said = _object(node.get("message"))
         metadata, content = _object(said.get("metadata")), _object(said.get("content"))
         role = _object(said.get("author")).get("role")
+        consulted = role != "user" and (consulted or role == "tool" or said.get("recipient", "all") != "all")
         if metadata.get("is_visually_hidden_from_conversation") or said.get("recipient", "all") != "all":
             continue
         if role not in ("user", "assistant") or content.get("content_type") not in ("text", "multimodal_text"):
             continue
         text = _text(content.get("parts")).strip()  # of what was spoken, its transcript
+        shown = [part for part in _list(content.get("parts")) if "audio" not in str(_kind(part))]
+        lost = "what a tool returned" if consulted else _lost(shown)
         if text and messages and messages[-1]["role"] == role:
             messages[-1]["content"] += f"\n\n{text}"  # one reply that calls of tools had cut into pieces
-        elif text:
+        elif text or lost:
             model = metadata.get("model_slug") if role == "assistant" else None
             messages.append({"role": role, "content": text, "model": model, "at": said.get("create_time")})
+        if lost:
+            messages[-1]["lost"] = lost
     identity = record.get("conversation_id") or record.get("id")
     name = f"chatgpt-{identity}" if identity else None
     return Found("chatgpt", messages, name, "chatgpt", record.get("create_time"))
 
 
 def _open_webui(record: dict) -> Found:
-    """Open WebUI's export: {"id", "chat": {"history": {"messages": {id: …}, "currentId"}}} with ratings."""
+    """Open WebUI's export: {"id", "chat": {"history": {"messages": {id: …}, "currentId"}}} with ratings.
+
+    The path to `currentId` is the conversation; other replies to its questions are alternatives.
+    """
     chat = record["chat"]
     history = _object(chat.get("history"))
-    path = list(_path_to(_nodes(history.get("messages")), history.get("currentId"), "parentId"))
+    nodes = {name: node | {"id": name} for name, node in _nodes(history.get("messages")).items()}
+    path = list(_path_to(nodes, history.get("currentId"), "parentId"))
     if not path and isinstance(chat.get("messages"), list):
         path = [node for node in chat["messages"] if isinstance(node, dict)]
+    siblings: dict[str, list[dict]] = {}
+    for node in nodes.values():
+        siblings.setdefault(f"{node.get('parentId')} {node.get('role')}", []).append(node)
     messages, feedback = [], []
     for node in path:
-        role = ROLE_NAMES.get(node["role"]) if isinstance(node.get("role"), str) else None
-        if role is None:
+        messages += (turns := _open_webui_turns(node))
+        if not turns:
             continue
-        message = _message(node, role, node.get("content"))
-        if not message["content"].strip():
-            continue
-        judged = _object(node.get("annotation"))
-        if judged.get("rating") in (1, -1):
-            comment = judged.get("comment")
-            entry = {"index": len(messages), "rating": judged["rating"]}
-            feedback.append(entry | ({"comment": comment} if comment and isinstance(comment, str) else {}))
-        messages.append(message | {"at": node.get("timestamp")})
+        judged = {len(messages) - 1: node}
+        for other in siblings.get(f"{node.get('parentId')} assistant", ()) if turns[0]["role"] == "assistant" else ():
+            said = _open_webui_turns(other)
+            if other is not node and len(said) == len(turns) == 1 and "lost" not in said[0]:
+                turns[0].setdefault("alternatives", []).extend(said)
+                judged[other["id"]] = other
+        for place, version in judged.items():
+            if entry := _open_webui_rating(_object(version.get("annotation")), record.get("user_id")):
+                feedback.append({"index" if isinstance(place, int) else "message_id": place} | entry)
     identity = record.get("id") or chat.get("id")
     started = record.get("created_at") or chat.get("timestamp")
     name = f"open-webui-{identity}" if identity else None
     return Found("open-webui", messages, name, "open-webui", started, feedback=feedback)
+
+
+def _open_webui_turns(node: dict) -> list[dict]:
+    """The messages of one node, the last under its id; none where it says nothing.
+
+    A finished streamed reply is in `output`, as items of OpenAI's Responses; older versions write thoughts and calls of
+    tools as HTML into `content`.
+    """
+    role = ROLE_NAMES.get(node["role"]) if isinstance(node.get("role"), str) else None
+    if role is None:
+        return []
+    row = {"model": node.get("selectedModelId") or node.get("model")}  # an arena's own model is none
+    turns = _turn(row, role, node["output"]) if isinstance(node.get("output"), list) else []
+    if not any(turn["content"].strip() for turn in turns):
+        content = node.get("content")
+        if role == "assistant" and isinstance(content, str):
+            row["reasoning_content"] = "\n".join(map(str.strip, _SHOWN_THOUGHTS.findall(content)))
+            content = _SHOWN_THOUGHTS.sub("", content)
+            row["lost"] = "what a tool returned" if _SHOWN_CALLS.search(content) else None
+            content = _SHOWN_CALLS.sub("", content)
+        turns = _turn(row, role, content)
+    files = [file for key in ("files", "sources", "citations") for file in _list(node.get(key))]
+    if files and role in ("user", "assistant"):
+        turns[-1]["lost"] = _MEDIA.get(str(_object(files[0]).get("type")), "a file")
+    if not any(turn["content"].strip() or "lost" in turn for turn in turns):
+        return []
+    for number, turn in enumerate(turns, start=1 - len(turns)):
+        turn |= {"at": node.get("timestamp")}
+        if isinstance(node.get("id"), str):
+            turn["id"] = f"{node['id']}{number or ''}"
+    return turns
+
+
+def _open_webui_rating(judged: dict, user: Any) -> dict | None:
+    if str(judged.get("rating")) not in ("1", "-1"):
+        return None
+    said = {"comment": judged.get("comment"), "by": user}
+    return {"rating": int(judged["rating"])} | {k: v for k, v in said.items() if v and isinstance(v, str)}
+
+
+def _open_webui_feedback(record: dict) -> Found:
+    """A row of Open WebUI's feedback export: a rating, and the chat as it was then, which is taken up to that reply.
+
+    In its arena the reply is preferred to the others to the same question, or they to it.
+    """
+    data, meta, chat = record["data"], record["meta"], _object(record["snapshot"].get("chat"))
+    inner, judged = chat["chat"] if isinstance(chat.get("chat"), dict) else chat, meta.get("message_id")
+    history = _object(inner.get("history")) | {"currentId": judged}
+    found = _open_webui({"id": meta.get("chat_id"), "created_at": chat.get("created_at"), "chat": {"history": history}})
+    entry = _open_webui_rating(data, record.get("user_id"))
+    if entry is None or not found.messages or found.messages[-1].get("id") != judged:
+        raise NotRecognised("open-webui-feedback: it has no rating of 1 or -1, or no snapshot with the message")
+    found.feedback = [{"message_id": judged} | entry]
+    others = [other["id"] for other in found.messages[-1].get("alternatives", ())]
+    if others and meta.get("arena") and data.get("sibling_model_ids"):
+        if entry["rating"] == 1:
+            found.feedback[0]["over"] = others
+        else:
+            said = {key: value for key, value in entry.items() if key == "by"} | {"rating": None, "over": [judged]}
+            found.feedback += [{"message_id": other} | said for other in others]
+    found.format, found.judges = "open-webui-feedback", judged
+    return found
 
 
 def _of_csv(rows: list[dict]) -> Found:
@@ -341,11 +473,17 @@ def _of_csv(rows: list[dict]) -> Found:
 
 
 def _recognise_row(row: dict) -> Found:
-    """Empty cells are columns that are not used, unless nothing is recognised without them."""
+    """Empty cells are columns that are not used, unless nothing is recognised without them.
+
+    The CSV export writes an empty system prompt as an apostrophe.
+    """
+    used = {key: value for key, value in row.items() if value}
+    if not used.get("system", "x").strip("'"):
+        used["system"] = used["system"][1:]
     try:
-        return recognise({key: value for key, value in row.items() if value})
+        return recognise(used)
     except NotRecognised:
-        return recognise({key: value for key, value in row.items() if value or key != "system"})
+        return recognise({key: value for key, value in row.items() if key != "system"} | used)
 
 
 # -----------------------------------------------------------------------------
@@ -367,39 +505,110 @@ def _turns(rows: Any, role_key: str, text_key: str) -> list[dict]:
         role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
             raise NotRecognised("a turn has an unknown role")
-        messages.append(_message(row, role, row.get(text_key)))
+        messages += _turn(row, role, row.get(text_key))
     return messages
 
 
+def _turn(row: dict, role: str, content: Any) -> list[dict]:
+    """The messages of one turn: a list of parts may hold what tools returned, which are messages of their own."""
+    if not isinstance(content, list):
+        return [_message(row, role, content)]
+    turns: list[dict] = []
+    items = [inner for p in content for inner in (_list(p.get("content")) if _kind(p) == "message" else [p])]
+    for part in items:
+        kind = _kind(part)
+        if kind in _RESULTS:
+            result = part["output"] if kind == "function_call_output" and "output" in part else part.get("content")
+            turns.append({"role": "tool", "content": result, "row": {}})
+            continue
+        if not turns or turns[-1]["role"] != role:
+            turns.append({"role": role, "content": [], "row": row})
+        if kind in _CALLS:
+            turns[-1]["row"] = row | {"tool_calls": [*turns[-1]["row"].get("tool_calls", ()), _call(part)]}
+        else:
+            turns[-1]["content"].append(part)
+    return [_message(turn["row"], turn["role"], turn["content"]) for turn in turns] or [_message(row, role, "")]
+
+
+def _kind(part: Any) -> Any:
+    return part.get("type", part.get("content_type")) if isinstance(part, dict) else None
+
+
+def _call(part: dict) -> dict:
+    """A call of a tool in the form of chat completions, whoever wrote it."""
+    arguments = part.get("arguments", part.get("input"))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False, sort_keys=True, default=str)
+    function = {"name": part.get("name"), "arguments": arguments}
+    return {"id": part.get("call_id") or part.get("id"), "type": "function", "function": function}
+
+
 def _message(row: dict, role: str | None, content: Any) -> dict:
+    """One message. Tools and calls are JSON below its text; `lost` says what it has that is no text."""
     text = _text(content)
+    if text is content and role in ("system", "user", "assistant", "tool") and row.keys() <= _PLAIN:
+        return {"role": role, "content": text}  # nearly all of them
     if not text and isinstance(row.get("refusal"), str):
         text = row["refusal"]
-    if calls := {key: row[key] for key in ("tool_calls", "function_call") if row.get(key)}:
+    calls = {key: _parsed(row[key]) for key in ("tools", "functions", "tool_calls", "function_call") if row.get(key)}
+    if calls := {key: value for key, value in calls.items() if value}:
         called = json.dumps(calls, ensure_ascii=False, sort_keys=True, default=str)
         text = f"{text}\n{called}" if text else called
     if role not in ("system", "user", "assistant", "tool"):
         raise NotRecognised("a turn has an unknown role")
-    model = row.get("model")
-    return {"role": role, "content": text} | (
-        {"model": model} if isinstance(model, str) and role == "assistant" else {}
-    )
+    message = {"role": role, "content": text}
+    if lost := row.get("lost") or _lost(content):
+        message["lost"] = lost
+    if role == "assistant":
+        message |= {"model": row["model"]} if isinstance(row.get("model"), str) else {}
+        message |= {"rating": rating} if (rating := _rating(row)) else {}
+        apart = row.get("reasoning_content")
+        if thoughts := apart if isinstance(apart, str) and apart else _thoughts(content):
+            message["reasoning"] = thoughts
+        if row.get("weight") not in (None, ""):
+            weight = _WEIGHTS.get(str(row["weight"]).strip().lower())
+            if weight is None:
+                raise NotRecognised("the `weight` of a message is neither 0 nor 1")
+            message |= {} if weight else {"weight": 0}
+    return message
+
+
+def _lost(content: Any) -> str | None:
+    """What the parts of a content hold that is no text."""
+    for part in _list(content):
+        if isinstance(part, dict) and _kind(part) not in _THOUGHTS:
+            medium = next((name for key, name in _MEDIA.items() if key in str(_kind(part))), None)
+            if medium or not isinstance(part.get("text", part.get("refusal")), str):
+                return medium or "a part that is no text"
+    return None
+
+
+def _thoughts(content: Any) -> str:
+    parts = [part for part in _list(content) if _kind(part) in _THOUGHTS]
+    return "\n".join(_text(part.get("thinking") or part.get("content") or part.get("summary")) for part in parts)
 
 
 def _text(content: Any) -> str:
-    """A string, or the text parts of a list of content parts; other parts (images, audio) have no text."""
+    """A string, or the text parts of a list of content parts; see `_lost` for the others."""
     if content is None or (isinstance(content, float) and math.isnan(content)):  # as pandas writes what is missing
         return ""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        parts = (
-            part if isinstance(part, str) else part.get("text") for part in content if isinstance(part, (str, dict))
-        )
+        said = [part for part in content if _kind(part) not in _THOUGHTS]
+        parts = [part.get("text", part.get("refusal")) if isinstance(part, dict) else part for part in said]
         return "\n".join(part for part in parts if isinstance(part, str))
     if isinstance(content, (int, float)):
         return str(content)
     raise NotRecognised("a message is no text")
+
+
+def _parsed(value: Any) -> Any:
+    """What a column holds as JSON text; other values as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:
@@ -420,6 +629,10 @@ def _unpacked(key: str, text: str) -> Any:
 
 def _object(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
 
 
 def _nodes(value: Any) -> dict[str, dict]:
@@ -473,32 +686,25 @@ def _has(*keys: str) -> Callable[[dict], bool]:
     return lambda record: all(key in record for key in keys)
 
 
-def _has_turns(key: str, inner: str) -> Callable[[dict], bool]:
-    def applies(record: dict) -> bool:
-        rows = record.get(key)
-        return isinstance(rows, list) and (not rows or (isinstance(rows[0], dict) and inner in rows[0]))
-
-    return applies
+def _has_turns(rows: Any) -> bool:
+    return isinstance(rows, list) and (not rows or bool({"role", "from"} & _object(rows[0]).keys()))
 
 
 _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
     (lambda record: isinstance(record.get("mapping"), dict), _chatgpt),
+    (
+        lambda r: "snapshot" in r and all(isinstance(r.get(key), dict) for key in ("data", "meta", "snapshot")),
+        _open_webui_feedback,
+    ),
     (lambda record: bool({"history", "messages"} & _object(record.get("chat")).keys()), _open_webui),
     (_has("chosen", "rejected"), _preference),
-    (
-        lambda record: (
-            _has("id", "source", "started_at", "feedback")(record) and _has_turns("messages", "role")(record)
-        ),
-        _own,
-    ),
-    (_has_turns("messages", "role"), _messages),
-    (_has_turns("conversations", "from"), _sharegpt),
-    (_has_turns("conversation", "from"), _sharegpt),
-    (_has_turns("messages", "from"), lambda record: _sharegpt({**record, "conversations": record["messages"]})),
-    (_has_turns("conversations", "role"), _messages),
-    (_has_turns("conversation", "role"), _messages),
+    (lambda r: _has("id", "source", "started_at", "feedback")(r) and _has_turns(r.get("messages")), _own),
+    (lambda record: any(_has_turns(record.get(key)) for key in _NESTED), _messages),
     (_has("instruction", "output"), _alpaca),
     (lambda record: any(a in record and b in record for a, b in PAIRS), _pair),
-    (_has_turns("chatml", "role"), lambda record: _found("chatml", {}, _chatml_turns(record["chatml"]))),
+    (
+        lambda record: _has_turns(record.get("chatml")),
+        lambda record: _found("chatml", {}, _chatml_turns(record["chatml"])),
+    ),
     (lambda record: isinstance(record.get("text"), str) and "<|im_start|>" in record["text"], _chatml),
 ]

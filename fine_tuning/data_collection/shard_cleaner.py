@@ -26,6 +26,7 @@ from fine_tuning.data_collection.data_cleaner import (
     DataCleaner,
     duplicate_keys,
     feedback_counts,
+    judgements,
     standing,
 )
 from fine_tuning.data_collection.shard_merger import CleanPiece, merge, remove_unused
@@ -233,6 +234,8 @@ def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[
         entry["person"] = _short_digest(str(person))
     if conversation["feedback"]:
         entry |= {"standing": standing(conversation), "feedback": feedback_counts(conversation)}
+        if said := judgements(conversation):
+            entry["judgements"] = said
     return entry, conversation, cleaned.masked
 
 

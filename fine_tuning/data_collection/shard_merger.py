@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from fine_tuning.data_collection.conversation import to_line
-from fine_tuning.data_collection.data_cleaner import CleanSettings
+from fine_tuning.data_collection.conversation import from_line, to_line
+from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgements
 from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters
 from fine_tuning.records import read_json, replacing, write_json
 
@@ -202,23 +202,34 @@ class _Merge:
         return True
 
     def _note_best(self, pieces: list[CleanPiece]) -> bool:
-        """Of each set of exact duplicates the one that stays: by its feedback, then the oldest, then the first."""
+        """Of each set of exact duplicates the one that stays: by its feedback, then the oldest, then the first.
+
+        What people said of the others is kept for it.
+        """
         row = self._start
         for entries in (entries for piece in pieces for entries in _read_index(piece.folder)):
             best: dict[int, tuple] = {}
+            judged: dict[int, list[tuple[int, bytes]]] = {}
             for number, entry in enumerate(entries, row):
                 if "reason" not in entry and self._newest[number - self._start]:
                     self._passed += 1
                     rank = (-entry.get("standing", 0), entry["started_at"], number, entry["id"])
                     for key in map(_content_key, entry["content"]):
                         best[key] = min(rank, best.get(key, rank))
+                    if "judgements" in entry:
+                        said = judged.setdefault(_content_key(entry["content"][-1]), [])
+                        said.append((number, to_line(entry["judgements"])))
             for key, *rank in self._select("* FROM best WHERE content", best):
+                if key in judged and rank[2] < self._start:
+                    return False
                 if tuple(rank) < best[key]:
                     del best[key]
                 elif rank[2] < self._start:
                     return False
             rows = ((key, *rank) for key, rank in best.items())
             self._database.executemany("INSERT OR REPLACE INTO best VALUES (?, ?, ?, ?, ?)", rows)
+            rows = ((key, *said) for key, several in judged.items() for said in several)
+            self._database.executemany("INSERT OR REPLACE INTO judged VALUES (?, ?, ?)", rows)
             row += len(entries)
         return True
 
@@ -246,13 +257,16 @@ class _Merge:
         with open(piece.folder / "cleaned.jsonl", "rb") as cleaned, open(piece.folder / "signatures", "rb") as signed:
             signatures = iter(partial(signed.read, SIGNATURE_BYTES), b"")
             for entries in _read_index(piece.folder):
+                judged = self._judged(entries)
                 for entry, verdict in zip(entries, self._verdicts(entries, signatures), strict=True):
                     line, reason = entry["line"], verdict.reason
                     text = b"" if "reason" in entry else cleaned.readline()
                     self.seen += 1
                     if reason is None:
                         self.kept += 1
-                        keep(text)
+                        said = judged.get(entry["content"][-1], {}) if judged else {}
+                        others = [said[row] for row in said if row != self.seen - 1]
+                        keep(to_line(add_judgements(from_line(text), others)) if others else text)
                         continue
                     self.reasons[reason] += 1
                     place = {"id": entry.get("id"), "shard": piece.shard, "line": lines_before + line}
@@ -284,6 +298,14 @@ class _Merge:
                 row, identity = best[contents[place]]
                 verdicts.append(self._verdict(entry, None if row == first + place else identity, next(twins)))
         return verdicts
+
+    def _judged(self, entries: list[dict]) -> dict[str, dict[int, dict]]:
+        """Content → row → what was said of it there, for entries that may stay."""
+        contents = {_content_key(entry["content"][-1]): entry["content"][-1] for entry in entries if "content" in entry}
+        judged: dict[str, dict[int, dict]] = {}
+        for key, row, said in self._select("* FROM judged WHERE content", contents):
+            judged.setdefault(contents[key], {})[row] = orjson.loads(said)
+        return judged
 
     def _verdict(self, entry: dict, better: str | None, twin: int | None) -> Verdict:
         """The verdict on the next candidate, given the id of a better duplicate and the row of a near-duplicate."""
@@ -362,6 +384,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
         "newest (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID",
         # standing is the less, the better
         "best (content INTEGER PRIMARY KEY, standing INTEGER, started_at TEXT, row INTEGER, id TEXT)",
+        "judged (content INTEGER, row INTEGER, said BLOB, PRIMARY KEY (content, row)) WITHOUT ROWID",
         "reply (reply TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID",
         "member (row INTEGER PRIMARY KEY, id TEXT, started_at TEXT, kept INTEGER)",
     ):

@@ -54,7 +54,9 @@ def structure_problem(conversation: dict) -> str | None:
 
 def selects(conversation: dict, train_on: TrainOn) -> bool:
     """Whether `select` gives anything of a conversation of sound structure."""
-    if conversation.get("feedback") or any(["incomplete" in message for message in conversation["messages"]]):
+    if conversation.get("feedback") or any(
+        ["incomplete" in message or "weight" in message for message in conversation["messages"]]
+    ):
         return select(conversation, train_on) is not None
     return train_on != "endorsed"
 
@@ -70,10 +72,10 @@ def texts_of(conversation: dict) -> list[str]:
 def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool]] | None:
     """The messages to render and which of them are trained; None where nothing is.
 
-    Edits stand in place of replies; replies that were broken off are context only. Messages after the last trained
-    reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true`, its `rating`,
-    `"incomplete": true`, and `"person": true` where a person wrote it, so that evaluation knows which replies are
-    labelled and whose they are.
+    Edits stand in place of replies; replies that were broken off or have weight 0 are context only. Messages after the
+    last trained reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true`, its
+    `rating`, `"incomplete": true` if it is context only, and `"person": true` where a person wrote it, so that
+    evaluation knows which replies are labelled and whose they are.
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
@@ -99,7 +101,7 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
         if role == "user":
             asked = True
         elif role == "assistant":
-            rating, edited, incomplete = 0, None, message.get("incomplete")
+            rating, edited, incomplete = 0, None, message.get("incomplete") or message.get("weight") == 0
             if feedback:
                 identity = message.get("id")
                 rating, edited = ratings.get(identity, 0), edits.get(identity)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a hub's repository: neither weights nor code
 _MARK = "\ue000\ue001"  # private-use characters: they stand where the template puts a content
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -382,8 +383,8 @@ class TokenizerReport:
     turns: int
     tokens_per_turn: float
     tokens_per_character: float
-    template_share: float  # of all tokens of rendered conversations, those that the template writes
-    truncated_share: float  # of conversations, those longer than max_length
+    template_share: float | None  # of all tokens of rendered conversations, those that the template writes
+    truncated_share: float | None  # of rendered conversations, those longer than max_length; None where none was
     refused_share: float  # of conversations, those that the template cannot carry
     unknown_share: float  # of the contents' tokens
     lossy_share: float  # of turns, those that decode to another text
@@ -394,7 +395,7 @@ class TokenizerUtils:
     """Any fast Hugging Face tokenizer, and how it fares on conversations.
 
     Args:
-        name: a folder, a .gguf file or a hub id.
+        name: a folder, a tokenizer.json, a .gguf file or a hub id.
         revision: of a hub id.
 
     Raises:
@@ -456,8 +457,8 @@ class TokenizerUtils:
             turns=turns,
             tokens_per_turn=tokens / max(turns, 1),
             tokens_per_character=tokens / max(characters, 1),
-            template_share=max(0.0, 1 - carried / written) if written else 0.0,
-            truncated_share=truncated / max(total, 1),
+            template_share=max(0.0, 1 - carried / written) if written else None,
+            truncated_share=truncated / (total - refused) if total > refused else None,
             refused_share=refused / max(total, 1),
             unknown_share=unknown / max(tokens, 1),
             lossy_share=lossy / max(turns, 1),
@@ -528,7 +529,8 @@ def comparison_table(reports: Sequence[TokenizerReport]) -> str:
     for field in ("tokens_per_turn", "tokens_per_character"):
         rows.append([field.replace("_", " "), *(f"{getattr(report, field):.3f}" for report in reports)])
     for field in ("template_share", "truncated_share", "refused_share", "unknown_share", "lossy_share"):
-        rows.append([field.replace("_", " "), *(f"{getattr(report, field):.2%}" for report in reports)])
+        shares = [getattr(report, field) for report in reports]
+        rows.append([field.replace("_", " "), *("unknown" if share is None else f"{share:.2%}" for share in shares)])
     rows.append(["special tokens", *("; ".join(report.problems).replace("|", r"\|") or "sound" for report in reports)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -547,7 +549,9 @@ def _messages_of(record: dict) -> list[dict]:
 
 
 def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
-    path = Path(name)
+    path = Path(name).expanduser()
+    if path.name == "tokenizer.json" and path.is_file():
+        path = path.parent
     try:
         if (path / "tokenizer.json").is_file():
             from transformers import PreTrainedTokenizerFast
@@ -557,10 +561,13 @@ def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
 
         if path.suffix == ".gguf" and path.is_file():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision or "main", use_fast=True, trust_remote_code=False
-            )
+        elif path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise FileNotFoundError("it holds no tokenizer" if path.exists() else "it does not exist")
+        else:  # in one request: transformers itself asks for file after file, each time with retries
+            from huggingface_hub import snapshot_download
+
+            files = snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES)
+            tokenizer = AutoTokenizer.from_pretrained(files, use_fast=True, trust_remote_code=False)
     except Exception as error:  # files of somebody else's: a damaged one may fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"no tokenizer {name!r}: give a folder, a .gguf file or a hub id ({reason})") from None
