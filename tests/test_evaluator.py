@@ -210,8 +210,13 @@ def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):
 
 
 def test_a_sample_keeps_its_items_when_the_suite_grows(suite):
-    kept = sample(suite.items[:6], 2)
-    assert {item.id for item in sample(suite.items, 8)} >= {item.id for item in kept}
+    early, all_ids = {item.id for item in suite.items[:6]}, [item.id for item in suite.items]
+    for count in range(1, 6):
+        before, after = ({item.id for item in sample(items, count)} for items in (suite.items[:6], suite.items))
+        assert len(before) == len(after) == count
+        assert after & early <= before  # only newcomers take places
+    # By a hash of the ids, not by their order: neither the first nor the last ones.
+    assert [item.id for item in sample(suite.items, 4)] not in (all_ids[:4], all_ids[-4:])
 
 
 def test_several_turns_and_other_scripts_are_items_like_any(tiny_base, tmp_path):

@@ -72,6 +72,7 @@ def test_rouge_is_rouge_scores_mean_f1_and_serves_other_scripts(metrics):
 
 def test_exact_match_looks_past_case_and_white_space(metrics):
     assert texts(metrics["exact_match"], ["  Yes\n sir ", "no"], ["yes sir", "yes"]) == {"exact_match": 0.5}
+    assert texts(metrics["exact_match"], ["STRASSE"], ["Straße"]) == {"exact_match": 1}
 
 
 def test_the_shape_of_replies_is_counted(metrics):
@@ -82,7 +83,29 @@ def test_the_shape_of_replies_is_counted(metrics):
     )
     assert found["self_ended"] == 0.75
     assert found["empty"] == found["loops"] == found["control_tokens"] == 0.25
-    assert found["distinct_2"] < 1
+
+
+def test_the_length_of_replies_is_that_of_all_together_and_repeated_words_are_counted_by_hand(metrics):
+    found = metrics["replies"].compute(
+        predictions=["one two one two", "é"], references=["a" * 30, "bc"], finished=[True, True]
+    )
+    assert found["length_ratio"] == (15 + 1) / (30 + 2)  # characters
+    # Words: 2 of 4 and 1 of 1 differ. Pairs: 2 of 3. Triples: 2 of 2.
+    assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (3 / 5, 2 / 3, 1.0)
+
+
+def test_a_phrase_is_a_loop_when_it_stands_four_times_in_a_row(metrics):
+    twelve = " ".join(f"w{number}" for number in range(12))
+    thirteen = f"{twelve} w12"
+
+    def loops(*predictions: str) -> float:
+        count = len(predictions)
+        found = metrics["replies"].compute(predictions=predictions, references=["x"] * count, finished=[True] * count)
+        return found["loops"]
+
+    assert loops("no " * 4, f"so {'I see, ' * 4}bye", f"{twelve} " * 4) == 1
+    assert loops("no " * 3, "I see, " * 3, f"{twelve} " * 3, f"{thirteen} " * 4) == 0
+    assert loops("a a b c c d e e f g g h i i", "") == 0  # pairs, but not one after the other
 
 
 def test_empty_replies_and_references_give_numbers_or_nothing(metrics):

@@ -589,3 +589,107 @@ def test_a_run_that_made_things_worse_says_so(tiny_base, tmp_path):
     assert "the validation loss rose: lower train.learning_rate" in summary(SETTINGS, worse)
     assert "rose" not in summary(SETTINGS, better) and "in this process" not in summary(SETTINGS, better)
     assert "in this process, of several" in summary(SETTINGS.model_copy(update={"launch": "ddp"}), better)
+
+
+# --- against torch alone, and every parameter ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"threads": 2},
+        {"gradient_accumulation": 9, "batch_tokens": 100},
+        {"gradient_accumulation": 9, "batch_tokens": 100, "threads": 2},
+        {"packing": True},
+        {"max_grad_norm": 1e-3},
+    ],
+    ids=str,
+)
+def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(tiny_base, tmp_path, changes):
+    """SGD from a fresh adapter, whose B is zero: afterwards B is the learning rate times the negative gradient."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    rows = make_rows(9, seed=3)
+    rows[0] = Row("long", rows[0].input_ids * 3, rows[0].labels * 3)  # batches of unlike numbers of trained tokens
+    step = {
+        "threads": 1, "batch_tokens": 8192, "max_steps": 1, "schedule": "constant", "warmup_ratio": 0.0,
+        "optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9,
+    }  # fmt: skip
+    settings = SETTINGS.model_copy(update=step | changes)
+    train_adapter(tiny_base, str(tiny_base), rows, rows[:2], settings, tmp_path / "adapter", tmp_path / "ck")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+    ups = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    for weight in ups.values():
+        weight.data.zero_()
+    total, count = 0.0, 0
+    for row in rows:
+        scores = torch.log_softmax(model(torch.tensor([row.input_ids])).logits[0, :-1].double(), -1)
+        for position, label in enumerate(row.labels[1:]):
+            if label != -100:
+                total, count = total - scores[position, label], count + 1
+    (total / count).backward()
+    norm = float(torch.sqrt(sum((weight.grad**2).sum() for weight in ups.values())))
+    shrunk = min(1.0, settings.max_grad_norm / norm)
+    assert len(ups) == 14  # seven modules of each layer
+    for name, weight in ups.items():
+        found = saved[name.replace(".default", "")]
+        torch.testing.assert_close(found, -0.5 * shrunk * weight.grad, rtol=2e-3, atol=1e-6 * shrunk)
+
+
+CHANGES = [
+    {"seed": 1}, {"epochs": 1.0}, {"learning_rate": 2e-3}, {"schedule": "constant"}, {"warmup_ratio": 0.5},
+    {"weight_decay": 0.5}, {"max_grad_norm": 1e-4}, {"optimizer": "sgd"}, {"batch_tokens": 100}, {"packing": True},
+    {"gradient_accumulation": 2}, {"neftune_alpha": 5.0}, {"method": "qlora"}, {"max_steps": 1},
+    *({"lora": SETTINGS.lora.model_copy(update=change)} for change in (
+        {"rank": 4}, {"alpha": 32.0}, {"dropout": 0.5}, {"target_modules": "attention"}, {"top_layers": 1},
+        {"rslora": True}, {"dora": True},
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(tiny_base, tmp_path_factory):
+    """Two epochs on eight rows with changed settings: the adapter's folder."""
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    def run(changes: dict) -> Path:
+        folder = tmp_path_factory.mktemp("short")
+        settings = SETTINGS.model_copy(
+            update={"threads": 1, "batch_tokens": 200, "epochs": 2.0, "validations": 1} | changes
+        )
+        rows = make_rows(8)
+        train_adapter(tiny_base, "tiny", rows, rows[:2], settings, folder / "adapter", folder / "ck")
+        return folder / "adapter"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unchanged(short):
+    return sha256_file(short({}) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: str(next(iter(changes.items())))[:60])
+def test_every_parameter_that_shapes_an_adapter_changes_it(short, unchanged, changes):
+    from safetensors.torch import load_file
+
+    adapter = short(changes)
+    assert sha256_file(adapter / "adapter_model.safetensors") != unchanged
+    lora = changes.get("lora", SETTINGS.lora)
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (lora.rank, lora.alpha, lora.dropout)
+    assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
+    adapted = {name.split(".layers.")[1].split(".lora_")[0] for name in load_file(adapter / "adapter_model.safetensors")}
+    assert {name.split(".")[0] for name in adapted} == ({"1"} if lora.top_layers else {"0", "1"})
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    wanted = attention if lora.target_modules == "attention" else attention | {"gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[2] for name in adapted} == wanted
