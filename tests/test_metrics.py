@@ -64,10 +64,14 @@ def test_bleu_and_chrf_are_sacrebleus_corpus_scores(metrics):
 
 def test_rouge_is_rouge_scores_mean_f1_and_serves_other_scripts(metrics):
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score(r, p) for p, r in zip(PREDICTIONS[:1], REFERENCES[:1], strict=True)]
-    found = texts(metrics["rouge"], PREDICTIONS[:1], REFERENCES[:1])
-    assert found == {name: pytest.approx(scores[0][name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")}
-    assert texts(metrics["rouge"], ["Привет, мир"], ["Привет мир"])["rouge1"] == 1
+    # By hand, 2 * common / (words + words of the reference): 3 words, 1 pair, 2 words in their order.
+    short, long = "mat the cat", "the cat is on the mat"
+    by_hand = {"rouge1": 6 / 9, "rouge2": 2 / 7, "rougeL": 4 / 9}
+    scores = scorer.score(long, short)
+    for name, value in texts(metrics["rouge"], [short.upper()], [long]).items():
+        assert value == pytest.approx(scores[name].fmeasure) == pytest.approx(by_hand[name])
+    assert texts(metrics["rouge"], [short, long], [long, long])["rougeL"] == pytest.approx((4 / 9 + 1) / 2)
+    assert texts(metrics["rouge"], ["Привет, МИР"], ["Привет мир"])["rouge1"] == 1
 
 
 def test_exact_match_looks_past_case_and_white_space(metrics):
@@ -147,8 +151,8 @@ def test_a_users_own_module_is_averaged_over_items(tmp_path):
     (tmp_path / "questions.py").write_text(OWN)
     metric = load_metric("questions", tmp_path)
     assert isinstance(metric, ItemwiseMetric)
-    statistics = metric.statistics(predictions=["a?", "b??", "c"])
-    assert metric.values(statistics.sum(axis=0)) == {"questions": 1.0}
+    statistics = metric.statistics(predictions=["a?", "b??", "c", "d"])
+    assert metric.values(statistics.sum(axis=0)) == {"questions": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -167,10 +171,13 @@ def test_a_bad_module_is_one_clear_line(tmp_path: Path, name, source, words):
 
 
 def test_each_value_knows_whether_more_is_better(metrics):
-    assert direction(metrics["perplexity"], "perplexity") == -1
-    assert direction(metrics["bleu"], "bleu") == 1
-    assert direction(metrics["replies"], "loops") == -1
-    assert direction(metrics["replies"], "length_ratio") == 0
+    less = {("perplexity",) * 2, ("nll_per_byte",) * 2, *(("replies", n) for n in ("empty", "loops", "control_tokens"))}
+    more = {(name,) * 2 for name in ("token_accuracy", "bleu", "chrf", "exact_match")}
+    more |= {("rouge", n) for n in ("rouge1", "rouge2", "rougeL")}
+    more |= {("replies", n) for n in ("self_ended", "distinct_1", "distinct_2", "distinct_3")}
+    expected = dict.fromkeys(less, -1) | dict.fromkeys(more, 1) | {("replies", "length_ratio"): 0}
+    assert {pair: direction(metrics[pair[0]], pair[1]) for pair in expected} == expected
+    assert {module for module, _ in expected} == set(metrics)
 
 
 def test_the_pipeline_runs_again_when_a_metric_or_a_general_question_changes():

@@ -688,7 +688,9 @@ def test_every_parameter_that_shapes_an_adapter_changes_it(short, unchanged, cha
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (lora.rank, lora.alpha, lora.dropout)
     assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
-    adapted = {name.split(".layers.")[1].split(".lora_")[0] for name in load_file(adapter / "adapter_model.safetensors")}
+    adapted = {
+        name.split(".layers.")[1].split(".lora_")[0] for name in load_file(adapter / "adapter_model.safetensors")
+    }
     assert {name.split(".")[0] for name in adapted} == ({"1"} if lora.top_layers else {"0", "1"})
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     wanted = attention if lora.target_modules == "attention" else attention | {"gate_proj", "up_proj", "down_proj"}
