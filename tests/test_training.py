@@ -401,7 +401,8 @@ base, output, checkpoints, answer = map(Path, sys.argv[1:5])
 result = train(base, output, checkpoints, learning_rate=3e-3, epochs=8.0, batch_tokens=300, launch=sys.argv[5])
 if is_main_process():
     losses = [result.train_loss, result.validation_loss]
-    answer.write_text(json.dumps([result.steps, *losses, result.base_weights.held_mb]))
+    norms = [entry["grad_norm"] for entry in result.history if "grad_norm" in entry]
+    answer.write_text(json.dumps([result.steps, *losses, result.base_weights.held_mb, norms]))
 """
 
 
@@ -414,7 +415,7 @@ def test_two_processes_train_what_one_trains(tiny_base, tmp_path, launch, share)
         [*launcher(launch), str(script), *words], env=ENVIRONMENT, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    steps, train_loss, validation_loss, held = json.loads((tmp_path / "result.json").read_text())
+    steps, train_loss, validation_loss, held, norms = json.loads((tmp_path / "result.json").read_text())
     # Two processes take two batches a step, as one does that accumulates over two; eight batches come out even.
     one = train(
         tiny_base, tmp_path / "one", tmp_path / "ck1", learning_rate=3e-3, epochs=8.0, batch_tokens=300,
@@ -423,6 +424,10 @@ def test_two_processes_train_what_one_trains(tiny_base, tmp_path, launch, share)
     assert steps == one.steps
     assert train_loss == pytest.approx(one.train_loss, abs=3e-3)
     assert validation_loss == pytest.approx(one.validation_loss, abs=3e-3)
+    # AdamW steps alike whatever the scale of the gradients: their lengths have to be the same too.
+    ours = [entry["grad_norm"] for entry in one.history if "grad_norm" in entry]
+    assert norms[0] == pytest.approx(ours[0], rel=1e-4)
+    assert norms == pytest.approx(ours, rel=0.05)
     assert held == pytest.approx(share * one.base_weights.held_mb, rel=0.01)
     losses = [entry["loss"] for entry in one.history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.08
