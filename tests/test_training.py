@@ -98,7 +98,8 @@ def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    result = train(tiny_base, tmp_path / "adapter", tmp_path / "checkpoints", max_steps=1)
+    # In several batches: a mean over batches would be another number.
+    result = train(tiny_base, tmp_path / "adapter", tmp_path / "checkpoints", max_steps=1, batch_tokens=60)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     total, count = 0.0, 0
     for row in make_rows(8, seed=1):
@@ -140,6 +141,8 @@ def test_training_lowers_the_loss_it_is_measured_by(tiny_base, tmp_path, method)
     settings = SETTINGS.model_copy(update={"method": method, "epochs": 20.0, "learning_rate": 1e-2, "threads": 1})
     result = train_adapter(tiny_base, "tiny", rows, rows, settings, tmp_path / "adapter", tmp_path / "checkpoints")
     assert result.validation_loss < result.validation_loss_before - 0.3
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert len(losses) == result.steps and min(losses) < result.train_loss < max(losses)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
     assert config["target_modules"] == sorted(config["target_modules"])
@@ -627,7 +630,7 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
         "optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9,
     }  # fmt: skip
     settings = SETTINGS.model_copy(update=step | changes)
-    train_adapter(tiny_base, str(tiny_base), rows, rows[:2], settings, tmp_path / "adapter", tmp_path / "ck")
+    result = train_adapter(tiny_base, str(tiny_base), rows, rows[:2], settings, tmp_path / "adapter", tmp_path / "ck")
     saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
 
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -642,12 +645,41 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
             if label != -100:
                 total, count = total - scores[position, label], count + 1
     (total / count).backward()
+    assert (result.steps, result.trained_tokens, result.tokens) == (1, count, sum(len(row.input_ids) for row in rows))
+    assert result.train_loss == pytest.approx(float(total / count), abs=1e-4)
     norm = float(torch.sqrt(sum((weight.grad**2).sum() for weight in ups.values())))
     shrunk = min(1.0, settings.max_grad_norm / norm)
     assert len(ups) == 14  # seven modules of each layer
     for name, weight in ups.items():
         found = saved[name.replace(".default", "")]
         torch.testing.assert_close(found, -0.5 * shrunk * weight.grad, rtol=2e-3, atol=1e-6 * shrunk)
+
+
+def test_the_first_token_of_a_packed_row_is_predicted_by_nobody():
+    from fine_tuning.training.training_utils import collate_packed
+
+    packed = collate_packed([Row("a", [5, 6, 7], [-100, 6, 7]), Row("b", [8, 9], [8, 9])])
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert packed["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+
+
+@pytest.mark.parametrize(("processes", "steps", "warmup", "every"), [(1, 20, 4, 5), (2, 10, 2, 3)])
+def test_warm_up_and_validations_are_shares_of_the_optimisers_steps(
+    tmp_path, monkeypatch, processes, steps, warmup, every
+):
+    """40 batches in sums of 4, twice: 20 steps of one process, 10 of two. Every 5th or 3rd makes 4 measurements."""
+    from fine_tuning.training.lora_trainer import training_arguments
+    from fine_tuning.training.training_utils import Hardware
+
+    monkeypatch.setattr("fine_tuning.training.lora_trainer.process_count", lambda: processes)
+    changes = {"gradient_accumulation": 4, "epochs": 2.0, "warmup_ratio": 0.2, "validations": 4}
+    cpu = Hardware("cpu", "float32", 1, "a CPU")
+    settings = SETTINGS.model_copy(update=changes)
+    arguments = training_arguments(settings, cpu, tmp_path, batches=40)
+    assert (arguments.warmup_steps, arguments.eval_steps) == (warmup, every) and -(-steps // every) == 4
+    capped = training_arguments(settings.model_copy(update={"max_steps": 10}), cpu, tmp_path, batches=40)
+    assert (capped.max_steps, capped.warmup_steps, capped.eval_steps) == (10, 2, 3)
 
 
 CHANGES = [
