@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -359,3 +360,21 @@ def test_a_record_counts_bytes_and_only_references_and_answers_the_last_of_them(
     assert (line["finished"], line["reply_tokens"]) == (False, 4)
     broken = describe("base", item, Likelihood([(1.0, 3, 1), (50.0, 5, 5), (math.nan, 7, 4)]), None)
     assert broken["nll"] is None and "predictions" not in broken
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "other"},
+        {"cluster": "other"},
+        {"authors": ["liked"]},
+        {"authors": ["somebody"]},
+        {"input_ids": [1, 2, 3]},
+        {"labels": [-100]},
+    ],
+    ids=str,
+)
+def test_the_suite_is_another_when_anything_of_an_item_changes(suite, changes):
+    tokenizer = load_tokenizer(suite.base.folder)
+    first, *rest = suite.items
+    assert suite_sha256([replace(first, **changes), *rest], tokenizer) != suite_sha256(suite.items, tokenizer)
