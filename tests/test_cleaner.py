@@ -722,3 +722,75 @@ def test_jsonl_carries_any_unicode(tmp_path):
         assert list(read_jsonl(path)) == records
 
     round_trip()
+
+
+# -----------------------------------------------------------------------------
+# limits, each from both of its sides
+
+
+def test_a_message_exactly_at_a_limit_is_kept():
+    assert reason(talk("12345", "123456789"), min_length=5, max_length=9) is None
+    assert reason(talk("1234", "123456789"), min_length=5, max_length=9) == "too_short"
+    assert reason(talk("12345", "1234567890"), min_length=5, max_length=9) == "too_long"
+
+
+def test_a_language_that_is_listed_or_not_certain_is_kept():
+    english = talk(
+        "How do I get to the station as quickly as I can, please?", "Straight ahead, then right, and you will see it."
+    )
+    german = talk(
+        "Wie komme ich am schnellsten zum Bahnhof, bitte?", "Gehen Sie immer geradeaus und dann rechts, bitte."
+    )
+    assert reason(english, languages=["en"]) is reason(german, languages=["de", "en"]) is None
+    assert reason(english, languages=["de"]) == "language"
+    assert reason(german, languages=["en"], min_language_confidence=1.0) is None
+    assert reason(talk("Guten Tag", "Hallo"), languages=["fr"]) is None, "too little to tell"
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (("user", "system", "assistant"), "late_system_message"),
+        (("user", "tool", "assistant"), "tool_before_assistant"),
+        (("assistant", "user", "assistant"), "assistant_begins"),
+        (("user", "assistant", "user", "assistant"), None),
+    ],
+)
+def test_a_role_in_the_wrong_place_is_named(roles, expected):
+    messages = [{"role": role, "content": f"text {number}"} for number, role in enumerate(roles)]
+    assert reason({"id": "c", "messages": messages}) == expected
+
+
+def test_repetition_is_the_share_that_the_paper_counts():
+    words = [f"w{number:02}" for number in range(94)]
+    # Two pairs that stand there twice are none that is frequent; one that stands there three times is 18 of 300
+    # characters, against a threshold of 0.20. No triple is there twice.
+    twice = [
+        *words[:40],
+        "aaa",
+        "bbb",
+        *words[40:50],
+        "ccc",
+        "ddd",
+        *words[50:60],
+        "aaa",
+        "bbb",
+        *words[60:70],
+        "ccc",
+        "ddd",
+    ]
+    assert repetition(" ".join(twice)) == 0
+    thrice = [*words[:30], "aaa", "bbb", *words[30:60], "aaa", "bbb", *words[60:], "aaa", "bbb"]
+    assert repetition(" ".join(thrice)) == pytest.approx((18 / 300) / 0.20, abs=1e-4)
+    # Of four lines one is there twice, against a threshold of 0.30; its four words are too few for a gram of five.
+    lines = ["ab cd ef gh", " ".join(words[:20]), "ab cd ef gh", " ".join(words[20:40])]
+    assert repetition("\n".join(lines)) == pytest.approx(0.25 / 0.30, abs=1e-4)
+    # Without spaces characters count, and of a long text those of its end.
+    varied = "".join(chr(0x4E00 + number) for number in range(9000))
+    assert repetition(varied) == 0
+    assert repetition(varied + "我不知道。" * 2000) > 4.5
+
+
+def test_feedback_on_what_was_trimmed_or_never_was_goes_with_it():
+    record = talk("q", "a", "one more?", feedback=[{"message_id": f"c-{number}", "rating": 1} for number in (1, 2, 7)])
+    assert DataCleaner().clean_conversation(record).conversation["feedback"] == [{"message_id": "c-1", "rating": 1}]

@@ -21,10 +21,10 @@ from fine_tuning.data_preparation.dataset_builder import (
     read_split,
     write_split,
 )
-from fine_tuning.data_preparation.decontamination import HeldOut
+from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
-from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, load_tokenizer
+from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, Encoded, load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_jsonl, write_jsonl
 from fine_tuning.settings import read_params
@@ -572,3 +572,36 @@ def test_what_was_held_out_stays_held_out_when_a_better_duplicate_takes_its_plac
     second, after = build(2, ledger)
     assert second == first and set(first.values()) == set(SPLITS)
     assert {f"second{n}" for n in range(150)} <= after.keys() and ledger.items() <= after.items()
+
+
+def test_a_run_of_words_is_common_when_more_than_ten_say_it_or_a_tenth_of_few():
+    def named(sharing: int, conversations: int) -> int:
+        shared = {f"c{number}": {(b"one", b"run")} for number in range(sharing)}
+        return len(repeating(shared | {"other": set()}, conversations))
+
+    assert (named(10, 1000), named(11, 1000)) == (10, 0)
+    assert (named(5, 50), named(6, 50)) == (5, 0)
+    assert (named(1, 3), named(2, 3)) == (1, 0)
+    rare = {"a": {(b"common",), (b"rare",)}, "b": {(b"common",)}, "c": {(b"common",)}}
+    assert repeating(rare, 20) == {"a"}
+
+
+def test_lengths_and_shares_of_a_split_are_counted_by_hand():
+    def example(identity: str, source: str, tokens: int, trained: int, cut: int) -> Example:
+        labels = [NOT_TRAINED] * (tokens - trained) + [7] * trained
+        encoded = Encoded([7] * tokens, labels, [], 0, cut, control_ids=2)
+        return Example(identity, source, identity, [], [], encoded)
+
+    examples = [example("a", "chat", 4, 1, 0), example("b", "chat", 20, 5, 3), example("c", "sample", 6, 3, 0)]
+    tally = Tally()
+    assert list(tally.watch(examples)) == examples
+    found = tally.statistics()
+    by_hand = {
+        "conversations": 3, "tokens": 30, "trained_tokens": 9, "trained_share": 0.3, "control_tokens": 6,
+        "tokens_mean": 10.0, "tokens_median": 6, "tokens_max": 20,
+    }  # fmt: skip
+    assert {name: found[name] for name in by_hand} == by_hand
+    counts = found["by_source"]["chat"]
+    assert (counts["conversations"], counts["tokens"], counts["trained_tokens"]) == (2, 24, 6)
+    rows = length_histogram({split: tally for split in SPLITS}, bins=4)
+    assert [(row["tokens"], row["train"]) for row in rows] == [(5, 1), (10, 1), (15, 0), (20, 1)]

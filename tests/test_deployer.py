@@ -232,6 +232,12 @@ def test_a_server_that_is_too_old_is_told_so(client, bundle, monkeypatch):
         deploy(client, bundle)
 
 
+@pytest.mark.parametrize("version", ["0.5.5", "0.10.0", "1.0.0", "0.0.0", "unknown"])
+def test_a_server_that_is_new_enough_or_does_not_say_is_taken(client, bundle, monkeypatch, version):
+    monkeypatch.setattr(client, "version", lambda: version)  # 0.0.0: one that somebody built
+    assert deploy(client, bundle).done.server_version == version
+
+
 def test_a_server_that_is_down_is_one_clear_line(bundle):
     with silent_host() as host, OllamaClient(host, timeout=0.5) as client, pytest.raises(OllamaError) as failure:
         deploy(client, bundle)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.contenders import Contender, check_references, find_champion
 from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
-from fine_tuning.evaluation.measurements import summarise
+from fine_tuning.evaluation.measurements import describe, summarise
 from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.scoring import Likelihood, Reply, likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
 from fine_tuning.records import write_json
@@ -241,8 +242,13 @@ def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):
 
 
 def test_a_sample_keeps_its_items_when_the_suite_grows(suite):
-    kept = sample(suite.items[:6], 2)
-    assert {item.id for item in sample(suite.items, 8)} >= {item.id for item in kept}
+    early, all_ids = {item.id for item in suite.items[:6]}, [item.id for item in suite.items]
+    for count in range(1, 6):
+        before, after = ({item.id for item in sample(items, count)} for items in (suite.items[:6], suite.items))
+        assert len(before) == len(after) == count
+        assert after & early <= before  # only newcomers take places
+    # By a hash of the ids, not by their order: neither the first nor the last ones.
+    assert [item.id for item in sample(suite.items, 4)] not in (all_ids[:4], all_ids[-4:])
 
 
 def test_several_turns_and_other_scripts_are_items_like_any(tiny_base, tmp_path):
@@ -349,3 +355,57 @@ def test_a_champion_is_taken_only_as_it_was_promoted(tmp_path, suite):
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="holds no model: run `dvc repro`"):
         Contender("candidate", tmp_path, tmp_path / "x.gguf").weights_sha256()
+
+
+def test_a_slice_takes_what_lies_within_its_bounds():
+    """One reply a line, each in the slice that its length and its place say, worked out by hand."""
+
+    def line(number: int, turns: list[int]) -> dict:
+        said = [
+            {"author": "imported", "reference": True, "nll": 2.0 * n, "tokens": n, "correct": 0, "bytes": 1}
+            for n in turns
+        ]
+        return {"contender": "base", "id": str(number), "cluster": str(number), "source": "s", "turns": said}
+
+    lengths = [1, 32, 33, 128, 129, 512, 513]
+    records = [line(number, [length]) for number, length in enumerate(lengths)] + [line(9, [1, 1, 1, 1, 1])]
+    found = slices(records, [load_metric("perplexity", MODULES)], SETTINGS.interval)
+    counted = {name: {part: of["base"]["perplexity"]["n"] for part, of in found[name].items()} for name in found}
+    assert counted == {
+        "turn": {"1": 8, "2": 1, "3": 1, "4 and later": 1},
+        "length of the reply": {
+            "up to 32 tokens": 3, "33 to 128 tokens": 2, "129 to 512 tokens": 2, "over 512 tokens": 1,
+        },
+    }  # fmt: skip
+    assert found["turn"]["2"]["base"]["perplexity"]["value"] == pytest.approx(math.exp(2.0))
+
+
+def test_a_record_counts_bytes_and_only_references_and_answers_the_last_of_them(tiny_base, tmp_path):
+    told = {"x": [*conversation("a", "é"), *conversation("b", "own", model="whetstone:1"), *conversation("c", "日本")]}
+    (item,) = read_items(write_items(tmp_path / "test.parquet", tiny_base, told), load_tokenizer(tiny_base))
+    likelihood = Likelihood([(1.0, 3, 1), (50.0, 5, 5), (2.0, 7, 4)])
+    line = describe("base", item, likelihood, Reply("said", 4, False))
+    assert (line["nll"], line["tokens"], line["correct"], line["bytes"]) == (3.0, 10, 5, 2 + 6)
+    assert [turn["bytes"] for turn in line["turns"]] == [2, 3, 6]
+    assert (line["references"], line["predictions"], line["asked"], line["prompt"]) == ("日本", "said", 2, "c")
+    assert (line["finished"], line["reply_tokens"]) == (False, 4)
+    broken = describe("base", item, Likelihood([(1.0, 3, 1), (50.0, 5, 5), (math.nan, 7, 4)]), None)
+    assert broken["nll"] is None and "predictions" not in broken
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "other"},
+        {"cluster": "other"},
+        {"authors": ["liked"]},
+        {"authors": ["somebody"]},
+        {"input_ids": [1, 2, 3]},
+        {"labels": [-100]},
+    ],
+    ids=str,
+)
+def test_the_suite_is_another_when_anything_of_an_item_changes(suite, changes):
+    tokenizer = load_tokenizer(suite.base.folder)
+    first, *rest = suite.items
+    assert suite_sha256([replace(first, **changes), *rest], tokenizer) != suite_sha256(suite.items, tokenizer)

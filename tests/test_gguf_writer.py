@@ -177,8 +177,11 @@ def test_every_number_type_is_read_back_within_its_precision(kind, models_of, tm
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         error = np.linalg.norm(values - exact[tensor.name]) / np.linalg.norm(exact[tensor.name])
         assert error <= tolerance[kind], tensor.name
-        if tensor.name.endswith("norm.weight"):
-            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        # What a low-bit file keeps at 8 bits: where it loses most.
+        kept = kind[:2] in ("Q4", "Q5") and tensor.name in ("token_embd.weight", "output.weight")
+        wanted = "F32" if tensor.name.endswith("norm.weight") else "Q8_0" if kept else kind
+        assert tensor.tensor_type.name == wanted, tensor.name
+    assert {"token_embd.weight", "output.weight"} <= exact.keys()
 
 
 def test_the_same_folder_gives_the_same_bytes_and_nothing_is_left_of_a_failure(models_of, tmp_path, monkeypatch):

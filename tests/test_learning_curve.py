@@ -1,6 +1,7 @@
 """The learning curve: real training on shares of the data, kept and drawn; the pipeline's files stay as they are."""
 
 import json
+import math
 import shutil
 from argparse import Namespace
 
@@ -25,6 +26,8 @@ ROWS = [Row(str(index), [1] * 10, [1] * 10) for index in range(8)]
 
 def test_a_share_is_the_first_conversations_with_that_part_of_the_tokens():
     assert [len(share(ROWS, fraction)) for fraction in (0.01, 0.25, 0.5, 1.0)] == [1, 2, 4, 8]
+    assert share(ROWS, 0.5) == ROWS[:4]
+    assert len(share([ROWS[0], Row("long", [1] * 30, [1] * 30), ROWS[1]], 0.7)) == 1  # the second would be too much
 
 
 @pytest.mark.parametrize("text", ["", "1", "0,1", "0.5,2", "half,1"])
@@ -54,10 +57,16 @@ def points_of(items, nats):
 def test_each_point_has_an_interval_and_the_paired_change_since_the_one_before(items):
     points = points_of(items, {2: 3.0, 4: 2.5, 8: 2.4})
     assert [point["conversations"] for point in points] == [2, 4, 8]
+    assert [point["tokens"] for point in points] == [20, 40, 80]
+    # Of twelve items a third each is 0, 0.01 and 0.02 nats less likely.
+    assert [point["perplexity"] for point in points] == pytest.approx([math.exp(n + 0.01) for n in (3.0, 2.5, 2.4)])
+    assert "change" not in points[0]
+    assert points[2]["change"]["difference"] == pytest.approx(math.exp(2.41) - math.exp(2.51))
     assert all(point["low"] <= point["perplexity"] <= point["high"] for point in points)
     assert points[2]["change"]["high"] < 0
     assert "more conversations are likely to help" in advice(points)
     assert "changes nothing for certain" in advice(points_of(items, {2: 3.0, 4: 2.4, 8: 2.4}))
+    assert "raises perplexity" in advice(points_of(items, {2: 3.0, 4: 2.4, 8: 2.5}))
 
 
 def test_the_curve_is_a_drawing_of_its_own(items):

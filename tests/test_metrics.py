@@ -64,14 +64,19 @@ def test_bleu_and_chrf_are_sacrebleus_corpus_scores(metrics):
 
 def test_rouge_is_rouge_scores_mean_f1_and_serves_other_scripts(metrics):
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
-    scores = [scorer.score(r, p) for p, r in zip(PREDICTIONS[:1], REFERENCES[:1], strict=True)]
-    found = texts(metrics["rouge"], PREDICTIONS[:1], REFERENCES[:1])
-    assert found == {name: pytest.approx(scores[0][name].fmeasure) for name in ("rouge1", "rouge2", "rougeL")}
-    assert texts(metrics["rouge"], ["Привет, мир"], ["Привет мир"])["rouge1"] == 1
+    # By hand, 2 * common / (words + words of the reference): 3 words, 1 pair, 2 words in their order.
+    short, long = "mat the cat", "the cat is on the mat"
+    by_hand = {"rouge1": 6 / 9, "rouge2": 2 / 7, "rougeL": 4 / 9}
+    scores = scorer.score(long, short)
+    for name, value in texts(metrics["rouge"], [short.upper()], [long]).items():
+        assert value == pytest.approx(scores[name].fmeasure) == pytest.approx(by_hand[name])
+    assert texts(metrics["rouge"], [short, long], [long, long])["rougeL"] == pytest.approx((4 / 9 + 1) / 2)
+    assert texts(metrics["rouge"], ["Привет, МИР"], ["Привет мир"])["rouge1"] == 1
 
 
 def test_exact_match_looks_past_case_and_white_space(metrics):
     assert texts(metrics["exact_match"], ["  Yes\n sir ", "no"], ["yes sir", "yes"]) == {"exact_match": 0.5}
+    assert texts(metrics["exact_match"], ["STRASSE"], ["Straße"]) == {"exact_match": 1}
 
 
 def test_the_shape_of_replies_is_counted(metrics):
@@ -82,7 +87,29 @@ def test_the_shape_of_replies_is_counted(metrics):
     )
     assert found["self_ended"] == 0.75
     assert found["empty"] == found["loops"] == found["control_tokens"] == 0.25
-    assert found["distinct_2"] < 1
+
+
+def test_the_length_of_replies_is_that_of_all_together_and_repeated_words_are_counted_by_hand(metrics):
+    found = metrics["replies"].compute(
+        predictions=["one two one two", "é"], references=["a" * 30, "bc"], finished=[True, True]
+    )
+    assert found["length_ratio"] == (15 + 1) / (30 + 2)  # characters
+    # Words: 2 of 4 and 1 of 1 differ. Pairs: 2 of 3. Triples: 2 of 2.
+    assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (3 / 5, 2 / 3, 1.0)
+
+
+def test_a_phrase_is_a_loop_when_it_stands_four_times_in_a_row(metrics):
+    twelve = " ".join(f"w{number}" for number in range(12))
+    thirteen = f"{twelve} w12"
+
+    def loops(*predictions: str) -> float:
+        count = len(predictions)
+        found = metrics["replies"].compute(predictions=predictions, references=["x"] * count, finished=[True] * count)
+        return found["loops"]
+
+    assert loops("no " * 4, f"so {'I see, ' * 4}bye", f"{twelve} " * 4) == 1
+    assert loops("no " * 3, "I see, " * 3, f"{twelve} " * 3, f"{thirteen} " * 4) == 0
+    assert loops("a a b c c d e e f g g h i i", "") == 0  # pairs, but not one after the other
 
 
 def test_empty_replies_and_references_give_numbers_or_nothing(metrics):
@@ -124,8 +151,8 @@ def test_a_users_own_module_is_averaged_over_items(tmp_path):
     (tmp_path / "questions.py").write_text(OWN)
     metric = load_metric("questions", tmp_path)
     assert isinstance(metric, ItemwiseMetric)
-    statistics = metric.statistics(predictions=["a?", "b??", "c"])
-    assert metric.values(statistics.sum(axis=0)) == {"questions": 1.0}
+    statistics = metric.statistics(predictions=["a?", "b??", "c", "d"])
+    assert metric.values(statistics.sum(axis=0)) == {"questions": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -144,10 +171,13 @@ def test_a_bad_module_is_one_clear_line(tmp_path: Path, name, source, words):
 
 
 def test_each_value_knows_whether_more_is_better(metrics):
-    assert direction(metrics["perplexity"], "perplexity") == -1
-    assert direction(metrics["bleu"], "bleu") == 1
-    assert direction(metrics["replies"], "loops") == -1
-    assert direction(metrics["replies"], "length_ratio") == 0
+    less = {("perplexity",) * 2, ("nll_per_byte",) * 2, *(("replies", n) for n in ("empty", "loops", "control_tokens"))}
+    more = {(name,) * 2 for name in ("token_accuracy", "bleu", "chrf", "exact_match")}
+    more |= {("rouge", n) for n in ("rouge1", "rouge2", "rougeL")}
+    more |= {("replies", n) for n in ("self_ended", "distinct_1", "distinct_2", "distinct_3")}
+    expected = dict.fromkeys(less, -1) | dict.fromkeys(more, 1) | {("replies", "length_ratio"): 0}
+    assert {pair: direction(metrics[pair[0]], pair[1]) for pair in expected} == expected
+    assert {module for module, _ in expected} == set(metrics)
 
 
 def test_the_pipeline_runs_again_when_a_metric_or_a_general_question_changes():

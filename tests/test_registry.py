@@ -67,9 +67,12 @@ def test_the_same_content_is_the_same_version(registry, files):
 
 
 def test_a_version_belongs_to_the_run_that_trained_its_adapter(registry, files):
-    run = registry._client.create_run(registry._experiment, tags={"adapter_sha256": THIRD})
+    runs = [
+        registry._client.create_run(registry._experiment, start_time=start, tags={"adapter_sha256": THIRD})
+        for start in (2000, 3000, 1000)
+    ]
     version, _ = register(registry, files, THIRD)
-    assert version.run_id == run.info.run_id
+    assert version.run_id == runs[1].info.run_id, "the newest of those that trained it"
 
 
 def test_three_processes_that_register_at_once_make_one_version(store, files):
@@ -116,6 +119,8 @@ def test_promotion_moves_champion_and_previous(registry, files):
     assert [version.aliases for version in registry.versions()] == [("previous",), ("champion",)]
     assert registry.promote(2, 1).number == 1
     assert registry.by_alias(PREVIOUS).number == 1
+    registry.nominate(2)
+    assert registry.by_alias(CANDIDATE) is None, "the champion is no candidate"
 
 
 def test_a_champion_that_changed_in_the_meantime_is_not_replaced(registry, files):

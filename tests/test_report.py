@@ -1,5 +1,6 @@
 """The report and the summary: one file that needs no network, one screen that says what to do."""
 
+import math
 import re
 from html.parser import HTMLParser
 
@@ -7,6 +8,7 @@ import pytest
 
 from fine_tuning.commands import summary
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.charts import interval_plot
 from fine_tuning.evaluation.comparison import CompareSettings, compare
 from fine_tuning.evaluation.evaluate_settings import IntervalSettings
 from fine_tuning.evaluation.measurements import guard_metrics, summarise
@@ -166,3 +168,21 @@ def test_the_summary_of_nothing_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"metrics/evaluation\.json is missing: run `dvc repro`"):
         summary.summary(None)
+
+
+def test_the_report_shows_the_numbers_that_the_records_give(page):
+    # 12 items: the base has 3 + i / 10 nats a token, the candidate 2 + i / 20; their means are 3.55 and 2.275.
+    for value in (math.exp(3.55), math.exp(2.275), math.exp(2.275) - math.exp(3.55)):
+        assert f"{value:.4g}" in page or f"{value:+.3g}" in page
+
+
+def test_a_difference_is_good_bad_or_open_by_its_direction_and_its_interval():
+    def kinds(better: int, difference: float, low: float | None, high: float | None) -> set[str]:
+        numbers = {"difference": difference, "low": low, "high": high, "candidate": 1.0, "rival": 1.0}
+        drawing = interval_plot({"metric": numbers | {"better": better, "n": 3}})
+        return set(re.findall(r'<circle class="(\w+)"', drawing))
+
+    assert kinds(1, 2.0, 1.0, 3.0) == kinds(-1, -2.0, -3.0, -1.0) == {"good"}
+    assert kinds(1, -2.0, -3.0, -1.0) == kinds(-1, 2.0, 1.0, 3.0) == {"bad"}
+    assert kinds(1, 1.0, -1.0, 3.0) == kinds(0, 2.0, 1.0, 3.0) == {"open"}
+    assert kinds(1, 2.0, None, None) == set()

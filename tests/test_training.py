@@ -98,7 +98,8 @@ def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_
     import torch
     from transformers import AutoModelForCausalLM
 
-    result = train(tiny_base, tmp_path / "adapter", tmp_path / "checkpoints", max_steps=1)
+    # In several batches: a mean over batches would be another number.
+    result = train(tiny_base, tmp_path / "adapter", tmp_path / "checkpoints", max_steps=1, batch_tokens=60)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     total, count = 0.0, 0
     for row in make_rows(8, seed=1):
@@ -140,6 +141,8 @@ def test_training_lowers_the_loss_it_is_measured_by(tiny_base, tmp_path, method)
     settings = SETTINGS.model_copy(update={"method": method, "epochs": 20.0, "learning_rate": 1e-2, "threads": 1})
     result = train_adapter(tiny_base, "tiny", rows, rows, settings, tmp_path / "adapter", tmp_path / "checkpoints")
     assert result.validation_loss < result.validation_loss_before - 0.3
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert len(losses) == result.steps and min(losses) < result.train_loss < max(losses)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
     assert config["target_modules"] == sorted(config["target_modules"])
@@ -239,12 +242,16 @@ def test_a_run_that_is_killed_after_it_stopped_early_does_not_go_on(tiny_base, t
 
 
 def test_of_the_best_adapters_only_those_are_kept_that_a_resumed_run_may_want(tiny_base, tmp_path):
-    train(
+    result = train(
         tiny_base, tmp_path / "a", tmp_path / "ck", early_stopping_patience=9, validations=99, epochs=2.0,
         checkpoint_steps=1, schedule="constant", optimizer="sgd", learning_rate=10.0,
     )  # fmt: skip
     steps = sorted(int(path.stem.split("-")[1]) for path in (tmp_path / "ck").glob("best-*.safetensors"))
-    assert 1 <= len(steps) <= 2
+    losses = [(entry["step"], entry["eval_loss"]) for entry in result.history if "eval_loss" in entry]
+    oldest = min(int(path.name.split("-")[1]) for path in (tmp_path / "ck").glob("checkpoint-*"))
+    records = [step for step, loss in losses if all(loss < other for earlier, other in losses if earlier < step)]
+    needed = max(step for step in records if step <= oldest)  # where a run from the oldest checkpoint stands
+    assert steps == [step for step in records if step >= needed] and len(steps) < len(records)
 
 
 def test_an_unknown_module_is_named(tiny_base, tmp_path):
@@ -401,7 +408,8 @@ base, output, checkpoints, answer = map(Path, sys.argv[1:5])
 result = train(base, output, checkpoints, learning_rate=3e-3, epochs=8.0, batch_tokens=300, launch=sys.argv[5])
 if is_main_process():
     losses = [result.train_loss, result.validation_loss]
-    answer.write_text(json.dumps([result.steps, *losses, result.base_weights.held_mb]))
+    norms = [entry["grad_norm"] for entry in result.history if "grad_norm" in entry]
+    answer.write_text(json.dumps([result.steps, *losses, result.base_weights.held_mb, norms]))
 """
 
 
@@ -414,7 +422,7 @@ def test_two_processes_train_what_one_trains(tiny_base, tmp_path, launch, share)
         [*launcher(launch), str(script), *words], env=ENVIRONMENT, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    steps, train_loss, validation_loss, held = json.loads((tmp_path / "result.json").read_text())
+    steps, train_loss, validation_loss, held, norms = json.loads((tmp_path / "result.json").read_text())
     # Two processes take two batches a step, as one does that accumulates over two; eight batches come out even.
     one = train(
         tiny_base, tmp_path / "one", tmp_path / "ck1", learning_rate=3e-3, epochs=8.0, batch_tokens=300,
@@ -423,6 +431,10 @@ def test_two_processes_train_what_one_trains(tiny_base, tmp_path, launch, share)
     assert steps == one.steps
     assert train_loss == pytest.approx(one.train_loss, abs=3e-3)
     assert validation_loss == pytest.approx(one.validation_loss, abs=3e-3)
+    # AdamW steps alike whatever the scale of the gradients: their lengths have to be the same too.
+    ours = [entry["grad_norm"] for entry in one.history if "grad_norm" in entry]
+    assert norms[0] == pytest.approx(ours[0], rel=1e-4)
+    assert norms == pytest.approx(ours, rel=0.05)
     assert held == pytest.approx(share * one.base_weights.held_mb, rel=0.01)
     losses = [entry["loss"] for entry in one.history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.08
@@ -589,3 +601,138 @@ def test_a_run_that_made_things_worse_says_so(tiny_base, tmp_path):
     assert "the validation loss rose: lower train.learning_rate" in summary(SETTINGS, worse)
     assert "rose" not in summary(SETTINGS, better) and "in this process" not in summary(SETTINGS, better)
     assert "in this process, of several" in summary(SETTINGS.model_copy(update={"launch": "ddp"}), better)
+
+
+# --- against torch alone, and every parameter ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"threads": 2},
+        {"gradient_accumulation": 9, "batch_tokens": 100},
+        {"gradient_accumulation": 9, "batch_tokens": 100, "threads": 2},
+        {"packing": True},
+        {"max_grad_norm": 1e-3},
+    ],
+    ids=str,
+)
+def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(tiny_base, tmp_path, changes):
+    """SGD from a fresh adapter, whose B is zero: afterwards B is the learning rate times the negative gradient."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    rows = make_rows(9, seed=3)
+    rows[0] = Row("long", rows[0].input_ids * 3, rows[0].labels * 3)  # batches of unlike numbers of trained tokens
+    step = {
+        "threads": 1, "batch_tokens": 8192, "max_steps": 1, "schedule": "constant", "warmup_ratio": 0.0,
+        "optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9,
+    }  # fmt: skip
+    settings = SETTINGS.model_copy(update=step | changes)
+    result = train_adapter(tiny_base, str(tiny_base), rows, rows[:2], settings, tmp_path / "adapter", tmp_path / "ck")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "adapter"), is_trainable=True)
+    ups = {name: weight for name, weight in model.named_parameters() if "lora_B" in name}
+    for weight in ups.values():
+        weight.data.zero_()
+    total, count = 0.0, 0
+    for row in rows:
+        scores = torch.log_softmax(model(torch.tensor([row.input_ids])).logits[0, :-1].double(), -1)
+        for position, label in enumerate(row.labels[1:]):
+            if label != -100:
+                total, count = total - scores[position, label], count + 1
+    (total / count).backward()
+    assert (result.steps, result.trained_tokens, result.tokens) == (1, count, sum(len(row.input_ids) for row in rows))
+    assert result.train_loss == pytest.approx(float(total / count), abs=1e-4)
+    norm = float(torch.sqrt(sum((weight.grad**2).sum() for weight in ups.values())))
+    shrunk = min(1.0, settings.max_grad_norm / norm)
+    assert len(ups) == 14  # seven modules of each layer
+    for name, weight in ups.items():
+        found = saved[name.replace(".default", "")]
+        torch.testing.assert_close(found, -0.5 * shrunk * weight.grad, rtol=2e-3, atol=1e-6 * shrunk)
+
+
+def test_the_first_token_of_a_packed_row_is_predicted_by_nobody():
+    from fine_tuning.training.training_utils import collate_packed
+
+    packed = collate_packed([Row("a", [5, 6, 7], [-100, 6, 7]), Row("b", [8, 9], [8, 9])])
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert packed["labels"].tolist() == [[-100, 6, 7, -100, 9]]
+
+
+@pytest.mark.parametrize(("processes", "steps", "warmup", "every"), [(1, 20, 4, 5), (2, 10, 2, 3)])
+def test_warm_up_and_validations_are_shares_of_the_optimisers_steps(
+    tmp_path, monkeypatch, processes, steps, warmup, every
+):
+    """40 batches in sums of 4, twice: 20 steps of one process, 10 of two. Every 5th or 3rd makes 4 measurements."""
+    from fine_tuning.training.lora_trainer import training_arguments
+    from fine_tuning.training.training_utils import Hardware
+
+    monkeypatch.setattr("fine_tuning.training.lora_trainer.process_count", lambda: processes)
+    changes = {"gradient_accumulation": 4, "epochs": 2.0, "warmup_ratio": 0.2, "validations": 4}
+    cpu = Hardware("cpu", "float32", 1, "a CPU")
+    settings = SETTINGS.model_copy(update=changes)
+    arguments = training_arguments(settings, cpu, tmp_path, batches=40)
+    assert (arguments.warmup_steps, arguments.eval_steps) == (warmup, every) and -(-steps // every) == 4
+    capped = training_arguments(settings.model_copy(update={"max_steps": 10}), cpu, tmp_path, batches=40)
+    assert (capped.max_steps, capped.warmup_steps, capped.eval_steps) == (10, 2, 3)
+
+
+CHANGES = [
+    {"seed": 1}, {"epochs": 1.0}, {"learning_rate": 2e-3}, {"schedule": "constant"}, {"warmup_ratio": 0.5},
+    {"weight_decay": 0.5}, {"max_grad_norm": 1e-4}, {"optimizer": "sgd"}, {"batch_tokens": 100}, {"packing": True},
+    {"gradient_accumulation": 2}, {"neftune_alpha": 5.0}, {"method": "qlora"}, {"max_steps": 1},
+    *({"lora": SETTINGS.lora.model_copy(update=change)} for change in (
+        {"rank": 4}, {"alpha": 32.0}, {"dropout": 0.5}, {"target_modules": "attention"}, {"top_layers": 1},
+        {"rslora": True}, {"dora": True},
+    )),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(tiny_base, tmp_path_factory):
+    """Two epochs on eight rows with changed settings: the adapter's folder."""
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    def run(changes: dict) -> Path:
+        folder = tmp_path_factory.mktemp("short")
+        settings = SETTINGS.model_copy(
+            update={"threads": 1, "batch_tokens": 200, "epochs": 2.0, "validations": 1} | changes
+        )
+        rows = make_rows(8)
+        train_adapter(tiny_base, "tiny", rows, rows[:2], settings, folder / "adapter", folder / "ck")
+        return folder / "adapter"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unchanged(short):
+    return sha256_file(short({}) / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: str(next(iter(changes.items())))[:60])
+def test_every_parameter_that_shapes_an_adapter_changes_it(short, unchanged, changes):
+    from safetensors.torch import load_file
+
+    adapter = short(changes)
+    assert sha256_file(adapter / "adapter_model.safetensors") != unchanged
+    lora = changes.get("lora", SETTINGS.lora)
+    config = json.loads((adapter / "adapter_config.json").read_bytes())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (lora.rank, lora.alpha, lora.dropout)
+    assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
+    adapted = {
+        name.split(".layers.")[1].split(".lora_")[0] for name in load_file(adapter / "adapter_model.safetensors")
+    }
+    assert {name.split(".")[0] for name in adapted} == ({"1"} if lora.top_layers else {"0", "1"})
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    wanted = attention if lora.target_modules == "attention" else attention | {"gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[2] for name in adapted} == wanted

@@ -141,14 +141,23 @@ def check_remote(name: str | None) -> Checked:
 
 
 def _hash_remote(odb: Any, oid: str) -> tuple[str | None, int]:
-    """(MD5, bytes) of a remote object; (None, 0) if it is not there."""
+    """(MD5, bytes) of a remote object; (None, 0) if it is not there.
+
+    Raises:
+        OSError: the remote refuses or does not answer.
+    """
+    from aiohttp import ClientError
+
     digest, size = hashlib.md5(), 0
     try:
         with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        # fsspec raises it over HTTP for a server that refuses or is down, too.
+        if isinstance(error.__cause__, ClientError):
+            raise OSError(str(error.__cause__)) from None
         return None, 0
     return digest.hexdigest(), size
 
