@@ -6,8 +6,9 @@ duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -28,10 +29,11 @@ from fine_tuning.data_collection.filters import (
     inappropriate,
     trim_end,
 )
+from fine_tuning.data_collection.people import MODEL, PeopleSettings, recogniser, without_overlaps
 from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
-from fine_tuning.settings import Settings, parse_settings
+from fine_tuning.settings import parse_settings
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
@@ -45,7 +47,7 @@ def _known_region(region: str) -> str:
     return region
 
 
-class CleanSettings(Settings):
+class CleanSettings(PeopleSettings):
     """The section `clean` of params.yaml."""
 
     mask: list[PersonalDataType]
@@ -78,6 +80,8 @@ def default_settings(**filters: Any) -> CleanSettings:
     return CleanSettings(
         mask=list(personal_data.TYPES),
         phone_regions=list(personal_data.REGIONS),
+        people="off",
+        people_model=MODEL,
         fix_encoding=True,
         filters=FilterSettings(**(thresholds | filters)),
         drop_near_duplicates=False,
@@ -89,13 +93,16 @@ def default_settings(**filters: Any) -> CleanSettings:
     )
 
 
-class Cleaned:
-    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it."""
+class Cleaned(NamedTuple):
+    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it.
 
-    __slots__ = ("conversation", "drop", "masked")
+    `flagged`: names, addresses and dates of birth that stay in its text, by type (clean.people: flag).
+    """
 
-    def __init__(self, conversation: dict | None, drop: Drop | None, masked: dict[str, int]) -> None:
-        self.conversation, self.drop, self.masked = conversation, drop, masked
+    conversation: dict | None
+    drop: Drop | None
+    masked: dict[str, int]
+    flagged: Mapping[str, int] = MappingProxyType({})
 
 
 class DataCleaner:
@@ -107,7 +114,7 @@ class DataCleaner:
         control_tokens: what the base model's tokenizer reads as commands.
 
     Raises:
-        UserError: a length is no whole number, or no text has both.
+        UserError: a length is no whole number, or no text has both; `people` is on and its model is missing.
     """
 
     def __init__(
@@ -127,6 +134,7 @@ class DataCleaner:
         self.settings = settings.model_copy(update={"filters": filters})
         self._regions = tuple(self.settings.phone_regions)
         self._types = tuple(self.settings.mask)
+        self._recogniser = recogniser(self.settings)
         self._repair = TextRepair(control_tokens, self.settings.fix_encoding)
 
     def clean_text(self, text: str) -> str:
@@ -135,12 +143,13 @@ class DataCleaner:
         masker = self._masker()
         text = self._repair(text)
         masker.reserve(text)
-        return masker.mask(text)
+        return self._masked(text, masker)
 
     def find_personal_data(self, text: str) -> list[Hit]:
-        """The personal data in a text as (type, start, end), in its order."""
+        """The personal data in a text as (type, start, end), in its order; people too, where they are not off."""
         _require_text(text)
-        return personal_data.find(text, self._types, self._regions)
+        hits = personal_data.find(text, self._types, self._regions)
+        return without_overlaps(hits, self._recogniser.find(text)) if self._recogniser else hits
 
     def clean_conversation(self, record: dict) -> Cleaned:
         """Clean one logged exchange or conversation. The record is not changed.
@@ -162,7 +171,7 @@ class DataCleaner:
         texts = "\n".join(self._texts(messages, feedback))
         masker.reserve(texts)
         if may_hold(texts):
-            _mask(messages, feedback, masker)
+            _mask(messages, feedback, masker.mask)
         filters = self.settings.filters
         if record.get("restored"):
             drop = None if all(message["content"] for message in messages) else Drop("empty_message", 0)
@@ -171,7 +180,10 @@ class DataCleaner:
         if drop:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
+        flagged = self._find_people(messages, feedback, masker)
         metadata = self._clean_metadata(conversation["metadata"], masker)
+        if flagged:
+            metadata["people"] = dict(sorted(flagged.items()))
         if filters.inappropriate == "flag" and inappropriate(messages, filters.inappropriate_words):
             metadata["inappropriate"] = True
         conversation |= {
@@ -179,7 +191,7 @@ class DataCleaner:
             "feedback": [entry for entry in feedback if entry.get("message_id") in ids],
             "metadata": metadata,
         }
-        return Cleaned(conversation, None, masker.counts)
+        return Cleaned(conversation, None, masker.counts, flagged)
 
     def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
@@ -206,6 +218,18 @@ class DataCleaner:
         """How many of the conversations are dropped for which reason, duplicates apart."""
         drops = (self.clean_conversation(record).drop for record in each_record(conversations))
         return Counter(drop.reason for drop in drops if drop is not None)
+
+    def _find_people(self, messages: list[dict], feedback: list[dict], masker: Masker) -> dict[str, int]:
+        """Mask names, addresses and dates of birth, or count those that stay, as `people` says."""
+        if self.settings.people == "mask":
+            _mask(messages, feedback, lambda text: masker.mask_people(text, self._recogniser.find))
+        if self.settings.people != "flag":
+            return {}
+        return Counter(hit.type for text in self._texts(messages, feedback) for hit in self._recogniser.find(text))
+
+    def _masked(self, text: str, masker: Masker) -> str:
+        text = masker.mask(text)
+        return masker.mask_people(text, self._recogniser.find) if self.settings.people == "mask" else text
 
     def _masker(self) -> Masker:
         return Masker(self._types, self._regions)
@@ -237,16 +261,16 @@ class DataCleaner:
         for key, value in metadata.items():
             if key in PRIVATE_METADATA or not isinstance(value, (str, int, float, bool)):
                 continue
-            kept[key] = masker.mask(self._repair(value)) if isinstance(value, str) else value
+            kept[key] = self._masked(self._repair(value), masker) if isinstance(value, str) else value
         return kept
 
 
-def _mask(messages: list[dict], feedback: list[dict], masker: Masker) -> None:
+def _mask(messages: list[dict], feedback: list[dict], mask: Callable[[str], str]) -> None:
     for message in messages:
         for version in (message, *message.get("alternatives", ())):
-            version["content"] = masker.mask(version["content"])
+            version["content"] = mask(version["content"])
     for entry in feedback:
-        entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}
+        entry |= {key: mask(entry[key]) for key in ("comment", "edited") if key in entry}
 
 
 def _malformed(conversation: dict) -> Drop | None:

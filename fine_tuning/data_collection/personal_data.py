@@ -20,10 +20,12 @@ PersonalDataType = Literal[
     "SECRET", "URL", "EMAIL", "IP", "MAC", "IBAN", "CREDIT_CARD", "US_SSN", "NATIONAL_ID", "PHONE"
 ]
 TYPES: tuple[str, ...] = get_args(PersonalDataType)
-PLACEHOLDER = re.compile(r"<(" + "|".join(TYPES) + r")_(\d{1,6})>")
+PEOPLE = ("PERSON", "ADDRESS", "BIRTH_DATE")  # what `people` finds
+PLACEHOLDER = re.compile(r"<(" + "|".join(TYPES + PEOPLE) + r")_(\d{1,6})>")
 REGIONS = ("US", "GB", "DE", "FR")
 _ROUNDS = 16
 _DIGIT = re.compile(r"\d")
+_WORD = re.compile(r"\w+")
 _SEPARATOR = re.compile(r"[\s().:/-]+")
 
 
@@ -115,6 +117,7 @@ class Masker:
     def __init__(self, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REGIONS) -> None:
         self._types, self._regions = tuple(types), regions
         self._names: dict[tuple[str, str], str] = {}
+        self._persons: list[set[str]] = []  # the words of each person's name
         self._used: dict[str, int] = {}
         self.counts: dict[str, int] = {}
 
@@ -131,20 +134,42 @@ class Masker:
             hits = find(text, self._types, self._regions)
             if not hits:
                 break
-            pieces, position = [], 0
-            for hit in hits:
-                pieces += (text[position : hit.start], self._name(hit.type, text[hit.start : hit.end]))
-                position = hit.end
-            text = "".join(pieces) + text[position:]
+            text = self._replace(text, hits)
         return text
+
+    def mask_people(self, text: str, find_people: Callable[[str], list[Hit]]) -> str:
+        """A text that `mask` returned, with what `find_people` finds in it replaced as well."""
+        for _ in range(_ROUNDS):
+            hits = find_people(text)
+            if not hits:
+                break
+            text = self.mask(self._replace(text, hits))
+        return text
+
+    def _replace(self, text: str, hits: list[Hit]) -> str:
+        pieces, position = [], 0
+        for hit in hits:
+            pieces += (text[position : hit.start], self._name(hit.type, text[hit.start : hit.end]))
+            position = hit.end
+        return "".join(pieces) + text[position:]
 
     def _name(self, kind: str, value: str) -> str:
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        key = (kind, _same_value(kind, value))
+        key = (kind, self._same_person(value) if kind == "PERSON" else _same_value(kind, value))
         if key not in self._names:
             self._used[kind] = self._used.get(kind, 0) + 1
             self._names[key] = f"<{kind}_{self._used[kind]}>"
         return self._names[key]
+
+    def _same_person(self, name: str) -> str:
+        """The number of the first person in the conversation whose name has all these words, or only such words."""
+        words = set(_WORD.findall(name.casefold()))
+        for number, known in enumerate(self._persons):
+            if words <= known or known <= words:
+                known |= words
+                return str(number)
+        self._persons.append(words)
+        return str(len(self._persons) - 1)
 
 
 def _same_value(kind: str, value: str) -> str:
