@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.masking import labels
 from fine_tuning.data_collection import people
-from fine_tuning.data_collection.people import MODEL, PeopleSettings, Recogniser
+from fine_tuning.data_collection.people import MODEL, Find, PeopleSettings
 from fine_tuning.data_collection.personal_data import PEOPLE, Hit
 from fine_tuning.integration.votes import wilson
 from fine_tuning.records import read_jsonl
@@ -24,12 +24,12 @@ from fine_tuning.records import read_jsonl
 CASES = Path(__file__).parents[1] / "tests" / "people_cases.jsonl"
 
 
-def score(cases: Iterable[dict], recogniser: Recogniser) -> tuple[Counter[str], list[str]]:
+def score(cases: Iterable[dict], find: Find) -> tuple[Counter[str], list[str]]:
     """Counts of values and hits by outcome, and what went wrong in words."""
     counts: Counter[str] = Counter()
     misses = []
     for case in cases:
-        text, expected, got = case["text"], labels(case), set(recogniser.find(case["text"]))
+        text, expected, got = case["text"], labels(case), set(find(case["text"]))
         masked = {place for hit in got for place in range(hit.start, hit.end)}
         missed = {hit for hit in expected if not masked.issuperset(range(hit.start, hit.end))}
         wrong = {hit for hit in got if not any(_touch(hit, value) for value in expected)}
@@ -57,12 +57,12 @@ def main() -> None:
     parser.add_argument("--misses", action="store_true")
     args = parser.parse_args()
     people.THRESHOLD = args.threshold
-    recogniser = people.recogniser(PeopleSettings(people="mask", people_model=args.model))
+    find = people.people_finder(PeopleSettings(people="mask", people_model=args.model))
     cases = list(read_jsonl(CASES))
     parts = {"odd lines": cases[::2], "even lines": cases[1::2]}
     parts |= {name: [case for case in cases if case["language"] == name] for name in ("en", "de", "fr")}
     for name, some in parts.items():
-        counts, misses = score(some, recogniser)
+        counts, misses = score(some, find)
         kinds = (f"{kind} {counts[f'found {kind}']}/{counts[f'values {kind}']}" for kind in PEOPLE)
         print(
             f"{name:11} {len(some)} texts: precision {_share(counts['right'], counts['hits'])}, recall "
@@ -71,15 +71,15 @@ def main() -> None:
         )
         if args.misses and name.endswith("lines"):
             print(*misses, sep="\n")
-    print("cases:", _time([case["text"] for case in cases], recogniser))
+    print("cases:", _time([case["text"] for case in cases], find))
     for path in args.conversations:
         texts = [message["content"] for line in read_jsonl(path) for message in line["messages"]]
-        print(f"{path.name}:", _time(texts, recogniser))
+        print(f"{path.name}:", _time(texts, find))
 
 
-def _time(texts: list[str], recogniser: Recogniser) -> str:
+def _time(texts: list[str], find: Find) -> str:
     started = time.process_time()
-    found = [recogniser.find(text) for text in texts]
+    found = [find(text) for text in texts]
     milliseconds = (time.process_time() - started) / len(texts) * 1000
     kinds = Counter(hit.type for hits in found for hit in hits)
     length = sum(map(len, texts)) / len(texts)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.data_collection.people import PeopleOnly, recogniser
+from fine_tuning.data_collection.people import PeopleOnly, people_finder
 from fine_tuning.data_collection.personal_data import Hit
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
@@ -38,8 +38,7 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
-    people = recogniser(read_params("clean", PeopleOnly))
-    find_people = people.find if people else None
+    find_people = people_finder(read_params("clean", PeopleOnly))
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     refuse_own_words(settings.references, BASE.folder, CHAMPION)
     tokenizer = load_tokenizer(BASE.folder)

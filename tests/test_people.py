@@ -12,7 +12,7 @@ import pytest
 from benchmarks.people import CASES, score
 from fine_tuning.data_collection import people
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
-from fine_tuning.data_collection.people import MODEL, PeopleOnly, PeopleSettings, locate, recogniser
+from fine_tuning.data_collection.people import MODEL, PeopleOnly, PeopleSettings, locate, people_finder
 from fine_tuning.data_collection.shard_cleaner import clean_shards
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
@@ -42,7 +42,7 @@ def talk(*texts, feedback=(), **metadata):
 
 
 def found(text):
-    hits = recogniser(PeopleSettings(people="mask", people_model=MODEL)).find(text)
+    hits = people_finder(PeopleSettings(people="mask", people_model=MODEL))(text)
     return [(hit.type, text[hit.start : hit.end]) for hit in hits]
 
 
@@ -50,7 +50,7 @@ LETTER = "My name is Anna Weber, born on 3 May 1984, and I live at 12 Baker Stre
 
 
 def test_it_finds_what_the_labelled_cases_hold_and_little_else():
-    counts, _ = score(read_jsonl(CASES), recogniser(PeopleOnly(people="mask", people_model=MODEL)))
+    counts, _ = score(read_jsonl(CASES), people_finder(PeopleOnly(people="mask", people_model=MODEL)))
     assert counts["values"] >= 200 and counts["negative"] >= 150
     assert counts["found"] / counts["values"] >= 0.92
     assert counts["right"] / counts["hits"] >= 0.85
@@ -232,11 +232,11 @@ def test_a_model_of_something_else_or_a_broken_one_is_refused(tmp_path):
     labels = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(labels | {"id2label": {"0": "O", "1": "B-DISEASE"}}))
     with pytest.raises(UserError, match="none of its labels is a name"):
-        recogniser(PeopleSettings(people="mask", people_model=str(folder)))
+        people_finder(PeopleSettings(people="mask", people_model=str(folder)))
     (folder / "model.onnx").write_bytes(b"half of it")
     (folder / "config.json").write_text(json.dumps(labels))
     with pytest.raises(UserError, match="cannot be used"):
-        recogniser(PeopleSettings(people="mask", people_model=str(folder)))
+        people_finder(PeopleSettings(people="mask", people_model=str(folder)))
 
 
 def test_params_yaml_has_it_off_and_evaluate_reads_it_alone():
@@ -258,7 +258,7 @@ def test_off_it_costs_no_import():
 
 
 def test_the_check_of_generated_text_finds_people_when_it_is_on():
-    find = recogniser(PeopleSettings(people="flag", people_model=MODEL)).find
+    find = people_finder(PeopleSettings(people="flag", people_model=MODEL))
     reply = "You should ask my colleague Peter Schmidt, 12 Baker Street, London."
     assert personal_data(reply, "Whom?") == []
     assert personal_data(reply, "Whom?", find) == ["PERSON", "ADDRESS"]

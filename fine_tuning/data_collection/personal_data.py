@@ -112,7 +112,12 @@ def _without_overlaps(hits: list[Hit]) -> list[Hit]:
 
 
 class Masker:
-    """Replaces personal data in the texts of one conversation by numbered placeholders, the same for the same value."""
+    """Replaces personal data in the texts of one conversation by numbered placeholders, the same for the same value.
+
+    What `find_people` finds, where it is set, is replaced when no pattern finds anything more.
+    """
+
+    find_people: Callable[[str], list[Hit]] | None = None
 
     def __init__(self, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REGIONS) -> None:
         self._types, self._regions = tuple(types), regions
@@ -131,27 +136,15 @@ class Masker:
     def mask(self, text: str) -> str:
         """The text with its personal data replaced. What a replacement uncovers beside it is replaced too."""
         for _ in range(_ROUNDS):
-            hits = find(text, self._types, self._regions)
+            hits = find(text, self._types, self._regions) or (self.find_people(text) if self.find_people else [])
             if not hits:
                 break
-            text = self._replace(text, hits)
+            pieces, position = [], 0
+            for hit in hits:
+                pieces += (text[position : hit.start], self._name(hit.type, text[hit.start : hit.end]))
+                position = hit.end
+            text = "".join(pieces) + text[position:]
         return text
-
-    def mask_people(self, text: str, find_people: Callable[[str], list[Hit]]) -> str:
-        """A text that `mask` returned, with what `find_people` finds in it replaced as well."""
-        for _ in range(_ROUNDS):
-            hits = find_people(text)
-            if not hits:
-                break
-            text = self.mask(self._replace(text, hits))
-        return text
-
-    def _replace(self, text: str, hits: list[Hit]) -> str:
-        pieces, position = [], 0
-        for hit in hits:
-            pieces += (text[position : hit.start], self._name(hit.type, text[hit.start : hit.end]))
-            position = hit.end
-        return "".join(pieces) + text[position:]
 
     def _name(self, kind: str, value: str) -> str:
         self.counts[kind] = self.counts.get(kind, 0) + 1
@@ -162,14 +155,14 @@ class Masker:
         return self._names[key]
 
     def _same_person(self, name: str) -> str:
-        """The number of the first person in the conversation whose name has all these words, or only such words."""
+        """The first person of the conversation whose name has all these words, or only such: Anna is Anna Weber."""
         words = set(_WORD.findall(name.casefold()))
-        for number, known in enumerate(self._persons):
-            if words <= known or known <= words:
-                known |= words
-                return str(number)
-        self._persons.append(words)
-        return str(len(self._persons) - 1)
+        same = (number for number, known in enumerate(self._persons) if words <= known or known <= words)
+        if (number := next(same, None)) is None:
+            number = len(self._persons)
+            self._persons.append(words)
+        self._persons[number] |= words
+        return str(number)
 
 
 def _same_value(kind: str, value: str) -> str:

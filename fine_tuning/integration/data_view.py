@@ -105,13 +105,6 @@ def cleaner(checkout: Path, settings: CleanSettings) -> DataCleaner:
     return DataCleaner(settings=settings, control_tokens=tuple(sorted(control | set(CONTROL_TOKENS))))
 
 
-def unmasked(settings: CleanSettings) -> str | None:
-    """What stays in the training data whatever `clean.mask` lists, in words; None where people are masked."""
-    if settings.people == "mask":
-        return None
-    return f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {settings.people}."
-
-
 def before(cleaner: DataCleaner, text: str) -> list[Stretch]:
     """The text as it came, cut so that each piece of personal data stands alone, with its type."""
     stretches: list[Stretch] = []

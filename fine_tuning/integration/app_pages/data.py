@@ -76,8 +76,8 @@ def _counts(here: App, found: list[Entry]) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
-    if unmasked := data_view.unmasked(read_params("clean", CleanSettings)):
-        st.caption(unmasked)
+    if (people := read_params("clean", CleanSettings).people) != "mask":
+        st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
     if not clean:
         st.caption("The pipeline has not cleaned anything yet: start `dvc repro` on the page Runs.")
         return
