@@ -1,12 +1,10 @@
 """Base, champion, candidate, train and test split in; scores with intervals, replies and a page side by side out."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.data_collection.people import PeopleOnly, people_finder
-from fine_tuning.data_collection.personal_data import Hit
+from fine_tuning.data_collection.people import Find, PeopleSettings, people_finder
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
 from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
@@ -38,7 +36,7 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
-    find_people = people_finder(read_params("clean", PeopleOnly))
+    find_people = people_finder(read_params("clean", PeopleSettings))
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     refuse_own_words(settings.references, BASE.folder, CHAMPION)
     tokenizer = load_tokenizer(BASE.folder)
@@ -87,9 +85,7 @@ def main() -> None:
         print(f"evaluate: {name} on {count} conversations: {shown}")
 
 
-def answer_lines(
-    prompts: list[str], answers: dict[str, list[Reply]], find_people: Callable[[str], list[Hit]] | None
-) -> list[dict[str, Any]]:
+def answer_lines(prompts: list[str], answers: dict[str, list[Reply]], find_people: Find | None) -> list[dict[str, Any]]:
     """A line for each test prompt, with every contender's reply."""
     return [
         {

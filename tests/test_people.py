@@ -12,15 +12,17 @@ import pytest
 from benchmarks.people import CASES, score
 from fine_tuning.data_collection import people
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
-from fine_tuning.data_collection.people import MODEL, PeopleOnly, PeopleSettings, locate, people_finder
+from fine_tuning.data_collection.people import MODEL, PeopleSettings, locate, people_finder
 from fine_tuning.data_collection.shard_cleaner import clean_shards
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.privacy import personal_data
+from fine_tuning.evaluation.scoring import Reply
 from fine_tuning.project import sha256_file
 from fine_tuning.records import read_jsonl
 from fine_tuning.settings import read_params
+from stages.evaluate import answer_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +52,7 @@ LETTER = "My name is Anna Weber, born on 3 May 1984, and I live at 12 Baker Stre
 
 
 def test_it_finds_what_the_labelled_cases_hold_and_little_else():
-    counts, _ = score(read_jsonl(CASES), people_finder(PeopleOnly(people="mask", people_model=MODEL)))
+    counts, _ = score(read_jsonl(CASES), people_finder(PeopleSettings(people="mask", people_model=MODEL)))
     assert counts["values"] >= 200 and counts["negative"] >= 150
     assert counts["found"] / counts["values"] >= 0.92
     assert counts["right"] / counts["hits"] >= 0.85
@@ -240,7 +242,7 @@ def test_a_model_of_something_else_or_a_broken_one_is_refused(tmp_path):
 
 
 def test_params_yaml_has_it_off_and_evaluate_reads_it_alone():
-    assert read_params("clean", PeopleOnly, ROOT / "params.yaml").people == "off"
+    assert read_params("clean", PeopleSettings, ROOT / "params.yaml").people == "off"
 
 
 def test_off_it_costs_no_import():
@@ -263,3 +265,5 @@ def test_the_check_of_generated_text_finds_people_when_it_is_on():
     assert personal_data(reply, "Whom?") == []
     assert personal_data(reply, "Whom?", find) == ["PERSON", "ADDRESS"]
     assert personal_data(reply, "Do you know Peter Schmidt?", find) == ["ADDRESS"]
+    (line,) = answer_lines(["Whom?"], {"candidate": [Reply(reply, 1, True)]}, find)
+    assert line["replies"]["candidate"]["personal_data"] == ["PERSON", "ADDRESS"]

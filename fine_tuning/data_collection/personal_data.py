@@ -56,7 +56,7 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
     if "PHONE" in wanted and digits >= 7:
         spans = [(start, end) for _, start, end in hits]
         hits += [Hit("PHONE", start, end) for start, end in find_phones(text, regions, spans)]
-    return _without_overlaps(hits) if len(hits) > 1 else hits
+    return without_overlaps(hits) if len(hits) > 1 else hits
 
 
 def may_hold(text: str) -> bool:
@@ -100,8 +100,9 @@ def _finders(text: str, digits: int) -> Iterator[tuple[str, Callable[[str], Iter
         yield "CREDIT_CARD", find_cards
 
 
-def _without_overlaps(hits: list[Hit]) -> list[Hit]:
-    hits.sort(key=lambda hit: (hit.start - hit.end, TYPES.index(hit.type), hit.start))
+def without_overlaps(hits: list[Hit]) -> list[Hit]:
+    """Of hits that overlap the longest, then the earliest in TYPES and PEOPLE; in their order. Sorts `hits`."""
+    hits.sort(key=lambda hit: (hit.start - hit.end, (TYPES + PEOPLE).index(hit.type), hit.start))
     taken: list[tuple[int, Hit]] = []
     for hit in hits:
         index = bisect(taken, hit.start, key=itemgetter(0))

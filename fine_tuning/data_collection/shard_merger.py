@@ -239,9 +239,8 @@ class _Merge:
                     lines = 0
                     for piece in group:
                         lines += self._piece(piece, lines, kept.write, rejected.write)
-                        found = read_json(piece.folder / "masked.json")
-                        self.masked.update(found["masked"])
-                        self.flagged.update(found["flagged"])
+                        for name, found in read_json(piece.folder / "masked.json").items():
+                            getattr(self, name).update(found)
 
     def _piece(
         self, piece: CleanPiece, lines_before: int, keep: Callable[[bytes], Any], reject: Callable[[bytes], Any]

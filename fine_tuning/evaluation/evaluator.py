@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fine_tuning.data_collection.personal_data import Hit
+from fine_tuning.data_collection.people import Find
 from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt
 from fine_tuning.evaluation.contenders import Contender
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
@@ -57,7 +57,7 @@ class Evaluator:
         chat: ChatSettings,
         settings: EvaluateSettings,
         memo: Path,
-        find_people: Callable[[str], list[Hit]] | None = None,
+        find_people: Find | None = None,
     ) -> None:
         self.items = items
         self.tokenizer = tokenizer
