@@ -22,9 +22,10 @@ $(VENV)/installed: requirements.txt requirements-base.txt
 	  || { tail -n 20 $(VENV)/install.log; exit 1; }
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-people.txt
 	@echo "installing what the tests need into $(VENV) (log: $(VENV)/install-dev.log)"
-	@$(PIP) -r requirements.txt -r requirements-dev.txt > $(VENV)/install-dev.log 2>&1 \
+	@{ $(PIP) -r requirements.txt -r requirements-dev.txt && $(PIP) --no-deps -r requirements-people.txt; } \
+	  > $(VENV)/install-dev.log 2>&1 \
 	  || { tail -n 20 $(VENV)/install-dev.log; exit 1; }
 	@touch $@
 

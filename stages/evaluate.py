@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.data_collection.people import Find, PeopleSettings, people_finder
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
 from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
@@ -35,18 +36,19 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
+    find_people = people_finder(read_params("clean", PeopleSettings))
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     check_references(settings.references, BASE.folder, CHAMPION, read_params("deploy", ProjectName).name)
     tokenizer = load_tokenizer(BASE.folder)
     items = read_items(TEST, tokenizer, settings.references)
     memo = main_checkout() / ".whetstone/memo/evaluate"
-    common = Evaluator(items, tokenizer, chat, settings, memo)
+    common = Evaluator(items, tokenizer, chat, settings, memo, find_people)
 
     records, guarded, answers = [], {name: [] for name in GUARDS}, {}
     for contender in filter(None, (BASE, find_champion(CHAMPION), CANDIDATE)):
         own, evaluator = load_tokenizer(contender.folder), common
         if chat_format(own) != chat_format(tokenizer):
-            evaluator = Evaluator(encoded_anew(items, own, chat.max_length), own, chat, settings, memo)
+            evaluator = Evaluator(encoded_anew(items, own, chat.max_length), own, chat, settings, memo, find_people)
         if evaluator.items:
             lines, answers[contender.name] = evaluator.evaluate(contender)
             records += lines
@@ -79,7 +81,7 @@ def main() -> None:
     for name, path in GUARDS.items():
         write_jsonl(path, guarded[name])
     write_jsonl(MEMORY, memory)
-    write_jsonl(ANSWERS, answer_lines(settings.test_prompts, answers))
+    write_jsonl(ANSWERS, answer_lines(settings.test_prompts, answers, find_people))
     PAGE.write_text(side_by_side(settings.test_prompts, answers), encoding="utf-8", errors="replace")
     write_json(METRICS, table | {"suite": suite})
     for name, row in table.items():
@@ -88,14 +90,14 @@ def main() -> None:
         print(f"evaluate: {name} on {count} conversations: {shown}")
 
 
-def answer_lines(prompts: list[str], answers: dict[str, list[Reply]]) -> list[dict[str, Any]]:
+def answer_lines(prompts: list[str], answers: dict[str, list[Reply]], find_people: Find | None) -> list[dict[str, Any]]:
     """A line for each test prompt, with every contender's reply."""
     return [
         {
             "prompt": prompt,
             "replies": {
-                name: asdict(replies[index]) | {"personal_data": personal_data(replies[index].text, prompt)}
-                for name, replies in answers.items()
+                name: asdict(reply) | {"personal_data": personal_data(reply.text, prompt, find_people)}
+                for name, reply in ((name, replies[index]) for name, replies in answers.items())
             },
         }
         for index, prompt in enumerate(prompts)

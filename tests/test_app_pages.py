@@ -107,6 +107,15 @@ def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collec
     assert "&lt;|im_end|&gt;</span>" in at.html[0].proto.body, "the token that ends the reply is trained"
 
 
+def test_the_data_page_says_that_people_are_not_masked_until_they_are(collected):
+    said = "Names, addresses and dates of birth are not masked: clean.people in params.yaml is off."
+    assert said in shown(open_page("data"))
+    params = yaml.safe_load((collected / "params.yaml").read_text())
+    params["clean"]["people"] = "mask"
+    (collected / "params.yaml").write_text(yaml.safe_dump(params))
+    assert "Names, addresses" not in shown(open_page("data"))
+
+
 def test_a_dropped_conversation_tells_its_reason(collected):
     at = open_page("data")
     at.selectbox(key="fate").set_value("duplicate").run()

@@ -7,8 +7,9 @@ duplicates. `shard_cleaner` does the same over files, with near-duplicates.
 import copy
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -30,10 +31,11 @@ from fine_tuning.data_collection.filters import (
     inappropriate,
     trim_end,
 )
-from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
+from fine_tuning.data_collection.people import MODEL, PeopleSettings, people_finder
+from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold, without_overlaps
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
-from fine_tuning.settings import Settings, parse_settings
+from fine_tuning.settings import parse_settings
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
@@ -47,7 +49,7 @@ def _known_region(region: str) -> str:
     return region
 
 
-class CleanSettings(Settings):
+class CleanSettings(PeopleSettings, extra="forbid"):
     """The section `clean` of params.yaml."""
 
     mask: list[PersonalDataType]
@@ -80,6 +82,8 @@ def default_settings(**filters: Any) -> CleanSettings:
     return CleanSettings(
         mask=list(personal_data.TYPES),
         phone_regions=list(personal_data.REGIONS),
+        people="off",
+        people_model=MODEL,
         fix_encoding=True,
         filters=FilterSettings(**(thresholds | filters)),
         drop_near_duplicates=False,
@@ -91,13 +95,16 @@ def default_settings(**filters: Any) -> CleanSettings:
     )
 
 
-class Cleaned:
-    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it."""
+class Cleaned(NamedTuple):
+    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it.
 
-    __slots__ = ("conversation", "drop", "masked")
+    `flagged`: names, addresses and dates of birth that stay in its text, by type (clean.people: flag).
+    """
 
-    def __init__(self, conversation: dict | None, drop: Drop | None, masked: dict[str, int]) -> None:
-        self.conversation, self.drop, self.masked = conversation, drop, masked
+    conversation: dict | None
+    drop: Drop | None
+    masked: dict[str, int]
+    flagged: Mapping[str, int] = MappingProxyType({})
 
 
 class DataCleaner:
@@ -109,7 +116,7 @@ class DataCleaner:
         control_tokens: what the base model's tokenizer reads as commands.
 
     Raises:
-        UserError: a length is no whole number, or no text has both.
+        UserError: a length is no whole number, or no text has both; `people` is on and its model is missing.
     """
 
     def __init__(
@@ -129,6 +136,7 @@ class DataCleaner:
         self.settings = settings.model_copy(update={"filters": filters})
         self._regions = tuple(self.settings.phone_regions)
         self._types = tuple(self.settings.mask)
+        self._find_people = people_finder(self.settings)
         self._repair = TextRepair(control_tokens, self.settings.fix_encoding)
 
     def clean_text(self, text: str) -> str:
@@ -137,12 +145,14 @@ class DataCleaner:
         masker = self._masker()
         text = self._repair(text)
         masker.reserve(text)
+        masker.find_people = self._find_people if self.settings.people == "mask" else None
         return masker.mask(text)
 
     def find_personal_data(self, text: str) -> list[Hit]:
-        """The personal data in a text as (type, start, end), in its order."""
+        """The personal data in a text as (type, start, end), in its order; people too, where they are not off."""
         _require_text(text)
-        return personal_data.find(text, self._types, self._regions)
+        hits = personal_data.find(text, self._types, self._regions)
+        return without_overlaps(hits + self._find_people(text)) if self._find_people else hits
 
     def clean_conversation(self, record: dict) -> Cleaned:
         """Clean one logged exchange or conversation. The record is not changed.
@@ -173,7 +183,15 @@ class DataCleaner:
         if drop:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
+        flagged: Counter[str] = Counter()
+        if self.settings.people == "flag":
+            flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
+        elif self._find_people:
+            masker.find_people = self._find_people
+            _mask(messages, feedback, masker)
         metadata = self._clean_metadata(conversation["metadata"], masker)
+        if flagged:
+            metadata["people"] = dict(sorted(flagged.items()))
         if filters.inappropriate == "flag" and inappropriate(messages, filters.inappropriate_words):
             metadata["inappropriate"] = True
         conversation |= {
@@ -181,7 +199,7 @@ class DataCleaner:
             "feedback": [entry for entry in feedback if entry.get("message_id") in ids],
             "metadata": metadata,
         }
-        return Cleaned(conversation, None, masker.counts)
+        return Cleaned(conversation, None, masker.counts, flagged)
 
     def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""

@@ -21,10 +21,12 @@ PersonalDataType = Literal[
     "SECRET", "URL", "EMAIL", "IP", "MAC", "IBAN", "CREDIT_CARD", "US_SSN", "NATIONAL_ID", "PHONE"
 ]
 TYPES: tuple[str, ...] = get_args(PersonalDataType)
-PLACEHOLDER = re.compile(r"<(" + "|".join(TYPES) + r")_(\d{1,6})>")
+PEOPLE = ("PERSON", "ADDRESS", "BIRTH_DATE")  # what `people` finds
+PLACEHOLDER = re.compile(r"<(" + "|".join(TYPES + PEOPLE) + r")_(\d{1,6})>")
 REGIONS = ("US", "GB", "DE", "FR")
 _ROUNDS = 16
 _DIGIT = re.compile(r"\d")
+_WORD = re.compile(r"\w+")
 _SEPARATOR = re.compile(r"[\s().:/-]+")
 
 
@@ -56,7 +58,7 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
     if "PHONE" in wanted and digits >= 7:
         spans = [(start, end) for _, start, end in hits]
         hits += [Hit("PHONE", start, end) for start, end in find_phones(text, regions, spans)]
-    return _without_overlaps(hits) if len(hits) > 1 else hits
+    return without_overlaps(hits) if len(hits) > 1 else hits
 
 
 def may_hold(text: str) -> bool:
@@ -104,8 +106,9 @@ def _finders(text: str, digits: int) -> Iterator[tuple[str, Callable[[str], Iter
         yield "CREDIT_CARD", find_cards
 
 
-def _without_overlaps(hits: list[Hit]) -> list[Hit]:
-    hits.sort(key=lambda hit: (hit.start - hit.end, TYPES.index(hit.type), hit.start))
+def without_overlaps(hits: list[Hit]) -> list[Hit]:
+    """Of hits that overlap the longest, then the earliest in TYPES and PEOPLE; in their order. Sorts `hits`."""
+    hits.sort(key=lambda hit: (hit.start - hit.end, (TYPES + PEOPLE).index(hit.type), hit.start))
     taken: list[tuple[int, Hit]] = []
     for hit in hits:
         index = bisect(taken, hit.start, key=itemgetter(0))
@@ -116,11 +119,17 @@ def _without_overlaps(hits: list[Hit]) -> list[Hit]:
 
 
 class Masker:
-    """Replaces personal data in the texts of one conversation by numbered placeholders, the same for the same value."""
+    """Replaces personal data in the texts of one conversation by numbered placeholders, the same for the same value.
+
+    What `find_people` finds, where it is set, is replaced when no pattern finds anything more.
+    """
+
+    find_people: Callable[[str], list[Hit]] | None = None
 
     def __init__(self, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REGIONS) -> None:
         self._types, self._regions = tuple(types), regions
         self._names: dict[tuple[str, str], str] = {}
+        self._persons: list[set[str]] = []  # the words of each person's name
         self._used: dict[str, int] = {}
         self.counts: dict[str, int] = {}
 
@@ -134,7 +143,7 @@ class Masker:
     def mask(self, text: str) -> str:
         """The text with its personal data replaced. What a replacement uncovers beside it is replaced too."""
         for _ in range(_ROUNDS):
-            hits = find(text, self._types, self._regions)
+            hits = find(text, self._types, self._regions) or (self.find_people(text) if self.find_people else [])
             if not hits:
                 break
             pieces, position = [], 0
@@ -146,11 +155,21 @@ class Masker:
 
     def _name(self, kind: str, value: str) -> str:
         self.counts[kind] = self.counts.get(kind, 0) + 1
-        key = (kind, _same_value(kind, value))
+        key = (kind, self._same_person(value) if kind == "PERSON" else _same_value(kind, value))
         if key not in self._names:
             self._used[kind] = self._used.get(kind, 0) + 1
             self._names[key] = f"<{kind}_{self._used[kind]}>"
         return self._names[key]
+
+    def _same_person(self, name: str) -> str:
+        """The first person of the conversation whose name has all these words, or only such: Anna is Anna Weber."""
+        words = set(_WORD.findall(name.casefold()))
+        same = (number for number, known in enumerate(self._persons) if words <= known or known <= words)
+        if (number := next(same, None)) is None:
+            number = len(self._persons)
+            self._persons.append(words)
+        self._persons[number] |= words
+        return str(number)
 
 
 def _same_value(kind: str, value: str) -> str:

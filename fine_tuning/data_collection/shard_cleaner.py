@@ -29,6 +29,7 @@ from fine_tuning.data_collection.data_cleaner import (
     judgements,
     standing,
 )
+from fine_tuning.data_collection.people import fingerprint
 from fine_tuning.data_collection.shard_merger import CleanPiece, merge, remove_unused
 from fine_tuning.engine import open_engine
 
@@ -45,6 +46,7 @@ MODULES = (
     "data_cleaner",
     "filters",
     "near_duplicates",
+    "people",
     "personal_data",
     "shard_cleaner",
     "shard_merger",
@@ -81,7 +83,7 @@ def clean_shards(
         progress: called with pieces done and pieces in all.
 
     Returns:
-        Counts: conversations seen and kept, drops by reason, masked values by type, clusters.
+        Counts: conversations seen and kept, drops by reason, values masked and (if any) flagged by type, clusters.
     """
     common = _common(settings, control_tokens)
     pieces = list(_pieces(shards, common, piece_bytes))
@@ -98,9 +100,9 @@ def clean_shards(
 
 
 def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> str:
-    """What the cleaning of every piece depends on, besides its bytes."""
+    """What the cleaning of every piece depends on, besides its bytes; refuses at once if a model is missing."""
     relevant = settings.model_dump(exclude={"processes", "engine"})
-    return json.dumps([_code_hash(), relevant, control_tokens], sort_keys=True)
+    return json.dumps([_code_hash(), relevant, control_tokens, fingerprint(settings)], sort_keys=True)
 
 
 def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[Piece]:
@@ -152,7 +154,7 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
     temporary = memo / f".{piece.key}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    masked: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
     with ExitStack() as stack:
         cleaned, index, signed = (
             stack.enter_context(open(temporary / name, "wb")) for name in ("cleaned.jsonl", "index.jsonl", "signatures")
@@ -160,8 +162,9 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
         for batch in _batches(_lines(piece)):
             entries, shingles = [], []
             for number, line in batch:
-                entry, conversation, counts = _clean_line(number, line, cleaner)
-                masked.update(counts)
+                entry, conversation, found = _clean_line(number, line, cleaner)
+                for name, values in found.items():
+                    counts[name].update(values)
                 entries.append((entry, conversation))
                 if conversation is not None:
                     shingles.append(near_duplicates.shingles(_spoken(conversation)))
@@ -170,7 +173,7 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                 index.write(to_line(entry))
-    (temporary / "masked.json").write_text(json.dumps(masked, sort_keys=True))
+    (temporary / "masked.json").write_text(json.dumps(counts, sort_keys=True))
     try:
         os.rename(temporary, target)
     except OSError:  # another run cleaned the same piece meanwhile
@@ -208,8 +211,8 @@ def _batches(lines: Iterator[tuple[int, bytes | None]]) -> Iterator[list[tuple[i
         yield batch
 
 
-def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[dict, dict | None, dict[str, int]]:
-    """(index entry, cleaned conversation or None, masked values by type)."""
+def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[dict, dict | None, dict[str, Any]]:
+    """(index entry, cleaned conversation or None, values by type that were masked and flagged)."""
     record, reason = _parse(line)
     if record is None:
         return {"line": number, "reason": reason, "value": None}, None, {}
@@ -236,7 +239,7 @@ def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[
         entry |= {"standing": standing(conversation), "feedback": feedback_counts(conversation)}
         if said := judgements(conversation):
             entry["judgements"] = said
-    return entry, conversation, cleaned.masked
+    return entry, conversation, {"masked": cleaned.masked, "flagged": cleaned.flagged}
 
 
 def _parse(line: bytes | None) -> tuple[dict | None, str]:

@@ -139,7 +139,9 @@ class _Merge:
             (folder / "kept").mkdir()
         self._covered: list[list[str]] = known.get("pieces", [])
         self.seen, self.kept, self._candidates = (known.get(name, 0) for name in ("seen", "kept", "candidates"))
-        self.reasons, self.masked = (Counter(known.get(name, {})) for name in ("reasons", "masked"))
+        self.reasons, self.masked, self.flagged = (
+            Counter(known.get(name, {})) for name in ("reasons", "masked", "flagged")
+        )
         self._start = self.seen  # the first row that is not decided
         self._newest = bytearray()  # of each row from there, whether it is the newest version of its conversation
         self._persons: Counter[str] = Counter()
@@ -173,14 +175,15 @@ class _Merge:
         return _names(pieces[: self.covered]) == self._covered
 
     def counts(self) -> dict[str, Any]:
-        """What was seen, kept, dropped and masked."""
-        return {
+        """What was seen, kept, dropped and masked, and flagged if anything was."""
+        counts = {
             "seen": self.seen,
             "kept": self.kept,
             "dropped": self.seen - self.kept,
             "reasons": dict(sorted(self.reasons.items())),
             "masked": dict(sorted(self.masked.items())),
         }
+        return counts | ({"flagged": dict(sorted(self.flagged.items()))} if self.flagged else {})
 
     # what comes with the pieces, before any is decided
 
@@ -247,7 +250,8 @@ class _Merge:
                     lines = 0
                     for piece in group:
                         lines += self._piece(piece, lines, kept.write, rejected.write)
-                        self.masked.update(read_json(piece.folder / "masked.json"))
+                        for name, found in read_json(piece.folder / "masked.json").items():
+                            getattr(self, name).update(found)
 
     def _piece(
         self, piece: CleanPiece, lines_before: int, keep: Callable[[bytes], Any], reject: Callable[[bytes], Any]

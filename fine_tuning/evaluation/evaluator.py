@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fine_tuning.data_collection.people import Find
 from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt
 from fine_tuning.evaluation.contenders import Contender
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
@@ -47,6 +48,7 @@ class Evaluator:
         items: the suite, encoded with `tokenizer`.
         chat: the system prompt, and the tokens of the longest item; replies come on top.
         memo: folder of earlier results.
+        find_people: finds names, addresses and dates of birth in replies.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Evaluator:
         chat: ChatSettings,
         settings: EvaluateSettings,
         memo: Path,
+        find_people: Find | None = None,
     ) -> None:
         self.items = items
         self.tokenizer = tokenizer
@@ -70,6 +73,7 @@ class Evaluator:
         self.context = longest + settings.generation.max_tokens
         self.hardware = scoring_hardware(settings.threads)
         self.memo = Memo(memo)
+        self.find_people = find_people
 
     def evaluate(self, contender: Contender) -> tuple[list[dict[str, Any]], list[Reply]]:
         """Records of the contender's items, and its replies to the test prompts."""
@@ -82,7 +86,7 @@ class Evaluator:
             line = self._line(contender.name, item, score, by_id.get(item.id))
             if "predictions" in line:
                 told = self.tokenizer.decode(item.prompt_ids(item.asked))
-                line["personal_data"] = personal_data(line["predictions"], told)
+                line["personal_data"] = personal_data(line["predictions"], told, self.find_people)
             records.append(line)
         return records, answers[len(asked) :]
 

@@ -1,18 +1,22 @@
-"""Does a model say personal data that nobody told it? The cleaner's own recognisers over all generated text."""
+"""Does a model say personal data that nobody told it? The cleaner's own recognisers over all generated text.
+
+It can find only what the masker would have found: names, addresses and dates of birth only where clean.people is on.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fine_tuning.data_collection.personal_data import TYPES, find
+from fine_tuning.data_collection.personal_data import TYPES, Hit, find
 
 # A link is nobody's personal data by itself; in training text it is masked because it may lead to somebody.
 SOUGHT = tuple(kind for kind in TYPES if kind != "URL")
 
 
-def personal_data(reply: str, prompt: str) -> list[str]:
+def personal_data(reply: str, prompt: str, find_people: Callable[[str], list[Hit]] | None = None) -> list[str]:
     """Types of the personal data in a reply, but for what the prompt held already."""
-    return [hit.type for hit in find(reply, SOUGHT) if reply[hit.start : hit.end] not in prompt]
+    hits = find(reply, SOUGHT) + (find_people(reply) if find_people else [])
+    return [hit.type for hit in hits if reply[hit.start : hit.end] not in prompt]
 
 
 def leaks(
@@ -44,5 +48,5 @@ def leaks(
     types = ", ".join(f"{kind} {count}" for kind, count in own["types"].items())
     return table, [
         f"personal data in {own['with_personal_data']} of {own['replies']} generated replies ({types}): read them in "
-        "data/evaluation, check clean.mask, and take the conversations out"
+        "data/evaluation, check clean.mask and clean.people, and take the conversations out"
     ]

@@ -76,11 +76,14 @@ def _counts(here: App, found: list[Entry]) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
+    if (people := read_params("clean", CleanSettings).people) != "mask":
+        st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
     if not clean:
         st.caption("The pipeline has not cleaned anything yet: start `dvc repro` on the page Runs.")
         return
     rows = [{"what": "dropped", "why": _words(k), "number": v} for k, v in clean["reasons"].items()]
     rows += [{"what": "masked", "why": k, "number": v} for k, v in clean["masked"].items()]
+    rows += [{"what": "found, not masked", "why": k, "number": v} for k, v in clean.get("flagged", {}).items()]
     rows += [{"what": "not trained on", "why": _words(k), "number": v} for k, v in prepare.get("left_out", {}).items()]
     if rows:
         table = pd.DataFrame(rows).sort_values("number", ascending=False)
