@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from scipy.stats import norm
+from scipy.stats import t as student
 
-from fine_tuning.evaluation.statistics import Resampling, interval
+from fine_tuning.evaluation.statistics import Estimate, Resampling, interval
 
 # Student's t at 97.5 %, from the printed tables, by clusters: one degree of freedom less.
 STUDENT = {5: 2.776, 10: 2.262, 61: 2.000}
@@ -22,12 +23,14 @@ def test_the_expanded_interval_of_a_normal_bootstrap_is_students(clusters):
 
 
 @pytest.mark.parametrize("clusters", STUDENT)
-def test_a_bootstrap_p_value_and_an_end_of_the_interval_say_the_same(clusters):
-    from fine_tuning.evaluation.statistics import share_at_most
-
-    draws = np.sqrt((clusters - 1) / clusters) * EVEN
-    assert share_at_most(draws, -STUDENT[clusters], clusters) == pytest.approx(0.025, abs=0.001)
-    assert share_at_most(np.array([1.0, 2.0, 3.0]), 1.0, 10**6) == pytest.approx(2 / 4, abs=1e-3)  # "at most" counts 1
+@pytest.mark.parametrize("draws", [[], student.ppf((np.arange(20_000) + 0.5) / 20_000, 4)])
+def test_a_p_value_and_an_end_of_the_interval_say_the_same(clusters, draws):
+    found = Estimate(1.0, 0.5, np.asarray(draws), 5 if len(draws) else clusters, studentised=True)
+    low = found.interval(0.95).low
+    assert low == pytest.approx(1.0 - 0.5 * STUDENT[found.clusters], abs=0.02)
+    at_the_end = Estimate(1.0 - low, 0.5, found.draws, found.clusters, studentised=True)
+    assert at_the_end.p_not_below_zero(-1) == pytest.approx(0.025, abs=0.001)
+    assert at_the_end.p_not_below_zero(1) == pytest.approx(0.975, abs=0.001)
 
 
 def test_one_draw_in_twenty_may_be_undefined():
@@ -40,8 +43,8 @@ def test_one_draw_in_twenty_may_be_undefined():
 
 def test_clusters_of_unlike_size_are_drawn_alike_often():
     drawn = Resampling.over(["small", *["large"] * 9, *["middle"] * 3], 4000, seed=1)
-    assert drawn.weights.shape == (4000, 13)
-    assert drawn.weights.mean(axis=0) == pytest.approx(1.0, abs=0.05)
+    assert drawn.taken.shape == (4000, 3)
+    assert drawn.taken.mean(axis=0) == pytest.approx(1.0, abs=0.05)
     one = np.ones((13, 1))
     assert set(np.unique(drawn.sums(one))) <= {3 * 1, 3 * 9, 3 * 3, 2 + 9, 2 + 3, 18 + 1, 18 + 3, 6 + 1, 6 + 9, 13}
-    assert (drawn.weights == Resampling.over(["small", *["large"] * 9, *["middle"] * 3], 4000, seed=1).weights).all()
+    assert (drawn.taken == Resampling.over(["small", *["large"] * 9, *["middle"] * 3], 4000, seed=1).taken).all()

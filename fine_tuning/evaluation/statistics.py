@@ -59,7 +59,8 @@ class Resampling:
 class Estimate:
     """A number with its standard error and its bootstrap draws.
 
-    Studentised draws are (draw - value) / standard error of the draw, others the number's values on the draws.
+    Studentised draws are (draw - value) / standard error of the draw, others the number's values on the draws. Where
+    there are no studentised draws, Student's t with clusters - 1 degrees of freedom takes their place.
     """
 
     value: float
@@ -70,10 +71,14 @@ class Estimate:
 
     def interval(self, confidence: float) -> Interval:
         """Bootstrap-t interval where draws are studentised (Davison & Hinkley 1997, section 5.2.1), else percentile."""
+        from scipy.stats import t
+
         if not self.studentised:
             return interval(self.value, self.draws, confidence, self.clusters)
-        high, low = np.quantile(self.draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(self.value, float(self.value - low * self.error), float(self.value - high * self.error))
+        ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+        found = np.quantile(self.draws, ends) if len(self.draws) else t.ppf(ends, max(1, self.clusters - 1))
+        high, low = (float(self.value - end * self.error) for end in found)
+        return Interval(self.value, low, high)
 
     def p_not_below_zero(self, sign: int) -> float:
         """P-value of "`sign` times the true value is not below zero": from studentised draws, else Student's t."""
@@ -82,7 +87,7 @@ class Estimate:
         if not self.error > 0:
             return 1.0
         seen = sign * self.value / self.error
-        if not self.studentised:
+        if not self.studentised or not len(self.draws):
             return float(t.cdf(seen, max(1, self.clusters - 1)))
         return (1 + np.count_nonzero(sign * self.draws <= seen)) / (1 + len(self.draws))
 
@@ -97,8 +102,6 @@ def ratio_estimate(ratios: Sequence[np.ndarray], resampling: Resampling) -> Esti
     Args:
         ratios: numerators and denominators, (items, 2) each.
     """
-    from scipy.stats import t
-
     signs = np.array([1.0, -1.0])[: len(ratios)]
     sums = resampling.totals(np.concatenate(ratios, axis=1))  # (clusters, 2 or 4)
 
@@ -120,8 +123,7 @@ def ratio_estimate(ratios: Sequence[np.ndarray], resampling: Resampling) -> Esti
         draws = (drawn - value) / np.where(errors > 1e-6 * error, errors, 0)  # rounding leaves some of what is zero
     known = draws[~np.isnan(drawn)]
     if len(known) < 0.95 * len(draws) or not np.isfinite(known).all():
-        # A draw without spread makes the whole distribution useless: quantiles of Student's t stand in.
-        known = t.ppf((np.arange(len(draws)) + 0.5) / len(draws), max(1, clusters - 1))
+        known = np.empty(0)  # a draw without spread makes the whole distribution useless
     return Estimate(float(value), error, known, clusters, studentised=True)
 
 
@@ -156,7 +158,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
     """Mean of item values with the standard error from sums over clusters (Cochran 1977, section 9A.2).
 
-    Without draws its intervals are Student's, with clusters - 1 degrees of freedom. The error of one cluster is NaN.
+    Its intervals are Student's. The error of one cluster is NaN.
     """
     found = np.asarray(values, dtype=float)
     names, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
