@@ -296,8 +296,8 @@ _STAND_IN = re.compile(
 _REFERENCE = ("#{", "os.", "process.", "env.", "\\x", "arn:", "op://", "http://", "https://", "/")
 # a variable of a shell, a template or PHP; other values that begin with the sign are passwords
 _VARIABLE = re.compile(
-    r"\$(?:[({$]|\d*$|[A-Za-z_]\w*(?:$|-$|->|::|[.?:/\[({})\]]))|%(?:[({]|[A-Za-z_]\w*%?$)|\{\{|[{\[]\W|\[\w*\]$|"
-    r"\{\w*\}$"
+    r"\$(?:[({$]|\d*$|[A-Za-z_]\w*(?:$|-$|->|::|[.?:/\[({})\]]))|%(?:[({]|[A-Za-z_]\w*%?$)|%[sd]\W|[{\[]\W|"
+    r"\[[^\[\]]*\]$|\{[^{}]*\}$|\{(?:[A-Za-z_][\w.]*|\d*)\}"
 )
 _NAME_OF_CODE = re.compile(r"[$%][A-Za-z_]\w*$")
 _CODE = re.compile(r"[A-Za-z_]\w*\.[A-Za-z_]\w{0,30}(?:\.[A-Za-z_]\w{0,30}){0,6}$")
