@@ -1,10 +1,12 @@
 """Cleaning of one conversation, and of lists of them: repair, mask, filter, deduplicate, each drop with its reason.
 
-Order: roles → characters, encoding, control tokens and white space → personal data → lengths and content → exact
-duplicates. `shard_cleaner` does the same over files, with near-duplicates.
+Order: roles → characters, encoding, control tokens and white space → personal data → exchanges with an empty, too short
+or too long message, which go alone → content → exact duplicates. `shard_cleaner` does the same over files, with
+near-duplicates.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -23,17 +25,18 @@ from fine_tuning.data_collection.filters import (
     Drop,
     FilterSettings,
     check_content,
-    check_lengths,
     check_roles,
+    check_turns,
     inappropriate,
     trim_end,
+    without_unusable,
 )
 from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
 from fine_tuning.settings import Settings, parse_settings
 
-MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete")
+MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "gap")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
 
 
@@ -66,7 +69,7 @@ def default_settings(**filters: Any) -> CleanSettings:
         "min_length": 1,
         "max_length": 8000,
         "min_turns": 2,
-        "max_turns": 200,
+        "max_turns": None,
         "max_repetition": 4.5,
         "max_special_characters": 0.4,
         "languages": [],
@@ -90,19 +93,20 @@ def default_settings(**filters: Any) -> CleanSettings:
 
 
 class Cleaned:
-    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it."""
+    """Result of cleaning one conversation: the cleaned record or the reason of the drop, masked values by type, and the
+    number of exchanges that were taken out of it."""
 
-    __slots__ = ("conversation", "drop", "masked")
+    __slots__ = ("conversation", "drop", "gone", "masked")
 
-    def __init__(self, conversation: dict | None, drop: Drop | None, masked: dict[str, int]) -> None:
-        self.conversation, self.drop, self.masked = conversation, drop, masked
+    def __init__(self, conversation: dict | None, drop: Drop | None, masked: dict[str, int], gone: int = 0) -> None:
+        self.conversation, self.drop, self.masked, self.gone = conversation, drop, masked, gone
 
 
 class DataCleaner:
     """Cleans texts and conversations.
 
     Args:
-        min_length, max_length: characters that every user and assistant message must have.
+        min_length, max_length: characters that every user and assistant message must have; see `without_unusable`.
         settings: everything else; the two lengths win over it where they are given.
         control_tokens: what the base model's tokenizer reads as commands.
 
@@ -163,11 +167,11 @@ class DataCleaner:
         masker.reserve(texts)
         if may_hold(texts):
             _mask(messages, feedback, masker)
-        filters = self.settings.filters
-        if record.get("restored"):
-            drop = None if all(message["content"] for message in messages) else Drop("empty_message", 0)
-        else:
-            drop = check_lengths(messages, filters) or check_content(messages, filters)
+        filters, restored = self.settings.filters, record.get("restored")
+        limits = (1, math.inf) if restored else (filters.min_length, filters.max_length)
+        messages, drop, gone = without_unusable(messages, *limits)
+        if any(message["role"] == "assistant" for message in messages):
+            drop = None if restored else check_turns(messages, filters) or check_content(messages, filters)
         if drop:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
@@ -179,7 +183,7 @@ class DataCleaner:
             "feedback": [entry for entry in feedback if entry.get("message_id") in ids],
             "metadata": metadata,
         }
-        return Cleaned(conversation, None, masker.counts)
+        return Cleaned(conversation, None, masker.counts, gone)
 
     def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
