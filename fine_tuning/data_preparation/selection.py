@@ -71,7 +71,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
 
     Edits stand in place of replies; replies that were broken off are context only. Messages after the last trained
     reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true` for a person's words,
-    its `rating` and `"incomplete": true`, so that evaluation knows which replies are labelled and whose they are.
+    its `rating` and `"incomplete": true`, so that evaluation knows which replies are labelled and whose they are, and
+    `"gap": true` where cleaning took out what stood before it, so that no window reaches across.
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
@@ -93,6 +94,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
         role = message["role"]
         kept = {"role": role, "content": message["content"]}
         messages.append(kept)
+        if message.get("gap"):
+            kept["gap"] = True
         wanted = False
         if role == "user":
             asked = True

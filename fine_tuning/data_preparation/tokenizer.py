@@ -8,10 +8,11 @@ import copy
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
@@ -58,7 +59,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     messages: list[dict]  # those that were rendered, after truncation
-    dropped_messages: int  # oldest messages left out, so that the rest fits
+    dropped_messages: int  # earlier messages left out, so that the rest fits
     cut_tokens: int  # tokens cut off the end, because the last turn alone was too long
     control_ids: int  # ids that the template wrote, such as <|im_start|>
 
@@ -151,8 +152,6 @@ def encode_conversation(
         RenderError: see `render`.
         UserError: the template ends replies with no token of its own, so the model would never learn to stop.
     """
-    if not _chat_format(tokenizer).closing:
-        raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
     messages = list(messages)
     allowed = list(trained) if trained is not None else [True] * len(messages)
     starts = _turn_starts(messages)
@@ -179,16 +178,95 @@ def encode_conversation(
             high = middle
         else:
             low = middle + 1
-    encoded = encode_from(max(high, 0))
-    excess = max(0, len(encoded.input_ids) - max_length)
-    return Encoded(
-        encoded.input_ids[:max_length],
-        encoded.labels[:max_length],
-        encoded.messages,
-        encoded.dropped_messages,
-        excess,
-        encoded.control_ids,
-    )
+    return _cut(encode_from(max(high, 0)), max_length)
+
+
+class Windows(NamedTuple):
+    """A conversation in pieces that fit: see `encode_windows`."""
+
+    encoded: list[Encoded]
+    lost_turns: int  # turns whose prompt alone leaves no room for a reply
+    lost_tokens: int  # tokens of replies that no window has room for, those of lost turns included
+
+
+def encode_windows(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[dict],
+    system_prompt: str | None,
+    max_length: int,
+    trained: Sequence[bool] | None = None,
+) -> Windows:
+    """Token ids and labels of a conversation of any length, in windows of at most `max_length` tokens.
+
+    Each reply is trained in one window. A conversation that fits is one window, as `encode_conversation` writes it. Of
+    a longer one the first window holds the turns from its beginning that fit. Each further window trains the turns that
+    come next and fill half of it (at least one), and then takes in front, untrained, as many of the turns before them
+    as fit: so a reply has half a window before it, and a token is computed two to three times, not once for every reply
+    that comes soon after it (strides: huggingface.co/docs/transformers/perplexity). The system message is in each.
+
+    Where a message has "gap": true, something was taken out before it, and no window reaches across: the model never
+    sees as whole what is not. A turn that is too long alone loses its end, as in `encode_conversation`.
+
+    Args and errors are those of `encode_conversation`.
+    """
+    messages = list(messages)
+    allowed = list(trained) if trained is not None else [True] * len(messages)
+    head = 1 if messages and messages[0]["role"] == "system" else 0
+    starts = [head, *_turn_starts(messages)[1:]]
+    ends = [*starts[1:], len(messages)]
+    wanted = [
+        any(may and m["role"] == "assistant" for may, m in zip(allowed[a:b], messages[a:b], strict=True))
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+    def encode(begin: int, first: int, last: int) -> Encoded:
+        """Turns `begin` to `last`, trained from turn `first` on."""
+        at, new, end = starts[begin], starts[first], ends[last]
+        may = [False] * (head + new - at) + allowed[new:end]
+        return _encode(tokenizer, messages[:head] + messages[at:end], system_prompt, may, dropped=at - head)
+
+    gaps = [turn for turn in range(1, len(starts)) if messages[starts[turn]].get("gap")]
+    whole = encode(0, 0, len(starts) - 1)
+    if not gaps and len(whole.input_ids) <= max_length:
+        return Windows([whole], 0, 0) if whole.trained_tokens else Windows([], sum(wanted), 0)
+    # With most templates lengths add up, but for what is written once: then the turns need to be measured only alone.
+    alone = [len(encode(turn, turn, turn).input_ids) for turn in range(len(starts))]
+    once = sum(alone[:2]) - len(encode(0, 0, 1).input_ids) if len(alone) > 1 else 0
+    sums = [0, *accumulate(length - once for length in alone)]
+    additive = sums[-1] + once == len(whole.input_ids)
+
+    def fits(one: int, other: int, budget: int) -> bool:
+        """Whether the turns between two, both included, have so many tokens at most."""
+        begin, last = sorted((one, other))
+        if additive:
+            return sums[last + 1] - sums[begin] + once <= budget
+        return len(encode(begin, begin, last).input_ids) <= budget
+
+    def farthest(turn: int, stop: int, budget: int) -> int:
+        """The turn nearest to `stop`, forwards or backwards, so that all from `turn` to it fit; at least `turn`."""
+        far, step = turn, 1 if stop > turn else -1
+        while far != stop and fits(turn, far + step, budget):
+            far += step
+        return far
+
+    found, lost_turns, lost_tokens = [], 0, 0
+    for start, stop in pairwise([0, *gaps, len(starts)]):
+        turn = start
+        while (first := next((other for other in range(turn, stop) if wanted[other]), None)) is not None:
+            last = farthest(start, stop - 1, max_length) if turn == start else -1
+            if last < first:
+                last = farthest(first, stop - 1, max_length // 2)
+            while not wanted[last]:
+                last -= 1
+            uncut = encode(min(first, farthest(last, start, max_length)), first, last)
+            encoded = _cut(uncut, max_length)
+            lost_tokens += uncut.trained_tokens - encoded.trained_tokens
+            if encoded.trained_tokens:
+                found.append(encoded)
+            else:
+                lost_turns += 1
+            turn = last + 1
+    return Windows(found, lost_turns, lost_tokens)
 
 
 def encode_prompt(
@@ -232,6 +310,8 @@ def _encode(
     dropped: int,
 ) -> Encoded:
     chat = _chat_format(tokenizer)
+    if not chat.closing:
+        raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
     rendered = render(tokenizer, messages, system_prompt)
     allowed = [False] * (len(rendered.messages) - len(allowed)) + allowed
     regions = [
@@ -249,6 +329,14 @@ def _encode(
     ids = [token for token, _ in tokens]
     control = sum(token in chat.control_ids for token in ids)
     return Encoded(ids, labels, rendered.messages, dropped, 0, control)
+
+
+def _cut(encoded: Encoded, max_length: int) -> Encoded:
+    """What is too long without its end."""
+    if len(encoded.input_ids) <= max_length:
+        return encoded
+    ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+    return replace(encoded, input_ids=ids, labels=labels, cut_tokens=len(encoded.input_ids) - max_length)
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
 ENDORSED = ("edited", "liked", "imported")  # authors that are people
 SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
-COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
+COLUMNS = ["id", "window", "source", "cluster", "messages", "input_ids", "labels"]
+_NUMBERED = re.compile(r"(.*)#[0-9]+", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A held-out conversation. `runs` are the ranges [start, end) of its replies in `input_ids`.
+    """A held-out conversation, or a window of a long one. `runs` are the ranges [start, end) of the replies in
+    `input_ids` that it is scored on; `id` is what `item_id` made, `cluster` is that of the conversation.
 
     `authors` says who wrote each reply: "edited" and "liked" are a person's choice, "imported" came without a model's
     name, anything else is the name of the model whose own words they are. Likelihood and overlap with a model's own
@@ -68,7 +71,7 @@ class Item:
 
 
 def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = ENDORSED) -> list[Item]:
-    """Conversations of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
+    """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
 
     Raises:
         UserError: the file is missing, or no conversation in it holds a reply.
@@ -79,6 +82,7 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
         if not runs:
             continue
         messages = json.loads(row.pop("messages"))
+        row["id"] = item_id(row["id"], row.pop("window"))
         authors, texts = reply_authors(messages, len(runs)), reply_texts(tokenizer, row["input_ids"], runs)
         items.append(Item(**row, messages=messages, runs=runs, authors=authors, texts=texts, endorsed=tuple(endorsed)))
     if not items:
@@ -86,6 +90,20 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
         )
     return sorted(items, key=lambda item: item.id)
+
+
+def item_id(conversation: str, window: int) -> str:
+    """Id of a window as an item: that of the conversation for its first one, `ID#1`, `ID#2` and so on for the others.
+
+    A conversation whose own id ends in # and digits is numbered from `ID#0`, so no two windows get the same id.
+    """
+    return f"{conversation}#{window}" if window or _NUMBERED.fullmatch(conversation) else conversation
+
+
+def conversation_of(item: str) -> str:
+    """Id of the conversation that `item_id` made an item's id of."""
+    numbered = _NUMBERED.fullmatch(item)
+    return numbered[1] if numbered else item
 
 
 def encoded_anew(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Item]:

@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from fine_tuning.data_collection.data_cleaner import CleanSettings
+from fine_tuning.data_preparation.tally import REASONS, in_words
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
@@ -81,9 +82,20 @@ def _counts(here: App, found: list[Entry]) -> None:
         return
     rows = [{"what": "dropped", "why": _words(k), "number": v} for k, v in clean["reasons"].items()]
     rows += [{"what": "masked", "why": k, "number": v} for k, v in clean["masked"].items()]
-    rows += [{"what": "not trained on", "why": _words(k), "number": v} for k, v in prepare.get("left_out", {}).items()]
+    rows += [
+        {"what": "not trained on", "why": REASONS.get(k, _words(k)), "number": v}
+        for k, v in prepare.get("left_out", {}).items()
+    ]
+    rows += [{"what": "dropped", "why": "single exchanges", "number": clean["exchanges_dropped"]}] * bool(
+        clean.get("exchanges_dropped")
+    )
     if rows:
         table = pd.DataFrame(rows).sort_values("number", ascending=False)
+        for line in in_words(prepare):
+            st.caption(line)
+        if largest := clean.get("largest_clusters"):
+            sizes = ", ".join(map(str, largest))
+            st.caption(f"Alike or with the same beginning, so always in one split; the largest groups: {sizes}")
         st.dataframe(table, hide_index=True, width="stretch", column_config={"number": st.column_config.NumberColumn()})
 
 
