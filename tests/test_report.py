@@ -99,8 +99,8 @@ def prepared(tmp_path):
 
 LEFT_OUT = (
     "481 conversations with 29,976 tokens are trained on",
-    "259 left out (24.0% of the text): sample conversations, more than prepare.max_sample_tokens",
-    "3 left out (0.0% of the text): share prepare.decontamination_words words in a row with the test split",
+    "259 left out (24.0% of the text): prepare.max_sample_tokens",
+    "3 left out (0.0% of the text): overlaps test",
     "70 tokens of replies are not used: their turns alone exceed chat.max_length",
 )
 

@@ -80,6 +80,6 @@ def test_before_training_its_size_its_time_and_its_limit_are_told(checkout):
     write_json("metrics/prepare.json", {"left_out": {"max_sample_tokens": 259, "overlaps_test": 3}})
     twice = SETTINGS.model_copy(update={"epochs": 2.0, "max_steps": 50})
     first, second = train.announce(twice, 481, 30_000)
-    assert first.endswith("train.epochs 2: about 2 min at the 200 tokens/s last measured here (tiny, lora)")
+    assert first.endswith("train.epochs 2: about 02:08 at the 200 tokens/s last measured here (tiny, lora)")
     assert second == ("limited by prepare.max_sample_tokens (259 conversations left out) and train.max_steps (50)")
-    assert expected(30_000, SETTINGS, (200.0, "tiny")).startswith("about 2 min")
+    assert expected(30_000, SETTINGS, (200.0, "tiny")).startswith("about 02:30 at")

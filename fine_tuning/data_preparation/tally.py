@@ -10,37 +10,28 @@ from fine_tuning.data_preparation.splits import SPLITS
 if TYPE_CHECKING:
     from fine_tuning.data_preparation.dataset_builder import Example
 
-REASONS = {
-    "max_train_tokens": "more than prepare.max_train_tokens",
-    "max_sample_tokens": "sample conversations, more than prepare.max_sample_tokens",
-    "max_held_out_tokens": "held out, more than prepare.max_held_out_tokens",
-    "overlaps_test": "share prepare.decontamination_words words in a row with the test split",
-    "bridges_splits": "much like conversations of different splits",
-    "not_endorsed": "no reply that prepare.train_on takes",
-    "too_long": "no reply fits into chat.max_length",
-    "template": "the base's chat template refuses them",
-    "no_reply": "no question with a reply",
-    "malformed": "damaged",
-}
-
 
 def in_words(metrics: Mapping[str, Any]) -> list[str]:
-    """How much is trained on, and what is not for which reason, a sentence each.
+    """A sentence on what is trained on, then one a reason for what is not.
 
     Args:
         metrics: the content of metrics/prepare.json; {} where there is none.
     """
     if not metrics:
         return []
-    splits, characters = metrics["splits"], metrics.get("characters") or 1
-    train = splits["train"]
+    train, characters = metrics["splits"]["train"], metrics.get("characters_left_out", {})
     said = [f"{train['conversations']:,} conversations with {train['tokens']:,} tokens are trained on"]
-    for reason, count in sorted(metrics["left_out"].items(), key=lambda item: (-item[1], item[0])):
-        share = metrics.get("characters_left_out", {}).get(reason, 0) / characters
-        said.append(f"{count:,} left out ({share:.1%} of the text): {REASONS.get(reason, reason)}")
-    if lost := sum(split.get("lost_reply_tokens", 0) for split in splits.values()):
+    for reason, count in Counter(metrics["left_out"]).most_common():
+        share = characters.get(reason, 0) / (metrics.get("characters") or 1)
+        said.append(f"{count:,} left out ({share:.1%} of the text): {reason_in_words(reason)}")
+    if lost := sum(split.get("lost_reply_tokens", 0) for split in metrics["splits"].values()):
         said.append(f"{lost:,} tokens of replies are not used: their turns alone exceed chat.max_length")
     return said
+
+
+def reason_in_words(reason: str) -> str:
+    """Why conversations were left out; where a cap did it, the parameter."""
+    return f"prepare.{reason}" if reason.startswith("max_") else reason.replace("_", " ")
 
 
 class Tally:

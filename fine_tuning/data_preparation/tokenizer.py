@@ -152,33 +152,12 @@ def encode_conversation(
         RenderError: see `render`.
         UserError: the template ends replies with no token of its own, so the model would never learn to stop.
     """
-    messages = list(messages)
-    allowed = list(trained) if trained is not None else [True] * len(messages)
-    starts = _turn_starts(messages)
-    head = 1 if messages and messages[0]["role"] == "system" else 0
-
-    def encode_from(turn: int) -> Encoded:
-        start = starts[turn] if turn else head
-        return _encode(
-            tokenizer,
-            messages[:head] + messages[start:],
-            system_prompt,
-            allowed[:head] + allowed[start:],
-            dropped=start - head,
-        )
-
-    encoded = encode_from(0)
-    if len(encoded.input_ids) <= max_length:
-        return encoded
-    # The fewest dropped turns that fit: the length falls with every turn, so halve the interval.
-    low, high = 1, len(starts) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if len(encode_from(middle).input_ids) <= max_length:
-            high = middle
-        else:
-            low = middle + 1
-    return _cut(encode_from(max(high, 0)), max_length)
+    turns = _Turns(tokenizer, messages, system_prompt, trained)
+    if len(turns.whole.input_ids) <= max_length:
+        return turns.whole
+    last = len(turns.starts) - 1
+    begin = turns.farthest(last, 0, max_length)
+    return _cut(turns.encode(begin, begin, last), max_length)
 
 
 class Windows(NamedTuple):
@@ -209,56 +188,20 @@ def encode_windows(
 
     Args and errors are those of `encode_conversation`.
     """
-    messages = list(messages)
-    allowed = list(trained) if trained is not None else [True] * len(messages)
-    head = 1 if messages and messages[0]["role"] == "system" else 0
-    starts = [head, *_turn_starts(messages)[1:]]
-    ends = [*starts[1:], len(messages)]
-    wanted = [
-        any(may and m["role"] == "assistant" for may, m in zip(allowed[a:b], messages[a:b], strict=True))
-        for a, b in zip(starts, ends, strict=True)
-    ]
-
-    def encode(begin: int, first: int, last: int) -> Encoded:
-        """Turns `begin` to `last`, trained from turn `first` on."""
-        at, new, end = starts[begin], starts[first], ends[last]
-        may = [False] * (head + new - at) + allowed[new:end]
-        return _encode(tokenizer, messages[:head] + messages[at:end], system_prompt, may, dropped=at - head)
-
-    gaps = [turn for turn in range(1, len(starts)) if messages[starts[turn]].get("gap")]
-    whole = encode(0, 0, len(starts) - 1)
-    if not gaps and len(whole.input_ids) <= max_length:
-        return Windows([whole], 0, 0) if whole.trained_tokens else Windows([], sum(wanted), 0)
-    # With most templates lengths add up, but for what is written once: then the turns need to be measured only alone.
-    alone = [len(encode(turn, turn, turn).input_ids) for turn in range(len(starts))]
-    once = sum(alone[:2]) - len(encode(0, 0, 1).input_ids) if len(alone) > 1 else 0
-    sums = [0, *accumulate(length - once for length in alone)]
-    additive = sums[-1] + once == len(whole.input_ids)
-
-    def fits(one: int, other: int, budget: int) -> bool:
-        """Whether the turns between two, both included, have so many tokens at most."""
-        begin, last = sorted((one, other))
-        if additive:
-            return sums[last + 1] - sums[begin] + once <= budget
-        return len(encode(begin, begin, last).input_ids) <= budget
-
-    def farthest(turn: int, stop: int, budget: int) -> int:
-        """The turn nearest to `stop`, forwards or backwards, so that all from `turn` to it fit; at least `turn`."""
-        far, step = turn, 1 if stop > turn else -1
-        while far != stop and fits(turn, far + step, budget):
-            far += step
-        return far
-
+    turns = _Turns(tokenizer, messages, system_prompt, trained)
+    gaps = [turn for turn, start in enumerate(turns.starts) if turn and turns.messages[start].get("gap")]
+    if not gaps and len(turns.whole.input_ids) <= max_length:
+        return Windows([turns.whole], 0, 0) if turns.whole.trained_tokens else Windows([], sum(turns.wanted), 0)
     found, lost_turns, lost_tokens = [], 0, 0
-    for start, stop in pairwise([0, *gaps, len(starts)]):
+    for start, stop in pairwise([0, *gaps, len(turns.starts)]):
         turn = start
-        while (first := next((other for other in range(turn, stop) if wanted[other]), None)) is not None:
-            last = farthest(start, stop - 1, max_length) if turn == start else -1
+        while (first := next((other for other in range(turn, stop) if turns.wanted[other]), None)) is not None:
+            last = turns.farthest(start, stop - 1, max_length) if turn == start else -1
             if last < first:
-                last = farthest(first, stop - 1, max_length // 2)
-            while not wanted[last]:
+                last = turns.farthest(first, stop - 1, max_length // 2)
+            while not turns.wanted[last]:
                 last -= 1
-            uncut = encode(min(first, farthest(last, start, max_length)), first, last)
+            uncut = turns.encode(min(first, turns.farthest(last, start, max_length)), first, last)
             encoded = _cut(uncut, max_length)
             lost_tokens += uncut.trained_tokens - encoded.trained_tokens
             if encoded.trained_tokens:
@@ -267,6 +210,69 @@ def encode_windows(
                 lost_turns += 1
             turn = last + 1
     return Windows(found, lost_turns, lost_tokens)
+
+
+class _Turns:
+    """A conversation by turns: a user message and all up to the next one, what stands before the first one included."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        messages: Sequence[dict],
+        system_prompt: str | None,
+        trained: Sequence[bool] | None,
+    ) -> None:
+        self.messages, self._tokenizer, self._system_prompt = list(messages), tokenizer, system_prompt
+        self._allowed = list(trained) if trained is not None else [True] * len(self.messages)
+        self._head = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        self.starts = [self._head, *users[1:]]
+        self._ends = [*users[1:], len(self.messages)]
+        self.wanted = [
+            any(self._allowed[at] and self.messages[at]["role"] == "assistant" for at in range(start, end))
+            for start, end in zip(self.starts, self._ends, strict=True)
+        ]
+
+    @cached_property
+    def whole(self) -> Encoded:
+        """All of it."""
+        return self.encode(0, 0, len(self.starts) - 1)
+
+    def encode(self, begin: int, first: int, last: int) -> Encoded:
+        """Turns `begin` to `last` after the system message, trained from turn `first` on."""
+        at, new, end = self.starts[begin], self.starts[first], self._ends[last]
+        may = [False] * (self._head + new - at) + self._allowed[new:end]
+        messages = self.messages[: self._head] + self.messages[at:end]
+        return _encode(self._tokenizer, messages, self._system_prompt, may, dropped=at - self._head)
+
+    @cached_property
+    def _sums(self) -> tuple[list[int], int] | None:
+        """Sums of the turns' lengths, and what each window has beside them; None where lengths do not add up.
+
+        They do with most templates: then every turn is measured alone and only once.
+        """
+        alone = [len(self.encode(turn, turn, turn).input_ids) for turn in range(len(self.starts))]
+        once = sum(alone[:2]) - len(self.encode(0, 0, 1).input_ids) if len(alone) > 1 else 0
+        sums = [0, *accumulate(length - once for length in alone)]
+        return (sums, once) if sums[-1] + once == len(self.whole.input_ids) else None
+
+    def farthest(self, turn: int, stop: int, budget: int) -> int:
+        """The turn nearest to `stop`, forwards or backwards, up to which all from `turn` have `budget` tokens at most.
+
+        `turn` itself, where even that is longer.
+        """
+        far, step = turn, 1 if stop > turn else -1
+        while far != stop:
+            begin, last = sorted((turn, far + step))
+            if self._sums:
+                sums, once = self._sums
+                length = sums[last + 1] - sums[begin] + once
+            else:
+                length = len(self.encode(begin, begin, last).input_ids)
+            if length > budget:
+                break
+            far += step
+        return far
 
 
 def encode_prompt(
@@ -294,12 +300,6 @@ def _apply_template(
         reason = str(error) if str(error) in (tokenizer.chat_template or "") else type(error).__name__
         roles = ", ".join(message["role"] for message in messages[:6])
         raise RenderError(f"the chat template refuses messages of the roles {roles}: {reason}") from None
-
-
-def _turn_starts(messages: Sequence[dict]) -> list[int]:
-    """Index of the first message of every turn: a user message and all up to the next one."""
-    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    return starts or [0]
 
 
 def _encode(

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_json, write_json
 from fine_tuning.training.training_utils import TrainSettings
@@ -33,14 +35,7 @@ def expected(tokens: int, settings: TrainSettings, speed: tuple[float, str] | No
     if speed is None:
         return "how long that takes is not known yet: nothing was trained here before"
     pace, what = speed
-    return f"about {in_words(wanted / pace)} at the {pace:.0f} tokens/s last measured here ({what})"
-
-
-def in_words(seconds: float) -> str:
-    """`45 s`, `12 min` or `3.5 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"about {tqdm.format_interval(wanted / pace)} at the {pace:.0f} tokens/s last measured here ({what})"
 
 
 def parse_duration(text: str) -> int:

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from fine_tuning.data_collection.data_cleaner import CleanSettings
-from fine_tuning.data_preparation.tally import REASONS, in_words
+from fine_tuning.data_preparation.tally import in_words, reason_in_words
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
@@ -83,12 +83,11 @@ def _counts(here: App, found: list[Entry]) -> None:
     rows = [{"what": "dropped", "why": _words(k), "number": v} for k, v in clean["reasons"].items()]
     rows += [{"what": "masked", "why": k, "number": v} for k, v in clean["masked"].items()]
     rows += [
-        {"what": "not trained on", "why": REASONS.get(k, _words(k)), "number": v}
+        {"what": "not trained on", "why": reason_in_words(k), "number": v}
         for k, v in prepare.get("left_out", {}).items()
     ]
-    rows += [{"what": "dropped", "why": "single exchanges", "number": clean["exchanges_dropped"]}] * bool(
-        clean.get("exchanges_dropped")
-    )
+    if gone := clean.get("exchanges_dropped"):
+        rows.append({"what": "dropped", "why": "exchanges of conversations that stay", "number": gone})
     if rows:
         table = pd.DataFrame(rows).sort_values("number", ascending=False)
         for line in in_words(prepare):
