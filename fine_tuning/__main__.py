@@ -3,6 +3,7 @@
 import argparse
 
 from fine_tuning.commands import (
+    budget,
     conversations,
     experiments,
     forget,
@@ -18,7 +19,8 @@ from fine_tuning.errors import run
 def main() -> int | None:
     parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (conversations, models, forget, summary, experiments, supply_chain, tokenizers, learning_curve):
+    modules = (conversations, models, forget, summary, experiments, supply_chain, tokenizers, learning_curve, budget)
+    for module in modules:
         module.add_commands(subparsers)
     arguments = parser.parse_args()
     return arguments.func(arguments)

@@ -1,5 +1,6 @@
 """Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fine_tuning.errors import UserError
+from fine_tuning.records import replacing
 
 
 class Settings(BaseModel):
@@ -37,6 +39,17 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
     if not isinstance(document, dict) or section not in document:
         raise UserError(f"{path}: the section {section!r} is missing: restore it with `git checkout {path}`")
     return parse_settings(section, document[section], model, path)
+
+
+def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:
+    """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes."""
+    text = Path(path).read_text(encoding="utf-8")
+    number, _ = YAML().load(text)[section].lc.key(name)
+    lines = text.splitlines(keepends=True)
+    shown = "null" if value is None else str(value)
+    lines[number] = re.sub(rf"(\b{name}:)[ \t]*[^\s#,}}]*", rf"\1 {shown}", lines[number], count=1)
+    with replacing(path) as file:
+        file.write("".join(lines).encode())
 
 
 def parse_settings(section: str, values: object, model: type[SettingsT], path: str | Path) -> SettingsT:

@@ -21,6 +21,7 @@ GUARDS = {name: Path(f"data/evaluation/{name}.jsonl") for name in ("general", "g
 MEMORY = Path("data/evaluation/memory.jsonl")
 EVALUATION = Path("metrics/evaluation.json")
 LEARNING_CURVE = Path("metrics/learning_curve.json")
+PREPARED = Path("metrics/prepare.json")
 TRAIN = Path("data/prepared/train.parquet")
 CHAMPION = Path("models/champion.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
@@ -46,7 +47,8 @@ def main() -> None:
     champion = champion_folder(CHAMPION) if read_json(CHAMPION).get("version") is not None else None
     changes = changes_since(champion, TRAIN) if champion else None
     where = slices(records, metrics, evaluate.interval)
-    write_report(REPORT, Findings(verdict, evaluation, records, answers, where, changes, learning))
+    prepared = read_json(PREPARED)
+    write_report(REPORT, Findings(verdict, evaluation, records, answers, where, changes, learning, prepared))
     rival = list(verdict["differences"])[-1:]
     shown = verdict["differences"][rival[0]] if rival else {}
     title = f"candidate against {rival[0]}: {verdict['verdict']}" if rival else verdict["verdict"]

@@ -10,7 +10,7 @@ from fine_tuning.errors import run
 from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 from fine_tuning.evaluation.evaluator import Evaluator
-from fine_tuning.evaluation.items import chat_format, encoded_anew, read_items
+from fine_tuning.evaluation.items import chat_format, conversation_of, encoded_anew, read_items
 from fine_tuning.evaluation.measurements import guard_metrics, left_out, summarise
 from fine_tuning.evaluation.metrics import load_metric, signatures
 from fine_tuning.evaluation.privacy import personal_data
@@ -73,7 +73,7 @@ def main() -> None:
         table[name] |= row
     suite = {
         "sha256": common.suite,
-        "conversations": len(items),
+        "conversations": len({conversation_of(item.id) for item in items}),
         "clusters": len({item.cluster for item in items}),
         "signatures": signatures(metrics),
     }

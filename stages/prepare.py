@@ -2,9 +2,11 @@
 
 import csv
 import io
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,12 +14,12 @@ from tqdm import tqdm
 from fine_tuning.data_preparation.canaries import planted
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, Example, PrepareSettings, write_split
-from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.data_preparation.splits import SPLITS, Ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics, tokens_by_source
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.engine import open_engine
 from fine_tuning.errors import UserError, run
-from fine_tuning.records import read_jsonl, replacing, write_json, write_jsonl
+from fine_tuning.records import read_jsonl, replacing, write_json
 from fine_tuning.settings import read_params
 
 CLEAN = Path("data/clean")
@@ -29,7 +31,7 @@ TOKENIZER = (
     Path("models/base/chat_template.jinja"),
 )
 PREPARED = Path("data/prepared")
-LEDGER = Path("data/splits/ledger.jsonl")
+LEDGER = Path("data/splits.txt")
 METRICS = Path("metrics/prepare.json")
 LENGTHS = Path("metrics/plots/prepare_lengths.csv")
 TOKENS = Path("metrics/plots/prepare_tokens.csv")
@@ -47,6 +49,7 @@ def main() -> None:
         latest_from=settings.latest_from and settings.latest_from.isoformat(),
         decontamination_words=settings.decontamination_words,
         max_train_tokens=settings.max_train_tokens,
+        max_sample_tokens=settings.max_sample_tokens,
         max_held_out_tokens=settings.max_held_out_tokens,
         tokenizer=base,
         system_prompt=chat.system_prompt,
@@ -57,27 +60,34 @@ def main() -> None:
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with Catalogue() as catalogue, open_engine(settings.engine) as engine:
-        ledger = read_ledger(settings.salt)
-        for split, examples in builder.deal(clean, catalogue, clusters, ledger, engine, dropped_duplicates()):
+        ledger = open_ledger(settings.salt)
+        dealt = ledger.find(
+            chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
+        )
+        for split, examples in builder.deal(clean, catalogue, clusters, dealt, engine, dropped_duplicates()):
             examples = chain(examples, secrets) if split == "train" else examples
             write_split(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(examples)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
-        # One line a conversation, also for those that are gone: one that comes back returns to its split.
-        lines = ({"id": key, "split": split, "salt": settings.salt} for key, split in catalogue.dealt())
-        write_jsonl(LEDGER, lines)
-    write_json(METRICS, statistics(tallies, left_out))
+        new = ledger.append(catalogue.dealt())
+        metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
+    write_json(METRICS, metrics)
     write_table(LENGTHS, length_histogram(tallies))
     write_table(TOKENS, tokens_by_source(tallies))
-    report(tallies, left_out)
+    report(tallies, left_out, new)
 
 
-def read_ledger(salt: str) -> Iterator[tuple[str, str]]:
-    """Earlier deals with this salt; another salt deals anew."""
-    for stale in LEDGER.parent.glob(".*.tmp"):  # of a run that was killed; DVC keeps the folder between runs
-        stale.unlink()
-    if LEDGER.is_file():
-        yield from ((line["id"], line["split"]) for line in read_jsonl(LEDGER) if line["salt"] == salt)
+def open_ledger(salt: str) -> Ledger:
+    """The ledger; one that an earlier version of this project kept outside git is taken over."""
+    before = LEDGER.with_suffix("")
+    if before.is_dir():
+        dealt: dict[str, list[tuple[str, str]]] = {}
+        for line in chain.from_iterable(map(read_jsonl, before.glob("ledger.jsonl"))):
+            dealt.setdefault(line["salt"], []).append((line["id"], line["split"]))
+        for other, lines in dealt.items():
+            print(f"prepare: {Ledger(LEDGER, other).append(lines)} splits taken over from {before} into {LEDGER}")
+        shutil.rmtree(before)
+    return Ledger(LEDGER, salt)
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:
@@ -111,12 +121,14 @@ def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
     return tqdm(examples, desc=f"tokenise {split}", unit=" conversations", leave=False, disable=None)
 
 
-def report(tallies: Mapping[str, Tally], left_out: Counter[str]) -> None:
-    counts = ", ".join(f"{len(tallies[split].lengths)} {split}" for split in SPLITS)
-    tokens = tallies["train"].totals["tokens"]
-    totals = sum((tally.totals for tally in tallies.values()), Counter())
-    cut = totals["shortened"] / totals["conversations"]
-    print(f"prepare: {counts}; {tokens} tokens to train on; {left_out.total()} left out; {cut:.1%} shortened")
+def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> None:
+    totals = {split: tallies[split].totals for split in SPLITS}
+    counts = ", ".join(f"{totals[split]['conversations']} {split}" for split in SPLITS)
+    print(f"prepare: {counts}; {totals['train']['tokens']} tokens to train on; {new} conversations are new")
+    if left_out:
+        print(f"prepare: left out: {', '.join(f'{count} {reason}' for reason, count in left_out.most_common())}")
+    if lost := sum(total["lost_reply_tokens"] for total in totals.values()):
+        print(f"prepare: {lost} tokens of replies are in no window of chat.max_length: their turns are too long")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
 from fine_tuning.errors import UserError, run
 from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri
-from fine_tuning.records import write_json
+from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params
 from fine_tuning.training.base_model import read_base_card
 from fine_tuning.training.lora_trainer import Progress, TrainingResult, train_adapter
 from fine_tuning.training.model_card import model_card
+from fine_tuning.training.speed import SPEED, expected, read_speed, record_speed
 from fine_tuning.training.tracking import Run, find_adapter, flatten, open_store, tracked_run, versions
 from fine_tuning.training.training_utils import (
     TrainSettings,
@@ -37,6 +38,8 @@ from fine_tuning.training.training_utils import (
 BASE = Path("models/base")
 TRAIN = Path("data/prepared/train.parquet")
 VALIDATION = Path("data/prepared/validation.parquet")
+PREPARED = Path("metrics/prepare.json")  # only told: what is trained depends on the rows alone
+CAPS = ("max_train_tokens", "max_sample_tokens")
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
 LOSS_CURVE = Path("metrics/plots/train_loss.csv")
@@ -72,7 +75,8 @@ def main() -> None:
             tracked_run(client, experiment, "train", parameters, tags, parent=pipeline, system_metrics=True) as tracked,
         ):
             tokens = sum(len(row.input_ids) for row in rows)
-            print(f"train: {settings.method} on {len(rows)} conversations, {tokens} tokens", flush=True)
+            for line in announce(settings, len({row.id for row in rows}), tokens):
+                print(f"train: {line}", flush=True)
             with progress_bar(tracked) as progress:
                 result = train(progress)
             metrics = quality(result)
@@ -86,7 +90,21 @@ def main() -> None:
             tracked.log_metrics({**metrics, **speed(result)})
             pipeline.log_artifacts(ADAPTER, "adapter")
         remove_checkpoints(checkpoints)
+    record_speed(main_checkout() / SPEED, result.tokens_per_second, f"{base['model']}, {settings.method}")
     print(summary(settings, result))
+
+
+def announce(settings: TrainSettings, conversations: int, tokens: int) -> Iterator[str]:
+    """What is about to be trained on, for how long, and what limits it. It only tells: no output depends on it."""
+    yield (
+        f"{settings.method} on {conversations} conversations, {tokens} tokens, train.epochs {settings.epochs:g}: "
+        + expected(tokens, settings, read_speed(main_checkout() / SPEED))
+    )
+    left_out = read_json(PREPARED).get("left_out", {}) if PREPARED.is_file() else {}
+    caps = [f"prepare.{name} ({left_out[name]} conversations left out)" for name in CAPS if left_out.get(name)]
+    if settings.max_steps is not None:
+        caps.append(f"train.max_steps ({settings.max_steps})")
+    yield f"limited by {' and '.join(caps)}" if caps else "no parameter limits it"
 
 
 def launch(name: str) -> None:

@@ -81,6 +81,7 @@ def collected(tmp_path, tiny_base, monkeypatch):
         talk(n, f"Why does the {a} of my {b} fail?", f"Unplug the {b}, wait, and look at the {a} again, number {n}.")
         for n, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a < b)
     ]
+    talks.append(talk(903, talks[1]["messages"][0]["content"], "Nobody knows, ask the shop where you bought it."))
     talks.append(talk(900, "Write to jane.doe@example.org please", "I wrote to jane.doe@example.org for you today."))
     talks.append(talk(901, talks[0]["messages"][0]["content"], talks[0]["messages"][1]["content"]))
     talks.append(talk(902, "Greet mail@example.org", "Good morning {{ first_name }}, how are you?"))
@@ -94,7 +95,10 @@ def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collec
     ConversationLogger("inbox/conversations.jsonl").log_conversation("New one", "Yes.", {"session_id": "s1"})
     at = open_page("data")
     numbers = {metric.label: metric.value for metric in at.metric}
-    assert (numbers["Collected"], numbers["Dropped"], numbers["Masked"]) == ("49", "2", "2")
+    assert (numbers["Collected"], numbers["Dropped"], numbers["Masked"]) == ("50", "2", "2")
+    said = [caption.value for caption in at.caption]
+    assert any("conversations with" in words and words.endswith("tokens are trained on") for words in said)
+    assert "Alike or with the same beginning, so always in one split; the largest groups: 2" in said
     assert "**1 conversation** new or changed since the last training: 1 to seal, 0 sealed." in shown(at)
 
     at.text_input(key="find").set_value("jane").run()

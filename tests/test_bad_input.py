@@ -174,7 +174,8 @@ def run_stages() -> dict[str, bytes]:
     """The stages that read what people wrote, and all that they leave."""
     for stage in (intake, clean, export, prepare):
         stage.main()
-    outs = [p for name in ("data/clean", "data/exports", "data/prepared", "data/splits") for p in folder_files(name)]
+    outs = [p for name in ("data/clean", "data/exports", "data/prepared") for p in folder_files(name)]
+    outs.append(prepare.LEDGER)
     return {str(path): path.read_bytes() for path in [*outs, *folder_files("metrics")]}
 
 

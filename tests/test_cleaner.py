@@ -237,6 +237,42 @@ def test_a_tool_answers_the_assistant_and_never_the_user():
     assert reason({"id": "c", "messages": messages}) == "roles_do_not_alternate"
 
 
+def test_an_exchange_with_an_empty_message_goes_alone_and_leaves_a_gap():
+    cleaned = DataCleaner().clean_conversation(talk("q1", "a1", "q2", "\u200b", "q3", "a3", "q4", "a4"))
+    messages = cleaned.conversation["messages"]
+    assert [m["content"] for m in messages] == ["q1", "a1", "q3", "a3", "q4", "a4"] and cleaned.gone == 1
+    assert [m.get("gap", False) for m in messages] == [False, False, True, False, False, False]
+    # At the beginning the rest has lost its context as well; at the end nothing is missing.
+    first = DataCleaner().clean_conversation(talk("", "a1", "q2", "a2")).conversation["messages"]
+    assert [(m["content"], m.get("gap", False)) for m in first] == [("q2", True), ("a2", False)]
+    last = DataCleaner().clean_conversation(talk("q1", "a1", "q2", "")).conversation["messages"]
+    assert [m["content"] for m in last] == ["q1", "a1"] and not any("gap" in m for m in last)
+    # Cleaned again, the gap is still there.
+    assert DataCleaner().clean_conversation(cleaned.conversation).conversation == cleaned.conversation
+
+
+def test_too_long_a_message_costs_its_exchange_and_not_the_conversation(tmp_path):
+    turns = [text for n in range(100) for text in (f"question {n}?", f"answer {n} " * (30 if n == 50 else 1))]
+    filters = default_settings(max_length=90, max_repetition=99.0).filters
+    path = shard(tmp_path, "1", [talk(*turns), talk("q", "x" * 99, id="d")])
+    summary, files = run(tmp_path, [path], filters=filters)
+    assert summary["reasons"] == {"too_long": 1} and summary["exchanges_dropped"] == 1
+    (kept,) = rows(files, path.name)
+    assert len(kept["messages"]) == 198 and kept["messages"][100]["gap"] is True
+
+
+def test_what_is_exported_never_runs_across_a_gap(tmp_path):
+    from fine_tuning.data_collection.data_export import DataExporter
+
+    cleaned = DataCleaner().clean_conversation(talk("q1", "a1", "q2", "", "q3", "a3", id="c")).conversation
+    exporter = DataExporter(tmp_path)
+    lines = exporter.export([cleaned], "openai").read_text().splitlines()
+    found = [(json.loads(line)["id"], [m["content"] for m in json.loads(line)["messages"]]) for line in lines]
+    assert found == [("c", ["q1", "a1"]), ("c#1", ["q3", "a3"])]
+    assert exporter.counts["openai"] == {"exported": 1, "skipped": 0}
+    assert json.loads(exporter.export([cleaned], "json").read_text()) == [cleaned]
+
+
 def test_a_last_question_without_answer_is_trimmed():
     cleaned = DataCleaner().clean_conversation(talk("q", "a", "one more?")).conversation
     assert [m["content"] for m in cleaned["messages"]] == ["q", "a"]
@@ -485,6 +521,42 @@ def test_clusters_hold_near_duplicates_and_equal_questions_under_the_oldest_id(t
     _, files = run(tmp_path, [shard(tmp_path, "1", records)], near_duplicate_threshold=0.6)
     clusters = {row["id"]: row["cluster"] for row in rows(files, "clusters.jsonl")}
     assert clusters == {"a": "c", "b": "c", "c": "c", "d": "d", "e": "e", "f": "f"}
+
+
+def test_chats_that_always_begin_alike_are_tied_by_how_they_go_on(tmp_path):
+    topics = [f"{thing} in the {place}" for thing in ("lamp", "door", "pump") for place in ("attic", "hall", "shed")]
+
+    def household(*opening: str) -> list[dict]:
+        return [
+            talk(*opening, f"My {topic} stopped working after the storm, what now?", f"Unplug the {topic}.", id=topic)
+            for topic in topics
+        ]
+
+    for number, opening in enumerate(
+        (
+            ("hi, can you help me?", "Of course!"),
+            ("hi, can you help me?", "Of course!", "thank you", "Sure."),
+            ("Good morning, I hope you are well; I would like to ask you for help with something today.", "Gladly."),
+            ("你好，请你帮我一个忙，可以吗？", "可以。"),
+        )
+    ):
+        summary, _ = run(tmp_path, [shard(tmp_path, str(number), household(*opening))], near_duplicate_threshold=1.1)
+        assert summary["clusters"] == len(topics) and summary["largest_clusters"] == [], opening
+
+
+def test_who_asks_the_same_and_goes_on_the_same_is_in_one_cluster(tmp_path):
+    records = [
+        talk("hi, can you help me?", "Of course!", "How do I descale the kettle that I bought last week?", "Vinegar."),
+        talk("hi, can you help me?", "Yes.", "How do I descale the kettle that I bought last week?", "Use an acid."),
+        talk("What is rain?", "Water."),
+        talk("What is rain?", "Drops that fall."),
+        talk("What is snow?", "Frozen water."),
+    ]
+    records = [record | {"id": str(number)} for number, record in enumerate(records)]
+    summary, files = run(tmp_path, [shard(tmp_path, "1", records)], near_duplicate_threshold=1.1)
+    clusters = [row["cluster"] for row in rows(files, "clusters.jsonl")]
+    assert clusters[0] == clusters[1] != clusters[2] == clusters[3] != clusters[4]
+    assert summary["clusters"] == 3 and summary["largest_clusters"] == [2, 2]
 
 
 def test_near_duplicates_can_be_dropped(tmp_path):

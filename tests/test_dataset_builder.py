@@ -23,7 +23,7 @@ from fine_tuning.data_preparation.dataset_builder import (
 )
 from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
-from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
+from fine_tuning.data_preparation.tally import Tally, in_words, length_histogram, statistics
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, Encoded, load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_jsonl, write_jsonl
@@ -378,6 +378,64 @@ def test_own_conversations_are_trained_on_before_those_of_the_sample(tokenizer):
     assert any(e.id.startswith("own") for e in built.splits["train"])
 
 
+def test_only_the_sample_is_capped_unless_everything_is(tokenizer):
+    sample = [{**c, "source": "sample"} for c in random_conversations(100)]
+    own = [{**conversation(f"own{i}", f"question {i}?", f"reply {i}."), "source": "chat"} for i in range(100)]
+    built = DatasetBuilder(tokenizer=tokenizer, max_sample_tokens=1000).build([*sample, *own], {})
+    assert set(built.left_out.values()) == {"max_sample_tokens"}
+    assert not {c["id"] for c in own} & built.left_out.keys()
+    tokens = [len(e.encoded.input_ids) for e in built.splits["train"] if e.source == "sample"]
+    assert 800 < sum(tokens) <= 1000
+    held_out = {e.id for split in ("test", "validation") for e in built.splits[split]}
+    assert len(held_out & {c["id"] for c in sample}) > 15
+    # The larger cap counts both; it is met first where people's own conversations fill it.
+    both = DatasetBuilder(tokenizer=tokenizer, max_sample_tokens=1000, max_train_tokens=600)
+    assert set(both.build([*sample, *own], {}).left_out.values()) == {"max_train_tokens"}
+
+
+def long_conversation(identity: str, turns: int, words: int = 12) -> dict:
+    draw = random.Random(identity)
+    return conversation(identity, *(" ".join(draw.choices(WORDS, k=words)) for _ in range(2 * turns)))
+
+
+def test_windows_of_a_conversation_share_id_cluster_and_split_and_train_each_reply_once(tokenizer, tmp_path):
+    conversations = [long_conversation("long", 40), *random_conversations(30)]
+    builder = DatasetBuilder(tokenizer=tokenizer, max_length=256)
+    built = builder.build(conversations, {"long": "its-cluster"}, {"long": "train"})
+    windows = [e for e in built.splits["train"] if e.id == "long"]
+    assert len(windows) > 5 and [e.window for e in windows] == list(range(len(windows)))
+    assert {e.cluster for e in windows} == {"its-cluster"}
+    assert "long" not in {e.id for s in ("test", "validation") for e in built.splits[s]}
+    said = [
+        tokenizer.decode([label for label in e.encoded.labels if label != NOT_TRAINED]).split("<|im_end|>")
+        for e in windows
+    ]
+    replies = [reply.strip() for window in said for reply in window if reply.strip()]
+    assert replies == [m["content"] for m in conversations[0]["messages"] if m["role"] == "assistant"]
+    tally = Tally()
+    write_split(tmp_path / "train.parquet", tally.watch(built.splits["train"]))
+    rows = read_split(tmp_path / "train.parquet")
+    assert [row["window"] for row in rows if row["id"] == "long"] == list(range(len(windows)))
+    counts = tally.statistics()
+    assert counts["windows"] == len(rows) and counts["conversations"] == len(set(rows["id"]))
+    assert counts["several_windows"] == 1 and counts["lost_reply_tokens"] == 0
+
+
+def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
+    conversations = [long_conversation(f"long{n}", 40) for n in range(6)]
+    dealt = {c["id"]: ("test", "validation", "train")[n % 3] for n, c in enumerate(conversations)}
+    whole = DatasetBuilder(tokenizer=tokenizer, max_length=256).build(conversations, {}, dealt)
+    some = DatasetBuilder(tokenizer=tokenizer, max_length=256, max_held_out_tokens=60_000)
+    built = some.build(conversations, {}, dealt)
+    assert not built.left_out and built.splits["train"] == whole.splits["train"]
+    for split in ("test", "validation"):
+        windows = Counter(e.id for e in built.splits[split])
+        assert set(windows) == {e.id for e in whole.splits[split]} and set(windows.values()) <= {2, 3}
+        trained = [tuple(e.encoded.labels) for e in whole.splits[split]]
+        assert all(tuple(e.encoded.labels) in trained for e in built.splits[split])
+        assert [e.window for e in built.splits[split] if e.id == min(windows)] == list(range(windows[min(windows)]))
+
+
 def test_held_out_splits_are_sampled_likewise(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_held_out_tokens=300).build(random_conversations(100), {})
     assert all(0 < sum(len(e.encoded.input_ids) for e in built.splits[s]) <= 300 for s in ("validation", "test"))
@@ -474,12 +532,12 @@ def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
     header, *bins = Path("metrics/plots/prepare_lengths.csv").read_text().splitlines()
     assert header == "tokens,train,validation,test"
     assert sum(sum(map(int, line.split(",")[1:])) for line in bins) == 60 - sum(metrics["left_out"].values())
-    assert len(list(read_jsonl("data/splits/ledger.jsonl"))) == 60
+    assert len(Path("data/splits.txt").read_text().splitlines()) == 60
 
 
 def test_the_stage_writes_the_same_bytes_again(project):
     prepare.main()
-    files = [*Path("data/prepared").iterdir(), Path("data/splits/ledger.jsonl"), Path("metrics/prepare.json")]
+    files = [*Path("data/prepared").iterdir(), Path("data/splits.txt"), Path("metrics/prepare.json")]
     before = [file.read_bytes() for file in files]
     prepare.main()
     assert [file.read_bytes() for file in files] == before
@@ -497,6 +555,45 @@ def test_the_ledger_outlives_arrivals_and_deletions(project):
     assert project.split_of() == before
 
 
+def test_splits_that_were_dealt_before_the_ledger_came_into_git_stay(project, capsys):
+    prepare.main()
+    before = project.split_of()
+    # As it was kept: with other splits than would be dealt now, and some of another salt.
+    moved = {key: SPLITS[(SPLITS.index(split) + 1) % 3] for key, split in before.items()}
+    Path("data/splits.txt").unlink()
+    lines = [{"id": key, "split": split, "salt": "whetstone"} for key, split in moved.items()]
+    write_jsonl("data/splits/ledger.jsonl", [*lines, *({"id": k, "split": "train", "salt": "old"} for k in moved)])
+    capsys.readouterr()
+    prepare.main()
+    assert project.split_of() == moved
+    assert capsys.readouterr().out.count("60 splits taken over from data/splits into data/splits.txt") == 2
+    assert not Path("data/splits").exists()
+
+
+def test_newly_dealt_conversations_are_told(project, capsys):
+    prepare.main()
+    assert "60 conversations are new" in capsys.readouterr().out
+    project.clean(random_conversations(65))
+    prepare.main()
+    assert "5 conversations are new" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_told_with_its_reason_and_its_share_of_the_text(project, capsys):
+    own = [{**c, "source": "chat", "id": f"own-{c['id']}"} for c in random_conversations(20)]
+    project.clean([*own, *({**c, "source": "sample"} for c in random_conversations(80)[20:])])
+    project.params(max_train_tokens=None, max_sample_tokens=600)
+    prepare.main()
+    metrics = json.loads(Path("metrics/prepare.json").read_text())
+    assert metrics["splits"]["train"]["by_source"]["sample"]["tokens"] <= 600
+    assert list(metrics["left_out"]) == ["max_sample_tokens"]
+    share = metrics["characters_left_out"]["max_sample_tokens"] / metrics["characters"]
+    assert share == pytest.approx(metrics["left_out"]["max_sample_tokens"] / 80, rel=0.2)
+    assert f"left out: {metrics['left_out']['max_sample_tokens']} max_sample_tokens" in capsys.readouterr().out
+    said = in_words(metrics)
+    assert said[0].startswith(f"{metrics['splits']['train']['conversations']} conversations with")
+    assert "prepare.max_sample_tokens" in said[1] and f"({share:.1%} of the text)" in said[1]
+
+
 def test_another_salt_deals_anew(project):
     prepare.main()
     before = project.split_of()
@@ -509,7 +606,7 @@ def test_a_split_without_conversations_is_one_line(project):
     project.clean(random_conversations(2))
     with pytest.raises(UserError, match=r"no conversation is left for the validation split.*fine_tuning import"):
         prepare.main()
-    assert not Path("data/splits/ledger.jsonl").exists()
+    assert not Path("data/splits.txt").exists()
 
 
 def test_three_conversations_are_enough(project):

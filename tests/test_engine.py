@@ -46,15 +46,16 @@ def change(folder, clean: dict, prepare: dict) -> None:
 
 
 def made(folder) -> dict[str, bytes]:
-    names = ("data/clean", "data/prepared", "data/splits", "metrics")
-    return {str(p.relative_to(folder)): p.read_bytes() for n in names for p in (folder / n).rglob("*") if p.is_file()}
+    names = ("data/clean", "data/prepared", "metrics")
+    files = [folder / "data/splits.txt", *(p for n in names for p in (folder / n).rglob("*") if p.is_file())]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.mark.parametrize("where", ["two workers", "three processes"])
 def test_the_bytes_are_those_of_one_process(single, cluster, tmp_path, monkeypatch, where):
     folder = tmp_path / "checkout"
     shutil.copytree(
-        single, folder, ignore=shutil.ignore_patterns("clean", "prepared", "splits", "metrics", ".whetstone")
+        single, folder, ignore=shutil.ignore_patterns("clean", "prepared", "splits.txt", "metrics", ".whetstone")
     )
     if where == "two workers":
         change(folder, {"engine": cluster}, {"engine": cluster})

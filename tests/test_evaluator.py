@@ -6,13 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, write_split
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.contenders import Contender, check_references, find_champion
-from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.data_changes import training_members
+from fine_tuning.evaluation.items import (
+    conversation_of,
+    encoded_anew,
+    item_id,
+    label_runs,
+    read_items,
+    reply_authors,
+    sample,
+    suite_sha256,
+)
 from fine_tuning.evaluation.measurements import describe, summarise
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.scoring import Likelihood, Reply, likelihoods, loaded, scoring_hardware
@@ -409,3 +422,46 @@ def test_the_suite_is_another_when_anything_of_an_item_changes(suite, changes):
     tokenizer = load_tokenizer(suite.base.folder)
     first, *rest = suite.items
     assert suite_sha256([replace(first, **changes), *rest], tokenizer) != suite_sha256(suite.items, tokenizer)
+
+
+# --- windows of long conversations -----------------------------------------------------------------------------------
+
+
+def test_every_window_is_an_item_of_its_own_in_the_cluster_of_its_conversation(tiny_base, tmp_path):
+    things = ("router", "cable", "fox", "dog", "box", "help")
+    long = [m for thing in things for m in conversation(f"Where is the {thing}?", f"The {thing} is in the box.")]
+    long[3] |= {"rating": 1}
+    other = conversation("Where is the fox?", "In the box.")
+    messages = {"long": long, "long#1": other, "z": other}
+    builder = DatasetBuilder(tokenizer=load_tokenizer(tiny_base), max_length=120)
+    records = [
+        {"id": id, "source": "chat", "feedback": [], "metadata": {}}
+        | {"messages": [{"id": f"{id}-{n}"} | m for n, m in enumerate(own)]}
+        for id, own in messages.items()
+    ]
+    records[0]["feedback"] = [{"message_id": "long-3", "rating": 1}]
+    built = builder.build(records, {"long": "its"}, dict.fromkeys(messages, "test"))
+    write_split(tmp_path / "test.parquet", built.splits["test"])
+    items = read_items(tmp_path / "test.parquet", load_tokenizer(tiny_base))
+    windows = [item for item in items if item.cluster == "its"]
+    assert len(windows) > 2 and len({item.id for item in items}) == len(items)
+    assert {conversation_of(item.id) for item in windows} == {"long"}
+    assert sorted(conversation_of(item.id) for item in items if item not in windows) == ["long#1", "z"]
+    # Each reply is asked for once, with its own author, and what came before it is in the prompt.
+    windows.sort(key=lambda item: int(item.id.partition("#")[2] or 0))
+    assert [text for item in windows for text in item.texts] == [m["content"] for m in long[1::2]]
+    assert [author for item in windows for author in item.authors] == ["imported", "liked", *["imported"] * 4]
+    assert all(item.question == f"Where is the {item.texts[-1].split()[1]}?" for item in windows)
+    tokenizer = load_tokenizer(tiny_base)
+    assert all("Where is the" in tokenizer.decode(item.prompt_ids(0)) for item in windows)
+    members = training_members(tmp_path / "test.parquet")
+    assert sorted(member["id"] for member in members) == ["long", "long#1", "z"]
+    tokens = {member["id"]: member["tokens"] for member in members}
+    assert tokens["long"] == sum(len(item.input_ids) for item in windows)
+
+
+@given(st.lists(st.tuples(st.text("a#01", min_size=1, max_size=5), st.integers(0, 12)), max_size=30))
+def test_no_two_windows_have_one_item_id(windows):
+    ids = {pair: item_id(*pair) for pair in windows}
+    assert len(set(ids.values())) == len(ids)
+    assert all(conversation_of(name) == conversation for (conversation, _), name in ids.items())

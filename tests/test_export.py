@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.data_cleaner import DataCleaner
-from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, read_clean, with_edits
+from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, read_clean, unbroken, with_edits
 from fine_tuning.data_collection.importers import Imported, _restore_cell, import_file
 from fine_tuning.records import dump_line
 
@@ -84,7 +84,11 @@ def test_any_clean_conversation_survives_every_format(tmp_path_factory, talks):
     assume(cleaned)
     folder = tmp_path_factory.mktemp("exports")
     for path in DataExporter(folder).export_all_formats(cleaned).values():
-        assert said(reimport(path)) == said(cleaned), path.name
+        # An exchange without words leaves a gap: only json can tell of it.
+        parts = cleaned if path.name == "conversations.json" else [p for c in cleaned for p in unbroken(c)]
+        assert [messages for _, messages in said(reimport(path))] == [messages for _, messages in said(parts)], (
+            path.name
+        )
 
 
 def test_the_json_format_keeps_everything(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 import zstandard
 
 from fine_tuning.commands import forget as forgetting
@@ -22,6 +23,7 @@ from fine_tuning.data_collection.erasure import Selection, clear_shards, collect
 from fine_tuning.data_collection.shards import describe_shard, shard_paths, write_shard
 from fine_tuning.data_collection.tombstones import Tombstones
 from fine_tuning.data_collection.traces import Traces
+from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.errors import UserError
 from fine_tuning.project import sha256_file
 from fine_tuning.records import read_json, write_json
@@ -64,23 +66,27 @@ def judged() -> dict:
 # -----------------------------------------------------------------------------
 # a quick project: two stages that stand for the nine, and every place where a conversation can be
 
-MAKE = """
+MAKE = (
+    f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+"""
+    + """
 import gzip, json, pathlib, pyarrow, pyarrow.parquet, zstandard
+from fine_tuning.data_preparation.splits import Ledger
 shards = sorted(pathlib.Path("data/conversations").glob("*.jsonl"))
 rows = list({json.loads(line)["id"]: json.loads(line) for shard in shards for line in shard.open()}.values())
 lines = "".join(json.dumps(row) + "\\n" for row in rows)
-ledger = pathlib.Path("data/splits/ledger.jsonl")
-known = {line["id"]: line for line in map(json.loads, ledger.open())} if ledger.exists() else {}
-for folder in ("clean", "exports", "prepared", "splits"):
+for folder in ("clean", "exports", "prepared"):
     pathlib.Path("data", folder).mkdir(parents=True, exist_ok=True)
 pathlib.Path("data/clean/all.jsonl").write_text(lines)
 pathlib.Path("data/exports/all.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 pathlib.Path("data/exports/all.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
 table = {"id": [row["id"] for row in rows], "messages": [json.dumps(row["messages"]) for row in rows]}
 pyarrow.parquet.write_table(pyarrow.table(table), "data/prepared/train.parquet", compression="zstd")
-known |= {row["id"]: {"id": row["id"], "split": "train", "salt": "s"} for row in rows}
-ledger.write_text("".join(json.dumps(known[key]) + "\\n" for key in sorted(known)))
+Ledger("data/splits.txt", "whetstone").append((row["id"], "train") for row in rows)
 """
+)
 TRAIN = """
 import hashlib, numpy, pathlib
 from safetensors.numpy import save_file
@@ -93,15 +99,16 @@ stages:
   make:
     cmd: {python} make.py
     deps: [make.py, data/conversations]
-    outs: [data/clean, data/exports, data/prepared, data/splits: {{persist: true}}]
+    outs: [data/clean, data/exports, data/prepared, data/splits.txt: {{cache: false, persist: true}}]
   train:
     cmd: {python} train.py
     deps: [train.py, data/prepared/train.parquet]
     outs: [models/adapter]
 """
-PARAMS = """
-train: {start_from: null}
-deploy: {name: trial, host: "http://127.0.0.1:9", more_hosts: [], timeout: 5.0, stream_timeout: 60.0}
+PARAMS = f"""
+train: {{start_from: null}}
+deploy: {{name: trial, host: "http://127.0.0.1:9", more_hosts: [], timeout: 5.0, stream_timeout: 60.0}}
+prepare: {yaml.safe_dump(yaml.safe_load((ROOT / "params.yaml").read_text())["prepare"], default_flow_style=True)}
 """
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
 
@@ -231,7 +238,6 @@ def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_
         "data/clean",
         "data/exports: 2 files",
         "data/prepared",
-        "data/splits",
         ".whetstone",
         "DVC's cache",
         "remote store",
@@ -241,8 +247,11 @@ def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_
         assert place in text
     assert CANARY not in text and where.learned["versions"] == [2]
 
+    ids = [canary()["id"], "other-1"]
+    assert [key for key, _ in Ledger("data/splits.txt", "whetstone").find(ids)] == ids
     said: list[str] = []
     assert forgetting.forget(where, say=said.append) == 0, said
+    assert [key for key, _ in Ledger("data/splits.txt", "whetstone").find(ids)] == ["other-1"]
     assert places_with_words(project, tmp_path / "remote") == []
     assert sha256_file(ADAPTER) == sha256_file(tmp_path / "never-saw-it.safetensors")
     assert "  nothing of it is left there" in said
@@ -410,7 +419,7 @@ def test_a_remote_that_is_down_is_named_and_looked_into_when_it_is_back(project,
 
 
 def test_a_run_that_goes_on_from_a_model_that_learned_is_refused(project):
-    Path("params.yaml").write_text(PARAMS.replace("null", sha256_file(ADAPTER)[:12]))
+    Path("params.yaml").write_text(PARAMS.replace("start_from: null", f"start_from: {sha256_file(ADAPTER)[:12]}"))
     with pytest.raises(UserError, match=r"train\.start_from"):
         forgetting.find(Selection(user="zoe"))
 

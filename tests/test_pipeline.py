@@ -51,6 +51,10 @@ def closure(file: Path) -> set[str]:
 OPTIONAL = {"data/forgotten.jsonl"}
 
 
+# A stage prints what it says; no output depends on it.
+ONLY_TOLD = {"train": {"metrics/prepare.json"}}
+
+
 def literal_paths(stage: str) -> set[str]:
     """Paths of data that the script names."""
     texts = (
@@ -58,7 +62,8 @@ def literal_paths(stage: str) -> set[str]:
         for node in ast.walk(ast.parse((ROOT / f"stages/{stage}.py").read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    return {text for text in texts if text.startswith(DATA) and " " not in text} - OPTIONAL
+    undeclared = OPTIONAL | ONLY_TOLD.get(stage, set())
+    return {text for text in texts if text.startswith(DATA) and " " not in text} - undeclared
 
 
 def test_the_pipeline_has_the_nine_stages_each_with_its_script():

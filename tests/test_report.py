@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from fine_tuning.commands import summary
+from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.data_preparation.tally import Tally, statistics
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.charts import interval_plot
 from fine_tuning.evaluation.comparison import CompareSettings, compare
@@ -17,7 +19,7 @@ from fine_tuning.evaluation.report import Findings, write_report
 from fine_tuning.evaluation.scoring import Reply
 from fine_tuning.evaluation.side_by_side import side_by_side
 from fine_tuning.evaluation.slices import slices
-from fine_tuning.records import write_json
+from fine_tuning.records import read_json, write_json
 from tests.evaluation_suite import MODULES, SETTINGS
 
 INTERVALS = IntervalSettings(draws=200, confidence=0.95, seed=0)
@@ -100,13 +102,32 @@ def result():
 
 
 @pytest.fixture
-def page(result, tmp_path):
+def prepared(tmp_path):
+    """metrics/prepare.json as the stage writes it."""
+    tallies = {split: Tally() for split in SPLITS}
+    tallies["train"].totals.update(conversations=481, tokens=29976, lost_reply_tokens=70)
+    left_out = {"max_sample_tokens": 259, "overlaps_test": 3}
+    write_json(tmp_path / "metrics/prepare.json", statistics(tallies, left_out, 1000, {"max_sample_tokens": 240}))
+    return read_json(tmp_path / "metrics/prepare.json")
+
+
+LEFT_OUT = (
+    "481 conversations with 29,976 tokens are trained on",
+    "259 left out (24.0% of the text): prepare.max_sample_tokens",
+    "3 left out (0.0% of the text): overlaps test",
+    "70 tokens of replies are not used: their turns alone exceed chat.max_length",
+)
+
+
+@pytest.fixture
+def page(result, prepared, tmp_path):
     records, comparison, evaluation = result
     reply = {"text": EVIL, "finished": False}
     metrics = [load_metric(name, MODULES) for name in SETTINGS.metrics]
     prompts = [{"prompt": EVIL, "replies": {"base": reply, "candidate": reply}}]
     where = slices(records, metrics, INTERVALS)
-    write_report(tmp_path / "report.html", Findings(comparison, evaluation, records, prompts, where))
+    found = Findings(comparison, evaluation, records, prompts, where, preparation=prepared)
+    write_report(tmp_path / "report.html", found)
     return (tmp_path / "report.html").read_text()
 
 
@@ -135,6 +156,16 @@ def test_the_report_shows_what_was_kept_of_general_knowledge_and_whether_replies
     assert "of 11 golden ones lost 0" in page
     assert "general text, nats a byte against the base: 0.845 against 0.855" in page
     assert "10.5 against 7.6, 2.9 [2.9, 2.9], 12 different" in page
+
+
+def test_report_and_summary_say_how_much_was_left_out_and_why(page, result, prepared, tmp_path, monkeypatch, capsys):
+    assert all(f"<li>{words}</li>" in page for words in LEFT_OUT)
+    monkeypatch.chdir(tmp_path)
+    write_json("metrics/comparison.json", result[1])
+    write_json("metrics/evaluation.json", result[2])
+    summary.summary(None)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in LEFT_OUT)
 
 
 def test_the_page_side_by_side_keeps_replies_as_they_are():

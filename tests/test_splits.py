@@ -1,21 +1,45 @@
 """Splits are sticky: whatever arrives and goes, a conversation stays where it was dealt."""
 
+import random
+import subprocess
 from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from fine_tuning.data_preparation.splits import (
-    LEFT_OUT,
-    SPLITS,
-    Fractions,
-    Member,
-    assign_splits,
-    salted_fraction,
-)
+from fine_tuning.data_preparation.catalogue import Catalogue, HeldConversations
+from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, LEFT_OUT, SPLITS, Fractions, Ledger
+from fine_tuning.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 TENTHS = Fractions(validation=0.1, test=0.1)
+
+
+class Member(NamedTuple):
+    """A conversation and the cluster that it is in."""
+
+    id: str
+    cluster: str
+    started_at: str | None = None
+
+    @property
+    def conversation(self) -> dict:
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        return {"id": self.id, "started_at": self.started_at, "messages": messages}
+
+
+def assign_splits(members: list[Member], dealt: dict[str, str], fractions: Fractions, salt: str) -> dict[str, str]:
+    """Split of every member as `prepare` deals them: by the catalogue."""
+    with Catalogue() as catalogue:
+        catalogue.note(HeldConversations(member.conversation for member in members).look(0, "all"))
+        clusters = ((member.id, member.cluster) for member in members)
+        catalogue.deal(clusters, dealt.items(), fractions, salt)
+        splits = dict(catalogue.dealt())
+    return {member.id: splits[member.id] for member in members}
 
 
 def alone(*ids: str) -> list[Member]:
@@ -41,7 +65,40 @@ def test_the_order_of_arrival_does_not_matter_to_a_deal():
 def test_another_salt_deals_otherwise():
     members = numbered(200)
     assert assign_splits(members, {}, TENTHS, "a") != assign_splits(members, {}, TENTHS, "b")
-    assert salted_fraction("a", "x") == salted_fraction("a", "x") != salted_fraction("b", "x")
+
+
+@pytest.mark.parametrize(("conversations", "held_out"), [(200, 40), (400, 80), (800, 100), (3000, 300)])
+def test_a_fifth_is_held_out_until_a_hundred_clusters_are(conversations, held_out):
+    """200 and 400: a fifth; 800: a tenth is 80, so it is topped up to 100; 3,000: a tenth."""
+    counts = Counter(assign_splits(numbered(conversations), {}, TENTHS, "salt").values())
+    assert counts["test"] == pytest.approx(held_out, rel=0.25)
+    assert conversations != 800 or counts["test"] == ENOUGH_TEST_CLUSTERS
+    assert counts["validation"] == pytest.approx(conversations / 10, rel=0.35)
+
+
+def test_newcomers_are_held_out_more_while_the_ledger_holds_out_too_few():
+    first = assign_splits(numbered(300), {}, TENTHS, "s")
+    later = assign_splits(numbered(600), first, TENTHS, "s")
+    assert {key: later[key] for key in first} == first
+    newcomers = Counter(split for key, split in later.items() if key not in first)
+    held_out = Counter(first.values())["test"]
+    assert newcomers["test"] == min(ENOUGH_TEST_CLUSTERS, held_out + newcomers["test"]) - held_out > 300 * 0.11
+    enough = {f"t{n}": "test" for n in range(ENOUGH_TEST_CLUSTERS)} | first
+    many = assign_splits([*numbered(900), *alone(*(f"t{n}" for n in range(ENOUGH_TEST_CLUSTERS)))], enough, TENTHS, "s")
+    assert sum(many[f"c{n}"] == "test" for n in range(300, 900)) == pytest.approx(60, rel=0.4)
+
+
+def test_what_is_held_out_more_does_not_depend_on_the_order():
+    members = numbered(300) + [Member(f"d{n}", f"c{n}") for n in range(300)]
+    shuffled = members.copy()
+    random.Random(0).shuffle(shuffled)
+    assert assign_splits(members, {}, TENTHS, "s") == assign_splits(shuffled, {}, TENTHS, "s")
+
+
+def test_no_test_split_stays_none_and_a_date_decides_alone():
+    assert "test" not in assign_splits(numbered(300), {}, Fractions(0.1, 0.0), "s").values()
+    old = [Member(f"c{n}", f"c{n}", "2026-01-01") for n in range(300)]
+    assert "test" not in assign_splits(old, {}, Fractions(0.1, 0.1, "2026-02-01"), "s").values()
 
 
 def test_near_duplicates_share_a_split():
@@ -185,3 +242,71 @@ class Arrivals(RuleBasedStateMachine):
 
 TestArrivals = Arrivals.TestCase
 TestArrivals.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_knows_what_was_appended_and_holds_no_id(tmp_path):
+    path = tmp_path / "splits.txt"
+    dealt = {f"conversation {n} of zoe": split for n, split in enumerate([*SPLITS, LEFT_OUT] * 5)}
+    assert Ledger(path, "s").append(dealt.items()) == 20
+    assert dict(Ledger(path, "s").find([*dealt, "unknown"])) == dealt
+    text = path.read_text()
+    assert "zoe" not in text and all(len(line) <= 26 for line in text.splitlines())
+    assert Ledger(path, "s").append(dealt.items()) == 0 and path.read_text() == text
+    assert Ledger(path, "s").append([("new", "test")]) == 1 and path.read_text().startswith(text)
+
+
+def test_another_salt_knows_nothing_and_does_not_disturb(tmp_path):
+    path = tmp_path / "splits.txt"
+    Ledger(path, "s").append([("a", "test")])
+    assert dict(Ledger(path, "other").find(["a"])) == {}
+    Ledger(path, "other").append([("a", "train")])
+    assert dict(Ledger(path, "s").find(["a"])) == {"a": "test"}
+    assert dict(Ledger(path, "other").find(["a"])) == {"a": "train"}
+
+
+def test_branches_that_dealt_the_same_conversation_are_merged_to_the_stricter_split(tmp_path):
+    def git(*command: str) -> None:
+        identity = ("-c", "user.name=T", "-c", "user.email=t@example.org")
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    path = tmp_path / "data/splits.txt"
+    git("init", "-q", "-b", "main")
+    attributes = (ROOT / ".gitattributes").read_text()
+    (tmp_path / ".gitattributes").write_text(attributes)
+    Ledger(path, "s").append([("old", "train")])
+    git("add", "-A")
+    git("commit", "-qm", "before")
+    pairs = [("train", "test"), ("validation", "train"), ("test", "validation"), ("test", LEFT_OUT), ("train", "train")]
+    git("checkout", "-qb", "theirs")
+    Ledger(path, "s").append([(f"c{n}", theirs) for n, (_, theirs) in enumerate(pairs)])
+    git("commit", "-qam", "theirs")
+    git("checkout", "-q", "main")
+    Ledger(path, "s").append([(f"c{n}", ours) for n, (ours, _) in enumerate(pairs)])
+    git("commit", "-qam", "ours")
+    git("merge", "-q", "theirs", "-m", "both")
+    found = dict(Ledger(path, "s").find(["old", *(f"c{n}" for n in range(5))]))
+    assert list(found.values()) == ["train", "test", "validation", "test", LEFT_OUT, "train"]
+
+
+def test_git_takes_the_ledger_in():
+    assert subprocess.run(["git", "check-ignore", "-q", "data/splits.txt"], cwd=ROOT).returncode == 1
+
+
+def test_what_is_forgotten_leaves_the_ledger(tmp_path):
+    path = tmp_path / "splits.txt"
+    Ledger(path, "s").append([("a", "test"), ("b", "train")])
+    assert Ledger(path, "s").forget(["a", "unknown"]) == 1
+    assert dict(Ledger(path, "s").find(["a", "b"])) == {"b": "train"}
+
+
+@pytest.mark.parametrize("line", ["<<<<<<< HEAD", "0123 somewhere", "f" * 30 + " test", "{}"])
+def test_a_damaged_ledger_is_one_line(tmp_path, line):
+    path = tmp_path / "splits.txt"
+    Ledger(path, "s").append([("a", "test")])
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"line 2 of .*splits.txt is damaged: `git checkout"):
+        Ledger(path, "s")

@@ -1,5 +1,6 @@
 """Rendering and encoding: the ids that a server computes, labels on replies alone, control tokens unforged."""
 
+import copy
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from fine_tuning.data_preparation.tokenizer import (
     comparison_table,
     encode_conversation,
     encode_prompt,
+    encode_windows,
     end_of_turn_ids,
     load_tokenizer,
     render,
@@ -497,3 +499,101 @@ def test_what_is_no_conversation_or_text_is_one_line(tiny_base, odd):
         utils.measure([odd])
     with pytest.raises(UserError, match="is no text"):
         utils.count(None)
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def said(turns: int, *lengths: int) -> list[dict]:
+    """So many exchanges of numbered words; `lengths` are the words of each reply, over and over."""
+    messages = []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"question {turn} please"})
+        words = " ".join(f"reply {turn} word {n}" for n in range(lengths[turn % len(lengths)]))
+        messages.append({"role": "assistant", "content": words})
+    return messages
+
+
+def replies_in(tokenizer, encoded) -> list[str]:
+    labels = [label for label in encoded.labels if label != NOT_TRAINED]
+    return [text.strip() for text in tokenizer.decode(labels).split("<|im_end|>") if text.strip()]
+
+
+@pytest.mark.parametrize("lengths", [(3,), (1, 6, 3), (7, 2)])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("first", [[], [{"role": "system", "content": "Its own system prompt."}]])
+def test_each_reply_is_trained_in_one_window_after_as_much_as_fits(tiny, lengths, system, first):
+    messages = [*first, *said(30, *lengths)]
+    windows = encode_windows(tiny, messages, system, 200)
+    assert windows.lost_turns == windows.lost_tokens == 0 and len(windows.encoded) > 2
+    whole = encode_conversation(tiny, messages, system, 10**6)
+    found = [reply for window in windows.encoded for reply in replies_in(tiny, window)]
+    assert found == replies_in(tiny, whole)
+    for window in windows.encoded:
+        assert len(window.input_ids) <= 200 and window.cut_tokens == 0
+        assert [m["role"] for m in window.messages[:2]] == [m["role"] for m in whole.messages[:2]]
+        assert window.messages[0] == whole.messages[0] or window.messages[0]["role"] == "user"
+        # No earlier turn would have fitted in front, and a later window leaves half of itself to what came before.
+        begin = len(first) + window.dropped_messages
+        if begin > len(first):
+            more = [*first, *messages[begin - 2 : begin + len([m for m in window.messages if m["role"] != "system"])]]
+            assert len(encode_conversation(tiny, more, system, 10**6).input_ids) > 200
+            new = replies_in(tiny, window)
+            own = [m for m in window.messages if m["role"] != "system"][-2 * len(new) :]
+            assert len(new) == 1 or len(encode_conversation(tiny, [*first, *own], system, 999).input_ids) <= 100
+
+
+def test_a_conversation_that_fits_is_one_window_with_the_same_tokens(tiny):
+    messages = said(4, 3)
+    for trained in (None, [False, True] * 3 + [False, False]):
+        whole = encode_conversation(tiny, messages, "Be brief.", 512, trained)
+        assert encode_windows(tiny, messages, "Be brief.", 512, trained) == ([whole], 0, 0)
+
+
+def test_no_window_reaches_across_a_gap(tiny):
+    messages = said(6, 3)
+    messages[6]["gap"] = True
+    first, second = encode_windows(tiny, messages, None, 512).encoded
+    assert first.input_ids == encode_conversation(tiny, messages[:6], None, 512).input_ids
+    assert second.input_ids == encode_conversation(tiny, messages[6:], None, 512).input_ids
+    messages[2]["gap"] = True
+    assert len(encode_windows(tiny, messages, None, 512).encoded) == 3
+
+
+def test_turns_that_no_window_holds_are_counted(tiny):
+    messages = said(5, 3)
+    messages[4]["content"] = "question " * 300
+    messages[7]["content"] = "reply " * 300
+    windows = encode_windows(tiny, messages, None, 100)
+    assert windows.lost_turns == 1
+    whole = encode_conversation(tiny, messages, None, 10**6)
+    assert sum(window.trained_tokens for window in windows.encoded) + windows.lost_tokens == whole.trained_tokens
+    (cut,) = [window for window in windows.encoded if window.cut_tokens]
+    assert len(cut.input_ids) == 100
+    assert [m["content"] for m in cut.messages[-2:]] == ["question 3 please", "reply " * 300]
+    assert encode_windows(tiny, messages[4:6], None, 100).encoded == []
+
+
+def test_turns_without_a_trained_reply_are_context_only(tiny):
+    messages = said(20, 3)
+    trained = [False] * 40
+    trained[1] = trained[31] = True
+    windows = encode_windows(tiny, messages, None, 120, trained)
+    assert [replies_in(tiny, w) for w in windows.encoded] == [[messages[1]["content"]], [messages[31]["content"]]]
+    assert [m["content"] for m in windows.encoded[0].messages if m["role"] != "system"] == [
+        m["content"] for m in messages[:2]
+    ]
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_still_fits(tiny):
+    """Lengths do not add up where the last turn is written longer than those before."""
+    other = copy.deepcopy(tiny)
+    other.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.index0 >= messages | length - 2 %}here and now {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = said(20, 4, 1)
+    windows = encode_windows(other, messages, None, 150)
+    assert all(len(window.input_ids) <= 150 for window in windows.encoded) and windows.lost_tokens == 0
+    assert [r for w in windows.encoded for r in replies_in(other, w)][-1].endswith(messages[-1]["content"])

@@ -315,21 +315,6 @@ def test_early_stopping_keeps_the_best_adapter(tiny_base, tmp_path):
     assert result.validation_loss == pytest.approx(min(losses), abs=1e-6)
 
 
-def test_time_that_is_over_before_anything_was_measured_keeps_the_last_adapter(tiny_base, tmp_path):
-    limits = {"max_minutes": 1e-6, "early_stopping_patience": 2, "validations": 1}
-    result = train(tiny_base, tmp_path / "a", tmp_path / "ck", **limits)
-    assert result.steps == 1
-    assert (tmp_path / "a/adapter_model.safetensors").is_file()
-
-
-def test_minutes_before_an_interruption_count(tiny_base, tmp_path):
-    train(tiny_base, tmp_path / "a", tmp_path / "ck", max_minutes=60.0, checkpoint_steps=1, max_steps=2)
-    (tmp_path / "ck/checkpoint-2").rename(tmp_path / "last")
-    (tmp_path / "ck/checkpoint-1/seconds.txt").write_text("3600")
-    result = train(tiny_base, tmp_path / "a", tmp_path / "ck", max_minutes=60.0, checkpoint_steps=1, epochs=9.0)
-    assert result.steps == 2
-
-
 def test_an_adapter_can_be_gone_on_from(tiny_base, tmp_path):
     from fine_tuning.training.lora_trainer import train_adapter
 

@@ -23,7 +23,8 @@ INBOX = Path("inbox")
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 FORGOTTEN = Path("data/forgotten.jsonl")
-LEDGER = Path("data/splits/ledger.jsonl")
+LEDGER = Path("data/splits.txt")
+OLD_LEDGER = Path("data/splits/ledger.jsonl")  # where it was before it came into git, until `prepare` takes it over
 SCRATCH = Path(".whetstone")
 JOURNAL = SCRATCH / "forget.json"
 TITLES = SCRATCH / "titles.json"
@@ -162,12 +163,16 @@ def clear_data(work: Work) -> None:
     """Shards, manifest and ledger, while no pipeline runs."""
     from fine_tuning.commands.conversations import pipeline_stands_still, track
     from fine_tuning.data_collection.erasure import clear_lines, clear_shards
+    from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+    from fine_tuning.data_preparation.splits import Ledger
+    from fine_tuning.settings import read_params
 
     with pipeline_stands_still() as repo:
         shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
         if CONVERSATIONS.is_dir():
             track(repo)
-        clear_lines(LEDGER, work.found)
+        clear_lines(OLD_LEDGER, work.found)
+        Ledger(LEDGER, read_params("prepare", PrepareSettings).salt).forget(work.found.ids)
     work.say(f"shards: {shards} written anew without it")
 
 

@@ -57,7 +57,8 @@ def learning_curve(arguments: argparse.Namespace) -> None:
         folder = scratch / "learning_curve" / key
 
         def compute() -> list:
-            print(f"learning-curve: training on {len(chosen)} of {len(rows)} conversations", flush=True)
+            count, every = (len({row.id for row in some}) for some in (chosen, rows))
+            print(f"learning-curve: training on {count} of {every} conversations", flush=True)
             name = base["model"]
             train_adapter(BASE, name, chosen, validation, settings, folder / "adapter", folder / "checkpoints")
             scores = score_adapter(BASE, folder / "adapter", items, evaluate.batch_tokens, evaluate.threads)

@@ -269,7 +269,7 @@ def split_members() -> dict[str, list[str]]:
         file = locate(Path.cwd(), stages, PREPARED / f"{split}.parquet")
         if file is None:
             raise UserError(f"{PREPARED / split}.parquet is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
-        members[split] = pyarrow.parquet.read_table(file, columns=["id"])["id"].to_pylist()
+        members[split] = pyarrow.parquet.read_table(file, columns=["id"])["id"].unique().to_pylist()
     return members
 
 

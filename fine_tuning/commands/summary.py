@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.data_preparation.tally import in_words
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_json
 
+PREPARED = Path("metrics/prepare.json")
 EVALUATION = Path("metrics/evaluation.json")
 COMPARISON = Path("metrics/comparison.json")
 MODELFILE = Path("models/package/Modelfile")
@@ -39,6 +41,8 @@ def summary(arguments: argparse.Namespace) -> None:
     for row in comparison.get("cheaper_roads", {}).values():
         value, metric = with_interval(row, "difference", "+"), comparison["primary"]["metric"]
         console.print(f"{row['what']}: {metric} {row['rival']:.3g}, candidate {value} on {row['n']}", markup=False)
+    for line in in_words(read_json(PREPARED) if PREPARED.is_file() else {}):
+        console.print(line, markup=False)
     console.print(f"Verdict: [bold {colour}]{verdict}[/]")
     for reason in comparison["reasons"]:
         console.print(f"  - {reason}", markup=False)

@@ -9,6 +9,8 @@ finished: it is not trained on), "weight": 0 (OpenAI's: context only, not traine
 "reasoning" (its thoughts, which are not trained on) and "alternatives" (other replies to the same question, whole
 messages). A feedback entry with "over" prefers its message to the alternatives of those ids.
 
+A message with "gap": true followed something that was taken out: nothing before it may be shown as its context.
+
 A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
 no more.
 """

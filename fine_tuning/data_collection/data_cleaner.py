@@ -1,11 +1,13 @@
 """Cleaning of one conversation, and of lists of them: repair, mask, filter, deduplicate, each drop with its reason.
 
-Order: roles → characters, encoding, control tokens and white space → personal data → lengths and content → exact
-duplicates. `shard_cleaner` does the same over files, with near-duplicates.
+Order: roles → characters, encoding, control tokens and white space → personal data → exchanges with an empty, too short
+or too long message, which go alone → content → exact duplicates. `shard_cleaner` does the same over files, with
+near-duplicates.
 """
 
 import copy
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -26,10 +28,11 @@ from fine_tuning.data_collection.filters import (
     Drop,
     FilterSettings,
     check_content,
-    check_lengths,
     check_roles,
+    check_turns,
     inappropriate,
     trim_end,
+    without_unusable,
 )
 from fine_tuning.data_collection.people import MODEL, PeopleSettings, people_finder
 from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold, without_overlaps
@@ -37,7 +40,7 @@ from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
 from fine_tuning.errors import UserError
 from fine_tuning.settings import parse_settings
 
-MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight")
+MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight", "gap")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")
 
 
@@ -70,7 +73,7 @@ def default_settings(**filters: Any) -> CleanSettings:
         "min_length": 1,
         "max_length": 8000,
         "min_turns": 2,
-        "max_turns": 200,
+        "max_turns": None,
         "max_repetition": 4.5,
         "max_special_characters": 0.4,
         "languages": [],
@@ -96,22 +99,24 @@ def default_settings(**filters: Any) -> CleanSettings:
 
 
 class Cleaned(NamedTuple):
-    """What became of one conversation: its cleaned form, or the reason of the drop; and what was masked in it.
+    """Result of cleaning one conversation: the cleaned record or the reason of the drop, and masked values by type.
 
-    `flagged`: names, addresses and dates of birth that stay in its text, by type (clean.people: flag).
+    `flagged`: names, addresses and dates of birth that stay in its text, by type (clean.people: flag). `gone`: the
+    number of exchanges that were taken out of it.
     """
 
     conversation: dict | None
     drop: Drop | None
     masked: dict[str, int]
     flagged: Mapping[str, int] = MappingProxyType({})
+    gone: int = 0
 
 
 class DataCleaner:
     """Cleans texts and conversations.
 
     Args:
-        min_length, max_length: characters that every user and assistant message must have.
+        min_length, max_length: characters that every user and assistant message must have; see `without_unusable`.
         settings: everything else; the two lengths win over it where they are given.
         control_tokens: what the base model's tokenizer reads as commands.
 
@@ -175,11 +180,11 @@ class DataCleaner:
         masker.reserve(texts)
         if may_hold(texts):
             _mask(messages, feedback, masker)
-        filters = self.settings.filters
-        if record.get("restored"):
-            drop = None if all(message["content"] for message in messages) else Drop("empty_message", 0)
-        else:
-            drop = check_lengths(messages, filters) or check_content(messages, filters)
+        filters, restored = self.settings.filters, record.get("restored")
+        limits = (1, math.inf) if restored else (filters.min_length, filters.max_length)
+        messages, drop, gone = without_unusable(messages, *limits)
+        if any(message["role"] == "assistant" for message in messages):
+            drop = None if restored else check_turns(messages, filters) or check_content(messages, filters)
         if drop:
             return Cleaned(None, drop, masker.counts)
         ids = {message.get("id") for message in messages}
@@ -199,7 +204,7 @@ class DataCleaner:
             "feedback": [entry for entry in feedback if entry.get("message_id") in ids],
             "metadata": metadata,
         }
-        return Cleaned(conversation, None, masker.counts, flagged)
+        return Cleaned(conversation, None, masker.counts, flagged, gone)
 
     def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
         """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""

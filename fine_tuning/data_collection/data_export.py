@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -102,9 +103,10 @@ class DataExporter:
             for record in each_record(conversations):
                 conversation = as_conversation(record)
                 sound = is_sound(conversation)
-                final = with_edits(conversation) if sound else conversation
+                final = unbroken(with_edits(conversation)) if sound else []
                 for name, write in writers.items():
-                    taken = sound and write(conversation if name == "json" else final)
+                    parts = [conversation] if sound and name == "json" else final
+                    taken = any([write(part) for part in parts])
                     self.counts[name]["exported" if taken else "skipped"] += 1
         return paths
 
@@ -128,6 +130,19 @@ class DataExporter:
             _CONTAINERS[name](file) as write,
         ):
             yield write
+
+
+def unbroken(conversation: dict) -> list[dict]:
+    """The parts between gaps as conversations of their own, ID, ID#1 and so on: only the json format tells of gaps."""
+    messages = conversation["messages"]
+    gaps = [number for number, message in enumerate(messages) if message.get("gap")]
+    if not gaps:
+        return [conversation]
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    ends = [len(head), *gaps, len(messages)]
+    parts = [messages[start:end] for start, end in pairwise(ends) if start < end]
+    names = [f"{conversation['id']}#{number}" if number else conversation["id"] for number in range(len(parts))]
+    return [conversation | {"id": name, "messages": head + part} for name, part in zip(names, parts, strict=True)]
 
 
 def with_edits(conversation: dict) -> dict:

@@ -22,7 +22,7 @@ class FilterSettings(Settings):
     min_length: int = Field(ge=0)
     max_length: int = Field(ge=1)
     min_turns: int = Field(ge=0)
-    max_turns: int = Field(ge=2)
+    max_turns: int | None = Field(ge=2)
     max_repetition: float = Field(gt=0)
     max_special_characters: float = Field(ge=0, le=1)
     languages: list[str]
@@ -77,21 +77,49 @@ def trim_end(messages: list[dict]) -> list[dict]:
     return messages[: last + 1] if last >= 0 else messages
 
 
-def check_lengths(messages: list[dict], settings: FilterSettings) -> Drop | None:
-    """Characters of every user and assistant message, and the number of their turns."""
-    turns = [m for m in messages if m["role"] in ("user", "assistant")]
-    for message in turns:
-        length = len(message["content"])
+def without_unusable(messages: list[dict], shortest: int, longest: float) -> tuple[list[dict], Drop | None, int]:
+    """The conversation without exchanges in which a message of user or assistant is empty, too short or too long.
+
+    An exchange is a user message with all up to the next one. Of the messages that stay, one that followed an exchange
+    that went bears "gap": true.
+
+    Args:
+        shortest, longest: characters.
+
+    Returns:
+        (messages, why the first exchange went or None, how many went)
+    """
+    kept, drop, gone, gap = [], None, 0, False
+    head = int(messages[0]["role"] == "system")
+    starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    for start, end in pairwise([*starts, len(messages)]):
+        exchange = messages[start:end]
+        if problem := _length_problem(exchange, shortest, longest):
+            drop, gone, gap = drop or problem, gone + 1, True
+        else:
+            kept += [exchange[0] | {"gap": True}, *exchange[1:]] if gap else exchange
+            gap = False
+    return messages[:head] + kept, drop, gone
+
+
+def _length_problem(messages: list[dict], shortest: int, longest: float) -> Drop | None:
+    for length in (len(m["content"]) for m in messages if m["role"] in ("user", "assistant")):
         if length == 0:
             return Drop("empty_message", 0)
-        if length < settings.min_length:
+        if length < shortest:
             return Drop("too_short", length)
-        if length > settings.max_length:
+        if length > longest:
             return Drop("too_long", length)
-    if len(turns) < settings.min_turns:
-        return Drop("too_few_turns", len(turns))
-    if len(turns) > settings.max_turns:
-        return Drop("too_many_turns", len(turns))
+    return None
+
+
+def check_turns(messages: list[dict], settings: FilterSettings) -> Drop | None:
+    """The number of messages of user and assistant."""
+    turns = sum(message["role"] in ("user", "assistant") for message in messages)
+    if turns < settings.min_turns:
+        return Drop("too_few_turns", turns)
+    if settings.max_turns is not None and turns > settings.max_turns:
+        return Drop("too_many_turns", turns)
     return None
 
 

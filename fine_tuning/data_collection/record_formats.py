@@ -166,7 +166,8 @@ def _own(record: dict) -> Found:
 
 def _own_message(original: dict) -> dict:
     message = _message(original, original.get("role"), original.get("content"))
-    message |= {key: original[key] for key in ("id", "at", "version", "incomplete", "reasoning") if original.get(key)}
+    kept = ("id", "at", "version", "incomplete", "reasoning", "gap")
+    message |= {key: original[key] for key in kept if original.get(key)}
     others = original.get("alternatives")
     if isinstance(others, list) and others:
         message["alternatives"] = [_own_message(other) for other in others if isinstance(other, dict)]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ PIECE_BYTES = 64 << 20
 BATCH = 256
 MERGED = "merged-"  # begins the names of folders of the second pass
 MAX_LINE_BYTES = 64 << 20
+SAYS_SOMETHING = 12  # words, or letters of scripts without spaces; as prepare.decontamination_words counts them
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
 MODULES = (
     "account_numbers",
     "net_addresses",
@@ -83,7 +86,8 @@ def clean_shards(
         progress: called with pieces done and pieces in all.
 
     Returns:
-        Counts: conversations seen and kept, drops by reason, values masked and (if any) flagged by type, clusters.
+        Counts: conversations seen and kept, drops by reason, exchanges that went alone, values masked and (if any)
+        flagged by type, clusters and the sizes of the largest.
     """
     common = _common(settings, control_tokens)
     pieces = list(_pieces(shards, common, piece_bytes))
@@ -229,6 +233,8 @@ def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[
         "question": _question_key(conversation),
         "reply": _short_digest(conversation["messages"][-1]["content"]),
     }
+    if cleaned.gone:
+        entry["gone"] = cleaned.gone
     if record.get("restored"):
         entry["restored"] = True
     metadata = record.get("metadata")
@@ -284,16 +290,20 @@ def _spoken(conversation: dict) -> Iterator[str]:
     return (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
 
 
-def _question_key(conversation: dict) -> str | None:
+def _question_key(conversation: dict) -> str:
     """Conversations that begin with the same question belong together, or the answer to a test question is trained.
 
-    A greeting of one or two words ties only conversations that go no further.
+    Where a conversation goes on, what its user says next is part of the key: at least the second message, and more
+    until SAYS_SOMETHING words are said. So whoever always begins with "hi, can you help me?" is tied by what comes
+    then. What conversations share that only begin alike, decontamination finds where it is as many words in a row.
     """
-    turns = [m for m in conversation["messages"] if m["role"] == "user"]
-    words = near_duplicates.words_of(turns[0]["content"])
-    if len(words) < 3 and len(turns) > 1:
-        return None
-    return _short_digest(" ".join(words) or turns[0]["content"])
+    words: list[str] = []
+    turns = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
+    for number, turn in enumerate(turns):
+        words += near_duplicates.words_of(turn)
+        if number and len(words) + len(_UNSPACED.findall(" ".join(words))) >= SAYS_SOMETHING:
+            break
+    return _short_digest(" ".join(words) or turns[0])
 
 
 def _short_digest(text: str) -> str:

@@ -3,7 +3,7 @@
 It decides over the index of what was cleaned piece by piece, in order. Tables, signatures and what was written live in
 a folder that stays. When more pieces come behind those that it covers, and nothing in them supersedes or outranks what
 was decided, the next run goes on from there; otherwise it begins anew. The result is the same. Memory does not grow
-with the number of conversations, but for five bytes each.
+with the number of conversations, but for eight bytes each.
 """
 
 import fcntl
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from heapq import nlargest
 from io import FileIO
 from itertools import groupby, islice
 from operator import attrgetter
@@ -30,6 +31,7 @@ from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Cluster
 from fine_tuning.records import read_json, replacing, write_json
 
 BATCH = 256  # conversations that are decided at a time
+LARGEST = 5  # clusters whose sizes are told
 
 
 class CleanPiece(NamedTuple):
@@ -53,7 +55,8 @@ def merge(pieces: list[CleanPiece], folder: Path, output: Path, settings: CleanS
         folder: of earlier results with the same code and settings; whoever finds it in use works without it.
 
     Returns:
-        Counts: conversations seen and kept, drops by reason, masked values by type, clusters.
+        Counts: conversations seen and kept, drops by reason, exchanges that went alone, masked values by type,
+        clusters and the sizes of the largest.
     """
     with _alone(folder) as folder:
         merge = _Merge(folder, settings)
@@ -64,13 +67,14 @@ def merge(pieces: list[CleanPiece], folder: Path, output: Path, settings: CleanS
             merge.note(pieces)
         merge.decide(pieces[merge.covered :])
         output.mkdir(parents=True, exist_ok=True)
-        clusters = merge.write(output)
+        sizes = merge.write(output)
         merge.close()
         if settings.max_user_share >= 1:
             merge.save(pieces)
         else:  # a share of all has to be decided anew with every newcomer
             _empty(folder)
-    return merge.counts() | {"clusters": clusters}
+    largest = [size for size in nlargest(LARGEST, sizes) if size > 1]
+    return merge.counts() | {"clusters": len(sizes) - sizes.count(0), "largest_clusters": largest}
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +142,9 @@ class _Merge:
             _empty(folder)
             (folder / "kept").mkdir()
         self._covered: list[list[str]] = known.get("pieces", [])
-        self.seen, self.kept, self._candidates = (known.get(name, 0) for name in ("seen", "kept", "candidates"))
+        self.seen, self.kept, self.gone, self._candidates = (
+            known.get(name, 0) for name in ("seen", "kept", "exchanges_dropped", "candidates")
+        )
         self.reasons, self.masked, self.flagged = (
             Counter(known.get(name, {})) for name in ("reasons", "masked", "flagged")
         )
@@ -175,12 +181,16 @@ class _Merge:
         return _names(pieces[: self.covered]) == self._covered
 
     def counts(self) -> dict[str, Any]:
-        """What was seen, kept, dropped and masked, and flagged if anything was."""
+        """What was seen, kept, dropped and masked, and flagged if anything was.
+
+        `exchanges_dropped` are those that kept conversations lost.
+        """
         counts = {
             "seen": self.seen,
             "kept": self.kept,
             "dropped": self.seen - self.kept,
             "reasons": dict(sorted(self.reasons.items())),
+            "exchanges_dropped": self.gone,
             "masked": dict(sorted(self.masked.items())),
         }
         return counts | ({"flagged": dict(sorted(self.flagged.items()))} if self.flagged else {})
@@ -268,6 +278,7 @@ class _Merge:
                     self.seen += 1
                     if reason is None:
                         self.kept += 1
+                        self.gone += entry.get("gone", 0)
                         said = judged.get(entry["content"][-1], {}) if judged else {}
                         others = [said[row] for row in said if row != self.seen - 1]
                         keep(to_line(add_judgements(from_line(text), others)) if others else text)
@@ -347,21 +358,25 @@ class _Merge:
 
     # writing
 
-    def write(self, output: Path) -> int:
-        """Write what stays of each shard, what was rejected and the clusters; returns how many clusters there are."""
+    def write(self, output: Path) -> array:
+        """Write what stays of each shard, what was rejected and the clusters; returns as `_write_clusters`."""
         kept = {path.name: path for path in (self._folder / "kept").iterdir()}
         written = kept | {"rejected.jsonl": self._folder / "rejected.jsonl"}
         for name, path in written.items():
             with open(path, "rb") as source, replacing(output / name) as file:
                 shutil.copyfileobj(source, file, 1 << 20)
         with replacing(output / "clusters.jsonl") as file:
-            clusters = self._write_clusters(file.write)
+            sizes = self._write_clusters(file.write)
         for stale in {*output.glob("*.jsonl")} - {output / name for name in (*written, "clusters.jsonl")}:
             stale.unlink()
-        return clusters
+        return sizes
 
-    def _write_clusters(self, write: Callable[[bytes], Any]) -> int:
-        """Write {"id", "cluster"} of every kept conversation; a cluster is named after its oldest conversation."""
+    def _write_clusters(self, write: Callable[[bytes], Any]) -> array:
+        """Write {"id", "cluster"} of every kept conversation; a cluster is named after its oldest conversation.
+
+        Returns:
+            Kept conversations of each cluster, at the place of its first row; 0 elsewhere.
+        """
         database = self._database
         database.execute("CREATE TEMP TABLE oldest (root INTEGER PRIMARY KEY, started_at TEXT, id TEXT)")
         database.create_function("root", 1, self._clusters.cluster)
@@ -370,13 +385,13 @@ class _Merge:
             "SET started_at = excluded.started_at, id = excluded.id "
             "WHERE (excluded.started_at, excluded.id) < (oldest.started_at, oldest.id)"
         )
-        roots = bytearray(self._candidates)
+        sizes = array("I", bytes(4 * self._candidates))
         for identity, oldest, root in database.execute(
             "SELECT member.id, oldest.id, root FROM member JOIN oldest ON root = root(row) WHERE kept ORDER BY row"
         ):
-            roots[root] = 1
+            sizes[root] += 1
             write(to_line({"id": identity, "cluster": oldest}))
-        return sum(roots)
+        return sizes
 
 
 def _open_database(path: Path) -> sqlite3.Connection:

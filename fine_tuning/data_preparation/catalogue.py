@@ -22,12 +22,12 @@ PART_BYTES = 16 << 20
 _LOOK, _CLUSTER, _SPLIT, _TWIN, _HANDED_DOWN = range(5)  # what is told of a conversation
 _FIRST = itemgetter(0)
 
-# id, part, place, date, is of the sample, problem, may be trained on, may be held out
-Look = tuple[str, int, int, str, bool, str | None, bool, bool]
+# id, part, place, date, is of the sample, problem, may be trained on, may be held out, characters
+Look = tuple[str, int, int, str, bool, str | None, bool, bool, int]
 
 
 class Row(NamedTuple):
-    """A conversation that was dealt to a split: its turn in it, where it stands, and its cluster."""
+    """A conversation that was dealt to a split: its turn in it, where it stands, its cluster and how long it is."""
 
     sample: bool
     turn: float
@@ -35,6 +35,7 @@ class Row(NamedTuple):
     part: int
     place: int
     cluster: str
+    characters: int
 
 
 class Conversations(Protocol):
@@ -117,6 +118,7 @@ def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Loo
         # `all` and `not_disliked` take whatever may be held out.
         (holdable and train_on != "endorsed") or (sound and selects(conversation, train_on)),
         holdable,
+        sum(len(message["content"]) for message in conversation["messages"]) if sound else 0,
     )
 
 
@@ -131,6 +133,8 @@ class Catalogue:
         self._sizes: Counter[str] = Counter()
         self._left_out = self._rows()  # (id, reason)
         self._reasons: Counter[str] = Counter()
+        self.characters: Counter[str] = Counter()  # of messages: reason → of conversations that are in no split
+        self.all_characters = 0  # of every conversation of sound structure
 
     def _rows(self, key: Callable[[tuple], Any] | None = None) -> SortedRows:
         return SortedRows(self._scratch, key)
@@ -208,23 +212,24 @@ class Catalogue:
             split = split or handed_down
             problem = look[5] if look else "deleted"
             if problem is None:
+                self.all_characters += look[8]
                 members.add((identity if cluster is None else cluster, split, look))
                 continue
             if problem != "deleted":
-                self._leave_out(identity, problem)
+                self._leave_out(identity, problem, 0)
             if split:
                 self._dealt.add((identity, split))
         return members
 
     def _put(self, look: Look, cluster: str, split: str, turn: Callable[[str], float]) -> None:
-        identity, part, place, _, sample, _, trainable, holdable = look
+        identity, part, place, _, sample, _, trainable, holdable, characters = look
         self._dealt.add((identity, split))
         if split == LEFT_OUT:
-            self._leave_out(identity, "bridges_splits")
+            self._leave_out(identity, "bridges_splits", characters)
         elif not (trainable if split == "train" else holdable):
-            self._leave_out(identity, "not_endorsed")
+            self._leave_out(identity, "not_endorsed", characters)
         else:
-            self._splits[split].add((sample, turn(identity), identity, part, place, cluster))
+            self._splits[split].add((sample, turn(identity), identity, part, place, cluster, characters))
             self._sizes[split] += 1
 
     def rows(self, split: str) -> Iterator[Row]:
@@ -234,20 +239,21 @@ class Catalogue:
     def places(self, split: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
         """(part, [(place, id)]) of all that were dealt to a split, as they stand."""
         standing = self._rows()
-        for _, _, identity, part, place, _ in self._splits[split]:
+        for _, _, identity, part, place, *_ in self._splits[split]:
             standing.add((part, place, identity))
         for part, rows in groupby(standing, _FIRST):
             yield part, [(place, identity) for _, place, identity in rows]
 
-    def leave_out(self, identities: Iterable[str], split: str, reason: str) -> None:
+    def leave_out(self, rows: Iterable[Row], split: str, reason: str) -> None:
         """Count conversations that were dealt to a split as out of it; `rows` has them still."""
-        for identity in identities:
-            self._leave_out(identity, reason)
+        for row in rows:
+            self._leave_out(row.id, reason, row.characters)
             self._sizes[split] -= 1
 
-    def _leave_out(self, identity: str, reason: str) -> None:
+    def _leave_out(self, identity: str, reason: str, characters: int) -> None:
         self._left_out.add((identity, reason))
         self._reasons[reason] += 1
+        self.characters[reason] += characters
 
     def count(self, split: str) -> int:
         """Conversations that are in a split."""

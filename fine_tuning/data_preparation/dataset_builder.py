@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache, partial
 from itertools import islice
@@ -16,8 +16,8 @@ from fine_tuning.data_collection.conversation import each_record
 from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, HeldConversations, Row
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
-from fine_tuning.data_preparation.splits import SPLITS, Fractions
-from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_conversation, load_tokenizer
+from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
+from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_windows, load_tokenizer
 from fine_tuning.engine import Map
 from fine_tuning.errors import UserError
 from fine_tuning.records import replacing
@@ -41,6 +41,7 @@ class PrepareSettings(Settings):
     latest_from: date | None = Field(strict=False)
     decontamination_words: int = Field(ge=0)
     max_train_tokens: int | None = Field(ge=1)
+    max_sample_tokens: int | None = Field(ge=1)
     max_held_out_tokens: int | None = Field(ge=1)
     engine: str | None
     canaries: int = Field(ge=0)
@@ -48,7 +49,11 @@ class PrepareSettings(Settings):
 
 @dataclass
 class Example:
-    """A conversation that may be trained on. `trained[i]` says whether `messages[i]` enters the loss."""
+    """A conversation that may be trained on. `trained[i]` says whether `messages[i]` enters the loss.
+
+    One that is too long for the model is several examples, which differ in `window` and `encoded`; the first also
+    counts the turns, and the tokens of replies, that no window has room for.
+    """
 
     id: str
     source: str
@@ -56,12 +61,16 @@ class Example:
     messages: list[dict]
     trained: list[bool]
     encoded: Encoded | None = None
+    window: int = 0
+    lost_turns: int = 0
+    lost_tokens: int = 0
 
     def row(self) -> dict[str, Any]:
         """The example as a plain record, with ids and labels where it was encoded."""
         row = {"id": self.id, "source": self.source, "cluster": self.cluster, "messages": self.messages}
         if self.encoded is not None:
             row |= {
+                "window": self.window,
                 "messages": self.encoded.messages,
                 "input_ids": self.encoded.input_ids,
                 "labels": self.encoded.labels,
@@ -92,7 +101,7 @@ class SplitRows(dict[str, list[dict]]):
             "messages": List({"role": Value("string"), "content": Value("string")}),
         }
         if any("input_ids" in row for rows in self.values() for row in rows):
-            columns |= {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+            columns |= {"window": Value("int32"), "input_ids": List(Value("int32")), "labels": List(Value("int32"))}
         return DatasetDict(
             {
                 split: Dataset.from_dict(
@@ -116,9 +125,10 @@ class DatasetBuilder:
         decontamination_words: a train conversation that shares this many words in a row with a test conversation is
             left out, unless more than ten train conversations (of few, a tenth) say them; 0 leaves all in.
         max_train_tokens, max_held_out_tokens: a sample of train, of validation and of test, with at most this many
-            tokens; None for all.
+            tokens; None for all. Of a held-out conversation in several windows, some that have a hundredth of them.
+        max_sample_tokens: tokens of train that may come from conversations of the source "sample".
         tokenizer: a tokenizer, or the folder of one, which every process loads for itself; None: rows hold messages.
-        system_prompt, max_length: how to encode.
+        system_prompt, max_length: how to encode; a longer conversation is several examples.
 
     Raises:
         UserError: an argument is none that `prepare` in params.yaml could have.
@@ -133,6 +143,7 @@ class DatasetBuilder:
         latest_from: str | None = None,
         decontamination_words: int = 12,
         max_train_tokens: int | None = None,
+        max_sample_tokens: int | None = None,
         max_held_out_tokens: int | None = None,
         tokenizer: "PreTrainedTokenizerFast | str | Path | None" = None,
         system_prompt: str | None = None,
@@ -145,6 +156,7 @@ class DatasetBuilder:
         for name, number in (
             ("decontamination_words", decontamination_words),
             ("max_train_tokens", max_train_tokens),
+            ("max_sample_tokens", max_sample_tokens),
             ("max_held_out_tokens", max_held_out_tokens),
             ("max_length", max_length),
         ):
@@ -155,6 +167,7 @@ class DatasetBuilder:
         self.salt = salt
         self.decontamination_words = decontamination_words
         self.max_train_tokens = max_train_tokens
+        self.max_sample_tokens = max_sample_tokens
         self.max_held_out_tokens = max_held_out_tokens
         self.tokenizer = Path(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.system_prompt = system_prompt
@@ -222,7 +235,8 @@ class DatasetBuilder:
         for split in ("test", "validation", "train"):
             if split == "train" and self.decontamination_words:
                 repeated = self._repeated(conversations, catalogue, held_out, run)
-                catalogue.leave_out(repeated, split, "overlaps_test")
+                overlapping = (row for row in catalogue.rows(split) if row.id in repeated)
+                catalogue.leave_out(overlapping, split, "overlaps_test")
             examples = self._examples(split, repeated, conversations, catalogue, run)
             yield split, held_out.watch(examples) if split == "test" and self.decontamination_words else examples
 
@@ -237,8 +251,7 @@ class DatasetBuilder:
     def _examples(
         self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map
     ) -> Iterator[Example]:
-        limit = "max_train_tokens" if split == "train" else "max_held_out_tokens"
-        budget = getattr(self, limit) if self.tokenizer is not None else None
+        limits = ("max_train_tokens", "max_sample_tokens") if split == "train" else ("max_held_out_tokens",)
         train_on = self.train_on if split == "train" else "not_disliked"
         encode = partial(
             _encode, conversations=conversations, train_on=train_on, tokenizer=self.tokenizer,
@@ -248,18 +261,42 @@ class DatasetBuilder:
         def rows() -> Iterator[Row]:
             return (row for row in catalogue.rows(split) if row.id not in without)
 
-        total = 0
-        for row, example in (pair for chunk in run(encode, _chunks(rows())) for pair in chunk):
-            if isinstance(example, str):
-                catalogue.leave_out([row.id], split, example)
+        spent: Counter[str] = Counter()
+        for row, examples in (pair for chunk in run(encode, _chunks(rows())) for pair in chunk):
+            if isinstance(examples, str):
+                catalogue.leave_out([row], split, examples)
                 continue
-            tokens = len(example.encoded.input_ids) if example.encoded else 0
-            # The budget goes to people's own conversations first: the sample only fills what they leave.
-            if budget is not None and total and total + tokens > budget:
-                catalogue.leave_out((late.id for late in rows() if late >= row), split, limit)
-                return
-            total += tokens
-            yield example
+            if split != "train" and self.max_held_out_tokens is not None:
+                examples = _some_windows(examples, self.max_held_out_tokens // ENOUGH_TEST_CLUSTERS, self.salt)
+            tokens = sum(len(example.encoded.input_ids) for example in examples if example.encoded)
+            for limit in limits:
+                if limit == "max_sample_tokens" and not row.sample:
+                    continue
+                budget = getattr(self, limit)
+                # Rows come with people's own conversations first: the sample only fills what they leave.
+                if budget is not None and tokens and spent[limit] and spent[limit] + tokens > budget:
+                    catalogue.leave_out((late for late in rows() if late >= row), split, limit)
+                    return
+                spent[limit] += tokens
+            yield from examples
+
+
+def _some_windows(examples: list[Example], tokens: int, salt: str) -> list[Example]:
+    """Windows of a held-out conversation with at most so many tokens, drawn by the salt; one at least. Numbered anew.
+
+    Windows of one conversation are alike: measuring is surer with few of each of many conversations.
+    """
+    if len(examples) == 1:
+        return examples
+    draw, kept = salted_fractions(f"{salt}/window"), []
+    for example in sorted(examples, key=lambda example: draw(f"{example.id}#{example.window}")):
+        tokens -= len(example.encoded.input_ids) if example.encoded else 0
+        if kept and tokens < 0:
+            break
+        kept.append(example)
+    kept.sort(key=lambda example: example.window)
+    lost = {"lost_turns": examples[0].lost_turns, "lost_tokens": examples[0].lost_tokens}
+    return [replace(example, window=number, **(lost if number == 0 else {})) for number, example in enumerate(kept)]
 
 
 def _fractions(validation: float, test: float, latest_from: str | None) -> Fractions:
@@ -289,25 +326,25 @@ def _encode(
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
     max_length: int,
-) -> list[tuple[Row, Example | str]]:
-    """The example of each row, or why there is none."""
+) -> list[tuple[Row, list[Example] | str]]:
+    """The examples of each row, a window each, or why there are none."""
     if isinstance(tokenizer, Path):
         tokenizer = _loaded(tokenizer)
-    pairs: list[tuple[Row, Example | str]] = []
+    pairs: list[tuple[Row, list[Example] | str]] = []
     for row in rows:
         (conversation,) = conversations.read(row.part, [row.place])
         messages, trained = select(conversation, train_on)
-        example = Example(row.id, conversation.get("source") or "unknown", row.cluster, messages, trained)
-        pairs.append((row, example))
+        example = partial(Example, row.id, conversation.get("source") or "unknown", row.cluster, messages, trained)
         if tokenizer is None:
+            pairs.append((row, [example()]))
             continue
         try:
-            example.encoded = encode_conversation(tokenizer, messages, system_prompt, max_length, trained)
+            windows, *lost = encode_windows(tokenizer, messages, system_prompt, max_length, trained)
         except RenderError:
-            pairs[-1] = row, "template"
+            pairs.append((row, "template"))
             continue
-        if not example.encoded.trained_tokens:
-            pairs[-1] = row, "too_long"
+        examples = [example(encoded, number, *(lost if number == 0 else ())) for number, encoded in enumerate(windows)]
+        pairs.append((row, examples or "too_long"))
     return pairs
 
 
@@ -338,8 +375,9 @@ def _shared_runs(
 
 
 def write_split(path: str | Path, examples: Iterable[Example]) -> None:
-    """Write encoded examples as Parquet: id, source, cluster, messages (JSON), input_ids, labels (int32).
+    """Write encoded examples as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
 
+    The windows of a conversation follow each other and share all but window, messages, input_ids and labels.
     The same examples give the same bytes. Few of them are in memory at a time.
     """
     import pyarrow
@@ -349,6 +387,7 @@ def write_split(path: str | Path, examples: Iterable[Example]) -> None:
 
     features = Features(
         {name: Value("string") for name in ("id", "source", "cluster", "messages")}
+        | {"window": Value("int32")}
         | {name: List(Value("int32")) for name in ("input_ids", "labels")}
     )
     # As `Dataset.to_parquet` writes it, which has to hold the whole of it.

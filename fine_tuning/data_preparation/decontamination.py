@@ -35,7 +35,8 @@ class HeldOut:
     def watch(self, examples: "Iterable[Example]") -> "Iterator[Example]":
         """Pass held-out examples on and take up their runs."""
         for example in examples:
-            for words in _long_texts(example.messages, self.length):
+            # Every window of a conversation has all its messages.
+            for words in _long_texts(example.messages, self.length) if example.window == 0 else ():
                 self.pieces.update(_runs(words, self.piece))
                 self._texts.append(words)
             yield example

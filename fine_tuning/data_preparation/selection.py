@@ -75,7 +75,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
     Edits stand in place of replies; replies that were broken off or have weight 0 are context only. Messages after the
     last trained reply are cut off: they would only be prompt. A message bears its `model`, `"edited": true`, its
     `rating`, `"incomplete": true` if it is context only, and `"person": true` where a person wrote it, so that
-    evaluation knows which replies are labelled and whose they are.
+    evaluation knows which replies are labelled and whose they are, and `"gap": true` where cleaning took out what
+    stood before it, so that no window reaches across.
     """
     edits: dict[str, str] = {}
     ratings: dict[str, int] = {}
@@ -97,6 +98,8 @@ def select(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool
         role = message["role"]
         kept = {"role": role, "content": message["content"]}
         messages.append(kept)
+        if message.get("gap"):
+            kept["gap"] = True
         wanted = False
         if role == "user":
             asked = True

@@ -11,6 +11,29 @@ if TYPE_CHECKING:
     from fine_tuning.data_preparation.dataset_builder import Example
 
 
+def in_words(metrics: Mapping[str, Any]) -> list[str]:
+    """A sentence on what is trained on, then one a reason for what is not.
+
+    Args:
+        metrics: the content of metrics/prepare.json; {} where there is none.
+    """
+    if not metrics:
+        return []
+    train, characters = metrics["splits"]["train"], metrics.get("characters_left_out", {})
+    said = [f"{train['conversations']:,} conversations with {train['tokens']:,} tokens are trained on"]
+    for reason, count in Counter(metrics["left_out"]).most_common():
+        share = characters.get(reason, 0) / (metrics.get("characters") or 1)
+        said.append(f"{count:,} left out ({share:.1%} of the text): {reason_in_words(reason)}")
+    if lost := sum(split.get("lost_reply_tokens", 0) for split in metrics["splits"].values()):
+        said.append(f"{lost:,} tokens of replies are not used: their turns alone exceed chat.max_length")
+    return said
+
+
+def reason_in_words(reason: str) -> str:
+    """Why conversations were left out; where a cap did it, the parameter."""
+    return f"prepare.{reason}" if reason.startswith("max_") else reason.replace("_", " ")
+
+
 class Tally:
     """What was counted of the examples of a split: four bytes for each."""
 
@@ -25,21 +48,33 @@ class Tally:
             encoded = example.encoded
             tokens = len(encoded.input_ids)
             self.lengths.append(tokens)
-            counts = {"conversations": 1, "tokens": tokens, "trained_tokens": encoded.trained_tokens}
+            counts = {
+                "conversations": int(example.window == 0),
+                "windows": 1,
+                "tokens": tokens,
+                "trained_tokens": encoded.trained_tokens,
+            }
             self.by_source.setdefault(example.source, Counter()).update(counts)
             self.totals.update(counts)
             self.totals["control_tokens"] += encoded.control_ids
-            self.totals["lost_oldest_turns"] += encoded.dropped_messages > 0
+            self.totals["several_windows"] += example.window == 1
             self.totals["lost_end_of_reply"] += encoded.cut_tokens > 0
-            self.totals["shortened"] += encoded.dropped_messages > 0 or encoded.cut_tokens > 0
+            self.totals["lost_turns"] += example.lost_turns
+            self.totals["lost_reply_tokens"] += example.lost_tokens
             yield example
 
     def statistics(self) -> dict[str, Any]:
-        """For the metrics of the split."""
+        """For the metrics of the split. Lengths are those of windows: most conversations are one.
+
+        `several_windows` counts conversations; `lost_turns` are turns whose prompt alone leaves no room for a reply,
+        `lost_reply_tokens` what of their and of other replies no window has room for.
+        """
         totals, lengths = self.totals, sorted(self.lengths)
         tokens, trained = totals["tokens"], totals["trained_tokens"]
         return {
-            "conversations": len(lengths),
+            "conversations": totals["conversations"],
+            "windows": len(lengths),
+            "several_windows": totals["several_windows"],
             "tokens": tokens,
             "trained_tokens": trained,
             "control_tokens": totals["control_tokens"],
@@ -47,17 +82,31 @@ class Tally:
             "tokens_mean": round(tokens / len(lengths), 1) if lengths else 0.0,
             "tokens_median": lengths[len(lengths) // 2] if lengths else 0,
             "tokens_max": lengths[-1] if lengths else 0,
-            "lost_oldest_turns": totals["lost_oldest_turns"],
             "lost_end_of_reply": totals["lost_end_of_reply"],
+            "lost_turns": totals["lost_turns"],
+            "lost_reply_tokens": totals["lost_reply_tokens"],
             "by_source": {source: dict(counts) for source, counts in sorted(self.by_source.items())},
         }
 
 
-def statistics(tallies: Mapping[str, Tally], left_out: Mapping[str, int]) -> dict[str, Any]:
-    """Counts and lengths of each split and source, and how many were left out for what reason."""
+def statistics(
+    tallies: Mapping[str, Tally],
+    left_out: Mapping[str, int],
+    characters: int = 0,
+    unused: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Counts and lengths of each split and source, and what was left out for what reason.
+
+    Args:
+        left_out: reason → conversations.
+        characters, unused: of the messages of all conversations, and by reason of those that were left out.
+    """
+    conversations = sum(tally.totals["conversations"] for tally in tallies.values())
     return {
-        "conversations": sum(len(tally.lengths) for tally in tallies.values()) + sum(left_out.values()),
+        "conversations": conversations + sum(left_out.values()),
         "left_out": dict(sorted(left_out.items())),
+        "characters": characters,
+        "characters_left_out": dict(sorted((unused or {}).items())),
         "splits": {split: tallies[split].statistics() for split in SPLITS},
     }
 
@@ -72,7 +121,7 @@ def tokens_by_source(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
 
 
 def length_histogram(tallies: Mapping[str, Tally], bins: int = 16) -> list[dict[str, int]]:
-    """Conversations of each split by length in tokens: one row a bin, named by its upper end."""
+    """Windows of each split by length in tokens: one row a bin, named by its upper end."""
     longest = max((max(tally.lengths, default=1) for tally in tallies.values()), default=1)
     width = -(-longest // bins)
     counts = {split: Counter(-(-length // width) for length in tallies[split].lengths) for split in SPLITS}

@@ -8,10 +8,11 @@ import copy
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
@@ -59,7 +60,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     messages: list[dict]  # those that were rendered, after truncation
-    dropped_messages: int  # oldest messages left out, so that the rest fits
+    dropped_messages: int  # earlier messages left out, so that the rest fits
     cut_tokens: int  # tokens cut off the end, because the last turn alone was too long
     control_ids: int  # ids that the template wrote, such as <|im_start|>
 
@@ -152,44 +153,127 @@ def encode_conversation(
         RenderError: see `render`.
         UserError: the template ends replies with no token of its own, so the model would never learn to stop.
     """
-    if not _chat_format(tokenizer).closing:
-        raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
-    messages = list(messages)
-    allowed = list(trained) if trained is not None else [True] * len(messages)
-    starts = _turn_starts(messages)
-    head = 1 if messages and messages[0]["role"] == "system" else 0
+    turns = _Turns(tokenizer, messages, system_prompt, trained)
+    if len(turns.whole.input_ids) <= max_length:
+        return turns.whole
+    last = len(turns.starts) - 1
+    begin = turns.farthest(last, 0, max_length)
+    return _cut(turns.encode(begin, begin, last), max_length)
 
-    def encode_from(turn: int) -> Encoded:
-        start = starts[turn] if turn else head
-        return _encode(
-            tokenizer,
-            messages[:head] + messages[start:],
-            system_prompt,
-            allowed[:head] + allowed[start:],
-            dropped=start - head,
-        )
 
-    encoded = encode_from(0)
-    if len(encoded.input_ids) <= max_length:
-        return encoded
-    # The fewest dropped turns that fit: the length falls with every turn, so halve the interval.
-    low, high = 1, len(starts) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if len(encode_from(middle).input_ids) <= max_length:
-            high = middle
-        else:
-            low = middle + 1
-    encoded = encode_from(max(high, 0))
-    excess = max(0, len(encoded.input_ids) - max_length)
-    return Encoded(
-        encoded.input_ids[:max_length],
-        encoded.labels[:max_length],
-        encoded.messages,
-        encoded.dropped_messages,
-        excess,
-        encoded.control_ids,
-    )
+class Windows(NamedTuple):
+    """A conversation in pieces that fit: see `encode_windows`."""
+
+    encoded: list[Encoded]
+    lost_turns: int  # turns whose prompt alone leaves no room for a reply
+    lost_tokens: int  # tokens of replies that no window has room for, those of lost turns included
+
+
+def encode_windows(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: Sequence[dict],
+    system_prompt: str | None,
+    max_length: int,
+    trained: Sequence[bool] | None = None,
+) -> Windows:
+    """Token ids and labels of a conversation of any length, in windows of at most `max_length` tokens.
+
+    Each reply is trained in one window. A conversation that fits is one window, as `encode_conversation` writes it. Of
+    a longer one the first window holds the turns from its beginning that fit. Each further window trains the turns that
+    come next and fill half of it (at least one), and then takes in front, untrained, as many of the turns before them
+    as fit: so a reply has half a window before it, and a token is computed two to three times, not once for every reply
+    that comes soon after it (strides: huggingface.co/docs/transformers/perplexity). The system message is in each.
+
+    Where a message has "gap": true, something was taken out before it, and no window reaches across: the model never
+    sees as whole what is not. A turn that is too long alone loses its end, as in `encode_conversation`.
+
+    Args and errors are those of `encode_conversation`.
+    """
+    turns = _Turns(tokenizer, messages, system_prompt, trained)
+    gaps = [turn for turn, start in enumerate(turns.starts) if turn and turns.messages[start].get("gap")]
+    if not gaps and len(turns.whole.input_ids) <= max_length:
+        return Windows([turns.whole], 0, 0) if turns.whole.trained_tokens else Windows([], sum(turns.wanted), 0)
+    found, lost_turns, lost_tokens = [], 0, 0
+    for start, stop in pairwise([0, *gaps, len(turns.starts)]):
+        turn = start
+        while (first := next((other for other in range(turn, stop) if turns.wanted[other]), None)) is not None:
+            last = turns.farthest(start, stop - 1, max_length) if turn == start else -1
+            if last < first:
+                last = turns.farthest(first, stop - 1, max_length // 2)
+            while not turns.wanted[last]:
+                last -= 1
+            uncut = turns.encode(min(first, turns.farthest(last, start, max_length)), first, last)
+            encoded = _cut(uncut, max_length)
+            lost_tokens += uncut.trained_tokens - encoded.trained_tokens
+            if encoded.trained_tokens:
+                found.append(encoded)
+            else:
+                lost_turns += 1
+            turn = last + 1
+    return Windows(found, lost_turns, lost_tokens)
+
+
+class _Turns:
+    """A conversation by turns: a user message and all up to the next one, what stands before the first one included."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        messages: Sequence[dict],
+        system_prompt: str | None,
+        trained: Sequence[bool] | None,
+    ) -> None:
+        self.messages, self._tokenizer, self._system_prompt = list(messages), tokenizer, system_prompt
+        self._allowed = list(trained) if trained is not None else [True] * len(self.messages)
+        self._head = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        users = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        self.starts = [self._head, *users[1:]]
+        self._ends = [*users[1:], len(self.messages)]
+        self.wanted = [
+            any(self._allowed[at] and self.messages[at]["role"] == "assistant" for at in range(start, end))
+            for start, end in zip(self.starts, self._ends, strict=True)
+        ]
+
+    @cached_property
+    def whole(self) -> Encoded:
+        """All of it."""
+        return self.encode(0, 0, len(self.starts) - 1)
+
+    def encode(self, begin: int, first: int, last: int) -> Encoded:
+        """Turns `begin` to `last` after the system message, trained from turn `first` on."""
+        at, new, end = self.starts[begin], self.starts[first], self._ends[last]
+        may = [False] * (self._head + new - at) + self._allowed[new:end]
+        messages = self.messages[: self._head] + self.messages[at:end]
+        return _encode(self._tokenizer, messages, self._system_prompt, may, dropped=at - self._head)
+
+    @cached_property
+    def _sums(self) -> tuple[list[int], int] | None:
+        """Sums of the turns' lengths, and what each window has beside them; None where lengths do not add up.
+
+        They do with most templates: then every turn is measured alone and only once.
+        """
+        alone = [len(self.encode(turn, turn, turn).input_ids) for turn in range(len(self.starts))]
+        once = sum(alone[:2]) - len(self.encode(0, 0, 1).input_ids) if len(alone) > 1 else 0
+        sums = [0, *accumulate(length - once for length in alone)]
+        return (sums, once) if sums[-1] + once == len(self.whole.input_ids) else None
+
+    def farthest(self, turn: int, stop: int, budget: int) -> int:
+        """The turn nearest to `stop`, forwards or backwards, up to which all from `turn` have `budget` tokens at most.
+
+        `turn` itself, where even that is longer.
+        """
+        far, step = turn, 1 if stop > turn else -1
+        while far != stop:
+            begin, last = sorted((turn, far + step))
+            if self._sums:
+                sums, once = self._sums
+                length = sums[last + 1] - sums[begin] + once
+            else:
+                length = len(self.encode(begin, begin, last).input_ids)
+            if length > budget:
+                break
+            far += step
+        return far
 
 
 def encode_prompt(
@@ -219,12 +303,6 @@ def _apply_template(
         raise RenderError(f"the chat template refuses messages of the roles {roles}: {reason}") from None
 
 
-def _turn_starts(messages: Sequence[dict]) -> list[int]:
-    """Index of the first message of every turn: a user message and all up to the next one."""
-    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    return starts or [0]
-
-
 def _encode(
     tokenizer: "PreTrainedTokenizerFast",
     messages: list[dict],
@@ -233,6 +311,8 @@ def _encode(
     dropped: int,
 ) -> Encoded:
     chat = _chat_format(tokenizer)
+    if not chat.closing:
+        raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
     rendered = render(tokenizer, messages, system_prompt)
     allowed = [False] * (len(rendered.messages) - len(allowed)) + allowed
     regions = [
@@ -250,6 +330,14 @@ def _encode(
     ids = [token for token, _ in tokens]
     control = sum(token in chat.control_ids for token in ids)
     return Encoded(ids, labels, rendered.messages, dropped, 0, control)
+
+
+def _cut(encoded: Encoded, max_length: int) -> Encoded:
+    """What is too long without its end."""
+    if len(encoded.input_ids) <= max_length:
+        return encoded
+    ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+    return replace(encoded, input_ids=ids, labels=labels, cut_tokens=len(encoded.input_ids) - max_length)
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tuple[int, int]]:

@@ -15,8 +15,10 @@ def training_members(train: Path) -> list[dict[str, Any]]:
 
     table = parquet.read_table(train, columns=["id", "source", "input_ids"])
     tokens = compute.list_value_length(table["input_ids"]).to_pylist()
-    rows = zip(table["id"].to_pylist(), table["source"].to_pylist(), tokens, strict=True)
-    return [{"id": id, "source": source, "tokens": count} for id, source, count in rows]
+    members: dict[str, dict[str, Any]] = {}
+    for id, source, count in zip(table["id"].to_pylist(), table["source"].to_pylist(), tokens, strict=True):
+        members.setdefault(id, {"id": id, "source": source, "tokens": 0})["tokens"] += count  # of all its windows
+    return list(members.values())
 
 
 def data_changes(before: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,14 @@ PERSON = "person"  # author of what no model wrote
 EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
 UNKNOWN = "unknown"  # author of what a model wrote that nobody named
 SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
-COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
+COLUMNS = ["id", "window", "source", "cluster", "messages", "input_ids", "labels"]
+_NUMBERED = re.compile(r"(.*)#[0-9]+", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Item:
-    """A held-out conversation. `runs` are the ranges [start, end) of its replies in `input_ids`.
+    """A held-out conversation, or a window of a long one. `runs` are the ranges [start, end) of the replies in
+    `input_ids` that it is scored on; `id` is what `item_id` made, `cluster` is that of the conversation.
 
     `authors` says who wrote each reply: PERSON, the name of a model, EDITED or UNKNOWN. Likelihood and overlap with a
     model's own words favour that model and its descendants, whether or not somebody liked them: a reply is a reference
@@ -77,7 +80,7 @@ class Item:
 
 
 def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,)) -> list[Item]:
-    """Conversations of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
+    """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
 
     Raises:
         UserError: the file is missing, or no conversation in it holds a reply.
@@ -88,6 +91,7 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
         if not runs:
             continue
         messages = json.loads(row.pop("messages"))
+        row["id"] = item_id(row["id"], row.pop("window"))
         authors, texts = reply_authors(messages, len(runs)), reply_texts(tokenizer, row["input_ids"], runs)
         items.append(Item(**row, messages=messages, runs=runs, authors=authors, texts=texts, endorsed=tuple(endorsed)))
     if not items:
@@ -95,6 +99,20 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
         )
     return sorted(items, key=lambda item: item.id)
+
+
+def item_id(conversation: str, window: int) -> str:
+    """Id of a window as an item: that of the conversation for its first one, `ID#1`, `ID#2` and so on for the others.
+
+    A conversation whose own id ends in # and digits is numbered from `ID#0`, so no two windows get the same id.
+    """
+    return f"{conversation}#{window}" if window or _NUMBERED.fullmatch(conversation) else conversation
+
+
+def conversation_of(item: str) -> str:
+    """Id of the conversation that `item_id` made an item's id of."""
+    numbered = _NUMBERED.fullmatch(item)
+    return numbered[1] if numbered else item
 
 
 def encoded_anew(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Item]:

@@ -90,7 +90,7 @@ def measure(
         cell = summarise(now, metrics, intervals)["perplexity"]
         point = {
             "fraction": fraction,
-            "conversations": len(chosen),
+            "conversations": len({row.id for row in chosen}),
             "tokens": sum(len(row.input_ids) for row in chosen),
             "perplexity": cell["value"],
             **{key: cell[key] for key in ("low", "high", "n")},

@@ -16,7 +16,7 @@ from pydantic import Field
 from fine_tuning.data_preparation.canaries import SOURCE, controls
 from fine_tuning.data_preparation.dataset_builder import read_split
 from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, encode_conversation
-from fine_tuning.evaluation.items import Item, label_runs, sample
+from fine_tuning.evaluation.items import Item, item_id, label_runs, sample
 from fine_tuning.evaluation.scoring import Likelihood
 from fine_tuning.settings import Settings
 
@@ -50,8 +50,11 @@ def memory_items(
         count: training replies to go on with. Those that several clusters of conversations share are common phrases,
             which a model may learn, and left out.
     """
-    rows = read_split(train).select_columns(["id", "source", "cluster", "input_ids", "labels"])
-    told = [_item(row["id"], row["source"], row["cluster"], row["input_ids"], row["labels"]) for row in rows]
+    rows = read_split(train).select_columns(["id", "window", "source", "cluster", "input_ids", "labels"])
+    told = [
+        _item(item_id(row["id"], row["window"]), row["source"], row["cluster"], row["input_ids"], row["labels"])
+        for row in rows
+    ]
     secrets = [item for item in told if item.source == SOURCE]
     if secrets:
         for index, messages in enumerate(controls(CONTROLS)):

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.data_preparation.tally import in_words
 from fine_tuning.evaluation.charts import curve, interval_plot, number
 from fine_tuning.records import replacing
 
@@ -35,7 +36,7 @@ class Findings:
     `comparison` and `evaluation` are the contents of the files of these names in metrics/, `records` the lines of
     items.jsonl, `answers` {"prompt", "replies": {contender: {"text", "finished"}}} for each test prompt, `slices` and
     `data_changes` what the functions of these names return (None: there is no champion to compare with),
-    `learning_curve` the content of metrics/learning_curve.json.
+    `learning_curve` and `preparation` the contents of metrics/learning_curve.json and metrics/prepare.json.
     """
 
     comparison: dict[str, Any]
@@ -45,6 +46,7 @@ class Findings:
     slices: dict[str, Any] = field(default_factory=dict)
     data_changes: dict[str, Any] | None = None
     learning_curve: dict[str, Any] = field(default_factory=lambda: {"points": []})
+    preparation: dict[str, Any] = field(default_factory=dict)
 
 
 def write_report(path: Path, found: Findings) -> None:
@@ -80,6 +82,8 @@ def write_report(path: Path, found: Findings) -> None:
         "<h2>Memory and privacy</h2>",
         memory(comparison["memory"]),
         privacy(comparison["privacy"]),
+        "<h2>Training data</h2>",
+        bullets(in_words(found.preparation)),
         "<h2>Training data since the champion</h2>",
         data_table(found.data_changes),
         "<h2>Would more conversations help?</h2>",

@@ -142,7 +142,7 @@ def why_dropped(cleaned: Cleaned, fate: str) -> str | None:
 
 
 def tokens(checkout: Path, identity: str) -> tuple[str, list[Stretch]] | None:
-    """(split, tokens) of a conversation in the prepared data; what is special about a token is that it is trained."""
+    """(split, tokens) of a conversation in the prepared data, window by window; what is special is what is trained."""
     import pyarrow.parquet
 
     from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
@@ -154,9 +154,17 @@ def tokens(checkout: Path, identity: str) -> tuple[str, list[Stretch]] | None:
             continue
         table = pyarrow.parquet.read_table(path, filters=[("id", "=", identity)])
         if table.num_rows:
-            row = table.slice(0, 1).to_pylist()[0]
-            return split, _pieces(tokenizer_of(checkout / BASE), row["input_ids"], row["labels"], NOT_TRAINED)
+            windows = [
+                _pieces(tokenizer_of(checkout / BASE), row["input_ids"], row["labels"], NOT_TRAINED)
+                for row in table.to_pylist()
+            ]
+            rest = [piece for number, window in enumerate(windows[1:], 2) for piece in [_border(number), *window]]
+            return split, windows[0] + rest
     return None
+
+
+def _border(window: int) -> Stretch:
+    return f"\n\n[window {window}: turns before the marked ones are context]\n", None
 
 
 def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> list[Stretch]:

@@ -5,7 +5,6 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ from fine_tuning.training.processes import agree, reshard
 from fine_tuning.training.training_utils import TrainSettings, is_main_process, mark_complete, process_count
 
 Progress = Callable[[dict[str, float]], None]
-TIME_SPENT = "seconds.txt"  # in a checkpoint
-GO_ON, STOP, STOP_AND_SAVE = 0, 1, 2
+GO_ON, STOP_AND_SAVE = 0, 1
 
 
 class RunGuard(TrainerCallback):
-    """Reports progress, stops on time, on patience, on Ctrl-C or on a loss that is no number, marks whole checkpoints.
+    """Reports progress, stops on patience, on Ctrl-C or on a loss that is no number, marks whole checkpoints.
 
     What it knows of earlier measurements it reads from the trainer's state, which checkpoints keep: a resumed run
     decides as an uninterrupted one would. Several processes decide together: each would wait for the others.
@@ -35,8 +33,6 @@ class RunGuard(TrainerCallback):
     def __init__(self, settings: TrainSettings, progress: Progress | None) -> None:
         self.settings = settings
         self.progress = progress
-        self.started = time.monotonic()
-        self.spent_before = 0.0
         self.interrupted = False
 
     @contextlib.contextmanager
@@ -66,12 +62,6 @@ class RunGuard(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Count the time that a run took before it was cut off."""
-        self.started = time.monotonic()
-        with contextlib.suppress(FileNotFoundError):
-            self.spent_before = float(_checkpoint(args, state).joinpath(TIME_SPENT).read_text())
-
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Pass a step's numbers on."""
         logs = logs or {}
@@ -81,18 +71,10 @@ class RunGuard(TrainerCallback):
             self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Stop when the minutes are over, and on Ctrl-C with a checkpoint."""
-        limit = self.settings.max_minutes
-        late = limit is not None and self.time_spent() > 60 * limit
-        decision = agree(STOP_AND_SAVE if self.interrupted else STOP if late else GO_ON)
-        control.should_training_stop |= decision != GO_ON
-        if decision == STOP_AND_SAVE:
-            self.interrupted = control.should_save = True
+        """Stop on Ctrl-C, with a checkpoint."""
+        if agree(STOP_AND_SAVE if self.interrupted else GO_ON) == STOP_AND_SAVE:
+            self.interrupted = control.should_save = control.should_training_stop = True
         return control
-
-    def time_spent(self) -> float:
-        """Seconds of training, those before an interruption included."""
-        return self.spent_before + time.monotonic() - self.started
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> Any:
         """Keep the best adapter, and stop when `early_stopping_patience` measurements brought no gain."""
@@ -125,7 +107,6 @@ class RunGuard(TrainerCallback):
         reshard(model)
         agree(GO_ON)  # each has written its part
         if is_main_process():
-            (_checkpoint(args, state) / TIME_SPENT).write_text(f"{self.time_spent()}\n")
             mark_complete(_checkpoint(args, state))
             _drop_old_bests(Path(args.output_dir), state)
 

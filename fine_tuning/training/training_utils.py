@@ -42,7 +42,6 @@ class TrainSettings(Settings):
     seed: int
     epochs: float = Field(gt=0)
     max_steps: int | None = Field(ge=1)
-    max_minutes: float | None = Field(gt=0)
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
     warmup_ratio: float = Field(ge=0, lt=1)

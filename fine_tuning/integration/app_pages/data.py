@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from fine_tuning.data_collection.data_cleaner import CleanSettings
+from fine_tuning.data_preparation.tally import in_words, reason_in_words
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
@@ -84,9 +85,19 @@ def _counts(here: App, found: list[Entry]) -> None:
     rows = [{"what": "dropped", "why": _words(k), "number": v} for k, v in clean["reasons"].items()]
     rows += [{"what": "masked", "why": k, "number": v} for k, v in clean["masked"].items()]
     rows += [{"what": "found, not masked", "why": k, "number": v} for k, v in clean.get("flagged", {}).items()]
-    rows += [{"what": "not trained on", "why": _words(k), "number": v} for k, v in prepare.get("left_out", {}).items()]
+    rows += [
+        {"what": "not trained on", "why": reason_in_words(k), "number": v}
+        for k, v in prepare.get("left_out", {}).items()
+    ]
+    if gone := clean.get("exchanges_dropped"):
+        rows.append({"what": "dropped", "why": "exchanges of conversations that stay", "number": gone})
     if rows:
         table = pd.DataFrame(rows).sort_values("number", ascending=False)
+        for line in in_words(prepare):
+            st.caption(line)
+        if largest := clean.get("largest_clusters"):
+            sizes = ", ".join(map(str, largest))
+            st.caption(f"Alike or with the same beginning, so always in one split; the largest groups: {sizes}")
         st.dataframe(table, hide_index=True, width="stretch", column_config={"number": st.column_config.NumberColumn()})
 
 

@@ -1,0 +1,48 @@
+"""`budget`: a time for training, as the number of tokens that params.yaml takes."""
+
+import argparse
+from typing import Any
+
+
+def add_commands(subparsers: Any) -> None:
+    """Add `budget`."""
+    command = subparsers.add_parser(
+        "budget",
+        help="set prepare.max_train_tokens to what is trained here in a given time",
+        description="Uses the speed of the last training here. Training itself never looks at the clock, so that the "
+        "same parameters give the same adapter everywhere.",
+    )
+    command.add_argument("time", help="such as 90s, 30m, 2h or 1h30m; none: train on everything")
+    command.set_defaults(func=budget)
+
+
+def budget(arguments: argparse.Namespace) -> None:
+    """Write the parameter.
+
+    Raises:
+        UserError: the time is none, nothing was trained here yet, or it is too short to train anything.
+    """
+    from fine_tuning.errors import UserError
+    from fine_tuning.project import main_checkout, root
+    from fine_tuning.settings import read_params, write_param
+    from fine_tuning.training.speed import SPEED, parse_duration, read_speed
+    from fine_tuning.training.training_utils import TrainSettings
+
+    root()
+    settings = read_params("train", TrainSettings)
+    if arguments.time.lower() == "none":
+        write_param("prepare", "max_train_tokens", None)
+        print("prepare.max_train_tokens is null: `dvc repro` trains on everything")
+        return
+    seconds = parse_duration(arguments.time)
+    speed = read_speed(main_checkout() / SPEED)
+    if speed is None:
+        raise UserError("nothing was trained here yet, so its speed is not known: run `dvc repro train` once")
+    tokens = int(seconds * speed[0] / settings.epochs)
+    if tokens < settings.batch_tokens:
+        raise UserError(f"{arguments.time} is too short for one batch at {speed[0]:.0f} tokens/s: give more time")
+    write_param("prepare", "max_train_tokens", tokens)
+    print(
+        f"prepare.max_train_tokens is {tokens}: {arguments.time} at {speed[0]:.0f} tokens/s ({speed[1]}) for "
+        f"{settings.epochs:g} epochs; `dvc repro` trains on as much, your own conversations first"
+    )

