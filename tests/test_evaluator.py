@@ -430,19 +430,18 @@ def test_the_suite_is_another_when_anything_of_an_item_changes(suite, changes):
 def test_every_window_is_an_item_of_its_own_in_the_cluster_of_its_conversation(tiny_base, tmp_path):
     things = ("router", "cable", "fox", "dog", "box", "help")
     long = [m for thing in things for m in conversation(f"Where is the {thing}?", f"The {thing} is in the box.")]
-    long[3] |= {"rating": 1}
+    long[3] |= {"model": "gpt-4o"}
     other = conversation("Where is the fox?", "In the box.")
     messages = {"long": long, "long#1": other, "z": other}
     builder = DatasetBuilder(tokenizer=load_tokenizer(tiny_base), max_length=120)
     records = [
-        {"id": id, "source": "chat", "feedback": [], "metadata": {}}
+        {"id": id, "source": "import", "feedback": [], "metadata": {}}
         | {"messages": [{"id": f"{id}-{n}"} | m for n, m in enumerate(own)]}
         for id, own in messages.items()
     ]
-    records[0]["feedback"] = [{"message_id": "long-3", "rating": 1}]
     built = builder.build(records, {"long": "its"}, dict.fromkeys(messages, "test"))
     write_split(tmp_path / "test.parquet", built.splits["test"])
-    items = read_items(tmp_path / "test.parquet", load_tokenizer(tiny_base))
+    items = read_items(tmp_path / "test.parquet", load_tokenizer(tiny_base), ["person", "gpt-4o"])
     windows = [item for item in items if item.cluster == "its"]
     assert len(windows) > 2 and len({item.id for item in items}) == len(items)
     assert {conversation_of(item.id) for item in windows} == {"long"}
@@ -450,7 +449,7 @@ def test_every_window_is_an_item_of_its_own_in_the_cluster_of_its_conversation(t
     # Each reply is asked for once, with its own author, and what came before it is in the prompt.
     windows.sort(key=lambda item: int(item.id.partition("#")[2] or 0))
     assert [text for item in windows for text in item.texts] == [m["content"] for m in long[1::2]]
-    assert [author for item in windows for author in item.authors] == ["imported", "liked", *["imported"] * 4]
+    assert [author for item in windows for author in item.authors] == ["person", "gpt-4o", *["person"] * 4]
     assert all(item.question == f"Where is the {item.texts[-1].split()[1]}?" for item in windows)
     tokenizer = load_tokenizer(tiny_base)
     assert all("Where is the" in tokenizer.decode(item.prompt_ids(0)) for item in windows)
