@@ -13,12 +13,14 @@ from fine_tuning.errors import UserError
 from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
 from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
 from fine_tuning.evaluation.measurements import summarise
+from fine_tuning.evaluation.memo import Memo
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
 from fine_tuning.records import write_json
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
+from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
 
 
@@ -93,6 +95,36 @@ def test_the_same_model_on_the_same_items_is_scored_once(evaluator, suite, monke
     assert evaluator.evaluate(suite.base) == first
     with pytest.raises(AssertionError, match="computed twice"):
         evaluator.score(suite.base, suite.items[:3])
+
+
+def test_replies_that_were_computed_side_by_side_otherwise_are_not_taken_from_the_memo(evaluator, suite, monkeypatch):
+    assert evaluator.answer(suite.base, [[1, 2, 3]])
+    monkeypatch.setattr("fine_tuning.evaluation.evaluator.LlamaEngine", lambda *_: pytest.fail("computed again"))
+    assert evaluator.answer(suite.base, [[1, 2, 3]])
+    generation = SETTINGS.generation.model_copy(update={"slots": 1})
+    other = evaluator_of(suite.items, suite.base.folder, evaluator.memo.folder, generation=generation)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        other.answer(suite.base, [[1, 2, 3]])
+
+
+def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(library, tmp_path, monkeypatch):
+    memo, computed = Memo(tmp_path / "memo"), []
+
+    def results() -> int:
+        memo.get(["key"], lambda: computed.append(None))
+        return len(computed)
+
+    assert results() == results() == 1
+    evaluator = ROOT / "fine_tuning/evaluation/evaluator.py"
+    for number, module in enumerate([str(evaluator.relative_to(ROOT)), *sorted(closure(evaluator))], 2):
+        with (library.parent / module).open("a") as file:
+            file.write("# another version\n")
+        assert results() == number, module
+    before = results()
+    (tmp_path / "xllamacpp-99.dist-info").mkdir()
+    (tmp_path / "xllamacpp-99.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: xllamacpp\nVersion: 99\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert results() == before + 1
 
 
 def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):

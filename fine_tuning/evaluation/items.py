@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ENDORSED = ("edited", "liked", "imported")  # authors that are people
-SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
 COLUMNS = ["id", "source", "cluster", "messages", "input_ids", "labels"]
 
 
@@ -169,21 +168,13 @@ def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Identity of what is asked: items, tokens, tokenizer, chat template, code. Scores compare only if it is equal."""
-    digest = hashlib.sha256(code_sha256().encode())
+    """Identity of what is asked: items, tokens, tokenizer, chat template. Scores compare only if it is equal."""
+    digest = hashlib.sha256()
     for item in items:
         asked = [item.id, item.cluster, item.authors, item.references, item.input_ids, item.labels]
         digest.update(json.dumps(asked).encode())
     for part in chat_format(tokenizer):
         digest.update(part.encode())
-    return digest.hexdigest()
-
-
-def code_sha256() -> str:
-    """Hash of the code that asks and scores."""
-    digest = hashlib.sha256()
-    for name in SCORING_CODE:
-        digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
 
