@@ -6,6 +6,7 @@ from typing import Any
 
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
+from fine_tuning.evaluation.champion_records import LEARNED, is_champion, method_sha256, take_back, without_learned
 from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 from fine_tuning.evaluation.evaluator import Evaluator
@@ -23,6 +24,7 @@ TRAIN = Path("data/prepared/train.parquet")
 TEST = Path("data/prepared/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
 CHAMPION = Path("models/champion.json")
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
@@ -36,14 +38,22 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
+    champion, method = find_champion(CHAMPION), method_sha256(settings, chat)
+    if champion and is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
+        if take_back(CHAMPION, METRICS, method):
+            print("evaluate: the candidate is the champion: the records that it was promoted by are taken back")
+            return
+        champion = None  # a model is not compared with itself
     refuse_own_words(settings.references, BASE.folder, CHAMPION)
     tokenizer = load_tokenizer(BASE.folder)
-    items = read_items(TEST, tokenizer, settings.references)
+    items, learned = without_learned(read_items(TEST, tokenizer, settings.references), CHAMPION)
+    if learned:
+        print(f"evaluate: {learned} {LEARNED}")
     memo = main_checkout() / ".whetstone/memo/evaluate"
     common = Evaluator(items, tokenizer, chat, settings, memo)
 
     records, known, answers = [], [], {}
-    for contender in filter(None, (BASE, find_champion(CHAMPION), CANDIDATE)):
+    for contender in filter(None, (BASE, champion, CANDIDATE)):
         own, evaluator = load_tokenizer(contender.folder), common
         if chat_format(own) != chat_format(tokenizer):
             evaluator = Evaluator(encoded_anew(items, own, chat.max_length), own, chat, settings, memo)
@@ -69,7 +79,9 @@ def main() -> None:
         "sha256": common.suite,
         "conversations": len(items),
         "clusters": len({item.cluster for item in items}),
+        "learned_by_champion": learned,
         "signatures": signatures(metrics),
+        "method_sha256": method,
     }
     write_jsonl(RECORDS, records)
     write_jsonl(GENERAL, known)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.champion_records import without_learned
 from fine_tuning.evaluation.contenders import Contender, find_champion, refuse_own_words
 from fine_tuning.evaluation.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
 from fine_tuning.evaluation.measurements import summarise
@@ -18,7 +20,7 @@ from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
-from fine_tuning.records import write_json
+from fine_tuning.records import write_json, write_jsonl
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
 from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
@@ -342,9 +344,28 @@ def test_a_champion_is_taken_only_as_it_was_promoted(tmp_path, suite):
     (folder / "merged").symlink_to(suite.candidate.folder)
     (folder / "package/model.gguf").symlink_to(suite.candidate.gguf)
     assert find_champion(record).name == "champion"
-    write_json(record, {"version": 3, "gguf_sha256": "0" * 64})
-    with pytest.raises(UserError, match="is not the file that was promoted"):
-        find_champion(record)
+    right = {"gguf_sha256": sha256_file(suite.candidate.gguf)}
+    right["merged_sha256"] = sha256_file(suite.candidate.folder / "model.safetensors")
+    write_json(record, {"version": 3, **right})
+    assert find_champion(record).name == "champion"
+    for key, file in (("gguf_sha256", "model.gguf"), ("merged_sha256", "model.safetensors")):
+        write_json(record, {"version": 3, **right, key: "0" * 64})
+        with pytest.raises(UserError, match=rf"{file} is not the file that was promoted: run `dvc checkout"):
+            find_champion(record)
+
+
+def test_what_the_champion_was_trained_on_is_left_out_of_the_suite_with_its_near_duplicates(suite, tmp_path):
+    record = tmp_path / "champion.json"
+    items = [suite.items[0], replace(suite.items[1], cluster=suite.items[0].cluster), *suite.items[2:]]
+    write_json(record, {"version": None})
+    assert without_learned(items, record) == (items, 0)
+    write_json(record, {"version": 1})
+    members = [{"id": items[0].id, "source": "sample", "tokens": 9}, {"id": "elsewhere", "source": "chat", "tokens": 9}]
+    write_jsonl(tmp_path / "champion/training.jsonl", members)
+    assert without_learned(items, record) == (items[2:], 2)
+    write_jsonl(tmp_path / "champion/training.jsonl", [{"id": item.id, "source": "s", "tokens": 9} for item in items])
+    with pytest.raises(UserError, match="the champion was trained on every conversation of the test split"):
+        without_learned(items, record)
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path):

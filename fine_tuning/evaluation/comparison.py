@@ -8,6 +8,8 @@ HOLD           anything else: a leak and a number that is none however few the c
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,15 @@ from fine_tuning.evaluation.differences import (
     shortfall,
     told,
 )
-from fine_tuning.evaluation.evaluate_settings import IntervalSettings
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.forgetting import forgotten, unguarded
 from fine_tuning.evaluation.measurements import Metrics, likelihood_columns
 from fine_tuning.evaluation.memory import kept
-from fine_tuning.evaluation.metrics import REPLY_COLUMNS
+from fine_tuning.evaluation.metrics import REPLY_COLUMNS, load_metric
 from fine_tuning.evaluation.privacy import leaks
 from fine_tuning.evaluation.rivals import PROMPTED, SHOWN
 from fine_tuning.evaluation.scoring import finite
+from fine_tuning.records import read_jsonl
 from fine_tuning.settings import Settings
 
 QUANTISED = "candidate_quantised"
@@ -53,6 +56,33 @@ class CompareSettings(Settings):
     secondary: dict[str, float]
     quantisation_tolerance: float = Field(ge=0)
     goldens: list[str]
+
+
+METRIC_MODULES = Path(__file__).with_name("metric_modules")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the stage evaluate left in its folder, and the metrics to judge it by."""
+
+    records: Records
+    general: Sequence[dict[str, Any]]
+    answers: Sequence[dict[str, Any]]
+    memory: Sequence[dict[str, Any]]
+    metrics: Metrics
+    intervals: IntervalSettings
+
+    @classmethod
+    def read(cls, folder: Path, evaluate: EvaluateSettings) -> "Evidence":
+        """From the folder that evaluate wrote."""
+        names = ("items", "general", "prompts", "memory")
+        files = (list(read_jsonl(folder / f"{name}.jsonl")) for name in names)
+        metrics = [load_metric(name, METRIC_MODULES) for name in evaluate.metrics]
+        return cls(*files, metrics=metrics, intervals=evaluate.interval)
+
+    def verdict(self, settings: CompareSettings) -> dict[str, Any]:
+        """What `compare` makes of it."""
+        return compare(self.records, self.metrics, settings, self.intervals, self.general, self.answers, self.memory)
 
 
 def compare(
