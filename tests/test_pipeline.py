@@ -47,10 +47,6 @@ def closure(file: Path) -> set[str]:
     return {str(module.relative_to(ROOT)) for module in seen}
 
 
-# May be absent, which a dependency may not; whoever writes it changes data/conversations too.
-OPTIONAL = {"data/forgotten.jsonl"}
-
-
 def literal_paths(stage: str) -> set[str]:
     """Paths of data that the script names."""
     texts = (
@@ -58,7 +54,7 @@ def literal_paths(stage: str) -> set[str]:
         for node in ast.walk(ast.parse((ROOT / f"stages/{stage}.py").read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    return {text for text in texts if text.startswith(DATA) and " " not in text} - OPTIONAL
+    return {text for text in texts if text.startswith(DATA) and " " not in text}
 
 
 def test_the_pipeline_has_the_nine_stages_each_with_its_script():
