@@ -40,7 +40,7 @@ for split, ids in {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}.
     pyarrow.parquet.write_table(pyarrow.table(columns), f"data/prepared/{split}.parquet")
 """
 # Stands for evaluate: the records of whatever verdict a parameter asks for.
-EVALUATE = """
+MEASURE = """
 import shutil, sys
 from pathlib import Path
 import yaml
@@ -57,7 +57,7 @@ write_json(metrics, {"candidate": {"perplexity": 9.2}, "items": 4, "suite": suit
 Path("metrics/side_by_side.md").write_text("# Side by side\\n")
 """
 # Stands for compare, with the verdicts that it gave before: importing what it needs takes seconds each time.
-COMPARE = """
+JUDGE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "ROOT")
@@ -80,16 +80,16 @@ stages:
     params: [train.seed]
     outs: [models/adapter, models/merged, models/package, data/prepared]
   evaluate:
-    cmd: {python} evaluate.py
-    deps: [evaluate.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
+    cmd: {python} measure.py
+    deps: [measure.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
     params: [trial, evaluate]
     outs: [data/evaluation, metrics/side_by_side.md]
     metrics:
       - metrics/evaluation.json: {{cache: false}}
   compare:
-    cmd: {python} compare.py
+    cmd: {python} judge.py
     deps:
-      - compare.py
+      - judge.py
       - trial
       - data/evaluation
       - models/champion.json
@@ -154,7 +154,7 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     )
     shard = {"name": "first.jsonl", "lines": 4, "sha256": sha256_file(shards / "first.jsonl"), "source": "import"}
     (folder / "data" / "manifest.json").write_text(json.dumps({"shards": [shard], "total_conversations": 4}))
-    for name, script in (("make", MAKE), ("evaluate", EVALUATE), ("compare", COMPARE)):
+    for name, script in (("make", MAKE), ("measure", MEASURE), ("judge", JUDGE)):
         (folder / f"{name}.py").write_text(script.replace("ROOT", str(ROOT)))
     (folder / "dvc.yaml").write_text(PIPELINE.format(python=sys.executable))
     (folder / "models" / "champion.json").write_text('{\n  "version": null\n}\n')

@@ -186,8 +186,8 @@ def test_files_that_were_not_compared_are_refused(candidate, path, reason):
         ("sed -i 's/perplexity/complexity/' metrics/evaluation.json", "metrics/evaluation.json"),
         ("chmod u+w data/evaluation/* && sed -i s/60.0/1.0/ data/evaluation/items.jsonl", "data/evaluation"),
         ("sed -i 's/minimum_effect: 0.01/minimum_effect: 0.0/' params.yaml", "params.yaml"),
-        ("echo '# better' >> compare.py", "compare.py"),
-        ("sed -i '/cmd/s/compare.py$/compare.py --better/' dvc.yaml", "dvc.yaml"),
+        ("echo '# better' >> judge.py", "judge.py"),
+        ("sed -i '/cmd/s/judge.py$/judge.py --better/' dvc.yaml", "dvc.yaml"),
     ],
 )
 def test_a_verdict_is_taken_only_with_what_it_was_made_from(candidate, edit, file):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fine_tuning.errors import UserError
-from fine_tuning.project import sha256_file
+from fine_tuning.project import sha256_file, versions
 from fine_tuning.settings import read_params
 from fine_tuning.training.model_card import model_card
 from fine_tuning.training.training_utils import (
@@ -570,8 +570,6 @@ def test_the_model_card_says_where_the_adapter_comes_from(method):
 def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
     from importlib import metadata
 
-    from fine_tuning.training.tracking import versions
-
     real = metadata.version
 
     def version(name: str) -> str:
@@ -580,8 +578,8 @@ def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
         return real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert versions()["version_bitsandbytes"] == "none"
-    assert versions()["version_torch"] == real("torch")
+    assert versions()["bitsandbytes"] == "none"
+    assert versions()["torch"] == real("torch")
 
 
 def test_two_trainings_with_the_same_checkpoints_do_not_run_at_once(tmp_path, capsys):

@@ -17,6 +17,7 @@ from fine_tuning.records import read_json, write_json, write_jsonl
 
 CHAMPION_JSON = Path("models/champion.json")
 CHAMPION_FILES = Path("models/champion")
+CHAMPION_DVC = Path("models/champion.dvc")
 STAGED = Path("models/.champion.new")
 PROBES = "probes.json"
 WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"

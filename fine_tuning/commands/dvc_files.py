@@ -61,24 +61,6 @@ def locked_md5(stages: dict[str, dict], path: Path, side: str = "outs") -> str |
     return None
 
 
-def outs_beside(stages: dict[str, dict], path: Path) -> list[Path]:
-    """All outs of the stage that writes `path`."""
-    for stage in stages.values():
-        outs = [Path(entry["path"]) for entry in stage.get("outs") or []]
-        if path in outs:
-            return outs
-    return []
-
-
-def first_commit_with(*hashes: str) -> str | None:
-    """The first commit up to HEAD whose dvc.lock holds one of these MD5s, None if there is none."""
-    try:
-        found = run_command("git", "log", "--reverse", "--format=%H", "-G", "|".join(hashes), "--", str(LOCK))
-    except UserError:
-        return None
-    return found.partition("\n")[0] or None
-
-
 def changed_since_lock(*stages: str) -> list[str]:
     """Paths of dependencies, parameter files and outs of these stages that are not what dvc.lock says, as `dvc status`
     finds them; dvc.yaml where a command is another."""

@@ -33,12 +33,10 @@ from fine_tuning.commands.dvc_files import (
     LOCK,
     changed_since_lock,
     files_below,
-    first_commit_with,
     locate,
     locked_md5,
     md5_file,
     md5_path,
-    outs_beside,
     read_lock,
     reproduce,
 )
@@ -191,12 +189,9 @@ def check_unchanged(verdict: Verdict) -> None:
         raise UserError(f"{weights} is missing: run `dvc pull` or `dvc repro`")
     if sha256_file(weights) != verdict.adapter_sha256:
         raise UserError("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
-    stages = read_lock()
-    for path in (ADAPTER, MERGED, PACKAGE):
-        if md5_path(path) != locked_md5(stages, path):
-            raise UserError(f"{path} is not what dvc.lock describes: run `dvc repro`, then promote again")
-    champion = CHAMPION_JSON.as_posix()
-    changed = changed_since_lock(*JUDGING)
+    stages, champion = read_lock(), str(CHAMPION_JSON)
+    changed = [str(path) for path in (ADAPTER, MERGED, PACKAGE) if md5_path(path) != locked_md5(stages, path)]
+    changed += changed_since_lock(*JUDGING)
     if read_champion().get("adapter_sha256") == verdict.adapter_sha256:  # a promotion that was cut off
         changed = [path for path in changed if path != champion]
     if champion in changed:
@@ -244,7 +239,7 @@ def evaluation_files() -> list[tuple[str, Path]]:
     kept = CHAMPION_FILES / KEPT
     if candidate_is_champion() and kept.is_dir():
         return [(KEPT, kept)]
-    return [(f"{KEPT}/{path}", path) for path in outs_beside(read_lock(), EVALUATION)]
+    return [(f"{KEPT}/{out['path']}", Path(out["path"])) for out in read_lock()[JUDGING[0]]["outs"]]
 
 
 def compare_with_champion() -> None:
@@ -376,8 +371,11 @@ def version_tags(verdict: Verdict, files: dict[str, Path], forced: str | None) -
 
 
 def adapter_commit() -> str | None:
-    """The first commit whose dvc.lock holds the adapter, None if it was never committed."""
-    return first_commit_with(md5_path(ADAPTER), md5_file(ADAPTER / "adapter_model.safetensors"))
+    """The first commit up to HEAD whose dvc.lock holds the adapter, None if it was never committed."""
+    hashes = f"{md5_path(ADAPTER)}|{md5_file(ADAPTER / 'adapter_model.safetensors')}"
+    with suppress(UserError):  # outside git
+        return run_command("git", "log", "--reverse", "--format=%H", "-G", hashes, "--", str(LOCK)).partition("\n")[0]
+    return None
 
 
 def evaluation_metrics() -> dict[str, float]:
