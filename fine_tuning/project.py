@@ -1,11 +1,20 @@
-"""Where this checkout keeps things, and how it talks to DVC and git. The commands and the app use it; stages do not."""
+"""Where this checkout keeps things, how it talks to git, and which code and packages a result depends on."""
 
 import hashlib
 import os
+import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 from fine_tuning.errors import UserError
+
+LIBRARY = Path(__file__).parent
+# Packages that compute what a run writes; their version is part of what the result depends on.
+COMPUTING = (
+    *("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "bitsandbytes"),
+    *("gguf", "xllamacpp"),
+)
 
 
 def root() -> Path:
@@ -45,6 +54,26 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_sha256(*folders: str) -> str:
+    """SHA-256 of all Python files in these folders of the library and of the modules that lie beside the folders."""
+    files = [*LIBRARY.glob("*.py"), *(file for folder in folders for file in (LIBRARY / folder).rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(LIBRARY).as_posix()} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute, by name; "none" where one is not installed."""
+    found = {"python": platform.python_version()}
+    for name in COMPUTING:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def run_command(*command: str, cwd: Path | None = None) -> str:

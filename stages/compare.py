@@ -3,52 +3,51 @@
 from pathlib import Path
 
 from fine_tuning.errors import run
+from fine_tuning.evaluation.champion_records import LEARNED, called_champion, is_champion
 from fine_tuning.evaluation.charts import curve, interval_plot, standalone
-from fine_tuning.evaluation.comparison import CompareSettings, compare
+from fine_tuning.evaluation.comparison import CompareSettings, Evidence
 from fine_tuning.evaluation.contenders import champion_folder
 from fine_tuning.evaluation.data_changes import changes_since
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.report import Findings, write_report
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, read_jsonl, replacing, write_json
+from fine_tuning.records import read_json, replacing, write_json
 from fine_tuning.settings import read_params
 
-RECORDS = Path("data/evaluation/items.jsonl")
-ANSWERS = Path("data/evaluation/prompts.jsonl")
-GUARDS = {name: Path(f"data/evaluation/{name}.jsonl") for name in ("general", "general_text", "prompt_help")}
-MEMORY = Path("data/evaluation/memory.jsonl")
+RECORDS = Path("data/evaluation")
 EVALUATION = Path("metrics/evaluation.json")
 LEARNING_CURVE = Path("metrics/learning_curve.json")
 PREPARED = Path("metrics/prepare.json")
 TRAIN = Path("data/prepared/train.parquet")
 CHAMPION = Path("models/champion.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
+GGUF = Path("models/package/model.gguf")
 COMPARISON = Path("metrics/comparison.json")
 REPORT = Path("metrics/report.html")
 PLOTS = {"differences": Path("metrics/plots/differences.svg"), "curve": Path("metrics/plots/learning_curve.svg")}
-MODULES = Path("fine_tuning/evaluation/metric_modules")
 
 
 def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
-    metrics = [load_metric(name, MODULES) for name in evaluate.metrics]
-    records, answers, memory = (list(read_jsonl(path)) for path in (RECORDS, ANSWERS, MEMORY))
-    guarded = {name: list(read_jsonl(path)) for name, path in GUARDS.items()}
-    evaluation, learning = read_json(EVALUATION), read_json(LEARNING_CURVE)
-    verdict = compare(records, metrics, settings, evaluate.interval, guarded, answers, memory) | {
+    found, evaluation, learning = Evidence.read(RECORDS, evaluate), read_json(EVALUATION), read_json(LEARNING_CURVE)
+    verdict = found.verdict(settings) | {
         "adapter_sha256": sha256_file(ADAPTER),
         "eval_set_sha256": evaluation["suite"]["sha256"],
     }
+    if learned := evaluation["suite"].get("learned_by_champion"):
+        verdict["reasons"].append(f"{learned} {LEARNED}")
+    if is_champion(CHAMPION, ADAPTER, GGUF):
+        verdict = called_champion(verdict, read_json(CHAMPION))
     write_json(COMPARISON, verdict)
     if learning["points"] and learning["train_sha256"] != sha256_file(TRAIN):
         learning["note"] = "measured on other training data than the candidate's: measure again"
     champion = champion_folder(CHAMPION) if read_json(CHAMPION).get("version") is not None else None
     changes = changes_since(champion, TRAIN) if champion else None
-    where = slices(records, metrics, evaluate.interval)
+    where = slices(found.records, found.metrics, evaluate.interval)
     prepared = read_json(PREPARED)
-    write_report(REPORT, Findings(verdict, evaluation, records, answers, where, changes, learning, prepared))
+    findings = Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, prepared)
+    write_report(REPORT, findings)
     rival = list(verdict["differences"])[-1:]
     shown = verdict["differences"][rival[0]] if rival else {}
     title = f"candidate against {rival[0]}: {verdict['verdict']}" if rival else verdict["verdict"]

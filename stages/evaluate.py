@@ -7,11 +7,12 @@ from typing import Any
 from fine_tuning.data_collection.people import Find, PeopleSettings, people_finder
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.errors import run
+from fine_tuning.evaluation.champion_records import LEARNED, is_champion, method_sha256, take_back, without_learned
 from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.items import chat_format, conversation_of, encoded_anew, read_items
-from fine_tuning.evaluation.measurements import guard_metrics, left_out, summarise
+from fine_tuning.evaluation.measurements import GUARDS, guard_metrics, left_out, summarise
 from fine_tuning.evaluation.metrics import load_metric, signatures
 from fine_tuning.evaluation.privacy import personal_data
 from fine_tuning.evaluation.scoring import Reply
@@ -24,10 +25,10 @@ TRAIN = Path("data/prepared/train.parquet")
 TEST = Path("data/prepared/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
 CHAMPION = Path("models/champion.json")
 RECORDS = Path("data/evaluation/items.jsonl")
 ANSWERS = Path("data/evaluation/prompts.jsonl")
-GUARDS = {name: Path(f"data/evaluation/{name}.jsonl") for name in ("general", "general_text", "prompt_help")}
 MEMORY = Path("data/evaluation/memory.jsonl")
 METRICS = Path("metrics/evaluation.json")
 PAGE = Path("metrics/side_by_side.md")
@@ -36,16 +37,25 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
-    find_people = people_finder(read_params("clean", PeopleSettings))
+    people = read_params("clean", PeopleSettings)
+    find_people = people_finder(people)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
+    champion, method = find_champion(CHAMPION), method_sha256(settings, chat, people)
+    if champion and is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
+        if take_back(CHAMPION, METRICS, method):
+            print("evaluate: the candidate is the champion: the records that it was promoted by are taken back")
+            return
+        champion = None  # a model is not compared with itself
     check_references(settings.references, BASE.folder, CHAMPION, read_params("deploy", ProjectName).name)
     tokenizer = load_tokenizer(BASE.folder)
-    items = read_items(TEST, tokenizer, settings.references)
+    items, learned = without_learned(read_items(TEST, tokenizer, settings.references), CHAMPION)
+    if learned:
+        print(f"evaluate: {learned} {LEARNED}")
     memo = main_checkout() / ".whetstone/memo/evaluate"
     common = Evaluator(items, tokenizer, chat, settings, memo, find_people)
 
     records, guarded, answers = [], {name: [] for name in GUARDS}, {}
-    for contender in filter(None, (BASE, find_champion(CHAMPION), CANDIDATE)):
+    for contender in filter(None, (BASE, champion, CANDIDATE)):
         own, evaluator = load_tokenizer(contender.folder), common
         if chat_format(own) != chat_format(tokenizer):
             evaluator = Evaluator(encoded_anew(items, own, chat.max_length), own, chat, settings, memo, find_people)
@@ -75,11 +85,13 @@ def main() -> None:
         "sha256": common.suite,
         "conversations": len({conversation_of(item.id) for item in items}),
         "clusters": len({item.cluster for item in items}),
+        "learned_by_champion": learned,
         "signatures": signatures(metrics),
+        "method_sha256": method,
     }
     write_jsonl(RECORDS, records)
-    for name, path in GUARDS.items():
-        write_jsonl(path, guarded[name])
+    for name in GUARDS:
+        write_jsonl(RECORDS.with_name(f"{name}.jsonl"), guarded[name])
     write_jsonl(MEMORY, memory)
     write_jsonl(ANSWERS, answer_lines(settings.test_prompts, answers, find_people))
     PAGE.write_text(side_by_side(settings.test_prompts, answers), encoding="utf-8", errors="replace")

@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
 from fine_tuning.errors import UserError, run
-from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri
+from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri, versions
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params
 from fine_tuning.training.base_model import read_base_card
 from fine_tuning.training.lora_trainer import Progress, TrainingResult, train_adapter
 from fine_tuning.training.model_card import model_card
 from fine_tuning.training.speed import SPEED, expected, read_speed, record_speed
-from fine_tuning.training.tracking import Run, find_adapter, flatten, open_store, tracked_run, versions
+from fine_tuning.training.tracking import Run, find_adapter, flatten, open_store, tracked_run
 from fine_tuning.training.training_utils import (
     TrainSettings,
     alone_with,
@@ -68,7 +68,8 @@ def main() -> None:
         return
     parameters = flatten(settings.model_dump())
     commit, dirty = git_commit(Path.cwd())
-    tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base["model"], **versions()}
+    tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base["model"]}
+    tags |= {f"version_{name}": version for name, version in versions().items()}
     with alone_with(checkpoints):
         with (
             tracked_run(client, experiment, "pipeline", {}, tags) as pipeline,

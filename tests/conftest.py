@@ -16,6 +16,19 @@ def tiny_base(tmp_path_factory):
     return write_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
 
 
+@pytest.fixture
+def library(tmp_path_factory, monkeypatch):
+    """A copy of the library whose code is hashed instead of the real one: to be edited."""
+    import shutil
+
+    from fine_tuning import project
+
+    folder = tmp_path_factory.mktemp("library") / "fine_tuning"
+    shutil.copytree(project.LIBRARY, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(project, "LIBRARY", folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def trained_project(tmp_path_factory, tiny_base):
     """A project whose real pipeline has run once on forty conversations: to be copied."""

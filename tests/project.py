@@ -92,6 +92,8 @@ def new_project(folder: Path, base: Path) -> Project:
         train={"max_steps": 4, "threads": 1},
     )
     (folder / "models/champion.json").write_text('{"version": null}\n')
+    (folder / "data").mkdir()
+    (folder / "data/forgotten.jsonl").touch()
     (folder / "metrics").mkdir(exist_ok=True)
     shutil.copy2(ROOT / "metrics/learning_curve.json", folder / "metrics")
     project.commit("Start")

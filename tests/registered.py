@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from fine_tuning.project import sha256_file
 
 ROOT = Path(__file__).parents[1]
-# Stands for train, package, evaluate and compare: the same paths, with weights that depend on one parameter.
-STAGE = """
-import json, pathlib, shutil, sys
+# Stands for train and package: the same paths, with weights that depend on one parameter.
+MAKE = """
+import json, pathlib, shutil
 import pyarrow, pyarrow.parquet, yaml
 from safetensors.numpy import save_file
-import numpy, hashlib
+import numpy
 seed = yaml.safe_load(open("params.yaml"))["train"]["seed"]
 for name in ("adapter", "merged", "package"):
     pathlib.Path("models", name).mkdir(parents=True)
@@ -36,32 +38,97 @@ pathlib.Path("data/prepared").mkdir(parents=True)
 for split, ids in {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}.items():
     columns = {"id": ids, "source": ["test"] * len(ids), "input_ids": [[1, 2]] * len(ids)}
     pyarrow.parquet.write_table(pyarrow.table(columns), f"data/prepared/{split}.parquet")
-digest = hashlib.sha256(pathlib.Path("models/adapter/adapter_model.safetensors").read_bytes()).hexdigest()
-pathlib.Path("metrics").mkdir(exist_ok=True)
-pathlib.Path("metrics/comparison.json").write_text(json.dumps({
-    "verdict": yaml.safe_load(open("params.yaml"))["compare"]["verdict"], "reasons": ["perplexity 9.2 < 23.6"],
-    "adapter_sha256": digest, "eval_set_sha256": "e" * 64}))
-pathlib.Path("metrics/evaluation.json").write_text(json.dumps({"candidate": {"perplexity": 9.2}, "items": 4}))
 """
-
+# Stands for evaluate: the records of whatever verdict a parameter asks for.
+MEASURE = """
+import shutil, sys
+from pathlib import Path
+import yaml
+sys.path.insert(0, "ROOT")
+from fine_tuning.evaluation.champion_records import is_champion, take_back
+from fine_tuning.records import write_json
+champion, metrics = Path("models/champion.json"), Path("metrics/evaluation.json")
+candidate = Path("models/adapter/adapter_model.safetensors"), Path("models/package/model.gguf")
+if is_champion(champion, *candidate) and take_back(champion, metrics, "trial"):
+    sys.exit()
+shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["trial"]["verdict"]), "data/evaluation")
+suite = {"sha256": "e" * 64, "method_sha256": "trial"}
+write_json(metrics, {"candidate": {"perplexity": 9.2}, "items": 4, "suite": suite})
+Path("metrics/side_by_side.md").write_text("# Side by side\\n")
+"""
+# Stands for compare, with the verdicts that it gave before: importing what it needs takes seconds each time.
+JUDGE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "ROOT")
+from fine_tuning.evaluation.champion_records import called_champion, is_champion
+from fine_tuning.project import sha256_file
+from fine_tuning.records import read_json, write_json
+adapter, champion = Path("models/adapter/adapter_model.safetensors"), Path("models/champion.json")
+verdicts = {sha256_file(Path("trial", name, "items.jsonl")): name for name in ("PROMOTE", "HOLD", "INCONCLUSIVE")}
+name = verdicts[sha256_file(Path("data/evaluation/items.jsonl"))]
+found = read_json(Path(f"trial/{name}.json")) | {"adapter_sha256": sha256_file(adapter), "eval_set_sha256": "e" * 64}
+if is_champion(champion, adapter, Path("models/package/model.gguf")):
+    found = called_champion(found, read_json(champion))
+write_json(Path("metrics/comparison.json"), found)
+"""
 PIPELINE = """
 stages:
   make:
     cmd: {python} make.py
-    deps: [make.py, data/conversations, models/champion.json]
-    params: [train.seed, compare.verdict]
+    deps: [make.py, data/conversations]
+    params: [train.seed]
     outs: [models/adapter, models/merged, models/package, data/prepared]
+  evaluate:
+    cmd: {python} measure.py
+    deps: [measure.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
+    params: [trial, evaluate]
+    outs: [data/evaluation, metrics/side_by_side.md]
+    metrics:
+      - metrics/evaluation.json: {{cache: false}}
+  compare:
+    cmd: {python} judge.py
+    deps:
+      - judge.py
+      - trial
+      - data/evaluation
+      - models/champion.json
+      - models/adapter/adapter_model.safetensors
+      - models/package/model.gguf
+    params: [evaluate, compare]
     metrics:
       - metrics/comparison.json: {{cache: false}}
-      - metrics/evaluation.json: {{cache: false}}
 """
 
-PARAMS = """
-train: {{seed: {seed}}}
-compare: {{verdict: {verdict}}}
-chat: {{system_prompt: null, max_length: 512}}
-deploy: {{name: trial, host: "http://127.0.0.1:9", more_hosts: [], timeout: 5.0, stream_timeout: 60.0}}
-"""
+# Items, and the candidate's nats a token on them, the base's being 3.0.
+RECORDS = {"PROMOTE": (60, 2.0), "HOLD": (60, 3.0), "INCONCLUSIVE": (6, 2.0)}
+
+
+def write_records(folder: Path) -> None:
+    """Records that lead to each verdict, in trial/VERDICT, and what the real comparison says, in trial/VERDICT.json."""
+    from fine_tuning.evaluation.comparison import CompareSettings, Evidence
+    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+    from fine_tuning.records import write_json, write_jsonl
+    from fine_tuning.settings import read_params
+
+    evaluate, compare = (
+        read_params(name, kind, folder / "params.yaml")
+        for name, kind in (("evaluate", EvaluateSettings), ("compare", CompareSettings))
+    )
+    for verdict, (count, nats) in RECORDS.items():
+        place = folder / "trial" / verdict
+        place.mkdir(parents=True)
+        lines = [
+            {"contender": name, "id": f"c{n}", "source": "test", "cluster": f"c{n}", "suite": "s", "turns": []}
+            | {"nll": 20 * (mean + n % 5 / 10), "tokens": 20, "correct": 10, "bytes": 80}
+            for name, mean in (("base", 3.0), ("candidate", nats))
+            for n in range(count)
+        ]
+        for name in ("items", "general", "prompts", "memory"):
+            write_jsonl(place / f"{name}.jsonl", lines if name == "items" else [])
+        found = Evidence.read(place, evaluate).verdict(compare)
+        assert found["verdict"] == verdict, f"the records no longer lead to {verdict}: {found['reasons']}"
+        write_json(folder / "trial" / f"{verdict}.json", found)
 
 
 def write_project(folder: Path, tiny_base: Path) -> Path:
@@ -87,11 +154,13 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     )
     shard = {"name": "first.jsonl", "lines": 4, "sha256": sha256_file(shards / "first.jsonl"), "source": "import"}
     (folder / "data" / "manifest.json").write_text(json.dumps({"shards": [shard], "total_conversations": 4}))
-    (folder / "make.py").write_text(STAGE)
+    for name, script in (("make", MAKE), ("measure", MEASURE), ("judge", JUDGE)):
+        (folder / f"{name}.py").write_text(script.replace("ROOT", str(ROOT)))
     (folder / "dvc.yaml").write_text(PIPELINE.format(python=sys.executable))
     (folder / "models" / "champion.json").write_text('{\n  "version": null\n}\n')
     shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
     set_params(folder)
+    write_records(folder)
     for command in (
         "git init -q -b main",
         "git config user.email trial@example.org",
@@ -109,7 +178,17 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
 
 def set_params(folder: Path, seed: int = 1, verdict: str = "PROMOTE") -> None:
     """Write params.yaml."""
-    (folder / "params.yaml").write_text(PARAMS.format(seed=seed, verdict=verdict))
+    ours = yaml.safe_load((ROOT / "params.yaml").read_bytes())
+    params = {
+        "trial": {"verdict": verdict},
+        "train": {"seed": seed},
+        "chat": {"system_prompt": None, "max_length": 512},
+        "evaluate": ours["evaluate"] | {"metrics": ["perplexity", "nll_per_byte", "token_accuracy"]},
+        "compare": ours["compare"] | {"goldens": [], "secondary": {"token_accuracy": 0.02}},
+        "deploy": {"name": "trial", "host": "http://127.0.0.1:9", "more_hosts": [], "timeout": 5.0}
+        | {"stream_timeout": 60.0},
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 def repro(folder: Path, **params: object) -> None:

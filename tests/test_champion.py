@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow.parquet
+
 from tests.project import Project, conversations, new_project
 from tests.tiny import write_tiny_base
 
@@ -16,7 +18,28 @@ def test_the_champion_is_a_rival_of_what_comes_after_it_on_another_base_too(tmp_
     assert set(comparison["differences"]) == {"base"}
     project.commit("First model")
     project.run("python", "-m", "fine_tuning", "promote", "--force", "the first")
+    assert results(project)[0] == evaluation
+    promoted = results(project)[1]
+    assert promoted["reasons"][0].startswith("the candidate is the champion, version 1, promoted over the verdict ")
+    assert promoted["differences"] == comparison["differences"]
     project.commit("Promote version 1")
+    assert "up to date" in project.run("dvc", "repro")
+
+    # Another salt deals some of what the champion was trained on into the test split.
+    members = (project.folder / "models/champion/training.jsonl").read_text().splitlines()
+    learned = {json.loads(line)["id"] for line in members}
+    output = project.run("dvc", "exp", "run", "-S", "prepare.salt=another", "-S", "prepare.test_fraction=0.4")
+    test = pyarrow.parquet.read_table(project.folder / "data/prepared/test.parquet").to_pylist()
+    clusters = {row["cluster"] for row in test if row["id"] in learned}
+    count = sum(row["cluster"] in clusters for row in test)
+    assert 0 < count < len(test)
+    words = f"{count} held-out conversations are left out: the champion was trained on them"
+    evaluation, comparison = results(project)
+    assert words in output and any(reason.startswith(words) for reason in comparison["reasons"])
+    assert evaluation["suite"]["learned_by_champion"] == count
+    assert evaluation["suite"]["conversations"] == len(test) - count
+    project.run("git", "checkout", ".")
+    project.run("dvc", "checkout")
 
     project.import_conversations(conversations(("tablet", "monitor", "scanner")), "second")
     output = project.run("dvc", "repro")

@@ -14,6 +14,7 @@ from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, write_s
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.champion_records import without_learned
 from fine_tuning.evaluation.contenders import Contender, check_references, find_champion
 from fine_tuning.evaluation.data_changes import training_members
 from fine_tuning.evaluation.items import (
@@ -27,12 +28,14 @@ from fine_tuning.evaluation.items import (
     suite_sha256,
 )
 from fine_tuning.evaluation.measurements import describe, summarise
+from fine_tuning.evaluation.memo import Memo
 from fine_tuning.evaluation.metrics import load_metric
 from fine_tuning.evaluation.scoring import Likelihood, Reply, likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.project import sha256_file
-from fine_tuning.records import write_json
+from fine_tuning.records import write_json, write_jsonl
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
+from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
 
 
@@ -107,6 +110,36 @@ def test_the_same_model_on_the_same_items_is_scored_once(evaluator, suite, monke
     assert evaluator.evaluate(suite.base) == first
     with pytest.raises(AssertionError, match="computed twice"):
         evaluator.score(suite.base, suite.items[:3])
+
+
+def test_replies_that_were_computed_side_by_side_otherwise_are_not_taken_from_the_memo(evaluator, suite, monkeypatch):
+    assert evaluator.answer(suite.base, [[1, 2, 3]])
+    monkeypatch.setattr("fine_tuning.evaluation.evaluator.LlamaEngine", lambda *_: pytest.fail("computed again"))
+    assert evaluator.answer(suite.base, [[1, 2, 3]])
+    generation = SETTINGS.generation.model_copy(update={"slots": 1})
+    other = evaluator_of(suite.items, suite.base.folder, evaluator.memo.folder, generation=generation)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        other.answer(suite.base, [[1, 2, 3]])
+
+
+def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(library, tmp_path, monkeypatch):
+    memo, computed = Memo(tmp_path / "memo"), []
+
+    def results() -> int:
+        memo.get(["key"], lambda: computed.append(None))
+        return len(computed)
+
+    assert results() == results() == 1
+    evaluator = ROOT / "fine_tuning/evaluation/evaluator.py"
+    for number, module in enumerate([str(evaluator.relative_to(ROOT)), *sorted(closure(evaluator))], 2):
+        with (library.parent / module).open("a") as file:
+            file.write("# another version\n")
+        assert results() == number, module
+    before = results()
+    (tmp_path / "xllamacpp-99.dist-info").mkdir()
+    (tmp_path / "xllamacpp-99.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: xllamacpp\nVersion: 99\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert results() == before + 1
 
 
 def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):
@@ -360,9 +393,28 @@ def test_a_champion_is_taken_only_as_it_was_promoted(tmp_path, suite):
     (folder / "merged").symlink_to(suite.candidate.folder)
     (folder / "package/model.gguf").symlink_to(suite.candidate.gguf)
     assert find_champion(record).name == "champion"
-    write_json(record, {"version": 3, "gguf_sha256": "0" * 64})
-    with pytest.raises(UserError, match="is not the file that was promoted"):
-        find_champion(record)
+    right = {"gguf_sha256": sha256_file(suite.candidate.gguf)}
+    right["merged_sha256"] = sha256_file(suite.candidate.folder / "model.safetensors")
+    write_json(record, {"version": 3, **right})
+    assert find_champion(record).name == "champion"
+    for key, file in (("gguf_sha256", "model.gguf"), ("merged_sha256", "model.safetensors")):
+        write_json(record, {"version": 3, **right, key: "0" * 64})
+        with pytest.raises(UserError, match=rf"{file} is not the file that was promoted: run `dvc checkout"):
+            find_champion(record)
+
+
+def test_what_the_champion_was_trained_on_is_left_out_of_the_suite_with_its_near_duplicates(suite, tmp_path):
+    record = tmp_path / "champion.json"
+    items = [suite.items[0], replace(suite.items[1], cluster=suite.items[0].cluster), *suite.items[2:]]
+    write_json(record, {"version": None})
+    assert without_learned(items, record) == (items, 0)
+    write_json(record, {"version": 1})
+    members = [{"id": items[0].id, "source": "sample", "tokens": 9}, {"id": "elsewhere", "source": "chat", "tokens": 9}]
+    write_jsonl(tmp_path / "champion/training.jsonl", members)
+    assert without_learned(items, record) == (items[2:], 2)
+    write_jsonl(tmp_path / "champion/training.jsonl", [{"id": item.id, "source": "s", "tokens": 9} for item in items])
+    with pytest.raises(UserError, match="the champion was trained on every conversation of the test split"):
+        without_learned(items, record)
 
 
 def test_a_folder_without_a_model_is_one_clear_line(tmp_path):

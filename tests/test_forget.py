@@ -26,7 +26,7 @@ from fine_tuning.data_collection.traces import Traces
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.errors import UserError
 from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, write_json
+from fine_tuning.records import read_json, read_jsonl, write_json, write_jsonl
 from tests.fake_ollama import FakeOllama
 from tests.project import Project
 from tests.registered import environment, sh
@@ -389,6 +389,21 @@ def test_nothing_is_changed_without_a_yes(project):
 def test_an_unknown_name_is_one_line(project):
     with pytest.raises(UserError, match="no conversation here"):
         forgetting.find(Selection(conversation="nobody"))
+
+
+def test_the_champion_keeps_its_weights_and_loses_the_records_that_hold_it(project, tmp_path):
+    champion = Path("models/champion")
+    write_jsonl(champion / "training.jsonl", [{"id": canary()["id"]}, {"id": "other-0"}])
+    write_jsonl(champion / "evaluation/data/evaluation/items.jsonl", [{"references": ANSWER}])
+    (champion / "package").mkdir()
+    (champion / "package/model.gguf").write_bytes(b"weights")
+    sh(project, "dvc add -q models/champion && git add -A && git commit -qm Promote && dvc push -q")
+    status, said = forget_in_process(user="zoe")
+    assert status == 0, said
+    assert places_with_words(project, tmp_path / "remote") == []
+    assert sorted(path.name for path in champion.rglob("*") if path.is_file()) == ["model.gguf", "training.jsonl"]
+    assert list(read_jsonl(champion / "training.jsonl")) == [{"id": "other-0"}]
+    assert sh(project, "dvc status -q models/champion.dvc") == ""
 
 
 def test_words_in_git_and_in_files_of_the_user_are_named_and_not_called_forgotten(project):

@@ -1,5 +1,6 @@
 """From a tag, a version or a reply to what made it, and from a conversation to the models it taught."""
 
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,7 +12,6 @@ from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_switcher import STAMP
-from fine_tuning.project import sha256_file
 from tests.registered import here, sh
 
 
@@ -35,7 +35,9 @@ def test_a_version_is_traced_to_run_commit_lock_parameters_and_data(promoted, re
     assert version["run"]["id"] == registry.version(2).run_id
     assert version["commit"]["id"] == sh(promoted, "git rev-parse HEAD~1").strip()
     assert version["commit"]["subject"] == "Train again"
-    assert version["dvc_lock"] == {"sha256": sha256_file(Path("dvc.lock")), "kept": True, "in_commit": True}
+    assert version["adapter_commit"] == {"id": version["commit"]["id"], "subject": "Train again"}
+    lock = hashlib.sha256(sh(promoted, "git show HEAD~1:dvc.lock").encode()).hexdigest()
+    assert version["dvc_lock"] == {"sha256": lock, "kept": True, "in_commit": True}
     assert version["parameters"]["train"] == {"seed": 2}
     assert version["data"]["shards"][0]["name"] == "first.jsonl"
     assert version["conversations"] == {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}

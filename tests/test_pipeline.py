@@ -47,10 +47,6 @@ def closure(file: Path) -> set[str]:
     return {str(module.relative_to(ROOT)) for module in seen}
 
 
-# May be absent, which a dependency may not; whoever writes it changes data/conversations too.
-OPTIONAL = {"data/forgotten.jsonl"}
-
-
 # A stage prints what it says; no output depends on it.
 ONLY_TOLD = {"train": {"metrics/prepare.json"}}
 
@@ -62,7 +58,7 @@ def literal_paths(stage: str) -> set[str]:
         for node in ast.walk(ast.parse((ROOT / f"stages/{stage}.py").read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    undeclared = OPTIONAL | ONLY_TOLD.get(stage, set())
+    undeclared = ONLY_TOLD.get(stage, set())
     return {text for text in texts if text.startswith(DATA) and " " not in text} - undeclared
 
 

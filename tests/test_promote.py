@@ -1,6 +1,7 @@
 """Promotion on a real git and DVC repository: what was compared is what is registered, or nothing is."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,14 +9,16 @@ import pytest
 
 from fine_tuning.commands import champion as module
 from fine_tuning.commands.champion import read_champion
-from fine_tuning.commands.dvc_files import md5_path
+from fine_tuning.commands.dvc_files import cached, listing, md5_path
 from fine_tuning.commands.promote import open_registry
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS
 from fine_tuning.project import sha256_file
+from fine_tuning.records import read_json
 from tests.registered import here, repro, sh, type_command
 
 WEIGHTS = Path("models/adapter/adapter_model.safetensors")
+COMPARISON = Path("metrics/comparison.json")
 
 
 def test_the_candidate_becomes_champion_in_registry_git_and_dvc(candidate, capsys):
@@ -24,9 +27,11 @@ def test_the_candidate_becomes_champion_in_registry_git_and_dvc(candidate, capsy
     assert champion["version"] == 1 and champion["name"] == "trial" and champion["verdict"] == "PROMOTE"
     assert champion["adapter_sha256"] == sha256_file(WEIGHTS)
     assert champion["gguf_sha256"] == sha256_file(Path("models/champion/package/model.gguf"))
-    assert sh(candidate, "git status --porcelain").split() == ["M", "models/champion.json", "??", "models/champion.dvc"]
+    changed = sh(candidate, "git status --porcelain").split()[1::2]
+    assert changed == ["dvc.lock", "metrics/comparison.json", "models/champion.json", "models/champion.dvc"]
     version = open_registry("trial").by_alias(CHAMPION)
     assert version.number == 1
+    assert version.tags["adapter_commit"] == version.tags["git_commit"]
     wanted = {"adapter_sha256", "dvc_lock_sha256", "git_commit", "git_dirty", "data_md5", "eval_set_sha256"}
     assert wanted | {"base_model", "base_revision"} <= set(version.tags)
     assert version.tags["git_commit"] == sh(candidate, "git rev-parse HEAD").strip()
@@ -63,9 +68,9 @@ def test_the_registry_keeps_adapter_bundle_reports_and_origin(candidate, tmp_pat
 
 def test_promoting_again_changes_nothing(candidate):
     here("promote")
-    before = Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()
+    sh(candidate, "git add -A && git commit -qm Promote")
     here("promote")
-    assert (Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()) == before
+    assert sh(candidate, "git status --porcelain") == ""
     registry = open_registry("trial")
     assert len(registry.versions()) == 1 and registry.by_alias(PREVIOUS) is None
 
@@ -79,10 +84,48 @@ def test_the_next_champion_makes_the_old_one_previous(candidate):
     assert read_champion()["version"] == 2
 
 
+def test_the_champion_is_said_to_be_it_by_the_verdict_that_made_it_one(candidate, tmp_path):
+    kept = [*Path("data/evaluation").iterdir(), Path("metrics/evaluation.json"), Path("metrics/side_by_side.md")]
+    before = {path: path.read_bytes() for path in kept}
+    here("promote")
+    found = read_json(COMPARISON)
+    assert (found["verdict"], found["champion"]["version"]) == ("PROMOTE", 1)
+    assert found["reasons"][0] == "the candidate is the champion, version 1, promoted by the verdict PROMOTE"
+    assert sh(candidate, "dvc status -q") == ""
+    sh(candidate, f"dvc remote add -q -d store {tmp_path / 'remote'}")
+    sh(candidate, "git add -A && git commit -qm Promote && dvc push -q")
+    assert "up to date" in sh(candidate, "dvc repro")
+    sh(tmp_path, f"git clone -q {candidate} clone")
+    sh(tmp_path / "clone", "dvc pull -q")
+    assert "up to date" in sh(tmp_path / "clone", "dvc repro")
+    sh(tmp_path / "clone", "dvc repro -q --force --single-item evaluate compare")
+    assert sh(tmp_path / "clone", "git status --porcelain") == ""
+    assert {path: (tmp_path / "clone" / path).read_bytes() for path in kept} == before
+
+
+def test_a_candidate_that_comes_out_as_the_champion_again_is_not_compared_with_itself(candidate):
+    here("promote")
+    records = Path("data/evaluation/items.jsonl").read_bytes()
+    repro(candidate, seed=2, verdict="INCONCLUSIVE")
+    assert "champion" not in read_json(COMPARISON)
+    repro(candidate, seed=1, verdict="HOLD")  # what scoring it once more would say
+    assert read_json(COMPARISON)["champion"]["verdict"] == read_json(COMPARISON)["verdict"] == "PROMOTE"
+    assert Path("data/evaluation/items.jsonl").read_bytes() == records
+
+
+def test_a_forced_champion_is_said_to_be_forced(candidate):
+    repro(candidate, verdict="HOLD")
+    here("promote", "--force", "the customer wants it")
+    found = read_json(COMPARISON)
+    assert found["verdict"] == "HOLD"
+    assert found["reasons"][0].endswith("promoted over the verdict HOLD by force (the customer wants it)")
+
+
 @pytest.mark.parametrize("verdict", ["HOLD", "INCONCLUSIVE"])
 def test_without_the_verdict_promote_nothing_is_registered(candidate, verdict):
     repro(candidate, verdict=verdict)
-    with pytest.raises(UserError, match=rf"the verdict is {verdict} .*9\.2.*--force"):
+    reason = re.escape(read_json(COMPARISON)["reasons"][0])
+    with pytest.raises(UserError, match=rf"the verdict is {verdict} \({reason}.*--force"):
         here("promote")
     assert not Path("models/champion").exists() and open_registry("trial").versions() == []
 
@@ -136,6 +179,50 @@ def test_files_that_were_not_compared_are_refused(candidate, path, reason):
     assert open_registry("trial").versions() == []
 
 
+@pytest.mark.parametrize(
+    ("edit", "file"),
+    [
+        ("sed -i s/HOLD/PROMOTE/ metrics/comparison.json", "metrics/comparison.json"),
+        ("sed -i 's/perplexity/complexity/' metrics/evaluation.json", "metrics/evaluation.json"),
+        ("chmod u+w data/evaluation/* && sed -i s/60.0/1.0/ data/evaluation/items.jsonl", "data/evaluation"),
+        ("sed -i 's/minimum_effect: 0.01/minimum_effect: 0.0/' params.yaml", "params.yaml"),
+        ("echo '# better' >> judge.py", "judge.py"),
+        ("sed -i '/cmd/s/judge.py$/judge.py --better/' dvc.yaml", "dvc.yaml"),
+    ],
+)
+def test_a_verdict_is_taken_only_with_what_it_was_made_from(candidate, edit, file):
+    repro(candidate, verdict="HOLD")
+    sh(candidate, edit)
+    for words in ((), ("--force", "I say so")):
+        with pytest.raises(UserError, match=rf"(the verdict is HOLD|{file} is not what dvc\.lock describes)"):
+            here("promote", *words)
+    with pytest.raises(UserError, match=rf"{file} is not what dvc\.lock describes: run `dvc repro`"):
+        here("promote", "--force", "I say so")
+    assert open_registry("trial").versions() == []
+
+
+def test_a_verdict_that_its_records_do_not_give_is_refused_even_with_its_lock(candidate):
+    repro(candidate, verdict="HOLD")
+    sh(candidate, "sed -i 's/HOLD/PROMOTE/' metrics/comparison.json")
+    sh(candidate, "dvc commit -q --force compare")
+    with pytest.raises(UserError, match=r"says PROMOTE and its records give HOLD: run `dvc repro -f compare`"):
+        here("promote")
+    assert open_registry("trial").versions() == []
+
+
+def test_a_version_names_the_commit_that_made_its_adapter(candidate):
+    made = sh(candidate, "git rev-parse HEAD").strip()
+    Path("notes.txt").write_text("later")
+    sh(candidate, "git add -A && git commit -qm Notes")
+    here("promote")
+    repro(candidate, seed=2)
+    here("promote")
+    first, second = (open_registry("trial").version(number).tags for number in (1, 2))
+    assert (first["adapter_commit"], first["git_dirty"]) == (made, "false")
+    assert first["git_commit"] == sh(candidate, "git rev-parse HEAD").strip() != made
+    assert (second["adapter_commit"], second["git_dirty"]) == ("uncommitted", "true")
+
+
 def test_a_candidate_that_met_another_champion_is_refused(candidate):
     here("promote")
     repro(candidate, seed=2)
@@ -155,7 +242,8 @@ def test_a_registry_with_another_champion_is_refused_unless_forced(candidate):
 
 
 def test_a_nan_in_the_evaluation_is_refused(candidate):
-    Path("metrics/evaluation.json").write_text('{"candidate": {"perplexity": NaN}}')
+    sh(candidate, "sed -i 's/9.2/NaN/' metrics/evaluation.json")
+    sh(candidate, "dvc commit -q --force evaluate")
     with pytest.raises(UserError, match=r"evaluation\.candidate\.perplexity is not a finite number"):
         here("promote")
     assert open_registry("trial").versions() == []
@@ -200,7 +288,7 @@ def killed_one_effect_later_each_time(monkeypatch, *words: str):
         *((MlflowClient, name) for name in ("log_artifacts", "log_batch", "create_model_version")),
         *((MlflowClient, name) for name in ("set_registered_model_alias", "delete_registered_model_alias")),
         (MlflowClient, "set_model_version_tag"),
-        *((module, name) for name in ("dvc_add", "dvc_checkout", "write_json", "copy_file")),
+        *((module, name) for name in ("dvc_add", "write_json", "copy_file")),
         (shutil, "rmtree"),
         (Path, "rename"),
     ]
@@ -277,6 +365,16 @@ def test_an_older_version_whose_files_are_nowhere_changes_nothing(promoted):
         here("promote", "1")
     assert (Path("models/champion.json").read_bytes(), Path("models/champion.dvc").read_bytes()) == before
     assert open_registry("trial").by_alias(CHAMPION).number == 2
+
+
+def test_an_older_version_is_champion_again_without_the_records_that_were_forgotten(promoted):
+    files = listing(promoted, open_registry("trial").version(1).tags["champion_md5"])
+    for path in ("training.jsonl", "evaluation/data/evaluation/items.jsonl"):
+        cached(promoted, files[path]).unlink()
+    here("promote", "1")
+    assert read_champion()["version"] == 1
+    assert not Path("models/champion/evaluation/data/evaluation/items.jsonl").exists()
+    assert sha256_file(Path("models/champion/package/model.gguf")) == read_champion()["gguf_sha256"]
 
 
 def test_a_version_that_never_was_champion_does_not_become_it_by_its_number(promoted):

@@ -21,6 +21,7 @@ from fine_tuning.data_collection.conversation import fold, version_hash
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.sealing import close_log, seal_log
 from fine_tuning.data_collection.shards import newest_versions, next_stamp, shard_paths
+from fine_tuning.data_collection.tombstones import Tombstones, id_hash
 from fine_tuning.errors import UserError
 from fine_tuning.records import read_json, read_jsonl
 from stages import intake
@@ -183,6 +184,23 @@ def test_seal_refuses_while_the_pipeline_runs(project, command):
         running.wait()
     command(project, "seal")
     assert len(shards(project)) == 2
+
+
+def test_tombstones_that_come_alone_with_a_merge_are_looked_at(project, command):
+    log(project).log_conversation("q", "a", {"session_id": "s1"})
+    command(project, "seal")
+    project.run("dvc", "repro", "-q", "intake")
+    project.commit("Before")
+    project.run("git", "checkout", "-qb", "other")
+    (project.folder / "data/forgotten.jsonl").write_text(f'{{"id": "{id_hash("elsewhere")}", "contents": []}}\n')
+    project.commit("Forgotten elsewhere")
+    project.run("git", "checkout", "-q", "main")
+    (project.folder / "data/forgotten.jsonl").write_text(f'{{"id": "{id_hash("s1")}", "contents": []}}\n')
+    project.commit("Forgotten here")
+    project.run("git", "merge", "-q", "other", "-m", "Merge")
+    assert len(Tombstones(project.folder / "data/forgotten.jsonl")) == 2
+    output = project.run("dvc", "repro", "intake", check=False)
+    assert "a forgotten conversation came back with a shard: `python -m fine_tuning forget --again`" in output
 
 
 def _path():

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fine_tuning.errors import UserError
-from fine_tuning.project import sha256_file
+from fine_tuning.project import sha256_file, versions
 from fine_tuning.settings import read_params
 from fine_tuning.training.model_card import model_card
 from fine_tuning.training.training_utils import (
@@ -26,6 +26,7 @@ from fine_tuning.training.training_utils import (
     group_memory,
     newest_checkpoint,
 )
+from tests.test_pipeline import closure
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -168,6 +169,48 @@ def test_other_data_parameters_or_machines_do_not_share_checkpoints(monkeypatch)
     assert key != checkpoint_key(SETTINGS, rows, "other")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert key != checkpoint_key(SETTINGS, rows, "base")
+
+
+def test_other_code_or_packages_do_not_share_checkpoints(library, tmp_path, monkeypatch):
+    keys = {checkpoint_key(SETTINGS, [], "base")}
+    trainer = ROOT / "fine_tuning/training/lora_trainer.py"
+    for number, module in enumerate([str(trainer.relative_to(ROOT)), *sorted(closure(trainer))], 2):
+        with (library.parent / module).open("a") as file:
+            file.write("# another version\n")
+        keys.add(checkpoint_key(SETTINGS, [], "base"))
+        assert len(keys) == number, module
+    (tmp_path / "peft-99.dist-info").mkdir()
+    (tmp_path / "peft-99.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 99\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert checkpoint_key(SETTINGS, [], "base") not in keys
+
+
+def test_a_run_that_was_cut_off_starts_anew_and_says_so_when_the_loss_was_changed(tiny_base, library, tmp_path, capsys):
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    settings = SETTINGS.model_copy(update={"threads": 1, "checkpoint_steps": 1, "max_steps": 5})
+    rows, validation = make_rows(60), make_rows(8, seed=1)
+
+    def train_until(step: int | None) -> str:
+        def stop(values: dict[str, float]) -> None:
+            if values["step"] == step:
+                raise KeyboardInterrupt
+
+        folder = tmp_path / "checkpoints" / checkpoint_key(settings, rows, "base")
+        train_adapter(tiny_base, "tiny", rows, validation, settings, tmp_path / "adapter", folder, stop)
+        return capsys.readouterr().out
+
+    with pytest.raises(KeyboardInterrupt):
+        train_until(3)
+    with (library / "training/label_trainer.py").open("a") as file:
+        file.write("# another loss\n")
+    with pytest.raises(KeyboardInterrupt):
+        train_until(4)
+    said = capsys.readouterr().out
+    assert "code or packages changed since this run was cut off: training starts anew" in said
+    assert "going on" not in said
+    said = train_until(None)
+    assert "going on from checkpoint-3" in said and "anew" not in said
 
 
 KILLED_RUN = """
@@ -524,8 +567,6 @@ def test_the_model_card_says_where_the_adapter_comes_from(method):
 def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
     from importlib import metadata
 
-    from fine_tuning.training.tracking import versions
-
     real = metadata.version
 
     def version(name: str) -> str:
@@ -534,8 +575,8 @@ def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
         return real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert versions()["version_bitsandbytes"] == "none"
-    assert versions()["version_torch"] == real("torch")
+    assert versions()["bitsandbytes"] == "none"
+    assert versions()["torch"] == real("torch")
 
 
 def test_two_trainings_with_the_same_checkpoints_do_not_run_at_once(tmp_path, capsys):

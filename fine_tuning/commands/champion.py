@@ -6,10 +6,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
-from fine_tuning.commands.dvc_files import dvc_add, dvc_checkout, fetch, files_below, listing, md5_path
+from fine_tuning.commands.dvc_files import cached, dvc_add, fetch, files_below, listing, md5_path
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.champion_records import KEPT
 from fine_tuning.evaluation.data_changes import MEMBERS, training_members
 from fine_tuning.model_management.model_deployer import Probe
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
@@ -39,17 +38,26 @@ def read_champion() -> dict:
 
 
 def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Path) -> None:
-    """Copy folders, each under its name, the probes and the list of what was in the prepared split `train` to
-    models/champion, and give them to DVC."""
+    """Copy folders or files, each under its name, the probes and the list of what was in the prepared split `train`
+    to models/champion, and give them to DVC."""
     shutil.rmtree(STAGED, ignore_errors=True)
     for place, folder in folders:
-        for file in files_below(folder):
+        for file in files_below(folder) if folder.is_dir() else [folder]:
             copy_file(file, STAGED / place / file.relative_to(folder))
     write_json(STAGED / PROBES, [asdict(probe) for probe in probes])
     write_jsonl(STAGED / MEMBERS, training_members(train))
+    _take_staged()
+
+
+def _take_staged() -> None:
     shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
     STAGED.rename(CHAMPION_FILES)
     dvc_add(CHAMPION_FILES)
+
+
+def names_conversations(path: str) -> bool:
+    """Whether a file of models/champion, by its path in there, holds ids or words, which `forget` may have removed."""
+    return path == MEMBERS or path.startswith(f"{KEPT}/")
 
 
 def fetch_files(version: ModelVersion) -> None:
@@ -64,7 +72,9 @@ def fetch_files(version: ModelVersion) -> None:
             f"version {version.number} was never champion: `git checkout {version.tags.get('git_commit')}`, "
             "`dvc checkout` and promote there"
         )
-    if not fetch([md5]) or not fetch((listing(Path.cwd(), md5) or {}).values()):
+    files = (listing(Path.cwd(), md5) or {}) if fetch([md5]) else {}
+    fetch(files.values())
+    if not files or not fetch(md5 for path, md5 in files.items() if not names_conversations(path)):
         raise UserError(
             f"the files of version {version.number} are neither in DVC's cache nor in its remote: `dvc push` at the "
             "commit that promoted it, in a checkout that has them, then run again"
@@ -73,12 +83,11 @@ def fetch_files(version: ModelVersion) -> None:
 
 def restore_files(version: ModelVersion) -> None:
     """Put the files that `fetch_files` brought into models/champion."""
-    out = {"md5": version.tags[FILES_TAG], "hash": "md5", "path": CHAMPION_FILES.name}
-    CHAMPION_DVC.write_text(yaml.safe_dump({"outs": [out]}))
-    shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
-    dvc_checkout(CHAMPION_DVC)
-    CHAMPION_DVC.unlink()
-    dvc_add(CHAMPION_FILES)  # writes the sizes as well, so that the file is the one that was there then
+    shutil.rmtree(STAGED, ignore_errors=True)
+    for path, md5 in (listing(Path.cwd(), version.tags[FILES_TAG]) or {}).items():
+        if source := cached(Path.cwd(), md5):
+            copy_file(source, STAGED / path)
+    _take_staged()
 
 
 def name_champion(registry: ModelRegistry, version: ModelVersion, verdict: str, who: str, forced: str | None) -> None:

@@ -61,6 +61,16 @@ def locked_md5(stages: dict[str, dict], path: Path, side: str = "outs") -> str |
     return None
 
 
+def changed_since_lock(*stages: str) -> list[str]:
+    """Paths of dependencies, parameter files and outs of these stages that are not what dvc.lock says, as `dvc status`
+    finds them; dvc.yaml where a command is another."""
+    with _dvc("dvc status") as repo:
+        found = repo.status(targets=list(stages))
+    changes = [change for stage in found.values() for change in stage]
+    groups = [[["dvc.yaml"]] if change == "changed command" else change.values() for change in changes]
+    return [path for group in groups for paths in group for path in paths]
+
+
 def md5_file(path: Path) -> str:
     """Hex MD5 of a file: DVC's name for it."""
     with open(path, "rb") as file:
@@ -144,14 +154,11 @@ def dvc_add(path: Path) -> None:
         repo.add(path.as_posix())
 
 
-def dvc_checkout(path: Path) -> None:
-    """`dvc checkout` of a .dvc file, in this process.
-
-    Raises:
-        UserError: a pipeline is running, or DVC refuses.
-    """
-    with _dvc(f"dvc checkout {path}") as repo:
-        repo.checkout(targets=[path.as_posix()], force=True)
+def reproduce(*words: str) -> bool:
+    """`dvc repro`, with this environment's `python` for the stages; whether it succeeded."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", "dvc", "repro", *words]
+    return subprocess.run(command, env={**os.environ, "PATH": path}).returncode == 0
 
 
 def fetch(hashes: Iterable[str]) -> bool:

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -228,14 +226,30 @@ def _leave_servers(work: Work, tags: list[str]) -> None:
                 work.say(f"{server.host}: {tag} removed")
 
 
-def reproduce(work: Work) -> None:
+def clear_champion(work: Work) -> None:
+    """The evaluation that the champion keeps beside its weights, if it holds some of it, and its list of ids."""
+    from fine_tuning.commands.champion import KEPT, MEMBERS
+    from fine_tuning.commands.dvc_files import dvc_add, files_below
+    from fine_tuning.data_collection.erasure import clear_lines
+
+    members, evaluation = CHAMPION_FILES / MEMBERS, CHAMPION_FILES / KEPT
+    cleared = clear_lines(members, work.found)
+    holding = [path for path in files_below(evaluation) if work.everything.in_file(path)]
+    if holding:
+        shutil.rmtree(evaluation)
+    if cleared or holding:
+        dvc_add(CHAMPION_FILES)
+        work.say("the champion's files: " + ("its evaluation removed" if holding else "its list of ids written anew"))
+
+
+def run_pipeline(work: Work) -> None:
     """`dvc repro`, if the pipeline has ever run here. If it fails, what it would have replaced is removed."""
+    from fine_tuning.commands.dvc_files import reproduce
+
     if not Path("dvc.lock").is_file():
         return
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], env={**os.environ, "PATH": path})
-    work.options["reproduced"] = done.returncode == 0
-    if done.returncode != 0:
+    work.options["reproduced"] = reproduce()
+    if not work.options["reproduced"]:
         for file in work.files_holding():
             if file.parts[0] in ("data", "metrics", "models"):
                 file.unlink()
@@ -294,7 +308,8 @@ STEPS: tuple[tuple[str, Callable[[Work], None]], ...] = (
     ("data", clear_data),
     ("scratch", clear_scratch),
     ("models", mark_models),
-    ("reproduce", reproduce),
+    ("champion", clear_champion),
+    ("reproduce", run_pipeline),
     ("objects", clear_objects),
     ("runs", clear_runs),
 )

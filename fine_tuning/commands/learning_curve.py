@@ -9,7 +9,6 @@ BASE, CHAMPION = Path("models/base"), Path("models/champion.json")
 TRAIN = Path("data/prepared/train.parquet")
 VALIDATION = Path("data/prepared/validation.parquet")
 CURVE = Path("metrics/learning_curve.json")
-TRAINER = Path("fine_tuning/training")
 
 
 def add_commands(subparsers: Any) -> None:
@@ -50,10 +49,10 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
     scratch = main_checkout() / ".whetstone"
     memo, suite = Memo(scratch / "memo/learning_curve"), suite_sha256(items, tokenizer)
-    trainer = [sha256_file(path) for path in sorted(TRAINER.glob("*.py"))]
 
     def scores_of(chosen: list[Row]) -> list[Likelihood]:
         key = checkpoint_key(settings, chosen, base["sha256"])
+        measured = [key, suite, evaluate.batch_tokens, evaluate.threads]
         folder = scratch / "learning_curve" / key
 
         def compute() -> list:
@@ -65,7 +64,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
             shutil.rmtree(folder)
             return [score.as_json() for score in scores]
 
-        return [Likelihood.from_json(turns) for turns in memo.get([key, suite, trainer], compute)]
+        return [Likelihood.from_json(turns) for turns in memo.get(measured, compute)]
 
     metrics = [load_metric("perplexity", Path("fine_tuning/evaluation/metric_modules"))]
     points = measure(rows, fractions, items, scores_of, metrics, evaluate.interval)

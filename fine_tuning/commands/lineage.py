@@ -123,6 +123,7 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
         "promoted": {"at": tags.get("promoted_at"), "by": tags.get("promoted_by")},
         "run": {"id": version.run_id, "tracking": registry.uri, "artifacts": version.artifacts},
         "commit": {"id": commit, "dirty": tags.get("git_dirty") == "true", "subject": _subject(commit)},
+        "adapter_commit": {"id": (made := tags.get("adapter_commit", "none")), "subject": _subject(made)},
         "dvc_lock": {
             "sha256": tags.get("dvc_lock_sha256"),
             "kept": kept["dvc.lock"] is not None,
@@ -165,7 +166,7 @@ def _kept(registry: ModelRegistry, version: ModelVersion, path: str) -> bytes | 
 
 
 def _subject(commit: str) -> str | None:
-    if commit == "none":
+    if not COMMIT.fullmatch(commit):
         return None
     try:
         return run_command("git", "log", "-1", "--format=%s", commit).strip()
@@ -270,6 +271,8 @@ def _version_text(version: dict[str, Any]) -> Iterator[str]:
     yield f"  commit        {commit['id']}{' and uncommitted changes' if commit['dirty'] else ''}" + (
         f": {commit['subject']}" if commit["subject"] else ""
     )
+    made = version["adapter_commit"]
+    yield f"  adapter made  {made['id']}" + (f": {made['subject']}" if made["subject"] else "")
     lock = version["dvc_lock"]
     where = "the commit has it" if lock["in_commit"] else "kept by the registry" if lock["kept"] else "lost"
     yield f"  dvc.lock      sha256 {lock['sha256']}, {where}"

@@ -29,8 +29,19 @@ from fine_tuning.commands.champion import (
     read_champion,
     restore_files,
 )
-from fine_tuning.commands.dvc_files import LOCK, files_below, locate, locked_md5, md5_file, md5_path, read_lock
+from fine_tuning.commands.dvc_files import (
+    LOCK,
+    changed_since_lock,
+    files_below,
+    locate,
+    locked_md5,
+    md5_file,
+    md5_path,
+    read_lock,
+    reproduce,
+)
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.champion_records import KEPT, is_champion
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
 from fine_tuning.names import parse_version
@@ -46,7 +57,9 @@ BASE_CARD = Path("models/base/base.json")
 PREPARED = Path("data/prepared")
 CONVERSATIONS = Path("data/conversations")
 SPLITS = ("train", "validation", "test")
+EVALUATION = Path("data/evaluation")
 COMPARISON = Path("metrics/comparison.json")
+JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
 REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
 PROVENANCE = ("dvc.lock", "dvc.yaml", "params.yaml", "data/manifest.json")
 # What makes a version another version; cards, reports and time stamps do not.
@@ -108,6 +121,7 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
             f"the verdict is {verdict.verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
         )
     check_unchanged(verdict)
+    check_verdict(verdict)
     replaces = champion_compared_with(registry, bool(forced))
     files = stage_files()
     content, probes = content_hash(files), make_probes()
@@ -118,12 +132,14 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
         registry.nominate(version.number)
         old = registry.promote(version.number, replaces)
         train = locate(Path.cwd(), read_lock(), PREPARED / "train.parquet")
-        keep_files((("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE)), probes, train)
+        made = (("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE))
+        keep_files((*made, *evaluation_files()), probes, train)
         name_champion(registry, version, verdict.verdict, who, forced)
     finally:
         shutil.rmtree(STAGED, ignore_errors=True)
     how = f"forced ({forced})" if forced else verdict.verdict
     print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
+    compare_with_champion()
     report(version, old)
 
 
@@ -134,6 +150,8 @@ def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
     old = registry.promote(number, champion.number if champion else None)
     restore_files(version)
     name_champion(registry, version, version.tags.get("verdict", ""), who, version.tags.get("forced_reason"))
+    if candidate_is_champion():
+        compare_with_champion()
     report(version, old)
 
 
@@ -171,15 +189,32 @@ def check_unchanged(verdict: Verdict) -> None:
         raise UserError(f"{weights} is missing: run `dvc pull` or `dvc repro`")
     if sha256_file(weights) != verdict.adapter_sha256:
         raise UserError("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
-    stages = read_lock()
-    for path in (ADAPTER, MERGED, PACKAGE):
-        if md5_path(path) != locked_md5(stages, path):
-            raise UserError(f"{path} is not what dvc.lock describes: run `dvc repro`, then promote again")
-    if read_champion().get("adapter_sha256") == verdict.adapter_sha256:
-        return
-    compared = locked_md5(stages, CHAMPION_JSON, "deps")
-    if compared and compared != md5_file(CHAMPION_JSON):
+    stages, champion = read_lock(), str(CHAMPION_JSON)
+    changed = [str(path) for path in (ADAPTER, MERGED, PACKAGE) if md5_path(path) != locked_md5(stages, path)]
+    changed += changed_since_lock(*JUDGING)
+    if read_champion().get("adapter_sha256") == verdict.adapter_sha256:  # a promotion that was cut off
+        changed = [path for path in changed if path != champion]
+    if champion in changed:
         raise UserError("the champion has changed since the comparison: run `dvc repro`, then promote again")
+    if changed:
+        raise UserError(f"{changed[0]} is not what dvc.lock describes: run `dvc repro`, then promote again")
+
+
+def check_verdict(verdict: Verdict) -> None:
+    """Compute the verdict once more from the records of the evaluation, with the parameters in force.
+
+    Raises:
+        UserError: it is another one.
+    """
+    from fine_tuning.evaluation.comparison import CompareSettings, Evidence
+    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+
+    evidence = Evidence.read(EVALUATION, read_params("evaluate", EvaluateSettings))
+    found = evidence.verdict(read_params("compare", CompareSettings))["verdict"]
+    if found != verdict.verdict:
+        raise UserError(
+            f"{COMPARISON} says {verdict.verdict} and its records give {found}: run `dvc repro -f compare`, then look"
+        )
 
 
 def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
@@ -190,6 +225,31 @@ def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
         return None
     same = champion.tags.get("adapter_sha256") == read_champion().get("adapter_sha256")
     return champion.number if same or forced else 0
+
+
+def candidate_is_champion() -> bool:
+    """Whether the files of the candidate are those that models/champion.json names."""
+    files = (ADAPTER / "adapter_model.safetensors", PACKAGE / "model.gguf")
+    return all(file.is_file() for file in files) and is_champion(CHAMPION_JSON, *files)
+
+
+def evaluation_files() -> list[tuple[str, Path]]:
+    """(place in models/champion, path) of what the evaluation wrote; where the candidate is the champion already, of
+    what it was promoted by."""
+    kept = CHAMPION_FILES / KEPT
+    if candidate_is_champion() and kept.is_dir():
+        return [(KEPT, kept)]
+    return [(f"{KEPT}/{out['path']}", Path(out["path"])) for out in read_lock()[JUDGING[0]]["outs"]]
+
+
+def compare_with_champion() -> None:
+    """Run the stages that depend on models/champion.json, so that `dvc repro` has nothing left to do.
+
+    Raises:
+        UserError: they failed.
+    """
+    if not reproduce("--quiet", "--single-item", *JUDGING):
+        raise UserError(f"the champion is named, but `dvc repro {' '.join(JUDGING)}` failed: mend it, then run that")
 
 
 def promoter(given: str | None) -> str:
@@ -300,6 +360,7 @@ def version_tags(verdict: Verdict, files: dict[str, Path], forced: str | None) -
         "dvc_lock_sha256": sha256_file(LOCK),
         "git_commit": commit or "none",
         "git_dirty": str(dirty).lower(),
+        "adapter_commit": adapter_commit() or "uncommitted",
         "data_md5": locked_md5(read_lock(), CONVERSATIONS, "deps") or "none",
         "eval_set_sha256": verdict.eval_set_sha256,
         "base_model": str(base.get("model") or "unknown"),
@@ -307,6 +368,14 @@ def version_tags(verdict: Verdict, files: dict[str, Path], forced: str | None) -
         "verdict": verdict.verdict,
     }
     return tags | ({"forced_reason": forced} if forced else {})
+
+
+def adapter_commit() -> str | None:
+    """The first commit up to HEAD whose dvc.lock holds the adapter, None if it was never committed."""
+    hashes = f"{md5_path(ADAPTER)}|{md5_file(ADAPTER / 'adapter_model.safetensors')}"
+    with suppress(UserError):  # outside git
+        return run_command("git", "log", "--reverse", "--format=%H", "-G", hashes, "--", str(LOCK)).partition("\n")[0]
+    return None
 
 
 def evaluation_metrics() -> dict[str, float]:
@@ -326,4 +395,6 @@ def report(version: ModelVersion, old: ModelVersion | None) -> None:
     print(f"kept in {CHAMPION_FILES} and {CHAMPION_JSON}. Next:")
     print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc dvc.lock metrics")
     print(f"  git commit -m 'Promote version {version.number}' && dvc push")
+    if not candidate_is_champion():
+        print("  dvc repro   # compares the candidate with it")
     print("  python -m fine_tuning deploy")

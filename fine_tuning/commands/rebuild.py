@@ -33,12 +33,12 @@ def rebuild() -> int:
         copy = Path(folder) / "checkout"
         run_command("git", "clone", "-q", "--shared", str(checkout), str(copy))
         run_command(*DVC, "cache", "dir", "--local", _cache(checkout), cwd=copy)
-        try:
-            run_command(*DVC, "checkout", "data/conversations.dvc", cwd=copy)
-        except UserError:
-            raise UserError(
-                "the conversations of HEAD are not in DVC's cache: `dvc pull data/conversations.dvc`"
-            ) from None
+        for tracked in ("data/conversations.dvc", "models/champion.dvc"):
+            try:
+                if (copy / tracked).is_file():
+                    run_command(*DVC, "checkout", tracked, cwd=copy)
+            except UserError:
+                raise UserError(f"{tracked} of HEAD is not in DVC's cache: `dvc pull {tracked}`") from None
         _fetch_start(checkout, copy)
         expected = _outputs(copy)
         for stage in expected:

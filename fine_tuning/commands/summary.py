@@ -47,7 +47,7 @@ def summary(arguments: argparse.Namespace) -> None:
     for reason in comparison["reasons"]:
         console.print(f"  - {reason}", markup=False)
     console.print()
-    for label, text in next_steps(verdict):
+    for label, text in next_steps("champion" if comparison.get("champion") else verdict):
         console.print(f"{label:<22}{text}", markup=False, soft_wrap=True)
 
 
@@ -106,12 +106,14 @@ def with_interval(cell: dict[str, Any] | None, key: str, sign: str = "") -> str:
 
 
 def next_steps(verdict: str) -> list[tuple[str, str]]:
-    """(label, path or command) lines."""
+    """(label, path or command) lines after a verdict, or after "champion": the candidate is it already."""
     pages = [("Modelfile", MODELFILE)]
     pages += [("Report" if page.suffix == ".html" else "Replies side by side", page) for page in PAGES]
     # A clone has the numbers from git, and the files only after `dvc pull`.
     steps = [(label, str(page)) for label, page in pages if page.is_file()]
-    if verdict == "PROMOTE":
+    if verdict == "champion":
+        steps.append(("Put it on Ollama", "python -m fine_tuning deploy"))
+    elif verdict == "PROMOTE":
         steps.append(("Make it the champion", "make promote"))
     else:
         steps.append(("Try other parameters", "dvc exp run -S train.epochs=2"))

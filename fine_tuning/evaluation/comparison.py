@@ -10,6 +10,8 @@ HOLD           anything else: a leak and a number that is none however few the c
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,14 +29,15 @@ from fine_tuning.evaluation.differences import (
     surely_lost,
     told,
 )
-from fine_tuning.evaluation.evaluate_settings import IntervalSettings
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.guards import guard, guard_differences
-from fine_tuning.evaluation.measurements import Files, Metrics, likelihood_columns
+from fine_tuning.evaluation.measurements import GUARDS, Files, Metrics, likelihood_columns
 from fine_tuning.evaluation.memory import kept, untested
-from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, REPLY_COLUMNS
+from fine_tuning.evaluation.metrics import LIKELIHOOD_COLUMNS, REPLY_COLUMNS, load_metric
 from fine_tuning.evaluation.privacy import leaks
 from fine_tuning.evaluation.rivals import PROMPTED, SHOWN
 from fine_tuning.evaluation.scoring import finite
+from fine_tuning.records import read_jsonl
 from fine_tuning.settings import Settings
 
 QUANTISED = "candidate_quantised"
@@ -63,6 +66,34 @@ class CompareSettings(Settings):
     def needed(self, rival: str) -> int:
         """How many different conversations a verdict against this rival needs."""
         return self.minimum_against_champion if rival == "champion" else self.minimum_conversations
+
+
+METRIC_MODULES = Path(__file__).with_name("metric_modules")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the stage evaluate left in its folder, and the metrics to judge it by."""
+
+    records: Records
+    guarded: Files
+    answers: Sequence[dict[str, Any]]
+    memory: Sequence[dict[str, Any]]
+    metrics: Metrics
+    intervals: IntervalSettings
+
+    @classmethod
+    def read(cls, folder: Path, evaluate: EvaluateSettings) -> "Evidence":
+        """From the folder that evaluate wrote."""
+        names = ("items", "prompts", "memory", *GUARDS)
+        files = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in names}
+        metrics = [load_metric(name, METRIC_MODULES) for name in evaluate.metrics]
+        guarded = {name: files[name] for name in GUARDS}
+        return cls(files["items"], guarded, files["prompts"], files["memory"], metrics, evaluate.interval)
+
+    def verdict(self, settings: CompareSettings) -> dict[str, Any]:
+        """What `compare` makes of it."""
+        return compare(self.records, self.metrics, settings, self.intervals, self.guarded, self.answers, self.memory)
 
 
 def compare(

@@ -61,9 +61,9 @@ def find_champion(record: Path) -> Contender | None:
     found = Contender("champion", folder / "merged", folder / "package" / "model.gguf")
     if not (found.folder / "config.json").is_file() or not found.gguf.is_file():
         raise UserError(f"the champion's files are missing in {folder}: run `dvc pull {folder}`")
-    expected = champion.get("gguf_sha256")
-    if expected and sha256_file(found.gguf) != expected:
-        raise UserError(f"{found.gguf} is not the file that was promoted: run `dvc checkout --force {folder}`")
+    for key, file in (("gguf_sha256", found.gguf), ("merged_sha256", found.folder / "model.safetensors")):
+        if champion.get(key) and not (file.is_file() and sha256_file(file) == champion[key]):
+            raise UserError(f"{file} is not the file that was promoted: run `dvc checkout --force {folder}`")
     return found
 
 

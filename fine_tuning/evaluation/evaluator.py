@@ -138,9 +138,8 @@ class Evaluator:
 
         if not items:
             return []
-        # Not the number of threads: it moves the last digits only.
         suite = suite_sha256(items, self.tokenizer)
-        key = ["likelihoods", contender.weights_sha256(), suite, self.hardware.precision, self.hardware.device]
+        key = ["likelihoods", contender.weights_sha256(), suite, self.settings.batch_tokens, asdict(self.hardware)]
         return [Likelihood.from_json(turns) for turns in self.memo.get(key, compute)]
 
     def score_quantised(self, contender: Contender) -> list[dict[str, Any]]:
@@ -152,7 +151,7 @@ class Evaluator:
             with self._engine(contender) as engine, self._progress(contender, "scores as GGUF", count, "turn") as done:
                 return [score.as_json() for score in quantised_likelihoods(engine, chosen, done)]
 
-        key = ["quantised", sha256_file(contender.gguf), self.suite, [item.id for item in chosen]]
+        key = ["quantised", sha256_file(contender.gguf), self.suite, [item.id for item in chosen], *self._engine_key()]
         found = self.memo.get(key, compute) if chosen else []
         return [
             self._line(f"{contender.name}_quantised", item, Likelihood.from_json(turns), None)
@@ -170,11 +169,14 @@ class Evaluator:
 
         if not prompts:
             return []
-        key = ["replies", sha256_file(contender.gguf), [list(prompt) for prompt in prompts], most, self.context]
+        key = ["replies", sha256_file(contender.gguf), [list(prompt) for prompt in prompts], most, *self._engine_key()]
         return [Reply(**fields) for fields in self.memo.get(key, compute)]
 
     def _line(self, contender: str, item: Item, likelihood: Likelihood, reply: Reply | None) -> dict[str, Any]:
         return describe(contender, item, likelihood, reply) | {"suite": self.suite}
+
+    def _engine_key(self) -> list[Any]:
+        return [self.context, self.settings.generation.slots, asdict(self.hardware)]
 
     def _engine(self, contender: Contender) -> LlamaEngine:
         return LlamaEngine(contender.gguf, self.context, self.hardware.threads, self.settings.generation.slots)

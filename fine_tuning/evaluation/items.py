@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 PERSON = "person"  # author of what no model wrote
 EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
 UNKNOWN = "unknown"  # author of what a model wrote that nobody named
-SCORING_CODE = ("evaluator.py", "scoring.py", "items.py", "llama_engine.py", "llama_server.py")
 COLUMNS = ["id", "window", "source", "cluster", "messages", "input_ids", "labels"]
 _NUMBERED = re.compile(r"(.*)#[0-9]+", re.DOTALL)
 
@@ -212,21 +211,13 @@ def content_only(item: Item, reply: int, closing: Sequence[int]) -> Item:
 
 
 def suite_sha256(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Identity of what is asked: items, tokens, tokenizer, chat template, code. Scores compare only if it is equal."""
-    digest = hashlib.sha256(code_sha256().encode())
+    """Identity of what is asked: items, tokens, tokenizer, chat template. Scores compare only if it is equal."""
+    digest = hashlib.sha256()
     for item in items:
         asked = [item.id, item.cluster, item.authors, item.references, item.input_ids, item.labels]
         digest.update(json.dumps(asked).encode())
     for part in chat_format(tokenizer):
         digest.update(part.encode())
-    return digest.hexdigest()
-
-
-def code_sha256() -> str:
-    """Hash of the code that asks and scores."""
-    digest = hashlib.sha256()
-    for name in SCORING_CODE:
-        digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()
 
 

@@ -139,6 +139,7 @@ MEASURES: dict[str, tuple[str, Callable[[Line], float], int]] = {
     "general_text": ("general_text", nats_per_byte, -1),
     "prompt_help": ("prompt_help", help_of_prompt, 1),
 }
+GUARDS = tuple(file for file, _, _ in MEASURES.values())
 Files = Mapping[str, Sequence[Line]]  # lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem
 
 

@@ -1,14 +1,16 @@
 """Results on disk under a hash of all that they depend on, so that the same base is scored on the same items once."""
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.evaluation.items import code_sha256
+from fine_tuning.project import code_sha256, versions
 from fine_tuning.records import read_json, write_json
+
+# All that a scoring module imports lies in these folders of the library.
+CODE = ("data_collection", "data_preparation", "training", "evaluation")
 
 
 class Memo:
@@ -18,9 +20,12 @@ class Memo:
         self.folder = folder
 
     def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
-        """The JSON value stored under `key`, or that of `compute()`, stored. `key` names versions and inputs."""
-        versions = [code_sha256(), *map(importlib.metadata.version, ("torch", "transformers", "xllamacpp"))]
-        name = hashlib.sha256(json.dumps([versions, *key], sort_keys=True).encode()).hexdigest()
+        """The JSON value stored under `key`, or that of `compute()`, stored.
+
+        `key` names the inputs and settings; the library's code and the versions of what it calls are added here.
+        """
+        made_by = [code_sha256(*CODE), versions()]
+        name = hashlib.sha256(json.dumps([made_by, *key], sort_keys=True).encode()).hexdigest()
         path = self.folder / f"{name}.json"
         try:
             value = read_json(path)

@@ -52,7 +52,9 @@ def dvc_lines(checkout: Path) -> list[Line]:
                 named = revision | {"name": experiment.get("name") or revision.get("name")}
                 line = _dvc_line("experiment", named)
                 line.status = str((experiment.get("executor") or {}).get("state") or "")
-                line.metrics = own_metrics(line.metrics, start.metrics)
+                # A run that is not finished, or failed, has the metrics of the commit it started from.
+                finished = line.status in ("", "success")
+                line.metrics = own_metrics(line.metrics, start.metrics) if finished else {}
                 lines.append(line)
     return lines
 

@@ -44,6 +44,7 @@ from fine_tuning.training.training_utils import (
     count_labels,
     detect_hardware,
     is_main_process,
+    is_outdated,
     lanes,
     newest_checkpoint,
     process_count,
@@ -166,8 +167,10 @@ def train_adapter(
         before = trainer.mean_loss()
     started = time.monotonic()
     resume = newest_checkpoint(checkpoints)
-    if resume and is_main_process():
+    if is_main_process() and resume:
         print(f"train: going on from {resume.name}", flush=True)
+    elif is_main_process() and is_outdated(checkpoints):
+        print("train: code or packages changed since this run was cut off: training starts anew", flush=True)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if state is not None and is_over(settings, state):
         # transformers would take one step more.

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +154,6 @@ def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> 
                     Path(local).replace(target)
                 return target
     raise UserError(f"train.start_from = {sha256}: its artifacts in MLflow are gone or damaged: choose another")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's bytes depend on, as tags."""
-    found = {"version_python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "bitsandbytes"):
-        try:
-            found[f"version_{name}"] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[f"version_{name}"] = "none"
-    return found
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from fine_tuning.errors import UserError
+from fine_tuning.project import code_sha256, versions
 from fine_tuning.settings import Settings
 
 IGNORED_LABEL = -100
@@ -393,17 +394,25 @@ def group_memory(top: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 
 
 def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: str) -> str:
-    """Name of the folder that may hold this run's checkpoints: settings, data, base and kind of machine, hashed.
+    """Name of the folder that may hold this run's checkpoints: "<inputs>-<code>", two hashes.
 
-    Hence a run never resumes from a checkpoint of other data or other parameters, nor from one whose batches were
-    others, since a GPU, two cores or several processes divide the rows in their own ways.
+    Inputs are settings, data, base and kind of machine: a GPU, two cores or several processes divide the rows in their
+    own ways. Code is that of the training folder, with the versions of the packages that it calls. Hence a run never
+    resumes from a checkpoint that it would not have written itself.
     """
     hardware = detect_hardware(settings.precision, settings.threads)
     machine = f"{hardware.device} {hardware.precision} {lanes(settings, hardware)} {process_count()}"
     digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())
     for row in rows:
         digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
-    return digest.hexdigest()[:24]
+    code = hashlib.sha256(json.dumps([code_sha256("training"), versions()]).encode())
+    return f"{digest.hexdigest()[:24]}-{code.hexdigest()[:16]}"
+
+
+def is_outdated(checkpoints: Path) -> bool:
+    """Whether other code or other packages wrote checkpoints of the same inputs, which this run may not go on from."""
+    inputs, _, code = checkpoints.name.rpartition("-")
+    return bool(inputs and code) and any(checkpoints.parent.glob(f"{inputs}-*/checkpoint-*/{CHECKPOINT_COMPLETE}"))
 
 
 @contextmanager

@@ -1,0 +1,86 @@
+"""What the champion's folder holds beside its weights: whom it learned from, and the evaluation it was promoted by.
+
+A candidate that is the champion is not compared with itself. The records of the evaluation that made it the champion
+are taken back byte for byte, so that the verdict behind the promotion stands and can be computed again.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.errors import UserError
+from fine_tuning.evaluation.contenders import champion_folder
+from fine_tuning.evaluation.data_changes import MEMBERS
+from fine_tuning.evaluation.items import Item, conversation_of
+from fine_tuning.evaluation.memo import CODE
+from fine_tuning.project import code_sha256, sha256_file
+from fine_tuning.records import read_json, read_jsonl
+from fine_tuning.settings import Settings
+
+LEARNED = "held-out conversations are left out: the champion was trained on them or on near-duplicates"
+KEPT = "evaluation"  # in the champion's folder: the files of its evaluation, each at its path in the checkout
+
+
+def is_champion(record: Path, adapter: Path, gguf: Path) -> bool:
+    """Whether adapter and GGUF are those of the champion that the JSON file `record` names."""
+    champion = read_json(record)
+    pairs = (("adapter_sha256", adapter), ("gguf_sha256", gguf))
+    return champion.get("version") is not None and all(sha256_file(path) == champion.get(key) for key, path in pairs)
+
+
+def method_sha256(*settings: Settings) -> str:
+    """Identity of how an evaluation is done: the code up to the evaluation, and its parameters."""
+    values = json.dumps([code_sha256(*CODE), *(section.model_dump() for section in settings)], sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
+
+
+def take_back(record: Path, metrics: Path, method: str) -> bool:
+    """Copy the files of the champion's evaluation to where they were written; False if there are none, or if they were
+    made in another way than `method`.
+
+    Args:
+        record: the JSON file that names the champion.
+        metrics: path of the evaluation's metrics in the checkout; their suite names the method.
+    """
+    folder = champion_folder(record) / KEPT
+    if not (folder / metrics).is_file() or read_json(folder / metrics)["suite"].get("method_sha256") != method:
+        return False
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        target = file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    return True
+
+
+def without_learned(items: Sequence[Item], record: Path) -> tuple[list[Item], int]:
+    """The items that the champion was not trained on, nor on a near-duplicate; and how many conversations are left out.
+
+    Another salt, or the ledgers of two branches, may have dealt its training conversations into the test split.
+
+    Raises:
+        UserError: none is left.
+    """
+    members = champion_folder(record) / MEMBERS
+    if read_json(record).get("version") is None or not members.is_file():
+        return list(items), 0
+    learned = {member["id"] for member in read_jsonl(members)}
+    clusters = {item.cluster for item in items if conversation_of(item.id) in learned}
+    kept = [item for item in items if item.cluster not in clusters]
+    if not kept:
+        raise UserError(
+            "the champion was trained on every conversation of the test split: collect more, or set prepare.salt back"
+        )
+    left_out = {conversation_of(item.id) for item in items if item.cluster in clusters}
+    return kept, len(left_out)
+
+
+def called_champion(verdict: dict[str, Any], champion: dict[str, Any]) -> dict[str, Any]:
+    """The content of metrics/comparison.json for a candidate that is the champion: it says so, and how it became it."""
+    said, forced = champion.get("verdict") or "none", champion.get("forced_reason")
+    how = f"over the verdict {said} by force ({forced})" if forced else f"by the verdict {said}"
+    reason = f"the candidate is the champion, version {champion['version']}, promoted {how}"
+    named = {"version": champion["version"], "verdict": said, "forced_reason": forced}
+    return verdict | {"champion": named, "reasons": [reason, *verdict["reasons"]]}
