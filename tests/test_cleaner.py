@@ -854,6 +854,12 @@ def test_repetition_is_the_share_that_the_paper_counts():
     assert repetition(" ".join(twice)) == 0
     thrice = [*words[:30], "aaa", "bbb", *words[30:60], "aaa", "bbb", *words[60:], "aaa", "bbb"]
     assert repetition(" ".join(thrice)) == pytest.approx((18 / 300) / 0.20, abs=1e-4)
+    # A run of three or four words that stands there three times counts against 0.18 or 0.16: 27 and 36 of 300.
+    for run, share in (("aaa bbb ccc", 27 / 300 / 0.18), ("aaa bbb ccc ddd", 36 / 300 / 0.16)):
+        rest = words[: 100 - 3 * len(run.split())]
+        assert repetition(" ".join([*rest[:20], run, *rest[20:40], run, *rest[40:], run])) == pytest.approx(
+            share, abs=1e-4
+        )
     # Of four lines one is there twice, against a threshold of 0.30; its four words are too few for a gram of five.
     lines = ["ab cd ef gh", " ".join(words[:20]), "ab cd ef gh", " ".join(words[20:40])]
     assert repetition("\n".join(lines)) == pytest.approx(0.25 / 0.30, abs=1e-4)
