@@ -12,6 +12,7 @@ models/base) as well. Runs with the same seed print the same numbers.
 
 import argparse
 import copy
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
 
 from fine_tuning.data_preparation.authorship import is_by_a_person
 from fine_tuning.data_preparation.dataset_builder import read_split
@@ -188,7 +190,7 @@ def methods(metric: Any, name: str, statistics: Sequence[np.ndarray], resampling
     plain = ours[:, over] / ours[:, under] - theirs[:, over] / theirs[:, under]
     return {
         "bootstrap-t": found,
-        "Student's t": replace(found, draws=np.full(2, np.inf)),  # what stands in for draws without spread
+        "Student's t": replace(found, draws=t.ppf((np.arange(4000) + 0.5) / 4000, resampling.clusters - 1)),
         "percentile": replace(found, draws=plain, studentised=False),
     }
 
@@ -225,16 +227,16 @@ def unchanged(context: Context) -> list[Row]:
 
 NOISE = 0.1  # of a weight matrix's standard deviation: two such models are as far apart as two short trainings
 REPLIES = 60
-SHARES = {"as A wrote it": 0.0, "1 % of the words edited": 0.01, "10 %": 0.1, "50 %": 0.5, "80 %": 0.8, "all": 1.0}
+SHARES = {"as A wrote it": 0.0, "1 % of the words edited": 0.01, "10 %": 0.1, "50 %": 0.5, "80 %": 0.8}
 
 
 @simulation("own-words")
 def own_words(context: Context) -> list[Row]:
     """Two equal models, A and B: the base with noise of its own on the weights of each. A's sampled replies to held-out
-    questions are all liked, or edited (at least one word, in random places, by words of persons' replies), and counted
-    as references: how often is one of the two surely better in perplexity on 50 of them? The last column says how many
-    are a reference by the rule that a model is to be named and that of an edit four fifths of the words have to be the
-    person's.
+    questions are all liked, or edited (the end, at least one word, gives way to words of the person's own reply), and
+    counted as references: how often is one of the two surely better in perplexity on 50 of them? The last column says
+    how many are a reference by the rule that a model has to be named, and that four fifths of an edit's words have to
+    be the person's.
     """
     rows = []
     for number, (name, lines, references) in enumerate(scored_edits(context)):
@@ -258,8 +260,6 @@ def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
     base, test = (context.root / path for path in ("models/base", "data/prepared/test.parquet"))
     tokenizer = load_tokenizer(base)
     items = sample(read_items(test, tokenizer), REPLIES)
-    pool = [word for item in items for text in item.texts for word in text.split()]
-    rng = context.rng(0)
     with loaded(base, scoring_hardware(None)) as model:
         models = [noisy(model, context.seed + number) for number in range(2)]
     said = sampled(models[0], tokenizer, [item.input_ids[: item.runs[-1][0]] for item in items], context.seed)
@@ -276,7 +276,7 @@ def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
 
     yield scored("persons' own", [item.texts[-1] for item in items], len(items))
     for name, share in SHARES.items():
-        texts = [edited(text, share, pool, rng) for text in said]
+        texts = [edited(text, item.texts[-1], share) for text, item in zip(said, items, strict=True)]
         question = {"id": "a-user", "role": "user", "content": ""}
         replies = [{"id": "a", "role": "assistant", "content": text, "model": "A"} for text in said]
         chats = [{"source": "chat", "messages": [question, reply]} for reply in replies]
@@ -315,12 +315,11 @@ def sampled(model: Any, tokenizer: Any, prompts: Sequence[list[int]], seed: int)
     return texts
 
 
-def edited(text: str, share: float, pool: Sequence[str], rng: np.random.Generator) -> str:
-    """The text with this share of its words, if any at least one, replaced by words of the pool."""
+def edited(text: str, own: str, share: float) -> str:
+    """The text with this share of its words, if any at least one, replaced at its end by those of a person's own."""
     words = text.split()
-    for place in rng.choice(len(words), int(np.ceil(share * len(words))), replace=False):
-        words[place] = pool[rng.integers(len(pool))]
-    return " ".join(words)
+    new = int(np.ceil(share * len(words)))
+    return " ".join([*words[: len(words) - new], *itertools.islice(itertools.cycle(own.split()), new)])
 
 
 def item_of(tokenizer: Any, item: Any, reply: str) -> Any:
