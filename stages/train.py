@@ -57,7 +57,7 @@ def main() -> None:
     rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
     check_only_assistants_train([*rows, *validation], load_tokenizer(BASE), {reply_opener()})
     base = read_base_card(BASE)
-    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, [*rows, *validation], base["sha256"])
+    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, rows, base["sha256"], validation)
 
     def train(progress: Progress | None) -> TrainingResult:
         name = base["model"]

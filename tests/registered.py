@@ -108,6 +108,7 @@ def write_records(folder: Path) -> None:
     """Records that lead to each verdict, in trial/VERDICT, and what the real comparison says, in trial/VERDICT.json."""
     from fine_tuning.evaluation.comparison import CompareSettings, Evidence
     from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+    from fine_tuning.evaluation.measurements import GUARDS
     from fine_tuning.records import write_json, write_jsonl
     from fine_tuning.settings import read_params
 
@@ -124,7 +125,7 @@ def write_records(folder: Path) -> None:
             for name, mean in (("base", 3.0), ("candidate", nats))
             for n in range(count)
         ]
-        for name in ("items", "general", "prompts", "memory"):
+        for name in ("items", "prompts", "memory", *GUARDS):
             write_jsonl(place / f"{name}.jsonl", lines if name == "items" else [])
         found = Evidence.read(place, evaluate).verdict(compare)
         assert found["verdict"] == verdict, f"the records no longer lead to {verdict}: {found['reasons']}"
@@ -184,7 +185,7 @@ def set_params(folder: Path, seed: int = 1, verdict: str = "PROMOTE") -> None:
         "train": {"seed": seed},
         "chat": {"system_prompt": None, "max_length": 512},
         "evaluate": ours["evaluate"] | {"metrics": ["perplexity", "nll_per_byte", "token_accuracy"]},
-        "compare": ours["compare"] | {"goldens": [], "secondary": {"token_accuracy": 0.02}},
+        "compare": ours["compare"] | {"secondary": {"token_accuracy": 0.02}},
         "deploy": {"name": "trial", "host": "http://127.0.0.1:9", "more_hosts": [], "timeout": 5.0}
         | {"stream_timeout": 60.0},
     }

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -142,6 +145,24 @@ def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(l
     assert results() == before + 1
 
 
+def test_the_champions_records_are_of_another_method_only_where_code_that_evaluates_has_changed(library):
+    shutil.copytree(ROOT / "stages", library.parent / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    program = "from stages.evaluate import method_sha256; print(method_sha256())"
+
+    def method_after(*edited: str) -> str:
+        for module in edited:
+            with (library / module).open("a") as file:
+                file.write("# another version\n")
+        done = subprocess.run([sys.executable, "-c", program], cwd=library.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = method_after()
+    assert method_after("evaluation/report.py", "evaluation/comparison.py", "training/lora_trainer.py") == first
+    second = method_after("evaluation/evaluator.py")
+    assert len({first, second, method_after("evaluation/metric_modules/perplexity.py")}) == 3
+
+
 def test_every_metric_has_an_interval_and_a_count(evaluator, suite, metrics):
     table = {
         contender.name: summarise(evaluator.evaluate(contender)[0], metrics, SETTINGS.interval)
@@ -200,6 +221,12 @@ def test_a_reply_knows_who_wrote_it():
     ]
     assert reply_authors(messages, 6) == ["whetstone:1", "whetstone:1", "edited", "person", "person", "unknown"]
     assert reply_authors(messages, 2) == ["person", "unknown"]
+
+
+def test_a_model_by_the_name_of_person_is_no_person():
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "model": "person"}]
+    assert reply_authors(said, 1) == ["unknown"]
+    assert reply_authors([said[0], said[1] | {"person": True}], 1) == ["person"]
 
 
 def test_a_reply_that_was_broken_off_is_not_taken_for_one_that_is_labelled():
@@ -271,7 +298,7 @@ def test_neither_a_version_of_this_project_nor_the_base_is_an_author_of_referenc
         check_references(["person", author], tmp_path, tmp_path / "champion.json", "whetstone")
 
 
-@pytest.mark.parametrize("old", ["liked", "edited", "imported"])
+@pytest.mark.parametrize("old", ["liked", "edited", "imported", "unknown"])
 def test_references_of_earlier_versions_are_one_clear_line(tmp_path, old):
     write_json(tmp_path / "champion.json", {"version": None})
     with pytest.raises(UserError, match=rf"references names {old}, .* write \[person\] in params\.yaml"):

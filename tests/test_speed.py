@@ -46,6 +46,14 @@ def test_a_budget_becomes_tokens_and_nothing_else_of_params_changes(checkout, ca
     assert Path("params.yaml").read_text().split("\n") == before
 
 
+def test_a_run_that_had_nothing_left_to_train_says_nothing_of_the_speed(tmp_path):
+    record_speed(tmp_path / "speed.json", 0.0, "cut off after its last step")
+    assert "not known yet" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
+    record_speed(tmp_path / "speed.json", 250.0, "x")
+    record_speed(tmp_path / "speed.json", 0.0, "cut off after its last step")
+    assert "at the 250 tokens/s" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
+
+
 def test_a_budget_needs_a_speed_that_was_measured_here(checkout):
     before = Path("params.yaml").read_bytes()
     with pytest.raises(UserError, match="nothing was trained here yet"):

@@ -167,6 +167,8 @@ def test_other_data_parameters_or_machines_do_not_share_checkpoints(monkeypatch)
     assert key != checkpoint_key(SETTINGS, rows[:4], "base")
     assert key != checkpoint_key(SETTINGS.model_copy(update={"seed": 7}), rows, "base")
     assert key != checkpoint_key(SETTINGS, rows, "other")
+    split = [checkpoint_key(SETTINGS, rows[:count], "base", rows[count:]) for count in (3, 4, 5)]
+    assert len({key, *split}) == 3
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert key != checkpoint_key(SETTINGS, rows, "base")
 

@@ -51,7 +51,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     memo, suite = Memo(scratch / "memo/learning_curve"), suite_sha256(items, tokenizer)
 
     def scores_of(chosen: list[Row]) -> list[Likelihood]:
-        key = checkpoint_key(settings, chosen, base["sha256"])
+        key = checkpoint_key(settings, chosen, base["sha256"], validation)
         measured = [key, suite, evaluate.batch_tokens, evaluate.threads]
         folder = scratch / "learning_curve" / key
 

@@ -238,12 +238,12 @@ def _rename_in_manifest(path: Path, old: str, successor: Path | None) -> None:
     write_json(path, manifest | {"shards": kept})
 
 
-def clear_lines(path: Path, found: Found, key: str = "id") -> int:
-    """Take the lines of a JSON Lines file whose `key` names one of the conversations; returns how many there were."""
+def clear_lines(path: Path, found: Found) -> int:
+    """Take the lines of a JSON Lines file with the id of one of the conversations; returns how many there were."""
     if not path.is_file():
         return 0
     records = [json.loads(line) for _, line in read_lines(path) if line]
-    kept = [record for record in records if record.get(key) not in found.ids]
+    kept = [record for record in records if record.get("id") not in found.ids]
     if len(kept) < len(records):
         write_jsonl(path, kept)
     return len(records) - len(kept)

@@ -7,6 +7,7 @@ are taken back byte for byte, so that the verdict behind the promotion stands an
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.evaluation.contenders import champion_folder
 from fine_tuning.evaluation.data_changes import MEMBERS
 from fine_tuning.evaluation.items import Item, conversation_of
-from fine_tuning.evaluation.memo import CODE
-from fine_tuning.project import code_sha256, sha256_file
+from fine_tuning.project import LIBRARY, sha256_file
 from fine_tuning.records import read_json, read_jsonl
 from fine_tuning.settings import Settings
 
@@ -32,8 +32,12 @@ def is_champion(record: Path, adapter: Path, gguf: Path) -> bool:
 
 
 def method_sha256(*settings: Settings) -> str:
-    """Identity of how an evaluation is done: the code up to the evaluation, and its parameters."""
-    values = json.dumps([code_sha256(*CODE), *(section.model_dump() for section in settings)], sort_keys=True)
+    """Identity of how an evaluation is done: the modules of the library that its stage has loaded, the metrics, and its
+    parameters. Code that runs elsewhere, such as that of the verdict, changes no record."""
+    names = [name.replace(".", "/") for name in sys.modules if name.startswith("fine_tuning.")]
+    files = [*(LIBRARY.parent / f"{name}.py" for name in names), *LIBRARY.glob("evaluation/metric_modules/*.py")]
+    code = {path.relative_to(LIBRARY).as_posix(): sha256_file(path) for path in files if path.is_file()}
+    values = json.dumps([code, *(section.model_dump() for section in settings)], sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()
 
 

@@ -117,7 +117,7 @@ def compare(
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
     """
     check_same_suite(records)
-    files = {"general": (), "general_text": (), "prompt_help": ()} | (guarded or {})
+    files = dict.fromkeys(GUARDS, ()) | (guarded or {})
     tables, lost, doubts = guard(
         files, settings.golden_lead, settings.text_tolerance, settings.prompt_help or 0, intervals.confidence
     )

@@ -86,9 +86,9 @@ def check_references(references: Sequence[str], base: Path, record: Path, name: 
     Raises:
         UserError: one is not.
     """
-    if old := [author for author in references if author in ("liked", "edited", "imported")]:
+    if old := [author for author in references if author in ("liked", "edited", "imported", "unknown")]:
         raise UserError(
-            f"evaluate.references names {', '.join(old)}, which say no longer who wrote a reply: write [person] in "
+            f"evaluate.references names {', '.join(old)}, which do not say who wrote a reply: write [person] in "
             "params.yaml, and beside it the names of models that are worth learning from"
         )
     card, champion = (read_json(path) if path.is_file() else {} for path in (base / "base.json", record))

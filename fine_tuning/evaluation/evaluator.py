@@ -21,7 +21,7 @@ from fine_tuning.evaluation.forgetting import general_items, knowledge, reading,
 from fine_tuning.evaluation.histories import prompt_lines, swapped_histories
 from fine_tuning.evaluation.items import Item, sample, suite_sha256
 from fine_tuning.evaluation.llama_engine import LlamaEngine
-from fine_tuning.evaluation.measurements import describe
+from fine_tuning.evaluation.measurements import GUARDS, describe
 from fine_tuning.evaluation.memo import Memo
 from fine_tuning.evaluation.memory import memory_items, recalled
 from fine_tuning.evaluation.privacy import personal_data
@@ -92,7 +92,7 @@ class Evaluator:
 
     def guard_lines(self, contender: Contender) -> dict[str, list[dict[str, Any]]]:
         """Lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem; none of what is switched off."""
-        name, found = contender.name, {"general": [], "general_text": [], "prompt_help": []}
+        name, found = contender.name, {guard: [] for guard in GUARDS}
         if self.settings.forgetting:
             items = general_items(self.tokenizer, self.chat.system_prompt, self.chat.max_length)
             found["general"] = knowledge(name, items, self.score(contender, items, "general knowledge"))

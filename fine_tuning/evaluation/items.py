@@ -165,7 +165,7 @@ def reply_authors(messages: Sequence[dict], count: int) -> list[str]:
     authors = []
     for message in labelled_replies(messages, count):
         model = EDITED if message.get("edited") else message.get("model") or UNKNOWN
-        authors.append(PERSON if message.get("person") else model)
+        authors.append(PERSON if message.get("person") else UNKNOWN if model == PERSON else model)
     return [*[UNKNOWN] * (count - len(authors)), *authors]
 
 

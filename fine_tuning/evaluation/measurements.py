@@ -92,7 +92,7 @@ def estimates(
 
 
 def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings) -> dict[str, dict]:
-    """{metric: {value, low, high, n}} of one contender's records; n counts conversations, null where undefined."""
+    """{metric: {value, low, high, n}} of one contender's records; n counts items, null where undefined."""
     table: dict[str, dict] = {}
     for metric in metrics:
         columns = columns_of(metric)

@@ -13,7 +13,6 @@ A user's metric is a file `<name>.py` in metric_modules/, named in `evaluate.met
 
 import importlib.util
 import inspect
-import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,10 +28,6 @@ from fine_tuning.errors import UserError
 LIKELIHOOD_COLUMNS = ("nll", "tokens", "correct", "bytes")
 REPLY_COLUMNS = ("predictions", "references", "finished", "reply_tokens")
 TOKEN_COLUMNS = ("tokens", "correct", "reply_tokens")  # mean something else with another tokenizer
-
-Columns = Mapping[str, Sequence[Any]]
-# Scripts that write no spaces between words: their characters count as words.
-_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
 
 
 class SummedMetric(evaluate.Metric, ABC):
@@ -87,11 +82,6 @@ class ItemwiseMetric:
         return {name: (place, len(self._names)) for place, name in enumerate(self._names)}
 
     values = SummedMetric.values
-
-
-def words(text: str) -> list[str]:
-    """Words of any script in lower case, without punctuation."""
-    return _WORD.findall(text.lower())
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

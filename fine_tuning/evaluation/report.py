@@ -55,7 +55,7 @@ def write_report(path: Path, found: Findings) -> None:
     verdict = comparison["verdict"]
     body = [
         f'<h1 class="{escape(verdict)}">{escape(verdict)}</h1>',
-        f"<p>{comparison['n']} held-out conversations, {comparison['clusters']} of them different.</p>",
+        f"<p>{comparison['n']} held-out conversations or windows of long ones, {comparison['clusters']} different.</p>",
         bullets(comparison["reasons"]),
         *(
             part

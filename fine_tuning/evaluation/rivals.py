@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
+from fine_tuning.data_preparation.authorship import words_of
 from fine_tuning.data_preparation.dataset_builder import read_split
 from fine_tuning.evaluation.items import Item, encoded_after
-from fine_tuning.evaluation.metrics import words
 from fine_tuning.settings import Settings
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Exchanges:
         self._counts: dict[str, list[tuple[int, int]]] = defaultdict(list)  # word -> (exchange, times)
         self._lengths = []
         for index, exchange in enumerate(self.exchanges):
-            found = Counter(words(exchange.question))
+            found = Counter(words_of(exchange.question))
             self._lengths.append(found.total())
             for word, times in found.items():
                 self._counts[word].append((index, times))
@@ -102,7 +102,7 @@ class Exchanges:
     def likest(self, question: str, count: int) -> list[Exchange]:
         """The `count` exchanges whose questions are likest, the likest first; fewer where fewer share a word."""
         scores: dict[int, float] = defaultdict(float)
-        for word in set(words(question)):
+        for word in set(words_of(question)):
             holders = self._counts.get(word, ())
             rarity = math.log(1 + (len(self.exchanges) - len(holders) + 0.5) / (len(holders) + 0.5))
             for index, times in holders:

@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its percentile confidence interval; NaN where it is undefined."""
+    """A number with its confidence interval; NaN where it is undefined."""
 
     value: float
     low: float

@@ -393,7 +393,9 @@ def group_memory(top: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: str) -> str:
+def checkpoint_key(
+    settings: TrainSettings, rows: Sequence[Row], base_sha256: str, validation: Sequence[Row] = ()
+) -> str:
     """Name of the folder that may hold this run's checkpoints: "<inputs>-<code>", two hashes.
 
     Inputs are settings, data, base and kind of machine: a GPU, two cores or several processes divide the rows in their
@@ -403,8 +405,10 @@ def checkpoint_key(settings: TrainSettings, rows: Sequence[Row], base_sha256: st
     hardware = detect_hardware(settings.precision, settings.threads)
     machine = f"{hardware.device} {hardware.precision} {lanes(settings, hardware)} {process_count()}"
     digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())
-    for row in rows:
-        digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
+    for split in (rows, validation):
+        digest.update(b"split")
+        for row in split:
+            digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
     code = hashlib.sha256(json.dumps([code_sha256("training"), versions()]).encode())
     return f"{digest.hexdigest()[:24]}-{code.hexdigest()[:16]}"
 

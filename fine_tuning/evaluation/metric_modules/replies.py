@@ -7,7 +7,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric, words
+from fine_tuning.data_preparation.authorship import words_of
+from fine_tuning.evaluation.metrics import SummedMetric
 
 CONTROL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
 LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric
@@ -46,7 +47,7 @@ class Replies(SummedMetric):
     def statistics(self, predictions: list[str], references: list[str], finished: list[bool]) -> np.ndarray:
         rows = []
         for prediction, reference, ended in zip(predictions, references, finished, strict=True):
-            said = words(prediction) or list("".join(prediction.split()))  # of punctuation alone: its characters
+            said = words_of(prediction) or list("".join(prediction.split()))  # of punctuation alone: its characters
             rows.append(
                 [
                     1.0,

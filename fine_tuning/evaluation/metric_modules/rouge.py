@@ -5,7 +5,8 @@ import evaluate
 import numpy as np
 from rouge_score import rouge_scorer
 
-from fine_tuning.evaluation.metrics import SummedMetric, ratio, words
+from fine_tuning.data_preparation.authorship import words_of
+from fine_tuning.evaluation.metrics import SummedMetric, ratio
 
 TYPES = ("rouge1", "rouge2", "rougeL")
 
@@ -14,7 +15,7 @@ class WordTokenizer:
     """Words of any script. The scorer's own keeps a-z and 0-9 alone, and finds nothing in Greek or Cyrillic."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words(text)
+        return words_of(text)
 
 
 class Rouge(SummedMetric):
