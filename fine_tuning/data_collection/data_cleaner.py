@@ -174,7 +174,7 @@ class DataCleaner:
             return Cleaned(None, drop, {})
         masker = self._masker()
         messages = [self._repaired_message(message) for message in messages]
-        messages = [m for m in messages if m["content"] or m["role"] in ("user", "assistant")]
+        messages = [m for m in messages if m["content"] or m["role"] != "tool"]
         feedback = [self._repaired(entry) for entry in conversation["feedback"]]
         texts = "\n".join(self._texts(messages, feedback))
         masker.reserve(texts)
