@@ -157,16 +157,6 @@ def as_conversation(record: dict) -> dict:
     return conversation
 
 
-def dialogue(conversation: dict) -> Iterator[tuple[dict, dict]]:
-    """The (user message, assistant reply that follows it) pairs of a conversation."""
-    previous: dict | None = None
-    for message in conversation["messages"]:
-        if message["role"] == "assistant" and previous is not None and previous["role"] == "user":
-            yield previous, message
-        if message["role"] != "system":
-            previous = message
-
-
 def edits(conversation: dict) -> dict[str, str]:
     """Message id → the text that a person put in its place; the latest edit wins."""
     return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}

@@ -27,7 +27,6 @@ from fine_tuning.records import replacing
 from fine_tuning.settings import Settings
 
 ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt"]
-SEED_FORMATS: tuple[ExportFormat, ...] = ("json", "csv", "chatml", "alpaca", "instruction")
 FILES: dict[str, str] = {
     "json": "conversations.json",
     "csv": "conversations.csv",

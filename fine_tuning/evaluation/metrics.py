@@ -30,7 +30,6 @@ LIKELIHOOD_COLUMNS = ("nll", "tokens", "correct", "bytes")
 REPLY_COLUMNS = ("predictions", "references", "finished", "reply_tokens")
 TOKEN_COLUMNS = ("tokens", "correct", "reply_tokens")  # mean something else with another tokenizer
 
-Columns = Mapping[str, Sequence[Any]]
 # Scripts that write no spaces between words: their characters count as words.
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]+")
 
