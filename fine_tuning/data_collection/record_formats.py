@@ -53,7 +53,7 @@ _MEDIA = {"image": "an image", "video": "a video", "audio": "a sound", "file": "
 _MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 _PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # of LLaVA and LLaMA-Factory
 _SHOWN_THOUGHTS = re.compile(
-    r'<details\s[^<>]*type="reasoning"[^>]*>(?:\s*<summary>.*?</summary>)?(.*?)(?:</details>|\Z)\s*', re.DOTALL
+    r'<details\s[^<>]*type="reasoning"[^<>]*>(?:\s*<summary>[^<]*</summary>)?(.*?)(?:</details>|\Z)\s*', re.DOTALL
 )
 _SHOWN_CALLS = re.compile(r'<details\s[^<>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
 _PLAIN = frozenset(("role", "content", "from", "value", "id"))
