@@ -233,11 +233,6 @@ class DataCleaner:
             kept.append(cleaned)
         return kept
 
-    def count_drops(self, conversations: Iterable[dict]) -> Counter[str]:
-        """How many of the conversations are dropped for which reason, duplicates apart."""
-        drops = (self.clean_conversation(record).drop for record in each_record(conversations))
-        return Counter(drop.reason for drop in drops if drop is not None)
-
     def _masker(self) -> Masker:
         return Masker(self._types, self._regions)
 
