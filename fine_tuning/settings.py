@@ -42,12 +42,19 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
 
 
 def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:
-    """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes."""
-    text = Path(path).read_text(encoding="utf-8")
+    """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes.
+
+    Raises:
+        UserError: it is written in a form that this cannot change, such as a name in quotes.
+    """
+    text = Path(path).read_bytes().decode()
     number, _ = YAML().load(text)[section].lc.key(name)
     lines = text.splitlines(keepends=True)
     shown = "null" if value is None else str(value)
-    lines[number] = re.sub(rf"(\b{name}:)[ \t]*[^\s#,}}]*", rf"\1 {shown}", lines[number], count=1)
+    known = rf"(\b{name}:[ \t]+)(?:null|~|[\d.]+)(?![^\s,}}])"
+    lines[number], found = re.subn(known, rf"\g<1>{shown}", lines[number], count=1)
+    if not found:
+        raise UserError(f"{section}.{name} in {path} is in a form that is not changed here: set it to {shown} by hand")
     with replacing(path) as file:
         file.write("".join(lines).encode())
 

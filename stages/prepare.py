@@ -118,7 +118,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
-    return tqdm(examples, desc=f"tokenise {split}", unit=" conversations", leave=False, disable=None)
+    return tqdm(examples, desc=f"tokenise {split}", unit=" windows", leave=False, disable=None)
 
 
 def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> None:

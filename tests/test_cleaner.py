@@ -237,6 +237,14 @@ def test_a_tool_answers_the_assistant_and_never_the_user():
     assert reason({"id": "c", "messages": messages}) == "roles_do_not_alternate"
 
 
+def test_an_empty_system_prompt_stays_one():
+    """Without it the chat template writes its own."""
+    record = talk("q1", "a1")
+    record["messages"].insert(0, {"id": "s", "role": "system", "content": ""})
+    messages = DataCleaner().clean_conversation(record).conversation["messages"]
+    assert [(m["role"], m["content"]) for m in messages] == [("system", ""), ("user", "q1"), ("assistant", "a1")]
+
+
 def test_an_exchange_with_an_empty_message_goes_alone_and_leaves_a_gap():
     cleaned = DataCleaner().clean_conversation(talk("q1", "a1", "q2", "\u200b", "q3", "a3", "q4", "a4"))
     messages = cleaned.conversation["messages"]

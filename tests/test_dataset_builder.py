@@ -592,6 +592,8 @@ def test_what_is_left_out_is_told_with_its_reason_and_its_share_of_the_text(proj
     said = in_words(metrics)
     assert said[0].startswith(f"{metrics['splits']['train']['conversations']} conversations with")
     assert "prepare.max_sample_tokens" in said[1] and f"({share:.1%} of the text)" in said[1]
+    # Metrics of an earlier version count no characters.
+    assert "of the text" not in in_words({key: metrics[key] for key in ("splits", "left_out")})[1]
 
 
 def test_another_salt_deals_anew(project):

@@ -101,6 +101,13 @@ def test_the_json_format_keeps_everything(tmp_path):
     assert reimport(DataExporter(tmp_path).export([record], "json")) == [record]
 
 
+def test_the_json_format_keeps_gaps(tmp_path):
+    record = DataCleaner().clean_conversation(conversation(["q", "a", "r", "", "s", "c"], "0" * 32)).conversation
+    assert [m.get("gap") for m in record["messages"]] == [None, None, True, None]
+    (again,) = reimport(DataExporter(tmp_path).export([record], "json"))
+    assert [m.get("gap") for m in again["messages"]] == [None, None, True, None]
+
+
 def test_edits_stand_in_the_place_of_replies(tmp_path):
     record = conversation(["q", "a"], "0" * 32)
     record["feedback"] = [{"message_id": record["messages"][1]["id"], "rating": None, "edited": "better"}]

@@ -7,6 +7,7 @@ import math
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 from hypothesis import given, settings
@@ -631,6 +632,35 @@ def test_open_webui_thoughts_and_calls_in_the_text():
     assert talk["messages"][1]["reasoning"] == "> Size matters."
     assert [message.get("weight") for message in talk["messages"]] == [None, None, None, 0]
     assert len(left_out(WEBUI / "chats_export.json")) == 1
+
+
+def test_open_webui_ratings_of_another_branch_are_counted_as_left_out(tmp_path):
+    export = open_webui_export()
+    export["chat"]["history"]["messages"] |= {
+        "3": {"parentId": None, "role": "user", "content": "q, asked otherwise"},
+        "4": {"parentId": "3", "role": "assistant", "content": "b", "annotation": {"rating": -1}},
+    }
+    (reason,) = left_out(write(tmp_path / "chats.json", [export]))
+    assert "rating" in reason
+    assert not left_out(write(tmp_path / "one.json", [open_webui_export()]))
+
+
+@pytest.mark.parametrize("tag", ["", 'type="reasoning" ', 'type="reasoning"><summary></details>'])
+def test_open_webui_text_full_of_tags_is_read_in_linear_time(tmp_path, tag):
+    export = open_webui_export()
+    export["chat"]["history"]["messages"]["2"]["content"] = f"<details {tag}" * 50_000
+    started = perf_counter()
+    assert len(list(import_file(write(tmp_path / "chats.json", [export])))) == 1
+    assert perf_counter() - started < 5  # it took minutes
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_key_of_a_foreign_message_is_never_printed(tmp_path, role):
+    messages = [QUESTION, GOOD]
+    messages = [m | {"lost": "private words"} if m["role"] == role else m for m in messages]
+    path = lines(tmp_path / "f.jsonl", {"messages": messages})
+    (talk,) = taken(path)
+    assert turns(talk) == EXCHANGE and "weight" not in talk["messages"][1] and not left_out(path)
 
 
 @pytest.mark.parametrize("where", ["user", "assistant"])

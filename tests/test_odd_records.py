@@ -22,7 +22,6 @@ LISTS = [None, 5, "text", EXCHANGE, [None], ["text"], [EXCHANGE, 5]]
 def test_what_is_no_list_of_conversations_is_one_line_at_every_door(tmp_path, conversations):
     doors = [
         DataCleaner().filter_conversations,
-        DataCleaner().count_drops,
         DataExporter(tmp_path).export_all_formats,
         TrainingDataFormatter().create_training_pairs,
         DatasetBuilder().build_dataset,

@@ -66,6 +66,33 @@ def test_a_budget_needs_a_speed_that_was_measured_here(checkout):
     assert Path("params.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "odd", ['"max_train_tokens": null', "max_train_tokens:\n    7", "max_train_tokens: [7,\n    8]"]
+)
+def test_a_parameter_in_an_unusual_form_is_left_as_it_is(checkout, odd):
+    path = Path("params.yaml")
+    path.write_text(path.read_text().replace("max_train_tokens: null", odd))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="by hand"):
+        write_param("prepare", "max_train_tokens", 450000)
+    assert path.read_bytes() == before
+
+
+def test_a_budget_without_its_parameter_is_one_line(checkout):
+    path = Path("params.yaml")
+    path.write_text(path.read_text().replace("  max_train_tokens: null\n", ""))
+    with pytest.raises(UserError, match="max_train_tokens is missing"):
+        run("none")
+
+
+def test_ends_of_lines_stay_as_they_are(checkout):
+    path = Path("params.yaml")
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    before = path.read_bytes()
+    write_param("prepare", "max_train_tokens", 450000)
+    assert path.read_bytes() == before.replace(b"max_train_tokens: null", b"max_train_tokens: 450000")
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2H", 7200), ("1h30m", 5400)])
 def test_a_time_is_read(text, seconds):
     assert parse_duration(text) == seconds

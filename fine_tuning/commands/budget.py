@@ -22,6 +22,7 @@ def budget(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the time is none, nothing was trained here yet, or it is too short to train anything.
     """
+    from fine_tuning.data_preparation.dataset_builder import PrepareSettings
     from fine_tuning.errors import UserError
     from fine_tuning.project import main_checkout, root
     from fine_tuning.settings import read_params, write_param
@@ -29,7 +30,7 @@ def budget(arguments: argparse.Namespace) -> None:
     from fine_tuning.training.training_utils import TrainSettings
 
     root()
-    settings = read_params("train", TrainSettings)
+    settings, _ = read_params("train", TrainSettings), read_params("prepare", PrepareSettings)
     if arguments.time.lower() == "none":
         write_param("prepare", "max_train_tokens", None)
         print("prepare.max_train_tokens is null: `dvc repro` trains on everything")

@@ -174,7 +174,7 @@ class DataCleaner:
             return Cleaned(None, drop, {})
         masker = self._masker()
         messages = [self._repaired_message(message) for message in messages]
-        messages = [m for m in messages if m["content"] or m["role"] in ("user", "assistant")]
+        messages = [m for m in messages if m["content"] or m["role"] != "tool"]
         feedback = [self._repaired(entry) for entry in conversation["feedback"]]
         texts = "\n".join(self._texts(messages, feedback))
         masker.reserve(texts)
@@ -232,11 +232,6 @@ class DataCleaner:
                 cleaned = record | {"user_message": user, "assistant_response": assistant} | said
             kept.append(cleaned)
         return kept
-
-    def count_drops(self, conversations: Iterable[dict]) -> Counter[str]:
-        """How many of the conversations are dropped for which reason, duplicates apart."""
-        drops = (self.clean_conversation(record).drop for record in each_record(conversations))
-        return Counter(drop.reason for drop in drops if drop is not None)
 
     def _masker(self) -> Masker:
         return Masker(self._types, self._regions)

@@ -124,7 +124,7 @@ def _conversation(found: Any, identity: str, source: str, started_at: str) -> di
 def _kept(message: dict, name: str) -> dict:
     """A message in the form of the record, with an id of its own or this one."""
     kept = {"id": message.get("id") or name, "role": message["role"], "content": message["content"]}
-    kept |= {key: message[key] for key in ("model", "version", "incomplete", "reasoning") if message.get(key)}
+    kept |= {key: message[key] for key in ("model", "version", "incomplete", "reasoning", "gap") if message.get(key)}
     if message.get("weight") == 0:
         kept["weight"] = 0
     if others := message.get("alternatives"):

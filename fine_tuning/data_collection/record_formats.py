@@ -53,9 +53,9 @@ _MEDIA = {"image": "an image", "video": "a video", "audio": "a sound", "file": "
 _MEDIA_COLUMNS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 _PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\Z")  # of LLaVA and LLaMA-Factory
 _SHOWN_THOUGHTS = re.compile(
-    r'<details\s[^>]*type="reasoning"[^>]*>(?:\s*<summary>.*?</summary>)?(.*?)(?:</details>|\Z)\s*', re.DOTALL
+    r'<details\s[^<>]*type="reasoning"[^<>]*>(?:\s*<summary>[^<]*</summary>)?(.*?)(?:</details>|\Z)\s*', re.DOTALL
 )
-_SHOWN_CALLS = re.compile(r'<details\s[^>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
+_SHOWN_CALLS = re.compile(r'<details\s[^<>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
 _PLAIN = frozenset(("role", "content", "from", "value", "id"))
 _NOTHING = (None, "", "[]", [])
 _LABELS = {"true": 1, "1": 1, "1.0": 1, "false": -1, "0": -1, "0.0": -1, "-1": -1}
@@ -362,7 +362,8 @@ def _chatgpt(record: dict) -> Found:
 def _open_webui(record: dict) -> Found:
     """Open WebUI's export: {"id", "chat": {"history": {"messages": {id: …}, "currentId"}}} with ratings.
 
-    The path to `currentId` is the conversation; other replies to its questions are alternatives.
+    The path to `currentId` is the conversation; other replies to its questions are alternatives. Ratings elsewhere in
+    the tree are left out.
     """
     chat = record["chat"]
     history = _object(chat.get("history"))
@@ -390,7 +391,9 @@ def _open_webui(record: dict) -> Found:
     identity = record.get("id") or chat.get("id")
     started = record.get("created_at") or chat.get("timestamp")
     name = f"open-webui-{identity}" if identity else None
-    return Found("open-webui", messages, name, "open-webui", started, feedback=feedback)
+    rated = sum(_open_webui_rating(_object(node.get("annotation")), None) is not None for node in nodes.values())
+    left_out = ["a rating is left out: its reply is on another branch of the chat"] * (rated - len(feedback))
+    return Found("open-webui", messages, name, "open-webui", started, feedback=feedback, left_out=left_out)
 
 
 def _open_webui_turns(node: dict) -> list[dict]:
@@ -405,13 +408,14 @@ def _open_webui_turns(node: dict) -> list[dict]:
     row = {"model": node.get("selectedModelId") or node.get("model")}  # an arena's own model is none
     turns = _turn(row, role, node["output"]) if isinstance(node.get("output"), list) else []
     if not any(turn["content"].strip() for turn in turns):
-        content = node.get("content")
+        content, calls = node.get("content"), 0
         if role == "assistant" and isinstance(content, str):
             row["reasoning_content"] = "\n".join(map(str.strip, _SHOWN_THOUGHTS.findall(content)))
             content = _SHOWN_THOUGHTS.sub("", content)
-            row["lost"] = "what a tool returned" if _SHOWN_CALLS.search(content) else None
-            content = _SHOWN_CALLS.sub("", content)
+            content, calls = _SHOWN_CALLS.subn("", content)
         turns = _turn(row, role, content)
+        if calls:
+            turns[-1]["lost"] = "what a tool returned"
     files = [file for key in ("files", "sources", "citations") for file in _list(node.get(key))]
     if files and role in ("user", "assistant"):
         turns[-1]["lost"] = _MEDIA.get(str(_object(files[0]).get("type")), "a file")
@@ -451,7 +455,7 @@ def _open_webui_feedback(record: dict) -> Found:
         else:
             said = {key: value for key, value in entry.items() if key == "by"} | {"rating": None, "over": [judged]}
             found.feedback += [{"message_id": other} | said for other in others]
-    found.format, found.judges = "open-webui-feedback", judged
+    found.format, found.judges, found.left_out = "open-webui-feedback", judged, []
     return found
 
 
@@ -558,7 +562,7 @@ def _message(row: dict, role: str | None, content: Any) -> dict:
     if role not in ("system", "user", "assistant", "tool"):
         raise NotRecognised("a turn has an unknown role")
     message = {"role": role, "content": text}
-    if lost := row.get("lost") or _lost(content):
+    if lost := _lost(content):
         message["lost"] = lost
     if role == "assistant":
         message |= {"model": row["model"]} if isinstance(row.get("model"), str) else {}

@@ -19,11 +19,11 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
     """
     if not metrics:
         return []
-    train, characters = metrics["splits"]["train"], metrics.get("characters_left_out", {})
+    train, characters = metrics["splits"]["train"], metrics.get("characters")  # None in metrics of earlier versions
     said = [f"{train['conversations']:,} conversations with {train['tokens']:,} tokens are trained on"]
     for reason, count in Counter(metrics["left_out"]).most_common():
-        share = characters.get(reason, 0) / (metrics.get("characters") or 1)
-        said.append(f"{count:,} left out ({share:.1%} of the text): {reason_in_words(reason)}")
+        share = f" ({metrics['characters_left_out'].get(reason, 0) / characters:.1%} of the text)" if characters else ""
+        said.append(f"{count:,} left out{share}: {reason_in_words(reason)}")
     if lost := sum(split.get("lost_reply_tokens", 0) for split in metrics["splits"].values()):
         said.append(f"{lost:,} tokens of replies are not used: their turns alone exceed chat.max_length")
     return said
