@@ -68,6 +68,15 @@ def test_neighbours_of_one_side_are_one_text_in_a_question_and_answer_format():
     assert (record["instruction"], record["output"]) == ("d", "e")
 
 
+@pytest.mark.parametrize("format", ["alpaca", "instruction"])
+def test_an_empty_system_prompt_is_another_thing_than_none(format):
+    messages = [{"role": role, "content": text} for role, text in (("system", ""), ("user", "q"), ("assistant", "a"))]
+    (pair,) = TrainingDataFormatter(format).create_training_pairs([{"id": "c", "messages": messages}])
+    assert pair["system"] == ""
+    (pair,) = TrainingDataFormatter(format).create_training_pairs([{"id": "c", "messages": messages[1:]}])
+    assert "system" not in pair
+
+
 def test_chatml_keeps_every_turn():
     roles = [turn["role"] for turn in pairs("chatml", CONVERSATION)[0]["messages"]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]

@@ -90,7 +90,7 @@ def _alternating(conversation: dict) -> dict:
     messages = conversation["messages"]
     if [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2):
         return conversation
-    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    system = [m["content"] for m in messages if m["role"] == "system"]
     turns: list[dict] = []
     for message in messages:
         role, content = "assistant" if message["role"] == "assistant" else "user", message["content"]
@@ -102,7 +102,7 @@ def _alternating(conversation: dict) -> dict:
             turns.append({"role": role, "content": content})
     if turns[0]["role"] == "assistant":  # a greeting before the first question
         turns.insert(0, {"role": "user", "content": ""})
-    head = [{"role": "system", "content": system}] if system else []
+    head = [{"role": "system", "content": "\n\n".join(system)}] if system else []
     return {"id": conversation["id"], "messages": head + turns}
 
 
