@@ -13,6 +13,7 @@ import yaml
 from rouge_score import rouge_scorer
 
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.measurements import summarise
 from fine_tuning.evaluation.metrics import ItemwiseMetric, columns_of, direction, load_metric
 from tests.evaluation_suite import MODULES, SETTINGS
 
@@ -187,3 +188,14 @@ def test_the_pipeline_runs_again_when_a_metric_or_a_general_question_changes():
     assert "fine_tuning/evaluation/metric_modules" in stages["compare"]["deps"]
     for name in ("items", "texts"):
         assert f"fine_tuning/evaluation/general_{name}.jsonl" in stages["evaluate"]["deps"]
+
+
+def test_no_interval_of_a_share_reaches_beyond_all_or_none(metrics):
+    """With one reply in twenty that does not end by itself the interval's end lies above 1, and is 1."""
+    reply = {"predictions": "one two", "references": "one two three four five six"}
+    lines = [reply | {"cluster": str(number), "finished": number > 0} for number in range(20)]
+    found = summarise(lines, [metrics["replies"]], SETTINGS.interval)
+    assert found["self_ended"]["value"] == pytest.approx(0.95) and found["self_ended"]["low"] < 0.9
+    assert found["self_ended"]["high"] == 1 and found["loops"]["low"] == 0
+    longer = summarise([line | {"references": "one"} for line in lines], [metrics["replies"]], SETTINGS.interval)
+    assert longer["length_ratio"]["high"] > 1

@@ -105,6 +105,8 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: Int
             found = asdict(estimate.interval(settings.confidence))
             if metric.exponential:
                 found = {key: np.exp(number) for key, number in found.items()}
+            if name in metric.shares:
+                found = {key: np.clip(number, 0, 1) for key, number in found.items()}
             table[name] = {key: finite(number) for key, number in found.items()} | {"n": len(usable)}
     return table
 

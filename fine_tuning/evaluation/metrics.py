@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,8 @@ class SummedMetric(evaluate.Metric, ABC):
     higher_is_better: bool | Mapping[str, bool | None] | None = True
     # Values that are a ratio of two of the sums, by the places of these. Their intervals are the better ones.
     ratios: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    # Ratios that are shares of something: an end of their interval beyond 0 or 1 is shown as 0 or 1.
+    shares: Collection[str] = ()
     # Of ratios: the value is the exponential of the ratio, and compared on the scale of the ratio.
     exponential: bool = False
 
@@ -61,6 +63,7 @@ class ItemwiseMetric:
     """Any other `evaluate` metric: computed on each item alone, and averaged."""
 
     exponential = False
+    shares = ()
 
     def __init__(self, metric: evaluate.Metric) -> None:
         self.metric = metric

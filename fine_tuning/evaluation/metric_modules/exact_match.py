@@ -13,6 +13,7 @@ class ExactMatch(SummedMetric):
     """Useful where replies are short and have one right form."""
 
     ratios: ClassVar = {"exact_match": (0, 1)}
+    shares = ("exact_match",)
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

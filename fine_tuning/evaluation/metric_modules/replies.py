@@ -35,6 +35,7 @@ class Replies(SummedMetric):
         "length_ratio": (5, 6),
         **{f"distinct_{size}": (5 + 2 * size, 6 + 2 * size) for size in (1, 2, 3)},
     }
+    shares = tuple(name for name in ratios if name != "length_ratio")
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

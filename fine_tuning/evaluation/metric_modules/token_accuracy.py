@@ -13,6 +13,7 @@ class TokenAccuracy(SummedMetric):
     """Token-weighted."""
 
     ratios: ClassVar = {"token_accuracy": (0, 1)}
+    shares = ("token_accuracy",)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
