@@ -1,8 +1,10 @@
 """JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all."""
 
+import fcntl
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +15,30 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk."""
+    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk.
+
+    Its name is used once: threads, and processes of other machines on a shared disk, do not write into each other's.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in `folder` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -37,6 +51,27 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read one JSON document."""
     return json.loads(Path(path).read_bytes())
+
+
+def read_object(path: str | Path) -> dict:
+    """The JSON object in a file, empty where there is none or it is damaged: for pages, which show what there is."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def updating(path: str | Path) -> Iterator[dict]:
+    """The JSON object in a file, written again when the block ends; meanwhile no other thread or process updates it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        value = read_object(path)
+        yield value
+        write_json(path, value)
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:

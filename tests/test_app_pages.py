@@ -91,6 +91,19 @@ def collected(tmp_path, tiny_base, monkeypatch):
     return tmp_path
 
 
+PAGE_FILES = (".whetstone/titles.json", ".whetstone/votes.jsonl", "models/champion.json", "models/base/base.json")
+PAGE_FILES += ("metrics/comparison.json", "metrics/clean.json", "metrics/prepare.json", "metrics/evaluation.json")
+
+
+@pytest.mark.parametrize("name", ["chat", "data", "compare"])
+def test_a_page_survives_damaged_files(collected, name):
+    ConversationLogger("inbox/conversations.jsonl").log_conversation("New one", "Yes.", {"session_id": "s1"})
+    for file in PAGE_FILES:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_bytes(b"" if "titles" in file else b'{"torn": [')
+    open_page(name)
+
+
 def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collected):
     ConversationLogger("inbox/conversations.jsonl").log_conversation("New one", "Yes.", {"session_id": "s1"})
     at = open_page("data")

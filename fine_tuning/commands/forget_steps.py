@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_tuning.records import read_json, write_json
+from fine_tuning.records import read_json, updating, write_json
 
 if TYPE_CHECKING:
     from fine_tuning.commands.object_stores import Silent
@@ -152,8 +152,9 @@ def clear_logs(work: Work) -> None:
 
     count = sum(clear_log(log, work.found) for log in logs())
     if TITLES.is_file():
-        titles = read_json(TITLES)
-        write_json(TITLES, {key: value for key, value in titles.items() if key not in work.found.ids})
+        with updating(TITLES) as titles:
+            for identity in work.found.ids:
+                titles.pop(identity, None)
     work.say(f"logs: {count_of(count, 'event')} taken out")
 
 

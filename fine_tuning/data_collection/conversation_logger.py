@@ -19,7 +19,7 @@ from typing import Any
 from fine_tuning.data_collection.conversation import fold, now
 from fine_tuning.errors import UserError
 from fine_tuning.names import session_name
-from fine_tuning.records import dump_line, read_line, read_lines, replacing
+from fine_tuning.records import dump_line, read_line, read_lines, replacing, sync_folder
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
@@ -242,8 +242,8 @@ def rename_log(path: Path, target: Path) -> bool:
         os.fsync(descriptor)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target)
-        _sync_folder(path.parent)
-        _sync_folder(target.parent)
+        sync_folder(path.parent)
+        sync_folder(target.parent)
     return True
 
 
@@ -258,7 +258,7 @@ def rewrite_log(path: Path, keeps: Callable[[bytes, dict | None], bool]) -> int:
             with replacing(path) as file:
                 os.fchmod(file.fileno(), os.fstat(descriptor).st_mode & 0o777)
                 file.writelines(line + b"\n" for line in kept)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     return len(lines) - len(kept)
 
 
@@ -281,9 +281,9 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, flags)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, flags | os.O_CREAT, 0o600)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return descriptor
 
 
@@ -327,14 +327,6 @@ def _set_torn_tail_aside(descriptor: int, path: Path) -> None:
     finally:
         os.close(aside)
     os.ftruncate(descriptor, size - len(torn))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mean(total: float, count: int) -> float:

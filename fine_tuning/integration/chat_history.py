@@ -12,7 +12,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger, 
 from fine_tuning.data_collection.shards import shard_paths, versions
 from fine_tuning.errors import UserError
 from fine_tuning.integration.jobs import jobs, own_command
-from fine_tuning.records import read_json, write_json
+from fine_tuning.records import read_object, updating
 
 SHARDS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
@@ -72,17 +72,15 @@ def matching(found: list[dict], words: str, titles: dict[str, str]) -> list[dict
 
 def read_titles(checkout: Path) -> dict[str, str]:
     """Given names by conversation id."""
-    path = checkout / TITLES
-    return read_json(path) if path.is_file() else {}
+    return {key: name for key, name in read_object(checkout / TITLES).items() if isinstance(name, str)}
 
 
 def rename(checkout: Path, identity: str, name: str) -> None:
     """Give a conversation a name; an empty one takes it back."""
-    titles = read_titles(checkout)
-    titles.pop(identity, None)
-    if name.strip():
-        titles[identity] = " ".join(name.split())
-    write_json(checkout / TITLES, titles)
+    with updating(checkout / TITLES) as titles:
+        titles.pop(identity, None)
+        if name.strip():
+            titles[identity] = " ".join(name.split())
 
 
 def _stamps(checkout: Path) -> tuple[tuple[Path, int, int], ...]:

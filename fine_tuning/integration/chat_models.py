@@ -15,7 +15,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.evaluation.llama_engine import LlamaEngine
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, full_name
-from fine_tuning.records import read_json
+from fine_tuning.records import read_object
 from fine_tuning.settings import Settings
 
 if TYPE_CHECKING:
@@ -118,13 +118,13 @@ def _local_models(checkout: Path) -> list[ChatModel]:
     models = []
     version = champion_version(checkout)
     if version is not None and (checkout / CHAMPION_GGUF).is_file():
-        tag = f"{_read(checkout / CHAMPION)['name']}:{version}"
+        tag = f"{read_object(checkout / CHAMPION)['name']}:{version}"
         models.append(ChatModel("Champion", "embedded", tag, version, checkout / CHAMPION_GGUF))
     if (checkout / BASE_GGUF).is_file():
-        tag = _read(checkout / BASE / "base.json").get("model") or str(BASE_GGUF)
+        tag = read_object(checkout / BASE / "base.json").get("model") or str(BASE_GGUF)
         models.append(ChatModel("Base", "embedded", tag, None, checkout / BASE_GGUF))
-    compared = _read(checkout / COMPARISON).get("adapter_sha256")
-    promoted = version is not None and compared == _read(checkout / CHAMPION).get("adapter_sha256")
+    compared = read_object(checkout / COMPARISON).get("adapter_sha256")
+    promoted = version is not None and compared == read_object(checkout / CHAMPION).get("adapter_sha256")
     if (checkout / CANDIDATE_GGUF).is_file() and not promoted:
         # The next candidate has the same path and is another model: part of the adapter's hash tells them apart.
         tag = f"{CANDIDATE_GGUF}@{compared[:8]}" if compared else str(CANDIDATE_GGUF)
@@ -134,11 +134,7 @@ def _local_models(checkout: Path) -> list[ChatModel]:
 
 def champion_version(checkout: Path) -> int | None:
     """The registry version that models/champion.json names, None before the first promotion."""
-    return _read(checkout / CHAMPION).get("version")
-
-
-def _read(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+    return read_object(checkout / CHAMPION).get("version")
 
 
 def stream_reply(

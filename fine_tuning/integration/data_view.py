@@ -1,6 +1,5 @@
 """What the page Data shows: where every conversation is on its way from the log to the tokens."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ from fine_tuning.data_collection.personal_data import PLACEHOLDER
 from fine_tuning.data_collection.shards import shard_paths, versions
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
 from fine_tuning.integration.chat_history import news
-from fine_tuning.records import read_json, read_jsonl
+from fine_tuning.records import read_jsonl, read_object
 
 SHARDS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
@@ -49,7 +48,8 @@ def entries(checkout: Path, logger: ConversationLogger) -> list[Entry]:
     shards = _sealed(stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST)))
     news = _news(logger, shards)
     fates = _fates(stamps([checkout / REJECTED]))
-    cleaned = {shard["name"] for shard in manifest(checkout)} if (checkout / REJECTED).exists() else set()
+    taken_in = read_object(checkout / MANIFEST).get("shards", [])
+    cleaned = {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
     sealed = [
         _entry(conversation, fates.get(identity, "kept") if shard in cleaned else "not cleaned yet")
         for identity, (shard, conversation) in shards.items()
@@ -64,15 +64,9 @@ def conversation(checkout: Path, logger: ConversationLogger, identity: str) -> d
     return _news(logger, shards).get(identity) or shards.get(identity, (None, None))[1]
 
 
-def manifest(checkout: Path) -> list[dict]:
-    """The shards that the last run of the pipeline took in."""
-    path = checkout / MANIFEST
-    return read_json(path)["shards"] if path.is_file() else []
-
-
 def metrics(checkout: Path, path: Path) -> dict:
     """A metrics file, empty where its stage has not run."""
-    return read_json(checkout / path) if (checkout / path).is_file() else {}
+    return read_object(checkout / path)
 
 
 def per_day(found: list[Entry]) -> dict[str, Counter[str]]:
@@ -100,7 +94,7 @@ def lengths(found: list[Entry]) -> dict[str, Counter[str]]:
 def cleaner(checkout: Path, settings: CleanSettings) -> DataCleaner:
     """The cleaner as the stage `clean` makes it."""
     path = checkout / "models/base/tokenizer.json"
-    added = json.loads(path.read_bytes()).get("added_tokens", []) if path.is_file() else []
+    added = read_object(path).get("added_tokens", [])
     control = {token["content"] for token in added if token.get("special")}
     return DataCleaner(settings=settings, control_tokens=tuple(sorted(control | set(CONTROL_TOKENS))))
 

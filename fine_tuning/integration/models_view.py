@@ -13,7 +13,7 @@ from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import Live, ModelSwitcher, live_history
 from fine_tuning.project import artifact_root, tracking_uri
-from fine_tuning.records import read_json
+from fine_tuning.records import read_json, read_object
 
 COMPARISON = Path("metrics/comparison.json")
 REPORT = Path("metrics/report.html")
@@ -60,7 +60,7 @@ def candidate(checkout: Path) -> Candidate | None:
     obstacle = None
     if not (checkout / ADAPTER).is_file():
         obstacle = "its files are not here: run `dvc pull` or `dvc repro`"
-    elif (checkout / CHAMPION).is_file() and read_json(checkout / CHAMPION).get("adapter_sha256") == sha256:
+    elif read_object(checkout / CHAMPION).get("adapter_sha256") == sha256:
         obstacle = "it is the champion already"
     return Candidate(verdict, reasons, sha256, obstacle)
 

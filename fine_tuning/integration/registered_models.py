@@ -10,7 +10,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.integration.chat_models import BASE, ChatModel, champion_version
 from fine_tuning.integration.jobs import own_command
 from fine_tuning.project import run_command
-from fine_tuning.records import read_json
+from fine_tuning.records import read_object
 
 
 class RegisteredModels:
@@ -59,8 +59,7 @@ def from_registry(checkout: Path, versions: list[dict[str, Any]]) -> list[ChatMo
 
     The prompt of a version of another base would need that base's tokenizer.
     """
-    card = checkout / BASE / "base.json"
-    base = read_json(card) if card.is_file() else {}
+    base = read_object(checkout / BASE / "base.json")
     now = (str(base.get("model") or "unknown"), str(base.get("revision") or "none"))
     return [
         ChatModel("Version", "embedded", f"{v['name']}:{v['version']}", v["version"], Path(v["gguf"]))

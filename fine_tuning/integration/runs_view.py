@@ -10,7 +10,7 @@ from typing import Any
 from fine_tuning.errors import UserError
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.project import artifact_root, run_command, tracking_uri
-from fine_tuning.records import read_json
+from fine_tuning.records import read_object
 from fine_tuning.training.tracking import flatten, open_store
 
 EVALUATION = Path("metrics/evaluation.json")
@@ -171,12 +171,9 @@ def loss_history(checkout: Path, run_id: str) -> list[dict[str, float]]:
 
 def intervals(checkout: Path) -> list[dict[str, Any]]:
     """[{"metric", "model", "value", "low", "high"}] of the last evaluation."""
-    path = checkout / EVALUATION
-    if not path.is_file():
-        return []
     return [
         {"metric": metric, "model": model} | {key: cell[key] for key in ("value", "low", "high")}
-        for model, metrics in read_json(path).items()
+        for model, metrics in read_object(checkout / EVALUATION).items()
         if isinstance(metrics, dict)
         for metric, cell in metrics.items()
         if isinstance(cell, dict) and cell.get("value") is not None and cell.get("low") is not None

@@ -1,8 +1,10 @@
 """Blind votes between two models: kept in the log as preferences, counted here as a win rate with its interval."""
 
+import json
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +13,7 @@ from fine_tuning.data_collection.conversation import now
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.chat_session import new_conversation_id
-from fine_tuning.records import dump_line, read_jsonl
+from fine_tuning.records import dump_line, read_lines
 
 VOTES = Path(".whetstone/votes.jsonl")
 SOURCE = "compare"  # of the conversations that a vote makes
@@ -93,9 +95,13 @@ def record(
 
 
 def read(checkout: Path) -> list[dict]:
-    """All votes, the oldest first."""
-    path = checkout / VOTES
-    return list(read_jsonl(path)) if path.is_file() else []
+    """All votes, the oldest first; a line that a full disk or a kill cut short is passed over."""
+    path, found = checkout / VOTES, []
+    for _, line in read_lines(path) if path.is_file() else ():
+        with suppress(ValueError, AttributeError):
+            if {"first", "second", "vote"} <= (vote := json.loads(line)).keys():
+                found.append(vote)
+    return found
 
 
 def standing(votes: Iterable[dict], first: str, second: str) -> Standing:
