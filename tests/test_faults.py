@@ -11,7 +11,8 @@ Where each fault is tested:
 | SIGKILL while training                  | here at any write of the stage; test_training (resumed: the same bytes)   |
 | SIGKILL while registering and promoting | here at any write; test_promote at every effect                           |
 | SIGKILL while deploying                 | here at any request                                                       |
-| full disk                               | here in each stage, seal, import, promote; test_logger                    |
+| SIGKILL of the tree of `dvc repro`      | test_protection                                                           |
+| full disk                               | here in each stage, seal, import, promote, in DVC's cache; test_logger    |
 | torn last line                          | test_logger; here as what a kill leaves                                   |
 | eight concurrent writers                | test_logger (threads and processes), test_seal_intake (with a seal)       |
 | two pipeline runs at once               | here                                                                      |
@@ -248,6 +249,35 @@ def test_a_full_disk_costs_a_seal_nothing(checkout):
     assert len(newest_versions(shard_paths("data/conversations"), {f"e{n}" for n in range(40)})) == 40
 
 
+def test_a_log_is_kept_until_the_cache_of_dvc_has_its_shard(checkout, tmp_path):
+    """DVC logs a copy that failed and goes on, and the next `dvc add` takes the listing of the folder for all of it."""
+    ConversationLogger(INBOX).log_conversation("question", "reply " * 50_000, id="large")
+    script = "from tests.test_faults import seal_up_to_the_shard as seal; seal()"
+    assert subprocess.run([sys.executable, "-c", script], env=environment()).returncode == -signal.SIGKILL
+    (shard,) = Path("data/conversations").glob("*-chat-*")
+    for _ in range(2):
+        _, status, said = strike("full", "tests.test_faults:type_seal", 200_000)
+        assert status == 1 and "the disk is full" in one_line(said)
+        assert len(list(Path("inbox/closed").iterdir())) == 1
+    type_seal()
+    assert list(Path("inbox/closed").iterdir()) == []
+    project = Project(checkout)
+    project.run("dvc", "remote", "add", "-q", "-d", "store", str(tmp_path / "remote"))
+    project.run("dvc", "push", "-q", "data/conversations.dvc")
+    shutil.rmtree(".dvc/cache")
+    shard.unlink()
+    project.run("dvc", "pull", "-q", "data/conversations.dvc")
+    assert [record["id"] for record in read_jsonl(shard)] == ["large"]
+
+
+def seal_up_to_the_shard() -> None:
+    """A seal that is killed when the shard is written and DVC does not know it."""
+    from fine_tuning.commands import conversations
+
+    conversations.track = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    type_seal()
+
+
 def test_a_full_disk_promotes_nothing(candidate):
     _, status, said = strike("full", "tests.registered:here:promote", 3000)
     assert status == 1 and "the disk is full" in one_line(said)
@@ -332,6 +362,27 @@ def test_a_shard_that_vanishes_during_a_run_is_one_line_and_comes_back(checkout,
     Project(checkout).run("dvc", "checkout", "-q", "data/conversations.dvc")
     assert dvc("repro", "-s", "intake", "clean", "export").wait() == 0
     assert outputs("clean") == wanted
+
+
+def test_names_that_are_given_at_once_are_all_kept(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fine_tuning.integration.chat_history import read_titles, rename
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: rename(tmp_path, f"c{number}", f"name {number}"), range(200)))
+    assert read_titles(tmp_path) == {f"c{number}": f"name {number}" for number in range(200)}
+
+
+def test_of_files_that_are_written_at_once_each_is_whole(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fine_tuning.records import write_json
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: write_json(tmp_path / "file.json", [number] * 50_000), range(40)))
+    assert len(set(read_json(tmp_path / "file.json"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
 # -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.errors import UserError
+from fine_tuning.project import root
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -53,7 +54,7 @@ def import_files(args: argparse.Namespace) -> None:
     from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
     from fine_tuning.data_collection.tombstones import Tombstones
 
-    _check_folder()
+    root()
     with pipeline_stands_still() as repo:
         _seal_closed_logs(repo)
         known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
@@ -180,7 +181,7 @@ def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
     from fine_tuning.data_collection.sealing import close_log
 
-    _check_folder()
+    root()
     with pipeline_stands_still() as repo:
         close_log(INBOX, CONVERSATIONS)
         if not _seal_closed_logs(repo):
@@ -194,7 +195,7 @@ def bring_sample(args: argparse.Namespace) -> None:
     from fine_tuning.data_collection.shards import IntakeSettings, read_manifest, write_shard
     from fine_tuning.settings import read_params
 
-    _check_folder()
+    root()
     if not read_params("intake", IntakeSettings).sample:
         print("intake.sample is false: the sample is left out")
         return
@@ -265,11 +266,15 @@ def pipeline_stands_still() -> Iterator["Repo"]:
 
 
 def track(repo: "Repo") -> None:
-    """`dvc add data/conversations`."""
+    """`dvc add data/conversations`; a shard that no run has taken in yet is hashed in DVC's cache."""
     import logging
 
+    from fine_tuning.commands.dvc_files import add_folder
+    from fine_tuning.data_collection.shards import read_manifest
+
     logging.getLogger("dvc").setLevel(logging.ERROR)
-    repo.add([str(CONVERSATIONS)])
+    logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
+    add_folder(repo, CONVERSATIONS, {shard["name"] for shard in read_manifest(MANIFEST)["shards"]})
 
 
 def _seal_closed_logs(repo: "Repo") -> bool:
@@ -280,15 +285,15 @@ def _seal_closed_logs(repo: "Repo") -> bool:
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:
         done = seal_log(log, CONVERSATIONS, MANIFEST, Tombstones(FORGOTTEN))
+        if any(CONVERSATIONS.glob("*.jsonl")):
+            track(repo)
+        log.unlink()
         print(f"{done['events']} events sealed, {done['conversations']} conversations new or changed")
         if done["forgotten"]:
             print(f"{done['forgotten']} conversations were left out: they are forgotten ({FORGOTTEN})")
         for kind in ("torn", "unmatched"):
             if done[kind]:
                 print(f"{done[kind]} {kind} lines were set aside in {INBOX.parent / log.name}.{kind}")
-        if any(CONVERSATIONS.glob("*.jsonl")):
-            track(repo)
-        log.unlink()
     return bool(logs)
 
 
@@ -301,12 +306,6 @@ def _is_what_dvc_names() -> bool:
     out = yaml.safe_load(TRACKED.read_bytes())["outs"][0]
     files = [path for path in CONVERSATIONS.rglob("*") if path.is_file()]
     return len(files) == out.get("nfiles") and sum(path.stat().st_size for path in files) == out.get("size")
-
-
-def _check_folder() -> None:
-    from fine_tuning.project import root
-
-    root()
 
 
 def _say_next() -> None:

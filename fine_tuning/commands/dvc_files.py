@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -151,7 +151,27 @@ def dvc_add(path: Path) -> None:
         UserError: a pipeline is running, or DVC refuses.
     """
     with _dvc(f"dvc add {path}") as repo:
-        repo.add(path.as_posix())
+        add_folder(repo, path)
+
+
+def add_folder(repo: "Repo", folder: Path, known: Container[str] = ()) -> None:
+    """`dvc add` of a folder, and see that DVC's cache holds every file: by its hash, or by its size if it is `known`.
+
+    DVC logs a copy that failed, on a full disk say, and goes on; the next `dvc add` finds the listing of the folder in
+    the cache and copies nothing again. So what is missing or damaged is put there here.
+
+    Raises:
+        OSError: the cache does not take a file.
+    """
+    repo.add([folder.as_posix()])
+    cache = repo.cache.local
+    for entry in json.loads(Path(cache.oid_to_path(read_dvc(Path(f"{folder}.dvc")))).read_bytes()):
+        file, md5 = folder / entry["relpath"], entry["md5"]
+        kept = Path(cache.oid_to_path(md5))
+        same_size = kept.is_file() and kept.stat().st_size == file.stat().st_size
+        if not same_size or (file.name not in known and md5_file(kept) != md5):
+            kept.unlink(missing_ok=True)
+            cache.add(str(file), repo.fs, md5)
 
 
 def reproduce(*words: str) -> bool:
