@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -157,6 +158,30 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(registry, stor
     assert len(told) == 1 and f"version {champion} became champion in the meantime" in told[0]
 
 
+def test_a_copied_store_names_its_own_folder_and_a_moved_one_too(registry, store, files, tmp_path):
+    register(registry, files, FIRST)
+    registry.promote(1, None)
+    copy = Path(shutil.copytree(store, tmp_path / "a copy"))
+    before = sorted(store.rglob("*"))
+    own = open_registry(copy, registry.name)
+    assert own.version(1).artifacts.startswith((copy / "artifacts").as_uri())
+    register(own, files, SECOND)
+    assert sorted(path for path in store.rglob("*") if path.name != "mlflow.db-journal") == before
+    moved = copy.rename(tmp_path / "moved")
+    again = open_registry(moved, registry.name)
+    for number in (1, 2):
+        assert (
+            again.download(again.version(number), "adapter/weights", tmp_path / f"{number}").read_bytes() == b"weights"
+        )
+    assert registry.version(1).artifacts.startswith((store / "artifacts").as_uri())
+
+
+def test_a_store_that_two_checkouts_share_keeps_its_addresses(registry, store, files, tmp_path):
+    version, _ = register(registry, files, FIRST)
+    shared = ModelRegistry(registry.name, registry.uri, tmp_path / "mlartifacts", tmp_path / "locks")
+    assert shared.version(1).artifacts == version.artifacts
+
+
 def test_a_champion_and_the_way_back_cannot_be_deleted(registry, files):
     for content in (FIRST, SECOND, THIRD):
         register(registry, files, content)
@@ -209,7 +234,8 @@ def test_a_database_that_stays_locked_is_one_clear_line(store, files, monkeypatc
     assert len(tries) > 1
 
 
-def test_an_mlflow_server_serves_as_well(tmp_path, files):
+@contextlib.contextmanager
+def mlflow_server(tmp_path):
     with silent_host() as address:
         port = address.rpartition(":")[2]
     command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
@@ -225,6 +251,14 @@ def test_an_mlflow_server_serves_as_well(tmp_path, files):
     )
     try:
         wait_for(address)
+        yield address
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_an_mlflow_server_serves_as_well(tmp_path, files):
+    with mlflow_server(tmp_path) as address:
         registry = ModelRegistry("served", address, tmp_path / "unused", tmp_path / "locks")
         version, new = register(registry, files, FIRST)
         assert new and version.artifacts.startswith("mlflow-artifacts:/")
@@ -233,9 +267,46 @@ def test_an_mlflow_server_serves_as_well(tmp_path, files):
         assert [found.aliases for found in registry.versions()] == [("champion",)]
         assert registry.download(version, "adapter/weights", tmp_path / "out").read_bytes() == b"weights"
         assert not (tmp_path / "unused").exists()
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        of_two_machines_that_promote_at_once_one_succeeds(registry, address, tmp_path, files)
+
+
+def of_two_machines_that_promote_at_once_one_succeeds(registry, address, tmp_path, files):
+    """The later one has seen the old champion, and moves the alias when the earlier one has found its own in place."""
+    for content in (SECOND, THIRD):
+        register(registry, files, content)
+    other = ModelRegistry("served", address, tmp_path / "unused", tmp_path / "locks of another machine")
+    checked, moved, told = threading.Event(), threading.Event(), {}
+    move_other, move_own = other._client.set_registered_model_alias, registry._client.set_registered_model_alias
+
+    def move_late(name: str, alias: str, version: str) -> None:
+        if alias == CHAMPION:
+            checked.set()
+            assert moved.wait(60)
+        move_other(name, alias, version)
+
+    def move_first(name: str, alias: str, version: str) -> None:
+        move_own(name, alias, version)
+        if alias == CHAMPION:
+            assert registry._aliases()[CHAMPION] == 2  # what it looked at before it was content
+            moved.set()
+
+    other._client.set_registered_model_alias = move_late
+    registry._client.set_registered_model_alias = move_first
+
+    def promote(machine: ModelRegistry, number: int) -> None:
+        try:
+            machine.promote(number, 1)
+            told[number] = "done"
+        except UserError as error:
+            told[number] = str(error)
+
+    later = threading.Thread(target=promote, args=(other, 3))
+    later.start()
+    assert checked.wait(60)
+    promote(registry, 2)
+    later.join()
+    assert other.by_alias(CHAMPION).number == 3 and told[3] == "done"
+    assert "another process moved the alias champion at the same time" in told[2]
 
 
 def wait_for(address: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from fine_tuning.project import sha256_file
 
 EXPERIMENT = "whetstone"
 WEIGHTS = "adapter_model.safetensors"
+# Columns of MLflow's tables that hold addresses below the experiment's location.
+ADDRESSES = ("experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location")
+ADDRESSES += ("model_versions.source", "model_versions.storage_location")
 
 
 def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
@@ -23,7 +27,8 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
 
     Args:
         uri: tracking address; a SQLite one should hold an absolute path.
-        artifacts: folder for artifacts when the store is SQLite; a server keeps its own.
+        artifacts: folder for artifacts when the store is SQLite; a server keeps its own. An mlflow.db beside it belongs
+            to it: moved or copied with it, the store's addresses are made those of the new place.
         lock: lock file around the creation of tables and experiment, which MLflow does not guard itself.
 
     Returns:
@@ -44,6 +49,8 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=120):
+            if uri == f"sqlite:///{artifacts.parent / 'mlflow.db'}":
+                _own_store(artifacts.parent / "mlflow.db", artifacts)
             client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment:
@@ -52,12 +59,29 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
             return client, client.create_experiment(EXPERIMENT, artifact_location=location)
     except Timeout:
         raise UserError(f"another process holds the MLflow store for two minutes: end it, or remove {lock}") from None
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, sqlite3.Error) as error:
         if no_space(error):
             raise
         raise UserError(
             f"the MLflow store at {uri} does not open ({type(error).__name__}): check MLFLOW_TRACKING_URI or the server"
         ) from None
+
+
+def _own_store(database: Path, artifacts: Path) -> None:
+    """Make database and folder readable by their owner only, and rebase addresses that name another folder.
+
+    MLflow stores absolute addresses only: a copy of the project would write into the original, and delete from it.
+    """
+    database.touch(mode=0o600)
+    artifacts.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection, connection:
+        if not connection.execute("SELECT name FROM sqlite_master WHERE name = 'experiments'").fetchall():
+            return
+        query = "SELECT artifact_location FROM experiments WHERE name = ? AND artifact_location <> ?"
+        for (old,) in connection.execute(query, [EXPERIMENT, new := artifacts.resolve().as_uri()]).fetchall():
+            for table, column in (address.split(".") for address in ADDRESSES):
+                change = f"UPDATE {table} SET {column} = ?1 || substr({column}, ?2) WHERE substr({column}, 1, ?2)"
+                connection.execute(f"{change} IN (?3, ?3 || '/')", [new, len(old) + 1, old])
 
 
 class Run:
