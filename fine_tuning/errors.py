@@ -6,6 +6,7 @@ import select
 import sys
 from collections.abc import Callable
 
+_DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As SQLite and the libraries in Rust say it, which raise errors of their own.
 _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too large", "os error 28", "os error 27")
@@ -13,7 +14,8 @@ _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too 
 _NO_MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 _FULL = "error: the disk is full: free some space (`df -h .` shows it), then run the same again"
-_NO_MEMORY = (
+_NO_MEMORY = "error: the memory of this machine is full: end what else uses it (`free -h`), then run the same again"
+_NO_MEMORY_FOR_A_MODEL = (
     "error: the memory of this machine or of its GPU is full: end what else uses it (`free -h`, `nvidia-smi`) or lower "
     "batch_tokens of train or evaluate in params.yaml, then run the same again"
 )
@@ -27,7 +29,8 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run `main` as a program: a UserError is one line on stderr and exit status 1, and so is a full disk or memory.
+    """Run `main` as a program: a UserError is one line on stderr and exit status 1, and so is a full disk or memory, or
+    a file system that may not be written to.
 
     Ctrl-C is exit status 130. Where the reader of its output went away, as `head` does, it ends quietly with 141, as if
     SIGPIPE had ended it.
@@ -65,10 +68,25 @@ def _run(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not no_space(error) and not no_memory(error):
+        if (line := _line(error)) is None:
             raise
-        print(_FULL if no_space(error) else _NO_MEMORY, file=sys.stderr)
+        print(line, file=sys.stderr)
         sys.exit(1)
+
+
+def _line(error: BaseException | None) -> str | None:
+    """What to say of an error that the machine made, None of any other."""
+    if no_space(error):
+        return _FULL
+    if no_memory(error):
+        return _NO_MEMORY_FOR_A_MODEL if "torch" in sys.modules else _NO_MEMORY
+    while error is not None:
+        denied = isinstance(error, OSError) and error.errno in _DENIED and error.filename
+        if denied or "readonly database" in str(error):
+            what = error.filename if denied else "the database"
+            return f"error: {what} may not be read or written: run this as its owner, on a disk that is not read-only"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def no_space(error: BaseException | None) -> bool:

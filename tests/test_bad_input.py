@@ -446,12 +446,34 @@ run(lambda: {main})"""
     assert told == (b"error: told\n" if main == "fail()" else b"")
 
 
-@pytest.mark.parametrize("main", ["bytearray(2**60)", "torch.empty(2**60)"])
-def test_full_memory_is_one_line(main):
-    script = f"import torch; from fine_tuning.errors import run; run(lambda: {main})"
+@pytest.mark.parametrize(
+    ("main", "model"), [("bytearray(2**60)", False), ("bytearray(2**60)", True), ("torch.empty(2**60)", True)]
+)
+def test_full_memory_is_one_line_and_advises_smaller_batches_only_where_a_model_is(main, model):
+    script = f"{'import torch; ' if model else ''}from fine_tuning.errors import run; run(lambda: {main})"
     told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 1
     assert told.stderr.startswith("error: the memory") and told.stderr.count("\n") == 1
+    assert ("batch_tokens" in told.stderr) == model
+
+
+@pytest.mark.parametrize("words", ["seal", "import ../foreign.jsonl", "sample", "stats"])
+def test_a_project_that_may_not_be_written_to_is_one_line(checkout, words):
+    """As on a read-only file system, which only root can mount; root itself is not stopped by modes."""
+    ConversationLogger(INBOX).log_conversation("q", "a")
+    (checkout.parent / "foreign.jsonl").write_bytes(sound_line("import", 1))
+    Project(checkout).set_params(intake={"sample": True})
+    command = [sys.executable, "-m", "fine_tuning", *words.split()]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    if os.geteuid() == 0:
+        command = ["unshare", "-m", "sh", "-c", f"mount --bind -o ro . . && cd $PWD && exec {' '.join(command)}"]
+    else:
+        for folder in [checkout, *(path for path in checkout.rglob("*") if path.is_dir())]:
+            folder.chmod(0o500)
+    told = subprocess.run(command, cwd=checkout, capture_output=True, text=True, env=environment)
+    assert "Traceback" not in told.stderr, told.stderr
+    assert told.returncode == (0 if words == "stats" else 1), told.stderr
+    assert words == "stats" or (told.stderr.startswith("error: ") and told.stderr.count("\n") == 1), told.stderr
 
 
 def test_the_full_memory_of_a_gpu_is_known_by_its_words():
