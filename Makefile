@@ -29,11 +29,12 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-peopl
 	  || { tail -n 20 $(VENV)/install-dev.log; exit 1; }
 	@touch $@
 
-install: $(VENV)/installed ## Make the environment
+install: $(VENV)/installed ## Make the environment, and close the project's folders to other users
+	@python -c 'from fine_tuning.protection import protect; protect()'
 
 repro: $(VENV)/installed ## Run the pipeline on what is new and print the summary
 	@python -m fine_tuning sample
-	@dvc repro
+	@python -m dvc repro
 	@python -m fine_tuning summary
 
 summary: $(VENV)/installed ## Print the last result again

@@ -14,15 +14,18 @@ from fine_tuning.commands import (
     tokenizers,
 )
 from fine_tuning.errors import run
+from fine_tuning.protection import protect
 
 
 def main() -> int | None:
     parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = (conversations, models, forget, summary, experiments, supply_chain, tokenizers, learning_curve, budget)
     for module in modules:
         module.add_commands(subparsers)
     arguments = parser.parse_args()
+    if arguments.command != "verify":  # it reports what others may read
+        protect()
     return arguments.func(arguments)
 
 

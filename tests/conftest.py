@@ -61,7 +61,7 @@ def candidate(promotable, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def promoted_twice(promotable, tmp_path_factory):
-    """The project after two promotions. Copies share its artifacts, whose addresses are absolute, and write none."""
+    """The project after two promotions."""
     import contextlib
     import shutil
 
@@ -88,8 +88,11 @@ def promoted(promoted_twice, tmp_path, monkeypatch):
 def _enter_copy(project, tmp_path, monkeypatch):
     import shutil
 
+    from fine_tuning.protection import protect
+
     folder = tmp_path / "project"
     shutil.copytree(project, folder, symlinks=True)
+    protect(folder)
     monkeypatch.chdir(folder)
     for name in ("OLLAMA_HOST", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)

@@ -59,7 +59,7 @@ def test_a_sound_project_is_said_to_be_sound(project, capsys):
     with FakeOllama() as server:
         assert run("verify", "--host", server.host) == 0
     shown = capsys.readouterr().out
-    assert shown.count("ok  ") == 5 and "DAMAGED" not in shown
+    assert shown.count("ok  ") == 6 and "DAMAGED" not in shown
 
 
 def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, capsys):

@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fine_tuning.commands.dvc_files import cache_folder, read_lock
 from fine_tuning.errors import UserError
 from fine_tuning.project import artifact_root, git_commit, root, run_command, tracking_uri
+from fine_tuning.protection import protect
 from fine_tuning.settings import read_params
 from fine_tuning.training.tracking import find_adapter, open_store
 from fine_tuning.training.training_utils import TrainSettings
@@ -32,7 +33,8 @@ def rebuild() -> int:
     with tempfile.TemporaryDirectory(prefix="rebuild-") as folder:
         copy = Path(folder) / "checkout"
         run_command("git", "clone", "-q", "--shared", str(checkout), str(copy))
-        run_command(*DVC, "cache", "dir", "--local", _cache(checkout), cwd=copy)
+        protect(copy)
+        run_command(*DVC, "cache", "dir", "--local", str(cache_folder(checkout)), cwd=copy)
         for tracked in ("data/conversations.dvc", "models/champion.dvc"):
             try:
                 if (copy / tracked).is_file():
@@ -49,8 +51,9 @@ def rebuild() -> int:
             if subprocess.run(command, cwd=copy, env=environment).returncode != 0:
                 print(f"rebuild: the stage {stage} failed")
                 return 1
-            different = sorted(_differences(expected[stage], _outputs(copy)[stage]))
-            if different:
+            found = _outputs(copy)[stage]
+            paths = sorted(expected[stage].keys() | found.keys())
+            if different := [path for path in paths if expected[stage].get(path) != found.get(path)]:
                 print(f"rebuild: {stage} is the first stage that gives other bytes: {', '.join(different)}")
                 return 1
     print(f"rebuild: all {len(expected)} stages give the bytes that dvc.lock of {commit[:8]} names")
@@ -69,24 +72,9 @@ def _fetch_start(checkout: Path, copy: Path) -> None:
         find_adapter(*store, settings.start_from, copy / scratch / "start")
 
 
-def _cache(checkout: Path) -> str:
-    folder = run_command(*DVC, "cache", "dir", cwd=checkout).strip()
-    return str((checkout / folder).resolve())
-
-
 def _outputs(checkout: Path) -> dict[str, dict[str, Any]]:
     """Hash of each output by path, by stage, in the order in which stages run."""
-    locked = yaml.safe_load((checkout / "dvc.lock").read_bytes())["stages"]
-    order = [stage for stage in _order(checkout) if stage in locked]
-    return {stage: {out["path"]: out.get("md5") for out in locked[stage].get("outs", [])} for stage in order}
-
-
-def _order(checkout: Path) -> Iterator[str]:
+    locked = read_lock(checkout / "dvc.lock")
     # dvc.yaml lists the stages so that each comes after those it reads from.
-    yield from yaml.safe_load((checkout / "dvc.yaml").read_bytes())["stages"]
-
-
-def _differences(expected: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
-    for path in expected.keys() | found.keys():
-        if expected.get(path) != found.get(path):
-            yield path
+    order = [stage for stage in yaml.safe_load((checkout / "dvc.yaml").read_bytes())["stages"] if stage in locked]
+    return {stage: {out["path"]: out.get("md5") for out in locked[stage].get("outs", [])} for stage in order}

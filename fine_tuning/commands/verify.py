@@ -3,8 +3,9 @@
 import argparse
 import hashlib
 import json
+import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,19 @@ from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import ModelSwitcher
 from fine_tuning.project import sha256_file
+from fine_tuning.protection import FOLDERS, OTHERS, open_to_others
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
 CHUNK_BYTES = 1 << 20
-DAMAGED, NOTE = "damaged", "note"
+DAMAGED, OPEN, NOTE = "damaged", "open", "note"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong and the command that mends it. A note is no damage: something is not here or could not be read."""
+    """What is wrong and the command that mends it. `open`: other users of this machine may read or replace it. A note
+    is no damage: something is not here or could not be read."""
 
     kind: str
     what: str
@@ -49,8 +52,8 @@ class Checked:
 
 
 def verify(arguments: argparse.Namespace, settings: DeploySettings, servers: list[OllamaClient]) -> int:
-    """Read everything and report. Returns the exit status: 1 if something is damaged."""
-    parts = [check_cache(Path.cwd())]
+    """Read everything and report. Returns the exit status: 1 if something is damaged or open to other users."""
+    parts = [check_privacy(Path.cwd()), check_cache(Path.cwd())]
     if not arguments.local:
         parts.append(check_remote(arguments.remote))
     registry = open_registry(settings.name)
@@ -62,7 +65,24 @@ def verify(arguments: argparse.Namespace, settings: DeploySettings, servers: lis
     else:
         for part in parts:
             _print(part)
-    return int(any(finding.kind == DAMAGED for part in parts for finding in part.findings))
+    return int(any(finding.kind != NOTE for part in parts for finding in part.findings))
+
+
+# --------------------------------------------------------------------------------------------------------- other users
+
+
+def check_privacy(checkout: Path) -> Checked:
+    """See that other users can neither read the folders nor plant pickles for DVC to load."""
+    from dvc.dirs import site_cache_dir
+    from dvc.repo import Repo
+
+    with Repo(str(checkout)) as repo:
+        site_cache = Path(site_cache_dir(repo.config["core"].get("site_cache_dir")))
+    found = [f"{path.relative_to(checkout)} may be read by" for path in open_to_others(checkout)]
+    if site_cache.stat().st_mode & OTHERS or site_cache.stat().st_uid not in (0, os.geteuid()):
+        found.append(f"{site_cache} holds pickles that DVC loads, and is open to")
+    findings = [Finding(OPEN, f"{what} other users of this machine", "make install") for what in found]
+    return Checked("access by other users", len(FOLDERS), 0, findings)
 
 
 # ----------------------------------------------------------------------------------------------------------------- DVC
@@ -274,15 +294,12 @@ def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
 
 
 def _print(part: Checked) -> None:
-    damaged = sum(finding.kind == DAMAGED for finding in part.findings)
+    kinds = {finding.kind for finding in part.findings}
+    state = next((kind.upper() for kind in (DAMAGED, OPEN) if kind in kinds), "ok")
     size = f", {part.size / 1e6:.1f} MB" if part.size else ""
-    print(f"{'DAMAGED' if damaged else 'ok':7} {part.place}: {part.files} read{size}")
-    for line in _unique(f"  {finding.kind}: {finding.what}\n    mend: {finding.remedy}" for finding in part.findings):
+    print(f"{state:7} {part.place}: {part.files} read{size}")
+    for line in dict.fromkeys(f"  {f.kind}: {f.what}\n    mend: {f.remedy}" for f in part.findings):
         print(line)
-
-
-def _unique(lines: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(lines))
 
 
 def _as_json(part: Checked) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import streamlit as st
@@ -13,12 +14,14 @@ from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.project import main_checkout, root
+from fine_tuning.protection import protect
 from fine_tuning.settings import read_params
 
 INBOX = Path("inbox/conversations.jsonl")
 PROBE_SECONDS = 1.5  # a server that does not say what it has within this time is left out of the list
 CONNECT_SECONDS = 5.0
 MODELS_SECONDS = 10  # how long a list of models is believed
+_protect = cache(protect)  # once a process: a page is made anew with every click
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def app() -> App:
         UserError: this is no checkout, or a parameter is wrong; one line names it.
     """
     checkout = main_checkout(root())
+    _protect(checkout)
     deploy = read_params("deploy", DeploySettings)
     return App(
         checkout=checkout,

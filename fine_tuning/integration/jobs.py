@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from fine_tuning.errors import UserError
+from fine_tuning.protection import protect
 
 LOG = Path(".whetstone/app/job.log")
 TAIL_BYTES = 64 << 10
@@ -128,6 +129,7 @@ class Jobs:
         with self._lock:
             if (other := self.running) is not None:
                 raise UserError(f"{other.title} is running: wait for its end, or stop it on the page Runs")
+            protect(checkout)
             self.latest = Job(title, command, checkout)
             return self.latest
 
