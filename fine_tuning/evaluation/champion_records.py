@@ -7,10 +7,11 @@ are taken back byte for byte, so that the verdict behind the promotion stands an
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.contenders import champion_folder
@@ -32,11 +33,13 @@ def is_champion(record: Path, adapter: Path, gguf: Path) -> bool:
 
 
 def method_sha256(*settings: Settings) -> str:
-    """Identity of how an evaluation is done: the modules of the library that its stage has loaded, the metrics, and its
-    parameters. Code that runs elsewhere, such as that of the verdict, changes no record."""
-    names = [name.replace(".", "/") for name in sys.modules if name.startswith("fine_tuning.")]
-    files = [*(LIBRARY.parent / f"{name}.py" for name in names), *LIBRARY.glob("evaluation/metric_modules/*.py")]
-    code = {path.relative_to(LIBRARY).as_posix(): sha256_file(path) for path in files if path.is_file()}
+    """Identity of how an evaluation is done: the code that dvc.yaml names as the evaluate stage's dependencies, and the
+    stage's parameters. Code that only other stages run, such as that of the verdict, changes no record."""
+    checkout = LIBRARY.parent
+    deps = yaml.safe_load((checkout / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["evaluate"]["deps"]
+    named = [checkout / dep for dep in deps if dep.startswith(("stages/", f"{LIBRARY.name}/"))]
+    files = [file for path in named for file in (path.glob("**/*.py") if path.is_dir() else [path])]
+    code = {path.relative_to(checkout).as_posix(): sha256_file(path) for path in files}
     values = json.dumps([code, *(section.model_dump() for section in settings)], sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()
 
