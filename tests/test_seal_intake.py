@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import time
 from pathlib import Path
 
@@ -288,6 +289,20 @@ def test_wherever_a_log_is_sealed_and_however_often_the_conversation_is_the_same
         fold(events, whole)
         newest = newest_versions(shard_paths(shards), {"s"})
         assert {i: version_hash(c) for i, c in newest.items()} == {i: version_hash(c) for i, c in whole.items()}
+
+
+def test_sealing_a_long_log_takes_no_more_memory_than_a_short_one(tmp_path):
+    peaks, forever = [], "It goes on. " * 40
+    for number, exchanges in enumerate((500, 5_000)):
+        logger, shards = ConversationLogger(tmp_path / f"{number}/log.jsonl", durable=False), tmp_path / f"{number}/all"
+        for exchange in range(exchanges):
+            logger.log_conversation("And then?", forever, {"session_id": f"s{exchange // 3}"})
+        (log,) = close_log(logger.path, shards)
+        tracemalloc.start()
+        assert seal_log(log, shards, tmp_path / "manifest.json")["events"] == exchanges
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0] < log.stat().st_size, peaks
 
 
 def test_with_a_reply_go_the_others_to_its_question_and_one_of_those_can_go_alone(tmp_path):
