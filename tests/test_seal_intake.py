@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import tracemalloc
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest

@@ -22,6 +22,8 @@ _TABLES = """
     CREATE INDEX of_exchange ON event (exchange) WHERE exchange NOT NULL;
     CREATE TABLE sealed (number INTEGER PRIMARY KEY, conversation BLOB UNIQUE, file INT, start INT, length INT);
 """
+_HAS_EVENTS = "SELECT 1 FROM event WHERE conversation = ? LIMIT 1"
+_PLACE, _FILE = "SELECT path, start, length FROM", "JOIN file ON file = file.number"
 
 
 class LogIndex:
@@ -31,10 +33,10 @@ class LogIndex:
     that has the message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, more_tables: str = "") -> None:
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._open: BinaryIO | None = None  # the file that was read last
-        self._db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES}")
+        self._db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES} {more_tables}")
 
     def add_log(self, log: Path, start: int = 0, closed: bool = True) -> tuple[int, list[tuple[int, int]]]:
         """Index the events of a log from the byte `start` on.
@@ -66,33 +68,58 @@ class LogIndex:
         conversation, message = event.get("conversation_id") or exchange, event.get("message_id")
         owner = _key(conversation)
         if owner is None and message is not None:
-            row = self._row("SELECT conversation FROM event WHERE exchange = ?", _key(message.removesuffix("-user")))
-            owner = row and row[0]
+            exchanged = key_of(message.removesuffix("-user"))
+            found = self.rows("SELECT conversation FROM event WHERE exchange = ?", exchanged)
+            owner = found[-1][0] if found else None
         row = (number, start, length, owner, _key(exchange), _key(message))
         self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def add_shards(self, paths: Iterable[Path]) -> None:
-        """Index the newest versions in `paths`, in shard order, of the conversations that have events."""
-        loose = {key for (key,) in self._db.execute("SELECT message FROM event WHERE conversation IS NULL")} - {None}
+    def add_shards(self, paths: Iterable[Path], all_of_them: bool = False) -> set[bytes]:
+        """Index the newest versions in `paths`, in shard order, of the conversations that have events, or of all.
+
+        Returns the keys of those that were indexed.
+        """
+        loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
+        indexed = set()
 
         def wanted(identity: str) -> bool:
-            return bool(loose) or self._row("SELECT 1 FROM event WHERE conversation = ?", _key(identity)) is not None
+            return all_of_them or bool(loose) or self.rows(_HAS_EVENTS, key_of(identity)) != []
 
-        self._db.execute("BEGIN")
+        self.rows("BEGIN")
         for path, start, length, version in located_versions(paths, wanted):
-            key = _key(version["id"])
-            held = loose.intersection(map(_key, message_ids(version))) if loose else ()
-            for message in held:
-                self._db.execute(
-                    "UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", (key, message)
-                )
-            if self._row("SELECT 1 FROM event WHERE conversation = ?", key):
-                self._db.execute(
+            key = key_of(version["id"])
+            for message in loose.intersection(map(key_of, message_ids(version))) if loose else ():
+                self.rows("UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", key, message)
+            if all_of_them or self.rows(_HAS_EVENTS, key):
+                self.rows(
                     "INSERT INTO sealed (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
                     "SET file = excluded.file, start = excluded.start, length = excluded.length",
-                    (key, self._number(path), start, length),
+                    *(key, self._number(path), start, length),
                 )
-        self._db.execute("COMMIT")
+                if all_of_them:
+                    indexed.add(key)
+        self.rows("COMMIT")
+        return indexed
+
+    def remove_log(self, log: Path) -> set[bytes]:
+        """Forget the events of a log; returns the keys of their conversations."""
+        number = self._number(log)
+        touched = {key for (key,) in self.rows("SELECT conversation FROM event WHERE file = ?", number)} - {None}
+        self.rows("DELETE FROM event WHERE file = ?", number)
+        self.rows("DELETE FROM file WHERE number = ?", number)
+        return touched
+
+    def rename_log(self, log: Path, target: Path) -> None:
+        """A log that is indexed has another path now."""
+        self.rows("UPDATE file SET path = ? WHERE path = ?", str(target), str(log))
+
+    def last_event(self) -> int:
+        """Number of the event that was indexed last."""
+        return self.rows("SELECT coalesce(max(rowid), 0) FROM event")[0][0]
+
+    def touched_after(self, event: int) -> set[bytes]:
+        """Keys of the conversations that the events behind a numbered one are about."""
+        return {key for (key,) in self.rows("SELECT conversation FROM event WHERE rowid > ?", event)} - {None}
 
     def conversations(self) -> Iterator[tuple[dict | None, list[dict]]]:
         """(newest sealed version, events in their order) of every conversation that has events.
@@ -105,38 +132,53 @@ class LogIndex:
             "NULL GROUP BY event.conversation ORDER BY sealed.number IS NULL, sealed.number, min(event.rowid)"
         )
         for (key,) in keys:
-            yield self._version(key), self._events("conversation = ?", key)
-        if loose := self._events("conversation IS NULL"):
+            yield self.version(key), self.events(key)
+        if loose := self._events_where("conversation IS NULL"):
             yield None, loose
 
-    def _version(self, key: bytes) -> dict | None:
-        place = self._row(
-            "SELECT path, start, length FROM sealed JOIN file ON file = file.number WHERE conversation = ?", key
-        )
-        return read_line(self._read(*place)) if place else None
+    def version(self, key: bytes) -> dict | None:
+        """The newest sealed version of a conversation."""
+        place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
+        return read_line(self._read(*place[0])) if place else None
 
-    def _events(self, condition: str, *values: Any) -> list[dict]:
-        places = self._db.execute(
-            f"SELECT path, start, length FROM event JOIN file ON file = number WHERE {condition} ORDER BY event.rowid",
-            values,
-        )
+    def shard(self, key: bytes) -> str | None:
+        """Name of the shard that has the newest sealed version of a conversation."""
+        place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
+        return Path(place[0][0]).name if place else None
+
+    def events(self, key: bytes) -> list[dict]:
+        """The events of a conversation in their order."""
+        return self._events_where("conversation = ?", key)
+
+    def _events_where(self, condition: str, *values: Any) -> list[dict]:
+        places = self.rows(f"{_PLACE} event {_FILE} WHERE {condition} ORDER BY event.rowid", *values)
         return [event for place in places if (event := read_event(self._read(*place).rstrip(b"\n"))) is not None]
 
     def _number(self, path: Path) -> int:
-        self._db.execute("INSERT OR IGNORE INTO file (path) VALUES (?)", (str(path),))
-        return self._row("SELECT number FROM file WHERE path = ?", str(path))[0]
+        self.rows("INSERT OR IGNORE INTO file (path) VALUES (?)", str(path))
+        return self.rows("SELECT number FROM file WHERE path = ?", str(path))[0][0]
 
     def _read(self, path: str, start: int, length: int) -> bytes:
         if self._open is None or self._open.name != path:
-            if self._open is not None:
-                self._open.close()
+            self.close_file()
             self._open = open(path, "rb")  # noqa: SIM115 (kept for the next read)
         return os.pread(self._open.fileno(), length, start)
 
-    def _row(self, query: str, *values: Any) -> tuple | None:
-        return self._db.execute(query, values).fetchone()
+    def close_file(self) -> None:
+        """Open the next file that is read anew: another one may be at its path."""
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+    def rows(self, query: str, *values: Any) -> list[tuple]:
+        """What a query returns."""
+        return self._db.execute(query, values).fetchall()
+
+
+def key_of(identity: str) -> bytes:
+    """An id as SQLite keeps it, lone surrogates too."""
+    return identity.encode("utf-8", "surrogatepass")
 
 
 def _key(identity: str | None) -> bytes | None:
-    """An id as SQLite keeps it, lone surrogates too."""
-    return None if identity is None else identity.encode("utf-8", "surrogatepass")
+    return None if identity is None else key_of(identity)
