@@ -715,7 +715,7 @@ def test_warm_up_and_validations_are_shares_of_the_optimisers_steps(
 
 
 CHANGES = [
-    {"seed": 1}, {"epochs": 1.0}, {"learning_rate": 2e-3}, {"schedule": "constant"}, {"warmup_ratio": 0.5},
+    {"seed": 1}, {"epochs": 1.0}, {"learning_rate": 3e-3}, {"schedule": "constant"}, {"warmup_ratio": 0.5},
     {"weight_decay": 0.5}, {"max_grad_norm": 1e-4}, {"optimizer": "sgd"}, {"batch_tokens": 100}, {"packing": True},
     {"gradient_accumulation": 2}, {"neftune_alpha": 5.0}, {"method": "qlora"}, {"max_steps": 1},
     *({"lora": SETTINGS.lora.model_copy(update=change)} for change in (
