@@ -74,6 +74,18 @@ def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, c
     assert verify(capsys, "--local") == (0, [])
 
 
+def test_without_a_remote_the_remedy_makes_what_was_damaged_again(project, capsys):
+    sh(project, "dvc remote remove store && dvc repro -q")  # make has run for the candidate only
+    adapter = cached(project, md5_file(Path("models/adapter/adapter_config.json")))
+    flip(adapter)
+    (damage,) = (finding for finding in verify(capsys, "--local")[1] if "cache" in finding["place"])
+    remove, _, instead = damage["remedy"].partition(" && dvc fetch")
+    sh(project, remove)
+    command = instead.split("`")[1]
+    sh(project, f"{command} -q")
+    assert adapter.is_file() and verify(capsys, "--local") == (0, [])
+
+
 def test_a_flipped_bit_in_the_remote_is_found(project, capsys):
     md5 = md5_file(GGUF)
     flip(project.parent / "remote" / "files" / "md5" / md5[:2] / md5[2:])

@@ -77,7 +77,7 @@ def check_cache(checkout: Path) -> Checked:
         name = path.parent.name + path.name
         if md5_file(path) != name.removesuffix(".dir"):
             users = ", ".join(sorted(used.get(name, ()))) or "nothing here"
-            remedy = f"rm -f {path} && dvc fetch (or `dvc repro -f` where no remote has it)"
+            remedy = f"rm -f {path} && dvc fetch (or `dvc repro` where no remote has it)"
             findings.append(Finding(DAMAGED, f"{path} (used by {users})", remedy))
     return Checked(f"DVC's cache {cache_folder(checkout)}", len(objects), size, findings)
 

@@ -305,7 +305,7 @@ def check_same_suite(records: Records) -> None:
             suites.setdefault(name, set()).add(line.get("suite"))
     missing = [name for name in (CANDIDATE, "base") if name not in ids]
     if missing:
-        raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f evaluate`")
+        raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
     for rival in (name for name in RIVALS if name in ids):
         # In tokens of its own a champion's suite is another, though the replies are the same.
         same_tokens = rival == "base" or tokens.get(rival) == tokens.get(CANDIDATE)
@@ -313,7 +313,7 @@ def check_same_suite(records: Records) -> None:
         ours, theirs = sizes.get(CANDIDATE, {}), sizes.get(rival, {})
         other_replies = any(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
         if ids[rival] != ids[CANDIDATE] or other_suite or other_replies:
-            raise UserError("the contenders were not asked the same items: run `dvc repro -f evaluate`")
+            raise UserError("the contenders were not asked the same items: run `dvc repro -f -s evaluate && dvc repro`")
 
 
 def other_tokenizers(
