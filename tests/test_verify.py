@@ -183,6 +183,16 @@ def test_a_changed_champion_is_restored_by_the_remedy(project, capsys):
     assert verify(capsys, "--local") == (0, [])
 
 
+def test_an_edited_evaluation_of_the_champion_is_restored_by_the_remedy(project, capsys):
+    sh(project, "sed -i s/60.0/1.0/ models/champion/evaluation/data/evaluation/items.jsonl")
+    sh(project, "dvc add -q models/champion")
+    status, findings = verify(capsys, "--local")
+    assert status == 1 and findings[0]["what"] == "models/champion/evaluation"
+    for command in findings[0]["remedy"].split(" && "):
+        sh(project, command)
+    assert verify(capsys, "--local") == (0, [])
+
+
 def test_a_registry_without_its_champion_is_damage(project, capsys):
     registry = open_registry("trial")
     registry._client.delete_registered_model_alias("trial", "champion")

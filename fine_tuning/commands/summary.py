@@ -58,10 +58,10 @@ def read_result(path: Path) -> dict[str, Any]:
         UserError: the pipeline has not written it yet.
     """
     try:
-        return read_json(path)
+        return {} | read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`") from None
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{path} is damaged: `dvc repro` writes it anew") from None
 
 
