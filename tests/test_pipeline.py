@@ -197,6 +197,12 @@ def test_a_missing_params_file_is_one_line(tmp_path):
         read_params("example", Example, tmp_path / "params.yaml")
 
 
+def test_no_dependency_in_git_is_empty():
+    """DVC warns of an empty one whenever its stage runs."""
+    deps = [ROOT / path for stage in STAGES for path in paths(stage, "deps") if not path.startswith("models/")]
+    assert [path for path in deps if path.is_file() and not path.stat().st_size] == []
+
+
 def test_a_message_that_forces_a_stage_does_not_force_all_that_it_depends_on():
     """`dvc repro --help`: without --single-item, -f runs whatever the stage depends on as well."""
     sources = (path.read_text() for folder in ("fine_tuning", "stages") for path in (ROOT / folder).rglob("*.py"))
