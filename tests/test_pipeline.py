@@ -1,6 +1,7 @@
 """dvc.yaml says what the stages do: their imports, parameters and paths are compared with what they declare."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,17 @@ def test_parameters_are_read_as_dvc_reads_and_rewrites_them(tmp_path):
 def test_a_missing_params_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="git checkout"):
         read_params("example", Example, tmp_path / "params.yaml")
+
+
+def test_no_dependency_in_git_is_empty():
+    """DVC warns of an empty one whenever its stage runs."""
+    deps = [ROOT / path for stage in STAGES for path in paths(stage, "deps") if not path.startswith("models/")]
+    assert [path for path in deps if path.is_file() and not path.stat().st_size] == []
+
+
+def test_a_message_that_forces_a_stage_does_not_force_all_that_it_depends_on():
+    """`dvc repro --help`: without --single-item, -f runs whatever the stage depends on as well."""
+    sources = (path.read_text() for folder in ("fine_tuning", "stages") for path in (ROOT / folder).rglob("*.py"))
+    forced = [words for text in sources for words in re.findall(r"dvc repro -f([\w -]*)", text)]
+    assert forced
+    assert all(words.split()[0] == "-s" and words.split()[1] in STAGES for words in forced)

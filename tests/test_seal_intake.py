@@ -190,7 +190,7 @@ def test_seal_refuses_while_the_pipeline_runs(project, command):
 def test_tombstones_that_come_alone_with_a_merge_are_looked_at(project, command):
     log(project).log_conversation("q", "a", {"session_id": "s1"})
     command(project, "seal")
-    project.run("dvc", "repro", "-q", "intake")
+    assert "is empty" not in project.run("dvc", "repro", "intake")  # the warning of DVC
     project.commit("Before")
     project.run("git", "checkout", "-qb", "other")
     (project.folder / "data/forgotten.jsonl").write_text(f'{{"id": "{id_hash("elsewhere")}", "contents": []}}\n')
@@ -529,6 +529,16 @@ def test_an_import_counts_what_it_could_not_keep_by_reason(project, tmp_path, co
     assert "  2 times none of the known forms" in output
 
 
+def test_one_of_a_kind_is_told_in_the_singular(project, tmp_path, command, intake_stage, capsys):
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": REPLY}]
+    output = command(project, "import", write_lines(tmp_path / "f.jsonl", {"messages": [*said, picture, said[1]]}))
+    assert "  1 time the conversation ends before an image" in output
+    assert "\n1 conversation in data/conversations/" in output
+    assert intake_stage(project) is None
+    assert "1 shard, 1 of them new, 1 conversation\n" in capsys.readouterr().out
+
+
 def test_a_preference_that_is_no_list_in_a_shard_stops_no_import_and_no_seal(project, command):
     log(project).log_conversation("q", "a", {"session_id": "s"}, id="x")
     log(project).log_conversation("q", "b", {"session_id": "s", "replaces": "x"}, id="y")
@@ -539,7 +549,7 @@ def test_a_preference_that_is_no_list_in_a_shard_stops_no_import_and_no_seal(pro
     shard.parent.mkdir(parents=True, exist_ok=True)
     shard.write_text(f"{json.dumps(odd)}\n")
     log(project).log_preference("y", ["x"], by="ann")
-    assert "1 events sealed, 1 conversations" in command(project, "seal")
+    assert "1 event sealed, 1 conversation new or changed" in command(project, "seal")
 
 
 def test_the_logger_s_own_file_can_be_imported(project, tmp_path, command):
@@ -635,7 +645,7 @@ def test_no_conversations_is_one_clear_line(project, intake_stage):
 
 def test_the_sample_is_brought_in_once_and_a_clone_regenerates_it(project, tmp_path, command, intake_stage):
     project.set_params(intake={"sample": True})
-    assert "2026 sample conversations" in command(project, "sample")
+    assert "2,026 sample conversations" in command(project, "sample")
     tracked = (project.folder / "data/conversations.dvc").read_text()
     assert "is complete" in command(project, "sample")
     assert intake_stage(project) is None
@@ -643,7 +653,7 @@ def test_the_sample_is_brought_in_once_and_a_clone_regenerates_it(project, tmp_p
     project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
     clone = Project(tmp_path / "clone")
     clone.run("dvc", "config", "--local", "cache.dir", str(tmp_path / "empty-cache"))
-    assert "2026 sample conversations" in command(clone, "sample")
+    assert "2,026 sample conversations" in command(clone, "sample")
     assert (clone.folder / "data/conversations.dvc").read_text() == tracked
     assert clone.run("git", "status", "--porcelain").strip() == ""
 

@@ -74,6 +74,18 @@ def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, c
     assert verify(capsys, "--local") == (0, [])
 
 
+def test_without_a_remote_the_remedy_makes_what_was_damaged_again(project, capsys):
+    sh(project, "dvc remote remove store && dvc repro -q")  # make has run for the candidate only
+    adapter = cached(project, md5_file(Path("models/adapter/adapter_config.json")))
+    flip(adapter)
+    (damage,) = (finding for finding in verify(capsys, "--local")[1] if "cache" in finding["place"])
+    remove, _, instead = damage["remedy"].partition(" && dvc fetch")
+    sh(project, remove)
+    command = instead.split("`")[1]
+    sh(project, f"{command} -q")
+    assert adapter.is_file() and verify(capsys, "--local") == (0, [])
+
+
 def test_a_flipped_bit_in_the_remote_is_found(project, capsys):
     md5 = md5_file(GGUF)
     flip(project.parent / "remote" / "files" / "md5" / md5[:2] / md5[2:])
@@ -168,6 +180,16 @@ def test_a_changed_champion_is_restored_by_the_remedy(project, capsys):
     remove, restore = findings[0]["remedy"].split(" && ")
     sh(project, remove)
     sh(project, restore)
+    assert verify(capsys, "--local") == (0, [])
+
+
+def test_an_edited_evaluation_of_the_champion_is_restored_by_the_remedy(project, capsys):
+    sh(project, "sed -i s/60.0/1.0/ models/champion/evaluation/data/evaluation/items.jsonl")
+    sh(project, "dvc add -q models/champion")
+    status, findings = verify(capsys, "--local")
+    assert status == 1 and findings[0]["what"] == "models/champion/evaluation"
+    for command in findings[0]["remedy"].split(" && "):
+        sh(project, command)
     assert verify(capsys, "--local") == (0, [])
 
 

@@ -45,5 +45,5 @@ def budget(arguments: argparse.Namespace) -> None:
     write_param("prepare", "max_train_tokens", tokens)
     print(
         f"prepare.max_train_tokens is {tokens}: {arguments.time} at {speed[0]:.0f} tokens/s ({speed[1]}) for "
-        f"{settings.epochs:g} epochs; `dvc repro` trains on as much, your own conversations first"
+        f"train.epochs {settings.epochs:g}; `dvc repro` trains on as much, your own conversations first"
     )

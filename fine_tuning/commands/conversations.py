@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -102,7 +102,7 @@ def import_files(args: argparse.Namespace) -> None:
         for report in reports:
             report.show()
         for shard, count in written:
-            print(f"{count} conversations in {shard}")
+            print(f"{count_of(count, 'conversation')} in {shard}")
         if written:
             _say_next()
         elif not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
@@ -126,13 +126,13 @@ class _Report:
             + (f", {counts['forgotten']} left out (forgotten: {FORGOTTEN})" if counts["forgotten"] else "")
         )
         for reason, count in self.left_out.most_common():
-            print(f"  {count} times {reason}")
+            print(f"  {count_of(count, 'time')} {reason}")
         for problem in self.problems[:SHOWN_PROBLEMS]:
             print(f"  line {problem.line}: {problem.reason}")
         if more := self.problems[SHOWN_PROBLEMS:]:
             print(f"  and {len(more)} more:")
             for reason, count in Counter(problem.reason for problem in more).most_common(SHOWN_PROBLEMS):
-                print(f"  {count} times {reason}")
+                print(f"  {count_of(count, 'time')} {reason}")
 
 
 def _new_versions(changes: list[tuple["Imported", Counter[str]]]) -> Iterator[dict]:
@@ -208,7 +208,7 @@ def bring_sample(args: argparse.Namespace) -> None:
     ]
     if missing:
         raise UserError(
-            f"{len(missing)} shards of conversations are not in this clone (the first is {missing[0]}): "
+            f"not in this clone: {count_of(len(missing), 'shard')} of conversations (the first is {missing[0]}): "
             f"bring them with `dvc pull {TRACKED}`"
         )
     from fine_tuning.data_collection.sample import sample_conversations
@@ -216,7 +216,7 @@ def bring_sample(args: argparse.Namespace) -> None:
     with pipeline_stands_still() as repo:
         shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
         track(repo)
-    print(f"{count} sample conversations in {shard}")
+    print(f"{count_of(count, 'sample conversation')} in {shard}")
 
 
 def show_stats(args: argparse.Namespace) -> None:
@@ -280,12 +280,13 @@ def _seal_closed_logs(repo: "Repo") -> bool:
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:
         done = seal_log(log, CONVERSATIONS, MANIFEST, Tombstones(FORGOTTEN))
-        print(f"{done['events']} events sealed, {done['conversations']} conversations new or changed")
+        changed = count_of(done["conversations"], "conversation")
+        print(f"{count_of(done['events'], 'event')} sealed, {changed} new or changed")
         if done["forgotten"]:
-            print(f"{done['forgotten']} conversations were left out: they are forgotten ({FORGOTTEN})")
+            print(f"{count_of(done['forgotten'], 'conversation')} left out: forgotten ({FORGOTTEN})")
         for kind in ("torn", "unmatched"):
             if done[kind]:
-                print(f"{done[kind]} {kind} lines were set aside in {INBOX.parent / log.name}.{kind}")
+                print(f"{count_of(done[kind], f'{kind} line')} set aside in {INBOX.parent / log.name}.{kind}")
         if any(CONVERSATIONS.glob("*.jsonl")):
             track(repo)
         log.unlink()

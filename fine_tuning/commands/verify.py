@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fine_tuning.commands.bundle import kept_gguf
-from fine_tuning.commands.champion import CHAMPION_FILES, GGUF, WEIGHTS, read_champion
+from fine_tuning.commands.champion import CHAMPION_FILES, CHAMPION_JSON, GGUF, MERGED, WEIGHTS, read_champion
 from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
 from fine_tuning.commands.promote import content_of, open_registry
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.champion_records import KEPT, kept_files
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
@@ -77,7 +78,7 @@ def check_cache(checkout: Path) -> Checked:
         name = path.parent.name + path.name
         if md5_file(path) != name.removesuffix(".dir"):
             users = ", ".join(sorted(used.get(name, ()))) or "nothing here"
-            remedy = f"rm -f {path} && dvc fetch (or `dvc repro -f` where no remote has it)"
+            remedy = f"rm -f {path} && dvc fetch (or `dvc repro` where no remote has it)"
             findings.append(Finding(DAMAGED, f"{path} (used by {users})", remedy))
     return Checked(f"DVC's cache {cache_folder(checkout)}", len(objects), size, findings)
 
@@ -225,14 +226,15 @@ def check_champion(registry: ModelRegistry) -> Checked:
         findings.append(Finding(NOTE, f"{CHAMPION_FILES} is not here", "dvc pull models/champion.dvc"))
     else:
         restore = f"rm -r {CHAMPION_FILES} && dvc checkout models/champion.dvc"
-        for key, path in (
-            ("adapter_sha256", WEIGHTS),
-            ("gguf_sha256", GGUF),
-            ("merged_sha256", "merged/model.safetensors"),
-        ):
+        for key, path in (("adapter_sha256", WEIGHTS), ("gguf_sha256", GGUF), ("merged_sha256", MERGED)):
             file = CHAMPION_FILES / path
             if key in champion and (not file.is_file() or sha256_file(file) != champion[key]):
                 findings.append(Finding(DAMAGED, str(file), restore))
+        try:
+            kept_files(CHAMPION_JSON)
+        except UserError:
+            restore = f"git checkout {CHAMPION_FILES}.dvc && {restore}"
+            findings.append(Finding(DAMAGED, str(CHAMPION_FILES / KEPT), restore))
     known = registry.by_alias(CHAMPION)
     if known is not None and known.tags.get("adapter_sha256") != champion.get("adapter_sha256"):
         what = f"the registry's champion is version {known.number}, models/champion.json names another"

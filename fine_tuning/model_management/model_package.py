@@ -118,7 +118,7 @@ def _load_adapted(base_dir: Path, adapter_dir: Path) -> Any:
         return PeftModel.from_pretrained(_load(base_dir), str(adapter_dir)).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:160]
-        raise UserError(f"the adapter does not fit the base ({reason}): train anew with `dvc repro -f train`") from None
+        raise UserError(f"the adapter does not fit the base ({reason}): `dvc repro -f -s train && dvc repro`") from None
 
 
 def _load(folder: Path) -> Any:
@@ -291,7 +291,7 @@ def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
     pinned = _base_card(merged_dir).get("chat_template_sha256")
     template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     if pinned not in (None, template_sha256):
-        raise _unproven("the chat template is not the base's", "make the base again with `dvc repro -f base`")
+        raise _unproven("the chat template is not the base's", "`dvc repro -f -s base && dvc repro`")
     reader = GGUFReader(gguf_path)
     try:
         name = architecture_of(config).name
@@ -408,7 +408,8 @@ def prove_tokens(
         exact += row.input_ids == expected[: len(row.input_ids)]
     # Conversations in which somebody typed a control token are trained as plain text, on purpose.
     if exact < len(sample) / 2:
-        raise _unproven("the prepared token ids are not those of the rendered text: run `dvc repro prepare` again")
+        remedy = "`dvc repro -f -s prepare && dvc repro`"
+        raise _unproven("the prepared token ids are not those of the rendered text", remedy)
     odd = adversarial_strings(tokenizer)
     for text in odd:
         if (
@@ -539,5 +540,5 @@ def _threshold(thresholds: dict[Any, float], kind: str) -> float:
     return thresholds[kind]
 
 
-def _unproven(cause: str, remedy: str = "make the package again with `dvc repro -f package`") -> UserError:
+def _unproven(cause: str, remedy: str = "`dvc repro -f -s package && dvc repro`") -> UserError:
     return UserError(f"the package is not what was trained: {cause}: {remedy}")
