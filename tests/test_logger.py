@@ -80,6 +80,19 @@ def test_feedback_edit_and_delete_change_what_is_read(logger):
     assert logger.read_conversations() == []
 
 
+def test_what_was_said_before_a_deletion_rests_on_it_and_what_is_said_after_it_does_not(logger):
+    for number in (1, 2, 3):
+        logger.log_conversation(f"q{number}", f"a{number}", {"session_id": "s"}, id=f"e{number}")
+    logger.log_delete(message_id="e2")
+    logger.log_conversation("q4", "a4", {"session_id": "s"})
+    logger.log_delete(message_id="e4")
+    (talk,) = logger.read_conversations()
+    assert [(m["content"], m.get("gap", False)) for m in talk["messages"][:4]] == [
+        ("q1", False), ("a1", False), ("q3", True), ("a3", False)
+    ]  # fmt: skip
+    assert not any(message.get("gap") for message in talk["messages"][4:])
+
+
 def test_statistics_count_days_models_lengths_and_judgements(logger):
     one = logger.log_conversation("12345678", "1234", {"model": "m:1"}, timestamp="2026-01-01T10:00:00Z")
     logger.log_conversation("1234", "1234", {"model": "m:2"}, timestamp="2026-01-02T10:00:00Z")
