@@ -156,6 +156,13 @@ def test_an_edit_in_another_script_is_counted_by_characters(tmp_path):
     assert authors(conversation) == ["edited"]
 
 
+def test_rare_ideographs_are_characters_too(tmp_path):
+    text = "".join(map(chr, range(0x20000, 0x20010)))
+    conversation = logged(tmp_path, text + "。完", model="m")
+    conversation["messages"][1]["content"] = text
+    assert authors(conversation) == ["edited"]
+
+
 def test_another_reply_of_the_model_put_in_place_is_not_a_persons(tmp_path):
     other = "Switch the router off and on, please, and tell me whether the light is green."
     conversation = logged(tmp_path, other, model="whetstone:3")

@@ -4,14 +4,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fine_tuning.data_collection.conversation import is_by_a_model
+from fine_tuning.data_collection.writing_systems import NO_SPACES
 
 # An edit of which more than one word in five stands in the model's reply, in the same order, is still the model's: it
 # makes that model's likelihood higher than an equal one's (`python -m benchmarks.verdict own-words` measures it).
 MOST_KEPT = 0.2
 MOST_WORDS = 20_000  # of each text are compared: a tenth of a second
-# Scripts that write no spaces between words: their characters count as words.
-_NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
+_WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 
 
 def is_by_a_person(conversation: dict, index: int, edited: str | None = None) -> bool:
@@ -36,7 +35,7 @@ def is_by_a_person(conversation: dict, index: int, edited: str | None = None) ->
 
 
 def words_of(text: str) -> list[str]:
-    """Words of any script in lower case, without punctuation."""
+    """Words in lower case, without punctuation; characters of scripts that write no spaces between words."""
     return _WORD.findall(text.casefold())
 
 
