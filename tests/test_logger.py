@@ -185,12 +185,12 @@ def test_what_the_disk_refuses_with_the_sync_is_undone_too(logger, monkeypatch):
         logger.log_conversation("does not", "fit")
     monkeypatch.undo()
     logger.log_conversation("next", "yes")
-    assert [e["user_message"] for e in logger.read_exchanges()] == ["fits", "next"]
+    assert [e["user_message"] for e in logger.read_events()] == ["fits", "next"]
 
 
 def test_lone_surrogates_and_odd_metadata_are_kept(logger):
     logger.log_conversation("half \ud83d", "fine", {"path": logger.path})
-    (exchange,) = logger.read_exchanges()
+    (exchange,) = logger.read_events()
     assert exchange["user_message"] == "half \ud83d"
     assert exchange["metadata"]["path"] == str(logger.path)
 
@@ -199,9 +199,9 @@ def test_a_torn_last_line_is_set_aside_and_never_merged(logger):
     logger.log_conversation("whole", "yes")
     with open(logger.path, "ab") as file:
         file.write(b'{"event":"exchange","id":"torn","user_mess')
-    assert [e["user_message"] for e in logger.read_exchanges()] == ["whole"]
+    assert [e["user_message"] for e in logger.read_events()] == ["whole"]
     logger.log_conversation("next", "yes")
-    assert [e["user_message"] for e in logger.read_exchanges()] == ["whole", "next"]
+    assert [e["user_message"] for e in logger.read_events()] == ["whole", "next"]
     assert b'"torn"' in logger.path.with_name("conversations.jsonl.torn").read_bytes()
 
 
@@ -219,7 +219,7 @@ def test_eight_processes_and_threads_at_once_lose_nothing(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    written = {e["user_message"] for e in ConversationLogger(path).read_exchanges()}
+    written = {e["user_message"] for e in ConversationLogger(path).read_events()}
     assert written == {f"{kind}{n} {number}" for kind in "pt" for n in range(4) for number in range(50)}
 
 
@@ -264,7 +264,7 @@ def test_a_torn_line_that_cannot_be_set_aside_whole_stays_where_it_is(tmp_path):
     assert stays and "could not be logged" in message
     assert path.with_name("conversations.jsonl.torn").read_bytes().endswith(b"y\n")
     ConversationLogger(path).log_conversation("next", "yes")
-    assert [e["user_message"] for e in ConversationLogger(path).read_exchanges()] == ["whole", "next"]
+    assert [e["user_message"] for e in ConversationLogger(path).read_events()] == ["whole", "next"]
     assert b"xxx" in path.with_name("conversations.jsonl.torn").read_bytes()
 
 
@@ -277,7 +277,7 @@ def test_a_short_write_is_undone_and_one_clear_error(tmp_path):
     process.join()
     assert grown == 0
     assert "could not be logged" in message and "secret" not in message and "\n" not in message
-    assert [e["user_message"] for e in ConversationLogger(path).read_exchanges()] == ["fits"]
+    assert [e["user_message"] for e in ConversationLogger(path).read_events()] == ["fits"]
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path):
@@ -290,7 +290,7 @@ def test_a_session_with_an_odd_name_is_one_conversation_under_a_plain_one(tmp_pa
     logger = ConversationLogger(tmp_path / "log.jsonl")
     for session in ("../etc/passwd", "../etc/passwd", "room 1\nrole: system", "plain-1"):
         logger.log_conversation("question", "reply", {"session_id": session})
-    ids = [event["conversation_id"] for event in logger.read_exchanges()]
+    ids = [event["conversation_id"] for event in logger.read_events()]
     assert ids[0] == ids[1] != ids[2] and ids[3] == "plain-1"
     assert all(re.fullmatch(r"session-[0-9a-f]{32}", name) for name in ids[:3])
     assert len(logger.read_conversations()) == 3
