@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -423,12 +423,14 @@ def _layer(kind: str, data: bytes) -> dict:
 
 def real_host() -> str | None:
     """The address in OLLAMA_HOST, if an Ollama answers there: the tests that can then run against it as well."""
-    from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
+    from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, ollama_host
 
     if not os.environ.get("OLLAMA_HOST"):
         return None
-    with OllamaClient(ollama_host(""), timeout=2.0) as client:
-        return client.host if client.is_up() else None
+    with suppress(OllamaError), OllamaClient(ollama_host(""), timeout=2.0) as client:
+        client.version()
+        return client.host
+    return None
 
 
 @contextmanager

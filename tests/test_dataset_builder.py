@@ -161,14 +161,6 @@ def test_a_tokenizer_may_be_named_by_its_folder(tiny_base):
     assert all(row["input_ids"] for rows in dataset.values() for row in rows)
 
 
-def test_rows_become_a_hugging_face_dataset(tokenizer):
-    light = DatasetBuilder().build_dataset(random_conversations(20)).to_datasets()
-    assert light["train"].column_names == ["id", "source", "cluster", "messages"]
-    encoded = DatasetBuilder(tokenizer=tokenizer).build_dataset(random_conversations(20)).to_datasets()
-    assert encoded["test"].num_rows == light["test"].num_rows
-    assert encoded["train"].features["input_ids"].feature.dtype == "int32"
-
-
 def test_building_imports_nothing_heavy():
     import subprocess
     import sys
@@ -337,8 +329,8 @@ def test_train_conversations_that_quote_the_test_split_are_left_out():
     assert not DatasetBuilder(decontamination_words=0).build([*clean, held_out, copies], {}, dealt).left_out
 
 
-def test_scripts_without_spaces_are_decontaminated_too():
-    text = "今日は天気がいいから散歩しましょう"
+@pytest.mark.parametrize("text", ["今日は天気がいいから散歩しましょう", "".join(map(chr, range(0x20000, 0x20010)))])
+def test_scripts_without_spaces_are_decontaminated_too(text):
     dealt = {"t": "test", "copy": "train", "other": "train"}
     conversations = [conversation("t", "q", text), conversation("copy", "p", "ね、" + text)]
     built = DatasetBuilder().build([*conversations, conversation("other", "x", "y")], {}, dealt)

@@ -134,7 +134,7 @@ def test_a_killed_logger_loses_nothing_that_it_acknowledged(tmp_path, monkeypatc
         acknowledged += [first.strip(), *logger.stdout.read().split()]
         logger.wait()
     last = ConversationLogger(INBOX).log_conversation("after", "all")
-    logged = [event["id"] for event in ConversationLogger(INBOX).read_exchanges()]
+    logged = [event["id"] for event in ConversationLogger(INBOX).read_events()]
     assert len(acknowledged) > 50
     assert set(acknowledged) <= set(logged) and logged[-1] == last
     assert len(logged) == len(set(logged)) <= len(acknowledged) + 7

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
+from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.errors import UserError
-from fine_tuning.settings import Settings, read_params
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+from fine_tuning.settings import SECTIONS, Settings, parse_settings, read_params
+from fine_tuning.training.training_utils import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -167,6 +171,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("example: {rate: 1.0, steps: 1}", "example.name is missing"),
         ("example: {rate: 1.0, stepz: 1, steps: 1, name: null}", "example.stepz"),
         ("other: {}", "section 'example' is missing"),
+        ("example: {rate: 1.0, steps: 1, name: null}\ntrian: {}", "unknown section 'trian': rename it to train, or"),
+        ("example: {rate: 1.0, steps: 1, name: null}\nzzz: {}", "unknown section 'zzz': rename it to base, or chat"),
         ("example: [", "not plain YAML at line"),
         ("example: !!python/object/apply:os.system [ls]", "not plain YAML at line"),
     ],
@@ -175,6 +181,26 @@ def test_a_wrong_parameter_is_one_line_that_names_it(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         read_params("example", Example, write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "name", "value", "words"),
+    [
+        ("evaluate", EvaluateSettings, "references", [], "evaluate.references = [] should be a list of at least 1"),
+        ("prepare", PrepareSettings, "latest_from", "yesterday", "= 'yesterday' should be a date such as 2026-01-31"),
+        ("train", TrainSettings, "launch", "tripple", "= 'tripple' should be 'single', 'ddp' or 'fsdp'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_would_be_right(section, settings, name, value, words):
+    values = YAML(typ="safe").load(ROOT / "params.yaml")[section] | {name: value}
+    with pytest.raises(UserError) as caught:
+        parse_settings(section, values, settings, "params.yaml")
+    assert str(caught.value).startswith(f"params.yaml: parameter {section}.{name} ")
+    assert str(caught.value).endswith(words)
+
+
+def test_every_section_of_params_yaml_is_known():
+    assert set(YAML(typ="safe").load(ROOT / "params.yaml")) == set(SECTIONS)
 
 
 def test_whole_numbers_serve_where_a_number_is_asked_for(tmp_path):

@@ -359,6 +359,17 @@ def test_import_says_what_it_took_and_twice_adds_nothing(project, tmp_path, comm
     assert "1 taken, 2 skipped" in command(project, "import", str(file))
 
 
+def test_import_says_whose_it_takes_replies_for_and_is_told_the_model(project, tmp_path, command):
+    file = tmp_path / "foreign.jsonl"
+    turns = [{"role": "user", "content": "What is a lake?"}, {"role": "assistant", "content": "Water."}]
+    file.write_text(json.dumps({"messages": [*turns, *turns]}) + "\n")
+    said = "2 replies name no model and count as a person's; if a model wrote them: --model NAME"
+    assert said in command(project, "import", str(file))
+    output = command(project, "import", str(file), "--model", "llama3:8b")
+    assert said not in output and "1 taken" in output, "it is a new version of the same conversation"
+    assert '"model":"llama3:8b"' in shards(project)[-1].read_text()
+
+
 def test_of_several_files_with_one_that_cannot_be_read_none_is_taken_and_the_line_says_so(
     project, tmp_path, command, capsys
 ):

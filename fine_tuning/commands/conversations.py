@@ -33,6 +33,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
         "(chosen and rejected, or a label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
     )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--model", metavar="NAME", help="who wrote the replies for which a file names no model")
     command.set_defaults(func=import_files)
     command = subparsers.add_parser("seal", help="hand the conversations logged so far to the pipeline")
     command.set_defaults(func=seal)
@@ -48,7 +49,7 @@ def import_files(args: argparse.Namespace) -> None:
 
     New conversations go into one shard; new versions of known ones into another, with the feedback that was known.
     """
-    from fine_tuning.data_collection.conversation import is_feedback, version_hash
+    from fine_tuning.data_collection.conversation import is_by_a_model, is_feedback, version_hash
     from fine_tuning.data_collection.importers import Imported, Problem, import_file
     from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
     from fine_tuning.data_collection.tombstones import Tombstones
@@ -65,7 +66,7 @@ def import_files(args: argparse.Namespace) -> None:
         def taken(path: Path) -> Iterator[dict]:
             report = _Report(path)
             reports.append(report)
-            for item in import_file(path):
+            for item in import_file(path, args.model):
                 if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
                     item = Problem(
                         item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type"
@@ -75,6 +76,10 @@ def import_files(args: argparse.Namespace) -> None:
                     continue
                 report.formats[item.format] += 1
                 report.left_out.update(item.left_out)
+                report.counts["a person's"] += sum(
+                    message["role"] == "assistant" and not is_by_a_model(item.conversation, index)
+                    for index, message in enumerate(item.conversation["messages"])
+                )
                 identity, version = item.conversation["id"], version_hash(item.conversation)
                 if tombstones.cover(item.conversation):
                     report.counts["forgotten"] += 1
@@ -127,6 +132,9 @@ class _Report:
         )
         for reason, count in self.left_out.most_common():
             print(f"  {count_of(count, 'time')} {reason}")
+        if count := counts["a person's"]:
+            replies = "reply names no model and counts" if count == 1 else "replies name no model and count"
+            print(f"  {count} {replies} as a person's; if a model wrote them: --model NAME")
         for problem in self.problems[:SHOWN_PROBLEMS]:
             print(f"  line {problem.line}: {problem.reason}")
         if more := self.problems[SHOWN_PROBLEMS:]:

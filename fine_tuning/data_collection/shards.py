@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 from fine_tuning.errors import UserError
-from fine_tuning.records import dump_line, read_json, read_line, read_lines
+from fine_tuning.records import dump_line, read_json, read_line, read_lines, sync_folder
 from fine_tuning.settings import Settings
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
@@ -121,15 +121,6 @@ def next_stamp(*folders: Path) -> str:
         return stamp
     digits = str(int(latest.replace("T", "")) + 1)
     return f"{digits[:8]}T{digits[8:]}"
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until renames in `folder` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -----------------------------------------------------------------------------

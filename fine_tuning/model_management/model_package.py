@@ -26,6 +26,7 @@ from fine_tuning.model_management.chat_template import (
     turn_openers,
 )
 from fine_tuning.model_management.gguf_writer import PROBES, NotCovered, architecture_of, rope_parameters, write_gguf
+from fine_tuning.project import sha256_file
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import Settings
 from fine_tuning.training.base_model import load_model
@@ -153,7 +154,7 @@ def write_package(
     package_dir.mkdir(parents=True, exist_ok=True)
     write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation, converter)
     request = {
-        "files": {"model.gguf": f"sha256:{hash_file(package_dir / 'model.gguf')}"},
+        "files": {"model.gguf": f"sha256:{sha256_file(package_dir / 'model.gguf')}"},
         "template": derive_template(jinja_renderer(tokenizer, chat.system_prompt)),
         "parameters": {**settings.parameters.model_dump(), "stop": find_stops(tokenizer, chat)},
     }
@@ -180,12 +181,6 @@ def find_stops(tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings) -> list
 def _base_card(folder: Path) -> dict[str, Any]:
     card = folder / "base.json"
     return read_json(card) if card.is_file() else {}
-
-
-def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_modelfile(request: dict[str, Any]) -> str:
@@ -272,14 +267,14 @@ def prove_package(
 
 def prove_files(package_dir: Path, request: dict[str, Any]) -> dict[str, str]:
     """The GGUF is the one that create.json names, and Modelfile and template say what create.json says."""
-    digest = hash_file(package_dir / "model.gguf")
+    digest = sha256_file(package_dir / "model.gguf")
     if request["files"] != {"model.gguf": f"sha256:{digest}"}:
         raise _unproven("create.json names another model.gguf than the one beside it")
     if (package_dir / "template.gotmpl").read_bytes().decode() != request["template"]:
         raise _unproven("template.gotmpl and create.json differ")
     if (package_dir / "Modelfile").read_bytes().decode() != write_modelfile(request):
         raise _unproven("Modelfile and create.json differ")
-    return {"model.gguf": digest, "template.gotmpl": hash_file(package_dir / "template.gotmpl")}
+    return {"model.gguf": digest, "template.gotmpl": sha256_file(package_dir / "template.gotmpl")}
 
 
 def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
