@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from fine_tuning.commands.dvc_files import cached, md5_file
 from fine_tuning.commands.promote import open_registry
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.project import sha256_file
@@ -218,6 +220,37 @@ def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
         "trial:1 is not what was deployed",
         "trial:live is none of the versions that were deployed from here",
     ]
+
+
+def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(project, tmp_path, capsys, monkeypatch):
+    store, tokenizer = tmp_path / "models", load_tokenizer(project / "models/base")
+
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizer(prompt, add_special_tokens=False).input_ids)
+
+    with FakeOllama(count_tokens=count_tokens, store=store) as server:
+        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+        assert run("deploy", "2", "--host", server.host) == 0
+        capsys.readouterr()
+        _, findings = verify(capsys, "--host", server.host)
+        (note,) = [finding for finding in findings if "Ollama's files cannot be read" in finding["what"]]
+        assert note["kind"] == "note"
+
+        monkeypatch.setenv("OLLAMA_MODELS", str(store))
+        assert verify(capsys, "--host", server.host)[0] == 0
+        weights = store / "blobs" / f"sha256-{open_registry('trial').version(2).tags['gguf_sha256']}"
+        flip(weights)
+        status, (damage,) = verify(capsys, "--host", server.host)
+        assert status == 1 and damage["what"] == f"trial:2: Ollama's {weights}"
+
+        remove, erase, deploy = re.fullmatch(
+            r"ollama rm (\S+), rm -f (\S+), then .* (deploy \d+)", damage["remedy"]
+        ).groups()
+        OllamaClient(server.host).delete(remove)
+        Path(erase).unlink()
+        assert run(*deploy.split(), "--host", server.host) == 0
+        capsys.readouterr()
+        assert verify(capsys, "--host", server.host)[0] == 0
 
 
 def test_a_server_that_is_down_is_noted(project, capsys):

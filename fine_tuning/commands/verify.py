@@ -21,6 +21,7 @@ from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import ModelSwitcher
+from fine_tuning.model_management.ollama_store import blobs_of, is_damaged
 from fine_tuning.project import sha256_file
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ def check_champion(registry: ModelRegistry) -> Checked:
 
 def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
     """Compare the manifests that were recorded at deployment with those that the server has now."""
-    switcher, findings, seen = ModelSwitcher(server, registry), [], 0
+    switcher, findings, seen, size = ModelSwitcher(server, registry), [], 0, 0
     try:
         digests = server.digests()
     except OllamaError as error:
@@ -264,12 +265,29 @@ def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
         elif digests[version.tag] != digest:
             findings.append(Finding(DAMAGED, f"{version.tag} is not what was deployed", redo))
         else:
-            seen += 1
+            found, read = _check_weights(server.host, version, digest)
+            findings, seen, size = findings + found, seen + 1, size + read
     live = digests.get(f"{registry.name}:{LIVE}")
     if live is not None and live not in recorded:
         what = f"{registry.name}:{LIVE} is none of the versions that were deployed from here"
         findings.append(Finding(DAMAGED if recorded else NOTE, what, "python -m fine_tuning deploy"))
-    return Checked(f"Ollama at {server.host}", seen, 0, findings)
+    return Checked(f"Ollama at {server.host}", seen, size, findings)
+
+
+def _check_weights(host: str, version: ModelVersion, digest: str) -> tuple[list[Finding], int]:
+    """Hash what Ollama keeps of a version: it serves its files without hashing them. Returns the bytes read, too."""
+    blobs = blobs_of(host, digest)
+    try:
+        damaged = [blob for blob in blobs or () if is_damaged(blob)]
+        if blobs is not None:
+            # Removing the model alone does not help: Ollama keeps the file, and takes it for the new model.
+            again = f"ollama rm {version.tag}, rm -f {{}}, then python -m fine_tuning deploy {version.number}"
+            found = [Finding(DAMAGED, f"{version.tag}: Ollama's {blob}", again.format(blob)) for blob in damaged]
+            return found, sum(blob.stat().st_size for blob in blobs)
+    except OSError:
+        pass
+    what = f"{version.tag}: Ollama's files cannot be read from here, so only its manifest was compared"
+    return [Finding(NOTE, what, "verify on the server's machine as a user who may read OLLAMA_MODELS")], 0
 
 
 # -------------------------------------------------------------------------------------------------------------- report
