@@ -291,7 +291,7 @@ def test_commits_and_the_workspace_are_lines_of_one_table(project, monkeypatch):
     assert lines[0].kind == "workspace"
     assert runs_view.changed(lines[0], lines[1])["train.seed"] == 2
     names = {row["name"] for row in runs_view.differences(lines[0], lines[1])}
-    assert {"train.seed", "trial.verdict", "comparison.verdict"} <= names
+    assert {"train.seed", "train.verdict", "comparison.verdict"} <= names
     at = open_page("runs")
     assert not at.button(key="repro").disabled
     assert at.dataframe[0].value["what"].tolist()[0] == "workspace"
