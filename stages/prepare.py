@@ -18,7 +18,7 @@ from fine_tuning.data_preparation.splits import SPLITS, Ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics, tokens_by_source
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.engine import open_engine
-from fine_tuning.errors import UserError, run
+from fine_tuning.errors import UserError, count_of, run
 from fine_tuning.records import read_jsonl, replacing, write_json
 from fine_tuning.settings import read_params
 
@@ -124,7 +124,7 @@ def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
 def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> None:
     totals = {split: tallies[split].totals for split in SPLITS}
     counts = ", ".join(f"{totals[split]['conversations']} {split}" for split in SPLITS)
-    print(f"prepare: {counts}; {totals['train']['tokens']} tokens to train on; {new} conversations are new")
+    print(f"prepare: {counts}; {totals['train']['tokens']} tokens to train on; {count_of(new, 'new conversation')}")
     if left_out:
         print(f"prepare: left out: {', '.join(f'{count} {reason}' for reason, count in left_out.most_common())}")
     if lost := sum(total["lost_reply_tokens"] for total in totals.values()):

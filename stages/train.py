@@ -16,7 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
-from fine_tuning.errors import UserError, run
+from fine_tuning.errors import UserError, count_of, run
 from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri, versions
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import read_params
@@ -98,11 +98,11 @@ def main() -> None:
 def announce(settings: TrainSettings, conversations: int, tokens: int) -> Iterator[str]:
     """What is about to be trained on, for how long, and what limits it. It only tells: no output depends on it."""
     yield (
-        f"{settings.method} on {conversations} conversations, {tokens} tokens, train.epochs {settings.epochs:g}: "
-        + expected(tokens, settings, read_speed(main_checkout() / SPEED))
+        f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "
+        f"train.epochs {settings.epochs:g}: {expected(tokens, settings, read_speed(main_checkout() / SPEED))}"
     )
     left_out = read_json(PREPARED).get("left_out", {}) if PREPARED.is_file() else {}
-    caps = [f"prepare.{name} ({left_out[name]} conversations left out)" for name in CAPS if left_out.get(name)]
+    caps = [f"prepare.{name} ({count_of(n, 'conversation')} left out)" for name in CAPS if (n := left_out.get(name))]
     if settings.max_steps is not None:
         caps.append(f"train.max_steps ({settings.max_steps})")
     yield f"limited by {' and '.join(caps)}" if caps else "no parameter limits it"

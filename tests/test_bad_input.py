@@ -150,7 +150,7 @@ def bring_in(door: str, line: bytes) -> None:
         with open(INBOX, "ab") as file:
             file.write(line + b"\n")
         logger.log_conversation("What is a second pond?", "A lake that stayed small.", id="sound-2")
-        assert [e["id"] for e in logger.read_exchanges() if e["id"].startswith("sound")] == ["sound-1", "sound-2"]
+        assert [e["id"] for e in logger.read_events() if e["id"].startswith("sound")] == ["sound-1", "sound-2"]
         logger.get_conversation_stats()
         type_command("seal")
     else:
@@ -291,7 +291,7 @@ def test_what_the_logger_acknowledges_is_sealed_and_the_rest_is_refused(checkout
         assert SECRET not in str(told.value) and not (checkout / INBOX).exists()
         return
     logger.log_conversation("What is a lake?", "Water that stayed there.", metadata, id="odd")
-    (exchange,) = logger.read_exchanges()
+    (exchange,) = logger.read_events()
     assert exchange["metadata"] == read_back
     type_command("seal")
     run_stages()

@@ -147,6 +147,7 @@ def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(l
 
 def test_the_champions_records_are_of_another_method_only_where_code_that_evaluates_has_changed(library):
     shutil.copytree(ROOT / "stages", library.parent / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", library.parent)
     program = "from stages.evaluate import method_sha256; print(method_sha256())"
 
     def method_after(*edited: str) -> str:
@@ -158,6 +159,9 @@ def test_the_champions_records_are_of_another_method_only_where_code_that_evalua
         return done.stdout
 
     first = method_after()
+    # What else a process has loaded does not count: a stage may run inside another program.
+    program = program.replace("print", "import fine_tuning.evaluation.report; print")
+    assert method_after() == first
     assert method_after("evaluation/report.py", "evaluation/comparison.py", "training/lora_trainer.py") == first
     second = method_after("evaluation/evaluator.py")
     assert len({first, second, method_after("evaluation/metric_modules/perplexity.py")}) == 3

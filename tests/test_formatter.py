@@ -77,6 +77,17 @@ def test_an_empty_system_prompt_is_another_thing_than_none(format):
     assert "system" not in pair
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_record_reaches_across_a_gap(format):
+    messages = [m | ({"gap": True} if m["id"] == "m3" else {}) for m in CONVERSATION["messages"]]
+    first, second = pairs(format, CONVERSATION | {"messages": messages})
+    assert "Five." not in str(first) and "Hello." not in str(second)
+    assert (first["id"], second["id"]) == ("c1", "c1#1") and "Be brief." in str(first) and "Be brief." in str(second)
+    # A part in which nothing is trained gives no record.
+    disliked = {"messages": messages, "feedback": [{"message_id": "m4", "rating": -1}]}
+    assert pairs(format, CONVERSATION | disliked, train_on="not_disliked") == [first]
+
+
 def test_chatml_keeps_every_turn():
     roles = [turn["role"] for turn in pairs("chatml", CONVERSATION)[0]["messages"]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]

@@ -106,7 +106,8 @@ def test_a_chat_is_streamed_in_pieces_and_can_be_broken_off(engine):
 
 def test_the_gguf_carries_its_chat_template(engine):
     expected = "<|im_start|>system\nYou answer briefly.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-    assert engine.apply_template([{"role": "user", "content": "Hi"}]).startswith(expected)
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert engine._post("/apply-template", asked)["prompt"].startswith(expected)
 
 
 def test_only_this_machine_is_served_and_only_with_the_key(engine):

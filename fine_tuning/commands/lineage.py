@@ -16,7 +16,7 @@ from fine_tuning.commands.dvc_files import show_file
 from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_collection.conversation import as_conversation
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import went_live
@@ -284,7 +284,8 @@ def _version_text(version: dict[str, Any]) -> Iterator[str]:
     yield f"  base model    {version['base']['model']} revision {version['base']['revision']}"
     yield f"  data          md5 {version['data']['md5']}"
     for shard in version["data"]["shards"]:
-        yield f"    {shard.get('name')}: {shard.get('lines')} conversations, sha256 {str(shard.get('sha256'))[:12]}"
+        lines = count_of(shard.get("lines") or 0, "conversation")
+        yield f"    {shard.get('name')}: {lines}, sha256 {str(shard.get('sha256'))[:12]}"
     counts = ", ".join(f"{split} {len(members)}" for split, members in version["conversations"].items())
     yield f"  conversations {counts or 'the list is lost'} (--json names them)"
     yield f"  adapter       sha256 {version['adapter_sha256']}"

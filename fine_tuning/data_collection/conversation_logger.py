@@ -153,10 +153,6 @@ class ConversationLogger:
         if self.path.exists():
             yield from (event for _, event in read_log(self.path) if event is not None)
 
-    def read_exchanges(self) -> Iterator[dict]:
-        """The logged exchanges: {"id", "user_message", "assistant_response", "timestamp", "metadata", …}."""
-        return (event for event in self.read_events() if event["event"] == "exchange")
-
     def read_conversations(self) -> list[dict]:
         """The conversations that the log's events amount to, without the deleted ones."""
         conversations: dict[str, dict] = {}
@@ -208,12 +204,16 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
 
 def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:
     """(raw line, event) of a log; the event is None where the line is torn or is no event."""
-    for _, line in read_lines(path):
-        try:
-            event = read_line(line)
-        except (ValueError, RecursionError):
-            event = None
-        yield line, event if _is_event(event) else None
+    yield from ((line, read_event(line)) for _, line in read_lines(path))
+
+
+def read_event(line: bytes) -> dict | None:
+    """The event of a log's line without its newline; None where it is torn or is no event."""
+    try:
+        event = read_line(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if _is_event(event) else None
 
 
 def _is_event(event: Any) -> bool:

@@ -32,14 +32,15 @@ from fine_tuning.data_collection.data_cleaner import (
 )
 from fine_tuning.data_collection.people import fingerprint
 from fine_tuning.data_collection.shard_merger import CleanPiece, merge, remove_unused
+from fine_tuning.data_collection.writing_systems import WORDLIKE
 from fine_tuning.engine import open_engine
 
 PIECE_BYTES = 64 << 20
 BATCH = 256
 MERGED = "merged-"  # begins the names of folders of the second pass
 MAX_LINE_BYTES = 64 << 20
-SAYS_SOMETHING = 12  # words, or letters of scripts without spaces; as prepare.decontamination_words counts them
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
+SAYS_SOMETHING = 12  # words, or characters that say as much; as prepare.decontamination_words counts them
+_WORDLIKE = re.compile(f"[{WORDLIKE}]")
 MODULES = (
     "account_numbers",
     "net_addresses",
@@ -301,7 +302,7 @@ def _question_key(conversation: dict) -> str:
     turns = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
     for number, turn in enumerate(turns):
         words += near_duplicates.words_of(turn)
-        if number and len(words) + len(_UNSPACED.findall(" ".join(words))) >= SAYS_SOMETHING:
+        if number and len(words) + len(_WORDLIKE.findall(" ".join(words))) >= SAYS_SOMETHING:
             break
     return _short_digest(" ".join(words) or turns[0])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fine_tuning.data_collection.conversation import each_record
-from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction
+from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction, unbroken
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
 from fine_tuning.data_preparation.tokenizer import ROLES
 from fine_tuning.errors import UserError
@@ -19,7 +19,7 @@ _CHATML_TURN = re.compile(r"<\|im_start\|>([a-z]+)\n(.*?)<\|im_end\|>(?:\n|\Z)",
 
 
 class TrainingDataFormatter:
-    """Writes one record a conversation in one format.
+    """Writes one record a conversation, or a part of one between gaps, in one format.
 
     - `chatml`: {"id", "text": turns between <|im_start|> and <|im_end|>, "messages": the same as a list}
     - `alpaca`: {"id", "instruction", "input", "output"}, "history" and "system" where the conversation has them
@@ -42,15 +42,17 @@ class TrainingDataFormatter:
         self.train_on = train_on
 
     def create_training_pairs(self, conversations: Iterable[dict]) -> list[dict[str, Any]]:
-        """Records of logged exchanges or conversations with `messages`; those without a usable reply give none."""
+        """Records of logged exchanges or conversations with `messages`; those without a usable reply give none.
+
+        What stands before a gap, where turns are missing, is a record of its own: no context reaches across.
+        """
         write = _WRITERS[self.format]
         pairs = []
         for record in each_record(conversations):
             conversation = read_conversation(record)
-            if structure_problem(conversation) is None:
-                selected = select(conversation, self.train_on)
-                if selected is not None:
-                    pairs.append(write({"id": conversation["id"], "messages": selected[0]}))
+            for part in unbroken(conversation) if structure_problem(conversation) is None else ():
+                if (selected := select(part, self.train_on)) is not None:
+                    pairs.append(write({"id": part["id"], "messages": selected[0]}))
         return pairs
 
     def validate_format(self, pairs: Any) -> bool:

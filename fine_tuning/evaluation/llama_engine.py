@@ -230,10 +230,6 @@ class LlamaEngine:
         """Text of token ids."""
         return self._post("/detokenize", {"tokens": list(ids)})["content"]
 
-    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt that the GGUF's own chat template makes of `messages`, generation prompt included."""
-        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
-
     def next_token_logprobs(self, ids: Sequence[int], n: int) -> list[tuple[int, float]]:
         """The `n` likeliest next tokens after exactly `ids` (no BOS is added) with natural-log probabilities."""
         body = {
