@@ -45,10 +45,16 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
     if not isinstance(document, dict) or section not in document:
         raise UserError(f"{path}: the section {section!r} is missing: restore it with `git checkout {path}`")
     for name in document:
-        if name not in (*SECTIONS, section):
+        if name not in (*SECTIONS, section) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
             known = get_close_matches(str(name), SECTIONS, 1) or SECTIONS
             raise UserError(f"{path}: unknown section {name!r}: rename it to {', or '.join(known)}, or take it out")
     return parse_settings(section, document[section], model, path)
+
+
+def _has_a_stage(section: str, pipeline: Path) -> bool:
+    """Whether a stage that somebody added to dvc.yaml reads a section."""
+    stages = YAML(typ="safe", pure=True).load(pipeline.read_bytes()).get("stages", {}) if pipeline.is_file() else {}
+    return any(section == str(name).partition(".")[0] for s in stages.values() for name in s.get("params", ()))
 
 
 def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:

@@ -13,7 +13,7 @@ from fine_tuning.data_collection import shard_merger
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
 from fine_tuning.data_collection.data_export import with_edits
 from fine_tuning.data_collection.filters import check_content, repetition
-from fine_tuning.data_collection.near_duplicates import shingles, signatures, similarity
+from fine_tuning.data_collection.near_duplicates import PERMUTATIONS, _differing, shingles, signatures
 from fine_tuning.data_collection.shard_cleaner import clean_shards
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
@@ -763,6 +763,10 @@ def test_rejected_lines_and_errors_hold_no_content(tmp_path):
 
 
 def test_signatures_estimate_similarity():
+    def similarity(first: bytes, second: bytes) -> float:
+        differing = _differing(int.from_bytes(first, "little") ^ int.from_bytes(second, "little"))
+        return 1 - differing / PERMUTATIONS
+
     words = [f"w{i}" for i in range(101)]
     one, two, three = signatures([shingles([" ".join(w)]) for w in (words, words[:81] + ["x"] * 3, words[::-1])])
     assert similarity(one, one) == 1

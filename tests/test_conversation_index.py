@@ -43,7 +43,7 @@ def take(step: str, number: int, checkout: Path, logger: ConversationLogger, sai
             seal_log(log, shards, checkout / MANIFEST)
             log.unlink()
     elif step == "forget":
-        rewrite_log(logger.path, lambda _, event: event is None or event["conversation_id"] != identity)
+        rewrite_log(logger.path, lambda _, event: event is None or event.get("conversation_id") != identity)
     elif step == "erase":
         for shard in list(shards.glob("*.jsonl"))[:1]:
             shard.unlink()

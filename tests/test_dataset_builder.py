@@ -451,6 +451,8 @@ def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
         trained = [tuple(e.encoded.labels) for e in whole.splits[split]]
         assert all(tuple(e.encoded.labels) in trained for e in built.splits[split])
         assert [e.window for e in built.splits[split] if e.id == min(windows)] == list(range(windows[min(windows)]))
+        tally = Tally()
+        assert len(list(tally.watch(built.splits[split]))) + tally.statistics()["windows_left_out"] == len(trained)
 
 
 def test_held_out_splits_are_sampled_likewise(tokenizer):

@@ -383,12 +383,12 @@ def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):
         read_items(tmp_path / "missing.parquet", load_tokenizer(tiny_base))
 
 
-def test_one_conversation_has_values_and_intervals_of_no_width(tiny_base, suite, tmp_path, metrics):
+def test_one_conversation_has_values_and_no_intervals(tiny_base, suite, tmp_path, metrics):
     path = write_items(tmp_path / "test.parquet", tiny_base, {"x": conversation("a", "b")})
     items = read_items(path, load_tokenizer(tiny_base))
     evaluator = evaluator_of(items, tiny_base, tmp_path / "memo")
     cell = summarise(evaluator.evaluate(suite.base)[0], metrics, SETTINGS.interval)["perplexity"]
-    assert cell["low"] == pytest.approx(cell["value"]) == cell["high"]
+    assert cell["value"] > 1 and cell["low"] is cell["high"] is None
     assert cell["n"] == 1
 
 

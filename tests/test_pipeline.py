@@ -199,6 +199,15 @@ def test_a_wrong_value_is_told_with_what_would_be_right(section, settings, name,
     assert str(caught.value).endswith(words)
 
 
+def test_a_stage_of_ones_own_may_have_a_section_of_its_own(tmp_path):
+    path = write(tmp_path, "example: {rate: 1.0, steps: 1, name: null}\ntrial: {size: 1}")
+    (tmp_path / "dvc.yaml").write_text("stages: {mine: {cmd: run, params: [trial.size]}}")
+    assert read_params("example", Example, path).steps == 1
+    (tmp_path / "dvc.yaml").write_text("stages: {mine: {cmd: run}}")
+    with pytest.raises(UserError, match="unknown section 'trial'"):
+        read_params("example", Example, path)
+
+
 def test_every_section_of_params_yaml_is_known():
     assert set(YAML(typ="safe").load(ROOT / "params.yaml")) == set(SECTIONS)
 

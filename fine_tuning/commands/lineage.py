@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_collection.conversation import as_conversation
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.errors import UserError, count_of
+from fine_tuning.integration.models_view import artifact
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import went_live
@@ -110,8 +110,8 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
     tags = version.tags
     commit = tags.get("git_commit") or "none"
     commit = commit if COMMIT.fullmatch(commit) else "none"
-    kept = {name: _kept(registry, version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
-    manifest = json.loads(_kept(registry, version, "provenance/manifest.json") or b"{}")
+    kept = {name: artifact(registry, version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
+    manifest = json.loads(artifact(registry, version, "provenance/manifest.json") or b"{}")
     committed = show_file(Path.cwd(), commit, "dvc.lock") if commit != "none" else None
     return {
         "name": version.name,
@@ -154,15 +154,7 @@ def deployments(version: ModelVersion) -> list[tuple[str, str]]:
 
 def conversations_of(registry: ModelRegistry, version: ModelVersion) -> dict[str, list[str]]:
     """{split: ids of conversations} of a version; empty if the registry lost the list."""
-    return json.loads(_kept(registry, version, "provenance/conversations.json") or b"{}")
-
-
-def _kept(registry: ModelRegistry, version: ModelVersion, path: str) -> bytes | None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return registry.download(version, path, Path(folder)).read_bytes()
-        except (UserError, OSError):
-            return None
+    return json.loads(artifact(registry, version, "provenance/conversations.json") or b"{}")
 
 
 def _subject(commit: str) -> str | None:

@@ -28,6 +28,7 @@ import zstandard
 from fine_tuning.data_collection.conversation import short_hash
 from fine_tuning.data_collection.record_formats import PAIRS, ROLE_NAMES, CsvRows, NotRecognised, from_chatml, recognise
 from fine_tuning.errors import UserError
+from fine_tuning.records import STRICT_JSON
 
 CHUNK = 1 << 20
 LONGEST_LINE = 64 << 20
@@ -298,18 +299,9 @@ def parse_json(text: bytes | str) -> Any:
     try:
         # json.loads would read bytes as UTF-16 if they look like it
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return _STRICT.decode(text)
+        return STRICT_JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise ValueError("a number is not JSON")
-    return value
-
-
-_STRICT = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
@@ -400,7 +392,7 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
                 yield Problem(number + 1, "text after the end of the array, which was not read")
             return
         try:
-            value, position = _STRICT.raw_decode(buffer, start)
+            value, position = STRICT_JSON.raw_decode(buffer, start)
             if position == len(buffer) and not ended:
                 raise ValueError  # a number may go on in the next chunk
             number += 1

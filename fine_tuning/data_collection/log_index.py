@@ -77,7 +77,7 @@ class LogIndex:
     def add_shards(self, paths: Iterable[Path], all_of_them: bool = False) -> set[bytes]:
         """Index the newest versions in `paths`, in shard order, of the conversations that have events, or of all.
 
-        Returns the keys of those that were indexed.
+        Returns the keys of all that were indexed where all are, and of those that events were found to belong to.
         """
         loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
         indexed = set()
@@ -90,6 +90,7 @@ class LogIndex:
             key = key_of(version["id"])
             for message in loose.intersection(map(key_of, message_ids(version))) if loose else ():
                 self.rows("UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", key, message)
+                indexed.add(key)
             if all_of_them or self.rows(_HAS_EVENTS, key):
                 self.rows(
                     "INSERT INTO sealed (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
@@ -112,6 +113,10 @@ class LogIndex:
     def rename_log(self, log: Path, target: Path) -> None:
         """A log that is indexed has another path now."""
         self.rows("UPDATE file SET path = ? WHERE path = ?", str(target), str(log))
+
+    def loose_events(self) -> int:
+        """How many events belong to no conversation that is known."""
+        return self.rows("SELECT count(*) FROM event WHERE conversation IS NULL")[0][0]
 
     def last_event(self) -> int:
         """Number of the event that was indexed last."""

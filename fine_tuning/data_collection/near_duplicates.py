@@ -50,11 +50,6 @@ def signatures(documents: list[list[str]]) -> list[bytes]:
     return [array("I", digest).tobytes() for digest in RMinHash.digests_from_token_sets(documents, PERMUTATIONS, SEED)]
 
 
-def similarity(first: bytes, second: bytes) -> float:
-    """Estimated Jaccard similarity of two signatures."""
-    return 1 - _differing(int.from_bytes(first, "little") ^ int.from_bytes(second, "little")) / PERMUTATIONS
-
-
 def _differing(bits: int) -> int:
     """How many 32-bit lanes are not zero, all at once: a tenth of the time of a loop."""
     return ((((bits & _LOW_BITS) + _LOW_BITS) | bits) & _TOP_BITS).bit_count()

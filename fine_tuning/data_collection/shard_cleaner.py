@@ -6,7 +6,6 @@ with one entry a conversation. The second pass is `shard_merger`'s, over the ind
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from fine_tuning.data_collection.people import fingerprint
 from fine_tuning.data_collection.shard_merger import CleanPiece, merge, remove_unused
 from fine_tuning.data_collection.writing_systems import WORDLIKE
 from fine_tuning.engine import open_engine
+from fine_tuning.records import STRICT_JSON, line_ranges
 
 PIECE_BYTES = 64 << 20
 BATCH = 256
@@ -112,22 +112,9 @@ def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> str:
 
 def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[Piece]:
     for path, sha256 in shards:
-        for start, end in _ranges(path, size):
+        for start, end in [*line_ranges(path, size)] or [(0, 0)]:
             key = hashlib.sha256(f"{sha256}:{start}:{end}:{common}".encode()).hexdigest()[:32]
             yield Piece(path.name, str(path.resolve()), start, end, key)
-
-
-def _ranges(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    total, start = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while start < total:
-            file.seek(min(start + size, total) - 1)
-            while (block := file.readline(MAX_LINE_BYTES)) and not block.endswith(b"\n"):
-                pass
-            yield start, file.tell()
-            start = file.tell()
-    if total == 0:
-        yield 0, 0
 
 
 def _code_hash() -> str:
@@ -268,23 +255,13 @@ def _parse_slowly(line: bytes) -> tuple[dict | None, str]:
     except UnicodeDecodeError:
         return None, "not_utf8"
     try:
-        record = _DECODER.decode(text.removeprefix("\ufeff"))
+        record = STRICT_JSON.decode(text.removeprefix("\ufeff"))
         if "\\u" in text:
             whole = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            record = _DECODER.decode(whole)
+            record = STRICT_JSON.decode(whole)
     except (ValueError, RecursionError):
         return None, "not_json"
     return (record, "") if isinstance(record, dict) else (None, "not_an_object")
-
-
-def _finite(number: str) -> float:
-    """NaN, infinities and numbers beyond a float are no JSON."""
-    if not math.isfinite(value := float(number)):
-        raise ValueError(number)
-    return value
-
-
-_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def _spoken(conversation: dict) -> Iterator[str]:

@@ -17,6 +17,7 @@ import orjson
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, structure_problem, unused_because
 from fine_tuning.data_preparation.sorted_rows import SortedRows
 from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS, Deal, Fractions, salted_fractions
+from fine_tuning.records import line_ranges
 
 PART_BYTES = 16 << 20
 _LOOK, _CLUSTER, _SPLIT, _TWIN, _HANDED_DOWN = range(5)  # what is told of a conversation
@@ -71,7 +72,7 @@ class ConversationFiles:
     """Conversations in files of one JSON object a line; a part is a stretch of a file, a place the offset of a line."""
 
     def __init__(self, paths: Iterable[Path], part_bytes: int = PART_BYTES) -> None:
-        self.parts = [(path.resolve(), *ends) for path in paths for ends in _stretches(path, part_bytes)]
+        self.parts = [(path.resolve(), *ends) for path in paths for ends in line_ranges(path, part_bytes)]
 
     def look(self, part: int, train_on: TrainOn) -> list[Look]:
         """See `Conversations`."""
@@ -91,16 +92,6 @@ class ConversationFiles:
             for place in places:
                 file.seek(place)
                 yield read_conversation(orjson.loads(file.readline()))
-
-
-def _stretches(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    start, total = 0, path.stat().st_size
-    with open(path, "rb") as file:
-        while start < total:
-            file.seek(min(start + size, total) - 1)
-            file.readline()
-            yield start, file.tell()
-            start = file.tell()
 
 
 def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Look:

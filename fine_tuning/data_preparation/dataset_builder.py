@@ -52,7 +52,7 @@ class Example:
     """A conversation that may be trained on. `trained[i]` says whether `messages[i]` enters the loss.
 
     One that is too long for the model is several examples, which differ in `window` and `encoded`; the first also
-    counts the turns, and the tokens of replies, that no window has room for.
+    counts the turns, and the tokens of replies, that no window has room for, and the windows that were not drawn.
     """
 
     id: str
@@ -64,6 +64,7 @@ class Example:
     window: int = 0
     lost_turns: int = 0
     lost_tokens: int = 0
+    lost_windows: int = 0
 
     def row(self) -> dict[str, Any]:
         """The example as a plain record, with ids and labels where it was encoded."""
@@ -271,6 +272,7 @@ def _some_windows(examples: list[Example], tokens: int, salt: str) -> list[Examp
         kept.append(example)
     kept.sort(key=lambda example: example.window)
     lost = {"lost_turns": examples[0].lost_turns, "lost_tokens": examples[0].lost_tokens}
+    lost["lost_windows"] = len(examples) - len(kept)
     return [replace(example, window=number, **(lost if number == 0 else {})) for number, example in enumerate(kept)]
 
 

@@ -62,19 +62,22 @@ class Tally:
             self.totals["lost_end_of_reply"] += encoded.cut_tokens > 0
             self.totals["lost_turns"] += example.lost_turns
             self.totals["lost_reply_tokens"] += example.lost_tokens
+            self.totals["windows_left_out"] += example.lost_windows
             yield example
 
     def statistics(self) -> dict[str, Any]:
         """For the metrics of the split. Lengths are those of windows: most conversations are one.
 
-        `several_windows` counts conversations; `lost_turns` are turns whose prompt alone leaves no room for a reply,
-        `lost_reply_tokens` what of their and of other replies no window has room for.
+        `several_windows` counts conversations; `windows_left_out` are those of held-out conversations that were not
+        drawn, because one may have a hundredth of max_held_out_tokens; `lost_turns` are turns whose prompt alone leaves
+        no room for a reply, `lost_reply_tokens` what of their and of other replies no window has room for.
         """
         totals, lengths = self.totals, sorted(self.lengths)
         tokens, trained = totals["tokens"], totals["trained_tokens"]
         return {
             "conversations": totals["conversations"],
             "windows": len(lengths),
+            "windows_left_out": totals["windows_left_out"],
             "several_windows": totals["several_windows"],
             "tokens": tokens,
             "trained_tokens": trained,

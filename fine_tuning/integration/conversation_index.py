@@ -55,6 +55,7 @@ class ConversationIndex:
     def _clear(self) -> None:
         self._index = LogIndex(_SUMMARY)
         self._shards: dict[Path, tuple[int, int]] = {}
+        self._unmatched = 0
         self._logs: dict[str, tuple[Path, int]] = {}  # what tells a log from others → its path, bytes read
 
     def listed(
@@ -111,7 +112,11 @@ class ConversationIndex:
         new = [path for path in shards if path not in self._shards]
         changed = self._index.add_shards(new, all_of_them=True)
         self._shards = shards
-        self._summarise(changed | self._read_logs())
+        changed |= self._read_logs()
+        if self._index.loose_events() > self._unmatched or (new and self._unmatched):
+            changed |= self._index.add_shards(shards)  # a judgement that names a sealed message, and no conversation
+        self._unmatched = self._index.loose_events()
+        self._summarise(changed)
 
     def _shard_paths(self) -> list[Path]:
         return shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
