@@ -241,7 +241,9 @@ def _check_files(source: BaseSource) -> None:
         layers = config.get("num_hidden_layers")
         tensors = sum(len(safe_open(file, framework="pt").keys()) for file in folder.glob("*.safetensors"))
     if isinstance(layers, int) and not 0 < layers <= tensors:
-        raise UserError(f"base.model says that it has {layers} layers and has {tensors} tensors: download it again")
+        raise UserError(
+            f"base.model has {tensors} tensors (.safetensors or GGUF) for {layers} layers: download it again"
+        )
 
 
 @contextmanager
