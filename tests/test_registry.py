@@ -247,6 +247,25 @@ def wait_for(address: str) -> None:
     raise AssertionError("the MLflow server did not start in three minutes")
 
 
+@pytest.mark.parametrize("what", ["a text", "a folder", "another program's database", "not SQLite's", "no driver"])
+def test_an_address_of_something_else_is_one_clear_line_and_leaves_it_as_it_was(tmp_path, what):
+    other = tmp_path / "other"
+    if what == "a folder":
+        other.mkdir()
+    elif what == "another program's database":
+        with contextlib.closing(sqlite3.connect(other)) as database:
+            database.execute("CREATE TABLE bookmarks (address TEXT)")
+    else:
+        other.write_text("root:x:0:0\n" * 500)
+    before = other.read_bytes() if other.is_file() else None
+    address = {"not SQLite's": "file:///etc", "no driver": "mysql://host/name"}.get(what, f"sqlite:///{other}")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as told:
+        ModelRegistry("name", address, tmp_path / "artifacts", tmp_path / "locks").versions()
+    assert "\n" not in str(told.value) and time.monotonic() - start < 60
+    assert before is None or other.read_bytes() == before
+
+
 def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="MLflow store"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,9 +39,12 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///") and (file := Path(uri.removeprefix("sqlite:///"))).exists():
+        _refuse_foreign_file(file)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=120):
@@ -52,12 +56,24 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
             return client, client.create_experiment(EXPERIMENT, artifact_location=location)
     except Timeout:
         raise UserError(f"another process holds the MLflow store for two minutes: end it, or remove {lock}") from None
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, SQLAlchemyError, ImportError) as error:
         if no_space(error):
             raise
         raise UserError(
             f"the MLflow store at {uri} does not open ({type(error).__name__}): check MLFLOW_TRACKING_URI or the server"
         ) from None
+
+
+def _refuse_foreign_file(path: Path) -> None:
+    """MLflow adds its tables to any SQLite database, and tries a folder for minutes."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
+            names = [name for (name,) in store.execute("SELECT name FROM sqlite_master")]
+            foreign = bool(names) and "experiments" not in names
+    except sqlite3.DatabaseError as error:
+        foreign = "locked" not in str(error)
+    if foreign:
+        raise UserError(f"{path} is not an MLflow store, so nothing was written to it: correct MLFLOW_TRACKING_URI")
 
 
 class Run:
