@@ -39,15 +39,15 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-import yaml
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.shards import newest_versions, shard_paths
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.records import read_json, read_jsonl
 from tests.fake_ollama import FakeOllama
-from tests.project import ROOT, Project, conversations, new_project
+from tests.project import ROOT, Project, conversations, new_project, outputs
 from tests.registered import environment, here, sh
+from tests.strike import acknowledged_before_a_kill
 
 INBOX = Path("inbox/conversations.jsonl")
 DATA = ("intake", "clean", "export", "prepare")
@@ -92,15 +92,6 @@ def strike(mode: str, target: str, number: int, **more: str) -> tuple[int, int, 
     return told["kills"], told["status"], done.stderr
 
 
-def outputs(stage: str) -> dict[str, bytes]:
-    """Everything that a stage writes, byte for byte, but what holds the time."""
-    described = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]
-    entries = [*described.get("outs", []), *described.get("metrics", [])]
-    paths = [Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries]
-    files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.is_file()]
-    return {str(file): file.read_bytes() for file in files if file.name not in ("training.json", "parity.json")}
-
-
 def one_line(said: str) -> str:
     """The one error line among what progress bars and libraries write."""
     (line,) = (line for line in said.splitlines() if "error: " in line)
@@ -112,27 +103,11 @@ def one_line(said: str) -> str:
 # killed
 
 
-LOG_FOR_EVER = """
-import itertools, sys
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
-logger = ConversationLogger("inbox/conversations.jsonl", durable=False)
-for number in itertools.count():
-    print(logger.log_conversation(f"question {number}", "x" * 20_000), flush=True)
-"""
-
-
 def test_a_killed_logger_loses_nothing_that_it_acknowledged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     acknowledged, draw = [], random.Random(0)
     for _ in range(6):
-        logger = subprocess.Popen(
-            [sys.executable, "-c", LOG_FOR_EVER], env=environment(), stdout=subprocess.PIPE, text=True
-        )
-        first = logger.stdout.readline()
-        time.sleep(draw.random() / 5)
-        logger.kill()
-        acknowledged += [first.strip(), *logger.stdout.read().split()]
-        logger.wait()
+        acknowledged += acknowledged_before_a_kill(draw.random() / 5)
     last = ConversationLogger(INBOX).log_conversation("after", "all")
     logged = [event["id"] for event in ConversationLogger(INBOX).read_exchanges()]
     assert len(acknowledged) > 50
