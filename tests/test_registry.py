@@ -19,6 +19,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry
 from tests.fake_ollama import silent_host
 from tests.registered import environment
+from tests.strike import in_child
 
 FIRST, SECOND, THIRD = ("1" * 64, "2" * 64, "3" * 64)
 NUMBERS = count()
@@ -264,6 +265,22 @@ def test_an_address_of_something_else_is_one_clear_line_and_leaves_it_as_it_was(
         ModelRegistry("name", address, tmp_path / "artifacts", tmp_path / "locks").versions()
     assert "\n" not in str(told.value) and time.monotonic() - start < 60
     assert before is None or other.read_bytes() == before
+
+
+def test_a_store_that_was_killed_while_it_was_made_is_made_by_the_next(tmp_path):
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (a forked child need not import it)
+
+    killed = 0
+    for tenths in range(3, 13):
+        folder = tmp_path / str(tenths)
+        folder.mkdir()
+        killed += os.WIFSIGNALED(
+            in_child(lambda: None, lambda f=folder: open_registry(f, "name").versions(), tenths / 10)
+        )
+        assert in_child(lambda: None, lambda f=folder: open_registry(f, "name").versions() and None) == 0
+        assert {path.name for path in folder.iterdir()} <= {"mlflow.db", "artifacts", "locks"}
+    assert killed > 3
 
 
 def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):

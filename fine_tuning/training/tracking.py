@@ -43,11 +43,18 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///") and (file := Path(uri.removeprefix("sqlite:///"))).exists():
+    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if file and file.exists():
         _refuse_foreign_file(file)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=120):
+            if file and not (file.exists() and file.stat().st_size):
+                # A store that was killed while MLflow made its tables never opens again: it comes whole or not at all.
+                new = file.with_name(f".{file.name}.new")
+                new.unlink(missing_ok=True)
+                mlflow.MlflowClient(f"sqlite:///{new}", f"sqlite:///{new}").search_experiments()
+                new.replace(file)
             client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment:
@@ -68,8 +75,9 @@ def _refuse_foreign_file(path: Path) -> None:
     """MLflow adds its tables to any SQLite database, and tries a folder for minutes."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
-            names = [name for (name,) in store.execute("SELECT name FROM sqlite_master")]
-            foreign = bool(names) and "experiments" not in names
+            names = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            # Alembic makes a table anew under such a name: of a migration that was killed.
+            foreign = bool(names) and not names & {"experiments", "_alembic_tmp_experiments"}
     except sqlite3.DatabaseError as error:
         foreign = "locked" not in str(error)
     if foreign:
