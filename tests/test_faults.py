@@ -37,13 +37,14 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.shards import newest_versions, shard_paths
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.records import read_json, read_jsonl
+from fine_tuning.records import read_json, read_jsonl, write_jsonl
 from tests.fake_ollama import FakeOllama
 from tests.project import ROOT, Project, conversations, new_project, outputs
 from tests.registered import environment, here, sh
@@ -138,6 +139,23 @@ def test_a_seal_that_is_killed_at_any_write_loses_nothing(checkout):
     new = [path for path in shard_paths("data/conversations") if path.name not in known]
     assert sorted(record["id"] for path in new for record in read_jsonl(path)) == [f"e{n}" for n in range(5)]
     assert "up to date" in Project(checkout).run("dvc", "status", "data/conversations.dvc")
+
+
+def test_an_import_that_is_killed_at_any_write_is_finished_by_the_next(checkout):
+    questions = [f"What is number {number}?" for number in range(5)]
+    write_jsonl("../more.jsonl", [{"prompt": question, "completion": "A number."} for question in questions])
+    kills, status, _ = strike("kill", "tests.test_faults:type_import", 3)
+    assert kills > 3 and status == 0
+    asked = [record["messages"][0]["content"] for p in shard_paths("data/conversations") for record in read_jsonl(p)]
+    assert [question for question in asked if question in questions] == questions
+    assert "up to date" in Project(checkout).run("dvc", "status", "data/conversations.dvc")
+
+
+def type_import() -> None:
+    """`python -m fine_tuning import ../more.jsonl`."""
+    from fine_tuning.commands.conversations import import_files
+
+    import_files(SimpleNamespace(files=[Path("../more.jsonl")]))
 
 
 def type_seal() -> None:
