@@ -72,6 +72,9 @@ def _run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RecursionError:
+        print("error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         if (line := _line(error)) is None:
             raise

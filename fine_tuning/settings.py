@@ -38,7 +38,7 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
         document = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: restore it with `git checkout {path}`") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None

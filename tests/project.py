@@ -32,6 +32,15 @@ def conversations(topics: tuple[str, ...] = TOPICS) -> list[dict]:
     ]
 
 
+def outputs(stage: str) -> dict[str, bytes]:
+    """Everything that a stage of the project in the current folder writes, but what holds the time."""
+    described = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]
+    entries = [*described.get("outs", []), *described.get("metrics", [])]
+    paths = [Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries]
+    files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.is_file()]
+    return {str(file): file.read_bytes() for file in files if file.name not in ("training.json", "parity.json")}
+
+
 class Project:
     """A checkout that commands run in."""
 

@@ -14,7 +14,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,13 +53,16 @@ def outputs(stage: str) -> list[str]:
     return [path for path, options in named if not options.get("persist")]
 
 
-def in_child(prepare: Callable[[], None], called: Callable[[], object]) -> int:
-    """The wait status of a forked child that calls both."""
+def in_child(prepare: Callable[[], object], called: Callable[[], object], seconds: float | None = None) -> int:
+    """The wait status of a forked child that calls both, and is killed after so many seconds."""
     from fine_tuning.errors import run
 
     sys.stdout.flush()
     child = os.fork()
     if child:
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
         return os.waitpid(child, 0)[1]
     try:
         prepare()
@@ -72,6 +77,26 @@ def in_child(prepare: Callable[[], None], called: Callable[[], object]) -> int:
         traceback.print_exc()
         sys.stderr.flush()
     os._exit(70)
+
+
+LOG_FOR_EVER = """
+import itertools
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+logger = ConversationLogger("inbox/conversations.jsonl", durable=False)
+for number in itertools.count():
+    print(logger.log_conversation(f"question {number}", "x" * 20_000), flush=True)
+"""
+
+
+def acknowledged_before_a_kill(seconds: float) -> list[str]:
+    """The ids that a logger gave out in the current folder until it was killed, so long after the first."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", LOG_FOR_EVER]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as logger:
+        first = logger.stdout.readline()
+        time.sleep(seconds)
+        logger.kill()
+        return [first.strip(), *logger.stdout.read().split()]
 
 
 def die_at(limit: int) -> None:

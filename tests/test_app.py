@@ -551,6 +551,37 @@ def test_code_is_shown_as_it_is():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("`$x` $y", "`$x` \\$y"),
+        ("``a ` $x`` $y", "``a ` $x`` \\$y"),
+        ("```$x` $y", "```\\$x` \\$y"),  # three backticks and one: no code
+        (r"\`$x` $y", r"\`\$x` \$y"),  # the first is escaped
+        (r"\``$x` $y", r"\``$x` \$y"),  # and the second opens
+        (r"\\`$x` $y", r"\\`$x` \$y"),
+        (r"`$x\` $y", r"`$x\` \$y"),  # nothing is escaped inside
+    ],
+)
+def test_inline_code_is_what_commonmark_takes_for_it(text, shown):
+    (piece,) = pieces(text)
+    assert piece.text == shown
+
+
+@pytest.mark.parametrize("text", ["rising", "alternating", "list", "backslashes"])
+def test_no_reply_makes_the_page_slow(text):
+    """Work that grows as the square of the length would take minutes here."""
+    text = {
+        "rising": " ".join("`" * length for length in range(700)),
+        "alternating": "`a``b" * 50_000,
+        "list": "- " * 50_000 + "`" * 200_000,
+        "backslashes": "\\" * 200_000 + "`",
+    }[text]
+    start = time.process_time()
+    assert "".join(piece.text for piece in pieces(text)) == text
+    assert time.process_time() - start < 5
+
+
 def test_an_exported_conversation_is_whole(checkout):
     from fine_tuning.integration import chat_history
 

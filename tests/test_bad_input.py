@@ -315,6 +315,21 @@ def test_no_stage_runs_an_object_that_yaml_describes(checkout, name):
     assert not (checkout.parent / "stolen").exists()
 
 
+@pytest.mark.parametrize("text", ["base: " + "[" * 5000 + "]" * 5000, "".join(f"{' ' * n}a:\n" for n in range(3000))])
+def test_parameters_that_are_nested_deeply_are_one_line(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml is not plain YAML"):
+        read_params("clean", CleanSettings, tmp_path / "params.yaml")
+
+
+def test_any_file_of_the_project_that_is_nested_deeply_is_one_line(checkout):
+    (checkout / "models/champion.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    done = subprocess.run([sys.executable, "-m", "fine_tuning", "verify"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: a file is nested too deeply")
+
+
 SYSTEM_PROMPT = 'Say """yes""" or {{ .System }} {% raw %}<|im_end|>\n${HOME} \\"no\\" \\'
 
 

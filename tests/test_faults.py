@@ -38,17 +38,18 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.shards import newest_versions, shard_paths
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.records import read_json, read_jsonl
+from fine_tuning.records import read_json, read_jsonl, write_jsonl
 from tests.fake_ollama import FakeOllama
-from tests.project import ROOT, Project, conversations, new_project
+from tests.project import ROOT, Project, conversations, new_project, outputs
 from tests.registered import environment, here, sh
+from tests.strike import acknowledged_before_a_kill
 
 INBOX = Path("inbox/conversations.jsonl")
 DATA = ("intake", "clean", "export", "prepare")
@@ -93,15 +94,6 @@ def strike(mode: str, target: str, number: int, **more: str) -> tuple[int, int, 
     return told["kills"], told["status"], done.stderr
 
 
-def outputs(stage: str) -> dict[str, bytes]:
-    """Everything that a stage writes, byte for byte, but what holds the time."""
-    described = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]
-    entries = [*described.get("outs", []), *described.get("metrics", [])]
-    paths = [Path(next(iter(entry)) if isinstance(entry, dict) else entry) for entry in entries]
-    files = [f for path in paths for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.is_file()]
-    return {str(file): file.read_bytes() for file in files if file.name not in ("training.json", "parity.json")}
-
-
 def one_line(said: str) -> str:
     """The one error line among what progress bars and libraries write."""
     (line,) = (line for line in said.splitlines() if "error: " in line)
@@ -113,27 +105,11 @@ def one_line(said: str) -> str:
 # killed
 
 
-LOG_FOR_EVER = """
-import itertools, sys
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
-logger = ConversationLogger("inbox/conversations.jsonl", durable=False)
-for number in itertools.count():
-    print(logger.log_conversation(f"question {number}", "x" * 20_000), flush=True)
-"""
-
-
 def test_a_killed_logger_loses_nothing_that_it_acknowledged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     acknowledged, draw = [], random.Random(0)
     for _ in range(6):
-        logger = subprocess.Popen(
-            [sys.executable, "-c", LOG_FOR_EVER], env=environment(), stdout=subprocess.PIPE, text=True
-        )
-        first = logger.stdout.readline()
-        time.sleep(draw.random() / 5)
-        logger.kill()
-        acknowledged += [first.strip(), *logger.stdout.read().split()]
-        logger.wait()
+        acknowledged += acknowledged_before_a_kill(draw.random() / 5)
     last = ConversationLogger(INBOX).log_conversation("after", "all")
     logged = [event["id"] for event in ConversationLogger(INBOX).read_events()]
     assert len(acknowledged) > 50
@@ -164,6 +140,23 @@ def test_a_seal_that_is_killed_at_any_write_loses_nothing(checkout):
     new = [path for path in shard_paths("data/conversations") if path.name not in known]
     assert sorted(record["id"] for path in new for record in read_jsonl(path)) == [f"e{n}" for n in range(5)]
     assert "up to date" in Project(checkout).run("dvc", "status", "data/conversations.dvc")
+
+
+def test_an_import_that_is_killed_at_any_write_is_finished_by_the_next(checkout):
+    questions = [f"What is number {number}?" for number in range(5)]
+    write_jsonl("../more.jsonl", [{"prompt": question, "completion": "A number."} for question in questions])
+    kills, status, _ = strike("kill", "tests.test_faults:type_import", 3)
+    assert kills > 3 and status == 0
+    asked = [record["messages"][0]["content"] for p in shard_paths("data/conversations") for record in read_jsonl(p)]
+    assert [question for question in asked if question in questions] == questions
+    assert "up to date" in Project(checkout).run("dvc", "status", "data/conversations.dvc")
+
+
+def type_import() -> None:
+    """`python -m fine_tuning import ../more.jsonl`."""
+    from fine_tuning.commands.conversations import import_files
+
+    import_files(SimpleNamespace(files=[Path("../more.jsonl")]))
 
 
 def type_seal() -> None:

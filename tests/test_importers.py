@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import math
+import subprocess
+import sys
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +22,7 @@ from fine_tuning.data_collection.sample import sample_conversations
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.errors import UserError
+from tests.project import ROOT
 from tests.test_odd_records import changed, places
 
 
@@ -352,6 +355,50 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path, suffix):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read to its end"):
         taken(path)
+
+
+BOMB = """
+import resource, sys
+from fine_tuning.data_collection.importers import import_file
+from fine_tuning.errors import run
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+run(lambda: sum(1 for _ in import_file(sys.argv[1])) and None)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize(
+    "start", ['{"a":1}\n{"a":"', '{"a": "', '[{"a": "', "[1,", "<|im_start|>user\n", "question,answer\n"]
+)
+def test_a_decompression_bomb_is_one_line_before_it_fills_the_memory(tmp_path, suffix, start):
+    import zstandard
+
+    path = tmp_path / f"bomb.{suffix}"
+    with gzip.open(path, "wb", 1) if suffix == "gz" else zstandard.open(path, "wb") as file:
+        file.write(start.encode())
+        for _ in range(300):
+            file.write((b" " if start == "[1," else b"a") * (1 << 20))
+    assert path.stat().st_size < 2 << 20
+    done = subprocess.run([sys.executable, "-c", BOMB, path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "disk" not in line and "memory" not in line
+
+
+@pytest.mark.parametrize("name", ["lines.jsonl", "document.json", "array.json", "talk.txt", "table.csv"])
+def test_one_piece_of_a_file_that_would_fill_the_memory_is_one_line(tmp_path, monkeypatch, name):
+    from fine_tuning.data_collection import importers
+
+    for limit in ("LARGEST", "CHUNK"):
+        monkeypatch.setattr(importers, limit, 1000)
+    start, end = {
+        "lines.jsonl": ('{"a":"', '"}'),
+        "document.json": ('{"a":"', '"}'),
+        "array.json": ('[{"a":"', '"}]'),
+    }.get(name, ("<|im_start|>user\n", "<|im_end|>\n") if name == "talk.txt" else ("question,answer\na,", "\n"))
+    path = write(tmp_path / name, start + "x" * 5000 + end)
+    with pytest.raises(UserError, match="in one piece: write one conversation a line"):
+        list(import_file(path))
 
 
 def test_text_after_an_array_and_a_zip_archive_are_told(tmp_path):

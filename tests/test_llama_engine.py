@@ -1,9 +1,14 @@
 """LlamaEngine: one GGUF in a process of its own that starts quietly, ends cleanly and fails in words."""
 
+import contextlib
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from fine_tuning.errors import UserError
@@ -142,9 +147,6 @@ def test_the_process_is_gone_after_the_block_even_after_an_error(gguf):
 
 
 def test_the_process_ends_when_its_parent_is_killed(gguf, tmp_path):
-    import subprocess
-    import sys
-
     script = (
         "import sys, time; from pathlib import Path; from fine_tuning.evaluation.llama_engine import LlamaEngine\n"
         f"engine = LlamaEngine(Path({str(gguf)!r}), context=64, threads=1).start()\n"
@@ -153,11 +155,51 @@ def test_the_process_ends_when_its_parent_is_killed(gguf, tmp_path):
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         pid = int(parent.stdout.readline())
         parent.kill()
-    for _ in range(100):
-        if not is_running(pid):
-            break
-        time.sleep(0.1)
-    assert not is_running(pid)
+    wait_for_the_end(pid)
+
+
+def wait_for_the_end(pid: int) -> None:
+    """Until the process is gone, or is a zombie that nobody has asked for."""
+    process = psutil.Process(pid) if is_running(pid) else None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for _ in range(200):
+            if process is None or process.status() == psutil.STATUS_ZOMBIE:
+                return
+            time.sleep(0.1)
+        pytest.fail("the process still runs")
+
+
+ENDLESS = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.fixture
+def endless(tiny_base, tmp_path):
+    """A GGUF with which llama.cpp counts while it loads: it tries the chat template."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(ENDLESS)
+    write_gguf(tmp_path / "base", tmp_path / "endless.gguf", "F16")
+    return tmp_path / "endless.gguf"
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_the_process_ends_with_its_parent_while_it_loads(endless, end):
+    script = (
+        "from pathlib import Path; from fine_tuning.evaluation.llama_engine import LlamaEngine\n"
+        f"LlamaEngine(Path({str(endless)!r}), context=64, threads=1).start()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True) as parent:
+        watched = psutil.Process(parent.pid)
+        while not (children := watched.children()) or sum(children[0].cpu_times()[:2]) < 2:
+            assert parent.poll() is None
+            time.sleep(0.05)
+        os.killpg(parent.pid, end) if end == signal.SIGINT else parent.kill()
+    wait_for_the_end(children[0].pid)
+
+
+def test_loading_has_a_time_limit_whatever_llama_cpp_does(endless):
+    engine = LlamaEngine(endless, context=64, threads=1, timeout=3)
+    with pytest.raises(UserError, match=r"did not load within 3 s"):
+        engine.start()
 
 
 def test_a_killed_process_is_one_clear_line(gguf):

@@ -156,6 +156,15 @@ def test_a_users_own_module_is_averaged_over_items(tmp_path):
     assert metric.values(statistics.sum(axis=0)) == {"questions": 0.75}
 
 
+def test_a_foreign_file_in_the_temporary_folder_breaks_no_metric(tmp_path, monkeypatch):
+    for name in SETTINGS.metrics:
+        (tmp_path / name).write_text("somebody else's")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in SETTINGS.metrics:
+        load_metric(name, MODULES)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"somebody else's"}
+
+
 @pytest.mark.parametrize(
     ("name", "source", "words"),
     [

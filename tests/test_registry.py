@@ -20,6 +20,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry
 from tests.fake_ollama import silent_host
 from tests.registered import environment
+from tests.strike import in_child
 
 FIRST, SECOND, THIRD = ("1" * 64, "2" * 64, "3" * 64)
 NUMBERS = count()
@@ -316,6 +317,41 @@ def wait_for(address: str) -> None:
                 return
         time.sleep(0.25)
     raise AssertionError("the MLflow server did not start in three minutes")
+
+
+@pytest.mark.parametrize("what", ["a text", "a folder", "another program's database", "not SQLite's", "no driver"])
+def test_an_address_of_something_else_is_one_clear_line_and_leaves_it_as_it_was(tmp_path, what):
+    other = tmp_path / "other"
+    if what == "a folder":
+        other.mkdir()
+    elif what == "another program's database":
+        with contextlib.closing(sqlite3.connect(other)) as database:
+            database.execute("CREATE TABLE bookmarks (address TEXT)")
+    else:
+        other.write_text("root:x:0:0\n" * 500)
+    before = other.read_bytes() if other.is_file() else None
+    address = {"not SQLite's": "file:///etc", "no driver": "mysql://host/name"}.get(what, f"sqlite:///{other}")
+    start = time.monotonic()
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI") as told:
+        ModelRegistry("name", address, tmp_path / "artifacts", tmp_path / "locks").versions()
+    assert "\n" not in str(told.value) and time.monotonic() - start < 60
+    assert before is None or other.read_bytes() == before
+
+
+def test_a_store_that_was_killed_while_it_was_made_is_made_by_the_next(tmp_path):
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (a forked child need not import it)
+
+    killed = 0
+    for tenths in range(3, 13):
+        folder = tmp_path / str(tenths)
+        folder.mkdir()
+        killed += os.WIFSIGNALED(
+            in_child(lambda: None, lambda f=folder: open_registry(f, "name").versions(), tenths / 10)
+        )
+        assert in_child(lambda: None, lambda f=folder: open_registry(f, "name").versions() and None) == 0
+        assert {path.name for path in folder.iterdir()} <= {"mlflow.db", "artifacts", "locks"}
+    assert killed > 3
 
 
 def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):

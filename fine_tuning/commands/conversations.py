@@ -103,7 +103,7 @@ def import_files(args: argparse.Namespace) -> None:
         if changes:
             written.append(write_shard(CONVERSATIONS, f"{next_stamp(CONVERSATIONS)}-import", _new_versions(changes)))
         written = [(shard, count) for shard, count in written if shard is not None]
-        if written:
+        if written or (any(CONVERSATIONS.glob("*.jsonl")) and not _is_what_dvc_names()):  # killed before it tracked
             track(repo)
         for report in reports:
             report.show()

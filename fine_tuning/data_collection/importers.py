@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,8 @@ from fine_tuning.records import STRICT_JSON
 
 CHUNK = 1 << 20
 LONGEST_LINE = 64 << 20
+LARGEST = 256 << 20  # bytes or characters of one record, or of a document that is read whole
+MOST_EXPANSION = 100  # times its size that a compressed file beyond LARGEST may have; conversations have 5 to 20
 MOST_TURNS = 10_000  # of one conversation that stands alone in a file
 csv.field_size_limit(1 << 28)
 # of a message as OpenAI's API takes and gives it
@@ -183,7 +185,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any] | Problem]:
             yield from _csv_records(file)
         elif kind == "chatml":
             try:
-                text = file.read().decode("utf-8-sig")
+                text = _at_most(file.read).decode("utf-8-sig")
             except UnicodeDecodeError:
                 yield Problem(1, "not UTF-8: convert the file, such as with `iconv -f latin1 -t utf-8`")
                 return
@@ -251,9 +253,10 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
     with open(path, "rb") as raw:
         magic = raw.peek(4)[:4]
         if magic.startswith(b"\x1f\x8b"):
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw))
+            unpacked = iter(partial(gzip.GzipFile(fileobj=raw).read, CHUNK), b"")
+            file = io.BufferedReader(_Pieces(_no_bomb(unpacked, raw)))
         elif magic == b"\x28\xb5\x2f\xfd":
-            file = io.BufferedReader(_Pieces(_zstd_pieces(raw)))
+            file = io.BufferedReader(_Pieces(_no_bomb(_zstd_pieces(raw), raw)))
         else:
             file = raw
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -265,13 +268,32 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
 def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
     """The content of a file of zstd frames. Unlike zstandard's own reader it notices that the last one is cut off."""
     frame, packed = zstandard.ZstdDecompressor().decompressobj(), b""
-    while packed := packed or file.read(CHUNK >> 4):
+    while packed := packed or file.read(1024):  # at most 32 MiB: 4 bytes are a block, and a block is up to 128 KiB
         if frame.eof:
             frame = zstandard.ZstdDecompressor().decompressobj()
         yield frame.decompress(packed)
         packed = frame.unused_data if frame.eof else b""
     if not frame.eof:
         raise EOFError("the last frame is cut off")
+
+
+def _no_bomb(unpacked: Iterator[bytes], packed: BinaryIO) -> Iterator[bytes]:
+    """The same pieces, unless a file becomes far larger than an export of conversations can."""
+    size = 0
+    for piece in unpacked:
+        size += len(piece)
+        if size > max(LARGEST, MOST_EXPANSION * packed.tell()):
+            raise UserError(
+                f"{packed.name} unpacks to over {MOST_EXPANSION} times its size: unpack it, import the result"
+            )
+        yield piece
+
+
+def _at_most(read: Callable[[int], Any]) -> Any:
+    """What `read` returns for a line or for all the rest, refused where it would fill the memory."""
+    if len(found := read(LARGEST + 1)) > LARGEST:
+        raise UserError(f"the file holds over {LARGEST >> 20} MiB in one piece: write one conversation a line")
+    return found
 
 
 class _Pieces(io.RawIOBase):
@@ -305,7 +327,7 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(partial(_at_most, file.readline), b""), start=1):
         line = line.strip(b" \t\r\n")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -325,7 +347,7 @@ def _json_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
     try:
         buffer = reader.read(CHUNK).lstrip()
         if not buffer.startswith("["):
-            yield from _document(buffer + reader.read())
+            yield from _document(buffer + _at_most(reader.read))
             return
         yield from _one_conversation(_array_elements(buffer[1:], reader))
     except UnicodeDecodeError:
@@ -406,7 +428,7 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
                 return
             # As much again as is left over: an element of any length is scanned a few times, not once a chunk.
             try:
-                more = reader.read(max(len(buffer) - start, CHUNK))
+                more = reader.read(max(len(buffer) - start, CHUNK)) if len(buffer) <= LARGEST else _at_most(reader.read)
             except UnicodeDecodeError:
                 yield Problem(number + 1, "not UTF-8 here or further on; the records after it were not read")
                 return
@@ -453,7 +475,7 @@ def _csv_rows(file: BinaryIO) -> Iterator[tuple[int, dict] | Problem]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     header = text.readline(CHUNK)
     delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", header).count)
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
+    rows = csv.reader(iter(partial(_at_most, text.readline), ""), delimiter=delimiter, strict=True)
     columns = [_CONVERSATION.get(name, name) for name in _cells(header, delimiter)]
     while True:
         line = rows.line_num + 2

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
+from fine_tuning.data_preparation.template_trial import try_template
 from fine_tuning.errors import UserError
 from fine_tuning.settings import Settings
 
@@ -492,12 +493,14 @@ class TokenizerUtils:
         revision: of a hub id.
 
     Raises:
-        UserError: there is no such tokenizer, or it has no fast form.
+        UserError: there is no such tokenizer, it has no fast form, or its chat template does not end.
     """
 
     def __init__(self, name: str | Path, revision: str | None = None) -> None:
         self.name = str(name)
         self.tokenizer = _load_any(self.name, revision)
+        if isinstance(self.tokenizer.chat_template, str):
+            try_template(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain text: no token is added, and control tokens in it are parsed."""

@@ -5,6 +5,8 @@ It imports nothing of this project, so that it starts quickly and runs from any 
 
 import json
 import os
+import select
+import signal
 import sys
 from typing import Any
 
@@ -34,11 +36,30 @@ def parameters(request: dict[str, Any]) -> Any:
     return params
 
 
+def end_with_stdin() -> None:
+    """Fork a watcher that kills this process, whatever it is doing, once stdin is closed.
+
+    No thread could: llama.cpp holds the interpreter's lock while it loads a model. Nor is Linux's PR_SET_PDEATHSIG of
+    use: the signal comes when the thread ends that started this process, and those of a Streamlit page end early.
+    """
+    server, (ended, held) = os.getpid(), os.pipe()
+    if os.fork():
+        os.close(ended)  # `held` stays open as long as this process lives
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.close(held)
+    os.closerange(1, 3)
+    if ended not in select.select([0, ended], [], [])[0]:
+        os.kill(server, signal.SIGKILL)
+    os._exit(0)
+
+
 def main() -> None:
     """Answer {"address"} or {"error"} on stdout, then serve until the parent closes stdin or dies."""
+    request = json.loads(sys.stdin.readline())
+    end_with_stdin()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp's own words go to the log, whichever stream it chooses
-    request = json.loads(sys.stdin.readline())
     try:
         import xllamacpp
 

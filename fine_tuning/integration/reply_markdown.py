@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 # CommonMark 0.31, "Fenced code blocks": up to three spaces, three or more of one character, an info string.
 FENCE = re.compile(r"^ {0,3}(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[ \t]*(?P<language>[\w+#.-]*)")
-INLINE_CODE = re.compile(r"(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.DOTALL)
+BACKTICKS = re.compile(r"(?<!\\)(?P<backslashes>\\*)(?P<ticks>`+)")
 # A code block with a language inside a quote or a list. An info string of backticks has none in it.
 NESTED_FENCE = re.compile(r"^[ \t>*+.)\d-]*(?:`{3,}(?=[ \t]*[^\s`][^`\n]*$)|~{3,}(?=[ \t]*[^\s~]))", re.MULTILINE)
 DECORATION = re.compile(r"\$|:(?=[a-z][\w-]*\[|[a-z]+/[\w.-]+:|[a-z_]+:)")
@@ -60,10 +60,27 @@ def safe_prose(text: str) -> str:
     # footnote may hold a code block too, behind a label of any characters: none are made.
     text = NESTED_FENCE.sub(r"\g<0>text ", text.replace("[^", "[\u200b^"))
     kept, position = [], 0
-    for match in INLINE_CODE.finditer(text):
-        kept += [_undecorated(text[position : match.start()]), match.group()]
-        position = match.end()
+    for start, end in _code_spans(text):
+        kept += [_undecorated(text[position:start]), text[start:end]]
+        position = end
     return "".join([*kept, _undecorated(text[position:])])
+
+
+def _code_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Where inline code begins and ends, backticks included, in one pass over the runs of backticks.
+
+    CommonMark 0.31, "Code spans": a run, without its first backtick where that is escaped, up to the next run as long.
+    """
+    runs = [(*match.span("ticks"), len(match["backslashes"]) % 2) for match in BACKTICKS.finditer(text)]
+    spans, following = [], {}
+    for start, end, escaped in reversed(runs):
+        spans.append((start, start + escaped, following.get(end - start - escaped)))
+        following[end - start] = end
+    position = 0
+    for start, opened, closed in reversed(spans):
+        if closed is not None and start >= position:
+            yield opened, closed
+            position = closed
 
 
 def printable(text: str) -> str:

@@ -4,13 +4,16 @@ import hashlib
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.errors import UserError
-from fine_tuning.records import write_json
+from fine_tuning.data_preparation.template_trial import try_template
+from fine_tuning.errors import UserError, no_memory, no_space
+from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import Settings
 
 # What of a hub repository makes a model: never its pickles, which run code when they are opened.
@@ -113,23 +116,25 @@ def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> 
     """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF.
 
     Raises:
-        UserError: the tokenizer has no chat template, is not a fast one, or needs code of its own.
+        UserError: the tokenizer does not load, has no chat template or one that does not end, is not a fast one, or
+            needs code of its own.
     """
     from transformers import AutoTokenizer
 
-    if source.gguf_file:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
-        restore_pre_tokenizer(tokenizer, gguf_field(source.gguf, "tokenizer.ggml.pre"))
-    else:
-        try:
+    with _reading(source):
+        if source.gguf_file:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
+            restore_pre_tokenizer(tokenizer, gguf_field(source.gguf, "tokenizer.ggml.pre"))
+        else:
             # Said in full: where it is left open, transformers asks the person at the terminal.
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise UserError(_not_loaded(source.folder, error)) from None
     if not tokenizer.is_fast:
         raise UserError("the base has no fast tokenizer (tokenizer.json): choose a base that ships one")
     if not tokenizer.chat_template:
         raise UserError("the base has no chat template, so it is no chat model: choose an instruct or chat variant")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError("the base has several chat templates: keep one of them, in a file chat_template.jinja")
+    try_template(tokenizer)
     return tokenizer
 
 
@@ -188,37 +193,71 @@ def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
     """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
 
     float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32.
+
+    Raises:
+        UserError: a file is damaged, names files elsewhere or is quantised; a weight is missing or no number.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    if not source.gguf_file:
-        return _load_safetensors(source.folder, trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, gguf_file=source.gguf_file, dtype=torch.float32)
-    _forget_quantisation(model)
-    return model.to(torch.float16)
+    # Never a pickle, which runs code when it is opened.
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    if source.gguf_file:
+        options = {"gguf_file": source.gguf_file, "dtype": torch.float32}
+    with _reading(source):
+        _check_files(source)
+        # transformers makes up what is missing and carries on.
+        model, found = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **options)
+    if source.gguf_file:
+        _forget_quantisation(model)
+        model = model.to(torch.float16)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"base.model lacks {len(missing)} of its weights, such as {missing[0]}: download it again")
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise UserError(f"base.model: {name} holds NaN or infinite weights: download it again, or choose another")
+    return model
 
 
-def _load_safetensors(folder: Path, trust_remote_code: bool) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+def _check_files(source: BaseSource) -> None:
+    """Refuse what transformers would fetch from elsewhere, or make for longer than anybody waits."""
+    from gguf import GGUFReader
+    from safetensors import safe_open
 
-    try:
-        # Never a pickle, which runs code when it is opened.
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+    folder = source.folder
+    if source.gguf:
+        reader = GGUFReader(source.gguf)
+        layers = reader.get_field(f"{reader.get_field('general.architecture').contents()}.block_count").contents()
+        tensors = len(reader.tensors)
+    else:
+        config, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+        named = read_json(index)["weight_map"].values() if index.exists() else ()
+        if "quantization_config" in config:
+            raise UserError(f"base.model: {folder} is quantised: give the plain weights that it was made from")
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"base.model: {folder} is an adapter: merge it with its own base and give the result")
+        if any(name != Path(name).name for name in named):
+            raise UserError(f"base.model: {index} names a file outside its folder: download the base again")
+        layers = config.get("num_hidden_layers")
+        tensors = sum(len(safe_open(file, framework="pt").keys()) for file in folder.glob("*.safetensors"))
+    if isinstance(layers, int) and not 0 < layers <= tensors:
+        raise UserError(
+            f"base.model has {tensors} tensors (.safetensors or GGUF) for {layers} layers: download it again"
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(_not_loaded(folder, error)) from None
 
 
-def _not_loaded(folder: Path, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return f"base.model: {folder} runs Python code of its own: choose another, or see base.trust_remote_code"
-    return (
-        f"base.model: {folder} does not load ({type(error).__name__}): give a folder of a chat model whose weights are "
-        "whole .safetensors files"
-    )
+@contextmanager
+def _reading(source: BaseSource) -> Iterator[None]:
+    """Whatever a reader raises becomes one line: files of somebody else's may fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or no_space(error) or no_memory(error):
+            raise
+        problem = f"does not load ({type(error).__name__}): give whole .safetensors files of a chat model, or its .gguf"
+        if "trust_remote_code" in str(error):
+            problem = "runs Python code of its own: choose another, or see base.trust_remote_code"
+        raise UserError(f"base.model: {source.gguf or source.folder} {problem}") from None
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -43,14 +43,27 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for chatty in ("mlflow", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if file and file.exists():
+        _refuse_foreign_file(file)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=120):
-            if uri == f"sqlite:///{artifacts.parent / 'mlflow.db'}":
-                _own_store(artifacts.parent / "mlflow.db", artifacts)
+            own = file == artifacts.parent / "mlflow.db"
+            if file and not (file.exists() and file.stat().st_size):
+                # A store that was killed while MLflow made its tables never opens again: it comes whole or not at all.
+                new = file.with_name(f".{file.name}.new")
+                new.unlink(missing_ok=True)
+                mlflow.MlflowClient(f"sqlite:///{new}", f"sqlite:///{new}").search_experiments()
+                if own:
+                    new.chmod(0o600)
+                new.replace(file)
+            if file and own:
+                _own_store(file, artifacts)
             client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment:
@@ -59,7 +72,7 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
             return client, client.create_experiment(EXPERIMENT, artifact_location=location)
     except Timeout:
         raise UserError(f"another process holds the MLflow store for two minutes: end it, or remove {lock}") from None
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError, ImportError) as error:
         if no_space(error):
             raise
         raise UserError(
@@ -68,11 +81,10 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
 
 
 def _own_store(database: Path, artifacts: Path) -> None:
-    """Make database and folder readable by their owner only, and rebase addresses that name another folder.
+    """Make the folder readable by its owner only, and rebase addresses that name another folder.
 
     MLflow stores absolute addresses only: a copy of the project would write into the original, and delete from it.
     """
-    database.touch(mode=0o600)
     artifacts.mkdir(mode=0o700, exist_ok=True)
     with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection, connection:
         if not connection.execute("SELECT name FROM sqlite_master WHERE name = 'experiments'").fetchall():
@@ -82,6 +94,19 @@ def _own_store(database: Path, artifacts: Path) -> None:
             for table, column in (address.split(".") for address in ADDRESSES):
                 change = f"UPDATE {table} SET {column} = ?1 || substr({column}, ?2) WHERE substr({column}, 1, ?2)"
                 connection.execute(f"{change} IN (?3, ?3 || '/')", [new, len(old) + 1, old])
+
+
+def _refuse_foreign_file(path: Path) -> None:
+    """MLflow adds its tables to any SQLite database, and tries a folder for minutes."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
+            names = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            # Alembic makes a table anew under such a name: of a migration that was killed.
+            foreign = bool(names) and not names & {"experiments", "_alembic_tmp_experiments"}
+    except sqlite3.DatabaseError as error:
+        foreign = "locked" not in str(error)
+    if foreign:
+        raise UserError(f"{path} is not an MLflow store, so nothing was written to it: correct MLFLOW_TRACKING_URI")
 
 
 class Run:
