@@ -291,6 +291,25 @@ def test_where_sign_in_is_configured_a_stranger_sees_nothing_but_the_button(chec
     assert [button.label for button in at.button] == ["Sign in with acme", "Sign in with home"]
 
 
+def test_only_owners_get_the_pages_that_start_commands(checkout, monkeypatch):
+    offered, navigation = [], st.navigation
+    monkeypatch.setattr(st, "navigation", lambda pages, **how: offered.append(pages) or navigation(pages, **how))
+    ann = {"is_logged_in": True, "email": "ann@example.org", "sub": "1", "name": "bob@example.org"}
+    opened = {"nobody": None, "ann": ["ann@example.org"], "her sub": ["1"], "bob": ["bob@example.org"]}
+    for name, owners in opened.items():
+        at = AppTest.from_file(str(APP), default_timeout=60)
+        at.secrets["auth"], at.user = AUTH | PROVIDER, ann
+        if owners:
+            at.secrets["roles"] = {"owners": owners}
+        say(at.run(), "Hello?")
+        assert ("Delete…" in [button.label for button in at.button]) == (name in ("ann", "her sub")), name
+        titles = ["Chat", "Compare"] + ["Data", "Runs", "Models"] * (name in ("ann", "her sub"))
+        assert [page.title for page in offered[-1]] == titles, name
+    at.user = ann | {"email_verified": False}
+    at.secrets["roles"] = {"owners": ["ann@example.org"]}
+    assert "Delete…" not in [button.label for button in at.run().button]
+
+
 def test_a_judgement_bears_the_name_of_whoever_is_signed_in(checkout):
     ann, bob = ({"is_logged_in": True, "email": f"{name}@example.org"} for name in ("ann", "bob"))
     at = open_with_sign_in(ann, AUTH | PROVIDER)
