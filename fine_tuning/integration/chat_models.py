@@ -1,5 +1,6 @@
 """The models a person can talk to: what Ollama serves, the champion's and the base's GGUF, and how each is asked."""
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -102,11 +103,8 @@ def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
         digests = client.digests()
     except OllamaError:
         return []
-    numbers = {
-        digest: int(tag.removeprefix(f"{name}:"))
-        for tag, digest in digests.items()
-        if tag.startswith(f"{name}:") and tag.removeprefix(f"{name}:").isdigit()
-    }
+    version = re.compile(rf"{re.escape(name)}:([1-9][0-9]{{0,8}})")
+    numbers = {digest: int(match[1]) for tag, digest in digests.items() if (match := version.fullmatch(tag))}
     live = full_name(f"{name}:live")
     models = [ChatModel("Live", "ollama", live, numbers.get(digests[live]))] if live in digests else []
     for number in sorted(numbers.values(), reverse=True):

@@ -1,13 +1,19 @@
-"""An Ollama server over HTTP: every call has a time-out, every failure is one clear line.
+"""An Ollama server over HTTP: every call has a deadline and a size limit, every failure is one clear line.
 
 The `ollama` package waits without end, raises other exceptions when it streams, and takes a stream that stops half
-way for a complete answer; this client does none of that.
+way for a complete answer; this client does none of that. A time-out of HTTP libraries is one of a single read: a server
+that sends a byte now and then would hold them for ever.
 """
 
 import ipaddress
 import json
 import os
+import re
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,11 @@ from fine_tuning.errors import UserError
 DEFAULT_PORT = 11434
 CHUNK_BYTES = 1 << 20
 REASON_CHARACTERS = 300
+ANSWER_BYTES = 16 << 20
+STREAM_BYTES = 64 << 20
+STREAM_FACTOR = 24  # a whole stream may last so many times the longest wait for one of its lines
+SLOWEST_UPLOAD = 64 << 10  # bytes a second
+MODEL_NAME = re.compile(r"[\w.:/@-]{1,512}", re.ASCII)
 
 Progress = Callable[[int, int], None]
 
@@ -113,23 +124,67 @@ def normalise_host(host: str) -> str:
     return f"{parts.scheme}://{shown}:{port}{parts.path.rstrip('/')}"
 
 
+class _Deadline:
+    """Shuts the connection of one request down when its time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.over = False
+        self._at = time.monotonic() + seconds
+        self._socket: socket.socket | None = None
+        self._changed = threading.Condition()
+        self._done = False
+
+    def __enter__(self) -> "_Deadline":
+        threading.Thread(target=self._watch, daemon=True, name="deadline").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._done = True
+            self._changed.notify()
+
+    def trace(self, event: str, info: dict) -> None:
+        """Called by httpcore (extension `trace`) at every step: learns the socket."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    def postpone(self, seconds: float) -> None:
+        """Let it end so many seconds from now."""
+        self._at = time.monotonic() + seconds
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._done and (left := self._at - time.monotonic()) > 0:
+                self._changed.wait(left)
+            if self._done:
+                return
+            self.over = True
+        with suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
 class OllamaClient:
     """One server.
 
     Args:
         host: address in any form that `normalise_host` takes.
-        timeout: seconds for connecting and for a short answer.
-        stream_timeout: longest silence, in seconds, in an upload, a creation or a reply (loading a model is silent).
+        timeout: seconds for connecting, and for the whole of a short answer.
+        stream_timeout: longest wait, in seconds, for a line of a creation or a reply (loading a model is silent); the
+            whole may last STREAM_FACTOR times as long.
     """
 
     def __init__(self, host: str, *, timeout: float = 10.0, stream_timeout: float = 300.0) -> None:
         self.host = normalise_host(host)
         self._short = httpx.Timeout(timeout)
+        self._wait = stream_timeout
         self._long = httpx.Timeout(timeout, read=stream_timeout, write=stream_timeout)
         # A proxy for the outside world must not be asked for a server on this machine.
         self._http = httpx.Client(
             base_url=self.host,
             trust_env=not _is_local(self.host),
+            # What is compressed can be any size. Ollama compresses nothing; a proxy in front is asked not to.
+            headers={"Accept-Encoding": "identity"},
             # Loading certificates takes a tenth of a second; plain HTTP needs none.
             verify=self.host.startswith("https:"),
             # A kept connection that the server has just closed looks like a server that went down.
@@ -150,7 +205,7 @@ class OllamaClient:
 
     def version(self) -> str:
         """Version of the server, e.g. "0.34.1"."""
-        return str(self._json("GET", "/api/version").get("version", "unknown"))
+        return _one_line(self._json("GET", "/api/version").get("version", "unknown"))
 
     def is_up(self) -> bool:
         """Whether an Ollama answers."""
@@ -161,9 +216,10 @@ class OllamaClient:
         return True
 
     def models(self) -> list[dict]:
-        """Entries of /api/tags: name, digest, size, modified_at, details."""
+        """Entries of /api/tags: name, digest, size, modified_at, details. What is no name of a model is left out."""
         models = self._json("GET", "/api/tags").get("models")
-        return [entry for entry in models or [] if isinstance(entry, dict)]
+        entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+        return [entry for entry in entries if MODEL_NAME.fullmatch(str(entry.get("name")))]
 
     def digests(self) -> dict[str, str]:
         """Manifest digest (64 hex characters) by full name: `whetstone:live`, never `whetstone`."""
@@ -200,6 +256,7 @@ class OllamaClient:
             content=_read_chunks(path, progress),
             headers={"Content-Length": str(size), "Content-Type": "application/octet-stream"},
             timeout=self._long,
+            seconds=self._wait + size / SLOWEST_UPLOAD,
         )
         if response.status_code not in (200, 201):
             raise self._refusal(response, "POST /api/blobs")
@@ -217,7 +274,7 @@ class OllamaClient:
         for line in self._stream("/api/create", {**request, "model": model, "stream": True}):
             status = line.get("status")
             if status and progress:
-                progress(str(status))
+                progress(_one_line(status))
         if status != "success":
             raise OllamaError(
                 f"{self.host} stopped before {model} was made (its log says why, is its disk full?): deploy again"
@@ -279,8 +336,11 @@ class OllamaClient:
 
     def _chat_lines(self, model: str, request: dict) -> Iterator[dict]:
         for line in self._stream("/api/chat", request):
+            message, done = line.get("message", {}), line.get("done", False)
+            if not isinstance(message, dict) or not isinstance(message.get("content", ""), str) or done not in (0, 1):
+                raise OllamaError(f"{self.host}/api/chat sent a line that is not Ollama's: is it one?")
             yield line
-            if line.get("done"):
+            if done:
                 return
         raise OllamaError(f"{self.host} broke off its reply as {model}: ask again, its log says why")
 
@@ -290,49 +350,80 @@ class OllamaClient:
         response = self._request(method, path, json=body, timeout=timeout)
         if response.status_code != 200:
             raise self._refusal(response, f"{method} {path}")
-        try:
-            value = response.json()
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
+        if (value := _parse(response.content)) is None:
             raise OllamaError(f"{self.host}{path} does not answer like an Ollama: check deploy.host and OLLAMA_HOST")
         return value
 
-    def _request(self, method: str, path: str, timeout: httpx.Timeout | None = None, **content: Any) -> httpx.Response:
-        try:
-            return self._http.request(method, quote(path, safe="/:"), timeout=timeout or self._short, **content)
-        except httpx.HTTPError as error:
-            raise self._lost(error, path) from None
+    @contextmanager
+    def _answer(
+        self, method: str, path: str, seconds: float, timeout: httpx.Timeout, **content: Any
+    ) -> Iterator[tuple[httpx.Response, _Deadline]]:
+        """An answer whose body is still to be read, and the deadline of the whole, `seconds` from now."""
+        with _Deadline(seconds) as deadline:
+            try:
+                extensions = {"trace": deadline.trace}
+                with self._http.stream(
+                    method, quote(path, safe="/:"), timeout=timeout, extensions=extensions, **content
+                ) as response:
+                    if response.headers.get("content-encoding", "identity") != "identity":
+                        raise OllamaError(f"{self.host}{path} answers compressed, unasked: is it an Ollama?")
+                    yield response, deadline
+                    if deadline.over:  # a body without a length ends where the connection does
+                        raise httpx.ReadTimeout("")
+            except httpx.HTTPError as error:
+                raise self._lost(error, path, deadline) from None
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        timeout: httpx.Timeout | None = None,
+        seconds: float | None = None,
+        **content: Any,
+    ) -> httpx.Response:
+        timeout = timeout or self._short
+        with self._answer(method, path, seconds or timeout.read or 0.0, timeout, **content) as (response, _):
+            return httpx.Response(
+                response.status_code,
+                content=b"".join(self._limited(response, path, ANSWER_BYTES)),
+                extensions={"reason_phrase": response.extensions.get("reason_phrase", b"")},
+            )
+
+    def _limited(self, response: httpx.Response, path: str, most: int) -> Iterator[bytes]:
+        size = 0
+        for chunk in response.iter_raw():
+            if (size := size + len(chunk)) > most:
+                raise OllamaError(f"{self.host}{path} answers with more than {most >> 20} MiB: is it an Ollama?")
+            yield chunk
 
     def _stream(self, path: str, body: dict) -> Iterator[dict]:
         """Lines of an NDJSON answer. An `error` line is raised whatever the status was: it may be 200 by then."""
-        try:
-            with self._http.stream("POST", path, json=body, timeout=self._long) as response:
-                if response.status_code != 200:
-                    response.read()
-                    raise self._refusal(response, f"POST {path}")
-                for raw in _newline_separated(response.iter_bytes()):
-                    line = _parse(raw)
-                    if line is None:
-                        raise OllamaError(f"{self.host}{path} sent a line that is not JSON: is it an Ollama?")
-                    if line.get("error"):
-                        raise self._failure(_one_line(line["error"]), f"POST {path}", f"{self.host} failed")
-                    yield line
-        except httpx.HTTPError as error:
-            raise self._lost(error, path) from None
+        end = time.monotonic() + STREAM_FACTOR * self._wait
+        with self._answer("POST", path, self._wait, self._long, json=body) as (response, deadline):
+            if response.status_code != 200:
+                answer = b"".join(self._limited(response, path, ANSWER_BYTES))
+                raise self._refusal(httpx.Response(response.status_code, content=answer), f"POST {path}")
+            for raw in _newline_separated(self._limited(response, path, STREAM_BYTES)):
+                line = _parse(raw)
+                if line is None:
+                    raise OllamaError(f"{self.host}{path} sent a line that is not JSON: is it an Ollama?")
+                if line.get("error"):
+                    raise self._failure(_one_line(line["error"]), f"POST {path}", f"{self.host} failed")
+                deadline.postpone(min(self._wait, end - time.monotonic()))
+                yield line
 
-    def _lost(self, error: httpx.HTTPError, path: str) -> OllamaError:
+    def _lost(self, error: httpx.HTTPError, path: str, deadline: _Deadline) -> OllamaError:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnavailable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
-        if isinstance(error, httpx.TimeoutException):
+        if deadline.over or isinstance(error, httpx.TimeoutException):
             return OllamaUnavailable(
-                f"{self.host} was silent for too long at {path}: look at its log, or raise deploy.stream_timeout"
+                f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"
             )
         return OllamaUnavailable(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:
         body = _parse(response.content)
-        reason = _one_line(body["error"]) if body and body.get("error") else response.reason_phrase
+        reason = _one_line(body["error"]) if body and body.get("error") else _one_line(response.reason_phrase)
         if response.status_code == 404 and body and "model" in reason:
             return OllamaNotFound(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
         if response.status_code == 507:
@@ -370,35 +461,47 @@ def _read_chunks(path: Path, progress: Progress | None) -> Iterator[bytes]:
 
 def _newline_separated(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Lines that end with a newline, and a last one that may not: U+2028 ends no line, so no text mode here."""
-    rest = b""
+    rest: list[bytes] = []
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in lines if line.strip())
-    if rest.strip():
-        yield rest
+        *lines, tail = chunk.split(b"\n")
+        for line in lines:
+            if whole := b"".join([*rest, line]).strip():
+                yield whole
+            rest = []
+        rest.append(tail)
+    if whole := b"".join(rest).strip():
+        yield whole
 
 
 def _parse(raw: bytes) -> dict | None:
+    """A JSON object in UTF-8 (RFC 8259): no NaN, no half of a surrogate pair, and no deeper than Python can read."""
     try:
-        value = json.loads(raw)
-    except ValueError:
+        value = json.loads(raw.decode("utf-8"), parse_constant=int)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _one_line(reason: object) -> str:
-    return " ".join(str(reason).split())[:REASON_CHARACTERS]
+    """What a server says, for a terminal: nothing that moves its cursor or changes its title."""
+    text = "".join(character if character.isprintable() else " " for character in str(reason))
+    return " ".join(text.split())[:REASON_CHARACTERS]
 
 
 def _stats(line: dict) -> ChatStats:
     def count(key: str) -> int | None:
-        return line[key] if isinstance(line.get(key), int) else None
+        value = line.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
     def seconds(key: str) -> float | None:
-        return line[key] / 1e9 if isinstance(line.get(key), (int, float)) else None
+        nanoseconds = count(key)
+        return None if nanoseconds is None else nanoseconds / 1e9
 
+    reason = line.get("done_reason")
     return ChatStats(
-        done_reason=line.get("done_reason"),
+        done_reason=reason if isinstance(reason, str) else None,
         prompt_tokens=count("prompt_eval_count"),
         reply_tokens=count("eval_count"),
         total_seconds=seconds("total_duration"),
