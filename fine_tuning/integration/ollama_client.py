@@ -26,8 +26,7 @@ from fine_tuning.errors import UserError
 DEFAULT_PORT = 11434
 CHUNK_BYTES = 1 << 20
 REASON_CHARACTERS = 300
-ANSWER_BYTES = 16 << 20
-STREAM_BYTES = 64 << 20
+MOST_BYTES = 32 << 20  # of an answer: some 200,000 tokens of a streamed reply
 STREAM_FACTOR = 24  # a whole stream may last so many times the longest wait for one of its lines
 SLOWEST_UPLOAD = 64 << 10  # bytes a second
 MODEL_NAME = re.compile(r"[\w.:/@-]{1,512}", re.ASCII)
@@ -127,38 +126,30 @@ def normalise_host(host: str) -> str:
 class _Deadline:
     """Shuts the connection of one request down when its time is over."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
         self.over = False
-        self._at = time.monotonic() + seconds
         self._socket: socket.socket | None = None
-        self._changed = threading.Condition()
-        self._done = False
+        self._timer: threading.Timer | None = None
 
-    def __enter__(self) -> "_Deadline":
-        threading.Thread(target=self._watch, daemon=True, name="deadline").start()
-        return self
+    def start(self, seconds: float) -> None:
+        """Let it be over so many seconds from now."""
+        self.stop()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
 
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._done = True
-            self._changed.notify()
+    def stop(self) -> None:
+        """Let it never be over."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def trace(self, event: str, info: dict) -> None:
         """Called by httpcore (extension `trace`) at every step: learns the socket."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._socket = info["return_value"].get_extra_info("socket")
 
-    def postpone(self, seconds: float) -> None:
-        """Let it end so many seconds from now."""
-        self._at = time.monotonic() + seconds
-
-    def _watch(self) -> None:
-        with self._changed:
-            while not self._done and (left := self._at - time.monotonic()) > 0:
-                self._changed.wait(left)
-            if self._done:
-                return
-            self.over = True
+    def _end(self) -> None:
+        self.over = True
         with suppress(OSError):
             if self._socket is not None:
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -176,9 +167,7 @@ class OllamaClient:
 
     def __init__(self, host: str, *, timeout: float = 10.0, stream_timeout: float = 300.0) -> None:
         self.host = normalise_host(host)
-        self._short = httpx.Timeout(timeout)
-        self._wait = stream_timeout
-        self._long = httpx.Timeout(timeout, read=stream_timeout, write=stream_timeout)
+        self._short, self._long = timeout, stream_timeout
         # A proxy for the outside world must not be asked for a server on this machine.
         self._http = httpx.Client(
             base_url=self.host,
@@ -255,8 +244,8 @@ class OllamaClient:
             f"/api/blobs/sha256:{sha256}",
             content=_read_chunks(path, progress),
             headers={"Content-Length": str(size), "Content-Type": "application/octet-stream"},
-            timeout=self._long,
-            seconds=self._wait + size / SLOWEST_UPLOAD,
+            wait=self._long,
+            more=size / SLOWEST_UPLOAD,
         )
         if response.status_code not in (200, 201):
             raise self._refusal(response, "POST /api/blobs")
@@ -304,7 +293,7 @@ class OllamaClient:
             "options": {"num_predict": 1},
             "_debug_render_only": True,
         }
-        debug = self._json("POST", "/api/chat", request, timeout=self._long).get("_debug_info")
+        debug = self._json("POST", "/api/chat", request, self._long).get("_debug_info")
         rendered = debug.get("rendered_template") if isinstance(debug, dict) else None
         return rendered if isinstance(rendered, str) else None
 
@@ -346,8 +335,8 @@ class OllamaClient:
 
     # ----------------------------------------------------------------------------------------------------------- wire
 
-    def _json(self, method: str, path: str, body: dict | None = None, timeout: httpx.Timeout | None = None) -> dict:
-        response = self._request(method, path, json=body, timeout=timeout)
+    def _json(self, method: str, path: str, body: dict | None = None, wait: float | None = None) -> dict:
+        response = self._request(method, path, wait, json=body)
         if response.status_code != 200:
             raise self._refusal(response, f"{method} {path}")
         if (value := _parse(response.content)) is None:
@@ -356,60 +345,51 @@ class OllamaClient:
 
     @contextmanager
     def _answer(
-        self, method: str, path: str, seconds: float, timeout: httpx.Timeout, **content: Any
+        self, method: str, path: str, wait: float, more: float = 0.0, **content: Any
     ) -> Iterator[tuple[httpx.Response, _Deadline]]:
-        """An answer whose body is still to be read, and the deadline of the whole, `seconds` from now."""
-        with _Deadline(seconds) as deadline:
-            try:
-                extensions = {"trace": deadline.trace}
-                with self._http.stream(
-                    method, quote(path, safe="/:"), timeout=timeout, extensions=extensions, **content
-                ) as response:
-                    if response.headers.get("content-encoding", "identity") != "identity":
-                        raise OllamaError(f"{self.host}{path} answers compressed, unasked: is it an Ollama?")
-                    yield response, deadline
-                    if deadline.over:  # a body without a length ends where the connection does
-                        raise httpx.ReadTimeout("")
-            except httpx.HTTPError as error:
-                raise self._lost(error, path, deadline) from None
+        """An answer whose body is still to be read, and the deadline of the whole: `wait` and `more` seconds from now.
+        Nothing may be silent for longer than `wait`."""
+        deadline = _Deadline()
+        deadline.start(wait + more)
+        timeout, extensions = httpx.Timeout(wait, connect=self._short), {"trace": deadline.trace}
+        stream = self._http.stream(method, quote(path, safe="/:"), timeout=timeout, extensions=extensions, **content)
+        try:
+            with stream as response:
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise OllamaError(f"{self.host}{path} answers compressed, unasked: is it an Ollama?")
+                yield response, deadline
+        except httpx.HTTPError as error:
+            raise self._lost(error, path, deadline) from None
+        finally:
+            deadline.stop()
 
-    def _request(
-        self,
-        method: str,
-        path: str,
-        timeout: httpx.Timeout | None = None,
-        seconds: float | None = None,
-        **content: Any,
-    ) -> httpx.Response:
-        timeout = timeout or self._short
-        with self._answer(method, path, seconds or timeout.read or 0.0, timeout, **content) as (response, _):
-            return httpx.Response(
-                response.status_code,
-                content=b"".join(self._limited(response, path, ANSWER_BYTES)),
-                extensions={"reason_phrase": response.extensions.get("reason_phrase", b"")},
-            )
+    def _request(self, method: str, path: str, wait: float | None = None, **content: Any) -> httpx.Response:
+        with self._answer(method, path, wait or self._short, **content) as (response, deadline):
+            body = b"".join(self._body(response, path, deadline))
+        return httpx.Response(response.status_code, content=body)
 
-    def _limited(self, response: httpx.Response, path: str, most: int) -> Iterator[bytes]:
-        size = 0
+    def _body(self, response: httpx.Response, path: str, deadline: _Deadline) -> Iterator[bytes]:
         for chunk in response.iter_raw():
-            if (size := size + len(chunk)) > most:
-                raise OllamaError(f"{self.host}{path} answers with more than {most >> 20} MiB: is it an Ollama?")
+            if response.num_bytes_downloaded > MOST_BYTES:
+                raise OllamaError(f"{self.host}{path} answers with more than {MOST_BYTES >> 20} MiB: is it an Ollama?")
             yield chunk
+        if deadline.over:  # a body without a length ends where the connection does
+            raise httpx.ReadTimeout("")
 
     def _stream(self, path: str, body: dict) -> Iterator[dict]:
         """Lines of an NDJSON answer. An `error` line is raised whatever the status was: it may be 200 by then."""
-        end = time.monotonic() + STREAM_FACTOR * self._wait
-        with self._answer("POST", path, self._wait, self._long, json=body) as (response, deadline):
+        end = time.monotonic() + STREAM_FACTOR * self._long
+        with self._answer("POST", path, self._long, json=body) as (response, deadline):
             if response.status_code != 200:
-                answer = b"".join(self._limited(response, path, ANSWER_BYTES))
+                answer = b"".join(self._body(response, path, deadline))
                 raise self._refusal(httpx.Response(response.status_code, content=answer), f"POST {path}")
-            for raw in _newline_separated(self._limited(response, path, STREAM_BYTES)):
+            for raw in _newline_separated(self._body(response, path, deadline)):
                 line = _parse(raw)
                 if line is None:
                     raise OllamaError(f"{self.host}{path} sent a line that is not JSON: is it an Ollama?")
                 if line.get("error"):
                     raise self._failure(_one_line(line["error"]), f"POST {path}", f"{self.host} failed")
-                deadline.postpone(min(self._wait, end - time.monotonic()))
+                deadline.start(min(self._long, end - time.monotonic()))
                 yield line
 
     def _lost(self, error: httpx.HTTPError, path: str, deadline: _Deadline) -> OllamaError:
@@ -423,7 +403,7 @@ class OllamaClient:
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:
         body = _parse(response.content)
-        reason = _one_line(body["error"]) if body and body.get("error") else _one_line(response.reason_phrase)
+        reason = _one_line(body["error"]) if body and body.get("error") else response.reason_phrase
         if response.status_code == 404 and body and "model" in reason:
             return OllamaNotFound(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
         if response.status_code == 507:
@@ -461,16 +441,14 @@ def _read_chunks(path: Path, progress: Progress | None) -> Iterator[bytes]:
 
 def _newline_separated(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Lines that end with a newline, and a last one that may not: U+2028 ends no line, so no text mode here."""
-    rest: list[bytes] = []
+    rest = bytearray()
     for chunk in chunks:
-        *lines, tail = chunk.split(b"\n")
-        for line in lines:
-            if whole := b"".join([*rest, line]).strip():
-                yield whole
-            rest = []
-        rest.append(tail)
-    if whole := b"".join(rest).strip():
-        yield whole
+        rest += chunk
+        if b"\n" in chunk:
+            *lines, rest = rest.split(b"\n")
+            yield from (bytes(line) for line in lines if line.strip())
+    if rest.strip():
+        yield bytes(rest)
 
 
 def _parse(raw: bytes) -> dict | None:
@@ -496,8 +474,7 @@ def _stats(line: dict) -> ChatStats:
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
     def seconds(key: str) -> float | None:
-        nanoseconds = count(key)
-        return None if nanoseconds is None else nanoseconds / 1e9
+        return None if count(key) is None else line[key] / 1e9
 
     reason = line.get("done_reason")
     return ChatStats(
