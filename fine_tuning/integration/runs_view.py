@@ -33,7 +33,8 @@ MAY_CHANGE = frozenset(
         "validations early_stopping_patience checkpoint_steps",
         "train.lora": "rank alpha dropout target_modules top_layers rslora dora",
         "package": "merged_dtype quantisation",
-        "package.parameters": "num_ctx temperature top_p repeat_penalty",
+        "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "
+        "frequency_penalty",
         "evaluate": "batch_tokens threads quantised_items forgetting other_histories",
         "evaluate.generation": "items max_tokens slots",
         "evaluate.interval": "draws confidence seed",
