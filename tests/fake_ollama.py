@@ -37,6 +37,7 @@ class Manifest:
     template: str
     system: str
     parameters: dict[str, Any]
+    licenses: list[str] = field(default_factory=list)
     modified_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
     @property
@@ -80,6 +81,7 @@ class FakeOllama:
         self.manifests: dict[str, Manifest] = {}
         self.faults: dict[str, str] = {}
         self.requests: list[str] = []
+        self.prompts: list[str] = []
         self.received_bytes = 0
         self.released = threading.Event()
         self.lock = threading.Lock()
@@ -270,7 +272,9 @@ class _Handler(BaseHTTPRequestHandler):
         for layer in layers:
             yield {"status": f"creating new layer {layer['digest']}"}
         yield {"status": "writing manifest"}
-        self.ollama.manifests[name] = Manifest(layers, template, body.get("system") or "", parameters)
+        given = body.get("license") or []
+        licenses = [given] if isinstance(given, str) else given
+        self.ollama.manifests[name] = Manifest(layers, template, body.get("system") or "", parameters, licenses)
         yield {"status": "success"}
 
     def _show(self, body: dict) -> None:
@@ -286,6 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "parameters": "\n".join(lines),
                 "template": self.ollama.own_template[0] if self.ollama.own_template else manifest.template,
                 "system": manifest.system,
+                "license": "\n".join(manifest.licenses),
                 "details": {"format": "gguf", "family": "llama", "quantization_level": "Q8_0"},
                 "model_info": {"general.architecture": "llama"},
                 "capabilities": ["completion"],
@@ -306,6 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _chat(self, body: dict) -> None:
         manifest = self._manifest(body.get("model"))
         prompt = self.ollama.render(manifest, body.get("messages") or [])
+        self.ollama.prompts.append(prompt)
         stamp = {"model": body["model"], "created_at": datetime.now(UTC).isoformat()}
         if body.get("_debug_render_only") and self.ollama.offers_render:
             self._answer({**stamp, "_debug_info": {"rendered_template": prompt}})

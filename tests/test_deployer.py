@@ -1,5 +1,7 @@
 """Deployment: nothing goes live that has not proved itself. Against a fake server, and a real one where one answers."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -127,7 +129,43 @@ def test_a_run_that_was_killed_before_it_recorded_is_taken_up(any_client, bundle
     any_client.delete(f"{NAME}:live")
     again = deploy(any_client, bundle).done
     assert again.digest == first.digest and not again.created
-    assert f"{NAME}:1-trial" not in any_client.digests()
+
+
+def test_after_an_update_of_the_server_the_same_bundle_is_the_same_model(fake, client, bundle):
+    first = deploy(client, bundle).done
+    fake.rewrites_gguf = True
+    again = deploy(client, bundle).done
+    assert again.digest == first.digest and not again.created
+    client.delete(f"{NAME}:1")  # a clone elsewhere makes it anew: what is recorded here is the old manifest
+    anew = deploy(client, bundle)
+    assert anew.done.created and anew.done.digest != first.digest
+    here = deploy(client, replace(bundle, recorded_digest=first.digest))
+    assert here.recorded == [anew.done.digest] and not here.done.created
+
+
+def test_another_request_for_the_same_file_is_another_model(client, bundle):
+    deploy(client, bundle)
+    other = {**bundle.request, "parameters": {**bundle.request["parameters"], "num_ctx": 256}}
+    with pytest.raises(UserError, match="has another model"):
+        deploy(client, replace(bundle, request=other))
+
+
+def test_the_licence_of_the_model_is_kept_beside_what_it_was_made_of(fake, client, bundle):
+    deploy(client, replace(bundle, request={**bundle.request, "license": "Apache-2.0"}))
+    assert fake.manifests[f"{NAME}:1"].licenses[0] == "Apache-2.0"
+
+
+@pytest.mark.parametrize(("version", "times"), [("0.32.15", 3), ("0.5.5", 1)])
+def test_room_is_looked_for_before_anything_is_sent(fake, client, bundle, monkeypatch, tmp_path, version, times):
+    monkeypatch.setattr(client, "version", lambda: version)
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    huge = tmp_path / "model.gguf"
+    huge.touch()
+    free = shutil.disk_usage(tmp_path).free
+    os.truncate(huge, free // times + (64 << 20))  # a file with nothing in it takes no room
+    with pytest.raises(UserError, match=rf"Ollama {version} needs .* GB .* left in {tmp_path}"):
+        deploy(client, replace(bundle, gguf=huge))
+    assert not fake.received_bytes and "POST /api/blobs" not in fake.requests
 
 
 def test_a_version_of_somebody_else_is_left_alone(any_client, bundle, other):
@@ -139,7 +177,8 @@ def test_a_version_of_somebody_else_is_left_alone(any_client, bundle, other):
 
 def test_a_version_that_changed_after_it_was_recorded_is_refused(any_client, bundle):
     deploy(any_client, bundle)
-    with pytest.raises(UserError, match="is not what was deployed there"):
+    any_client.create(f"{NAME}:1", {"files": {"model.gguf": f"sha256:{bundle.gguf_sha256}"}})
+    with pytest.raises(UserError, match="has another model as whetstone-trial:1"):
         deploy(any_client, replace(bundle, recorded_digest="0" * 64))
 
 

@@ -198,6 +198,17 @@ def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
     ]
 
 
+def test_a_live_name_that_is_gone_is_named(project, capsys):
+    with FakeOllama() as server:
+        from fine_tuning.model_management.model_switcher import ModelSwitcher
+
+        switcher = ModelSwitcher(OllamaClient(server.host), open_registry("trial"))
+        assert verify(capsys, "--host", server.host)[0] == 0, "nothing was live here"
+        switcher.record_live(2)
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 1 and findings[0]["what"] == "trial:live is gone"
+
+
 def test_a_server_that_is_down_is_noted(project, capsys):
     status, findings = verify(capsys, "--host", "127.0.0.1:9")
     assert status == 0 and "no Ollama answers" in findings[0]["what"]

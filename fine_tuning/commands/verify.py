@@ -19,7 +19,7 @@ from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
-from fine_tuning.model_management.model_switcher import ModelSwitcher
+from fine_tuning.model_management.model_switcher import ModelSwitcher, live_history
 from fine_tuning.project import sha256_file
 
 if TYPE_CHECKING:
@@ -264,7 +264,9 @@ def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
         else:
             seen += 1
     live = digests.get(f"{registry.name}:{LIVE}")
-    if live is not None and live not in recorded:
+    if live is None and live_history(registry.versions(), switcher.key):
+        findings.append(Finding(DAMAGED, f"{registry.name}:{LIVE} is gone", "python -m fine_tuning deploy"))
+    elif live is not None and live not in recorded:
         what = f"{registry.name}:{LIVE} is none of the versions that were deployed from here"
         findings.append(Finding(DAMAGED if recorded else NOTE, what, "python -m fine_tuning deploy"))
     return Checked(f"Ollama at {server.host}", seen, 0, findings)

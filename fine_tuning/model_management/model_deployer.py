@@ -1,7 +1,10 @@
 """One version onto one Ollama: nothing answers as `name:live` before it has proved itself as `name:version`."""
 
+import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,12 +14,14 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from fine_tuning.errors import UserError
-from fine_tuning.names import check_model_name
+from fine_tuning.names import check_model_name, host_key
 from fine_tuning.settings import Settings
 from fine_tuning.training.base_model import gguf_field
 
 LIVE = "live"
 OLDEST_SERVER = (0, 5, 5)  # the first whose /api/create takes `files`
+# 0.32 was seen to hold the upload, its copy and what it verifies at once; of 0.25 to 0.31 nothing is known.
+LAST_IN_PLACE = (0, 24)
 SMOKE_TOKENS = 24
 
 Progress = Callable[[int, int], None]
@@ -73,6 +78,13 @@ class Bundle:
     probes: list[Probe]
     recorded_digest: str | None = None
 
+    @property
+    def identity(self) -> str:
+        """What was uploaded and asked for, as a line that goes among the model's licences and stays with it. The
+        manifest's digest depends on the server's version, which may rewrite the file."""
+        request = hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()
+        return f"whetstone: gguf sha256:{self.gguf_sha256} request sha256:{request}"
+
 
 @dataclass
 class Deployment:
@@ -110,13 +122,14 @@ class ModelDeployer:
         self._say = say
         self._progress = progress
 
-    def deploy(self, bundle: Bundle, record: Callable[[str], None]) -> Deployment:
+    def deploy(self, bundle: Bundle, record: Callable[[str], None] | None) -> Deployment:
         """Upload, create `name:version`, prove it, `record` its digest, and make it `name:live`.
 
         Killed or failing at any step, `name:live` is what it was; running again takes up what is there.
 
         Args:
-            record: keeps the manifest digest; called once the version is proved and before it goes live.
+            record: keeps the manifest digest; called once the version is proved and before it goes live. None where
+                no registry knows the version.
 
         Raises:
             UserError: a step failed; says which and what to do.
@@ -128,47 +141,46 @@ class ModelDeployer:
         before = self.server.digests()
         done.replaced = before.get(self.live)
         known = before.get(done.model)
-        if known and bundle.recorded_digest and known != bundle.recorded_digest:
-            raise UserError(
-                f"{done.model} on {self.server.host} is not what was deployed there: "
-                f"`ollama rm {done.model}`, then deploy again"
-            )
-        if known and bundle.recorded_digest:
-            self._say(f"2/9 the file is there\n3/9 {done.model} is there, as it was recorded")
+        if known is None:
+            self._create(bundle, done)
+        elif known == bundle.recorded_digest or self._is(bundle, done.model):
+            self._say(f"2/9 the file is there\n3/9 {done.model} is there, made of this very file")
         else:
-            self._create(bundle, done, known)
+            raise UserError(
+                f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if nobody needs it, "
+                "then deploy again; or set another deploy.name"
+            )
         try:
             self._prove(bundle, done)
         except UserError:
             if done.created:
                 self._remove(done.model)
             raise
-        record(done.digest)
-        self._say(f"7/9 manifest {done.digest[:12]} recorded in the registry")
+        if record is not None:
+            record(done.digest)
+        where = "not recorded: the registry here does not know it" if record is None else "recorded in the registry"
+        self._say(f"7/9 manifest {done.digest[:12]} {where}")
         go_live(self.server, done.model, self.live, done.digest)
         self._say(f"8/9 {self.live} is now {done.model}\n9/9 both names have one digest")
         return done
 
-    def _create(self, bundle: Bundle, done: Deployment, known: str | None) -> None:
+    def _is(self, bundle: Bundle, model: str) -> bool:
+        """Whether a model that is there was made of this bundle, by this server or by one before its update."""
+        return bundle.identity in str(self.server.show(model).get("license", "")).split("\n")
+
+    def _create(self, bundle: Bundle, done: Deployment) -> None:
+        _check_room(done.server_version, self.server.host, bundle.gguf.stat().st_size)
         done.uploaded = self.server.upload_blob(bundle.gguf, bundle.gguf_sha256, self._progress)
         self._say(f"2/9 the file {'was sent' if done.uploaded else 'is there'} ({bundle.gguf_sha256[:12]})")
-        request = {**bundle.request, "files": {"model.gguf": f"sha256:{bundle.gguf_sha256}"}}
-        if known is None:
-            self.server.create(done.model, request)
-            done.created = True
-        else:  # made by a run that was killed, or by somebody else: versions never change, so look before trusting
-            trial = f"{done.model}-trial"
-            try:
-                self.server.create(trial, request)
-                same = self.server.digests().get(trial) == known
-            finally:
-                self._remove(trial)
-            if not same:
-                raise UserError(
-                    f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if nobody needs "
-                    "it, or set another deploy.name"
-                )
-        self._say(f"3/9 {done.model} {'was made' if done.created else 'is there'}")
+        own = bundle.request.get("license") or []
+        request = {
+            **bundle.request,
+            "files": {"model.gguf": f"sha256:{bundle.gguf_sha256}"},
+            "license": [*([own] if isinstance(own, str) else own), bundle.identity],
+        }
+        self.server.create(done.model, request)
+        done.created = True
+        self._say(f"3/9 {done.model} was made")
 
     def _remove(self, model: str) -> None:
         """Take a name away again; where the server is down by now, the next deployment sees what is left."""
@@ -242,7 +254,7 @@ def go_live(server: ModelServer, model: str, live: str, digest: str) -> None:
     """
     before = server.digests()
     if before.get(model) != digest:
-        raise UserError(f"{model} on {server.host} is not what was deployed there: deploy it again")
+        raise UserError(f"{model} on {server.host} is not what was deployed there: `ollama rm {model}`, then deploy it")
     if before.get(live) == digest:
         return
     server.copy(model, live)
@@ -281,6 +293,24 @@ def _check_server(version: str, host: str) -> None:
     if numbers and (0, 0, 0) < tuple(map(int, numbers.groups())) < OLDEST_SERVER:
         oldest = ".".join(map(str, OLDEST_SERVER))
         raise UserError(f"Ollama {version} at {host} is too old: update it to {oldest} or newer")
+
+
+def _check_room(version: str, host: str, size: int) -> None:
+    """Refuse what this machine's Ollama has no room for: with a full disk it fails without saying why. Where its store
+    is not on this machine, or not readable, nothing is known."""
+    given = os.environ.get("OLLAMA_MODELS")
+    usual = [Path.home() / ".ollama/models", Path("/usr/share/ollama/.ollama/models")]
+    stores = [path for path in ([Path(given)] if given else usual) if os.path.isdir(path)]
+    if not stores or not host_key(host).startswith("127.0.0.1"):
+        return
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    needed = size * (1 if (0, 0) < numbers <= LAST_IN_PLACE else 3)
+    free, store = max((shutil.disk_usage(path).free, path) for path in stores)
+    if free < needed:
+        raise UserError(
+            f"Ollama {version} needs {needed / 1e9:.1f} GB for this model, and {free / 1e9:.1f} GB are left in {store}:"
+            " make room (`python -m fine_tuning prune`), then deploy again"
+        )
 
 
 def _difference(rendered: str, probe: Probe) -> str:
