@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.commands.forget_steps import AGAIN, FORGOTTEN, JOURNAL, Work, count_of, finish, logs, run_steps
-from fine_tuning.errors import UserError
+from fine_tuning.commands.forget_steps import AGAIN, FORGOTTEN, JOURNAL, Work, finish, logs, run_steps
+from fine_tuning.errors import UserError, count_of
 
 if TYPE_CHECKING:
     from fine_tuning.data_collection.erasure import Found, Selection

@@ -25,6 +25,8 @@ class Tombstones:
         self.path = Path(path)
         self._lines: dict[str, dict] = {}
         for number, line in read_lines(self.path) if self.path.exists() else ():
+            if not line:  # all that is committed before anything is forgotten: DVC warns of an empty file
+                continue
             try:
                 record = json.loads(line)
                 known = self._lines.setdefault(record["id"], record)

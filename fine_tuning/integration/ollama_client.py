@@ -196,14 +196,6 @@ class OllamaClient:
         """Version of the server, e.g. "0.34.1"."""
         return _one_line(self._json("GET", "/api/version").get("version", "unknown"))
 
-    def is_up(self) -> bool:
-        """Whether an Ollama answers."""
-        try:
-            self.version()
-        except OllamaError:
-            return False
-        return True
-
     def models(self) -> list[dict]:
         """Entries of /api/tags: name, digest, size, modified_at, details. What is no name of a model is left out."""
         models = self._json("GET", "/api/tags").get("models")
