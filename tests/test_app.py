@@ -375,7 +375,7 @@ def test_a_reply_that_breaks_off_is_kept_and_marked(checkout, fault):
 
 @pytest.mark.parametrize("fault", ["hang", "500", "reset"])
 def test_a_failing_server_costs_no_text(checkout, fault):
-    with FakeOllama() as ollama:
+    with FakeOllama(reply="Restart it.") as ollama:
         live_version(ollama, 1)
         served(ollama.host, checkout, timeout=0.5)
         at = open_chat()
@@ -391,7 +391,7 @@ def test_a_failing_server_costs_no_text(checkout, fault):
 
 
 def test_a_server_that_goes_meanwhile_costs_no_text(checkout):
-    with FakeOllama() as ollama:
+    with FakeOllama(reply="Restart it.") as ollama:
         live_version(ollama, 1)
         served(ollama.host, checkout)
         at = open_chat()

@@ -49,7 +49,7 @@ def gguf(tiny_base, tmp_path):
 
 @pytest.fixture
 def fake():
-    with FakeOllama() as server:
+    with FakeOllama(reply="Restart it.") as server:
         yield server
 
 

@@ -254,8 +254,8 @@ def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(proj
         status, (damage,) = verify(capsys, "--host", server.host)
         assert status == 1 and damage["what"] == f"trial:2: Ollama's {weights}"
 
-        remove, erase, deploy = re.fullmatch(
-            r"ollama rm (\S+), rm -f (\S+), then .* (deploy \d+)", damage["remedy"]
+        erase, remove, deploy = re.fullmatch(
+            r"rm -f (\S+); ollama rm (\S+); .* (deploy \d+)", damage["remedy"]
         ).groups()
         OllamaClient(server.host).delete(remove)
         Path(erase).unlink()

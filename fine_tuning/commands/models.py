@@ -26,6 +26,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
     parser = subparsers.add_parser("deploy", help="put a version on Ollama, prove it, make it live")
     parser.add_argument("version", nargs="?", help="a version's number; the champion if left out")
+    parser.add_argument(
+        "--unproven", action="store_true", help="go live although prompts or answers could not be compared"
+    )
     _add_host(parser)
     parser.set_defaults(func=deploy)
 
@@ -94,7 +97,7 @@ def deploy(arguments: argparse.Namespace) -> None:
             bundle = registered_bundle(registry, version, switcher.recorded_digest(version))
             record = partial(switcher.record, version.number)
         with _progress() as progress:
-            deployer = ModelDeployer(server, registry.name, print, progress)
+            deployer = ModelDeployer(server, registry.name, print, progress, unproven=arguments.unproven)
             done = deployer.deploy(bundle, record)
             if version is not None:
                 switcher.record_live(version.number)

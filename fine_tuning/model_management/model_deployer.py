@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from fine_tuning.errors import UserError
-from fine_tuning.names import check_model_name, host_key
+from fine_tuning.model_management.answer_check import GREEDY, AnswersDiffer, compare_answers
+from fine_tuning.model_management.ollama_store import damaged_blobs, stores
+from fine_tuning.names import check_model_name
 from fine_tuning.settings import Settings
 from fine_tuning.training.base_model import gguf_field
 
@@ -96,6 +97,7 @@ class Deployment:
     uploaded: bool = False
     created: bool = False
     rendered: int = 0
+    compared: int = 0
     prompt_tokens: int | None = None
     replaced: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -107,6 +109,7 @@ class ModelDeployer:
     Args:
         say: gets one line for each step.
         progress: gets (bytes sent, all bytes) of the upload.
+        unproven: go on where the answers differ from the GGUF's or cannot be compared.
     """
 
     def __init__(
@@ -115,12 +118,15 @@ class ModelDeployer:
         name: str,
         say: Callable[[str], None] = lambda line: None,
         progress: Progress | None = None,
+        *,
+        unproven: bool = False,
     ) -> None:
         self.server = server
         self.name = check_model_name(name)
         self.live = f"{name}:{LIVE}"
         self._say = say
         self._progress = progress
+        self._unproven = unproven
 
     def deploy(self, bundle: Bundle, record: Callable[[str], None] | None) -> Deployment:
         """Upload, create `name:version`, prove it, `record` its digest, and make it `name:live`.
@@ -178,7 +184,15 @@ class ModelDeployer:
             "files": {"model.gguf": f"sha256:{bundle.gguf_sha256}"},
             "license": [*([own] if isinstance(own, str) else own), bundle.identity],
         }
-        self.server.create(done.model, request)
+        try:
+            self.server.create(done.model, request)
+        except UserError as error:
+            if "disk" in str(error):
+                raise
+            # While it copies, a server with a full disk fails without a word about disks.
+            needed = _needed(done.server_version, bundle.gguf.stat().st_size) / 1e9
+            hint = f"if its disk is full, make room there: it needs {needed:.1f} GB for this model"
+            raise UserError(f"{error}; {hint}") from None
         done.created = True
         self._say(f"3/9 {done.model} was made")
 
@@ -191,11 +205,34 @@ class ModelDeployer:
         self._check_shown(bundle, done)
         self._say("4/9 template and parameters are those of the bundle")
         self._check_rendering(bundle.probes, done)
-        self._smoke(bundle, done)
+        answered = self._smoke(bundle, done)
         digest = self.server.digests().get(done.model)
         if not digest:
             raise UserError(f"{self.server.host} lost {done.model} while it was tried: deploy again")
         done.digest = digest
+        self._say(f"6/9 {answered}; {self._check_weights(bundle, done)}")
+
+    def _check_weights(self, bundle: Bundle, done: Deployment) -> str:
+        """See that the server's files are what was sent, by their hashes or by the answers that come of them. Returns
+        what was done."""
+        read = damaged_blobs(self.server.host, done.digest, bundle.gguf_sha256)
+        if read and read[0]:
+            raise UserError(f"{read[0][0]} is damaged: `{heal(done.model, read[0])}`, then deploy again")
+        if read and done.rendered:
+            return "its files have the hashes that they are named by"
+        try:
+            done.compared = compare_answers(self.server, done.model, bundle.gguf, bundle.probes)
+        except UserError as error:
+            # Shown prompts and a sent file leave little room for an error: only an answer proves one.
+            if not self._unproven and (not done.rendered or isinstance(error, AnswersDiffer)):
+                file = "" if read else f"its file may be damaged, `{heal(done.model)}` makes it anew; "
+                template = "" if done.rendered else "it may write other prompts than training, a newer one shows them; "
+                raise UserError(f"{error}: {file}{template}`deploy --unproven` goes live all the same") from None
+            done.notes.append(f"the answers are not proved: {error}")
+            return "its answers were not proved"
+        if not read:
+            done.notes.append("Ollama's files cannot be read from here: the answers were compared instead")
+        return f"{done.compared} tokens of its answers are those of the GGUF"
 
     def _check_shown(self, bundle: Bundle, done: Deployment) -> None:
         shown, request = self.server.show(done.model), bundle.request
@@ -217,17 +254,18 @@ class ModelDeployer:
         for probe in probes:
             rendered = self.server.render(done.model, probe.messages)
             if rendered is None:
-                done.notes.append("this Ollama does not show its prompts: only the token count was compared")
-                self._say("5/9 this Ollama does not show its prompts: left out")
+                done.rendered = 0
+                done.notes.append("this Ollama does not show its prompts: the answers were compared instead")
+                self._say("5/9 this Ollama does not show its prompts")
                 return
             if rendered != probe.prompt:
                 raise UserError(f"{done.model} gets another prompt than in training: {_difference(rendered, probe)}")
             done.rendered += 1
         self._say(f"5/9 {done.rendered} prompts are rendered as in training")
 
-    def _smoke(self, bundle: Bundle, done: Deployment) -> None:
+    def _smoke(self, bundle: Bundle, done: Deployment) -> str:
         probe = bundle.probes[0]
-        options = {"num_predict": SMOKE_TOKENS, "temperature": 0.0, "seed": 1}
+        options = {**GREEDY, "num_predict": SMOKE_TOKENS}
         reply, stats = self.server.chat(done.model, probe.messages, options)
         if not stats.reply_tokens and not reply:
             raise UserError(f"{done.model} answers nothing: look at Ollama's log, then deploy again")
@@ -243,7 +281,14 @@ class ModelDeployer:
                 f"{done.model} reads {stats.prompt_tokens} tokens where training had {probe.tokens}: "
                 "a doubled BOS? run `dvc repro -f -s package && dvc repro`, then promote again"
             )
-        self._say(f"6/9 it answers ({stats.prompt_tokens} prompt tokens, {stats.reply_tokens} reply tokens)")
+        return f"it answers ({stats.prompt_tokens} prompt tokens, {stats.reply_tokens} reply tokens)"
+
+
+def heal(model: str, blobs: Sequence[Path] = ()) -> str:
+    """The commands that rid a server of a model's damaged files: it keeps a file while a name needs it, and takes it
+    for the next model of the same content."""
+    files = " ".join(map(str, blobs)) or f"$(ollama show --modelfile {model} | sed -n 's/^FROM //p')"
+    return f"rm -f {files}; ollama rm {model}"
 
 
 def go_live(server: ModelServer, model: str, live: str, digest: str) -> None:
@@ -295,18 +340,19 @@ def _check_server(version: str, host: str) -> None:
         raise UserError(f"Ollama {version} at {host} is too old: update it to {oldest} or newer")
 
 
+def _needed(version: str, size: int) -> int:
+    """Bytes of disk that a server needs to make a model of a file."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    return size * (1 if (0, 0) < numbers <= LAST_IN_PLACE else 3)
+
+
 def _check_room(version: str, host: str, size: int) -> None:
     """Refuse what this machine's Ollama has no room for: with a full disk it fails without saying why. Where its store
     is not on this machine, or not readable, nothing is known."""
-    given = os.environ.get("OLLAMA_MODELS")
-    usual = [Path.home() / ".ollama/models", Path("/usr/share/ollama/.ollama/models")]
-    stores = [path for path in ([Path(given)] if given else usual) if os.path.isdir(path)]
-    if not stores or not host_key(host).startswith("127.0.0.1"):
-        return
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    needed = size * (1 if (0, 0) < numbers <= LAST_IN_PLACE else 3)
-    free, store = max((shutil.disk_usage(path).free, path) for path in stores)
-    if free < needed:
+    needed = _needed(version, size)
+    rooms = [(shutil.disk_usage(store).free, store) for store in stores(host)]
+    if rooms and max(rooms)[0] < needed:
+        free, store = max(rooms)
         raise UserError(
             f"Ollama {version} needs {needed / 1e9:.1f} GB for this model, and {free / 1e9:.1f} GB are left in {store}:"
             " make room (`python -m fine_tuning prune`), then deploy again"
