@@ -264,6 +264,25 @@ def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(proj
         assert verify(capsys, "--host", server.host)[0] == 0
 
 
+def test_answers_are_compared_where_ollama_s_files_cannot_be_read(project, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    tokenizer = load_tokenizer(project / "models/base")
+    with FakeOllama(count_tokens=lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)) as server:
+        assert run("deploy", "2", "--host", server.host) == 0
+        capsys.readouterr()
+        status, (note,) = verify(capsys, "--host", server.host)
+        assert status == 0 and re.search(r"\d+ tokens of its answers are those of the GGUF", note["what"])
+
+        server.reply = "Something else."
+        status, (damage,) = verify(capsys, "--host", server.host)
+        assert status == 1 and "answers probe 1 otherwise than its GGUF" in damage["what"]
+        assert damage["remedy"].startswith("rm -f $(ollama show --modelfile trial:2")
+
+        cached(project, open_registry("trial").version(2).tags["gguf_md5"]).unlink()
+        findings = verify(capsys, "--host", server.host)[1]
+    assert any("only its manifest was compared" in finding["what"] for finding in findings)
+
+
 def test_a_server_that_is_down_is_noted(project, capsys):
     status, findings = verify(capsys, "--host", "127.0.0.1:9")
     assert status == 0 and "no Ollama answers" in findings[0]["what"]

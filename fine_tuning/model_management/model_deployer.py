@@ -227,10 +227,12 @@ class ModelDeployer:
             if not self._unproven and (not done.rendered or isinstance(error, AnswersDiffer)):
                 file = "" if read else f"its file may be damaged, `{heal(done.model)}` makes it anew; "
                 template = "" if done.rendered else "it may write other prompts than training, a newer one shows them; "
-                raise UserError(f"{error}: {file}{template}`deploy --unproven` goes live all the same") from None
+                raise UserError(
+                    f"{error}: {file}{template}`python -m fine_tuning deploy --unproven` goes live all the same"
+                ) from None
             done.notes.append(f"the answers are not proved: {error}")
             return "its answers were not proved"
-        if not read:
+        if not read and done.rendered:
             done.notes.append("Ollama's files cannot be read from here: the answers were compared instead")
         return f"{done.compared} tokens of its answers are those of the GGUF"
 
