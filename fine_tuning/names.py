@@ -59,5 +59,7 @@ def session_name(text: str) -> str:
 
 
 def host_key(host: str) -> str:
-    """A host's address as a part of a registry tag: `http://127.0.0.1:11434` is `127.0.0.1_11434`."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", host.partition("://")[2] or host).strip("_")
+    """A host's address as a part of a registry tag: `http://127.0.0.1:11434` is `127.0.0.1_11434`, and so are
+    `http://localhost:11434` and `http://[::1]:11434`, which are one server."""
+    address = re.sub(r"^(localhost|\[::1\])(?=[:/]|$)", "127.0.0.1", host.partition("://")[2] or host)
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", address).strip("_")

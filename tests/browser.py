@@ -28,8 +28,10 @@ def running_app(checkout: Path, code: Path = REPOSITORY) -> Iterator[str]:
 
 
 @contextmanager
-def app_process(checkout: Path, code: Path = REPOSITORY) -> Iterator[tuple[str, subprocess.Popen]]:
-    """(address, server) of the app in a checkout."""
+def app_process(
+    checkout: Path, code: Path = REPOSITORY, modules: Path | None = None, **variables: str
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """(address, server) of the app in a checkout; `modules` is a folder of further Python modules."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,7 +39,7 @@ def app_process(checkout: Path, code: Path = REPOSITORY) -> Iterator[tuple[str, 
     server = subprocess.Popen(
         [sys.executable, "-m", "streamlit", "run", str(app), "--server.port", str(port)],
         cwd=checkout,
-        env=environment() | {"PYTHONPATH": str(code)},
+        env=environment() | {"PYTHONPATH": f"{modules}:{code}" if modules else str(code)} | variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,
     )

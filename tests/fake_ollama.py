@@ -1,8 +1,10 @@
-"""An Ollama in a thread: real HTTP on loopback, the answers and refusals of 0.34.1, and failures on demand.
+"""An Ollama in a thread: real HTTP on loopback, the answers and refusals of several versions, and failures on demand.
 
-It keeps blobs and manifests in memory and renders templates with gotpl; its models answer with one fixed sentence.
+It keeps blobs and manifests in memory or in a folder and renders templates with gotpl. Its models answer through
+llama.cpp, or with one fixed sentence.
 """
 
+import atexit
 import hashlib
 import json
 import math
@@ -11,16 +13,21 @@ import re
 import shutil
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gotpl
+
+if TYPE_CHECKING:
+    from fine_tuning.evaluation.llama_engine import LlamaEngine
 
 NAME = re.compile(r"(?:[\w.-]+/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]{0,79})?")
 BEFORE_AN_ANSWER = ("hang", "500", "507", "reset")
@@ -31,6 +38,36 @@ ERROR_LINES = {
 GUESSED_TEMPLATE = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What a version does otherwise than others.
+
+    Args:
+        offers_render: whether `_debug_render_only` is understood; old servers ignore it and chat.
+        rewrites_gguf: it stores another file than the one that was uploaded, and keeps that one.
+        room: times the file that must fit on its disk.
+        converts: it takes `adapters` and `quantize`.
+    """
+
+    version: str
+    offers_render: bool = True
+    rewrites_gguf: bool = False
+    room: int = 1
+    converts: bool = True
+
+
+# The first three as they were seen, the last as its source reads.
+PROFILES = {
+    profile.version: profile
+    for profile in (
+        Profile("0.5.5", offers_render=False),
+        Profile("0.24.0"),
+        Profile("0.32.15", rewrites_gguf=True, room=3),
+        Profile("0.34.1", converts=False),
+    )
+}
+
+
 @dataclass
 class Manifest:
     """What a name stands for. Two names of one manifest have one digest."""
@@ -39,6 +76,7 @@ class Manifest:
     template: str
     system: str
     parameters: dict[str, Any]
+    licenses: list[str] = field(default_factory=list)
     modified_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
     @property
@@ -58,28 +96,33 @@ class FakeOllama:
     stream, after its first line: cut, error line, full disk, reset in stream, hang in stream.
 
     Args:
-        offers_render: whether `_debug_render_only` is understood; old servers ignore it and chat.
-        rewrites_gguf: some versions store another file than the one that was uploaded.
+        profile: the version that it is.
         count_tokens: tokens of a prompt, for `prompt_eval_count`.
         extra_tokens: a doubled BOS, as a server with the wrong idea of the tokenizer adds.
         own_template: the GGUF's chat template and what it renders, for a server that takes it instead of TEMPLATE, as
             those from 0.30 on do where it can do more (calling tools).
+        reply: what its models say; None for what llama.cpp says with their weights.
         store: folder for blobs and manifests, as Ollama lays them out; in memory if None.
+        disk: bytes that its disk holds.
     """
 
     def __init__(
         self,
         *,
-        offers_render: bool = True,
-        rewrites_gguf: bool = False,
+        profile: Profile = PROFILES["0.34.1"],
         count_tokens: Callable[[str], int] = len,
         extra_tokens: int = 0,
         own_template: tuple[str, Callable[[list[dict]], str]] | None = None,
-        reply: str = "Restart it.",
+        reply: str | None = None,
         store: Path | None = None,
+        disk: int | None = None,
     ) -> None:
-        self.offers_render = offers_render
-        self.rewrites_gguf = rewrites_gguf
+        self.version = profile.version
+        self.offers_render = profile.offers_render
+        self.rewrites_gguf = profile.rewrites_gguf
+        self.room = profile.room
+        self.converts = profile.converts
+        self.disk = disk
         self.count_tokens = count_tokens
         self.extra_tokens = extra_tokens
         self.own_template = own_template
@@ -90,6 +133,7 @@ class FakeOllama:
         self.manifests: dict[str, Manifest] = {}
         self.faults: dict[str, str] = {}
         self.requests: list[str] = []
+        self.prompts: list[str] = []
         self.received_bytes = 0
         self.released = threading.Event()
         self.lock = threading.Lock()
@@ -129,6 +173,21 @@ class FakeOllama:
         manifest = self.manifests.get(name)
         return manifest.digest if manifest else None
 
+    def answer(self, manifest: Manifest, prompt: str, limit: int) -> tuple[list[str], bool]:
+        """Pieces of the reply, at most `limit` of them if that is not negative, and whether it is whole."""
+        if self.reply is not None:
+            words = re.findall(r"\S+\s*", self.reply)
+            shown = words if limit < 0 else words[:limit]
+            return shown, len(shown) == len(words)
+        weights = next(layer["digest"] for layer in manifest.layers if layer["mediaType"].endswith("model"))
+        stops = manifest.parameters.get("stop") or []
+        said = _engine(self.blobs[weights]).complete(prompt, 64 if limit < 0 else limit, stop=stops)
+        return [said.text], said.finished
+
+    def taken(self) -> int:
+        """Bytes that its blobs take."""
+        return sum(len(data) for data in self.blobs.values())
+
     def render(self, manifest: Manifest, messages: list[dict]) -> str:
         """The prompt: the model's system prompt in front if there is none, runs of one role joined, the template."""
         turns = list(messages)
@@ -145,6 +204,23 @@ class FakeOllama:
         system = "\n\n".join(turn["Content"] for turn in joined if turn["Role"] == "system")
         template = GUESSED_TEMPLATE if self.ignores_template else manifest.template
         return _render(template, {"Messages": joined, "System": system})
+
+
+@lru_cache(maxsize=4)
+def _engine(gguf: bytes) -> "LlamaEngine":
+    """llama.cpp with these weights, until the tests end."""
+    from fine_tuning.errors import UserError
+    from fine_tuning.evaluation.llama_engine import LlamaEngine
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.gguf")
+        path.write_bytes(gguf)
+        try:
+            engine = LlamaEngine(path, context=1024, threads=1).start()
+        except UserError:
+            raise _Refusal(500, "llama runner process has terminated: error loading model") from None
+    atexit.register(engine.close)
+    return engine
 
 
 class _Blobs(MutableMapping):
@@ -225,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "GET /" | "HEAD /":
                 self._send(200, b"Ollama is running", "text/plain; charset=utf-8")
             case "GET /api/version":
-                self._answer({"version": "0.34.1"})
+                self._answer({"version": self.ollama.version})
             case "GET /api/tags":
                 self._tags()
             case "HEAD /api/blobs":
@@ -242,8 +318,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._delete(self._body())
             case "POST /api/chat":
                 self._chat(self._body())
+            case _ if self.path in (
+                "/",
+                "/api/version",
+                "/api/tags",
+                "/api/create",
+                "/api/show",
+                "/api/copy",
+                "/api/chat",
+            ):
+                self._send(405, b"405 method not allowed")
             case _:
-                raise _Refusal(404, "404 page not found")
+                self._send(404, b"404 page not found")
 
     # ---------------------------------------------------------------------------------------------------------- calls
 
@@ -276,40 +362,55 @@ class _Handler(BaseHTTPRequestHandler):
             return
         got = "sha256:" + hashlib.sha256(data).hexdigest()
         if got != digest:
+            self.ollama.blobs[got] = data
             raise _Refusal(400, f'digest mismatch, expected "{digest}", got "{got}"')
+        if self.ollama.disk is not None and self.ollama.taken() + len(data) > self.ollama.disk:
+            raise _Refusal(500, "write /usr/share/ollama/.ollama/models/blobs/sha256-1: no space left on device")
         self.ollama.blobs[digest] = data
         self._send(201)
 
     def _create(self, body: dict) -> Iterator[dict]:
         if "typical_p" in (body.get("parameters") or {}):
             raise _Refusal(400, "typical_p is deprecated and cannot be set as a model parameter")
-        if body.get("adapters"):
+        if body.get("adapters") and not self.ollama.converts:
             raise _Refusal(400, "LoRA adapters are no longer supported")
-        if body.get("quantize") or body.get("quantization"):
+        if (body.get("quantize") or body.get("quantization")) and not self.ollama.converts:
             raise _Refusal(400, "quantizing GGUF models is no longer supported")
+        if not (body.get("model") or body.get("name")):
+            raise _Refusal(400, "model is required")
         name = _name(body.get("model") or body.get("name"))
         files = body.get("files") or {}
         if not files:
             raise _Refusal(400, "neither 'from' or 'files' was specified")
-        for path, digest in files.items():
-            if path.startswith("/") or ".." in path.split("/"):
-                raise _Refusal(400, "file path must be relative")
-            if digest not in self.ollama.blobs:
-                raise _Refusal(400, f"open /usr/share/ollama/.ollama/models/blobs/{digest}: no such file or directory")
-            if not self.ollama.blobs[digest].startswith(b"GGUF"):
-                raise _Refusal(400, "supplied file was not in GGUF format")
+        if any(path.startswith("/") or ".." in path.split("/") for path in files):
+            raise _Refusal(400, "file path must be relative")
+        return self._create_steps(name, body, next(iter(files.values())))
+
+    def _create_steps(self, name: str, body: dict, digest: str) -> Iterator[dict]:
+        """The lines of the answer; from here on an error is one of them, and the status was 200."""
+        if digest not in self.ollama.blobs:
+            path = f"/usr/share/ollama/.ollama/models/blobs/{digest}"
+            yield {"error": f"open {path}: no such file or directory"}
+            return
+        weights = self.ollama.blobs[digest]
+        if not weights.startswith(b"GGUF"):
+            yield {"error": "supplied file was not in GGUF format"}
+            return
+        yield {"status": "parsing GGUF"}
+        if self.ollama.rewrites_gguf:
+            yield {"status": "validating GGUF model"}
+            room = (self.ollama.room - 1) * len(weights)
+            if self.ollama.disk is not None and self.ollama.taken() + room > self.ollama.disk:
+                yield {"error": "llama-quantize: exit status 1"}
+                return
+            yield {"status": "verifying conversion"}
+            weights += b"\0" * 32
         template = body.get("template") or GUESSED_TEMPLATE
         try:
             _render(template, {"Messages": [], "System": ""})
         except gotpl.TemplateError as error:
-            raise _Refusal(400, f"template error: {error}") from None
-        return self._create_steps(name, body, template, next(iter(files.values())))
-
-    def _create_steps(self, name: str, body: dict, template: str, digest: str) -> Iterator[dict]:
-        yield {"status": "parsing GGUF"}
-        weights = self.ollama.blobs[digest]
-        if self.ollama.rewrites_gguf:
-            weights += b"\0" * 32
+            yield {"error": f"template error: {error}"}
+            return
         layers = [_layer("model", weights), _layer("template", template.encode())]
         for kind in ("system", "license"):
             if body.get(kind):
@@ -321,7 +422,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.ollama.blobs.setdefault(layer["digest"], layer.pop("data"))
             yield {"status": f"creating new layer {layer['digest']}"}
         yield {"status": "writing manifest"}
-        self.ollama.manifests[name] = Manifest(layers, template, body.get("system") or "", parameters)
+        given = body.get("license") or []
+        licenses = [given] if isinstance(given, str) else given
+        self.ollama.manifests[name] = Manifest(layers, template, body.get("system") or "", parameters, licenses)
         self.ollama.keep_manifests()
         yield {"status": "success"}
 
@@ -338,6 +441,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "parameters": "\n".join(lines),
                 "template": self.ollama.own_template[0] if self.ollama.own_template else manifest.template,
                 "system": manifest.system,
+                "license": "\n".join(manifest.licenses),
                 "details": {"format": "gguf", "family": "llama", "quantization_level": "Q8_0"},
                 "model_info": {"general.architecture": "llama"},
                 "capabilities": ["completion"],
@@ -360,18 +464,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _chat(self, body: dict) -> None:
         manifest = self._manifest(body.get("model"))
         prompt = self.ollama.render(manifest, body.get("messages") or [])
+        self.ollama.prompts.append(prompt)
         stamp = {"model": body["model"], "created_at": datetime.now(UTC).isoformat()}
         if body.get("_debug_render_only") and self.ollama.offers_render:
             self._answer({**stamp, "_debug_info": {"rendered_template": prompt}})
             return
-        words = re.findall(r"\S+\s*", self.ollama.reply)
-        limit = (body.get("options") or {}).get("num_predict", -1)
-        shown = words if limit < 0 else words[:limit]
+        shown, whole = self.ollama.answer(manifest, prompt, (body.get("options") or {}).get("num_predict", -1))
         last = {
             **stamp,
             "message": {"role": "assistant", "content": ""},
             "done": True,
-            "done_reason": "stop" if len(shown) == len(words) else "length",
+            "done_reason": "stop" if whole else "length",
             "total_duration": 2_000_000_000,
             "load_duration": 1_000_000_000,
             "prompt_eval_count": self.ollama.count_tokens(prompt) + self.ollama.extra_tokens,

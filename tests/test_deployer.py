@@ -1,10 +1,15 @@
 """Deployment: nothing goes live that has not proved itself. Against a fake server, and a real one where one answers."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from gguf import GGUFReader
 
 from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer, render
 from fine_tuning.errors import UserError
@@ -13,7 +18,8 @@ from fine_tuning.model_management.chat_template import derive_template
 from fine_tuning.model_management.gguf_writer import write_gguf
 from fine_tuning.model_management.model_deployer import Bundle, ModelDeployer, Probe, shown_parameters
 from fine_tuning.project import sha256_file
-from tests.fake_ollama import FakeOllama, real_host, silent_host
+from tests.fake_ollama import PROFILES, FakeOllama, real_host, silent_host
+from tests.tiny import write_tiny_base
 
 NAME = "whetstone-trial"
 CONVERSATIONS = (
@@ -24,15 +30,21 @@ REAL = real_host()
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_base):
-    return load_tokenizer(tiny_base)
+def base(tmp_path_factory):
+    """A model whose replies depend on the whole prompt."""
+    return write_tiny_base(tmp_path_factory.mktemp("sharp") / "base", spread=1.0)
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_base, tokenizer, tmp_path_factory):
+def tokenizer(base):
+    return load_tokenizer(base)
+
+
+@pytest.fixture(scope="module")
+def bundle(base, tokenizer, tmp_path_factory):
     """Version 1 of a model that really runs."""
     gguf = tmp_path_factory.mktemp("bundle") / "model.gguf"
-    write_gguf(tiny_base, gguf, "F16")
+    write_gguf(base, gguf, "F16")
 
     def prompt(messages):
         return render(tokenizer, messages, None, add_generation_prompt=True).text
@@ -54,20 +66,27 @@ def bundle(tiny_base, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def other(bundle, tiny_base, tmp_path):
+def other(bundle, base, tmp_path):
     """Version 2: the same weights in another number type."""
     gguf = tmp_path / "model.gguf"
-    write_gguf(tiny_base, gguf, "BF16")
+    write_gguf(base, gguf, "BF16")
     return replace(bundle, version=2, gguf=gguf, gguf_sha256=sha256_file(gguf))
 
 
 @pytest.fixture
-def fake(tokenizer):
+def make_fake(tokenizer):
+    """Starts fake servers."""
+
     def count_tokens(prompt: str) -> int:
         return len(tokenizer(prompt, add_special_tokens=False).input_ids)
 
-    with FakeOllama(count_tokens=count_tokens) as server:
-        yield server
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(FakeOllama(count_tokens=count_tokens, **options))
+
+
+@pytest.fixture
+def fake(make_fake):
+    return make_fake()
 
 
 @pytest.fixture
@@ -127,7 +146,43 @@ def test_a_run_that_was_killed_before_it_recorded_is_taken_up(any_client, bundle
     any_client.delete(f"{NAME}:live")
     again = deploy(any_client, bundle).done
     assert again.digest == first.digest and not again.created
-    assert f"{NAME}:1-trial" not in any_client.digests()
+
+
+def test_after_an_update_of_the_server_the_same_bundle_is_the_same_model(fake, client, bundle):
+    first = deploy(client, bundle).done
+    fake.rewrites_gguf = True
+    again = deploy(client, bundle).done
+    assert again.digest == first.digest and not again.created
+    client.delete(f"{NAME}:1")  # a clone elsewhere makes it anew: what is recorded here is the old manifest
+    anew = deploy(client, bundle)
+    assert anew.done.created and anew.done.digest != first.digest
+    here = deploy(client, replace(bundle, recorded_digest=first.digest))
+    assert here.recorded == [anew.done.digest] and not here.done.created
+
+
+def test_another_request_for_the_same_file_is_another_model(client, bundle):
+    deploy(client, bundle)
+    other = {**bundle.request, "parameters": {**bundle.request["parameters"], "num_ctx": 256}}
+    with pytest.raises(UserError, match="has another model"):
+        deploy(client, replace(bundle, request=other))
+
+
+def test_the_licence_of_the_model_is_kept_beside_what_it_was_made_of(fake, client, bundle):
+    deploy(client, replace(bundle, request={**bundle.request, "license": "Apache-2.0"}))
+    assert fake.manifests[f"{NAME}:1"].licenses[0] == "Apache-2.0"
+
+
+@pytest.mark.parametrize(("version", "times"), [("0.32.15", 3), ("0.5.5", 1)])
+def test_room_is_looked_for_before_anything_is_sent(fake, client, bundle, monkeypatch, tmp_path, version, times):
+    monkeypatch.setattr(client, "version", lambda: version)
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    huge = tmp_path / "model.gguf"
+    huge.touch()
+    free = shutil.disk_usage(tmp_path).free
+    os.truncate(huge, free // times + (64 << 20))  # a file with nothing in it takes no room
+    with pytest.raises(UserError, match=rf"Ollama {version} needs .* GB .* left in {tmp_path}"):
+        deploy(client, replace(bundle, gguf=huge))
+    assert not fake.received_bytes and "POST /api/blobs" not in fake.requests
 
 
 def test_a_version_of_somebody_else_is_left_alone(any_client, bundle, other):
@@ -139,7 +194,8 @@ def test_a_version_of_somebody_else_is_left_alone(any_client, bundle, other):
 
 def test_a_version_that_changed_after_it_was_recorded_is_refused(any_client, bundle):
     deploy(any_client, bundle)
-    with pytest.raises(UserError, match="is not what was deployed there"):
+    any_client.create(f"{NAME}:1", {"files": {"model.gguf": f"sha256:{bundle.gguf_sha256}"}})
+    with pytest.raises(UserError, match="has another model as whetstone-trial:1"):
         deploy(any_client, replace(bundle, recorded_digest="0" * 64))
 
 
@@ -187,10 +243,120 @@ def test_a_server_that_ignores_the_template_is_found_out(fake, client, bundle):
     assert not client.digests()
 
 
-def test_a_server_that_does_not_show_prompts_is_judged_by_their_tokens(fake, client, bundle):
-    fake.offers_render = False
-    result = deploy(client, bundle)
-    assert result.done.rendered == 0 and "only the token count" in result.done.notes[0]
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("version", PROFILES)
+def test_every_version_is_deployed_to_and_says_how_it_was_proved(
+    make_fake, bundle, tmp_path, monkeypatch, version, readable
+):
+    server = make_fake(profile=PROFILES[version], store=tmp_path / "models")
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "models" if readable else tmp_path / "elsewhere"))
+    with OllamaClient(server.host, timeout=2.0, stream_timeout=20.0) as client:
+        first = deploy(client, bundle)
+        assert first.done.digest == server.digest(f"{NAME}:live") and first.done.server_version == version
+        proved = (
+            "its files have the hashes" if readable and server.offers_render else "of its answers are those of the GGUF"
+        )
+        assert proved in first.said and (first.done.compared > 0) == ("answers" in proved)
+        assert ("were compared instead" in str(first.done.notes)) == (first.done.compared > 0)
+        again = deploy(client, replace(bundle, recorded_digest=first.done.digest)).done
+        assert not again.created and again.digest == first.done.digest
+
+
+def shorter_template(bundle: Bundle) -> Bundle:
+    """A template that makes fewer tokens than training saw: the newline before replies is missing."""
+    template = bundle.request["template"].replace("<|im_start|>assistant\n", "<|im_start|>assistant")
+    assert template != bundle.request["template"]
+    return replace(bundle, request={**bundle.request, "template": template})
+
+
+def test_a_server_that_does_not_show_prompts_is_judged_by_its_answers(make_fake, bundle):
+    old = make_fake(profile=PROFILES["0.5.5"])
+    with OllamaClient(old.host, timeout=2.0, stream_timeout=20.0) as client:
+        with pytest.raises(UserError, match=r"answers probe \d otherwise than its GGUF.*fine_tuning deploy --unproven"):
+            deploy(client, shorter_template(bundle))
+        assert not client.digests()
+        told = deploy(client, shorter_template(bundle), unproven=True).done
+    assert told.digest == old.digest(f"{NAME}:live") and "answers are not proved" in " ".join(told.notes)
+
+
+def test_answers_that_cannot_be_compared_are_no_proof_of_prompts(fake, client, bundle, tmp_path):
+    unreadable = tmp_path / "model.gguf"
+    unreadable.write_bytes(bundle.gguf.read_bytes()[:-64])  # llama.cpp refuses it here
+    with FakeOllama(reply="Restart it.", count_tokens=fake.count_tokens, profile=PROFILES["0.5.5"]) as old:
+        client.host, client._http.base_url = old.host, old.host
+        cut = replace(bundle, gguf=unreadable, gguf_sha256=sha256_file(unreadable))
+        with pytest.raises(UserError, match="deploy --unproven"):
+            deploy(client, cut)
+        assert not client.digests() and deploy(client, cut, unproven=True).done.notes
+    with FakeOllama(reply="Restart it.", count_tokens=fake.count_tokens) as new:
+        client.host, client._http.base_url = new.host, new.host
+        assert "answers are not proved" in deploy(client, cut).done.notes[0], "its prompts were shown"
+
+
+def flip_weights(gguf: bytes) -> bytes:
+    """Eight bytes changed: of the numbers that scale the last layer's output, every eighth is a quarter."""
+    data = bytearray(gguf)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(gguf)
+        file.flush()
+        (tensor,) = (tensor for tensor in GGUFReader(file.name).tensors if tensor.name == "output_norm.weight")
+    for index in range(0, 64, 8):
+        data[int(tensor.data_offset) + 4 * index + 3] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize("version", PROFILES)
+def test_flipped_bytes_in_the_store_do_not_go_live_and_the_remedy_heals(
+    make_fake, bundle, tmp_path, monkeypatch, version, readable
+):
+    store = tmp_path / "models"
+    server = make_fake(profile=PROFILES[version], store=store)
+    monkeypatch.setenv("OLLAMA_MODELS", str(store if readable else tmp_path / "elsewhere"))
+    with OllamaClient(server.host, timeout=2.0, stream_timeout=20.0) as client:
+        first = deploy(client, bundle).done
+        weights = server.manifests[f"{NAME}:1"].layers[0]["digest"]
+        server.blobs[weights] = flip_weights(server.blobs[weights])
+        client.delete(f"{NAME}:1")  # `ollama rm` and deploying anew do not help: the file is still there
+        with pytest.raises(
+            UserError, match=r"is damaged: `rm -f " if readable else r"its file may be damaged, `rm -f \$\(ollama"
+        ):
+            deploy(client, bundle)
+        del server.blobs[weights]
+        assert deploy(client, bundle).done.digest == first.digest
+
+
+def test_a_damaged_upload_is_not_made_into_a_sound_looking_model(make_fake, bundle, tmp_path, monkeypatch):
+    store = tmp_path / "models"
+    server = make_fake(profile=PROFILES["0.32.15"], store=store)
+    monkeypatch.setenv("OLLAMA_MODELS", str(store))
+    with OllamaClient(server.host, timeout=2.0, stream_timeout=20.0) as client:
+        client.upload_blob(bundle.gguf, bundle.gguf_sha256)
+        kept = f"sha256:{bundle.gguf_sha256}"
+        server.blobs[kept] = flip_weights(server.blobs[kept])
+        with pytest.raises(UserError, match=rf"sha256-{bundle.gguf_sha256} is damaged: `rm -f"):
+            deploy(client, bundle)
+        assert not client.digests()
+
+
+def test_a_disk_that_is_full_while_copying_is_thought_of(make_fake, bundle):
+    size = bundle.gguf.stat().st_size
+    server = make_fake(profile=PROFILES["0.32.15"], disk=2 * size)
+    with OllamaClient(server.host, timeout=2.0, stream_timeout=20.0) as client:
+        with pytest.raises(UserError, match=r"exit status 1; if its disk is full, make room there: it needs .* GB"):
+            deploy(client, bundle)
+        assert not client.digests()
+        server.disk = 3 * size + (1 << 16)
+        assert deploy(client, bundle).done.created
+
+
+def test_a_disk_that_is_full_while_sending_is_said_as_such(make_fake, bundle):
+    server = make_fake(profile=PROFILES["0.24.0"], disk=bundle.gguf.stat().st_size // 2)
+    with (
+        OllamaClient(server.host, timeout=2.0, stream_timeout=20.0) as client,
+        pytest.raises(UserError, match="is full"),
+    ):
+        deploy(client, bundle)
 
 
 def test_a_doubled_bos_is_found_by_the_token_count(fake, client, bundle):

@@ -135,6 +135,11 @@ def test_the_modelfile_says_what_the_request_to_ollama_says(made):
     request = read_json(made / "models/package/create.json")
     modelfile = (made / "models/package/Modelfile").read_text()
     assert f'TEMPLATE """{request["template"]}"""' in modelfile
+    sampling = {"temperature", "top_p", "top_k", "min_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
+                "frequency_penalty"}  # fmt: skip
+    assert sampling <= request["parameters"].keys()
+    # Replies are compared without penalties, which change what is the likeliest token.
+    assert [request["parameters"][f"{name}_penalty"] for name in ("repeat", "presence", "frequency")] == [1.0, 0.0, 0.0]
     assert 'PARAMETER stop "<|im_end|>"' in modelfile and "PARAMETER num_ctx 4096" in modelfile
     assert request["parameters"]["num_ctx"] == 4096 and request["files"]["model.gguf"].startswith("sha256:")
 

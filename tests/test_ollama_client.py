@@ -1,13 +1,24 @@
 """The Ollama client against a server that behaves, refuses and fails as servers do; and a real one if it answers."""
 
+import gzip
+import itertools
 import json
+import resource
 import shutil
+import socketserver
+import threading
+import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import (
+    STREAM_FACTOR,
     OllamaClient,
     OllamaError,
     OllamaNotFound,
@@ -18,7 +29,7 @@ from fine_tuning.integration.ollama_client import (
 )
 from fine_tuning.model_management.gguf_writer import write_gguf
 from fine_tuning.project import sha256_file
-from tests.fake_ollama import FakeOllama, real_host, silent_host
+from tests.fake_ollama import FakeOllama, Manifest, real_host, silent_host
 
 NAME = "whetstone-client-trial"
 TEMPLATE = "{{ range .Messages }}[{{ .Role }}]{{ .Content }}\u2028{{ end }}"
@@ -38,7 +49,7 @@ def gguf(tiny_base, tmp_path):
 
 @pytest.fixture
 def fake():
-    with FakeOllama() as server:
+    with FakeOllama(reply="Restart it.") as server:
         yield server
 
 
@@ -195,7 +206,7 @@ def test_a_server_that_is_no_ollama_is_told_apart(fake, client, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("hang", "silent for too long"),
+        ("hang", "took too long"),
         ("500", "answered 500.*terminated"),
         ("507", "disk.*is full"),
         ("reset", "connection.*was lost"),
@@ -203,7 +214,7 @@ def test_a_server_that_is_no_ollama_is_told_apart(fake, client, monkeypatch):
         ("error line", "no longer running"),
         ("full disk", "disk.*is full"),
         ("reset in stream", "connection.*was lost"),
-        ("hang in stream", "silent for too long"),
+        ("hang in stream", "took too long"),
     ],
 )
 def test_a_failing_chat_is_one_clear_line(fake, client, model, fault, reason):
@@ -221,11 +232,165 @@ def test_a_failing_creation_leaves_no_name(fake, client, gguf, fault):
     assert f"{NAME}:1" not in client.digests()
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("500", "500"), ("507", "disk"), ("reset", "lost"), ("hang", "silent")])
+@pytest.mark.parametrize(("fault", "reason"), [("500", "500"), ("507", "disk"), ("reset", "lost"), ("hang", "took")])
 def test_a_failing_upload_is_one_clear_line(fake, client, gguf, fault, reason):
     fake.faults["POST /api/blobs"] = fault
     with pytest.raises(OllamaError, match=f"{reason}|connection"):
         client.upload_blob(gguf, sha256_file(gguf))
+
+
+# ------------------------------------------------------------------------------------------------------ hostile servers
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+DEEP = b"[" * 100_000
+ZEROS = gzip.compress(b'{"version": "' + b"0" * (200 << 20), 1)
+PATIENCE = 0.5  # of the client below, in seconds
+
+
+def dripping(head: bytes, drip: bytes) -> Callable[[], Iterator[bytes]]:
+    """An answer that never ends and never falls silent either."""
+
+    def answer() -> Iterator[bytes]:
+        yield head
+        while True:
+            time.sleep(PATIENCE / 10)
+            yield drip
+
+    return answer
+
+
+@contextmanager
+def hostile(answer: Callable[[], Iterator[bytes]]) -> Iterator[OllamaClient]:
+    """A client of a server that answers everything with the same bytes, written as they come."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                self.request.recv(1 << 16)
+                for piece in answer():
+                    self.request.sendall(piece)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            with OllamaClient(f"127.0.0.1:{server.server_address[1]}", timeout=PATIENCE, stream_timeout=PATIENCE) as it:
+                yield it
+        finally:
+            server.shutdown()
+
+
+CALLS = {
+    "version": lambda client: client.version(),
+    "digests": lambda client: client.digests(),
+    "has_blob": lambda client: client.has_blob("0" * 64),
+    "render": lambda client: client.render("a", MESSAGES[:1]),
+    "create": lambda client: client.create("a", {}),
+    "chat": lambda client: client.chat("a", MESSAGES[:1]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        dripping(b"", b"H"),
+        dripping(JSON_HEAD, b"X-A: b\r\n"),
+        dripping(JSON_HEAD + b"Content-Length: 1000000\r\n\r\n", b" "),
+        dripping(JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+        dripping(JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n\n\r\n"),
+    ],
+    ids=["status", "headers", "body", "chunk size", "empty lines"],
+)
+def test_a_dripping_server_holds_nobody_up(call, answer):
+    started = time.monotonic()
+    with hostile(answer) as client:
+        if call == "has_blob":
+            with suppress(OllamaError):  # it asks for no body
+                CALLS[call](client)
+        else:
+            with pytest.raises(OllamaError):
+                CALLS[call](client)
+        assert time.monotonic() - started < 6 * PATIENCE
+
+
+def test_a_stream_that_goes_on_and_on_is_ended():
+    line = b'{"message": {"content": "a"}}\n'
+    with hostile(dripping(JSON_HEAD + b"Connection: close\r\n\r\n", line)) as client:
+        started, stream = time.monotonic(), client.chat_stream("a", MESSAGES[:1])
+        with pytest.raises(OllamaError, match="took too long"):
+            list(stream)
+        assert PATIENCE * 2 < time.monotonic() - started < PATIENCE * (STREAM_FACTOR + 6) and stream.text.startswith(
+            "aa"
+        )
+
+
+@pytest.mark.parametrize("call", ["version", "digests", "render", "create", "chat"])
+@pytest.mark.parametrize("start", [b'{"version": "', b"[", b'{"error": "'])
+def test_endless_json_fills_no_memory(call, start):
+    head = JSON_HEAD + b"Connection: close\r\n\r\n" + start
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    endless = hostile(lambda: itertools.chain([head], itertools.repeat(b"0" * (1 << 20))))
+    with endless as client, pytest.raises(OllamaError, match="more than"):
+        CALLS[call](client)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+@pytest.mark.parametrize("call", ["version", "chat"])
+def test_a_compressed_answer_was_not_asked_for(call):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    bomb = hostile(lambda: iter([JSON_HEAD + b"Content-Encoding: gzip\r\nConnection: close\r\n\r\n", ZEROS]))
+    with bomb as client, pytest.raises(OllamaError, match="compressed"):
+        CALLS[call](client)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        DEEP, b'{"error": ' + DEEP, b'{"version": NaN}', b'{"message": {"content": "\xff"}}', b"\xff\xfe{\0}\0",
+        b'{"message": {"content": "\\ud800"}}', b'{"message": "text"}', b'{"message": {"content": 1}}', b"7",
+        b'{"message": {"content": "a"}, "done": "yes"}',
+    ],
+)  # fmt: skip
+def test_what_is_not_an_answer_of_ollama_is_one_line(body):
+    with hostile(lambda: iter([JSON_HEAD + b"Connection: close\r\n\r\n", body])) as client:
+        for call in ("version", "chat", "create"):
+            if call != "chat" and b"message" in body:
+                continue
+            with pytest.raises(OllamaError) as refusal:
+                CALLS[call](client)
+            assert "\n" not in str(refusal.value)
+
+
+def test_numbers_that_cannot_be_are_left_out():
+    line = b'{"done": true, "eval_count": true, "prompt_eval_count": -1, "load_duration": 1' + b"0" * 400 + b"}"
+    with hostile(lambda: iter([JSON_HEAD + b"Connection: close\r\n\r\n", line])) as client:
+        _, stats = client.chat("a", MESSAGES[:1])
+    assert (stats.reply_tokens, stats.prompt_tokens, stats.load_seconds) == (None, None, None)
+
+
+def test_no_escape_sequence_reaches_the_terminal():
+    evil = r"\u001b]0;owned\u0007\u001b[2J\u009b2Jhi\u202e"
+    tags = f'{{"version": "{evil}", "error": "{evil}", "models": [{{"name": "{evil}", "digest": "{evil}"}}]}}'.encode()
+    for status in (b"200 OK", b"500 \x1b[2Jno"):
+        whole = [b"HTTP/1.1 " + status + b"\r\nConnection: close\r\n\r\n", tags]
+        with hostile(partial(iter, whole)) as client:
+            for call in ("version", "digests", "chat", "create"):
+                try:
+                    said = str(CALLS[call](client))
+                except OllamaError as error:
+                    said = str(error)
+                assert said.isprintable(), (call, said)
+
+
+def test_a_tag_that_only_looks_like_a_number_is_no_version(fake, client):
+    layers = [{"mediaType": "m", "digest": "d", "size": 1}]
+    for tag in ("²", "٣", "0", "01", "3"):
+        fake.manifests[f"whetstone:{tag}"] = Manifest(layers, "", "", {})
+    from fine_tuning.integration.chat_models import find_models
+
+    assert [model.tag for model in find_models(Path("/nowhere"), client, "whetstone")] == ["whetstone:3"]
 
 
 def test_names_are_compared_with_their_tags():

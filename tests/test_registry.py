@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from fine_tuning.errors import UserError
-from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry
+from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, CLAIM, PREVIOUS, ModelRegistry
 from tests.fake_ollama import silent_host
 from tests.registered import environment
 from tests.strike import in_child
@@ -181,6 +181,79 @@ def test_a_store_that_two_checkouts_share_keeps_its_addresses(registry, store, f
     version, _ = register(registry, files, FIRST)
     shared = ModelRegistry(registry.name, registry.uri, tmp_path / "mlartifacts", tmp_path / "locks")
     assert shared.version(1).artifacts == version.artifacts
+
+
+def on_another_machine(store: Path, name: str, **options) -> ModelRegistry:
+    """The same registry, with lock files of its own."""
+    return ModelRegistry(
+        name, f"sqlite:///{store / 'mlflow.db'}", store / "artifacts", store / f"locks{next(NUMBERS)}", **options
+    )
+
+
+def test_another_machine_that_promotes_in_between_is_kept_out(registry, store, files, monkeypatch):
+    for content in (FIRST, SECOND, THIRD):
+        register(registry, files, content)
+    registry.promote(1, None)
+    rival, told, move = on_another_machine(store, registry.name, patience=0.2), [], registry._move
+
+    def in_between(alias: str, number: int) -> None:
+        if not told:  # after the check of what the champion is, before it moves
+            with pytest.raises(UserError, match="another machine promotes") as refusal:
+                rival.promote(3, 1)
+            told.append(str(refusal.value))
+        move(alias, number)
+
+    monkeypatch.setattr(registry, "_move", in_between)
+    registry.promote(2, 1)
+    assert told and registry.by_alias(CHAMPION).number == 2 and registry.by_alias(PREVIOUS).number == 1
+    with pytest.raises(UserError, match="version 2 became champion in the meantime"):
+        rival.promote(3, 1)
+
+
+def test_of_promotions_on_several_machines_one_succeeds(registry, store, files):
+    for content in (FIRST, SECOND, THIRD):
+        register(registry, files, content)
+    machines = [(on_another_machine(store, registry.name), number) for number in (2, 3)]
+    registry.promote(1, None)
+    for _ in range(5):
+        start, done = threading.Barrier(2), []
+
+        def promote(machine: ModelRegistry, number: int, start=start, done=done) -> None:
+            start.wait()
+            with contextlib.suppress(UserError):
+                machine.promote(number, 1)
+                done.append(number)
+
+        racers = [threading.Thread(target=promote, args=machine) for machine in machines]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join()
+        assert done == [registry.by_alias(CHAMPION).number], "each verdict compared with version 1"
+        assert registry.by_alias(PREVIOUS).number == 1
+        registry.promote(1, done[0])
+
+
+def test_a_promotion_that_was_killed_stands_in_the_way_for_a_while(registry, store, files, monkeypatch):
+    register(registry, files, FIRST)
+    registry._client.set_registered_model_tag(registry.name, f"{CLAIM}0", str(time.time()))
+    hurried = open_registry(store, registry.name, patience=0.1)
+    with pytest.raises(UserError, match="for 5 minutes"):
+        hurried.promote(1, None)
+    registry._client.set_registered_model_tag(registry.name, f"{CLAIM}0", str(time.time() - 301))
+    hurried.promote(1, None)
+    assert registry.by_alias(CHAMPION).number == 1
+
+
+def test_what_a_killed_promotion_of_this_checkout_left_is_no_hindrance(registry, store, files, monkeypatch):
+    register(registry, files, FIRST)
+    with pytest.raises(SystemExit), monkeypatch.context() as patch:
+        patch.setattr(registry._client, "delete_registered_model_tag", lambda *_: None)
+        patch.setattr(registry, "_move", lambda *_: sys.exit())
+        registry.promote(1, None)
+    assert any(tag.startswith(CLAIM) for tag in registry._client.get_registered_model(registry.name).tags)
+    open_registry(store, registry.name, patience=0.1).promote(1, None)
+    assert registry.by_alias(CHAMPION).number == 1
 
 
 def test_a_champion_and_the_way_back_cannot_be_deleted(registry, files):

@@ -10,6 +10,7 @@ from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.model_management.model_switcher import ModelSwitcher
+from fine_tuning.names import host_key
 from tests.fake_ollama import FakeOllama, real_host, silent_host
 from tests.registered import here, sh
 
@@ -161,7 +162,8 @@ def test_a_clone_without_the_registry_deploys_the_champion(fake, clone, capsys):
     sh(clone, "dvc pull -q models/champion.dvc")
     here("deploy")
     assert fake.digest("trial:live") == fake.digest("trial:2") is not None
-    assert "the registry here does not know it" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "the registry here does not know it" in shown and "recorded in the registry" not in shown
     here("deploy")  # again: what is there is recognised
     assert fake.requests.count("POST /api/copy") == 1
 
@@ -192,6 +194,16 @@ def test_two_hosts_are_deployed_to_and_listed(fake, count_tokens, capsys):
         assert f"{fake.host}: trial:live is version 2" in shown and f"{second.host}: trial:live is version 2" in shown
 
 
+def test_the_names_of_this_machine_are_one_server(fake, capsys):
+    names = [fake.host.replace("127.0.0.1", name) for name in ("localhost", "127.0.0.1", "[::1]")]
+    here("deploy", *(word for name in names[:2] for word in ("--host", name)))
+    assert capsys.readouterr().out.count("9/9") == 1
+    here("list", "--host", names[1])
+    assert "trial:live is version 2 since" in last_line(capsys), "what was done under one name counts under the other"
+    assert {host_key(name) for name in names} == {host_key(fake.host)}
+    assert host_key("http://localhost.example:1") != host_key("http://127.0.0.1:1")
+
+
 def test_a_host_that_is_down_stops_a_deployment_before_it_begins(fake):
     with silent_host() as silent, pytest.raises(UserError, match="no Ollama answers"):
         here("deploy", "--host", fake.host, "--host", silent)
@@ -216,8 +228,10 @@ def test_a_version_that_is_not_deployed_cannot_be_switched_to(ollama):
 
 def test_a_tag_that_somebody_replaced_is_not_switched_to(fake_twice):
     fake_twice.manifests["trial:1"] = fake_twice.manifests["trial:2"]
-    with pytest.raises(UserError, match="is not what was deployed there"):
+    with pytest.raises(UserError, match="is not what was deployed there: `ollama rm trial:1`, then deploy it"):
         here("switch", "1")
+    with pytest.raises(UserError, match="has another model as trial:1: `ollama rm trial:1`"):
+        here("deploy", "1")
     assert fake_twice.digest("trial:live") == fake_twice.digest("trial:2")
 
 
@@ -240,7 +254,7 @@ def test_prune_takes_away_what_nobody_needs(fake_twice, promoted, capsys):
     here("prune", "--keep", "1")
     # 1 is previous and what rollback goes back to, 2 is champion and live, 5 is the newest, mine is somebody's.
     assert sorted(fake_twice.manifests) == ["trial:1", "trial:2", "trial:5", "trial:live", "trial:mine"]
-    assert "trial:3, trial:4 removed" in last_line(capsys)
+    assert "trial:3, trial:4 removed" in (shown := capsys.readouterr().out) and "restart it to free" in shown
     with pytest.raises(UserError, match=r"trial:3 is not on .* `python -m fine_tuning deploy 3` puts it there"):
         here("switch", "3")
     here("prune")

@@ -222,6 +222,17 @@ def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
     ]
 
 
+def test_a_live_name_that_is_gone_is_named(project, capsys):
+    with FakeOllama() as server:
+        from fine_tuning.model_management.model_switcher import ModelSwitcher
+
+        switcher = ModelSwitcher(OllamaClient(server.host), open_registry("trial"))
+        assert verify(capsys, "--host", server.host)[0] == 0, "nothing was live here"
+        switcher.record_live(2)
+        status, findings = verify(capsys, "--host", server.host)
+    assert status == 1 and findings[0]["what"] == "trial:live is gone"
+
+
 def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(project, tmp_path, capsys, monkeypatch):
     store, tokenizer = tmp_path / "models", load_tokenizer(project / "models/base")
 
@@ -243,14 +254,33 @@ def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(proj
         status, (damage,) = verify(capsys, "--host", server.host)
         assert status == 1 and damage["what"] == f"trial:2: Ollama's {weights}"
 
-        remove, erase, deploy = re.fullmatch(
-            r"ollama rm (\S+), rm -f (\S+), then .* (deploy \d+)", damage["remedy"]
+        erase, remove, deploy = re.fullmatch(
+            r"rm -f (\S+); ollama rm (\S+); .* (deploy \d+)", damage["remedy"]
         ).groups()
         OllamaClient(server.host).delete(remove)
         Path(erase).unlink()
         assert run(*deploy.split(), "--host", server.host) == 0
         capsys.readouterr()
         assert verify(capsys, "--host", server.host)[0] == 0
+
+
+def test_answers_are_compared_where_ollama_s_files_cannot_be_read(project, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    tokenizer = load_tokenizer(project / "models/base")
+    with FakeOllama(count_tokens=lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)) as server:
+        assert run("deploy", "2", "--host", server.host) == 0
+        capsys.readouterr()
+        status, (note,) = verify(capsys, "--host", server.host)
+        assert status == 0 and re.search(r"\d+ tokens of its answers are those of the GGUF", note["what"])
+
+        server.reply = "Something else."
+        status, (damage,) = verify(capsys, "--host", server.host)
+        assert status == 1 and "answers probe 1 otherwise than its GGUF" in damage["what"]
+        assert damage["remedy"].startswith("rm -f $(ollama show --modelfile trial:2")
+
+        cached(project, open_registry("trial").version(2).tags["gguf_md5"]).unlink()
+        findings = verify(capsys, "--host", server.host)[1]
+    assert any("only its manifest was compared" in finding["what"] for finding in findings)
 
 
 def test_a_server_that_is_down_is_noted(project, capsys):

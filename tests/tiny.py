@@ -23,10 +23,11 @@ Please restart the router, then check whether the cable is plugged in. Hello! Ho
 def add(a, b):\n    return a + b\n1. First\n2. Second\n2024-01-31 10:15 3.14159"""
 
 
-def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
+def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512, spread: float = 0.02) -> Path:
     """Write a loadable Hugging Face model folder: 2 layers, hidden size 64, 4 heads, 2 key-value heads.
 
-    Another size of vocabulary is another tokenizer; 259 is the least: every byte and three control tokens.
+    Another size of vocabulary is another tokenizer; 259 is the least: every byte and three control tokens. Weights of
+    a small spread make a model that repeats the last token; with 1.0 its reply depends on the whole prompt.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -59,6 +60,7 @@ def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        initializer_range=spread,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

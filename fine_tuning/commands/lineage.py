@@ -219,7 +219,7 @@ def _author(registry: ModelRegistry, reply: dict) -> int | None:
     name, _, tag = str(reply.get("model") or "").partition(":")
     if name != registry.name:
         return None
-    if tag.isdigit():
+    if tag.isdecimal() and tag.isascii():
         return int(tag) if int(tag) in known else None
     if tag != LIVE or not reply.get("at"):
         return None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fine_tuning.integration.ollama_client import OllamaClient
     from fine_tuning.model_management.model_deployer import DeploySettings
     from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
-    from fine_tuning.model_management.model_switcher import Live
+    from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -26,6 +26,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
     parser = subparsers.add_parser("deploy", help="put a version on Ollama, prove it, make it live")
     parser.add_argument("version", nargs="?", help="a version's number; the champion if left out")
+    parser.add_argument(
+        "--unproven", action="store_true", help="go live although prompts or answers could not be compared"
+    )
     _add_host(parser)
     parser.set_defaults(func=deploy)
 
@@ -84,85 +87,56 @@ def deploy(arguments: argparse.Namespace) -> None:
 
     from fine_tuning.commands.bundle import champion_bundle, registered_bundle
     from fine_tuning.model_management.model_deployer import ModelDeployer
-    from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.names import host_key
 
-    settings = _settings()
-    with open_servers(settings, arguments.host) as servers:
-        for server in servers:
-            server.version()  # a server that is down is known before anything is loaded
-        registry = _registry(settings)
+    for switcher in _each_server(arguments):
+        server, registry = switcher.server, switcher.registry
         version = _chosen(registry, arguments.version)
-        for server in servers:
-            switcher = ModelSwitcher(server, registry)
-            if version is None:
-                bundle, record = champion_bundle(), lambda digest: None
-            else:
-                bundle = registered_bundle(registry, version, switcher.recorded_digest(version))
-                record = partial(switcher.record, version.number)
-            with _progress() as progress, _host_lock(host_key(server.host)):
-                deployer = ModelDeployer(server, registry.name, print, progress)
-                done = deployer.deploy(bundle, record)
-                if version is not None:
-                    switcher.record_live(version.number)
-            for note in done.notes:
-                print(f"note: {note}")
-            if version is None:
-                print(
-                    "note: models/champion was deployed; the registry here does not know it, so switch cannot go back"
-                )
-            print(f"{deployer.live} at {server.host} is version {bundle.version}: `ollama run {deployer.live}`")
+        if version is None:
+            bundle, record = champion_bundle(), None
+        else:
+            bundle = registered_bundle(registry, version, switcher.recorded_digest(version))
+            record = partial(switcher.record, version.number)
+        with _progress() as progress:
+            deployer = ModelDeployer(server, registry.name, print, progress, unproven=arguments.unproven)
+            done = deployer.deploy(bundle, record)
+            if version is not None:
+                switcher.record_live(version.number)
+        for note in done.notes:
+            print(f"note: {note}")
+        if version is None:
+            print("note: models/champion was deployed; the registry here does not know it, so switch cannot go back")
+        print(f"{deployer.live} at {server.host} is version {bundle.version}: `ollama run {deployer.live}`")
 
 
 def switch(arguments: argparse.Namespace) -> None:
     """Make a deployed version live on every host."""
-    from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.names import host_key, parse_version
+    from fine_tuning.names import parse_version
 
-    settings = _settings()
-    number = parse_version(arguments.version, settings.name)
-    with open_servers(settings, arguments.host) as servers:
-        for server in servers:
-            server.version()
-        registry = _registry(settings)
-        for server in servers:
-            with _host_lock(host_key(server.host)):
-                before = ModelSwitcher(server, registry).switch(number)
-            print(f"{server.host}: {registry.name}:live is version {number}{_was(before)}")
+    number = parse_version(arguments.version, _settings().name)
+    for switcher in _each_server(arguments):
+        before = switcher.switch(number)
+        print(f"{switcher.server.host}: {switcher.live_name} is version {number}{_was(before)}")
 
 
 def rollback(arguments: argparse.Namespace) -> None:
     """Make live on every host what was live there before."""
-    from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.names import host_key
-
-    settings = _settings()
-    with open_servers(settings, arguments.host) as servers:
-        for server in servers:
-            server.version()
-        registry = _registry(settings)
-        for server in servers:
-            with _host_lock(host_key(server.host)):
-                before, number = ModelSwitcher(server, registry).rollback()
-            print(f"{server.host}: {registry.name}:live is version {number} again{_was(before)}")
+    for switcher in _each_server(arguments):
+        before, number = switcher.rollback()
+        print(f"{switcher.server.host}: {switcher.live_name} is version {number} again{_was(before)}")
 
 
 def prune(arguments: argparse.Namespace) -> None:
     """Take old versions off every host."""
-    from fine_tuning.model_management.model_switcher import ModelSwitcher
-    from fine_tuning.names import host_key
-
     if arguments.keep < 1:
         raise UserError("--keep takes a number from 1 on: the newest version always stays")
-    settings = _settings()
-    with open_servers(settings, arguments.host) as servers:
-        for server in servers:
-            server.version()
-        registry = _registry(settings)
-        for server in servers:
-            with _host_lock(host_key(server.host)):
-                gone = ModelSwitcher(server, registry).prune(arguments.keep)
-            print(f"{server.host}: {', '.join(gone) or 'nothing'} removed; `deploy VERSION` brings one back")
+    for switcher in _each_server(arguments):
+        gone = switcher.prune(arguments.keep)
+        print(f"{switcher.server.host}: {', '.join(gone) or 'nothing'} removed; `deploy VERSION` brings one back")
+        if gone:
+            print(
+                "note: an Ollama that rewrites models (0.32 does) keeps what was uploaded for them until it is "
+                "restarted, more than an hour after the upload: restart it to free that room"
+            )
 
 
 def list_versions(arguments: argparse.Namespace) -> None:
@@ -233,17 +207,34 @@ def _registry(settings: "DeploySettings") -> "ModelRegistry":
 @contextmanager
 def open_servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
     from fine_tuning.integration.ollama_client import OllamaClient, normalise_host, ollama_host
+    from fine_tuning.names import host_key
 
     hosts = [normalise_host(host) for host in given or [ollama_host(settings.host), *settings.more_hosts]]
+    first = {host_key(host): host for host in reversed(hosts)}  # one server may stand there under two names
     clients = [
         OllamaClient(host, timeout=settings.timeout, stream_timeout=settings.stream_timeout)
-        for host in dict.fromkeys(hosts)
+        for host in dict.fromkeys(first[host_key(host)] for host in hosts)
     ]
     try:
         yield clients
     finally:
         for client in clients:
             client.close()
+
+
+def _each_server(arguments: argparse.Namespace) -> "Iterator[ModelSwitcher]":
+    """Every host in its turn, with no other process of this checkout at it; none is begun with unless all answer."""
+    from fine_tuning.model_management.model_switcher import ModelSwitcher
+
+    settings = _settings()
+    with open_servers(settings, arguments.host) as servers:
+        for server in servers:
+            server.version()  # a server that is down is known before anything is loaded
+        registry = _registry(settings)
+        for server in servers:
+            switcher = ModelSwitcher(server, registry)
+            with _host_lock(switcher.key):
+                yield switcher
 
 
 def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | None":

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fine_tuning.commands.bundle import kept_gguf
-from fine_tuning.commands.champion import CHAMPION_FILES, CHAMPION_JSON, GGUF, MERGED, WEIGHTS, read_champion
+from fine_tuning.commands.champion import CHAMPION_FILES, CHAMPION_JSON, GGUF, MERGED, PROBES, WEIGHTS, read_champion
 from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
 from fine_tuning.commands.promote import content_of, open_registry
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.champion_records import KEPT, kept_files
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
-from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
+from fine_tuning.model_management.answer_check import AnswersDiffer, compare_answers
+from fine_tuning.model_management.model_deployer import LIVE, DeploySettings, Probe, heal
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
-from fine_tuning.model_management.model_switcher import ModelSwitcher
-from fine_tuning.model_management.ollama_store import blobs_of, is_damaged
+from fine_tuning.model_management.model_switcher import ModelSwitcher, live_history
+from fine_tuning.model_management.ollama_store import damaged_blobs
 from fine_tuning.project import sha256_file
 from fine_tuning.protection import FOLDERS, OTHERS, open_to_others
+from fine_tuning.records import read_json
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -285,29 +287,43 @@ def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
         elif digests[version.tag] != digest:
             findings.append(Finding(DAMAGED, f"{version.tag} is not what was deployed", redo))
         else:
-            found, read = _check_weights(server.host, version, digest)
+            found, read = _check_weights(registry, server, version, digest)
             findings, seen, size = findings + found, seen + 1, size + read
     live = digests.get(f"{registry.name}:{LIVE}")
-    if live is not None and live not in recorded:
+    if live is None and live_history(registry.versions(), switcher.key):
+        findings.append(Finding(DAMAGED, f"{registry.name}:{LIVE} is gone", "python -m fine_tuning deploy"))
+    elif live is not None and live not in recorded:
         what = f"{registry.name}:{LIVE} is none of the versions that were deployed from here"
         findings.append(Finding(DAMAGED if recorded else NOTE, what, "python -m fine_tuning deploy"))
     return Checked(f"Ollama at {server.host}", seen, size, findings)
 
 
-def _check_weights(host: str, version: ModelVersion, digest: str) -> tuple[list[Finding], int]:
-    """Hash what Ollama keeps of a version: it serves its files without hashing them. Returns the bytes read, too."""
-    blobs = blobs_of(host, digest)
+def _check_weights(
+    registry: ModelRegistry, server: OllamaClient, version: ModelVersion, digest: str
+) -> tuple[list[Finding], int]:
+    """Hash what Ollama keeps of a version: it serves its files without hashing them. Where they cannot be read, compare
+    its answers with the GGUF's. Returns the bytes read, too."""
+    again = f"python -m fine_tuning deploy {version.number}"
+    if read := damaged_blobs(server.host, digest, version.tags.get("gguf_sha256", "")):
+        found = [
+            Finding(DAMAGED, f"{version.tag}: Ollama's {blob}", f"{heal(version.tag, [blob])}; {again}")
+            for blob in read[0]
+        ]
+        return found, read[1]
+    what = f"{version.tag}: Ollama's files cannot be read from here"
+    elsewhere = "verify on the server's machine as a user who may read OLLAMA_MODELS"
+    gguf = kept_gguf(version)
+    if gguf is None:
+        return [Finding(NOTE, f"{what}, so only its manifest was compared", elsewhere)], 0
     try:
-        damaged = [blob for blob in blobs or () if is_damaged(blob)]
-        if blobs is not None:
-            # Removing the model alone does not help: Ollama keeps the file, and takes it for the new model.
-            again = f"ollama rm {version.tag}, rm -f {{}}, then python -m fine_tuning deploy {version.number}"
-            found = [Finding(DAMAGED, f"{version.tag}: Ollama's {blob}", again.format(blob)) for blob in damaged]
-            return found, sum(blob.stat().st_size for blob in blobs)
-    except OSError:
-        pass
-    what = f"{version.tag}: Ollama's files cannot be read from here, so only its manifest was compared"
-    return [Finding(NOTE, what, "verify on the server's machine as a user who may read OLLAMA_MODELS")], 0
+        with tempfile.TemporaryDirectory() as name:
+            probes = [Probe(**probe) for probe in read_json(registry.download(version, PROBES, Path(name)))]
+        agreed = compare_answers(server, version.tag, gguf, probes)
+    except AnswersDiffer as error:
+        return [Finding(DAMAGED, str(error), f"{heal(version.tag)}; {again}")], 0
+    except (UserError, ValueError, TypeError) as error:
+        return [Finding(NOTE, f"{what}, and its answers could not be compared: {error}", elsewhere)], 0
+    return [Finding(NOTE, f"{what}; {agreed} tokens of its answers are those of the GGUF", elsewhere)], 0
 
 
 # -------------------------------------------------------------------------------------------------------------- report

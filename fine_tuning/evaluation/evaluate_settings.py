@@ -1,10 +1,20 @@
 """Section `evaluate` of params.yaml."""
 
-from pydantic import Field
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from fine_tuning.evaluation.memory import MemorySettings
 from fine_tuning.evaluation.rivals import RivalSettings
 from fine_tuning.settings import Settings
+
+
+def _metric_name(name: str) -> str:
+    """A metric is a file of metric_modules that is executed, so its name leads nowhere else."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ValueError("a name of letters, digits and _, the file's without .py")
+    return name
 
 
 class GenerationSettings(Settings):
@@ -26,7 +36,7 @@ class IntervalSettings(Settings):
 class EvaluateSettings(Settings):
     """Section `evaluate`."""
 
-    metrics: list[str] = Field(min_length=1)
+    metrics: list[Annotated[str, AfterValidator(_metric_name)]] = Field(min_length=1)
     references: list[str] = Field(min_length=1)
     batch_tokens: int = Field(ge=1)
     threads: int | None = Field(ge=1)

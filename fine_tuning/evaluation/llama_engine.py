@@ -45,6 +45,15 @@ class TokenScore:
     first: bool
 
 
+@dataclass(frozen=True)
+class Token:
+    """A next token, the bytes that it writes (none for a control token), and its natural-log probability."""
+
+    id: int
+    text: bytes
+    logprob: float
+
+
 Result = TypeVar("Result")
 
 
@@ -272,6 +281,15 @@ class LlamaEngine:
         """Whether a reply is over for llama.cpp when the model writes `token` after `prompt`."""
         body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "samplers": ["temperature"]}
         return self._post("/completion", body | {"logit_bias": [[token, 1000.0]]})["stop_type"] == "eos"
+
+    def greedy(self, prompt: Sequence[int], max_tokens: int, n: int) -> list[list[Token]]:
+        """The likeliest reply to `prompt`: for each of its tokens the `n` likeliest ones, the chosen one first."""
+        body = {"prompt": list(prompt), "n_predict": max_tokens, "n_probs": n, "post_sampling_probs": False}
+        answer = self._post("/completion", body | {"temperature": 0, "samplers": ["temperature"]})
+        return [
+            [Token(top["id"], bytes(top["bytes"]), top["logprob"]) for top in [step, *step["top_logprobs"]]]
+            for step in answer["completion_probabilities"]
+        ]
 
     def score_many(
         self,

@@ -4,10 +4,15 @@ from collections.abc import Mapping, Sequence
 
 from fine_tuning.evaluation.scoring import Reply
 
+INTRODUCTION = (
+    "Replies of the GGUF files: the likeliest token each time (temperature 0), without penalties (repeat_penalty 1). "
+    "Ollama runs a model with the options in its Modelfile, models/package/Modelfile for the candidate."
+)
+
 
 def side_by_side(prompts: Sequence[str], answers: Mapping[str, Sequence[Reply]]) -> str:
     """The page; `answers` has, for each contender, one reply for each prompt."""
-    lines = ["# Side by side", "", "Greedy replies of the GGUF files, as Ollama would run them.", ""]
+    lines = ["# Side by side", "", INTRODUCTION, ""]
     for index, prompt in enumerate(prompts):
         lines += [f"## {index + 1}. {' '.join(prompt.split())}", ""]
         for contender, replies in answers.items():

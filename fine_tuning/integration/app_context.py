@@ -26,7 +26,8 @@ _protect = cache(protect)  # once a process: a page is made anew with every clic
 
 @dataclass(frozen=True)
 class App:
-    """One checkout, as the pages see it. `person` is who is signed in, None where nobody needs to."""
+    """One checkout, as the pages see it. `person` is who is signed in, None where nobody needs to; `owner` whether
+    commands may be started and conversations deleted."""
 
     checkout: Path
     settings: AppSettings
@@ -35,6 +36,7 @@ class App:
     name: str
     logger: ConversationLogger
     person: str | None
+    owner: bool
 
     def models(self) -> list[ChatModel]:
         """What can answer now, the one that should answer first at the head, earlier versions at the end."""
@@ -68,6 +70,7 @@ def app() -> App:
         name=deploy.name,
         logger=ConversationLogger(checkout / INBOX),
         person=signed_in(),
+        owner=is_owner(),
     )
 
 
@@ -97,6 +100,16 @@ def signed_in() -> str | None:
     if not sign_in_providers() or not st.user.is_logged_in:
         return None
     return str(st.user.get("email") or st.user.get("name") or st.user.get("sub") or "unnamed")
+
+
+def is_owner() -> bool:
+    """Whether the pages that start commands are open: to everybody where no sign-in is configured, else to those whose
+    verified e-mail address or subject identifier is in `owners` of section [roles] in .streamlit/secrets.toml."""
+    if not sign_in_providers():
+        return True
+    owners = (st.secrets.get("roles") or {}).get("owners") or []
+    email = st.user.get("email") if st.user.get("email_verified") is not False else None
+    return signed_in() is not None and any(name in owners for name in (email, st.user.get("sub")) if name)
 
 
 def _champion_stamp(checkout: Path) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The models a person can talk to: what Ollama serves, the champion's and the base's GGUF, and how each is asked."""
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
 from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.llama_engine import LlamaEngine
@@ -102,11 +104,8 @@ def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
         digests = client.digests()
     except OllamaError:
         return []
-    numbers = {
-        digest: int(tag.removeprefix(f"{name}:"))
-        for tag, digest in digests.items()
-        if tag.startswith(f"{name}:") and tag.removeprefix(f"{name}:").isdigit()
-    }
+    version = re.compile(rf"{re.escape(name)}:([1-9][0-9]{{0,8}})")
+    numbers = {digest: int(match[1]) for tag, digest in digests.items() if (match := version.fullmatch(tag))}
     live = full_name(f"{name}:live")
     models = [ChatModel("Live", "ollama", live, numbers.get(digests[live]))] if live in digests else []
     for number in sorted(numbers.values(), reverse=True):
@@ -156,7 +155,8 @@ def stream_reply(
         UserError: the server is gone, hangs or refuses; the model's file is missing.
     """
     if model.engine == "ollama":
-        yield from _from_ollama(model, messages, sampling, system_prompt, client)
+        neutral = [{**turn, "content": neutralised(turn["content"], checkout / BASE)} for turn in messages]
+        yield from _from_ollama(model, neutral, sampling, system_prompt, client)
         return
     assert model.gguf is not None
     room = settings.context - min(sampling.max_tokens, settings.context // 2)
@@ -173,6 +173,20 @@ def stream_reply(
             repeat_penalty=sampling.repeat_penalty,
             seed=sampling.seed,
         )
+
+
+def neutralised(text: str, base: Path) -> str:
+    """`text` with a space after the first character of each control token. Ollama reads `<|im_end|>` in a message as
+    the end of the turn; training and the built-in engine read its letters."""
+    tokens = _control_tokens(base / "tokenizer.json")
+    return re.sub("|".join(map(re.escape, tokens)), lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(path: Path) -> list[str]:
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    special = {token["content"] for token in added if token["special"] and len(token["content"]) > 1}
+    return sorted({*special, *CONTROL_TOKENS}, key=len, reverse=True)
 
 
 def warm_up(model: ChatModel, checkout: Path, settings: AppSettings) -> None:

@@ -1,13 +1,19 @@
-"""An Ollama server over HTTP: every call has a time-out, every failure is one clear line.
+"""An Ollama server over HTTP: every call has a deadline and a size limit, every failure is one clear line.
 
 The `ollama` package waits without end, raises other exceptions when it streams, and takes a stream that stops half
-way for a complete answer; this client does none of that.
+way for a complete answer; this client does none of that. A time-out of HTTP libraries is one of a single read: a server
+that sends a byte now and then would hold them for ever.
 """
 
 import ipaddress
 import json
 import os
+import re
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,10 @@ from fine_tuning.errors import UserError
 DEFAULT_PORT = 11434
 CHUNK_BYTES = 1 << 20
 REASON_CHARACTERS = 300
+MOST_BYTES = 32 << 20  # of an answer: some 200,000 tokens of a streamed reply
+STREAM_FACTOR = 24  # a whole stream may last so many times the longest wait for one of its lines
+SLOWEST_UPLOAD = 64 << 10  # bytes a second
+MODEL_NAME = re.compile(r"[\w.:/@-]{1,512}", re.ASCII)
 
 Progress = Callable[[int, int], None]
 
@@ -113,23 +123,57 @@ def normalise_host(host: str) -> str:
     return f"{parts.scheme}://{shown}:{port}{parts.path.rstrip('/')}"
 
 
+class _Deadline:
+    """Shuts the connection of one request down when its time is over."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._socket: socket.socket | None = None
+        self._timer: threading.Timer | None = None
+
+    def start(self, seconds: float) -> None:
+        """Let it be over so many seconds from now."""
+        self.stop()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Let it never be over."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def trace(self, event: str, info: dict) -> None:
+        """Called by httpcore (extension `trace`) at every step: learns the socket."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._socket = info["return_value"].get_extra_info("socket")
+
+    def _end(self) -> None:
+        self.over = True
+        with suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
 class OllamaClient:
     """One server.
 
     Args:
         host: address in any form that `normalise_host` takes.
-        timeout: seconds for connecting and for a short answer.
-        stream_timeout: longest silence, in seconds, in an upload, a creation or a reply (loading a model is silent).
+        timeout: seconds for connecting, and for the whole of a short answer.
+        stream_timeout: longest wait, in seconds, for a line of a creation or a reply (loading a model is silent); the
+            whole may last STREAM_FACTOR times as long.
     """
 
     def __init__(self, host: str, *, timeout: float = 10.0, stream_timeout: float = 300.0) -> None:
         self.host = normalise_host(host)
-        self._short = httpx.Timeout(timeout)
-        self._long = httpx.Timeout(timeout, read=stream_timeout, write=stream_timeout)
+        self._short, self._long = timeout, stream_timeout
         # A proxy for the outside world must not be asked for a server on this machine.
         self._http = httpx.Client(
             base_url=self.host,
             trust_env=not _is_local(self.host),
+            # What is compressed can be any size. Ollama compresses nothing; a proxy in front is asked not to.
+            headers={"Accept-Encoding": "identity"},
             # Loading certificates takes a tenth of a second; plain HTTP needs none.
             verify=self.host.startswith("https:"),
             # A kept connection that the server has just closed looks like a server that went down.
@@ -150,12 +194,13 @@ class OllamaClient:
 
     def version(self) -> str:
         """Version of the server, e.g. "0.34.1"."""
-        return str(self._json("GET", "/api/version").get("version", "unknown"))
+        return _one_line(self._json("GET", "/api/version").get("version", "unknown"))
 
     def models(self) -> list[dict]:
-        """Entries of /api/tags: name, digest, size, modified_at, details."""
+        """Entries of /api/tags: name, digest, size, modified_at, details. What is no name of a model is left out."""
         models = self._json("GET", "/api/tags").get("models")
-        return [entry for entry in models or [] if isinstance(entry, dict)]
+        entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+        return [entry for entry in entries if MODEL_NAME.fullmatch(str(entry.get("name")))]
 
     def digests(self) -> dict[str, str]:
         """Manifest digest (64 hex characters) by full name: `whetstone:live`, never `whetstone`."""
@@ -191,7 +236,8 @@ class OllamaClient:
             f"/api/blobs/sha256:{sha256}",
             content=_read_chunks(path, progress),
             headers={"Content-Length": str(size), "Content-Type": "application/octet-stream"},
-            timeout=self._long,
+            wait=self._long,
+            more=size / SLOWEST_UPLOAD,
         )
         if response.status_code not in (200, 201):
             raise self._refusal(response, "POST /api/blobs")
@@ -209,7 +255,7 @@ class OllamaClient:
         for line in self._stream("/api/create", {**request, "model": model, "stream": True}):
             status = line.get("status")
             if status and progress:
-                progress(str(status))
+                progress(_one_line(status))
         if status != "success":
             raise OllamaError(
                 f"{self.host} stopped before {model} was made (its log says why, is its disk full?): deploy again"
@@ -239,7 +285,7 @@ class OllamaClient:
             "options": {"num_predict": 1},
             "_debug_render_only": True,
         }
-        debug = self._json("POST", "/api/chat", request, timeout=self._long).get("_debug_info")
+        debug = self._json("POST", "/api/chat", request, self._long).get("_debug_info")
         rendered = debug.get("rendered_template") if isinstance(debug, dict) else None
         return rendered if isinstance(rendered, str) else None
 
@@ -271,54 +317,79 @@ class OllamaClient:
 
     def _chat_lines(self, model: str, request: dict) -> Iterator[dict]:
         for line in self._stream("/api/chat", request):
+            message, done = line.get("message", {}), line.get("done", False)
+            if not isinstance(message, dict) or not isinstance(message.get("content", ""), str) or done not in (0, 1):
+                raise OllamaError(f"{self.host}/api/chat sent a line that is not Ollama's: is it one?")
             yield line
-            if line.get("done"):
+            if done:
                 return
         raise OllamaError(f"{self.host} broke off its reply as {model}: ask again, its log says why")
 
     # ----------------------------------------------------------------------------------------------------------- wire
 
-    def _json(self, method: str, path: str, body: dict | None = None, timeout: httpx.Timeout | None = None) -> dict:
-        response = self._request(method, path, json=body, timeout=timeout)
+    def _json(self, method: str, path: str, body: dict | None = None, wait: float | None = None) -> dict:
+        response = self._request(method, path, wait, json=body)
         if response.status_code != 200:
             raise self._refusal(response, f"{method} {path}")
-        try:
-            value = response.json()
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
+        if (value := _parse(response.content)) is None:
             raise OllamaError(f"{self.host}{path} does not answer like an Ollama: check deploy.host and OLLAMA_HOST")
         return value
 
-    def _request(self, method: str, path: str, timeout: httpx.Timeout | None = None, **content: Any) -> httpx.Response:
+    @contextmanager
+    def _answer(
+        self, method: str, path: str, wait: float, more: float = 0.0, **content: Any
+    ) -> Iterator[tuple[httpx.Response, _Deadline]]:
+        """An answer whose body is still to be read, and the deadline of the whole: `wait` and `more` seconds from now.
+        Nothing may be silent for longer than `wait`."""
+        deadline = _Deadline()
+        deadline.start(wait + more)
+        timeout, extensions = httpx.Timeout(wait, connect=self._short), {"trace": deadline.trace}
+        stream = self._http.stream(method, quote(path, safe="/:"), timeout=timeout, extensions=extensions, **content)
         try:
-            return self._http.request(method, quote(path, safe="/:"), timeout=timeout or self._short, **content)
+            with stream as response:
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise OllamaError(f"{self.host}{path} answers compressed, unasked: is it an Ollama?")
+                yield response, deadline
         except httpx.HTTPError as error:
-            raise self._lost(error, path) from None
+            raise self._lost(error, path, deadline) from None
+        finally:
+            deadline.stop()
+
+    def _request(self, method: str, path: str, wait: float | None = None, **content: Any) -> httpx.Response:
+        with self._answer(method, path, wait or self._short, **content) as (response, deadline):
+            body = b"".join(self._body(response, path, deadline))
+        return httpx.Response(response.status_code, content=body)
+
+    def _body(self, response: httpx.Response, path: str, deadline: _Deadline) -> Iterator[bytes]:
+        for chunk in response.iter_raw():
+            if response.num_bytes_downloaded > MOST_BYTES:
+                raise OllamaError(f"{self.host}{path} answers with more than {MOST_BYTES >> 20} MiB: is it an Ollama?")
+            yield chunk
+        if deadline.over:  # a body without a length ends where the connection does
+            raise httpx.ReadTimeout("")
 
     def _stream(self, path: str, body: dict) -> Iterator[dict]:
         """Lines of an NDJSON answer. An `error` line is raised whatever the status was: it may be 200 by then."""
-        try:
-            with self._http.stream("POST", path, json=body, timeout=self._long) as response:
-                if response.status_code != 200:
-                    response.read()
-                    raise self._refusal(response, f"POST {path}")
-                for raw in _newline_separated(response.iter_bytes()):
-                    line = _parse(raw)
-                    if line is None:
-                        raise OllamaError(f"{self.host}{path} sent a line that is not JSON: is it an Ollama?")
-                    if line.get("error"):
-                        raise self._failure(_one_line(line["error"]), f"POST {path}", f"{self.host} failed")
-                    yield line
-        except httpx.HTTPError as error:
-            raise self._lost(error, path) from None
+        end = time.monotonic() + STREAM_FACTOR * self._long
+        with self._answer("POST", path, self._long, json=body) as (response, deadline):
+            if response.status_code != 200:
+                answer = b"".join(self._body(response, path, deadline))
+                raise self._refusal(httpx.Response(response.status_code, content=answer), f"POST {path}")
+            for raw in _newline_separated(self._body(response, path, deadline)):
+                line = _parse(raw)
+                if line is None:
+                    raise OllamaError(f"{self.host}{path} sent a line that is not JSON: is it an Ollama?")
+                if line.get("error"):
+                    raise self._failure(_one_line(line["error"]), f"POST {path}", f"{self.host} failed")
+                deadline.start(min(self._long, end - time.monotonic()))
+                yield line
 
-    def _lost(self, error: httpx.HTTPError, path: str) -> OllamaError:
+    def _lost(self, error: httpx.HTTPError, path: str, deadline: _Deadline) -> OllamaError:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnavailable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
-        if isinstance(error, httpx.TimeoutException):
+        if deadline.over or isinstance(error, httpx.TimeoutException):
             return OllamaUnavailable(
-                f"{self.host} was silent for too long at {path}: look at its log, or raise deploy.stream_timeout"
+                f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"
             )
         return OllamaUnavailable(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
@@ -362,35 +433,44 @@ def _read_chunks(path: Path, progress: Progress | None) -> Iterator[bytes]:
 
 def _newline_separated(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Lines that end with a newline, and a last one that may not: U+2028 ends no line, so no text mode here."""
-    rest = b""
+    rest = bytearray()
     for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in lines if line.strip())
+        rest += chunk
+        if b"\n" in chunk:
+            *lines, rest = rest.split(b"\n")
+            yield from (bytes(line) for line in lines if line.strip())
     if rest.strip():
-        yield rest
+        yield bytes(rest)
 
 
 def _parse(raw: bytes) -> dict | None:
+    """A JSON object in UTF-8 (RFC 8259): no NaN, no half of a surrogate pair, and no deeper than Python can read."""
     try:
-        value = json.loads(raw)
-    except ValueError:
+        value = json.loads(raw.decode("utf-8"), parse_constant=int)
+        if b"\\u" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _one_line(reason: object) -> str:
-    return " ".join(str(reason).split())[:REASON_CHARACTERS]
+    """What a server says, for a terminal: nothing that moves its cursor or changes its title."""
+    text = "".join(character if character.isprintable() else " " for character in str(reason))
+    return " ".join(text.split())[:REASON_CHARACTERS]
 
 
 def _stats(line: dict) -> ChatStats:
     def count(key: str) -> int | None:
-        return line[key] if isinstance(line.get(key), int) else None
+        value = line.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
     def seconds(key: str) -> float | None:
-        return line[key] / 1e9 if isinstance(line.get(key), (int, float)) else None
+        return None if count(key) is None else line[key] / 1e9
 
+    reason = line.get("done_reason")
     return ChatStats(
-        done_reason=line.get("done_reason"),
+        done_reason=reason if isinstance(reason, str) else None,
         prompt_tokens=count("prompt_eval_count"),
         reply_tokens=count("eval_count"),
         total_seconds=seconds("total_duration"),

@@ -16,7 +16,33 @@ from fine_tuning.training.tracking import flatten, open_store
 EVALUATION = Path("metrics/evaluation.json")
 LOSS = Path("metrics/plots/train_loss.csv")
 COMMITS = 10  # that are looked back at
-OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)+=[^\s=].*")
+# `$` begins an interpolation, which reads the environment.
+OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)=[^\s=$][^$]*")
+# What the page may change: numbers and switches, never code, paths, addresses or what guards a promotion.
+MAY_CHANGE = frozenset(
+    f"{section}.{name}"
+    for section, names in {
+        "chat": "system_prompt max_length",
+        "prepare": "train_on validation_fraction test_fraction salt latest_from decontamination_words max_train_tokens "
+        "max_sample_tokens max_held_out_tokens canaries",
+        "intake": "sample",
+        "clean": "drop_near_duplicates near_duplicate_threshold max_same_reply max_user_share",
+        "clean.filters": "min_length max_length min_turns max_turns max_repetition max_special_characters max_echo",
+        "train": "method seed epochs max_steps learning_rate schedule warmup_ratio weight_decay max_grad_norm "
+        "optimizer batch_tokens packing gradient_accumulation precision threads gradient_checkpointing neftune_alpha "
+        "validations early_stopping_patience checkpoint_steps",
+        "train.lora": "rank alpha dropout target_modules top_layers rslora dora",
+        "package": "merged_dtype quantisation",
+        "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "
+        "frequency_penalty",
+        "evaluate": "batch_tokens threads quantised_items forgetting other_histories",
+        "evaluate.generation": "items max_tokens slots",
+        "evaluate.interval": "draws confidence seed",
+        "evaluate.rivals": "system_prompt examples items",
+        "evaluate.memory": "conversations",
+    }.items()
+    for name in names.split()
+)
 SAME_RUN = ("train_loss", "validation_loss")  # numbers that a DVC experiment and its MLflow run share to the last digit
 JUDGED = "comparison.adapter_sha256"
 OF_AN_ADAPTER = ("package.", "evaluation.", "comparison.")
@@ -184,13 +210,15 @@ def overrides(text: str) -> list[str]:
     """`-S` arguments from lines like `train.learning_rate=1.0e-4`.
 
     Raises:
-        UserError: a line is no assignment.
+        UserError: a line is no assignment, or one of a parameter that is not in MAY_CHANGE.
     """
     arguments = []
     for line in text.splitlines():
         if not (line := line.strip()):
             continue
-        if not OVERRIDE.fullmatch(line):
+        if (match := OVERRIDE.fullmatch(line)) is None:
             raise UserError(f"{line[:60]!r} changes no parameter: write one a line, like train.learning_rate=1.0e-4")
+        if match[1] not in MAY_CHANGE:
+            raise UserError(f"{match[1]} is not changed from here: use `dvc exp run -S` in a terminal")
         arguments += ["-S", line]
     return arguments

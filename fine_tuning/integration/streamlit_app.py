@@ -1,14 +1,17 @@
 """The chat app: `make chat`, or `streamlit run fine_tuning/integration/streamlit_app.py` from the project's top folder.
 
-Settings of the server are in .streamlit/config.toml: this machine only, no telemetry.
+Settings of the server are in .streamlit/config.toml: this machine only, no telemetry. `streamlit run` finds `app`
+here, imports it for its server, and runs this file as the script for every visit.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from importlib import import_module
 from pathlib import Path
 
 import streamlit as st
+from starlette.middleware import Middleware
 
 # Streamlit puts this file's own folder on the path, not the project's.
 PROJECT = str(Path(__file__).resolve().parents[2])
@@ -17,6 +20,7 @@ if PROJECT not in sys.path:
 
 
 PAGES = {"chat": "forum", "compare": "balance", "data": "dataset", "runs": "monitoring", "models": "workspace_premium"}
+OPEN_PAGES = ("chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
 
 
 def load(name: str) -> Callable[[], None]:
@@ -31,13 +35,14 @@ def load(name: str) -> Callable[[], None]:
 
 def main() -> None:
     from fine_tuning.errors import UserError
-    from fine_tuning.integration.app_context import sign_in_providers, signed_in
+    from fine_tuning.integration.app_context import is_owner, sign_in_providers, signed_in
     from fine_tuning.integration.app_text import plain
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
     pages = [
         st.Page(load(name), title=name.capitalize(), icon=f":material/{icon}:", url_path=name, default=name == "chat")
         for name, icon in PAGES.items()
+        if name in OPEN_PAGES or is_owner()
     ]
     if sign_in_providers() and signed_in() is None:
         st.navigation([st.Page(_sign_in, title="Whetstone", default=True)], position="hidden").run()
@@ -62,4 +67,22 @@ def _sign_in() -> None:
         st.button(label, icon=":material/login:", key=f"sign-in-{provider}", on_click=st.login, args=arguments)
 
 
-main()
+@asynccontextmanager
+async def _until_the_end(_: object) -> AsyncGenerator[dict, None]:
+    """Closes what pages opened. After SIGTERM the server ends by that signal, and functions of `atexit` do not run."""
+    yield {}
+    from fine_tuning.integration.chat_session import desk
+    from fine_tuning.integration.embedded_engine import shared_engines
+    from fine_tuning.integration.jobs import jobs
+
+    desk.close()
+    jobs.stop()
+    shared_engines.close()
+
+
+if __name__ == "__main__":
+    main()
+else:
+    from fine_tuning.integration.app_guard import AppGuard
+
+    app = st.App(Path(__file__), middleware=[Middleware(AppGuard)], lifespan=_until_the_end)

@@ -43,12 +43,18 @@ COMPARED_TOKENS = 200
 
 
 class OllamaParameters(Settings):
-    """PARAMETER lines of the Modelfile, by Ollama's names. The stops are found, not set."""
+    """PARAMETER lines of the Modelfile, by Ollama's names: all that it samples by, for its own defaults differ between
+    versions. The stops are found, not set."""
 
     num_ctx: int = Field(ge=16)
     temperature: float = Field(ge=0)
     top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
+    min_p: float = Field(ge=0, le=1)
     repeat_penalty: float = Field(gt=0)
+    repeat_last_n: int = Field(ge=-1)
+    presence_penalty: float = Field(ge=-2, le=2)
+    frequency_penalty: float = Field(ge=-2, le=2)
 
 
 class ParitySettings(Settings):

@@ -1,10 +1,14 @@
 """Model versions in MLflow: registered once each, with aliases that move only from where they were seen."""
 
+import hashlib
 import logging
 import math
 import os
+import random
 import re
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 CONTENT_TAG = "content_sha256"
 ADAPTER_TAG = "adapter_sha256"
 LOCK_SECONDS = 120.0
-SETTLED_SECONDS = 3.0  # between looking at the champion and moving its alias go two requests to a server
+CLAIM, CLAIM_SECONDS = "promotes.", 300.0
 ANSWERS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # errors that are answers to a question of ours
 
 Value = TypeVar("Value")
@@ -54,9 +58,9 @@ class ModelRegistry:
         name: registered model's name; the same as in Ollama.
         uri: MLflow's address.
         artifacts: folder of artifacts for a SQLite store.
-        locks: folder of lock files. They serialise this machine's processes; on a server that others write to as
-            well, a move that collides is noticed afterwards.
-        patience: seconds to go on trying while the database is locked.
+        locks: folder of lock files. They serialise this machine's processes; promotions from other machines exclude
+            each other by a tag in the registry.
+        patience: seconds to go on trying while the database is locked or another machine promotes.
 
     Raises:
         UserError: the store does not open.
@@ -230,9 +234,9 @@ class ModelRegistry:
             the version that was champion before, None if there was none.
 
         Raises:
-            UserError: somebody made another version champion in the meantime.
+            UserError: somebody made another version champion in the meantime, or is promoting.
         """
-        with self._lock():
+        with self._lock(), self._claim():
             self.version(number)
             old = self._aliases().get(CHAMPION)
             if old == number:
@@ -257,9 +261,6 @@ class ModelRegistry:
 
     def _move(self, alias: str, number: int) -> None:
         self._try(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
-        if alias == CHAMPION and not self.uri.startswith("sqlite:"):
-            # Our lock holds no other machine, and MLflow takes the last of those who saw the same champion.
-            time.sleep(SETTLED_SECONDS)
         if self._aliases().get(alias) != number:
             raise UserError(f"another process moved the alias {alias} at the same time: look with `list`, then repeat")
 
@@ -297,6 +298,33 @@ class ModelRegistry:
                 yield
         except Timeout:
             raise UserError(f"another process holds the registry for two minutes: end it, or remove {path}") from None
+
+    @contextmanager
+    def _claim(self) -> Iterator[None]:
+        """Keep promotions from other machines out: MLflow (3.17) moves an alias wherever it points by then.
+
+        A claim is a tag of the model. Who writes one and then sees no other is alone: whoever comes later sees it, and
+        once it is gone, the new champion. Two that see each other step back and try again. A checkout's claims have one
+        name: its lock file keeps its processes apart, and what a killed one left is written over.
+        """
+        here = f"{socket.gethostname()} {uuid.getnode()} {self._locks.resolve()}"
+        key, end = CLAIM + hashlib.sha256(here.encode()).hexdigest()[:16], time.monotonic() + self.patience
+        while True:
+            self._try(lambda: self._client.set_registered_model_tag(self.name, key, str(time.time())))
+            try:
+                tags = self._try(lambda: self._client.get_registered_model(self.name)).tags
+                others = [tag for tag in tags if tag.startswith(CLAIM) and tag != key]
+                if all(time.time() - float(tags[tag]) > CLAIM_SECONDS for tag in others):
+                    yield
+                    return
+            finally:
+                self._try(lambda: self._client.delete_registered_model_tag(self.name, key))
+            if time.monotonic() > end:
+                raise UserError(
+                    f"another machine promotes a version of {self.name}: promote again when it is done (a promotion "
+                    f"that was killed stands in the way for {CLAIM_SECONDS / 60:.0f} minutes)"
+                )
+            time.sleep(random.uniform(0.1, 1.0))
 
     def _try(self, call: Callable[[], Value]) -> Value:
         """Call, again and again while the database is locked, until `patience` is over."""

@@ -17,32 +17,40 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 STORES = (Path("~/.ollama/models"), Path("/usr/share/ollama/.ollama/models"))
 
 
-def blobs_of(host: str, digest: str) -> list[Path] | None:
+def blobs_of(host: str, digest: str, uploaded: str) -> list[Path] | None:
     """The blobs of a model on this machine, by the digest that the server at `host` tells; None if they are not here
-    or cannot be read."""
-    if urlsplit(host).hostname not in LOOPBACK:
-        return None
+    or cannot be read. What was `uploaded` (SHA-256) is one of them while it is there: a server that rewrites models
+    makes the next one from it."""
     try:
-        for store in _stores():
+        for store in stores(host):
             for manifest in (store / "manifests").rglob("*"):
                 if manifest.is_file() and sha256_file(manifest) == digest.removeprefix("sha256:"):
                     named = json.loads(manifest.read_bytes())
                     parts = [*named["layers"], *([named["config"]] if named.get("config") else [])]
-                    return [store / "blobs" / part["digest"].replace(":", "-") for part in parts]
+                    blobs = [store / "blobs" / part["digest"].replace(":", "-") for part in parts]
+                    source = store / "blobs" / f"sha256-{uploaded}"
+                    return [*blobs, source] if source.is_file() and source not in blobs else blobs
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return None
 
 
-def is_damaged(blob: Path) -> bool:
-    """Whether a blob's bytes are not those that its name says.
+def damaged_blobs(host: str, digest: str, uploaded: str) -> tuple[list[Path], int] | None:
+    """Blobs of a model whose bytes are not those that their names say, and how many bytes were read; None if
+    `blobs_of` finds none or one cannot be read."""
+    blobs = blobs_of(host, digest, uploaded)
+    try:
+        return blobs and (
+            [blob for blob in blobs if sha256_file(blob) != blob.name.removeprefix("sha256-")],
+            sum(blob.stat().st_size for blob in blobs),
+        )
+    except OSError:
+        return None
 
-    Raises:
-        OSError: it cannot be read.
-    """
-    return sha256_file(blob) != blob.name.removeprefix("sha256-")
 
-
-def _stores() -> Iterator[Path]:
+def stores(host: str) -> Iterator[Path]:
+    """Folders on this machine that may be the store of the server at `host`."""
     given = os.environ.get("OLLAMA_MODELS")
-    yield from (folder.expanduser() for folder in ([Path(given)] if given else STORES) if folder.expanduser().is_dir())
+    if urlsplit(host).hostname in LOOPBACK:
+        folders = (folder.expanduser() for folder in ([Path(given)] if given else STORES))
+        yield from (folder for folder in folders if os.path.isdir(folder))

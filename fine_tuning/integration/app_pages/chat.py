@@ -133,7 +133,7 @@ def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
         "Export as JSON", chat_history.as_json(conversation), f"{name}.json", "application/json",
         key="export-json", icon=":material/download:", width="stretch", on_click="ignore",
     )  # fmt: skip
-    if st.button("Delete…", icon=":material/delete:", key="delete", width="stretch"):
+    if here.owner and st.button("Delete…", icon=":material/delete:", key="delete", width="stretch"):
         st.session_state.pop(f"places-{identity}", None)
         _delete(here, conversation)
 
