@@ -40,7 +40,7 @@ def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones 
         seen = len(changed)
         changed = [c for c in changed if not tombstones.cover(c)]
         forgotten = seen - len(changed)
-        unmatched = [e for e in unmatched if not tombstones.names(str(e.get("conversation_id")))]
+        unmatched = [e for e in unmatched if not tombstones.concern(e)]
     path, count = write_shard(folder, f"{closed.stem}-chat", changed)
     for suffix, rest in ((".torn", torn), (".unmatched", [dump_line(event).rstrip(b"\n") for event in unmatched])):
         if rest:

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.data_collection.traces import Traces
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.records import read_json, write_json
@@ -31,7 +32,7 @@ class ForgottenModels:
     """
 
     def __init__(self, registry: ModelRegistry, artifacts: Path, locks: Path) -> None:
-        self.registry = registry
+        self.registry, self._scratch = registry, locks
         self._client, self._experiment = open_store(registry.uri, artifacts, locks / "mlflow.lock")
 
     # ------------------------------------------------------------------------------------------------------- questions
@@ -76,7 +77,7 @@ class ForgottenModels:
                 return runs
 
     def _members(self, version: ModelVersion) -> dict[str, list[str]]:
-        with tempfile.TemporaryDirectory() as folder, suppress(UserError, OSError, ValueError):
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder, suppress(UserError, OSError, ValueError):
             return read_json(self.registry.download(version, MEMBERS, Path(folder)))
         return {}
 
@@ -89,14 +90,16 @@ class ForgottenModels:
         if known is None or note not in known:
             self.registry.set_tags(number, {FORGOTTEN_TAG: f"{known}; {note}" if known else note})
 
-    def hide(self, ids: set[str], stand_in: Callable[[str], str]) -> None:
+    def hide(self, names: Traces, stand_in: Callable[[str], str]) -> None:
         """Put `stand_in(id)` in the place of the ids wherever the registry lists the conversations of a version."""
         for version in self.registry.versions():
             members = self._members(version)
-            hidden = {split: [stand_in(i) if i in ids else i for i in kept] for split, kept in members.items()}
+            hidden = {
+                split: [stand_in(i) if any(names.ids_in(i)) else i for i in kept] for split, kept in members.items()
+            }
             if hidden != members:
                 place = self._place(version)
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                     write_json(Path(folder) / Path(MEMBERS).name, hidden)
                     self._client.log_artifact(
                         version.run_id, str(Path(folder) / Path(MEMBERS).name), f"{place}/{Path(MEMBERS).parent}"
@@ -150,7 +153,7 @@ class ForgottenModels:
                 if path.endswith(WEIGHTS):
                     continue
                 count += 1
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                     address = f"{run.info.artifact_uri}/{path}"
                     local = download_artifacts(address, dst_path=folder, tracking_uri=self.registry.uri)
                     if not holds(Path(local)):
