@@ -1,4 +1,4 @@
-"""Errors that a user can cause, told in one line."""
+"""Errors that a user can cause, told in one line, and counts in words."""
 
 import errno
 import os
@@ -24,6 +24,11 @@ class UserError(Exception):
 
     The message is one line: the cause, then the command or edit that mends it. It never quotes a conversation.
     """
+
+
+def count_of(number: int, noun: str) -> str:
+    """`1 shard`, `2,028 shards`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -59,10 +60,13 @@ def sha256_file(path: Path) -> str:
 def code_sha256(*folders: str) -> str:
     """SHA-256 of all Python files in these folders of the library and of the modules that lie beside the folders."""
     files = [*LIBRARY.glob("*.py"), *(file for folder in folders for file in (LIBRARY / folder).rglob("*.py"))]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(LIBRARY).as_posix()} {sha256_file(file)}\n".encode())
-    return digest.hexdigest()
+    return files_sha256(files, LIBRARY)
+
+
+def files_sha256(files: Iterable[Path], folder: Path) -> str:
+    """SHA-256 of files below a folder, their paths in it and their contents."""
+    lines = (f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n" for file in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -27,6 +29,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until renames in `folder` are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys. NaN and infinities are refused (ValueError)."""
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
@@ -37,6 +48,14 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read one JSON document."""
     return json.loads(Path(path).read_bytes())
+
+
+def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table with a header."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:
@@ -64,6 +83,18 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             yield number, line.rstrip(b"\n")
 
 
+def line_ranges(path: str | Path, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges [start, end) of a file's bytes: whole lines, `size` bytes and what is left of the last line."""
+    start, total = 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while start < total:
+            file.seek(min(start + size, total) - 1)
+            while (block := file.readline(1 << 20)) and not block.endswith(b"\n"):
+                pass
+            yield start, file.tell()
+            start = file.tell()
+
+
 def read_line(line: bytes | str) -> Any:
     """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null;
     a byte order mark is passed over.
@@ -79,6 +110,15 @@ def _finite_or_null(number: str) -> float | None:
 
 
 _LENIENT = json.JSONDecoder(parse_float=_finite_or_null, parse_constant=lambda _: None)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError("a number is not JSON")
+    return value
+
+
+STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)  # no NaN, and nothing beyond a float
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict]:

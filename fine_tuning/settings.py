@@ -1,6 +1,7 @@
 """Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,10 @@ from ruamel.yaml.error import YAMLError
 
 from fine_tuning.errors import UserError
 from fine_tuning.records import replacing
+
+SECTIONS = (
+    "base", "chat", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare", "app", "deploy"
+)  # fmt: skip
 
 
 class Settings(BaseModel):
@@ -25,7 +30,8 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
     """Load `section` of the YAML file at `path` as a `model`.
 
     Raises:
-        UserError: the file, the section or a parameter is missing, unknown or of the wrong type; names the parameter.
+        UserError: the file, the section or a parameter is missing, unknown or of the wrong type, or there is a section
+            that nothing reads; names it.
     """
     try:
         # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
@@ -38,7 +44,17 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
         raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None
     if not isinstance(document, dict) or section not in document:
         raise UserError(f"{path}: the section {section!r} is missing: restore it with `git checkout {path}`")
+    for name in document:
+        if name not in (*SECTIONS, section) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
+            known = get_close_matches(str(name), SECTIONS, 1) or SECTIONS
+            raise UserError(f"{path}: unknown section {name!r}: rename it to {', or '.join(known)}, or take it out")
     return parse_settings(section, document[section], model, path)
+
+
+def _has_a_stage(section: str, pipeline: Path) -> bool:
+    """Whether a stage that somebody added to dvc.yaml reads a section."""
+    stages = YAML(typ="safe", pure=True).load(pipeline.read_bytes()).get("stages", {}) if pipeline.is_file() else {}
+    return any(section == str(name).partition(".")[0] for s in stages.values() for name in s.get("params", ()))
 
 
 def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:
@@ -76,11 +92,20 @@ def _first_problem(section: str, error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"parameter {name} is missing: restore it from git"
     given = problem["input"]
-    shown = repr(given) if isinstance(given, (str, int, float, bool, type(None))) else type(given).__name__
+    scalar = not given or isinstance(given, (str, int, float))
+    shown = repr(given) if scalar else type(given).__name__
     # Where one of several forms would do, pydantic has a problem with each.
-    messages = [other["msg"] for other in problems if _place(other) == place]
-    reasons = [message.removeprefix("Input should be ").removeprefix("Value error, ") for message in messages]
+    reasons = [_expected(other) for other in problems if _place(other) == place]
     return f"parameter {name} = {shown} should be {', or '.join(reasons)}"
+
+
+def _expected(problem: Any) -> str:
+    """What a value should be, in words that follow "should be"."""
+    if problem["type"].startswith("date_"):
+        return "a date such as 2026-01-31"
+    if problem["type"] == "too_short":
+        return f"a list of at least {problem['ctx']['min_length']}"
+    return problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
 
 
 def _place(problem: Any) -> list[int | str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fine_tuning.errors import run
-from fine_tuning.evaluation.champion_records import LEARNED, called_champion, is_champion
+from fine_tuning.evaluation.champion_records import called_champion, is_champion
 from fine_tuning.evaluation.charts import curve, interval_plot, standalone
 from fine_tuning.evaluation.comparison import CompareSettings, Evidence
 from fine_tuning.evaluation.contenders import champion_folder
@@ -31,12 +31,7 @@ PLOTS = {"differences": Path("metrics/plots/differences.svg"), "curve": Path("me
 def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
     found, evaluation, learning = Evidence.read(RECORDS, evaluate), read_json(EVALUATION), read_json(LEARNING_CURVE)
-    verdict = found.verdict(settings) | {
-        "adapter_sha256": sha256_file(ADAPTER),
-        "eval_set_sha256": evaluation["suite"]["sha256"],
-    }
-    if learned := evaluation["suite"].get("learned_by_champion"):
-        verdict["reasons"].append(f"{learned} {LEARNED}")
+    verdict = found.verdict(settings, sha256_file(ADAPTER), evaluation["suite"])
     if is_champion(CHAMPION, ADAPTER, GGUF):
         verdict = called_champion(verdict, read_json(CHAMPION))
     write_json(COMPARISON, verdict)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fine_tuning.data_collection.people import Find, PeopleSettings, people_finder
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
-from fine_tuning.errors import run
+from fine_tuning.errors import count_of, run
 from fine_tuning.evaluation.champion_records import LEARNED, is_champion, method_sha256, take_back, without_learned
 from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
 from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
@@ -50,7 +50,7 @@ def main() -> None:
     tokenizer = load_tokenizer(BASE.folder)
     items, learned = without_learned(read_items(TEST, tokenizer, settings.references), CHAMPION)
     if learned:
-        print(f"evaluate: {learned} {LEARNED}")
+        print(f"evaluate: {count_of(learned, 'held-out conversation')} {LEARNED}")
     memo = main_checkout() / ".whetstone/memo/evaluate"
     common = Evaluator(items, tokenizer, chat, settings, memo, find_people)
 
@@ -69,7 +69,7 @@ def main() -> None:
         records += [left_out(contender.name, item) for item in missing]
         if missing:
             print(
-                f"evaluate: {contender.name} is not asked {len(missing)} of {len(items)} conversations: its chat "
+                f"evaluate: {contender.name} is not asked {len(missing)} of {len(items)} windows: its chat "
                 f"template refuses them or {chat.max_length} of its tokens do not hold them"
             )
     records += common.score_quantised(CANDIDATE) + common.score_rivals(BASE, TRAIN)
@@ -84,6 +84,7 @@ def main() -> None:
     suite = {
         "sha256": common.suite,
         "conversations": len({conversation_of(item.id) for item in items}),
+        "windows": len(items),
         "clusters": len({item.cluster for item in items}),
         "learned_by_champion": learned,
         "signatures": signatures(metrics),
@@ -99,7 +100,7 @@ def main() -> None:
     for name, row in table.items():
         shown = ", ".join(f"{key} {row[key]['value']:.3f}" for key in list(row)[:3] if row[key]["value"] is not None)
         count = max((cell["n"] for cell in row.values()), default=0)
-        print(f"evaluate: {name} on {count} conversations: {shown}")
+        print(f"evaluate: {name} on {count_of(count, 'window')}: {shown}")
 
 
 def answer_lines(prompts: list[str], answers: dict[str, list[Reply]], find_people: Find | None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from fine_tuning.data_collection.shards import (
     versions,
 )
 from fine_tuning.data_collection.tombstones import Tombstones
-from fine_tuning.errors import UserError, run
+from fine_tuning.errors import UserError, count_of, run
 from fine_tuning.records import write_json
 from fine_tuning.settings import read_params
 
@@ -32,7 +32,7 @@ def main() -> None:
         raise UserError(f"{CONVERSATIONS} changed while it was being read: run `dvc repro` again")
     lines = sum(shard["lines"] for shard in shards)
     write_json(MANIFEST, {"shards": shards, "total_conversations": total, "total_lines": lines})
-    print(f"{len(shards)} shards, {len(new)} of them new, {total} conversations")
+    print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(total, 'conversation')}")
 
 
 def refuse_forgotten(paths: list[Path]) -> None:

@@ -1,10 +1,8 @@
 """Clean conversations and the tokenizer in; train, validation and test rows, the ledger of splits and counts out."""
 
-import csv
-import io
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -18,8 +16,8 @@ from fine_tuning.data_preparation.splits import SPLITS, Ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics, tokens_by_source
 from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
 from fine_tuning.engine import open_engine
-from fine_tuning.errors import UserError, run
-from fine_tuning.records import read_jsonl, replacing, write_json
+from fine_tuning.errors import UserError, count_of, run
+from fine_tuning.records import read_jsonl, write_csv, write_json
 from fine_tuning.settings import read_params
 
 CLEAN = Path("data/clean")
@@ -72,8 +70,8 @@ def main() -> None:
         new = ledger.append(catalogue.dealt())
         metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
     write_json(METRICS, metrics)
-    write_table(LENGTHS, length_histogram(tallies))
-    write_table(TOKENS, tokens_by_source(tallies))
+    for path, rows in ((LENGTHS, length_histogram(tallies)), (TOKENS, tokens_by_source(tallies))):
+        write_csv(path, rows[0], map(dict.values, rows))
     report(tallies, left_out, new)
 
 
@@ -108,15 +106,6 @@ def require_every_split(catalogue: Catalogue) -> None:
             )
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
-
 def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
     return tqdm(examples, desc=f"tokenise {split}", unit=" windows", leave=False, disable=None)
 
@@ -124,7 +113,7 @@ def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
 def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> None:
     totals = {split: tallies[split].totals for split in SPLITS}
     counts = ", ".join(f"{totals[split]['conversations']} {split}" for split in SPLITS)
-    print(f"prepare: {counts}; {totals['train']['tokens']} tokens to train on; {new} conversations are new")
+    print(f"prepare: {counts}; {totals['train']['tokens']} tokens to train on; {count_of(new, 'new conversation')}")
     if left_out:
         print(f"prepare: left out: {', '.join(f'{count} {reason}' for reason, count in left_out.most_common())}")
     if lost := sum(total["lost_reply_tokens"] for total in totals.values()):

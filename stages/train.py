@@ -1,12 +1,11 @@
 """models/base and the prepared train and validation rows in; models/adapter, metrics and the loss curve out."""
 
-import csv
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +15,9 @@ import yaml
 from tqdm import tqdm
 
 from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
-from fine_tuning.errors import UserError, run
+from fine_tuning.errors import UserError, count_of, run
 from fine_tuning.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri, versions
-from fine_tuning.records import read_json, write_json
+from fine_tuning.records import read_json, write_csv, write_json
 from fine_tuning.settings import read_params
 from fine_tuning.training.base_model import read_base_card
 from fine_tuning.training.lora_trainer import Progress, TrainingResult, train_adapter
@@ -98,11 +97,11 @@ def main() -> None:
 def announce(settings: TrainSettings, conversations: int, tokens: int) -> Iterator[str]:
     """What is about to be trained on, for how long, and what limits it. It only tells: no output depends on it."""
     yield (
-        f"{settings.method} on {conversations} conversations, {tokens} tokens, train.epochs {settings.epochs:g}: "
-        + expected(tokens, settings, read_speed(main_checkout() / SPEED))
+        f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "
+        f"train.epochs {settings.epochs:g}: {expected(tokens, settings, read_speed(main_checkout() / SPEED))}"
     )
     left_out = read_json(PREPARED).get("left_out", {}) if PREPARED.is_file() else {}
-    caps = [f"prepare.{name} ({left_out[name]} conversations left out)" for name in CAPS if left_out.get(name)]
+    caps = [f"prepare.{name} ({count_of(n, 'conversation')} left out)" for name in CAPS if (n := left_out.get(name))]
     if settings.max_steps is not None:
         caps.append(f"train.max_steps ({settings.max_steps})")
     yield f"limited by {' and '.join(caps)}" if caps else "no parameter limits it"
@@ -260,18 +259,9 @@ def write_curves(result: TrainingResult) -> None:
     """Loss, learning rate and gradient norm by step, and validation loss by step, for `dvc plots`."""
     steps = [entry for entry in result.history if "loss" in entry]
     columns = ["step", "loss", "learning_rate", "grad_norm"]
-    write_table(LOSS_CURVE, columns, ([entry[name] for name in columns] for entry in steps))
+    write_csv(LOSS_CURVE, columns, ([entry[name] for name in columns] for entry in steps))
     measured = [[entry["step"], entry["eval_loss"]] for entry in result.history if "eval_loss" in entry]
-    write_table(VALIDATION_CURVE, ["step", "validation_loss"], [[0, result.validation_loss_before], *measured])
-
-
-def write_table(path: Path, columns: list[str], rows: Iterable[list[float]]) -> None:
-    """Write a CSV file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    write_csv(VALIDATION_CURVE, ["step", "validation_loss"], [[0, result.validation_loss_before], *measured])
 
 
 if __name__ == "__main__":

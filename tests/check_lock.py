@@ -2,7 +2,7 @@
 
 Commands, parameters and dependencies that no stage makes have to be equal. So have outputs, metrics among them, where
 vector instructions, cores and torch are those of metrics/made_on.json: other ones add numbers in another order.
-`python -m tests.check_lock --made-here` writes that file: run it where `dvc repro` was run, and commit both.
+`python -m tests.check_lock --made-here` writes that file: run it where `dvc repro` or `promote` ran, and commit both.
 """
 
 import argparse

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import gotpl
@@ -40,8 +42,13 @@ class Manifest:
     modified_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
     @property
+    def content(self) -> bytes:
+        """The file that Ollama keeps of it."""
+        return json.dumps({"schemaVersion": 2, "layers": self.layers}, sort_keys=True).encode()
+
+    @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.layers, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
 
 class FakeOllama:
@@ -57,6 +64,7 @@ class FakeOllama:
         extra_tokens: a doubled BOS, as a server with the wrong idea of the tokenizer adds.
         own_template: the GGUF's chat template and what it renders, for a server that takes it instead of TEMPLATE, as
             those from 0.30 on do where it can do more (calling tools).
+        store: folder for blobs and manifests, as Ollama lays them out; in memory if None.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class FakeOllama:
         extra_tokens: int = 0,
         own_template: tuple[str, Callable[[list[dict]], str]] | None = None,
         reply: str = "Restart it.",
+        store: Path | None = None,
     ) -> None:
         self.offers_render = offers_render
         self.rewrites_gguf = rewrites_gguf
@@ -76,7 +85,8 @@ class FakeOllama:
         self.own_template = own_template
         self.reply = reply
         self.ignores_template = False
-        self.blobs: dict[str, bytes] = {}
+        self.store = store
+        self.blobs: MutableMapping[str, bytes] = {} if store is None else _Blobs(store / "blobs")
         self.manifests: dict[str, Manifest] = {}
         self.faults: dict[str, str] = {}
         self.requests: list[str] = []
@@ -103,6 +113,17 @@ class FakeOllama:
         self.server.server_close()
         self.thread.join()
 
+    def keep_manifests(self) -> None:
+        """Write the manifests into the store, if there is one."""
+        if self.store is None:
+            return
+        folder = self.store / "manifests/registry.ollama.ai/library"
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, manifest in self.manifests.items():
+            path = folder / name.replace(":", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(manifest.content)
+
     def digest(self, name: str) -> str | None:
         """Manifest digest of a name."""
         manifest = self.manifests.get(name)
@@ -124,6 +145,35 @@ class FakeOllama:
         system = "\n\n".join(turn["Content"] for turn in joined if turn["Role"] == "system")
         template = GUESSED_TEMPLATE if self.ignores_template else manifest.template
         return _render(template, {"Messages": joined, "System": system})
+
+
+class _Blobs(MutableMapping):
+    """Blobs by digest in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / digest.replace(":", "-")
+
+    def __getitem__(self, digest: str) -> bytes:
+        try:
+            return self._path(digest).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(digest) from None
+
+    def __setitem__(self, digest: str, data: bytes) -> None:
+        self._path(digest).write_bytes(data)
+
+    def __delitem__(self, digest: str) -> None:
+        self._path(digest).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.name.replace("-", ":", 1) for path in self.folder.iterdir())
+
+    def __len__(self) -> int:
+        return len(list(self.folder.iterdir()))
 
 
 def _render(template: str, data: dict) -> str:
@@ -268,9 +318,11 @@ class _Handler(BaseHTTPRequestHandler):
         if parameters:
             layers.append(_layer("params", json.dumps(parameters, sort_keys=True).encode()))
         for layer in layers:
+            self.ollama.blobs.setdefault(layer["digest"], layer.pop("data"))
             yield {"status": f"creating new layer {layer['digest']}"}
         yield {"status": "writing manifest"}
         self.ollama.manifests[name] = Manifest(layers, template, body.get("system") or "", parameters)
+        self.ollama.keep_manifests()
         yield {"status": "success"}
 
     def _show(self, body: dict) -> None:
@@ -296,11 +348,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _copy(self, body: dict) -> None:
         source, destination = _name(body.get("source")), _name(body.get("destination"))
         self.ollama.manifests[destination] = self._manifest(source)
+        self.ollama.keep_manifests()
         self._send(200)
 
     def _delete(self, body: dict) -> None:
         self._manifest(body.get("model"))
         del self.ollama.manifests[_name(body["model"])]
+        self.ollama.keep_manifests()
         self._send(200)
 
     def _chat(self, body: dict) -> None:
@@ -418,17 +472,20 @@ def _layer(kind: str, data: bytes) -> dict:
         "mediaType": f"application/vnd.ollama.image.{kind}",
         "digest": f"sha256:{hashlib.sha256(data).hexdigest()}",
         "size": len(data),
+        "data": data,
     }
 
 
 def real_host() -> str | None:
     """The address in OLLAMA_HOST, if an Ollama answers there: the tests that can then run against it as well."""
-    from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
+    from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, ollama_host
 
     if not os.environ.get("OLLAMA_HOST"):
         return None
-    with OllamaClient(ollama_host(""), timeout=2.0) as client:
-        return client.host if client.is_up() else None
+    with suppress(OllamaError), OllamaClient(ollama_host(""), timeout=2.0) as client:
+        client.version()
+        return client.host
+    return None
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def new_project(folder: Path, base: Path) -> Project:
     )
     (folder / "models/champion.json").write_text('{"version": null}\n')
     (folder / "data").mkdir()
-    (folder / "data/forgotten.jsonl").touch()
+    (folder / "data/forgotten.jsonl").write_text("\n")
     (folder / "metrics").mkdir(exist_ok=True)
     shutil.copy2(ROOT / "metrics/learning_curve.json", folder / "metrics")
     project.commit("Start")

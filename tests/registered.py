@@ -51,7 +51,7 @@ champion, metrics = Path("models/champion.json"), Path("metrics/evaluation.json"
 candidate = Path("models/adapter/adapter_model.safetensors"), Path("models/package/model.gguf")
 if is_champion(champion, *candidate) and take_back(champion, metrics, "trial"):
     sys.exit()
-shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["trial"]["verdict"]), "data/evaluation")
+shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["train"]["verdict"]), "data/evaluation")
 suite = {"sha256": "e" * 64, "method_sha256": "trial"}
 write_json(metrics, {"candidate": {"perplexity": 9.2}, "items": 4, "suite": suite})
 Path("metrics/side_by_side.md").write_text("# Side by side\\n")
@@ -82,7 +82,7 @@ stages:
   evaluate:
     cmd: {python} measure.py
     deps: [measure.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
-    params: [trial, evaluate]
+    params: [train.verdict, evaluate]
     outs: [data/evaluation, metrics/side_by_side.md]
     metrics:
       - metrics/evaluation.json: {{cache: false}}
@@ -127,7 +127,7 @@ def write_records(folder: Path) -> None:
         ]
         for name in ("items", "prompts", "memory", *GUARDS):
             write_jsonl(place / f"{name}.jsonl", lines if name == "items" else [])
-        found = Evidence.read(place, evaluate).verdict(compare)
+        found = Evidence.read(place, evaluate).verdict(compare, "", {"sha256": "e" * 64})
         assert found["verdict"] == verdict, f"the records no longer lead to {verdict}: {found['reasons']}"
         write_json(folder / "trial" / f"{verdict}.json", found)
 
@@ -181,8 +181,7 @@ def set_params(folder: Path, seed: int = 1, verdict: str = "PROMOTE") -> None:
     """Write params.yaml."""
     ours = yaml.safe_load((ROOT / "params.yaml").read_bytes())
     params = {
-        "trial": {"verdict": verdict},
-        "train": {"seed": seed},
+        "train": {"seed": seed, "verdict": verdict},
         "chat": {"system_prompt": None, "max_length": 512},
         "evaluate": ours["evaluate"] | {"metrics": ["perplexity", "nll_per_byte", "token_accuracy"]},
         "compare": ours["compare"] | {"secondary": {"token_accuracy": 0.02}},

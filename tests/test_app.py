@@ -13,11 +13,11 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.erasure import Selection, collect
 from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
 from fine_tuning.errors import UserError
-from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
 from fine_tuning.integration.chat_models import fitting_prompt, stream_reply
 from fine_tuning.integration.chat_session import desk
+from fine_tuning.integration.conversation_index import ConversationIndex
 from fine_tuning.integration.embedded_engine import SharedEngines, shared_engines
 from fine_tuning.integration.reply import Reply
 from fine_tuning.integration.reply_markdown import pieces
@@ -105,9 +105,9 @@ def slow_page(checkout, monkeypatch):
     """A page whose look at the log lasts until the reply that was on its way is logged."""
     at = open_chat()
     identity, was_read = at.query_params["chat"], threading.Event()
-    read, log = chat_history.conversations, ConversationLogger.log_conversation
+    read, log = ConversationIndex.conversation, ConversationLogger.log_conversation
 
-    def read_then_wait(*args) -> list[dict]:
+    def read_then_wait(*args) -> dict | None:
         found = read(*args)
         while (question := desk.of(identity)) is not None and question.waiting:
             was_read.set()
@@ -118,7 +118,7 @@ def slow_page(checkout, monkeypatch):
         was_read.wait(30)
         return log(*args)
 
-    monkeypatch.setattr(chat_history, "conversations", read_then_wait)
+    monkeypatch.setattr(ConversationIndex, "conversation", read_then_wait)
     monkeypatch.setattr(ConversationLogger, "log_conversation", log_once_read)
     return at
 

@@ -97,7 +97,7 @@ def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collec
     numbers = {metric.label: metric.value for metric in at.metric}
     assert (numbers["Collected"], numbers["Dropped"], numbers["Masked"]) == ("50", "2", "2")
     said = [caption.value for caption in at.caption]
-    assert any("conversations with" in words and words.endswith("tokens are trained on") for words in said)
+    assert any("conversations with" in words and words.endswith("tokens to train on") for words in said)
     assert "Alike or with the same beginning, so always in one split; the largest groups: 2" in said
     assert "**1 conversation** new or changed since the last training: 1 to seal, 0 sealed." in shown(at)
 
@@ -291,7 +291,7 @@ def test_commits_and_the_workspace_are_lines_of_one_table(project, monkeypatch):
     assert lines[0].kind == "workspace"
     assert runs_view.changed(lines[0], lines[1])["train.seed"] == 2
     names = {row["name"] for row in runs_view.differences(lines[0], lines[1])}
-    assert {"train.seed", "trial.verdict", "comparison.verdict"} <= names
+    assert {"train.seed", "train.verdict", "comparison.verdict"} <= names
     at = open_page("runs")
     assert not at.button(key="repro").disabled
     assert at.dataframe[0].value["what"].tolist()[0] == "workspace"

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.data_export import DataExporter
 from fine_tuning.data_collection.importers import import_file
 from fine_tuning.data_collection.sample import sample_conversations
 from fine_tuning.data_preparation.authorship import common_words, is_by_a_person
@@ -97,6 +98,28 @@ def test_a_log_that_is_imported_is_a_log_all_the_same(tmp_path):
     assert authors(item.conversation) == ["unknown"]
 
 
+@pytest.mark.parametrize("name", ["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt"])
+@pytest.mark.parametrize("models", [("m:1", "m:1"), ("m:1", "n:2"), (None, None), ("m:1", None)])
+def test_an_export_that_is_imported_has_the_authors_that_it_had(tmp_path, name, models):
+    logger = ConversationLogger(tmp_path / "log.jsonl")
+    for number, model in enumerate(models):
+        logger.log_conversation(f"{number}?", f"{number}.", {"session_id": "s"} | ({"model": model} if model else {}))
+    (log,) = logger.read_conversations()
+    person = imported(tmp_path, {"messages": [m for n in "ab" for m in ({"role": "user", "content": n}, turns()[1])]})
+    for conversation in (log, person):
+        path = DataExporter(tmp_path).export([conversation], name)
+        (item,) = import_file(path)
+        if name == "csv" and conversation is person:
+            continue  # a table of exchanges is taken for a log, of which nobody knows who wrote it
+        assert authors(item.conversation) == authors(conversation)
+
+
+def test_an_import_says_how_many_replies_it_takes_for_a_persons_and_takes_the_model(tmp_path):
+    (tmp_path / "f.jsonl").write_text(json.dumps({"messages": [*turns(), *turns(model="gpt-4o")]}) + "\n")
+    (item,) = import_file(tmp_path / "f.jsonl", model="llama3:8b")
+    assert authors(item.conversation) == ["llama3:8b", "gpt-4o"]
+
+
 def edited_words(share: float, seed: int = 0) -> str:
     """REPLY twenty times over, with this share of its words replaced."""
     words = (REPLY + " ") * 20
@@ -130,6 +153,13 @@ def test_an_edit_that_adds_no_words_is_not_a_persons(tmp_path, edit):
 def test_an_edit_in_another_script_is_counted_by_characters(tmp_path):
     conversation = logged(tmp_path, "请拔掉插头等待五秒", model="m")
     conversation["messages"][1]["content"] = "请拔掉插头等待十秒"
+    assert authors(conversation) == ["edited"]
+
+
+def test_rare_ideographs_are_characters_too(tmp_path):
+    text = "".join(map(chr, range(0x20000, 0x20010)))
+    conversation = logged(tmp_path, text + "。完", model="m")
+    conversation["messages"][1]["content"] = text
     assert authors(conversation) == ["edited"]
 
 

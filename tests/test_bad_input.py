@@ -48,7 +48,8 @@ from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError, no_memory, run
-from fine_tuning.integration import chat_history, data_view
+from fine_tuning.integration import data_view
+from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.records import read_jsonl
 from fine_tuning.settings import read_params
 from stages import clean, export, intake, prepare
@@ -150,7 +151,7 @@ def bring_in(door: str, line: bytes) -> None:
         with open(INBOX, "ab") as file:
             file.write(line + b"\n")
         logger.log_conversation("What is a second pond?", "A lake that stayed small.", id="sound-2")
-        assert [e["id"] for e in logger.read_exchanges() if e["id"].startswith("sound")] == ["sound-1", "sound-2"]
+        assert [e["id"] for e in logger.read_events() if e["id"].startswith("sound")] == ["sound-1", "sound-2"]
         logger.get_conversation_stats()
         type_command("seal")
     else:
@@ -218,9 +219,9 @@ def test_a_bad_line_costs_nothing_but_itself(checkout, capfd, door, case):
     assert run_stages() == first, "a rerun converges"
     assert {path.name for path in checkout.parent.iterdir()} - {*around} <= {"foreign.jsonl"}
 
-    logger = ConversationLogger(INBOX)
-    assert len(data_view.entries(checkout, logger)) >= 22
-    assert all(conversation["messages"] for conversation in chat_history.conversations(checkout, logger))
+    shown = data_view.entries(checkout)
+    assert len(shown) >= 22
+    assert all(conversation_index(checkout).conversation(entry.id)["messages"] for entry in shown)
 
 
 SCRIPTS = {
@@ -291,7 +292,7 @@ def test_what_the_logger_acknowledges_is_sealed_and_the_rest_is_refused(checkout
         assert SECRET not in str(told.value) and not (checkout / INBOX).exists()
         return
     logger.log_conversation("What is a lake?", "Water that stayed there.", metadata, id="odd")
-    (exchange,) = logger.read_exchanges()
+    (exchange,) = logger.read_events()
     assert exchange["metadata"] == read_back
     type_command("seal")
     run_stages()

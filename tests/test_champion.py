@@ -4,6 +4,7 @@ import json
 
 import pyarrow.parquet
 
+from fine_tuning.errors import count_of
 from tests.project import Project, conversations, new_project
 from tests.tiny import write_tiny_base
 
@@ -33,7 +34,7 @@ def test_the_champion_is_a_rival_of_what_comes_after_it_on_another_base_too(tmp_
     clusters = {row["cluster"] for row in test if row["id"] in learned}
     count = sum(row["cluster"] in clusters for row in test)
     assert 0 < count < len(test)
-    words = f"{count} held-out conversations are left out: the champion was trained on them"
+    words = f"{count_of(count, 'held-out conversation')} left out: the champion was trained on the same"
     evaluation, comparison = results(project)
     assert words in output and any(reason.startswith(words) for reason in comparison["reasons"])
     assert evaluation["suite"]["learned_by_champion"] == count

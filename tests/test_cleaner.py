@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fine_tuning.data_collection import shard_merger
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
+from fine_tuning.data_collection.data_export import with_edits
 from fine_tuning.data_collection.filters import check_content, repetition
-from fine_tuning.data_collection.near_duplicates import shingles, signatures, similarity
+from fine_tuning.data_collection.near_duplicates import PERMUTATIONS, _differing, shingles, signatures
 from fine_tuning.data_collection.shard_cleaner import clean_shards
 from fine_tuning.data_collection.shards import write_shard
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
@@ -323,6 +324,21 @@ def test_alternatives_of_a_reply_are_cleaned_too():
     record["messages"][1]["alternatives"] = [{"id": "x", "role": "assistant", "content": "jane@example.com"}]
     cleaned = DataCleaner().clean_conversation(record).conversation
     assert cleaned["messages"][1]["alternatives"][0]["content"] == "<EMAIL_1>"
+
+
+def test_feedback_on_an_alternative_is_kept_and_says_nothing_of_the_reply_that_is_shown(tmp_path):
+    record = judged("q", "a", id="c", rating=1)
+    record["messages"][1]["alternatives"] = [{"id": "x", "role": "assistant", "content": "b"}]
+    record["feedback"] += [
+        {"message_id": "x", "rating": -1, "comment": "wrong", "edited": "c"},
+        {"message_id": "gone", "rating": -1},
+    ]
+    _, files = run(tmp_path, [path := shard(tmp_path, "1", [record, judged("q", "a", id="d", rating=-1)])])
+    (kept,) = rows(files, path.name)
+    assert kept["id"] == "c", "a thumb down on an alternative does not make a duplicate better"
+    assert record["feedback"][1] in kept["feedback"]
+    assert "gone" not in {entry["message_id"] for entry in kept["feedback"]}
+    assert with_edits(kept)["messages"][1]["content"] == "a"
 
 
 # -----------------------------------------------------------------------------
@@ -747,6 +763,10 @@ def test_rejected_lines_and_errors_hold_no_content(tmp_path):
 
 
 def test_signatures_estimate_similarity():
+    def similarity(first: bytes, second: bytes) -> float:
+        differing = _differing(int.from_bytes(first, "little") ^ int.from_bytes(second, "little"))
+        return 1 - differing / PERMUTATIONS
+
     words = [f"w{i}" for i in range(101)]
     one, two, three = signatures([shingles([" ".join(w)]) for w in (words, words[:81] + ["x"] * 3, words[::-1])])
     assert similarity(one, one) == 1

@@ -419,7 +419,7 @@ def test_scores_of_another_suite_are_refused(metrics):
     )
     assert decide(metrics, base, candidate)["verdict"] == "PROMOTE"
     candidate[3]["suite"] = "two"
-    with pytest.raises(UserError, match="run `dvc repro -f evaluate`"):
+    with pytest.raises(UserError, match="run `dvc repro -f -s evaluate && dvc repro`"):
         decide(metrics, base, candidate)
 
 

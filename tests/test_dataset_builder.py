@@ -161,14 +161,6 @@ def test_a_tokenizer_may_be_named_by_its_folder(tiny_base):
     assert all(row["input_ids"] for rows in dataset.values() for row in rows)
 
 
-def test_rows_become_a_hugging_face_dataset(tokenizer):
-    light = DatasetBuilder().build_dataset(random_conversations(20)).to_datasets()
-    assert light["train"].column_names == ["id", "source", "cluster", "messages"]
-    encoded = DatasetBuilder(tokenizer=tokenizer).build_dataset(random_conversations(20)).to_datasets()
-    assert encoded["test"].num_rows == light["test"].num_rows
-    assert encoded["train"].features["input_ids"].feature.dtype == "int32"
-
-
 def test_building_imports_nothing_heavy():
     import subprocess
     import sys
@@ -261,6 +253,31 @@ def test_held_out_splits_do_not_change_with_what_is_trained_on():
     assert "not_endorsed" in builds["endorsed"].left_out.values()
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("train_on", "reasons"),
+    [
+        ("all", {"broken": "context_only", "weightless": "context_only"}),
+        ("not_disliked", {"broken": "context_only", "weightless": "context_only", "disliked": "disliked"}),
+        (
+            "endorsed",
+            {"broken": "context_only", "weightless": "context_only", "disliked": "disliked", "plain": "not_endorsed"},
+        ),
+    ],
+)
+def test_what_no_reply_is_used_of_is_left_out_for_what_is_true_of_it(train_on, reasons, split):
+    broken, weightless = conversation("broken", "q1", "half"), conversation("weightless", "q2", "told by a search")
+    broken["messages"][1]["incomplete"] = "stopped"
+    weightless["messages"][1]["weight"] = 0
+    disliked = conversation("disliked", "q3", "wrong", feedback=[{"message_id": "disliked-1", "rating": -1}])
+    liked = conversation("liked", "q4", "right", feedback=[{"message_id": "liked-1", "rating": 1}])
+    given = [broken, weightless, disliked, liked, conversation("plain", "q5", "so so")]
+    built = DatasetBuilder(train_on=train_on).build(given, {}, dict.fromkeys((one["id"] for one in given), split))
+    if split == "test":  # always as not_disliked
+        reasons = {"broken": "context_only", "weightless": "context_only", "disliked": "disliked"}
+    assert built.left_out == reasons
+
+
 def test_a_reply_that_was_broken_off_is_context():
     broken = conversation("c", "q1", "half a", "q2", "whole")
     broken["messages"][1]["incomplete"] = "stopped"
@@ -312,8 +329,8 @@ def test_train_conversations_that_quote_the_test_split_are_left_out():
     assert not DatasetBuilder(decontamination_words=0).build([*clean, held_out, copies], {}, dealt).left_out
 
 
-def test_scripts_without_spaces_are_decontaminated_too():
-    text = "今日は天気がいいから散歩しましょう"
+@pytest.mark.parametrize("text", ["今日は天気がいいから散歩しましょう", "".join(map(chr, range(0x20000, 0x20010)))])
+def test_scripts_without_spaces_are_decontaminated_too(text):
     dealt = {"t": "test", "copy": "train", "other": "train"}
     conversations = [conversation("t", "q", text), conversation("copy", "p", "ね、" + text)]
     built = DatasetBuilder().build([*conversations, conversation("other", "x", "y")], {}, dealt)
@@ -434,6 +451,8 @@ def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
         trained = [tuple(e.encoded.labels) for e in whole.splits[split]]
         assert all(tuple(e.encoded.labels) in trained for e in built.splits[split])
         assert [e.window for e in built.splits[split] if e.id == min(windows)] == list(range(windows[min(windows)]))
+        tally = Tally()
+        assert len(list(tally.watch(built.splits[split]))) + tally.statistics()["windows_left_out"] == len(trained)
 
 
 def test_held_out_splits_are_sampled_likewise(tokenizer):
@@ -572,10 +591,10 @@ def test_splits_that_were_dealt_before_the_ledger_came_into_git_stay(project, ca
 
 def test_newly_dealt_conversations_are_told(project, capsys):
     prepare.main()
-    assert "60 conversations are new" in capsys.readouterr().out
+    assert "60 new conversations" in capsys.readouterr().out
     project.clean(random_conversations(65))
     prepare.main()
-    assert "5 conversations are new" in capsys.readouterr().out
+    assert "5 new conversations" in capsys.readouterr().out
 
 
 def test_what_is_left_out_is_told_with_its_reason_and_its_share_of_the_text(project, capsys):

@@ -433,7 +433,7 @@ def test_a_tombstone_keeps_it_from_being_imported_and_sealed_again(project, tmp_
     assert "0 taken" in shown and "1 left out (forgotten: data/forgotten.jsonl)" in shown
     log = ConversationLogger("inbox/conversations.jsonl")
     log.log_conversation(CANARY, ANSWER, {"session_id": canary()["id"]})
-    assert "1 conversations were left out" in fine_tuning(project, "seal")
+    assert "1 conversation left out: forgotten" in fine_tuning(project, "seal")
     assert places_with_words(project) == []
     assert b"zoe" not in Path("data/forgotten.jsonl").read_bytes()
 

@@ -30,6 +30,9 @@ CONVERSATION = {
 }
 
 
+TEXT = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+
+
 def pairs(format: str, *conversations: dict, **options) -> list[dict]:
     return TrainingDataFormatter(format, **options).create_training_pairs(conversations)
 
@@ -75,6 +78,17 @@ def test_an_empty_system_prompt_is_another_thing_than_none(format):
     assert pair["system"] == ""
     (pair,) = TrainingDataFormatter(format).create_training_pairs([{"id": "c", "messages": messages[1:]}])
     assert "system" not in pair
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_record_reaches_across_a_gap(format):
+    messages = [m | ({"gap": True} if m["id"] == "m3" else {}) for m in CONVERSATION["messages"]]
+    first, second = pairs(format, CONVERSATION | {"messages": messages})
+    assert "Five." not in str(first) and "Hello." not in str(second)
+    assert (first["id"], second["id"]) == ("c1", "c1#1") and "Be brief." in str(first) and "Be brief." in str(second)
+    # A part in which nothing is trained gives no record.
+    disliked = {"messages": messages, "feedback": [{"message_id": "m4", "rating": -1}]}
+    assert pairs(format, CONVERSATION | disliked, train_on="not_disliked") == [first]
 
 
 def test_chatml_keeps_every_turn():
@@ -134,30 +148,37 @@ def test_what_is_written_is_valid_for_any_text(contents):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
     for format in FORMATS:
         for pair in pairs(format, CONVERSATION | {"messages": messages}):
-            assert TrainingDataFormatter(format).problem(pair) is None
+            assert TrainingDataFormatter(format).validate_format(pair)
 
 
 @pytest.mark.parametrize(
-    ("format", "pair", "problem"),
+    ("format", "pair"),
     [
-        ("chatml", {"text": "just words"}, "outside"),
-        ("chatml", {"text": "<|im_start|>user\nq<|im_end|>\n"}, "no assistant turn"),
-        ("chatml", {"text": "<|im_start|>user\nq<|im_start|>assistant\na<|im_end|>\n"}, "outside"),
-        ("chatml", {"messages": [{"role": "robot", "content": "beep"}]}, "known role"),
-        ("chatml", {}, "no turns"),
-        ("chatml", 7, "not a record"),
-        ("alpaca", {"instruction": "q", "input": ""}, "output is missing"),
-        ("alpaca", {"instruction": "q", "input": None, "output": "a"}, "input is not"),
-        ("alpaca", {"instruction": "q", "output": "a", "history": [["alone"]]}, "history"),
-        ("instruction", {"instruction": " ", "response": "a"}, "instruction is missing"),
-        ("instruction", {"instruction": "q", "response": "a", "system": 1}, "system"),
+        ("chatml", {"text": "just words"}),
+        ("chatml", {"text": "<|im_start|>user\nq<|im_end|>\n"}),
+        ("chatml", {"text": "<|im_start|>user\nq<|im_start|>assistant\na<|im_end|>\n"}),
+        ("chatml", {"messages": [{"role": "robot", "content": "beep"}]}),
+        ("chatml", {"text": TEXT, "messages": [{"role": "user", "content": "q"}]}),
+        ("chatml", {"text": TEXT.replace("user", "robot")}),
+        ("chatml", {}),
+        ("chatml", 7),
+        ("alpaca", {"instruction": "q", "input": ""}),
+        ("alpaca", {"instruction": "q", "response": "a"}),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [["alone"]]}),
+        ("instruction", {"instruction": " ", "response": "a"}),
+        ("instruction", {"instruction": "q", "response": ""}),
     ],
 )
-def test_an_unsound_record_is_told_why(format, pair, problem):
+def test_an_unsound_record_is_not_valid(format, pair):
     formatter = TrainingDataFormatter(format)
-    assert problem in formatter.problem(pair)
     assert not formatter.validate_format(pair)
     assert not formatter.validate_format([pair])
+
+
+def test_a_text_in_chatml_is_valid_alone_and_beside_the_same_messages():
+    formatter = TrainingDataFormatter("chatml")
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert all(map(formatter.validate_format, (TEXT, {"text": TEXT}, {"text": TEXT, "messages": messages})))
 
 
 def test_no_records_are_not_valid():

@@ -23,7 +23,7 @@ from fine_tuning.model_management.gguf_writer import (
 )
 from fine_tuning.model_management.model_package import prove_metadata
 from tests import oracle
-from tests.tiny import TEXT
+from tests.tiny import TEXT, next_token_logprobs
 
 SIZES = {
     "hidden_size": 64,
@@ -154,7 +154,7 @@ def assert_same_predictions(folder: Path, path: Path) -> None:
     with torch.no_grad():
         expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
     with LlamaEngine(path, context=512, threads=1) as engine:
-        for number, value in engine.next_token_logprobs(ids, 20):
+        for number, value in next_token_logprobs(engine, ids, 20):
             assert abs(float(expected[number]) - value) < 0.05
 
 

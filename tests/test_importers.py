@@ -456,15 +456,22 @@ def test_a_preference_is_a_reply_with_a_worse_alternative(tmp_path, name):
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize("name", sorted(RECORDS))
 def test_a_record_with_a_label_is_liked_or_disliked(tmp_path, name, key):
-    good, bad, silent = (True, 1, "true"), (False, 0, "False", "0"), ("x", 7, None)
-    for label in (*good, *bad, *silent):
+    good, bad = (True, 1, "true", "good", "Desirable", "chosen"), (False, 0, "False", "0", "bad", "undesirable", -1)
+    for label in (*good, *bad, None, ""):
         rating = 1 if label in good else -1 if label in bad else None
         (talk,) = taken(lines(tmp_path / "f.jsonl", RECORDS[name] | {key: label}))
         wanted = [{"message_id": talk["messages"][-1]["id"], "rating": rating}] if rating else []
         assert talk["feedback"] == wanted, label
 
 
-def test_a_label_is_about_the_last_reply_that_is_trained_or_about_its_own_message(tmp_path):
+@pytest.mark.parametrize("label", ["x", 2, 0.5, "so-so", ["bad"]])
+def test_a_record_with_a_label_that_says_neither_is_quarantined(tmp_path, label):
+    reason = "its `label` says neither good nor bad: write true or false, or take it out"
+    row, inside = RECORDS["messages"] | {"label": label}, {"messages": [QUESTION, GOOD | {"label": label}]}
+    assert problems(lines(tmp_path / "f.jsonl", row, inside)) == [(1, reason), (2, reason)]
+
+
+def test_a_label_is_about_the_completion_that_is_trained_or_about_its_own_message(tmp_path):
     def rated(messages, **beside):
         (talk,) = taken(lines(tmp_path / "f.jsonl", {"messages": messages, **beside}))
         places = {message["id"]: place for place, message in enumerate(talk["messages"])}
@@ -475,6 +482,66 @@ def test_a_label_is_about_the_last_reply_that_is_trained_or_about_its_own_messag
     assert rated([QUESTION, GOOD, QUESTION, BAD], label=False, system="Be brief.") == {4: -1}
     assert rated([QUESTION, GOOD, QUESTION, BAD | {"weight": 0}], label=True) == {1: 1}
     assert rated([QUESTION, BAD | {"label": False}, QUESTION, GOOD | {"label": True}], label=False) == {1: -1, 3: 1}
+    # A completion may call a tool: all that it says was judged, and nothing of the prompt.
+    tool = {"role": "tool", "content": "12:00"}
+    assert rated([QUESTION, GOOD, QUESTION, BAD, tool, BAD], label=False) == {3: -1, 5: -1}
+    (talk,) = taken(
+        lines(tmp_path / "f.jsonl", {"prompt": [QUESTION, GOOD, QUESTION], "completion": [BAD], "label": 0})
+    )
+    assert [entry["message_id"] for entry in talk["feedback"]] == [talk["messages"][3]["id"]]
+
+
+def test_a_label_in_a_row_of_a_csv_is_about_its_message(tmp_path):
+    path = write(
+        tmp_path / "f.csv", "role,content,label,weight\nuser,q,,\nassistant,a,false,\nuser,r,,\nassistant,b,,0\n"
+    )
+    (talk,) = taken(path)
+    assert talk["feedback"] == [{"message_id": talk["messages"][1]["id"], "rating": -1}]
+    assert talk["messages"][3]["weight"] == 0 and len(left_out(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "missing", "kept"),
+    [
+        (b"1,user,\xff\n", 1, ["q1", "a1", "q4", "a4"]),
+        (b"1,assistant,\xff\n", 1, ["q1", "a1", "q4", "a4"]),
+        (b"1,user,\xff\n1,assistant,\xff\n", 2, ["q1", "a1", "q4", "a4"]),
+    ],
+)
+def test_rows_of_a_csv_that_cannot_be_read_leave_a_gap(tmp_path, row, missing, kept):
+    good = [
+        f"1,{role},{role[0].replace('u', 'q')}{number}\n".encode()
+        for number in (1, 2, 4)
+        for role in ("user", "assistant")
+    ]
+    good[2:4] = [line for line in good[2:4] if line.split(b",")[1] not in row]
+    good.insert(3 if b"assistant" in row and b"user" not in row else 2, row)
+    (tmp_path / "f.csv").write_bytes(b"conversation_id,role,content\n" + b"".join(good))
+    (talk,) = taken(tmp_path / "f.csv")
+    cleaned = DataCleaner().clean_conversation(talk).conversation
+    assert [m["content"] for m in cleaned["messages"]] == kept
+    assert [m["content"] for m in cleaned["messages"] if m.get("gap")] == ["q4"]
+    assert len(problems(tmp_path / "f.csv")) == missing
+
+
+def test_a_row_of_an_exchange_that_cannot_be_read_leaves_a_gap(tmp_path):
+    rows = b"session_id,prompt,completion\n1,q1,a1\n1,\xff,a2\n1,q3,a3\n"
+    (tmp_path / "f.csv").write_bytes(rows)
+    (talk,) = taken(tmp_path / "f.csv")
+    assert [(m["content"], m.get("gap", False)) for m in talk["messages"]] == [
+        ("q1", False), ("a1", False), ("q3", True), ("a3", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("models", [{"model": "m:1"}, {"models": ["m:1", "m:1"]}])
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "alpaca", "prompt-completion", "chatml"])
+def test_a_model_beside_the_messages_wrote_the_replies_that_name_none(tmp_path, name, models):
+    (talk,) = taken(lines(tmp_path / "f.jsonl", RECORDS[name] | models))
+    assert talk["messages"][1]["model"] == "m:1"
+    (talk,) = taken(
+        lines(tmp_path / "g.jsonl", {"messages": [QUESTION, GOOD | {"model": "n:2"}, QUESTION, GOOD], **models})
+    )
+    assert [message.get("model") for message in talk["messages"]] == [None, "n:2", None, "m:1"]
 
 
 @pytest.mark.parametrize(("weight", "kept"), [(0, True), ("0", True), (False, True), (1, False), (None, False)])
@@ -484,6 +551,7 @@ def test_a_reply_of_weight_0_is_context_only(tmp_path, weight, kept):
     for record in ({"messages": rows}, {"conversations": shares}):
         (talk,) = taken(lines(tmp_path / "f.jsonl", record))
         assert [message.get("weight") for message in talk["messages"]] == [None, 0 if kept else None, None, None]
+        assert left_out(tmp_path / "f.jsonl") == ["a reply is context only: the file gives it the weight 0"] * kept
         _, trained = select(DataCleaner().clean_conversation(talk).conversation, "all")
         assert trained == [False, not kept, False, True]
 
@@ -632,6 +700,22 @@ def test_open_webui_thoughts_and_calls_in_the_text():
     assert talk["messages"][1]["reasoning"] == "> Size matters."
     assert [message.get("weight") for message in talk["messages"]] == [None, None, None, 0]
     assert len(left_out(WEBUI / "chats_export.json")) == 1
+
+
+def test_open_webui_a_reply_that_failed_costs_its_question_and_leaves_a_gap(tmp_path):
+    export = open_webui_export()
+    export["chat"]["history"]["messages"] |= {
+        "3": {"parentId": "2", "role": "user", "content": "r"},
+        "4": {"parentId": "3", "role": "assistant", "content": "", "error": {"content": "unavailable"}},
+        "5": {"parentId": "4", "role": "user", "content": "s"},
+        "6": {"parentId": "5", "role": "assistant", "content": "c"},
+    }
+    export["chat"]["history"]["currentId"] = "6"
+    (talk,) = taken(write(tmp_path / "chats.json", [export]))
+    cleaned = DataCleaner().clean_conversation(talk).conversation
+    assert [(m["content"], m.get("gap", False)) for m in cleaned["messages"]] == [
+        ("q", False), ("a", False), ("s", True), ("c", False)
+    ]  # fmt: skip
 
 
 def test_open_webui_ratings_of_another_branch_are_counted_as_left_out(tmp_path):

@@ -38,7 +38,7 @@ def test_a_version_is_traced_to_run_commit_lock_parameters_and_data(promoted, re
     assert version["adapter_commit"] == {"id": version["commit"]["id"], "subject": "Train again"}
     lock = hashlib.sha256(sh(promoted, "git show HEAD~1:dvc.lock").encode()).hexdigest()
     assert version["dvc_lock"] == {"sha256": lock, "kept": True, "in_commit": True}
-    assert version["parameters"]["train"] == {"seed": 2}
+    assert version["parameters"]["train"] == {"seed": 2, "verdict": "PROMOTE"}
     assert version["data"]["shards"][0]["name"] == "first.jsonl"
     assert version["conversations"] == {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}
     assert version["base"] == {"model": "tiny", "revision": "r1"}

@@ -9,6 +9,7 @@ import pytest
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.llama_engine import LlamaEngine
 from fine_tuning.model_management.gguf_writer import write_gguf
+from tests.tiny import next_token_logprobs
 
 PROMPT = "<|im_start|>user\nWhat is 2024?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -40,7 +41,7 @@ def test_tokens_are_those_of_the_tokenizer_and_no_bos_is_doubled(engine, tiny_ba
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_base)
     ids = engine.tokenize(PROMPT)
     assert ids == tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    assert engine.detokenize(ids) == PROMPT
+    assert engine._post("/detokenize", {"tokens": ids})["content"] == PROMPT
 
 
 def test_control_tokens_in_text_stay_text_when_asked(engine):
@@ -56,7 +57,7 @@ def test_next_token_probabilities_are_those_of_transformers(engine, tiny_base):
     with torch.inference_mode():
         logits = AutoModelForCausalLM.from_pretrained(tiny_base)(torch.tensor([ids])).logits[0, -1]
     expected = torch.log_softmax(logits.double(), -1)
-    found = engine.next_token_logprobs(ids, 512)
+    found = next_token_logprobs(engine, ids, 512)
     assert len(found) == 512
     assert max(abs(logprob - expected[token].item()) for token, logprob in found) < 5e-3
 
@@ -90,7 +91,7 @@ def test_forced_scores_equal_the_probabilities_of_each_next_token(engine):
     ids, target = engine.tokenize(PROMPT), engine.tokenize("the dog.<|im_end|>")
     scores = engine.score(ids, target)
     for position, (token, score) in enumerate(zip(target, scores, strict=True)):
-        likeliest = engine.next_token_logprobs([*ids, *target[:position]], 512)
+        likeliest = next_token_logprobs(engine, [*ids, *target[:position]], 512)
         assert score.logprob == pytest.approx(dict(likeliest)[token], abs=2e-3)
         assert score.first == (likeliest[0][0] == token)
 
@@ -106,7 +107,8 @@ def test_a_chat_is_streamed_in_pieces_and_can_be_broken_off(engine):
 
 def test_the_gguf_carries_its_chat_template(engine):
     expected = "<|im_start|>system\nYou answer briefly.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-    assert engine.apply_template([{"role": "user", "content": "Hi"}]).startswith(expected)
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert engine._post("/apply-template", asked)["prompt"].startswith(expected)
 
 
 def test_only_this_machine_is_served_and_only_with_the_key(engine):

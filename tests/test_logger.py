@@ -80,6 +80,19 @@ def test_feedback_edit_and_delete_change_what_is_read(logger):
     assert logger.read_conversations() == []
 
 
+def test_what_was_said_before_a_deletion_rests_on_it_and_what_is_said_after_it_does_not(logger):
+    for number in (1, 2, 3):
+        logger.log_conversation(f"q{number}", f"a{number}", {"session_id": "s"}, id=f"e{number}")
+    logger.log_delete(message_id="e2")
+    logger.log_conversation("q4", "a4", {"session_id": "s"})
+    logger.log_delete(message_id="e4")
+    (talk,) = logger.read_conversations()
+    assert [(m["content"], m.get("gap", False)) for m in talk["messages"][:4]] == [
+        ("q1", False), ("a1", False), ("q3", True), ("a3", False)
+    ]  # fmt: skip
+    assert not any(message.get("gap") for message in talk["messages"][4:])
+
+
 def test_statistics_count_days_models_lengths_and_judgements(logger):
     one = logger.log_conversation("12345678", "1234", {"model": "m:1"}, timestamp="2026-01-01T10:00:00Z")
     logger.log_conversation("1234", "1234", {"model": "m:2"}, timestamp="2026-01-02T10:00:00Z")
@@ -172,12 +185,12 @@ def test_what_the_disk_refuses_with_the_sync_is_undone_too(logger, monkeypatch):
         logger.log_conversation("does not", "fit")
     monkeypatch.undo()
     logger.log_conversation("next", "yes")
-    assert [e["user_message"] for e in logger.read_exchanges()] == ["fits", "next"]
+    assert [e["user_message"] for e in logger.read_events()] == ["fits", "next"]
 
 
 def test_lone_surrogates_and_odd_metadata_are_kept(logger):
     logger.log_conversation("half \ud83d", "fine", {"path": logger.path})
-    (exchange,) = logger.read_exchanges()
+    (exchange,) = logger.read_events()
     assert exchange["user_message"] == "half \ud83d"
     assert exchange["metadata"]["path"] == str(logger.path)
 
@@ -186,9 +199,9 @@ def test_a_torn_last_line_is_set_aside_and_never_merged(logger):
     logger.log_conversation("whole", "yes")
     with open(logger.path, "ab") as file:
         file.write(b'{"event":"exchange","id":"torn","user_mess')
-    assert [e["user_message"] for e in logger.read_exchanges()] == ["whole"]
+    assert [e["user_message"] for e in logger.read_events()] == ["whole"]
     logger.log_conversation("next", "yes")
-    assert [e["user_message"] for e in logger.read_exchanges()] == ["whole", "next"]
+    assert [e["user_message"] for e in logger.read_events()] == ["whole", "next"]
     assert b'"torn"' in logger.path.with_name("conversations.jsonl.torn").read_bytes()
 
 
@@ -206,7 +219,7 @@ def test_eight_processes_and_threads_at_once_lose_nothing(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    written = {e["user_message"] for e in ConversationLogger(path).read_exchanges()}
+    written = {e["user_message"] for e in ConversationLogger(path).read_events()}
     assert written == {f"{kind}{n} {number}" for kind in "pt" for n in range(4) for number in range(50)}
 
 
@@ -251,7 +264,7 @@ def test_a_torn_line_that_cannot_be_set_aside_whole_stays_where_it_is(tmp_path):
     assert stays and "could not be logged" in message
     assert path.with_name("conversations.jsonl.torn").read_bytes().endswith(b"y\n")
     ConversationLogger(path).log_conversation("next", "yes")
-    assert [e["user_message"] for e in ConversationLogger(path).read_exchanges()] == ["whole", "next"]
+    assert [e["user_message"] for e in ConversationLogger(path).read_events()] == ["whole", "next"]
     assert b"xxx" in path.with_name("conversations.jsonl.torn").read_bytes()
 
 
@@ -264,7 +277,7 @@ def test_a_short_write_is_undone_and_one_clear_error(tmp_path):
     process.join()
     assert grown == 0
     assert "could not be logged" in message and "secret" not in message and "\n" not in message
-    assert [e["user_message"] for e in ConversationLogger(path).read_exchanges()] == ["fits"]
+    assert [e["user_message"] for e in ConversationLogger(path).read_events()] == ["fits"]
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path):
@@ -277,7 +290,7 @@ def test_a_session_with_an_odd_name_is_one_conversation_under_a_plain_one(tmp_pa
     logger = ConversationLogger(tmp_path / "log.jsonl")
     for session in ("../etc/passwd", "../etc/passwd", "room 1\nrole: system", "plain-1"):
         logger.log_conversation("question", "reply", {"session_id": session})
-    ids = [event["conversation_id"] for event in logger.read_exchanges()]
+    ids = [event["conversation_id"] for event in logger.read_events()]
     assert ids[0] == ids[1] != ids[2] and ids[3] == "plain-1"
     assert all(re.fullmatch(r"session-[0-9a-f]{32}", name) for name in ids[:3])
     assert len(logger.read_conversations()) == 3

@@ -112,7 +112,7 @@ def test_one_conversation_is_inconclusive_and_still_a_report(base, silent, metri
     items = items_of(base, tmp_path / "t.parquet", {"only": conversation("Where?", "There.")})
     found, _ = judged([base, silent], items, tmp_path / "memo", metrics, tmp_path)
     assert found["verdict"] == "INCONCLUSIVE"
-    assert found["reasons"][0].startswith("only 1 different conversations in the test split, 2 are needed")
+    assert found["reasons"][0].startswith("only 1 different conversation in the test split, 2 are needed")
 
 
 def test_ten_thousand_tokens_are_scored_and_answered_like_any(base, metrics, tmp_path):

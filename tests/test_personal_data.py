@@ -61,6 +61,35 @@ def test_only_the_listed_types_and_regions_count():
     assert [hit.type for hit in find(text, regions=("US",))] == ["EMAIL"]
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("Passwort: $ecret12", ["$ecret12"]),
+        ("hasło: $ecret12", ["$ecret12"]),
+        ("password: $pass1", []),  # a variable
+        ("PASSWORD: $DB_PASS1", []),
+        ("Passwort: $passwort", []),
+        ("我的密码abc12345，谢谢", ["abc12345"]),
+        ("パスワードTaro2024です", ["Taro2024"]),
+        ("密码argon2id算法", []),  # a name of a cipher
+        ("密码HMAC-SHA256算法", []),
+        ("密码学CS10123", []),
+        ("Berlin: 4156667777", []),
+        ("Frankreich: 4156667777", []),
+        ("Anna: 4156667777", ["4156667777"]),
+        ("Sofia: 4156667777", ["4156667777"]),
+        ("C14.0096 15.7474 15.8278", []),  # the decimals of a path in SVG
+        ("Call 0044 20 8361 2345 now.", ["0044 20 8361 2345"]),
+        ("token: 12345678 pieces", []),
+        ("API token: 128000 Wörter", []),
+        ("token: 12345678", ["12345678"]),
+        ("token: 834921 and your name", ["834921"]),
+    ],
+)
+def test_a_name_says_what_a_value_is_and_what_follows_may_take_it_back(text, values):
+    assert [text[hit.start : hit.end] for hit in find(text)] == values
+
+
 def test_the_longer_of_two_that_overlap_counts():
     (hit,) = find("https://example.com/?mail=jane@example.com&ip=192.0.2.1")
     assert hit.type == "URL"

@@ -1,13 +1,18 @@
 """dvc.yaml says what the stages do: their imports, parameters and paths are compared with what they declare."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
+from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.errors import UserError
-from fine_tuning.settings import Settings, read_params
+from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+from fine_tuning.settings import SECTIONS, Settings, parse_settings, read_params
+from fine_tuning.training.training_utils import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -166,6 +171,8 @@ def write(tmp_path: Path, text: str) -> Path:
         ("example: {rate: 1.0, steps: 1}", "example.name is missing"),
         ("example: {rate: 1.0, stepz: 1, steps: 1, name: null}", "example.stepz"),
         ("other: {}", "section 'example' is missing"),
+        ("example: {rate: 1.0, steps: 1, name: null}\ntrian: {}", "unknown section 'trian': rename it to train, or"),
+        ("example: {rate: 1.0, steps: 1, name: null}\nzzz: {}", "unknown section 'zzz': rename it to base, or chat"),
         ("example: [", "not plain YAML at line"),
         ("example: !!python/object/apply:os.system [ls]", "not plain YAML at line"),
     ],
@@ -174,6 +181,35 @@ def test_a_wrong_parameter_is_one_line_that_names_it(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         read_params("example", Example, write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "name", "value", "words"),
+    [
+        ("evaluate", EvaluateSettings, "references", [], "evaluate.references = [] should be a list of at least 1"),
+        ("prepare", PrepareSettings, "latest_from", "yesterday", "= 'yesterday' should be a date such as 2026-01-31"),
+        ("train", TrainSettings, "launch", "tripple", "= 'tripple' should be 'single', 'ddp' or 'fsdp'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_would_be_right(section, settings, name, value, words):
+    values = YAML(typ="safe").load(ROOT / "params.yaml")[section] | {name: value}
+    with pytest.raises(UserError) as caught:
+        parse_settings(section, values, settings, "params.yaml")
+    assert str(caught.value).startswith(f"params.yaml: parameter {section}.{name} ")
+    assert str(caught.value).endswith(words)
+
+
+def test_a_stage_of_ones_own_may_have_a_section_of_its_own(tmp_path):
+    path = write(tmp_path, "example: {rate: 1.0, steps: 1, name: null}\ntrial: {size: 1}")
+    (tmp_path / "dvc.yaml").write_text("stages: {mine: {cmd: run, params: [trial.size]}}")
+    assert read_params("example", Example, path).steps == 1
+    (tmp_path / "dvc.yaml").write_text("stages: {mine: {cmd: run}}")
+    with pytest.raises(UserError, match="unknown section 'trial'"):
+        read_params("example", Example, path)
+
+
+def test_every_section_of_params_yaml_is_known():
+    assert set(YAML(typ="safe").load(ROOT / "params.yaml")) == set(SECTIONS)
 
 
 def test_whole_numbers_serve_where_a_number_is_asked_for(tmp_path):
@@ -194,3 +230,17 @@ def test_parameters_are_read_as_dvc_reads_and_rewrites_them(tmp_path):
 def test_a_missing_params_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="git checkout"):
         read_params("example", Example, tmp_path / "params.yaml")
+
+
+def test_no_dependency_in_git_is_empty():
+    """DVC warns of an empty one whenever its stage runs."""
+    deps = [ROOT / path for stage in STAGES for path in paths(stage, "deps") if not path.startswith("models/")]
+    assert [path for path in deps if path.is_file() and not path.stat().st_size] == []
+
+
+def test_a_message_that_forces_a_stage_does_not_force_all_that_it_depends_on():
+    """`dvc repro --help`: without --single-item, -f runs whatever the stage depends on as well."""
+    sources = (path.read_text() for folder in ("fine_tuning", "stages") for path in (ROOT / folder).rglob("*.py"))
+    forced = [words for text in sources for words in re.findall(r"dvc repro -f([\w -]*)", text)]
+    assert forced
+    assert all(words.split()[0] == "-s" and words.split()[1] in STAGES for words in forced)

@@ -3,19 +3,22 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fine_tuning.commands import champion as module
 from fine_tuning.commands.champion import read_champion
-from fine_tuning.commands.dvc_files import cached, listing, md5_path
-from fine_tuning.commands.promote import open_registry
+from fine_tuning.commands.dvc_files import cached, listing, md5_file, md5_path
+from fine_tuning.commands.promote import MADE_ON, open_registry
 from fine_tuning.errors import UserError
 from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS
 from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json
-from tests.registered import here, repro, sh, type_command
+from fine_tuning.records import read_json, write_json
+from tests.check_lock import check, this_machine
+from tests.registered import environment, here, repro, set_params, sh, type_command
 
 WEIGHTS = Path("models/adapter/adapter_model.safetensors")
 COMPARISON = Path("metrics/comparison.json")
@@ -113,6 +116,32 @@ def test_a_candidate_that_comes_out_as_the_champion_again_is_not_compared_with_i
     assert Path("data/evaluation/items.jsonl").read_bytes() == records
 
 
+def test_an_edited_evaluation_does_not_come_back_as_the_champion_s(candidate):
+    here("promote")
+    sh(candidate, "git add -A && git commit -qm Promote")
+    repro(candidate, seed=2)
+    sh(candidate, "sed -i s/60.0/1.0/ models/champion/evaluation/data/evaluation/items.jsonl")
+    sh(candidate, "dvc add -q models/champion")
+    set_params(candidate, seed=1)
+    command = [sys.executable, "-m", "dvc", "repro", "--no-run-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode
+    (refusal,) = re.findall("models/champion/evaluation is not what was kept at the promotion: .*", done.stderr)
+    with pytest.raises(UserError, match="models/adapter is not the one that was compared"):
+        here("promote")
+    for command in re.findall("`(.*?)`", refusal):
+        sh(candidate, command)
+    assert read_json(COMPARISON)["champion"]["version"] == 1
+    assert "1.0" not in Path("data/evaluation/items.jsonl").read_text()
+
+
+def test_promoting_the_champion_again_keeps_no_edited_evaluation(candidate):
+    here("promote")
+    sh(candidate, "sed -i s/60.0/1.0/ models/champion/evaluation/data/evaluation/items.jsonl")
+    with pytest.raises(UserError, match="is not what was kept at the promotion: run `git checkout"):
+        here("promote")
+
+
 def test_a_forced_champion_is_said_to_be_forced(candidate):
     repro(candidate, verdict="HOLD")
     here("promote", "--force", "the customer wants it")
@@ -136,6 +165,41 @@ def test_a_forced_promotion_keeps_its_reason(candidate):
     assert open_registry("trial").version(1).tags["forced_reason"] == "the customer wants it today"
     assert read_champion()["forced_reason"] == "the customer wants it today"
     assert read_champion()["verdict"] == "HOLD"
+
+
+def test_a_version_that_is_promoted_once_more_has_the_verdict_of_that_promotion(candidate):
+    def said() -> tuple[str | None, ...]:
+        tags, champion = open_registry("trial").version(1).tags, read_champion()
+        for key in ("verdict", "forced_reason"):
+            assert tags.get(key) == champion.get(key)
+        return tags["verdict"], tags.get("forced_reason")
+
+    here("promote")
+    assert said() == ("PROMOTE", None)
+    here("promote", "--force", "once more")  # nothing is promoted here
+    assert said() == ("PROMOTE", None)
+    repro(candidate, seed=2)
+    here("promote")
+    repro(candidate, seed=1, verdict="HOLD")
+    here("promote", "--force", "the customer wants it back")
+    assert said() == ("HOLD", "the customer wants it back")
+    here("promote", "2")
+    repro(candidate, seed=1, verdict="PROMOTE")
+    here("promote")
+    assert said() == ("PROMOTE", None)
+
+
+def test_the_note_of_where_the_lock_was_made_is_written_by_what_promote_says(candidate, capsys):
+    write_json(MADE_ON, this_machine() | {"dvc_lock_md5": md5_file(Path("dvc.lock"))})
+    sh(candidate, "git add -A && git commit -qm 'Where it was made'")
+    assert check(candidate) == []
+    here("promote")
+    commands = [line.strip() for line in capsys.readouterr().out.partition("Next:\n")[2].splitlines()]
+    assert commands[0].startswith("python -m tests.check_lock")
+    for command in commands[:2]:
+        sh(candidate, command.replace("python ", f"{sys.executable} "))
+    sh(candidate, "git commit -qm Promote")
+    assert check(candidate) == []
 
 
 def test_who_promoted_is_kept_in_registry_and_git(candidate):
@@ -194,20 +258,45 @@ def test_a_verdict_is_taken_only_with_what_it_was_made_from(candidate, edit, fil
     repro(candidate, verdict="HOLD")
     sh(candidate, edit)
     for words in ((), ("--force", "I say so")):
-        with pytest.raises(UserError, match=rf"(the verdict is HOLD|{file} is not what dvc\.lock describes)"):
+        with pytest.raises(UserError, match=rf"{file} is not what dvc\.lock describes: run `dvc repro`"):
             here("promote", *words)
-    with pytest.raises(UserError, match=rf"{file} is not what dvc\.lock describes: run `dvc repro`"):
-        here("promote", "--force", "I say so")
     assert open_registry("trial").versions() == []
 
 
-def test_a_verdict_that_its_records_do_not_give_is_refused_even_with_its_lock(candidate):
-    repro(candidate, verdict="HOLD")
-    sh(candidate, "sed -i 's/HOLD/PROMOTE/' metrics/comparison.json")
+@pytest.mark.parametrize(
+    ("verdict", "edit", "named"),
+    [
+        ("HOLD", "s/HOLD/PROMOTE/", "verdict"),
+        ("HOLD", "s/gain/victory/", "reasons"),
+        ("PROMOTE", "s/against/and far below/", "reasons"),
+        ("PROMOTE", 's/"difference": -/"difference": -1/', "differences, primary"),
+        ("PROMOTE", "s/eeee/eeef/", "eval_set_sha256"),
+        ("PROMOTE", """s/^{/{ "note": "checked by hand",/""", "note"),
+    ],
+)
+def test_what_its_records_do_not_give_is_refused_even_with_its_lock(candidate, verdict, edit, named):
+    repro(candidate, verdict=verdict)
+    genuine = COMPARISON.read_bytes()
+    sh(candidate, f"sed -i '{edit}' {COMPARISON}")
+    assert COMPARISON.read_bytes() != genuine
     sh(candidate, "dvc commit -q --force compare")
-    with pytest.raises(UserError, match=r"says PROMOTE and its records give HOLD: run `dvc repro -f compare`"):
-        here("promote")
+    for words in ((), ("--force", "I say so")):
+        with pytest.raises(UserError, match=rf"comparison\.json is not what its records give \({named}\)") as refusal:
+            here("promote", *words)
     assert open_registry("trial").versions() == []
+    sh(candidate, re.search("`(.*?)`", str(refusal.value))[1])
+    assert COMPARISON.read_bytes() == genuine
+    here("promote", "--force", "as it was")
+
+
+def test_the_last_digits_of_another_machine_are_no_edit(candidate):
+    found = read_json(COMPARISON)
+    primary = found["primary"]["base"]
+    primary["difference"] *= 1 + 1e-14
+    write_json(COMPARISON, found)
+    sh(candidate, "dvc commit -q --force compare")
+    here("promote")
+    assert read_champion()["version"] == 1
 
 
 def test_a_version_names_the_commit_that_made_its_adapter(candidate):
@@ -373,7 +462,7 @@ def test_an_older_version_is_champion_again_without_the_records_that_were_forgot
         cached(promoted, files[path]).unlink()
     here("promote", "1")
     assert read_champion()["version"] == 1
-    assert not Path("models/champion/evaluation/data/evaluation/items.jsonl").exists()
+    assert not Path("models/champion/evaluation").exists()  # what is left of it would be taken back as a whole
     assert sha256_file(Path("models/champion/package/model.gguf")) == read_champion()["gguf_sha256"]
 
 

@@ -3,12 +3,13 @@
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from fine_tuning.commands import summary
 from fine_tuning.data_preparation.splits import SPLITS
-from fine_tuning.data_preparation.tally import Tally, statistics
+from fine_tuning.data_preparation.tally import Tally, in_words, statistics
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.charts import interval_plot
 from fine_tuning.evaluation.comparison import CompareSettings, compare
@@ -21,6 +22,7 @@ from fine_tuning.evaluation.side_by_side import side_by_side
 from fine_tuning.evaluation.slices import slices
 from fine_tuning.records import read_json, write_json
 from tests.evaluation_suite import MODULES, SETTINGS
+from tests.registered import sh
 
 INTERVALS = IntervalSettings(draws=200, confidence=0.95, seed=0)
 COMPARE = CompareSettings(
@@ -112,10 +114,10 @@ def prepared(tmp_path):
 
 
 LEFT_OUT = (
-    "481 conversations with 29,976 tokens are trained on",
+    "481 conversations with 29,976 tokens to train on",
     "259 left out (24.0% of the text): prepare.max_sample_tokens",
     "3 left out (0.0% of the text): overlaps test",
-    "70 tokens of replies are not used: their turns alone exceed chat.max_length",
+    "70 tokens of replies not used: their turns alone exceed chat.max_length",
 )
 
 
@@ -166,6 +168,53 @@ def test_report_and_summary_say_how_much_was_left_out_and_why(page, result, prep
     summary.summary(None)
     printed = capsys.readouterr().out
     assert all(words in printed for words in LEFT_OUT)
+
+
+def test_the_summary_says_when_the_verdict_is_older_than_the_data(result, prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_json("prepare.json", prepared)
+    write_json("metrics/evaluation.json", result[2])
+    write_json("comparison.json", result[1])
+    Path("dvc.yaml").write_text("""
+stages:
+  prepare: {cmd: cp prepare.json metrics, deps: [prepare.json], metrics: [metrics/prepare.json: {cache: false}]}
+  compare:
+    cmd: cp comparison.json metrics
+    deps: [comparison.json, metrics/prepare.json]
+    metrics: [metrics/comparison.json: {cache: false}]
+""")
+
+    def said() -> str:
+        summary.summary(None)
+        return capsys.readouterr().out
+
+    sh(tmp_path, "git init -q")
+    sh(tmp_path, "dvc init -q")
+    sh(tmp_path, "dvc repro -q")
+    assert "of an earlier run" not in said()
+    write_json("prepare.json", prepared | {"left_out": {}})
+    sh(tmp_path, "dvc repro -q prepare")
+    assert "Verdict: PROMOTE\n  - of an earlier run: metrics/prepare.json changed since; `dvc repro`" in said()
+    sh(tmp_path, "dvc repro -q")
+    assert "of an earlier run" not in said()
+
+
+def test_one_conversation_is_said_in_the_singular(prepared):
+    prepared["splits"]["train"] |= {"conversations": 1, "tokens": 1}
+    assert in_words(prepared)[0] == "1 conversation with 1 token to train on"
+
+
+def test_a_slice_of_one_cluster_shows_no_interval(result, tmp_path):
+    records = [entry | ({"cluster": "one"} if entry["source"] == "a" else {}) for entry in result[0]]
+    metrics = [load_metric("perplexity", MODULES)]
+    where = slices(records, metrics, INTERVALS)
+    write_report(tmp_path / "report.html", Findings(result[1], result[2], records, [], where))
+    page = (tmp_path / "report.html").read_text()
+    rows = re.findall(r"<tr><td>([ab])</td><td>perplexity</td>(.*?)</tr>", page)
+    assert {name for name, _ in rows} == {"a", "b"}
+    for name, cells in rows:
+        assert ("<small>one conversation group, n 6</small>" in cells) == (name == "a")
+        assert ("[" in cells) == (name == "b")
 
 
 def test_the_page_side_by_side_keeps_replies_as_they_are():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,7 @@ def test_seal_refuses_while_the_pipeline_runs(project, command):
 def test_tombstones_that_come_alone_with_a_merge_are_looked_at(project, command):
     log(project).log_conversation("q", "a", {"session_id": "s1"})
     command(project, "seal")
-    project.run("dvc", "repro", "-q", "intake")
+    assert "is empty" not in project.run("dvc", "repro", "intake")  # the warning of DVC
     project.commit("Before")
     project.run("git", "checkout", "-qb", "other")
     (project.folder / "data/forgotten.jsonl").write_text(f'{{"id": "{id_hash("elsewhere")}", "contents": []}}\n')
@@ -290,6 +291,20 @@ def test_wherever_a_log_is_sealed_and_however_often_the_conversation_is_the_same
         assert {i: version_hash(c) for i, c in newest.items()} == {i: version_hash(c) for i, c in whole.items()}
 
 
+def test_sealing_a_long_log_takes_no_more_memory_than_a_short_one(tmp_path):
+    peaks, forever = [], "It goes on. " * 40
+    for number, exchanges in enumerate((500, 5_000)):
+        logger, shards = ConversationLogger(tmp_path / f"{number}/log.jsonl", durable=False), tmp_path / f"{number}/all"
+        for exchange in range(exchanges):
+            logger.log_conversation("And then?", forever, {"session_id": f"s{exchange // 3}"})
+        (log,) = close_log(logger.path, shards)
+        tracemalloc.start()
+        assert seal_log(log, shards, tmp_path / "manifest.json")["events"] == exchanges
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0] < log.stat().st_size, peaks
+
+
 def test_with_a_reply_go_the_others_to_its_question_and_one_of_those_can_go_alone(tmp_path):
     logger = ConversationLogger(tmp_path / "log.jsonl")
     for number in range(3):
@@ -342,6 +357,17 @@ def test_import_says_what_it_took_and_twice_adds_nothing(project, tmp_path, comm
     assert len(shards(project)) == 1
     file.write_text(file.read_text() + json.dumps(row) + "\n")
     assert "1 taken, 2 skipped" in command(project, "import", str(file))
+
+
+def test_import_says_whose_it_takes_replies_for_and_is_told_the_model(project, tmp_path, command):
+    file = tmp_path / "foreign.jsonl"
+    turns = [{"role": "user", "content": "What is a lake?"}, {"role": "assistant", "content": "Water."}]
+    file.write_text(json.dumps({"messages": [*turns, *turns]}) + "\n")
+    said = "2 replies name no model and count as a person's; if a model wrote them: --model NAME"
+    assert said in command(project, "import", str(file))
+    output = command(project, "import", str(file), "--model", "llama3:8b")
+    assert said not in output and "1 taken" in output, "it is a new version of the same conversation"
+    assert '"model":"llama3:8b"' in shards(project)[-1].read_text()
 
 
 def test_of_several_files_with_one_that_cannot_be_read_none_is_taken_and_the_line_says_so(
@@ -514,6 +540,16 @@ def test_an_import_counts_what_it_could_not_keep_by_reason(project, tmp_path, co
     assert "  2 times none of the known forms" in output
 
 
+def test_one_of_a_kind_is_told_in_the_singular(project, tmp_path, command, intake_stage, capsys):
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": REPLY}]
+    output = command(project, "import", write_lines(tmp_path / "f.jsonl", {"messages": [*said, picture, said[1]]}))
+    assert "  1 time the conversation ends before an image" in output
+    assert "\n1 conversation in data/conversations/" in output
+    assert intake_stage(project) is None
+    assert "1 shard, 1 of them new, 1 conversation\n" in capsys.readouterr().out
+
+
 def test_a_preference_that_is_no_list_in_a_shard_stops_no_import_and_no_seal(project, command):
     log(project).log_conversation("q", "a", {"session_id": "s"}, id="x")
     log(project).log_conversation("q", "b", {"session_id": "s", "replaces": "x"}, id="y")
@@ -524,7 +560,7 @@ def test_a_preference_that_is_no_list_in_a_shard_stops_no_import_and_no_seal(pro
     shard.parent.mkdir(parents=True, exist_ok=True)
     shard.write_text(f"{json.dumps(odd)}\n")
     log(project).log_preference("y", ["x"], by="ann")
-    assert "1 events sealed, 1 conversations" in command(project, "seal")
+    assert "1 event sealed, 1 conversation new or changed" in command(project, "seal")
 
 
 def test_the_logger_s_own_file_can_be_imported(project, tmp_path, command):
@@ -620,7 +656,7 @@ def test_no_conversations_is_one_clear_line(project, intake_stage):
 
 def test_the_sample_is_brought_in_once_and_a_clone_regenerates_it(project, tmp_path, command, intake_stage):
     project.set_params(intake={"sample": True})
-    assert "2026 sample conversations" in command(project, "sample")
+    assert "2,026 sample conversations" in command(project, "sample")
     tracked = (project.folder / "data/conversations.dvc").read_text()
     assert "is complete" in command(project, "sample")
     assert intake_stage(project) is None
@@ -628,7 +664,7 @@ def test_the_sample_is_brought_in_once_and_a_clone_regenerates_it(project, tmp_p
     project.run("git", "clone", "-q", str(project.folder), str(tmp_path / "clone"))
     clone = Project(tmp_path / "clone")
     clone.run("dvc", "config", "--local", "cache.dir", str(tmp_path / "empty-cache"))
-    assert "2026 sample conversations" in command(clone, "sample")
+    assert "2,026 sample conversations" in command(clone, "sample")
     assert (clone.folder / "data/conversations.dvc").read_text() == tracked
     assert clone.run("git", "status", "--porcelain").strip() == ""
 

@@ -1,7 +1,7 @@
 """What training says before it starts, and a time budget as a number of tokens."""
 
 import shutil
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,14 @@ def test_a_run_that_had_nothing_left_to_train_says_nothing_of_the_speed(tmp_path
     record_speed(tmp_path / "speed.json", 250.0, "x")
     record_speed(tmp_path / "speed.json", 0.0, "cut off after its last step")
     assert "at the 250 tokens/s" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
+
+
+def test_a_time_below_nothing_is_one_line(checkout):
+    parser = ArgumentParser()
+    budget.add_commands(parser.add_subparsers())
+    with pytest.raises(UserError, match="'-5m' is no time: give one such as 90s, 30m, 2h or 1h30m"):
+        arguments = parser.parse_args(["budget", "-5m"])
+        arguments.func(arguments)
 
 
 def test_a_budget_needs_a_speed_that_was_measured_here(checkout):

@@ -28,6 +28,7 @@ from fine_tuning.data_preparation.tokenizer import (
     render,
 )
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.items import label_runs, reply_authors
 from fine_tuning.settings import read_params
 
 LLAMA3 = (
@@ -572,6 +573,25 @@ def test_turns_that_no_window_holds_are_counted(tiny):
     assert len(cut.input_ids) == 100
     assert [m["content"] for m in cut.messages[-2:]] == ["question 3 please", "reply " * 300]
     assert encode_windows(tiny, messages[4:6], None, 100).encoded == []
+
+
+@pytest.mark.parametrize("cut", ["tool", "assistant"])
+def test_a_turn_of_several_replies_that_is_cut_keeps_the_authors_of_what_is_left(tiny, cut):
+    long = "word " * 300
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "Let me see.", "model": "first"},
+        {"role": "tool", "content": long if cut == "tool" else "12:00"},
+        {"role": "assistant", "content": long if cut == "assistant" else "Noon.", "model": "second"},
+        {"role": "assistant", "content": "Is that all?", "model": "third"},
+    ]
+    (window,) = encode_windows(tiny, messages, None, 100).encoded
+    runs = label_runs(window.labels)
+    left = ["first"] if cut == "tool" else ["first", "second"]
+    assert window.cut_tokens and reply_authors(window.messages, len(runs)) == left
+    assert [m["role"] for m in window.messages if m["role"] != "system"] == ["user", "assistant", "tool", "assistant"][
+        : 3 if cut == "tool" else 4
+    ]
 
 
 def test_turns_without_a_trained_reply_are_context_only(tiny):

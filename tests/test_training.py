@@ -80,6 +80,17 @@ def test_rows_that_cannot_be_trained_on_are_refused(rows, words):
         check_rows(rows, "train")
 
 
+def test_loading_peft_does_not_warn_of_a_kernel_that_nothing_here_uses():
+    program = """
+import logging, fine_tuning, peft
+for words in ("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "another warning: %s"):
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning(words, "no")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "gemm_4bit_forward" not in done.stderr
+    assert "another warning: no" in done.stderr
+
+
 def test_a_trained_user_token_is_refused(tiny_base):
     from transformers import AutoTokenizer
 
@@ -715,7 +726,7 @@ def test_warm_up_and_validations_are_shares_of_the_optimisers_steps(
 
 
 CHANGES = [
-    {"seed": 1}, {"epochs": 1.0}, {"learning_rate": 2e-3}, {"schedule": "constant"}, {"warmup_ratio": 0.5},
+    {"seed": 1}, {"epochs": 1.0}, {"learning_rate": 3e-3}, {"schedule": "constant"}, {"warmup_ratio": 0.5},
     {"weight_decay": 0.5}, {"max_grad_norm": 1e-4}, {"optimizer": "sgd"}, {"batch_tokens": 100}, {"packing": True},
     {"gradient_accumulation": 2}, {"neftune_alpha": 5.0}, {"method": "qlora"}, {"max_steps": 1},
     *({"lora": SETTINGS.lora.model_copy(update=change)} for change in (

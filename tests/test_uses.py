@@ -114,7 +114,7 @@ def test_metrics_parameters_and_plots_are_compared_across_commits(trained, tmp_p
     assert "candidate" in project.run("dvc", "metrics", "diff", "HEAD~1")
     params = json.loads(project.run("dvc", "params", "diff", "HEAD~1", "--json"))
     changed = params["params.yaml"]["train.learning_rate"]
-    assert (changed["old"], changed["new"]) == (0.001, 0.02)
+    assert (changed["old"], changed["new"]) == (0.002, 0.02)
     page = project.run("dvc", "plots", "diff", "HEAD~1", "-o", "plots").strip().splitlines()[-1]
     assert (project.folder / "plots/index.html").is_file(), page
 

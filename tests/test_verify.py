@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from fine_tuning.commands.dvc_files import cached, md5_file
 from fine_tuning.commands.promote import open_registry
+from fine_tuning.data_preparation.tokenizer import load_tokenizer
 from fine_tuning.errors import UserError
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.project import sha256_file
@@ -72,6 +74,18 @@ def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, c
     sh(project, damage["remedy"].replace("&& dvc fetch", "").partition(" (")[0])
     sh(project, "dvc fetch -q")
     assert verify(capsys, "--local") == (0, [])
+
+
+def test_without_a_remote_the_remedy_makes_what_was_damaged_again(project, capsys):
+    sh(project, "dvc remote remove store && dvc repro -q")  # make has run for the candidate only
+    adapter = cached(project, md5_file(Path("models/adapter/adapter_config.json")))
+    flip(adapter)
+    (damage,) = (finding for finding in verify(capsys, "--local")[1] if "cache" in finding["place"])
+    remove, _, instead = damage["remedy"].partition(" && dvc fetch")
+    sh(project, remove)
+    command = instead.split("`")[1]
+    sh(project, f"{command} -q")
+    assert adapter.is_file() and verify(capsys, "--local") == (0, [])
 
 
 def test_a_flipped_bit_in_the_remote_is_found(project, capsys):
@@ -171,6 +185,16 @@ def test_a_changed_champion_is_restored_by_the_remedy(project, capsys):
     assert verify(capsys, "--local") == (0, [])
 
 
+def test_an_edited_evaluation_of_the_champion_is_restored_by_the_remedy(project, capsys):
+    sh(project, "sed -i s/60.0/1.0/ models/champion/evaluation/data/evaluation/items.jsonl")
+    sh(project, "dvc add -q models/champion")
+    status, findings = verify(capsys, "--local")
+    assert status == 1 and findings[0]["what"] == "models/champion/evaluation"
+    for command in findings[0]["remedy"].split(" && "):
+        sh(project, command)
+    assert verify(capsys, "--local") == (0, [])
+
+
 def test_a_registry_without_its_champion_is_damage(project, capsys):
     registry = open_registry("trial")
     registry._client.delete_registered_model_alias("trial", "champion")
@@ -196,6 +220,37 @@ def test_a_manifest_that_changed_on_the_server_is_named(project, capsys):
         "trial:1 is not what was deployed",
         "trial:live is none of the versions that were deployed from here",
     ]
+
+
+def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(project, tmp_path, capsys, monkeypatch):
+    store, tokenizer = tmp_path / "models", load_tokenizer(project / "models/base")
+
+    def count_tokens(prompt: str) -> int:
+        return len(tokenizer(prompt, add_special_tokens=False).input_ids)
+
+    with FakeOllama(count_tokens=count_tokens, store=store) as server:
+        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+        assert run("deploy", "2", "--host", server.host) == 0
+        capsys.readouterr()
+        _, findings = verify(capsys, "--host", server.host)
+        (note,) = [finding for finding in findings if "Ollama's files cannot be read" in finding["what"]]
+        assert note["kind"] == "note"
+
+        monkeypatch.setenv("OLLAMA_MODELS", str(store))
+        assert verify(capsys, "--host", server.host)[0] == 0
+        weights = store / "blobs" / f"sha256-{open_registry('trial').version(2).tags['gguf_sha256']}"
+        flip(weights)
+        status, (damage,) = verify(capsys, "--host", server.host)
+        assert status == 1 and damage["what"] == f"trial:2: Ollama's {weights}"
+
+        remove, erase, deploy = re.fullmatch(
+            r"ollama rm (\S+), rm -f (\S+), then .* (deploy \d+)", damage["remedy"]
+        ).groups()
+        OllamaClient(server.host).delete(remove)
+        Path(erase).unlink()
+        assert run(*deploy.split(), "--host", server.host) == 0
+        capsys.readouterr()
+        assert verify(capsys, "--host", server.host)[0] == 0
 
 
 def test_a_server_that_is_down_is_noted(project, capsys):

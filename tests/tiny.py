@@ -79,3 +79,20 @@ def base_settings(model: str, revision: str | None = None, **changes: object) ->
 
 if __name__ == "__main__":
     print(write_tiny_base(Path(sys.argv[1])))
+
+
+def next_token_logprobs(engine, ids: list[int], n: int) -> list[tuple[int, float]]:
+    """The `n` likeliest next tokens after exactly `ids` by llama.cpp, with natural-log probabilities."""
+    body = {
+        "prompt": ids,
+        "n_predict": 1,
+        "n_probs": n,
+        "temperature": 0,
+        "post_sampling_probs": False,
+        "cache_prompt": False,  # a reused prefix is computed in other batches and differs in the last digits
+        # Half a character would be held back and its probabilities with it: a whole one is forced, and the
+        # probabilities are those from before.
+        "logit_bias": [[engine.tokenize("a")[-1], 1000.0]],
+    }
+    first = engine._post("/completion", body)["completion_probabilities"][0]
+    return [(top["id"], top["logprob"]) for top in first["top_logprobs"]]

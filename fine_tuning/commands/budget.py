@@ -1,6 +1,7 @@
 """`budget`: a time for training, as the number of tokens that params.yaml takes."""
 
 import argparse
+import re
 from typing import Any
 
 
@@ -12,7 +13,8 @@ def add_commands(subparsers: Any) -> None:
         description="Uses the speed of the last training here. Training itself never looks at the clock, so that the "
         "same parameters give the same adapter everywhere.",
     )
-    command.add_argument("time", help="such as 90s, 30m, 2h or 1h30m; none: train on everything")
+    command.add_argument("time", help="such as 90s, 30m, 2h or 1h30m; none: no limit")
+    command._negative_number_matcher = re.compile(r"-\d")  # `-5m` is a wrong time and not an option
     command.set_defaults(func=budget)
 
 
@@ -33,7 +35,10 @@ def budget(arguments: argparse.Namespace) -> None:
     settings, _ = read_params("train", TrainSettings), read_params("prepare", PrepareSettings)
     if arguments.time.lower() == "none":
         write_param("prepare", "max_train_tokens", None)
-        print("prepare.max_train_tokens is null: `dvc repro` trains on everything")
+        print(
+            "prepare.max_train_tokens is null: it no longer limits what `dvc repro` trains on; "
+            "prepare.max_sample_tokens still limits the sample"
+        )
         return
     seconds = parse_duration(arguments.time)
     speed = read_speed(main_checkout() / SPEED)
@@ -45,5 +50,5 @@ def budget(arguments: argparse.Namespace) -> None:
     write_param("prepare", "max_train_tokens", tokens)
     print(
         f"prepare.max_train_tokens is {tokens}: {arguments.time} at {speed[0]:.0f} tokens/s ({speed[1]}) for "
-        f"{settings.epochs:g} epochs; `dvc repro` trains on as much, your own conversations first"
+        f"train.epochs {settings.epochs:g}; `dvc repro` trains on as much, your own conversations first"
     )

@@ -12,7 +12,7 @@ from fine_tuning.evaluation.champion_records import KEPT
 from fine_tuning.evaluation.data_changes import MEMBERS, training_members
 from fine_tuning.model_management.model_deployer import Probe
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
-from fine_tuning.project import sha256_file
+from fine_tuning.project import files_sha256, sha256_file
 from fine_tuning.records import read_json, write_json, write_jsonl
 
 CHAMPION_JSON = Path("models/champion.json")
@@ -22,6 +22,7 @@ STAGED = Path("models/.champion.new")
 PROBES = "probes.json"
 WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"
 MERGED = "merged/model.safetensors"
+VERDICT_TAGS = ("verdict", "forced_reason", "eval_set_sha256")
 FILES_TAG = "champion_md5"  # DVC's hash of models/champion as it was with a version
 
 
@@ -84,18 +85,24 @@ def fetch_files(version: ModelVersion) -> None:
 def restore_files(version: ModelVersion) -> None:
     """Put the files that `fetch_files` brought into models/champion."""
     shutil.rmtree(STAGED, ignore_errors=True)
-    for path, md5 in (listing(Path.cwd(), version.tags[FILES_TAG]) or {}).items():
-        if source := cached(Path.cwd(), md5):
+    files = listing(Path.cwd(), version.tags[FILES_TAG]) or {}
+    sources = {path: cached(Path.cwd(), md5) for path, md5 in files.items()}
+    whole = all(source for path, source in sources.items() if path.startswith(f"{KEPT}/"))
+    for path, source in sources.items():
+        if source and (whole or not path.startswith(f"{KEPT}/")):  # what is left of an evaluation gives no verdict
             copy_file(source, STAGED / path)
     _take_staged()
 
 
-def name_champion(registry: ModelRegistry, version: ModelVersion, verdict: str, who: str, forced: str | None) -> None:
-    """Write models/champion.json. Who promoted and when goes with it, and stays when the command is repeated."""
-    known, merged = read_champion(), CHAMPION_FILES / MERGED
+def name_champion(registry: ModelRegistry, version: ModelVersion, tags: dict[str, str], who: str) -> None:
+    """Write models/champion.json, and the verdict among `tags` to the version's tags: it may be another than the one
+    that it was registered with. Who promoted, when and by what verdict stays when the command is repeated."""
+    known, merged, kept = read_champion(), CHAMPION_FILES / MERGED, CHAMPION_FILES / KEPT
     adapter_sha256 = sha256_file(CHAMPION_FILES / WEIGHTS)
     if known.get("version") != version.number or known.get("adapter_sha256") != adapter_sha256:
         known = {"promoted_at": datetime.now(UTC).isoformat(timespec="seconds"), "promoted_by": who}
+        known |= {key: tags[key] for key in VERDICT_TAGS if key in tags}
+        registry.delete_tags(version.number, [key for key in VERDICT_TAGS if key in version.tags and key not in tags])
         registry.set_tags(version.number, {**known, FILES_TAG: str(md5_path(CHAMPION_FILES))})
     described = {
         "version": version.number,
@@ -103,11 +110,9 @@ def name_champion(registry: ModelRegistry, version: ModelVersion, verdict: str, 
         "adapter_sha256": adapter_sha256,
         **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
         "gguf_sha256": sha256_file(CHAMPION_FILES / GGUF),
+        **({"evaluation_sha256": files_sha256(files_below(kept), kept)} if kept.is_dir() else {}),
         "git_commit": version.tags.get("git_commit"),
-        "promoted_at": known.get("promoted_at"),
-        "promoted_by": known.get("promoted_by"),
-        "verdict": verdict,
-        **({"forced_reason": forced} if forced else {}),
+        **{key: known[key] for key in ("promoted_at", "promoted_by", *VERDICT_TAGS) if key in known},
     }
     write_json(CHAMPION_JSON, described)
 

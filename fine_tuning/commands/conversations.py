@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -34,6 +34,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
         "(chosen and rejected, or a label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
     )
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--model", metavar="NAME", help="who wrote the replies for which a file names no model")
     command.set_defaults(func=import_files)
     command = subparsers.add_parser("seal", help="hand the conversations logged so far to the pipeline")
     command.set_defaults(func=seal)
@@ -49,7 +50,7 @@ def import_files(args: argparse.Namespace) -> None:
 
     New conversations go into one shard; new versions of known ones into another, with the feedback that was known.
     """
-    from fine_tuning.data_collection.conversation import is_feedback, version_hash
+    from fine_tuning.data_collection.conversation import is_by_a_model, is_feedback, version_hash
     from fine_tuning.data_collection.importers import Imported, Problem, import_file
     from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
     from fine_tuning.data_collection.tombstones import Tombstones
@@ -66,7 +67,7 @@ def import_files(args: argparse.Namespace) -> None:
         def taken(path: Path) -> Iterator[dict]:
             report = _Report(path)
             reports.append(report)
-            for item in import_file(path):
+            for item in import_file(path, args.model):
                 if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
                     item = Problem(
                         item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type"
@@ -76,6 +77,10 @@ def import_files(args: argparse.Namespace) -> None:
                     continue
                 report.formats[item.format] += 1
                 report.left_out.update(item.left_out)
+                report.counts["a person's"] += sum(
+                    message["role"] == "assistant" and not is_by_a_model(item.conversation, index)
+                    for index, message in enumerate(item.conversation["messages"])
+                )
                 identity, version = item.conversation["id"], version_hash(item.conversation)
                 if tombstones.cover(item.conversation):
                     report.counts["forgotten"] += 1
@@ -103,7 +108,7 @@ def import_files(args: argparse.Namespace) -> None:
         for report in reports:
             report.show()
         for shard, count in written:
-            print(f"{count} conversations in {shard}")
+            print(f"{count_of(count, 'conversation')} in {shard}")
         if written:
             _say_next()
         elif not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
@@ -127,13 +132,16 @@ class _Report:
             + (f", {counts['forgotten']} left out (forgotten: {FORGOTTEN})" if counts["forgotten"] else "")
         )
         for reason, count in self.left_out.most_common():
-            print(f"  {count} times {reason}")
+            print(f"  {count_of(count, 'time')} {reason}")
+        if count := counts["a person's"]:
+            replies = "reply names no model and counts" if count == 1 else "replies name no model and count"
+            print(f"  {count} {replies} as a person's; if a model wrote them: --model NAME")
         for problem in self.problems[:SHOWN_PROBLEMS]:
             print(f"  line {problem.line}: {problem.reason}")
         if more := self.problems[SHOWN_PROBLEMS:]:
             print(f"  and {len(more)} more:")
             for reason, count in Counter(problem.reason for problem in more).most_common(SHOWN_PROBLEMS):
-                print(f"  {count} times {reason}")
+                print(f"  {count_of(count, 'time')} {reason}")
 
 
 def _new_versions(changes: list[tuple["Imported", Counter[str]]]) -> Iterator[dict]:
@@ -211,7 +219,7 @@ def bring_sample(args: argparse.Namespace) -> None:
     ]
     if missing:
         raise UserError(
-            f"{len(missing)} shards of conversations are not in this clone (the first is {missing[0]}): "
+            f"not in this clone: {count_of(len(missing), 'shard')} of conversations (the first is {missing[0]}): "
             f"bring them with `dvc pull {TRACKED}`"
         )
     from fine_tuning.data_collection.sample import sample_conversations
@@ -219,7 +227,7 @@ def bring_sample(args: argparse.Namespace) -> None:
     with pipeline_stands_still() as repo:
         shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
         track(repo)
-    print(f"{count} sample conversations in {shard}")
+    print(f"{count_of(count, 'sample conversation')} in {shard}")
 
 
 def show_stats(args: argparse.Namespace) -> None:
@@ -282,12 +290,13 @@ def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:
         done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones)
-        print(f"{done['events']} events sealed, {done['conversations']} conversations new or changed")
+        changed = count_of(done["conversations"], "conversation")
+        print(f"{count_of(done['events'], 'event')} sealed, {changed} new or changed")
         if done["forgotten"]:
-            print(f"{done['forgotten']} conversations were left out: they are forgotten ({FORGOTTEN})")
+            print(f"{count_of(done['forgotten'], 'conversation')} left out: forgotten ({FORGOTTEN})")
         for kind in ("torn", "unmatched"):
             if done[kind]:
-                print(f"{done[kind]} {kind} lines were set aside in {INBOX.parent / log.name}.{kind}")
+                print(f"{count_of(done[kind], f'{kind} line')} set aside in {INBOX.parent / log.name}.{kind}")
         if any(CONVERSATIONS.glob("*.jsonl")):
             track(repo)
         log.unlink()

@@ -21,14 +21,13 @@ from fine_tuning.commands.forget_steps import (
     FORGOTTEN,
     LOCK,
     Work,
-    count_of,
     finish,
     is_leftover,
     journals,
     logs,
     run_steps,
 )
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 
 if TYPE_CHECKING:
     from fine_tuning.data_collection.erasure import Found, Selection

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 from fine_tuning.records import read_json, write_json
 
 if TYPE_CHECKING:
@@ -216,10 +216,6 @@ def files_of_checkout() -> Iterator[Path]:
 def logs() -> list[Path]:
     """The live log, closed logs, and the lines that were set aside from them."""
     return sorted(path for path in INBOX.rglob("*.jsonl*") if path.is_file()) if INBOX.is_dir() else []
-
-
-def count_of(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 # --------------------------------------------------------------------------------------------------------------- steps

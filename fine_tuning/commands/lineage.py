@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +15,8 @@ from fine_tuning.commands.dvc_files import show_file
 from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_collection.conversation import as_conversation
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
+from fine_tuning.integration.models_view import artifact
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import went_live
@@ -110,8 +110,8 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
     tags = version.tags
     commit = tags.get("git_commit") or "none"
     commit = commit if COMMIT.fullmatch(commit) else "none"
-    kept = {name: _kept(registry, version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
-    manifest = json.loads(_kept(registry, version, "provenance/manifest.json") or b"{}")
+    kept = {name: artifact(registry, version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
+    manifest = json.loads(artifact(registry, version, "provenance/manifest.json") or b"{}")
     committed = show_file(Path.cwd(), commit, "dvc.lock") if commit != "none" else None
     return {
         "name": version.name,
@@ -154,15 +154,7 @@ def deployments(version: ModelVersion) -> list[tuple[str, str]]:
 
 def conversations_of(registry: ModelRegistry, version: ModelVersion) -> dict[str, list[str]]:
     """{split: ids of conversations} of a version; empty if the registry lost the list."""
-    return json.loads(_kept(registry, version, "provenance/conversations.json") or b"{}")
-
-
-def _kept(registry: ModelRegistry, version: ModelVersion, path: str) -> bytes | None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return registry.download(version, path, Path(folder)).read_bytes()
-        except (UserError, OSError):
-            return None
+    return json.loads(artifact(registry, version, "provenance/conversations.json") or b"{}")
 
 
 def _subject(commit: str) -> str | None:
@@ -284,7 +276,8 @@ def _version_text(version: dict[str, Any]) -> Iterator[str]:
     yield f"  base model    {version['base']['model']} revision {version['base']['revision']}"
     yield f"  data          md5 {version['data']['md5']}"
     for shard in version["data"]["shards"]:
-        yield f"    {shard.get('name')}: {shard.get('lines')} conversations, sha256 {str(shard.get('sha256'))[:12]}"
+        lines = count_of(shard.get("lines") or 0, "conversation")
+        yield f"    {shard.get('name')}: {lines}, sha256 {str(shard.get('sha256'))[:12]}"
     counts = ", ".join(f"{split} {len(members)}" for split, members in version["conversations"].items())
     yield f"  conversations {counts or 'the list is lost'} (--json names them)"
     yield f"  adapter       sha256 {version['adapter_sha256']}"

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from fine_tuning.commands.dvc_files import (
     read_lock,
     reproduce,
 )
+from fine_tuning.commands.summary import read_result
 from fine_tuning.errors import UserError
-from fine_tuning.evaluation.champion_records import KEPT, is_champion
+from fine_tuning.evaluation.champion_records import KEPT, called_champion, is_champion, kept_files
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
 from fine_tuning.names import parse_version
@@ -59,6 +60,8 @@ CONVERSATIONS = Path("data/conversations")
 SPLITS = ("train", "validation", "test")
 EVALUATION = Path("data/evaluation")
 COMPARISON = Path("metrics/comparison.json")
+METRICS = Path("metrics/evaluation.json")
+MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see README
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
 REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
 PROVENANCE = ("dvc.lock", "dvc.yaml", "params.yaml", "data/manifest.json")
@@ -78,16 +81,6 @@ PROBES = (
         {"role": "user", "content": "Count: 1, 2,"},
     ],
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What compare said about the candidate."""
-
-    verdict: str
-    reasons: list[str]
-    adapter_sha256: str
-    eval_set_sha256: str
 
 
 def registry_locks() -> Path:
@@ -114,30 +107,31 @@ def promote(arguments: argparse.Namespace) -> None:
 
 def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> None:
     """Register the candidate, make it the champion, keep its files for the next comparison."""
-    verdict = read_verdict()
-    if verdict.verdict != "PROMOTE" and not forced:
-        reasons = "; ".join(verdict.reasons) or "no reason given"
+    compared = read_result(COMPARISON)
+    check_unchanged(compared)
+    check_verdict(compared)
+    verdict = compared["verdict"]
+    if verdict != "PROMOTE" and not forced:
+        reasons = "; ".join(compared["reasons"])
         raise UserError(
-            f"the verdict is {verdict.verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
+            f"the verdict is {verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
         )
-    check_unchanged(verdict)
-    check_verdict(verdict)
     replaces = champion_compared_with(registry, bool(forced))
     files = stage_files()
     content, probes = content_hash(files), make_probes()
     try:
         with staged_artifacts(files, probes) as folder:
-            tags = version_tags(verdict, files, forced)
+            tags = version_tags(compared, files, forced)
             version, new = registry.register(content, folder, tags, evaluation_metrics())
         registry.nominate(version.number)
         old = registry.promote(version.number, replaces)
         train = locate(Path.cwd(), read_lock(), PREPARED / "train.parquet")
         made = (("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE))
         keep_files((*made, *evaluation_files()), probes, train)
-        name_champion(registry, version, verdict.verdict, who, forced)
+        name_champion(registry, version, tags, who)
     finally:
         shutil.rmtree(STAGED, ignore_errors=True)
-    how = f"forced ({forced})" if forced else verdict.verdict
+    how = f"forced ({forced})" if forced else verdict
     print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
     compare_with_champion()
     report(version, old)
@@ -149,7 +143,7 @@ def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
     fetch_files(version)
     old = registry.promote(number, champion.number if champion else None)
     restore_files(version)
-    name_champion(registry, version, version.tags.get("verdict", ""), who, version.tags.get("forced_reason"))
+    name_champion(registry, version, version.tags, who)
     if candidate_is_champion():
         compare_with_champion()
     report(version, old)
@@ -158,27 +152,7 @@ def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- may it?
 
 
-def read_verdict() -> Verdict:
-    """The content of metrics/comparison.json that promotion goes by.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        found = read_json(COMPARISON)
-        return Verdict(
-            str(found["verdict"]),
-            [str(reason) for reason in found.get("reasons") or []],
-            str(found["adapter_sha256"]),
-            str(found["eval_set_sha256"]),
-        )
-    except FileNotFoundError:
-        raise UserError(f"{COMPARISON} is missing: run `dvc repro`, or `dvc pull` after a `git pull`") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{COMPARISON} is damaged: run `dvc repro compare`") from None
-
-
-def check_unchanged(verdict: Verdict) -> None:
+def check_unchanged(compared: dict[str, Any]) -> None:
     """See that the files on disk are the candidate that was compared, made by the pipeline that dvc.lock describes.
 
     Raises:
@@ -187,12 +161,13 @@ def check_unchanged(verdict: Verdict) -> None:
     weights = ADAPTER / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights} is missing: run `dvc pull` or `dvc repro`")
-    if sha256_file(weights) != verdict.adapter_sha256:
+    adapter_sha256 = compared.get("adapter_sha256")
+    if sha256_file(weights) != adapter_sha256:
         raise UserError("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
     stages, champion = read_lock(), str(CHAMPION_JSON)
     changed = [str(path) for path in (ADAPTER, MERGED, PACKAGE) if md5_path(path) != locked_md5(stages, path)]
     changed += changed_since_lock(*JUDGING)
-    if read_champion().get("adapter_sha256") == verdict.adapter_sha256:  # a promotion that was cut off
+    if read_champion().get("adapter_sha256") == adapter_sha256:  # a promotion that was cut off
         changed = [path for path in changed if path != champion]
     if champion in changed:
         raise UserError("the champion has changed since the comparison: run `dvc repro`, then promote again")
@@ -200,21 +175,30 @@ def check_unchanged(verdict: Verdict) -> None:
         raise UserError(f"{changed[0]} is not what dvc.lock describes: run `dvc repro`, then promote again")
 
 
-def check_verdict(verdict: Verdict) -> None:
-    """Compute the verdict once more from the records of the evaluation, with the parameters in force.
+def check_verdict(compared: dict[str, Any]) -> None:
+    """Compute the comparison once more from the records of the evaluation, with the parameters in force.
 
     Raises:
-        UserError: it is another one.
+        UserError: the file says something else.
     """
     from fine_tuning.evaluation.comparison import CompareSettings, Evidence
     from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 
     evidence = Evidence.read(EVALUATION, read_params("evaluate", EvaluateSettings))
-    found = evidence.verdict(read_params("compare", CompareSettings))["verdict"]
-    if found != verdict.verdict:
+    settings, suite = read_params("compare", CompareSettings), read_json(METRICS)["suite"]
+    found = evidence.verdict(settings, compared["adapter_sha256"], suite)
+    if candidate_is_champion() and "champion" in compared:  # a promotion that was cut off has not said it yet
+        found = called_champion(found, read_champion())
+    found, said = rounded(found), rounded(compared)
+    if other := [key for key in sorted(found.keys() | said.keys()) if found.get(key) != said.get(key)]:
         raise UserError(
-            f"{COMPARISON} says {verdict.verdict} and its records give {found}: run `dvc repro -f compare`, then look"
+            f"{COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`, then look"
         )
+
+
+def rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with numbers to nine digits: another machine adds them in another order."""
+    return json.loads(json.dumps(record), parse_float=lambda digits: float(f"{round(float(digits), 9):.9g}"))
 
 
 def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
@@ -236,9 +220,8 @@ def candidate_is_champion() -> bool:
 def evaluation_files() -> list[tuple[str, Path]]:
     """(place in models/champion, path) of what the evaluation wrote; where the candidate is the champion already, of
     what it was promoted by."""
-    kept = CHAMPION_FILES / KEPT
-    if candidate_is_champion() and kept.is_dir():
-        return [(KEPT, kept)]
+    if candidate_is_champion() and kept_files(CHAMPION_JSON):
+        return [(KEPT, CHAMPION_FILES / KEPT)]
     return [(f"{KEPT}/{out['path']}", Path(out["path"])) for out in read_lock()[JUDGING[0]]["outs"]]
 
 
@@ -349,12 +332,12 @@ def make_probes() -> list[Probe]:
     return probes
 
 
-def version_tags(verdict: Verdict, files: dict[str, Path], forced: str | None) -> dict[str, str]:
+def version_tags(compared: dict[str, Any], files: dict[str, Path], forced: str | None) -> dict[str, str]:
     """The tags of the design: what the version is, what it was made from, what was said about it."""
     commit, dirty = git_commit(Path.cwd())
     base = read_json(BASE_CARD) if BASE_CARD.is_file() else {}
     tags = {
-        "adapter_sha256": verdict.adapter_sha256,
+        "adapter_sha256": compared["adapter_sha256"],
         "gguf_sha256": sha256_file(files[GGUF]),
         "gguf_md5": md5_file(files[GGUF]),
         "dvc_lock_sha256": sha256_file(LOCK),
@@ -362,10 +345,10 @@ def version_tags(verdict: Verdict, files: dict[str, Path], forced: str | None) -
         "git_dirty": str(dirty).lower(),
         "adapter_commit": adapter_commit() or "uncommitted",
         "data_md5": locked_md5(read_lock(), CONVERSATIONS, "deps") or "none",
-        "eval_set_sha256": verdict.eval_set_sha256,
+        "eval_set_sha256": compared["eval_set_sha256"],
         "base_model": str(base.get("model") or "unknown"),
         "base_revision": str(base.get("revision") or "none"),
-        "verdict": verdict.verdict,
+        "verdict": compared["verdict"],
     }
     return tags | ({"forced_reason": forced} if forced else {})
 
@@ -380,8 +363,7 @@ def adapter_commit() -> str | None:
 
 def evaluation_metrics() -> dict[str, float]:
     """Numbers of metrics/evaluation.json, named by their path in it."""
-    path = Path("metrics/evaluation.json")
-    values = flatten(read_json(path)) if path.is_file() else {}
+    values = flatten(read_json(METRICS)) if METRICS.is_file() else {}
     return {
         f"evaluation.{re.sub('[^A-Za-z0-9_./ -]', '_', key)}": float(value)
         for key, value in values.items()
@@ -393,6 +375,8 @@ def report(version: ModelVersion, old: ModelVersion | None) -> None:
     """Say what changed and what to type next."""
     print(f"champion: version {version.number}" + (f", before it version {old.number}" if old else ", the first"))
     print(f"kept in {CHAMPION_FILES} and {CHAMPION_JSON}. Next:")
+    if MADE_ON.is_file() and candidate_is_champion():
+        print("  python -m tests.check_lock --made-here   # if `dvc repro` ran on this machine as well")
     print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc dvc.lock metrics")
     print(f"  git commit -m 'Promote version {version.number}' && dvc push")
     if not candidate_is_champion():

@@ -4,13 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.commands.dvc_files import LOCK, locked_md5, md5_path, read_lock
 from fine_tuning.data_preparation.tally import in_words
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 from fine_tuning.records import read_json
 
 PREPARED = Path("metrics/prepare.json")
 EVALUATION = Path("metrics/evaluation.json")
 COMPARISON = Path("metrics/comparison.json")
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
 MODELFILE = Path("models/package/Modelfile")
 PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
 ORDER = (
@@ -44,11 +46,19 @@ def summary(arguments: argparse.Namespace) -> None:
     for line in in_words(read_json(PREPARED) if PREPARED.is_file() else {}):
         console.print(line, markup=False)
     console.print(f"Verdict: [bold {colour}]{verdict}[/]")
-    for reason in comparison["reasons"]:
+    for reason in [*outdated(), *comparison["reasons"]]:
         console.print(f"  - {reason}", markup=False)
     console.print()
     for label, text in next_steps("champion" if comparison.get("champion") else verdict):
         console.print(f"{label:<22}{text}", markup=False, soft_wrap=True)
+
+
+def outdated() -> list[str]:
+    """A note where part of the pipeline ran after `compare`, which read other files by its entry in dvc.lock."""
+    compared = {"compare": read_lock().get("compare", {})} if LOCK.is_file() else {}
+    locked = {path: locked_md5(compared, path, "deps") for path in (PREPARED, EVALUATION, ADAPTER)}
+    changed = [str(path) for path, md5 in locked.items() if md5 and path.is_file() and md5_path(path) != md5]
+    return [f"of an earlier run: {', '.join(changed)} changed since; `dvc repro` compares again"] if changed else []
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -58,10 +68,10 @@ def read_result(path: Path) -> dict[str, Any]:
         UserError: the pipeline has not written it yet.
     """
     try:
-        return read_json(path)
+        return {} | read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`") from None
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{path} is damaged: `dvc repro` writes it anew") from None
 
 
@@ -72,7 +82,7 @@ def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
     contenders = [name for name in ("base", "champion", "candidate") if name in evaluation]
     rival = contenders[-2]
     suite = evaluation["suite"]
-    table = Table(title=f"{suite['conversations']} held-out conversations", title_justify="left")
+    table = Table(title=count_of(suite["conversations"], "held-out conversation"), title_justify="left")
     table.add_column("metric")
     for name in (*contenders, f"candidate - {rival}"):
         table.add_column(name, justify="right")

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fine_tuning.commands.bundle import kept_gguf
-from fine_tuning.commands.champion import CHAMPION_FILES, GGUF, WEIGHTS, read_champion
+from fine_tuning.commands.champion import CHAMPION_FILES, CHAMPION_JSON, GGUF, MERGED, WEIGHTS, read_champion
 from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
 from fine_tuning.commands.promote import content_of, open_registry
 from fine_tuning.errors import UserError
+from fine_tuning.evaluation.champion_records import KEPT, kept_files
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import ModelSwitcher
+from fine_tuning.model_management.ollama_store import blobs_of, is_damaged
 from fine_tuning.project import sha256_file
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def check_cache(checkout: Path) -> Checked:
         name = path.parent.name + path.name
         if md5_file(path) != name.removesuffix(".dir"):
             users = ", ".join(sorted(used.get(name, ()))) or "nothing here"
-            remedy = f"rm -f {path} && dvc fetch (or `dvc repro -f` where no remote has it)"
+            remedy = f"rm -f {path} && dvc fetch (or `dvc repro` where no remote has it)"
             findings.append(Finding(DAMAGED, f"{path} (used by {users})", remedy))
     return Checked(f"DVC's cache {cache_folder(checkout)}", len(objects), size, findings)
 
@@ -225,14 +227,15 @@ def check_champion(registry: ModelRegistry) -> Checked:
         findings.append(Finding(NOTE, f"{CHAMPION_FILES} is not here", "dvc pull models/champion.dvc"))
     else:
         restore = f"rm -r {CHAMPION_FILES} && dvc checkout models/champion.dvc"
-        for key, path in (
-            ("adapter_sha256", WEIGHTS),
-            ("gguf_sha256", GGUF),
-            ("merged_sha256", "merged/model.safetensors"),
-        ):
+        for key, path in (("adapter_sha256", WEIGHTS), ("gguf_sha256", GGUF), ("merged_sha256", MERGED)):
             file = CHAMPION_FILES / path
             if key in champion and (not file.is_file() or sha256_file(file) != champion[key]):
                 findings.append(Finding(DAMAGED, str(file), restore))
+        try:
+            kept_files(CHAMPION_JSON)
+        except UserError:
+            restore = f"git checkout {CHAMPION_FILES}.dvc && {restore}"
+            findings.append(Finding(DAMAGED, str(CHAMPION_FILES / KEPT), restore))
     known = registry.by_alias(CHAMPION)
     if known is not None and known.tags.get("adapter_sha256") != champion.get("adapter_sha256"):
         what = f"the registry's champion is version {known.number}, models/champion.json names another"
@@ -245,7 +248,7 @@ def check_champion(registry: ModelRegistry) -> Checked:
 
 def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
     """Compare the manifests that were recorded at deployment with those that the server has now."""
-    switcher, findings, seen = ModelSwitcher(server, registry), [], 0
+    switcher, findings, seen, size = ModelSwitcher(server, registry), [], 0, 0
     try:
         digests = server.digests()
     except OllamaError as error:
@@ -262,12 +265,29 @@ def check_server(registry: ModelRegistry, server: OllamaClient) -> Checked:
         elif digests[version.tag] != digest:
             findings.append(Finding(DAMAGED, f"{version.tag} is not what was deployed", redo))
         else:
-            seen += 1
+            found, read = _check_weights(server.host, version, digest)
+            findings, seen, size = findings + found, seen + 1, size + read
     live = digests.get(f"{registry.name}:{LIVE}")
     if live is not None and live not in recorded:
         what = f"{registry.name}:{LIVE} is none of the versions that were deployed from here"
         findings.append(Finding(DAMAGED if recorded else NOTE, what, "python -m fine_tuning deploy"))
-    return Checked(f"Ollama at {server.host}", seen, 0, findings)
+    return Checked(f"Ollama at {server.host}", seen, size, findings)
+
+
+def _check_weights(host: str, version: ModelVersion, digest: str) -> tuple[list[Finding], int]:
+    """Hash what Ollama keeps of a version: it serves its files without hashing them. Returns the bytes read, too."""
+    blobs = blobs_of(host, digest)
+    try:
+        damaged = [blob for blob in blobs or () if is_damaged(blob)]
+        if blobs is not None:
+            # Removing the model alone does not help: Ollama keeps the file, and takes it for the new model.
+            again = f"ollama rm {version.tag}, rm -f {{}}, then python -m fine_tuning deploy {version.number}"
+            found = [Finding(DAMAGED, f"{version.tag}: Ollama's {blob}", again.format(blob)) for blob in damaged]
+            return found, sum(blob.stat().st_size for blob in blobs)
+    except OSError:
+        pass
+    what = f"{version.tag}: Ollama's files cannot be read from here, so only its manifest was compared"
+    return [Finding(NOTE, what, "verify on the server's machine as a user who may read OLLAMA_MODELS")], 0
 
 
 # -------------------------------------------------------------------------------------------------------------- report

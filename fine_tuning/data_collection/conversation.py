@@ -10,6 +10,7 @@ finished: it is not trained on), "weight": 0 (OpenAI's: context only, not traine
 messages). A feedback entry with "over" prefers its message to the alternatives of those ids.
 
 A message with "gap": true followed something that was taken out: nothing before it may be shown as its context.
+Cleaning, a deletion and rows of a file that cannot be read leave such gaps.
 
 A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
 no more.
@@ -20,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from types import NoneType
 from typing import Any
 
@@ -29,6 +31,8 @@ from fine_tuning.errors import UserError
 from fine_tuning.records import dump_line
 
 ROLES = ("system", "user", "assistant", "tool")
+CHATS = ("chat", "chatgpt", "open-webui")  # sources whose replies a model wrote, named or not
+CHAT_IDS = ("chatgpt-", "open-webui-")  # how ids begin of what was imported from there, also before its source said so
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
 
 
@@ -155,6 +159,15 @@ def as_conversation(record: dict) -> dict:
     if record.get("deleted"):
         conversation["deleted"] = True
     return conversation
+
+
+def is_by_a_model(conversation: dict, index: int) -> bool:
+    """Whether a model wrote the reply `messages[index]`: one is named, or it comes from a chat's export or the log."""
+    messages, reply = conversation["messages"], conversation["messages"][index]
+    # The log names a question after its reply.
+    logged = index > 0 and messages[index - 1].get("id") == f"{reply.get('id')}-user"
+    chat = logged or conversation.get("source") in CHATS or str(conversation.get("id")).startswith(CHAT_IDS)
+    return chat or reply.get("model") is not None
 
 
 def edits(conversation: dict) -> dict[str, str]:
@@ -418,6 +431,9 @@ def _delete(event: dict, conversation: dict) -> None:
     # With a reply go the other replies to its question; of those, one goes alone.
     lost = {gone} | {i for m in conversation["messages"] if m.get("id") == gone for i in message_ids({"messages": [m]})}
     partners = lost | {f"{identity}-user" for identity in lost}
+    for before, message in pairwise(conversation["messages"]):  # what was said before the deletion rests on it
+        if before.get("id") in partners:
+            message["gap"] = True
     conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]
     for message in conversation["messages"]:
         if others := message.pop("alternatives", None):

@@ -19,7 +19,7 @@ from typing import Any
 from fine_tuning.data_collection.conversation import fold, now
 from fine_tuning.errors import UserError
 from fine_tuning.names import session_name
-from fine_tuning.records import dump_line, read_line, read_lines, replacing
+from fine_tuning.records import dump_line, read_line, read_lines, replacing, sync_folder
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
@@ -153,10 +153,6 @@ class ConversationLogger:
         if self.path.exists():
             yield from (event for _, event in read_log(self.path) if event is not None)
 
-    def read_exchanges(self) -> Iterator[dict]:
-        """The logged exchanges: {"id", "user_message", "assistant_response", "timestamp", "metadata", …}."""
-        return (event for event in self.read_events() if event["event"] == "exchange")
-
     def read_conversations(self) -> list[dict]:
         """The conversations that the log's events amount to, without the deleted ones."""
         conversations: dict[str, dict] = {}
@@ -208,12 +204,16 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
 
 def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:
     """(raw line, event) of a log; the event is None where the line is torn or is no event."""
-    for _, line in read_lines(path):
-        try:
-            event = read_line(line)
-        except (ValueError, RecursionError):
-            event = None
-        yield line, event if _is_event(event) else None
+    yield from ((line, read_event(line)) for _, line in read_lines(path))
+
+
+def read_event(line: bytes) -> dict | None:
+    """The event of a log's line without its newline; None where it is torn or is no event."""
+    try:
+        event = read_line(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if _is_event(event) else None
 
 
 def _is_event(event: Any) -> bool:
@@ -242,8 +242,8 @@ def rename_log(path: Path, target: Path) -> bool:
         os.fsync(descriptor)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target)
-        _sync_folder(path.parent)
-        _sync_folder(target.parent)
+        sync_folder(path.parent)
+        sync_folder(target.parent)
     return True
 
 
@@ -258,7 +258,7 @@ def rewrite_log(path: Path, keeps: Callable[[bytes, dict | None], bool]) -> int:
             with replacing(path) as file:
                 os.fchmod(file.fileno(), os.fstat(descriptor).st_mode & 0o777)
                 file.writelines(line + b"\n" for line in kept)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     return len(lines) - len(kept)
 
 
@@ -283,7 +283,7 @@ def _open(path: Path) -> int:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, flags | os.O_CREAT, 0o600)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return descriptor
 
 
@@ -327,14 +327,6 @@ def _set_torn_tail_aside(descriptor: int, path: Path) -> None:
     finally:
         os.close(aside)
     os.ftruncate(descriptor, size - len(torn))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mean(total: float, count: int) -> float:

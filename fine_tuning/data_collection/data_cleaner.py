@@ -187,7 +187,7 @@ class DataCleaner:
             drop = None if restored else check_turns(messages, filters) or check_content(messages, filters)
         if drop:
             return Cleaned(None, drop, masker.counts)
-        ids = {message.get("id") for message in messages}
+        ids = {version.get("id") for message in messages for version in (message, *message.get("alternatives", ()))}
         flagged: Counter[str] = Counter()
         if self.settings.people == "flag":
             flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
@@ -241,8 +241,11 @@ class DataCleaner:
         kept["content"] = self._repair(message["content"])
         others = message.get("alternatives")
         if isinstance(others, list):
-            texts = [other for other in others if isinstance(other, dict) and isinstance(other.get("content"), str)]
-            kept["alternatives"] = [self._repaired_message(other) for other in texts]
+            kept["alternatives"] = [
+                self._repaired_message(other)
+                for other in others
+                if isinstance(other, dict) and isinstance(other.get("content"), str) and can_be_id(other.get("id"))
+            ]
         return kept
 
     def _repaired(self, entry: dict) -> dict:
@@ -310,7 +313,7 @@ def duplicate_keys(conversation: dict) -> list[str]:
         text = message["content"].encode()
         digest.update(b"%b %d %b" % (message["role"].encode(), len(text), text))
     keys = [digest.hexdigest()]
-    if edited := [entry["edited"] for entry in conversation["feedback"] if entry.get("edited")]:
+    if edited := [entry["edited"] for entry in _of_what_is_shown(conversation) if entry.get("edited")]:
         digest.update("\0edited ".join(["", *edited]).encode())
         keys.insert(0, digest.hexdigest())
     return keys
@@ -325,7 +328,7 @@ def standing(conversation: dict) -> int:
         return 0
     ratings: dict[Any, int] = {}
     edited = set()
-    for entry in conversation["feedback"]:
+    for entry in _of_what_is_shown(conversation):
         target = entry.get("message_id")
         if entry.get("edited"):
             edited.add(target)
@@ -333,6 +336,12 @@ def standing(conversation: dict) -> int:
             ratings[target] = min(rating, ratings.get(target, rating))
     ratings |= dict.fromkeys(edited, 1)
     return (min(ratings.values()) > 0) * 4 - 2 + bool(edited) if ratings else 0
+
+
+def _of_what_is_shown(conversation: dict) -> list[dict]:
+    """The feedback on messages and not on their alternatives."""
+    ids = {message.get("id") for message in conversation["messages"]}
+    return [entry for entry in conversation["feedback"] if entry.get("message_id") in ids]
 
 
 def judgements(conversation: dict) -> dict | None:

@@ -19,6 +19,7 @@ from fine_tuning.data_collection.conversation import (
     each_record,
     edits,
     from_line,
+    is_by_a_model,
     is_sound,
     to_line,
 )
@@ -270,9 +271,9 @@ def split_turns(conversation: dict) -> tuple[str | None, list[tuple[dict, dict]]
 
 
 def to_chatml(conversation: dict) -> dict:
-    """{"id", "text"}: the turns between <|im_start|> and <|im_end|>, as OpenAI's ChatML document has them."""
+    """{"id", "text", "models"?}: turns between <|im_start|> and <|im_end|>, as OpenAI's ChatML document has them."""
     turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation["messages"]]
-    return {"id": conversation["id"], "text": "".join(turns)}
+    return {"id": conversation["id"], "text": "".join(turns)} | _models(conversation)
 
 
 def _chatml_line(conversation: dict) -> dict | None:
@@ -306,23 +307,33 @@ def _last_exchange(conversation: dict, question_key: str, answer_key: str) -> di
         record["system"] = system
     if len(exchanges) > 1:
         record["history"] = [[q["content"], a["content"]] for q, a in exchanges[:-1]]
-    return record
+    return record | _models(conversation)
+
+
+def _models(conversation: dict) -> dict[str, list[str | None]]:
+    """{"models": [who wrote each reply]}, None for a person; {} where no model wrote any. The importers read it."""
+    models = [
+        message.get("model") or ("unknown" if is_by_a_model(conversation, index) else None)
+        for index, message in enumerate(conversation["messages"])
+        if message["role"] == "assistant"
+    ]
+    return {"models": models} if any(models) else {}
 
 
 def to_openai(conversation: dict) -> dict:
-    """{"id", "messages": [{"role", "content", "weight"?}]}, the form of chat completions and of TRL."""
+    """{"id", "messages": [{"role", "content", "weight"?}], "models"?}, the form of chat completions and of TRL."""
     keys = ("role", "content", "weight")
     messages = [{key: m[key] for key in keys if key in m} for m in conversation["messages"]]
-    return {"id": conversation["id"], "messages": messages}
+    return {"id": conversation["id"], "messages": messages} | _models(conversation)
 
 
 def to_sharegpt(conversation: dict) -> dict:
-    """{"id", "conversations": [{"from", "value", "weight"?}]}."""
+    """{"id", "conversations": [{"from", "value", "weight"?}], "models"?}."""
     turns = [
         {"from": SHAREGPT_ROLES[m["role"]], "value": m["content"]} | ({"weight": 0} if m.get("weight") == 0 else {})
         for m in conversation["messages"]
     ]
-    return {"id": conversation["id"], "conversations": turns}
+    return {"id": conversation["id"], "conversations": turns} | _models(conversation)
 
 
 _CONTAINERS: dict[str, Callable] = {

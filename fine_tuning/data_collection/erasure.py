@@ -10,11 +10,11 @@ from typing import Any
 
 from fine_tuning.data_collection.conversation import as_conversation, from_exchange, speakers
 from fine_tuning.data_collection.conversation_logger import read_log, rewrite_log
-from fine_tuning.data_collection.shards import describe_shard, read_manifest, sync_folder, write_lines
+from fine_tuning.data_collection.shards import describe_shard, read_manifest, write_lines
 from fine_tuning.data_collection.tombstones import Tombstones
 from fine_tuning.data_collection.traces import ID, TEXT, Traces, decoded
 from fine_tuning.names import session_name
-from fine_tuning.records import dump_line, read_line, read_lines, write_json, write_jsonl
+from fine_tuning.records import dump_line, read_line, read_lines, sync_folder, write_json, write_jsonl
 
 USER_NAMES = ("username", "email", "name")  # metadata of imported conversations that may say who spoke
 _HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")

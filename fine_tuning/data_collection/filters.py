@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from fine_tuning.data_collection.conversation import ROLES
+from fine_tuning.data_collection.writing_systems import NO_SPACES
 from fine_tuning.settings import Settings
 
 
@@ -289,7 +290,7 @@ def _edge(character: str) -> str:
     return "" if _UNSPACED.match(character) else r"\b"
 
 
-_UNSPACED = re.compile("\\W|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+_UNSPACED = re.compile(rf"\W|[{NO_SPACES}]")
 
 
 def inappropriate(messages: list[dict], words: list[str]) -> int:

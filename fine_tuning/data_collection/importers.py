@@ -28,6 +28,7 @@ import zstandard
 from fine_tuning.data_collection.conversation import short_hash
 from fine_tuning.data_collection.record_formats import PAIRS, ROLE_NAMES, CsvRows, NotRecognised, from_chatml, recognise
 from fine_tuning.errors import UserError
+from fine_tuning.records import STRICT_JSON
 
 CHUNK = 1 << 20
 LONGEST_LINE = 64 << 20
@@ -63,8 +64,11 @@ class Imported:
     judges: str | None = None
 
 
-def import_file(path: str | Path) -> Iterator[Imported | Problem]:
+def import_file(path: str | Path, model: str | None = None) -> Iterator[Imported | Problem]:
     """Read any supported file. The same file gives the same conversations with the same ids.
+
+    Args:
+        model: who wrote the replies for which the file names no model.
 
     Raises:
         UserError: the file cannot be opened or is of no known kind.
@@ -74,15 +78,17 @@ def import_file(path: str | Path) -> Iterator[Imported | Problem]:
         raise UserError(f"{path} is not a file: check its path")
     started_at = _timestamp(os.stat(path).st_mtime)
     try:
-        yield from import_records(_records(path), "import", started_at)
+        yield from import_records(_records(path), "import", started_at, model)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError):
         raise UserError(f"{path} cannot be read to its end, nothing was taken: copy or export it again") from None
 
 
 def import_records(
-    records: Iterable[tuple[int, Any] | Problem], source: str, started_at: str
+    records: Iterable[tuple[int, Any] | Problem], source: str, started_at: str, model: str | None = None
 ) -> Iterator[Imported | Problem]:
     """Turn numbered records into conversations; `started_at` is for those that do not say when they began.
+
+    `model` is for replies that name none.
 
     A record without an id of its own gets one from its content and how often that content was there before.
     """
@@ -103,6 +109,9 @@ def import_records(
         content = short_hash([[m["role"], m["content"]] for m in found.messages])
         identity = found.id or short_hash([content, seen[content]])
         seen[content] += 1
+        for reply in found.messages if model else ():
+            for version in (reply, *reply.get("alternatives", ())) if reply["role"] == "assistant" else ():
+                version["model"] = version.get("model") or model
         conversation = _conversation(found, identity, source, started_at)
         yield Imported(line, found.format, conversation, tuple(found.left_out), found.judges)
 
@@ -290,18 +299,9 @@ def parse_json(text: bytes | str) -> Any:
     try:
         # json.loads would read bytes as UTF-16 if they look like it
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return _STRICT.decode(text)
+        return STRICT_JSON.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise ValueError("a number is not JSON")
-    return value
-
-
-_STRICT = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
@@ -392,7 +392,7 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
                 yield Problem(number + 1, "text after the end of the array, which was not read")
             return
         try:
-            value, position = _STRICT.raw_decode(buffer, start)
+            value, position = STRICT_JSON.raw_decode(buffer, start)
             if position == len(buffer) and not ended:
                 raise ValueError  # a number may go on in the next chunk
             number += 1
@@ -416,15 +416,16 @@ def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int
 def _csv_records(file: BinaryIO) -> Iterator[tuple[int, Any] | Problem]:
     """Rows by their header; consecutive rows of one conversation are one record of several turns."""
     group: list[dict] = []
-    start = 1
+    start, gap = 1, False
     known: set[str] = set()
     for item in _csv_rows(file):
         if isinstance(item, Problem):
             yield item
+            gap = True
             continue
-        line, row = item
+        (line, row), lost, gap = item, gap, False
         if group and _goes_on(row, group[0]):
-            group.append(row)
+            group.append(row | ({"gap": True} if lost else {}))
             continue
         if group:
             yield start, CsvRows(group)

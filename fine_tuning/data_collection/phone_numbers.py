@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
+from zoneinfo import available_timezones
 
 from fine_tuning.data_collection.writing_systems import JOINED, OTHER_NUMBERS, WORD
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from phonenumbers import PhoneNumber
 
 _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011\u2212\uff0d] ?\(?|[ .\u00a0]\(?)"  # digits of a number
-_INTERNATIONAL = re.compile(rf"(?<!{WORD})(?<!\+)(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
+_INTERNATIONAL = re.compile(rf"(?<!{WORD})(?<!\+)(?<!\d[.,])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
 _NATIONAL_PHONE = re.compile(
     rf"(?<!{WORD})(?<![.,/#$€£&+-])(?=[\d() .\u00a0\u2010\u2011\u2212\uff0d–/-]{{7}})"
     rf"\(?\d++(?:{_BETWEEN}\d++)*+"
@@ -110,6 +111,7 @@ _NO_PERSONS = (
     "address port patent license licence registration passport policy contract claim customer client kunde employee "
     "student member quantity anzahl nombre cantidad zahl factor difference capacity energy "
 )
+_ALSO_PEOPLE = set("Adelaide Casey Chad Davis Georgia Israel Jordan Regina Santiago Sofia Sydney".split())  # noqa: SIM905
 # fmt: off
 _ANY_COUNTRY = (
     "US", "GB", "DE", "FR", "IN", "AU", "NZ", "IE", "CA", "ZA", "BR", "PT", "ES", "MX", "AR", "CO", "IT", "NL", "BE",
@@ -286,7 +288,17 @@ def _is_persons(before: str) -> bool:
     word = name.group(1)
     if word[0] in _SURNAMES:
         return len(word) <= 3
-    return word.istitle() and f" {word.lower()} " not in _NO_PERSONS
+    return word.istitle() and f" {word.lower()} " not in _NO_PERSONS and word not in _places()
+
+
+@cache
+def _places() -> frozenset[str]:
+    """Countries, in many languages, and cities that name a time zone, without those that are names of people."""
+    from phonenumbers.geodata.locale import LOCALE_DATA
+
+    cities = {zone.rpartition("/")[2] for zone in available_timezones() if "/" in zone}
+    countries = {name for names in LOCALE_DATA.values() for name in names.values()}
+    return frozenset(cities | countries) - _ALSO_PEOPLE
 
 
 def _is_no_phone(value: str) -> bool:

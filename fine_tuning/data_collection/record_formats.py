@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 from fine_tuning.data_collection.conversation import from_exchange
@@ -58,7 +59,22 @@ _SHOWN_THOUGHTS = re.compile(
 _SHOWN_CALLS = re.compile(r'<details\s[^<>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
 _PLAIN = frozenset(("role", "content", "from", "value", "id"))
 _NOTHING = (None, "", "[]", [])
-_LABELS = {"true": 1, "1": 1, "1.0": 1, "false": -1, "0": -1, "0.0": -1, "-1": -1}
+_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "liked", "positive", "thumbs_up", "up")
+_BAD = (
+    "false",
+    "0",
+    "0.0",
+    "-1",
+    "-1.0",
+    "no",
+    "bad",
+    "undesirable",
+    "rejected",
+    "disliked",
+    "negative",
+    "thumbs_down",
+)
+_LABELS = dict.fromkeys(_GOOD, 1) | dict.fromkeys((*_BAD, "thumbs_down", "down"), -1)
 _WEIGHTS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 # columns that CSV and Parquet files hold as JSON text
 _NESTED = ("messages", "conversations", "conversation")
@@ -74,7 +90,8 @@ class NotRecognised(ValueError):
 
 @dataclass(frozen=True)
 class CsvRows:
-    """The rows of one conversation in a CSV file, each {column: cell}."""
+    """The rows of one conversation in a CSV file, each {column: cell}; "gap": True in one where rows before it are
+    missing."""
 
     rows: list[dict]
 
@@ -122,6 +139,9 @@ def _whole(found: Found) -> Found:
     """Leave out what cannot be kept whole: see the module's docstring."""
     messages = found.messages
     for place, message in enumerate(messages):
+        if message.get("weight") == 0:
+            found.left_out.append("a reply is context only: the file gives it the weight 0")
+            continue
         if (lost := message.get("lost")) and message["role"] == "assistant":
             message["weight"] = 0
             found.left_out.append(f"a reply is context only: it rests on {lost}, which is not in the record")
@@ -246,17 +266,27 @@ def _question(record: dict, asked: str) -> str:
 
 
 def _found(name: str, record: dict, messages: list[dict]) -> Found:
-    """A record's messages, with the system prompt, tools, images and judgement that stand beside them."""
+    """A record's messages, with the system prompt, tools, images, models and judgement that stand beside them.
+
+    A record's label judges its completion (TRL's `completion`, in LLaMA-Factory the last reply): all replies after the
+    last question. Earlier replies are part of the prompt, and the label says nothing of them.
+    """
     first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     system = record.get("system", record.get("system_prompt")) if first is None else first
     tools = {key: record[key] for key in ("tools", "functions") if key in record and record[key] not in _NOTHING}
     if tools or (first is None and isinstance(system, (str, list))):
         messages[: first is not None] = [_message(tools, "system", system)]
     _mark_media(record, messages)
+    models = record.get("models", record.get("model"))  # one a reply, or one for all
+    replies = [message for message in messages if message["role"] == "assistant"]
+    for message, model in zip(replies, models if isinstance(models, list) else repeat(models), strict=False):
+        if isinstance(model, str) and not message.get("model"):
+            message["model"] = model
     feedback = [{"index": i, "rating": m["rating"]} for i, m in enumerate(messages) if m.get("rating")]
     if not feedback and (rating := _rating(record)):
-        replies = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
-        feedback = [{"index": index, "rating": rating} for index in replies[-1:]]
+        judged = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+        asked = max((i for i in range(max(judged, default=0)) if messages[i]["role"] == "user"), default=0)
+        feedback = [{"index": index, "rating": rating} for index in judged if index >= asked]
     identity, started = _unique(record), _started(record)
     return Found(name, messages, identity, started_at=started, metadata=_metadata(record), feedback=feedback)
 
@@ -273,19 +303,23 @@ def _mark_media(record: dict, messages: list[dict]) -> None:
 
 
 def _rating(row: dict) -> int | None:
-    """1 or -1 by the `label` of TRL's unpaired preferences or LLaMA-Factory's `kto_tag`; other labels say nothing."""
+    """1 or -1 by the `label` of TRL's unpaired preferences or LLaMA-Factory's `kto_tag`; None without a label.
+
+    Raises:
+        NotRecognised: it says neither good nor bad: as unrated, a disliked reply would be trained on.
+    """
     for key in ("label", "kto_tag"):
-        if key in row and (rating := _LABELS.get(str(row[key]).strip().lower())):
+        if row.get(key) not in (None, ""):
+            rating = _LABELS.get(str(row[key]).strip().lower())
+            if rating is None:
+                raise NotRecognised(f"its `{key}` says neither good nor bad: write true or false, or take it out")
             return rating
     return None
 
 
 def _flat(name: str, record: dict, question: str, answer: str) -> Found:
     """One question and answer, with the turns before them under `history`."""
-    reply = {"role": "assistant", "content": answer}
-    if isinstance(record.get("model"), str):
-        reply["model"] = record["model"]
-    return _found(name, record, [*_asked(record, question), reply])
+    return _found(name, record, [*_asked(record, question), {"role": "assistant", "content": answer}])
 
 
 def _chatml(record: dict) -> Found:
@@ -376,9 +410,12 @@ def _open_webui(record: dict) -> Found:
         siblings.setdefault(f"{node.get('parentId')} {node.get('role')}", []).append(node)
     messages, feedback = [], []
     for node in path:
-        messages += (turns := _open_webui_turns(node))
+        turns = _open_webui_turns(node)
         if not turns:
+            if node.get("role") == "assistant" and messages and messages[-1]["role"] == "user":
+                messages.append({"role": "assistant", "content": ""})  # it failed: cleaning drops it with its question
             continue
+        messages += turns
         judged = {len(messages) - 1: node}
         for other in siblings.get(f"{node.get('parentId')} assistant", ()) if turns[0]["role"] == "assistant" else ():
             said = _open_webui_turns(other)
@@ -465,7 +502,7 @@ def _of_csv(rows: list[dict]) -> Found:
     """Rows of one conversation in a CSV file: a message a row (role, content) or an exchange a row."""
     first, identity = rows[0], _unique({"id": rows[0].get("conversation_id")})
     if {"role", "content"} <= first.keys():
-        return _with_text(Found("csv", _turns(rows, "role", "content"), identity, started_at=_started(first)))
+        return _with_text(_whole(replace(_found("csv", {}, _rows(rows)), id=identity, started_at=_started(first))))
     whole = None
     for row in rows:
         part = _recognise_row(row)
@@ -473,10 +510,30 @@ def _of_csv(rows: list[dict]) -> Found:
             whole = replace(part, format=f"csv of {part.format}", id=identity or part.id)
             continue
         said = [message for message in part.messages if message["role"] != "system"]
+        if row.get("gap") is True:
+            said[0]["gap"] = True
         shift = len(whole.messages) + len(said) - len(part.messages)
         whole.messages += said
         whole.feedback += [entry | {"index": entry["index"] + shift} for entry in part.feedback]
+        whole.left_out += part.left_out
     return whole
+
+
+def _rows(rows: list[dict]) -> list[dict]:
+    """The messages of rows with a role and a content. Where rows are missing, cleaning drops what is left of exchanges:
+    a question or reply that may be the missing one is there, and empty.
+    """
+    messages: list[dict] = []
+    for row in rows:
+        (message,) = _turns([row], "role", "content")
+        if row.get("gap") is True:
+            if messages[-1]["role"] == "user":
+                messages.append({"role": "assistant", "content": ""})
+            if message["role"] != "user":
+                messages.append({"role": "user", "content": ""})
+            message["gap"] = True
+        messages.append(message)
+    return messages
 
 
 def _recognise_row(row: dict) -> Found:

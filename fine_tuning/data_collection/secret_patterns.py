@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from fine_tuning.data_collection.writing_systems import ENDS_VALUE
+from fine_tuning.data_collection.writing_systems import ENDS_VALUE, WORDLIKE
 
 _DIGIT = re.compile(r"\d")
 _SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
@@ -93,10 +93,12 @@ _ASSIGNS = (
     r"adalah|ialah|là|это|це|είναι|هي|هو|היא|הוא|है|[—–])\s{0,3}:?\s{1,3}"
     r"|\s?(?:是|为|為|は|が|은|는|이|คือ)[:：]?\s{0,2})"
 )
-# right behind the name, without a sign: in quotes with a digit, or digits and letters with a sign or in turns
+# right behind the name, without a sign: in quotes with a digit, or digits and letters with a sign or in turns; behind a
+# name in a script without spaces also with four digits, which the names of ciphers do not have
 _BESIDE_NAME = (
     r"(?P<beside>\s?(?=[\"“„«「『]\S{0,64}?\d)|\s(?=\S{0,64}?\d)(?=\S{0,64}?[A-Za-z])(?=\S{8})"
-    r"(?=\S{0,64}?(?:[!@#$%^&*(){}\[\]~]|(?:[A-Za-z]+\d+){2})))"
+    r"(?=\S{0,64}?(?:[!@#$%^&*(){}\[\]~]|(?:[A-Za-z]+\d+){2}))"
+    rf"|(?<=[{WORDLIKE}])(?=[!-~]{{8}})(?=(?:[!-~]{{0,16}}?\d){{4}}))"
 )
 
 
@@ -142,6 +144,9 @@ _BEARER = re.compile(
     r"([A-Za-z0-9_.~+/=-]{8,2000})",
     re.IGNORECASE,
 )
+_IN_PROSE = re.compile(rf"[A-Z][a-z]|passwort|{'|'.join(_WORDS)}")  # such a name is hardly one of code
+# what is counted by a number, such as 128000 tokens
+_COUNTED = re.compile(r"\s(?!(?:and|or|und|oder|is|was|for|to|in|from|by|with|please|works|expires)\b)[^\W\d_]{2}")
 _BARE_VALUE = re.compile(r"(?=.*\d)(?=.*[^\d\W_])|(?=.*[^\W_])(?=.*[!@#$%^&*~+])|\d{6,}$")
 
 
@@ -224,8 +229,11 @@ def _named_secrets(text: str, named: re.Pattern[str]) -> Iterator[tuple[int, int
             name, sign, beside = match.group(1), match.group(2), pattern is named and match.group("beside") is not None
             if beside and (name.lower().endswith(("token", "key", "secret")) or not _BARE_VALUE.match(text[start:end])):
                 continue
+            if name.lower().endswith(("token", "key")) and text[start:end].isdigit() and _COUNTED.match(text, end):
+                continue
+            said = sign is None or (sign in ":：" and _IN_PROSE.match(name) is not None)
             setting = name.isupper() and sign == "=" and text[match.end(2)] != " "
-            if _is_secret_value(text[start:end], name, quoted and not beside, setting, said=sign is None):
+            if _is_secret_value(text[start:end], name, quoted and not beside, setting, said):
                 yield start, end
 
 
@@ -312,7 +320,7 @@ def _is_secret_value(value: str, name: str, quoted: bool, setting: bool, said: b
         name: what it is called. A password can be a word, a token or a key is none.
         quoted: it stands in quotes.
         setting: it is assigned without spaces to a name in capitals, the way of environment files.
-        said: a word assigns it, as in a sentence and never in code.
+        said: it is assigned as in a sentence and not as in code.
     """
     if len(value) < 6 or "<" in value or value.startswith(_REFERENCE):
         return False

@@ -6,7 +6,6 @@ with one entry a conversation. The second pass is `shard_merger`'s, over the ind
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -32,14 +31,16 @@ from fine_tuning.data_collection.data_cleaner import (
 )
 from fine_tuning.data_collection.people import fingerprint
 from fine_tuning.data_collection.shard_merger import CleanPiece, merge, remove_unused
+from fine_tuning.data_collection.writing_systems import WORDLIKE
 from fine_tuning.engine import open_engine
+from fine_tuning.records import STRICT_JSON, line_ranges
 
 PIECE_BYTES = 64 << 20
 BATCH = 256
 MERGED = "merged-"  # begins the names of folders of the second pass
 MAX_LINE_BYTES = 64 << 20
-SAYS_SOMETHING = 12  # words, or letters of scripts without spaces; as prepare.decontamination_words counts them
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff]")
+SAYS_SOMETHING = 12  # words, or characters that say as much; as prepare.decontamination_words counts them
+_WORDLIKE = re.compile(f"[{WORDLIKE}]")
 MODULES = (
     "account_numbers",
     "net_addresses",
@@ -111,22 +112,9 @@ def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> str:
 
 def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[Piece]:
     for path, sha256 in shards:
-        for start, end in _ranges(path, size):
+        for start, end in [*line_ranges(path, size)] or [(0, 0)]:
             key = hashlib.sha256(f"{sha256}:{start}:{end}:{common}".encode()).hexdigest()[:32]
             yield Piece(path.name, str(path.resolve()), start, end, key)
-
-
-def _ranges(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    total, start = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        while start < total:
-            file.seek(min(start + size, total) - 1)
-            while (block := file.readline(MAX_LINE_BYTES)) and not block.endswith(b"\n"):
-                pass
-            yield start, file.tell()
-            start = file.tell()
-    if total == 0:
-        yield 0, 0
 
 
 def _code_hash() -> str:
@@ -267,23 +255,13 @@ def _parse_slowly(line: bytes) -> tuple[dict | None, str]:
     except UnicodeDecodeError:
         return None, "not_utf8"
     try:
-        record = _DECODER.decode(text.removeprefix("\ufeff"))
+        record = STRICT_JSON.decode(text.removeprefix("\ufeff"))
         if "\\u" in text:
             whole = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            record = _DECODER.decode(whole)
+            record = STRICT_JSON.decode(whole)
     except (ValueError, RecursionError):
         return None, "not_json"
     return (record, "") if isinstance(record, dict) else (None, "not_an_object")
-
-
-def _finite(number: str) -> float:
-    """NaN, infinities and numbers beyond a float are no JSON."""
-    if not math.isfinite(value := float(number)):
-        raise ValueError(number)
-    return value
-
-
-_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def _spoken(conversation: dict) -> Iterator[str]:
@@ -301,7 +279,7 @@ def _question_key(conversation: dict) -> str:
     turns = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
     for number, turn in enumerate(turns):
         words += near_duplicates.words_of(turn)
-        if number and len(words) + len(_UNSPACED.findall(" ".join(words))) >= SAYS_SOMETHING:
+        if number and len(words) + len(_WORDLIKE.findall(" ".join(words))) >= SAYS_SOMETHING:
             break
     return _short_digest(" ".join(words) or turns[0])
 

@@ -27,7 +27,7 @@ import orjson
 
 from fine_tuning.data_collection.conversation import from_line, to_line
 from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgements
-from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters
+from fine_tuning.data_collection.near_duplicates import SIGNATURE_BYTES, Clusters, index_key
 from fine_tuning.records import read_json, replacing, write_json
 
 BATCH = 256  # conversations that are decided at a time
@@ -227,10 +227,10 @@ class _Merge:
                 if "reason" not in entry and self._newest[number - self._start]:
                     self._passed += 1
                     rank = (-entry.get("standing", 0), entry["started_at"], number, entry["id"])
-                    for key in map(_content_key, entry["content"]):
+                    for key in map(index_key, entry["content"]):
                         best[key] = min(rank, best.get(key, rank))
                     if "judgements" in entry:
-                        said = judged.setdefault(_content_key(entry["content"][-1]), [])
+                        said = judged.setdefault(index_key(entry["content"][-1]), [])
                         said.append((number, to_line(entry["judgements"])))
             for key, *rank in self._select("* FROM best WHERE content", best):
                 if key in judged and rank[2] < self._start:
@@ -295,7 +295,7 @@ class _Merge:
         signed = [next(signatures) if "reason" not in entry else None for entry in entries]
         newest = self._newest[first - self._start : first - self._start + len(entries)]
         passed = {place: entry for place, entry in enumerate(entries) if newest[place] and "reason" not in entry}
-        contents = {place: _content_key(entry["content"][0]) for place, entry in passed.items()}
+        contents = {place: index_key(entry["content"][0]) for place, entry in passed.items()}
         best = {key: rest for key, *rest in self._select("content, row, id FROM best WHERE content", contents.values())}
         rows = []
         for place, entry in passed.items():
@@ -316,7 +316,7 @@ class _Merge:
 
     def _judged(self, entries: list[dict]) -> dict[str, dict[int, dict]]:
         """Content → row → what was said of it there, for entries that may stay."""
-        contents = {_content_key(entry["content"][-1]): entry["content"][-1] for entry in entries if "content" in entry}
+        contents = {index_key(entry["content"][-1]): entry["content"][-1] for entry in entries if "content" in entry}
         judged: dict[str, dict[int, dict]] = {}
         for key, row, said in self._select("* FROM judged WHERE content", contents):
             judged.setdefault(contents[key], {})[row] = orjson.loads(said)
@@ -424,7 +424,3 @@ def _take(path: Path) -> dict[str, Any]:
 
 def _names(pieces: list[CleanPiece]) -> list[list[str]]:
     return [[piece.shard, piece.folder.name] for piece in pieces]
-
-
-def _content_key(digest: str) -> int:
-    return int(digest[:15], 16)  # 60 bits: an integer key is the quickest

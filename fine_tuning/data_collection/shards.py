@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any
 
 from fine_tuning.errors import UserError
-from fine_tuning.records import dump_line, read_json, read_line, read_lines
+from fine_tuning.records import dump_line, read_json, read_line, read_lines, sync_folder
 from fine_tuning.settings import Settings
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
@@ -70,17 +70,27 @@ def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tupl
 
 def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[dict]:
     """Every version of the wanted conversations in shard order; lines that are no conversation are passed over."""
+    return (version for *_, version in located_versions(paths, wanted))
+
+
+def located_versions(
+    paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[Path, int, int, dict]]:
+    """(shard, first byte, bytes, version) of the versions that `versions` yields."""
     for path in paths:
-        for _, line in read_lines(path):
-            start = _ID_FIRST.match(line)
-            if start and not wanted(start.group(1).decode("utf-8", "replace")):
-                continue
-            try:
-                record = read_line(line)
-            except (ValueError, RecursionError):
-                continue
-            if _is_conversation(record) and wanted(record["id"]):
-                yield record
+        end = 0
+        with open(path, "rb") as file:
+            for line in file:
+                begin, end = end, end + len(line)
+                first = _ID_FIRST.match(line)
+                if first and not wanted(first.group(1).decode("utf-8", "replace")):
+                    continue
+                try:
+                    record = read_line(line)
+                except (ValueError, RecursionError):
+                    continue
+                if _is_conversation(record) and wanted(record["id"]):
+                    yield path, begin, len(line), record
 
 
 def _is_conversation(record: Any) -> bool:
@@ -111,15 +121,6 @@ def next_stamp(*folders: Path) -> str:
         return stamp
     digits = str(int(latest.replace("T", "")) + 1)
     return f"{digits[:8]}T{digits[8:]}"
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until renames in `folder` are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -----------------------------------------------------------------------------

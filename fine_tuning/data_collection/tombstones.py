@@ -37,6 +37,8 @@ class Tombstones:
         self._known: set[tuple[str | None, str, str]] = set()
         self._lines: dict[tuple[str | None, str], dict] = {}
         for number, line in read_lines(self.path) if self.path.exists() else ():
+            if not line:  # all that is committed before anything is forgotten: DVC warns of an empty file
+                continue
             try:
                 record = json.loads(line)
                 self._record(record.get("key"), record["id"], record.get("at", ""), record)

@@ -7,8 +7,13 @@ section 4): a letter of these scripts beside a value is its neighbour, not a par
 import re
 import unicodedata
 
-# Thai to Tibetan, Burmese, Khmer, kana, CJK ideographs, Hangul; for use within [ ]
-UNSPACED = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff"
+# for use within [ ]
+_CJK = r"\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and ideographs
+_HANGUL = r"\uac00-\ud7a3"
+WORDLIKE = _CJK + _HANGUL  # a character says about as much as a word of another script
+# without spaces between words: Thai to Tibetan, Burmese and Khmer as well
+NO_SPACES = r"\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff" + _CJK
+UNSPACED = NO_SPACES + _HANGUL  # without a space beside a value
 WORD = rf"[^\W{UNSPACED}]"  # a character that cannot stand beside a value
 # what ends a value in these scripts: their letters, their punctuation, full-width forms
 ENDS_VALUE = UNSPACED + r"\u3000-\u303f\uff00-\uffef"

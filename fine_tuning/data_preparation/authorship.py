@@ -3,15 +3,14 @@
 import re
 from collections.abc import Iterable, Sequence
 
-CHATS = ("chat", "chatgpt", "open-webui")  # sources whose replies a model wrote, named or not
-CHAT_IDS = ("chatgpt-", "open-webui-")  # how ids begin of what was imported from there, also before its source said so
+from fine_tuning.data_collection.conversation import is_by_a_model
+from fine_tuning.data_collection.writing_systems import NO_SPACES
+
 # An edit of which more than one word in five stands in the model's reply, in the same order, is still the model's: it
 # makes that model's likelihood higher than an equal one's (`python -m benchmarks.verdict own-words` measures it).
 MOST_KEPT = 0.2
 MOST_WORDS = 20_000  # of each text are compared: a tenth of a second
-# Scripts that write no spaces between words: their characters count as words.
-_NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(rf"[{_NO_SPACES}]|[^\W{_NO_SPACES}]+")
+_WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 
 
 def is_by_a_person(conversation: dict, index: int, edited: str | None = None) -> bool:
@@ -21,15 +20,11 @@ def is_by_a_person(conversation: dict, index: int, edited: str | None = None) ->
     replies of models alone. An edit is a person's where at least four fifths of its words are: those outside the
     longest common subsequence with the reply, and with each of its alternatives.
     """
-    messages = conversation["messages"]
-    reply = messages[index]
-    # The log names a question after its reply.
-    logged = index > 0 and messages[index - 1].get("id") == f"{reply.get('id')}-user"
-    chat = logged or conversation.get("source") in CHATS or str(conversation.get("id")).startswith(CHAT_IDS)
-    if reply.get("model") is None and not chat:
+    if not is_by_a_model(conversation, index):
         return True
     if not edited:
         return False
+    reply = conversation["messages"][index]
     words, others = words_of(edited)[:MOST_WORDS], reply.get("alternatives")
     originals = [reply, *(others if isinstance(others, list) else [])]
     return bool(words) and all(
@@ -40,7 +35,7 @@ def is_by_a_person(conversation: dict, index: int, edited: str | None = None) ->
 
 
 def words_of(text: str) -> list[str]:
-    """Words of any script in lower case, without punctuation."""
+    """Words in lower case, without punctuation; characters of scripts that write no spaces between words."""
     return _WORD.findall(text.casefold())
 
 

@@ -14,16 +14,17 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
-from fine_tuning.data_preparation.selection import TrainOn, read_conversation, selects, structure_problem
+from fine_tuning.data_preparation.selection import TrainOn, read_conversation, structure_problem, unused_because
 from fine_tuning.data_preparation.sorted_rows import SortedRows
 from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS, Deal, Fractions, salted_fractions
+from fine_tuning.records import line_ranges
 
 PART_BYTES = 16 << 20
 _LOOK, _CLUSTER, _SPLIT, _TWIN, _HANDED_DOWN = range(5)  # what is told of a conversation
 _FIRST = itemgetter(0)
 
-# id, part, place, date, is of the sample, problem, may be trained on, may be held out, characters
-Look = tuple[str, int, int, str, bool, str | None, bool, bool, int]
+# id, part, place, date, is of the sample, problem, why it is not trained on, why it is not held out, characters
+Look = tuple[str, int, int, str, bool, str | None, str | None, str | None, int]
 
 
 class Row(NamedTuple):
@@ -71,7 +72,7 @@ class ConversationFiles:
     """Conversations in files of one JSON object a line; a part is a stretch of a file, a place the offset of a line."""
 
     def __init__(self, paths: Iterable[Path], part_bytes: int = PART_BYTES) -> None:
-        self.parts = [(path.resolve(), *ends) for path in paths for ends in _stretches(path, part_bytes)]
+        self.parts = [(path.resolve(), *ends) for path in paths for ends in line_ranges(path, part_bytes)]
 
     def look(self, part: int, train_on: TrainOn) -> list[Look]:
         """See `Conversations`."""
@@ -93,21 +94,11 @@ class ConversationFiles:
                 yield read_conversation(orjson.loads(file.readline()))
 
 
-def _stretches(path: Path, size: int) -> Iterator[tuple[int, int]]:
-    start, total = 0, path.stat().st_size
-    with open(path, "rb") as file:
-        while start < total:
-            file.seek(min(start + size, total) - 1)
-            file.readline()
-            yield start, file.tell()
-            start = file.tell()
-
-
 def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Look:
     """What is to be known of a conversation before any is dealt."""
     problem = "deleted" if conversation.get("deleted") else structure_problem(conversation)
     sound = problem is None
-    holdable = sound and selects(conversation, "not_disliked")
+    held_out = unused_because(conversation, "not_disliked") if sound else None
     return (
         conversation["id"],
         part,
@@ -115,9 +106,8 @@ def look_at(conversation: dict, part: int, place: int, train_on: TrainOn) -> Loo
         str(conversation.get("started_at") or "")[:10],
         conversation.get("source") == "sample",
         problem,
-        # `all` and `not_disliked` take whatever may be held out.
-        (holdable and train_on != "endorsed") or (sound and selects(conversation, train_on)),
-        holdable,
+        held_out if train_on == "not_disliked" or not sound else unused_because(conversation, train_on),
+        held_out,
         sum(len(message["content"]) for message in conversation["messages"]) if sound else 0,
     )
 
@@ -222,12 +212,12 @@ class Catalogue:
         return members
 
     def _put(self, look: Look, cluster: str, split: str, turn: Callable[[str], float]) -> None:
-        identity, part, place, _, sample, _, trainable, holdable, characters = look
+        identity, part, place, _, sample, _, untrained, unmeasured, characters = look
         self._dealt.add((identity, split))
         if split == LEFT_OUT:
             self._leave_out(identity, "bridges_splits", characters)
-        elif not (trainable if split == "train" else holdable):
-            self._leave_out(identity, "not_endorsed", characters)
+        elif unused := untrained if split == "train" else unmeasured:
+            self._leave_out(identity, unused, characters)
         else:
             self._splits[split].add((sample, turn(identity), identity, part, place, cluster, characters))
             self._sizes[split] += 1

@@ -24,7 +24,7 @@ from fine_tuning.records import replacing
 from fine_tuning.settings import Settings
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 CHUNK = 64  # conversations that are encoded at a time
@@ -52,7 +52,7 @@ class Example:
     """A conversation that may be trained on. `trained[i]` says whether `messages[i]` enters the loss.
 
     One that is too long for the model is several examples, which differ in `window` and `encoded`; the first also
-    counts the turns, and the tokens of replies, that no window has room for.
+    counts the turns, and the tokens of replies, that no window has room for, and the windows that were not drawn.
     """
 
     id: str
@@ -64,6 +64,7 @@ class Example:
     window: int = 0
     lost_turns: int = 0
     lost_tokens: int = 0
+    lost_windows: int = 0
 
     def row(self) -> dict[str, Any]:
         """The example as a plain record, with ids and labels where it was encoded."""
@@ -85,31 +86,6 @@ class Build:
     splits: dict[str, list[Example]]
     dealt: dict[str, str]  # conversation id → split, for the ledger
     left_out: dict[str, str] = field(default_factory=dict)  # conversation id → reason
-
-
-class SplitRows(dict[str, list[dict]]):
-    """The rows of each split by its name. Light: nothing of `datasets` is imported until it is asked for."""
-
-    def to_datasets(self) -> "DatasetDict":
-        """The same as a Hugging Face DatasetDict; messages keep their role and content."""
-        from datasets import Dataset, DatasetDict, Features, List, Value
-
-        columns = {
-            "id": Value("string"),
-            "source": Value("string"),
-            "cluster": Value("string"),
-            "messages": List({"role": Value("string"), "content": Value("string")}),
-        }
-        if any("input_ids" in row for rows in self.values() for row in rows):
-            columns |= {"window": Value("int32"), "input_ids": List(Value("int32")), "labels": List(Value("int32"))}
-        return DatasetDict(
-            {
-                split: Dataset.from_dict(
-                    {name: [_plain(name, row[name]) for row in rows] for name in columns}, features=Features(columns)
-                )
-                for split, rows in self.items()
-            }
-        )
 
 
 class DatasetBuilder:
@@ -173,7 +149,7 @@ class DatasetBuilder:
         self.system_prompt = system_prompt
         self.max_length = max_length
 
-    def build_dataset(self, conversations: Iterable[dict]) -> SplitRows:
+    def build_dataset(self, conversations: Iterable[dict]) -> dict[str, list[dict]]:
         """Train, validation and test rows of logged exchanges or conversations with `messages`.
 
         Equal conversations, and exchanges of one session, share a split; little data may leave test or validation
@@ -186,7 +162,7 @@ class DatasetBuilder:
         built = self.build(newest, clusters=_equal_clusters(newest))
         if not built.splits["train"]:
             raise UserError(f"no conversation is left to train on: {_reasons(built.left_out)}")
-        return SplitRows({split: [example.row() for example in built.splits[split]] for split in SPLITS})
+        return {split: [example.row() for example in built.splits[split]] for split in SPLITS}
 
     def build(
         self,
@@ -296,6 +272,7 @@ def _some_windows(examples: list[Example], tokens: int, salt: str) -> list[Examp
         kept.append(example)
     kept.sort(key=lambda example: example.window)
     lost = {"lost_turns": examples[0].lost_turns, "lost_tokens": examples[0].lost_tokens}
+    lost["lost_windows"] = len(examples) - len(kept)
     return [replace(example, window=number, **(lost if number == 0 else {})) for number, example in enumerate(kept)]
 
 
@@ -452,10 +429,6 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
         if (cluster := first.setdefault(key, identity)) != identity:
             clusters[identity] = cluster
     return clusters
-
-
-def _plain(column: str, value: Any) -> Any:
-    return [{"role": m["role"], "content": m["content"]} for m in value] if column == "messages" else value
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:

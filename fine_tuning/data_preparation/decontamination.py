@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-# Letters of scripts that write no spaces count as words of their own.
-_WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+")
+from fine_tuning.data_collection.writing_systems import WORDLIKE
+
+_WORD = re.compile(rf"[{WORDLIKE}]|[^\W{WORDLIKE}]+")
 _FOREIGN = re.compile(r"[^\x00-\x7f\W]")
 _LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
 

@@ -3,23 +3,20 @@
 The project's own training renders the base model's chat template instead (see tokenizer.py).
 """
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from fine_tuning.data_collection.conversation import each_record
-from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction
+from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction, unbroken
+from fine_tuning.data_collection.record_formats import NotRecognised, recognise
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
-from fine_tuning.data_preparation.tokenizer import ROLES
 from fine_tuning.errors import UserError
 
 FORMATS = ("chatml", "alpaca", "instruction")
 
-_CHATML_TURN = re.compile(r"<\|im_start\|>([a-z]+)\n(.*?)<\|im_end\|>(?:\n|\Z)", re.DOTALL)
-
 
 class TrainingDataFormatter:
-    """Writes one record a conversation in one format.
+    """Writes one record a conversation, or a part of one between gaps, in one format.
 
     - `chatml`: {"id", "text": turns between <|im_start|> and <|im_end|>, "messages": the same as a list}
     - `alpaca`: {"id", "instruction", "input", "output"}, "history" and "system" where the conversation has them
@@ -42,30 +39,38 @@ class TrainingDataFormatter:
         self.train_on = train_on
 
     def create_training_pairs(self, conversations: Iterable[dict]) -> list[dict[str, Any]]:
-        """Records of logged exchanges or conversations with `messages`; those without a usable reply give none."""
+        """Records of logged exchanges or conversations with `messages`; those without a usable reply give none.
+
+        What stands before a gap, where turns are missing, is a record of its own: no context reaches across.
+        """
         write = _WRITERS[self.format]
         pairs = []
         for record in each_record(conversations):
             conversation = read_conversation(record)
-            if structure_problem(conversation) is None:
-                selected = select(conversation, self.train_on)
-                if selected is not None:
-                    pairs.append(write({"id": conversation["id"], "messages": selected[0]}))
+            for part in unbroken(conversation) if structure_problem(conversation) is None else ():
+                if (selected := select(part, self.train_on)) is not None:
+                    pairs.append(write({"id": part["id"], "messages": selected[0]}))
         return pairs
 
     def validate_format(self, pairs: Any) -> bool:
-        """Whether a record, or each of a list of records, is sound in this format; a list without any is not."""
-        if isinstance(pairs, (list, tuple)):
-            return bool(pairs) and not any(self.problem(pair) for pair in pairs)
-        return self.problem(pairs) is None
+        """Whether a record, or each of a list of records, is sound in this format; a list without any is not.
 
-    def problem(self, pair: Any) -> str | None:
-        """What is wrong with a record, in a few words and without its content; None for a sound one."""
-        if self.format == "chatml" and isinstance(pair, str):
-            pair = {"text": pair}
-        if not isinstance(pair, dict):
-            return "not a record"
-        return _CHECKS[self.format](pair)
+        It is sound where the importers read a conversation with a reply from it. A text in ChatML and the messages
+        beside it have to say the same.
+        """
+        if isinstance(pairs, (list, tuple)):
+            return bool(pairs) and all(map(self.validate_format, pairs))
+        if self.format == "chatml":
+            pair = {"text": pairs} if isinstance(pairs, str) else pairs if isinstance(pairs, dict) else {}
+            records = [{key: pair[key]} for key in ("text", "messages") if key in pair]
+        else:
+            records = [pairs] if isinstance(pairs, dict) and _ANSWERS[self.format] in pairs else []
+        try:
+            found = [recognise(record).messages for record in records]
+        except NotRecognised:
+            return False
+        said = [[(message["role"], message["content"]) for message in messages] for messages in found]
+        return bool(said) and said[0] == said[-1] and structure_problem({"messages": found[0]}) is None
 
 
 # -----------------------------------------------------------------------------
@@ -106,63 +111,9 @@ def _alternating(conversation: dict) -> dict:
     return {"id": conversation["id"], "messages": head + turns}
 
 
-# -----------------------------------------------------------------------------
-# validation
-
-
-def _chatml_problem(pair: dict) -> str | None:
-    turns = pair.get("messages")
-    if "text" in pair:
-        text = pair["text"]
-        if not isinstance(text, str):
-            return "text is not a string"
-        found = [{"role": match[1], "content": match[2]} for match in _CHATML_TURN.finditer(text)]
-        if _CHATML_TURN.sub("", text).strip() or any("<|im_start|>" in turn["content"] for turn in found):
-            return "text outside of <|im_start|> and <|im_end|>"
-        if turns is not None and turns != found:
-            return "text and messages differ"
-        turns = found
-    if not isinstance(turns, list) or not turns:
-        return "no turns"
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            return "a turn without a known role and a content"
-    problem = structure_problem({"messages": turns})
-    return {"no_reply": "no assistant turn after a user turn", "malformed": "an empty turn"}.get(problem or "")
-
-
-def _alpaca_problem(pair: dict) -> str | None:
-    if not isinstance(pair.get("input", ""), str):
-        return "input is not a string"
-    return _pair_problem(pair, "instruction", "output")
-
-
-def _instruction_problem(pair: dict) -> str | None:
-    return _pair_problem(pair, "instruction", "response")
-
-
-def _pair_problem(pair: dict, asked: str, answered: str) -> str | None:
-    for name in (asked, answered):
-        if not isinstance(pair.get(name), str) or not pair[name].strip():
-            return f"{name} is missing or empty"
-    if not isinstance(pair.get("system", ""), str):
-        return "system is not a string"
-    history = pair.get("history", [])
-    if not isinstance(history, list) or any(
-        not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(side, str) for side in turn)
-        for turn in history
-    ):
-        return "history is not a list of pairs"
-    return None
-
-
 _WRITERS: dict[str, Callable[[dict], dict[str, Any]]] = {
     "chatml": _chatml,
     "alpaca": lambda conversation: to_alpaca(_alternating(conversation)),
     "instruction": lambda conversation: to_instruction(_alternating(conversation)),
 }
-_CHECKS: dict[str, Callable[[dict], str | None]] = {
-    "chatml": _chatml_problem,
-    "alpaca": _alpaca_problem,
-    "instruction": _instruction_problem,
-}
+_ANSWERS = {"alpaca": "output", "instruction": "response"}

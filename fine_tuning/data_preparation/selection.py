@@ -8,6 +8,7 @@ from fine_tuning.data_preparation.tokenizer import ROLES
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
 _LEAST_RATING = {"all": -1, "not_disliked": 0, "endorsed": 1}
+_UNUSED = {"all": "context_only", "not_disliked": "disliked", "endorsed": "not_endorsed"}  # where it selects nothing
 
 
 def read_conversation(record: dict) -> dict:
@@ -52,13 +53,15 @@ def structure_problem(conversation: dict) -> str | None:
     return None if answered else "no_reply"
 
 
-def selects(conversation: dict, train_on: TrainOn) -> bool:
-    """Whether `select` gives anything of a conversation of sound structure."""
-    if conversation.get("feedback") or any(
+def unused_because(conversation: dict, train_on: TrainOn) -> str | None:
+    """Why `select` gives nothing of a conversation of sound structure, None where it gives something: its replies are
+    `context_only`, or those that are not are `disliked`, or of the others none is liked or edited, `not_endorsed`."""
+    if not conversation.get("feedback") and not any(
         ["incomplete" in message or "weight" in message for message in conversation["messages"]]
     ):
-        return select(conversation, train_on) is not None
-    return train_on != "endorsed"
+        return "not_endorsed" if train_on == "endorsed" else None
+    policies = (policy for policy, least in _LEAST_RATING.items() if least <= _LEAST_RATING[train_on])
+    return next((_UNUSED[policy] for policy in policies if select(conversation, policy) is None), None)
 
 
 def texts_of(conversation: dict) -> list[str]:

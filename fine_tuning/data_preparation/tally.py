@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.errors import count_of
 
 if TYPE_CHECKING:
     from fine_tuning.data_preparation.dataset_builder import Example
@@ -20,12 +21,12 @@ def in_words(metrics: Mapping[str, Any]) -> list[str]:
     if not metrics:
         return []
     train, characters = metrics["splits"]["train"], metrics.get("characters")  # None in metrics of earlier versions
-    said = [f"{train['conversations']:,} conversations with {train['tokens']:,} tokens are trained on"]
+    said = [f"{count_of(train['conversations'], 'conversation')} with {count_of(train['tokens'], 'token')} to train on"]
     for reason, count in Counter(metrics["left_out"]).most_common():
         share = f" ({metrics['characters_left_out'].get(reason, 0) / characters:.1%} of the text)" if characters else ""
         said.append(f"{count:,} left out{share}: {reason_in_words(reason)}")
     if lost := sum(split.get("lost_reply_tokens", 0) for split in metrics["splits"].values()):
-        said.append(f"{lost:,} tokens of replies are not used: their turns alone exceed chat.max_length")
+        said.append(f"{count_of(lost, 'token')} of replies not used: their turns alone exceed chat.max_length")
     return said
 
 
@@ -61,19 +62,22 @@ class Tally:
             self.totals["lost_end_of_reply"] += encoded.cut_tokens > 0
             self.totals["lost_turns"] += example.lost_turns
             self.totals["lost_reply_tokens"] += example.lost_tokens
+            self.totals["windows_left_out"] += example.lost_windows
             yield example
 
     def statistics(self) -> dict[str, Any]:
         """For the metrics of the split. Lengths are those of windows: most conversations are one.
 
-        `several_windows` counts conversations; `lost_turns` are turns whose prompt alone leaves no room for a reply,
-        `lost_reply_tokens` what of their and of other replies no window has room for.
+        `several_windows` counts conversations; `windows_left_out` are those of held-out conversations that were not
+        drawn, because one may have a hundredth of max_held_out_tokens; `lost_turns` are turns whose prompt alone leaves
+        no room for a reply, `lost_reply_tokens` what of their and of other replies no window has room for.
         """
         totals, lengths = self.totals, sorted(self.lengths)
         tokens, trained = totals["tokens"], totals["trained_tokens"]
         return {
             "conversations": totals["conversations"],
             "windows": len(lengths),
+            "windows_left_out": totals["windows_left_out"],
             "several_windows": totals["several_windows"],
             "tokens": tokens,
             "trained_tokens": trained,

@@ -59,10 +59,11 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    messages: list[dict]  # those that were rendered, after truncation
+    messages: list[dict]  # those of which a token is left after truncation
     dropped_messages: int  # earlier messages left out, so that the rest fits
     cut_tokens: int  # tokens cut off the end, because the last turn alone was too long
     control_ids: int  # ids that the template wrote, such as <|im_start|>
+    begins: tuple[int, ...] = ()  # for each of `messages`, where in `input_ids` its content begins
 
     @property
     def trained_tokens(self) -> int:
@@ -329,15 +330,19 @@ def _encode(
         labels.append(token if inside else NOT_TRAINED)
     ids = [token for token, _ in tokens]
     control = sum(token in chat.control_ids for token in ids)
-    return Encoded(ids, labels, rendered.messages, dropped, 0, control)
+    places = [start for _, start in tokens]
+    begins = tuple(bisect_left(places, start) for start, _ in rendered.spans)
+    return Encoded(ids, labels, rendered.messages, dropped, 0, control, begins)
 
 
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
-    """What is too long without its end."""
+    """What is too long without its end, and without the messages that stood there alone."""
     if len(encoded.input_ids) <= max_length:
         return encoded
     ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
-    return replace(encoded, input_ids=ids, labels=labels, cut_tokens=len(encoded.input_ids) - max_length)
+    messages = [m for m, begin in zip(encoded.messages, encoded.begins, strict=True) if begin < max_length]
+    cut = len(encoded.input_ids) - max_length
+    return replace(encoded, input_ids=ids, labels=labels, messages=messages, cut_tokens=cut)
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tuple[int, int]]:

@@ -7,20 +7,21 @@ are taken back byte for byte, so that the verdict behind the promotion stands an
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fine_tuning.errors import UserError
 from fine_tuning.evaluation.contenders import champion_folder
 from fine_tuning.evaluation.data_changes import MEMBERS
 from fine_tuning.evaluation.items import Item, conversation_of
-from fine_tuning.project import LIBRARY, sha256_file
+from fine_tuning.project import LIBRARY, files_sha256, sha256_file
 from fine_tuning.records import read_json, read_jsonl
 from fine_tuning.settings import Settings
 
-LEARNED = "held-out conversations are left out: the champion was trained on them or on near-duplicates"
+LEARNED = "left out: the champion was trained on the same or on near-duplicates"
 KEPT = "evaluation"  # in the champion's folder: the files of its evaluation, each at its path in the checkout
 
 
@@ -32,11 +33,13 @@ def is_champion(record: Path, adapter: Path, gguf: Path) -> bool:
 
 
 def method_sha256(*settings: Settings) -> str:
-    """Identity of how an evaluation is done: the modules of the library that its stage has loaded, the metrics, and its
-    parameters. Code that runs elsewhere, such as that of the verdict, changes no record."""
-    names = [name.replace(".", "/") for name in sys.modules if name.startswith("fine_tuning.")]
-    files = [*(LIBRARY.parent / f"{name}.py" for name in names), *LIBRARY.glob("evaluation/metric_modules/*.py")]
-    code = {path.relative_to(LIBRARY).as_posix(): sha256_file(path) for path in files if path.is_file()}
+    """Identity of how an evaluation is done: the code that dvc.yaml names as the evaluate stage's dependencies, and the
+    stage's parameters. Code that only other stages run, such as that of the verdict, changes no record."""
+    checkout = LIBRARY.parent
+    deps = yaml.safe_load((checkout / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["evaluate"]["deps"]
+    named = [checkout / dep for dep in deps if dep.startswith(("stages/", f"{LIBRARY.name}/"))]
+    files = [file for path in named for file in (path.glob("**/*.py") if path.is_dir() else [path])]
+    code = {path.relative_to(checkout).as_posix(): sha256_file(path) for path in files}
     values = json.dumps([code, *(section.model_dump() for section in settings)], sort_keys=True)
     return hashlib.sha256(values.encode()).hexdigest()
 
@@ -49,14 +52,28 @@ def take_back(record: Path, metrics: Path, method: str) -> bool:
         record: the JSON file that names the champion.
         metrics: path of the evaluation's metrics in the checkout; their suite names the method.
     """
-    folder = champion_folder(record) / KEPT
-    if not (folder / metrics).is_file() or read_json(folder / metrics)["suite"].get("method_sha256") != method:
+    folder, files = champion_folder(record) / KEPT, kept_files(record)
+    if folder / metrics not in files or read_json(folder / metrics)["suite"].get("method_sha256") != method:
         return False
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in files:
         target = file.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     return True
+
+
+def kept_files(record: Path) -> list[Path]:
+    """The files of the champion's evaluation; none where the JSON file `record`, which names it, has no digest of them.
+
+    Raises:
+        UserError: they are not those that were kept at the promotion.
+    """
+    folder, digest = champion_folder(record), read_json(record).get("evaluation_sha256")
+    files = sorted(path for path in (folder / KEPT).rglob("*") if path.is_file()) if digest else []
+    if files and files_sha256(files, folder / KEPT) != digest:
+        mend = f"`git checkout {folder}.dvc && dvc checkout --force {folder}`, then `dvc repro`"
+        raise UserError(f"{folder / KEPT} is not what was kept at the promotion: run {mend}")
+    return files
 
 
 def without_learned(items: Sequence[Item], record: Path) -> tuple[list[Item], int]:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
+from fine_tuning.evaluation.champion_records import LEARNED
 from fine_tuning.evaluation.differences import (
     CANDIDATE,
     Difference,
@@ -91,9 +92,13 @@ class Evidence:
         guarded = {name: files[name] for name in GUARDS}
         return cls(files["items"], guarded, files["prompts"], files["memory"], metrics, evaluate.interval)
 
-    def verdict(self, settings: CompareSettings) -> dict[str, Any]:
-        """What `compare` makes of it."""
-        return compare(self.records, self.metrics, settings, self.intervals, self.guarded, self.answers, self.memory)
+    def verdict(self, settings: CompareSettings, adapter_sha256: str, suite: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of metrics/comparison.json for a candidate that is not the champion; `suite` is the entry of
+        metrics/evaluation.json."""
+        found = compare(self.records, self.metrics, settings, self.intervals, self.guarded, self.answers, self.memory)
+        if learned := suite.get("learned_by_champion"):
+            found["reasons"].append(f"{count_of(learned, 'held-out conversation')} {LEARNED}")
+        return found | {"adapter_sha256": adapter_sha256, "eval_set_sha256": suite["sha256"]}
 
 
 def compare(
@@ -158,8 +163,8 @@ def compare(
 
     clusters = min(difference.clusters for difference in primary)
     few = [
-        f"only {difference.clusters} different conversations in the test split, {needed} are needed to compare with "
-        f"the {difference.rival}: collect more"
+        f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
+        f"compare with the {difference.rival}: collect more"
         for difference in primary
         if difference.clusters < (needed := settings.needed(difference.rival))
     ]
@@ -305,7 +310,7 @@ def check_same_suite(records: Records) -> None:
             suites.setdefault(name, set()).add(line.get("suite"))
     missing = [name for name in (CANDIDATE, "base") if name not in ids]
     if missing:
-        raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f evaluate`")
+        raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
     for rival in (name for name in RIVALS if name in ids):
         # In tokens of its own a champion's suite is another, though the replies are the same.
         same_tokens = rival == "base" or tokens.get(rival) == tokens.get(CANDIDATE)
@@ -313,7 +318,7 @@ def check_same_suite(records: Records) -> None:
         ours, theirs = sizes.get(CANDIDATE, {}), sizes.get(rival, {})
         other_replies = any(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
         if ids[rival] != ids[CANDIDATE] or other_suite or other_replies:
-            raise UserError("the contenders were not asked the same items: run `dvc repro -f evaluate`")
+            raise UserError("the contenders were not asked the same items: run `dvc repro -f -s evaluate && dvc repro`")
 
 
 def other_tokenizers(

@@ -93,7 +93,9 @@ def measure(
             "conversations": len({row.id for row in chosen}),
             "tokens": sum(len(row.input_ids) for row in chosen),
             "perplexity": cell["value"],
-            **{key: cell[key] for key in ("low", "high", "n")},
+            # One cluster has no interval.
+            **{end: cell["value"] if cell[end] is None else cell[end] for end in ("low", "high")},
+            "n": cell["n"],
         }
         if before:
             rival = [line | {"contender": "before"} for line in before]

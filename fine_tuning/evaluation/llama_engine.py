@@ -226,30 +226,6 @@ class LlamaEngine:
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return self._post("/tokenize", body)["tokens"]
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        return self._post("/detokenize", {"tokens": list(ids)})["content"]
-
-    def apply_template(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt that the GGUF's own chat template makes of `messages`, generation prompt included."""
-        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
-
-    def next_token_logprobs(self, ids: Sequence[int], n: int) -> list[tuple[int, float]]:
-        """The `n` likeliest next tokens after exactly `ids` (no BOS is added) with natural-log probabilities."""
-        body = {
-            "prompt": list(ids),
-            "n_predict": 1,
-            "n_probs": n,
-            "temperature": 0,
-            "post_sampling_probs": False,
-            "cache_prompt": False,  # a reused prefix is computed in other batches and differs in the last digits
-            # Half a character would be held back and its probabilities with it: a whole one is forced, and the
-            # probabilities are those from before.
-            "logit_bias": [[self.tokenize("a")[-1], 1000.0]],
-        }
-        first = self._post("/completion", body)["completion_probabilities"][0]
-        return [(top["id"], top["logprob"]) for top in first["top_logprobs"]]
-
     def score(self, prompt: Sequence[int], target: Sequence[int]) -> list[TokenScore]:
         """How likely the model finds each token of `target` after `prompt` and the tokens of `target` before it.
 
@@ -265,7 +241,7 @@ class LlamaEngine:
     def forced_logprobs(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[list[tuple[int, float]]]:
         """The `n` likeliest tokens with natural-log probabilities before each token of `target`, which is forced.
 
-        Much quicker than `next_token_logprobs` at every place. `target` must not end inside a character.
+        `target` must not end inside a character.
         """
         return [
             [(top["id"], top["logprob"]) for top in step["top_logprobs"]] for step in self._forced(prompt, target, n)

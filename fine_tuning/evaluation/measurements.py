@@ -92,7 +92,8 @@ def estimates(
 
 
 def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings) -> dict[str, dict]:
-    """{metric: {value, low, high, n}} of one contender's records; n counts items, null where undefined."""
+    """{metric: {value, low, high, n}} of one contender's records; n counts items, null where undefined.
+    Items of a single cluster have no interval, since every draw is the same, and bear `"clusters": 1`."""
     table: dict[str, dict] = {}
     for metric in metrics:
         columns = columns_of(metric)
@@ -107,7 +108,8 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: Int
                 found = {key: np.exp(number) for key, number in found.items()}
             if name in metric.shares:
                 found = {key: np.clip(number, 0, 1) for key, number in found.items()}
-            table[name] = {key: finite(number) for key, number in found.items()} | {"n": len(usable)}
+            alone = {"low": None, "high": None, "clusters": 1} if resampling.clusters == 1 else {}
+            table[name] = {key: finite(number) for key, number in found.items()} | alone | {"n": len(usable)}
     return table
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.data_preparation.tally import in_words
+from fine_tuning.errors import count_of
 from fine_tuning.evaluation.charts import curve, interval_plot, number
 from fine_tuning.records import replacing
 
@@ -55,7 +56,7 @@ def write_report(path: Path, found: Findings) -> None:
     verdict = comparison["verdict"]
     body = [
         f'<h1 class="{escape(verdict)}">{escape(verdict)}</h1>',
-        f"<p>{comparison['n']} held-out conversations or windows of long ones, {comparison['clusters']} different.</p>",
+        f"<p>Held-out conversations or windows of them: {comparison['n']}, {comparison['clusters']} different.</p>",
         bullets(comparison["reasons"]),
         *(
             part
@@ -126,6 +127,8 @@ def measured(found: dict[str, Any] | None) -> str:
     if not found:
         return "–"
     interval = f"[{number(found['low'])}, {number(found['high'])}]"
+    if found.get("clusters") == 1:
+        interval = "one conversation group,"
     return f"{number(found['value'])} <small>{interval} n {found['n']}</small>"
 
 
@@ -133,7 +136,7 @@ def cheaper_roads(found: dict[str, dict[str, Any]], metric: str) -> str:
     """What the base does when it is told or shown what to do instead of trained."""
     lines = [
         f"{row['what']}: {metric} {number(row['rival'])}, the candidate {number(row['candidate'])} on the same "
-        f"{row['n']} conversations, a difference of {number(row['difference'])} [{number(row['low'])}, "
+        f"{count_of(row['n'], 'conversation')}, a difference of {number(row['difference'])} [{number(row['low'])}, "
         f"{number(row['high'])}]"
         for row in found.values()
     ]
@@ -149,15 +152,15 @@ def quantising(found: dict[str, Any]) -> str:
     interval = "" if None in bounds else f" [{bounds[0]:+.2%}, {bounds[1]:+.2%}]"
     return (
         f"<p>Quantised as it is shipped, the candidate has perplexity {number(perplexity['candidate'])} instead of "
-        f"{number(perplexity['rival'])} on {perplexity['n']} conversations: {lost:+.2%}{interval}.</p>"
+        f"{number(perplexity['rival'])} on {count_of(perplexity['n'], 'conversation')}: {lost:+.2%}{interval}.</p>"
     )
 
 
 def references(found: dict[str, Any], metric: str) -> str:
     """Whose words the models were compared with, and what counting models' own words would have shown."""
-    lines = [f"{found['references']} replies are references: by people, or by models that evaluate.references names"]
+    lines = [f"references, by people or by models that evaluate.references names: {found['references']}"]
     if found["left_out"]:
-        lines.append(f"{found['left_out']} replies are a model's own words and none, {found['liked']} of them liked")
+        lines.append(f"no references, since a model's own words: {found['left_out']}, {found['liked']} of them liked")
     for name, counted in (("with_liked", "the liked ones"), ("with_own_words", "all of them")):
         if biased := found.get(name):
             lines.append(
@@ -186,7 +189,7 @@ def prompt_help(found: dict[str, Any]) -> str:
         return "<p>Not measured.</p>"
     return (
         f"<p>Nats by which its own prompt makes a reply likelier than other prompts do, against {found['share']:g} "
-        f"times the base's: {paired(found)}, {found['clusters']} different conversations.</p>"
+        f"times the base's: {paired(found)}, {count_of(found['clusters'], 'different conversation')}.</p>"
     )
 
 

@@ -6,16 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
 from fine_tuning.data_collection.personal_data import PLACEHOLDER
-from fine_tuning.data_collection.shards import shard_paths, versions
 from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
-from fine_tuning.integration.chat_history import news
+from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
 from fine_tuning.records import read_json, read_jsonl
 
-SHARDS = Path("data/conversations")
-MANIFEST = Path("data/manifest.json")
 REJECTED = Path("data/clean/rejected.jsonl")
 CLEAN_METRICS = Path("metrics/clean.json")
 PREPARE_METRICS = Path("metrics/prepare.json")
@@ -27,15 +23,9 @@ Stamp = tuple[Path, int, int]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Summary):
     """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped."""
 
-    id: str
-    source: str
-    started_at: str
-    messages: int
-    characters: int
-    begins: str
     fate: str
 
 
@@ -44,24 +34,17 @@ def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
     return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists())
 
 
-def entries(checkout: Path, logger: ConversationLogger) -> list[Entry]:
+def entries(checkout: Path) -> list[Entry]:
     """Every conversation, those with news since the last seal first."""
-    shards = _sealed(stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST)))
-    news = _news(logger, shards)
     fates = _fates(stamps([checkout / REJECTED]))
     cleaned = {shard["name"] for shard in manifest(checkout)} if (checkout / REJECTED).exists() else set()
-    sealed = [
-        _entry(conversation, fates.get(identity, "kept") if shard in cleaned else "not cleaned yet")
-        for identity, (shard, conversation) in shards.items()
-        if identity not in news and conversation["messages"]
-    ]
-    return [_entry(conversation, "new") for conversation in news.values() if conversation["messages"]] + sealed
 
+    def fate(found: Summary) -> str:
+        if found.shard is None:
+            return "new"
+        return fates.get(found.id, "kept") if found.shard in cleaned else "not cleaned yet"
 
-def conversation(checkout: Path, logger: ConversationLogger, identity: str) -> dict | None:
-    """The newest version of a conversation as it was logged or imported."""
-    shards = _sealed(stamps(shard_paths(checkout / SHARDS, checkout / MANIFEST)))
-    return _news(logger, shards).get(identity) or shards.get(identity, (None, None))[1]
+    return [Entry(**vars(found), fate=fate(found)) for found in conversation_index(checkout).all()]
 
 
 def manifest(checkout: Path) -> list[dict]:
@@ -183,30 +166,6 @@ def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> l
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-
-
-def _entry(conversation: dict, fate: str) -> Entry:
-    messages = conversation["messages"]
-    first = next((message["content"] for message in messages if message.get("role") == "user"), "") or ""
-    return Entry(
-        id=conversation["id"],
-        source=conversation.get("source") or "unknown",
-        started_at=str(conversation.get("started_at") or ""),
-        messages=len(messages),
-        characters=sum(len(message.get("content") or "") for message in messages),
-        begins=" ".join(str(first).split())[:60],
-        fate=fate,
-    )
-
-
-def _news(logger: ConversationLogger, shards: dict[str, tuple[str, dict]]) -> dict[str, dict]:
-    return news(logger, lambda identity: shards.get(identity, (None, None))[1])
-
-
-@lru_cache(maxsize=2)
-def _sealed(shards: tuple[Stamp, ...]) -> dict[str, tuple[str, dict]]:
-    """Conversation id → (name of the shard, newest version)."""
-    return {version["id"]: (path.name, version) for path, _, _ in shards for version in versions([path])}
 
 
 @lru_cache(maxsize=2)

@@ -152,14 +152,6 @@ class OllamaClient:
         """Version of the server, e.g. "0.34.1"."""
         return str(self._json("GET", "/api/version").get("version", "unknown"))
 
-    def is_up(self) -> bool:
-        """Whether an Ollama answers."""
-        try:
-            self.version()
-        except OllamaError:
-            return False
-        return True
-
     def models(self) -> list[dict]:
         """Entries of /api/tags: name, digest, size, modified_at, details."""
         models = self._json("GET", "/api/tags").get("models")

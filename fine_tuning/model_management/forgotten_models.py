@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.data_collection.traces import Traces
-from fine_tuning.errors import UserError
+from fine_tuning.errors import UserError, count_of
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.records import read_json, write_json
 from fine_tuning.training.tracking import open_store
@@ -86,7 +86,7 @@ class ForgottenModels:
     def mark(self, number: int, conversations: int, day: str) -> None:
         """Tag a version as one that learned from what was forgotten."""
         known = self.registry.version(number).tags.get(FORGOTTEN_TAG)
-        note = f"{conversations} conversations, {day}"
+        note = f"{count_of(conversations, 'conversation')}, {day}"
         if known is None or note not in known:
             self.registry.set_tags(number, {FORGOTTEN_TAG: f"{known}; {note}" if known else note})
 

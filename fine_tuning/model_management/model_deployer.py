@@ -229,7 +229,7 @@ class ModelDeployer:
         elif stats.prompt_tokens > probe.tokens:
             raise UserError(
                 f"{done.model} reads {stats.prompt_tokens} tokens where training had {probe.tokens}: "
-                "a doubled BOS? run `dvc repro package`, then promote again"
+                "a doubled BOS? run `dvc repro -f -s package && dvc repro`, then promote again"
             )
         self._say(f"6/9 it answers ({stats.prompt_tokens} prompt tokens, {stats.reply_tokens} reply tokens)")
 

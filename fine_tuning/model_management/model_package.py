@@ -26,6 +26,7 @@ from fine_tuning.model_management.chat_template import (
     turn_openers,
 )
 from fine_tuning.model_management.gguf_writer import PROBES, NotCovered, architecture_of, rope_parameters, write_gguf
+from fine_tuning.project import sha256_file
 from fine_tuning.records import read_json, write_json
 from fine_tuning.settings import Settings
 from fine_tuning.training.base_model import load_model
@@ -118,7 +119,7 @@ def _load_adapted(base_dir: Path, adapter_dir: Path) -> Any:
         return PeftModel.from_pretrained(_load(base_dir), str(adapter_dir)).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:160]
-        raise UserError(f"the adapter does not fit the base ({reason}): train anew with `dvc repro -f train`") from None
+        raise UserError(f"the adapter does not fit the base ({reason}): `dvc repro -f -s train && dvc repro`") from None
 
 
 def _load(folder: Path) -> Any:
@@ -153,7 +154,7 @@ def write_package(
     package_dir.mkdir(parents=True, exist_ok=True)
     write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation, converter)
     request = {
-        "files": {"model.gguf": f"sha256:{hash_file(package_dir / 'model.gguf')}"},
+        "files": {"model.gguf": f"sha256:{sha256_file(package_dir / 'model.gguf')}"},
         "template": derive_template(jinja_renderer(tokenizer, chat.system_prompt)),
         "parameters": {**settings.parameters.model_dump(), "stop": find_stops(tokenizer, chat)},
     }
@@ -180,12 +181,6 @@ def find_stops(tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings) -> list
 def _base_card(folder: Path) -> dict[str, Any]:
     card = folder / "base.json"
     return read_json(card) if card.is_file() else {}
-
-
-def hash_file(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_modelfile(request: dict[str, Any]) -> str:
@@ -272,14 +267,14 @@ def prove_package(
 
 def prove_files(package_dir: Path, request: dict[str, Any]) -> dict[str, str]:
     """The GGUF is the one that create.json names, and Modelfile and template say what create.json says."""
-    digest = hash_file(package_dir / "model.gguf")
+    digest = sha256_file(package_dir / "model.gguf")
     if request["files"] != {"model.gguf": f"sha256:{digest}"}:
         raise _unproven("create.json names another model.gguf than the one beside it")
     if (package_dir / "template.gotmpl").read_bytes().decode() != request["template"]:
         raise _unproven("template.gotmpl and create.json differ")
     if (package_dir / "Modelfile").read_bytes().decode() != write_modelfile(request):
         raise _unproven("Modelfile and create.json differ")
-    return {"model.gguf": digest, "template.gotmpl": hash_file(package_dir / "template.gotmpl")}
+    return {"model.gguf": digest, "template.gotmpl": sha256_file(package_dir / "template.gotmpl")}
 
 
 def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
@@ -291,7 +286,7 @@ def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
     pinned = _base_card(merged_dir).get("chat_template_sha256")
     template_sha256 = hashlib.sha256(template.encode()).hexdigest()
     if pinned not in (None, template_sha256):
-        raise _unproven("the chat template is not the base's", "make the base again with `dvc repro -f base`")
+        raise _unproven("the chat template is not the base's", "`dvc repro -f -s base && dvc repro`")
     reader = GGUFReader(gguf_path)
     try:
         name = architecture_of(config).name
@@ -408,7 +403,8 @@ def prove_tokens(
         exact += row.input_ids == expected[: len(row.input_ids)]
     # Conversations in which somebody typed a control token are trained as plain text, on purpose.
     if exact < len(sample) / 2:
-        raise _unproven("the prepared token ids are not those of the rendered text: run `dvc repro prepare` again")
+        remedy = "`dvc repro -f -s prepare && dvc repro`"
+        raise _unproven("the prepared token ids are not those of the rendered text", remedy)
     odd = adversarial_strings(tokenizer)
     for text in odd:
         if (
@@ -539,5 +535,5 @@ def _threshold(thresholds: dict[Any, float], kind: str) -> float:
     return thresholds[kind]
 
 
-def _unproven(cause: str, remedy: str = "make the package again with `dvc repro -f package`") -> UserError:
+def _unproven(cause: str, remedy: str = "`dvc repro -f -s package && dvc repro`") -> UserError:
     return UserError(f"the package is not what was trained: {cause}: {remedy}")

@@ -90,7 +90,7 @@ class ModelRegistry:
         """
         wrong = sorted(name for name, value in metrics.items() if not math.isfinite(value))
         if wrong:
-            raise UserError(f"the metric {wrong[0]} is not a finite number: run `dvc repro evaluate` again")
+            raise UserError(f"the metric {wrong[0]} is not a finite number: `dvc repro -f -s evaluate && dvc repro`")
         with self._lock():
             self._ensure_model()
             found = self.find(content_sha256)

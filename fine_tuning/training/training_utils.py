@@ -161,9 +161,9 @@ def check_rows(rows: Sequence[Row], split: str) -> None:
         raise UserError(f"the {split} split is empty: collect more conversations or change prepare's fractions")
     for row in rows:
         if len(row.input_ids) != len(row.labels):
-            raise UserError(f"{split}: conversation {row.id} has more ids than labels: run `dvc repro -f prepare`")
+            raise UserError(f"{split}: {row.id} has more ids than labels: run `dvc repro -f -s prepare && dvc repro`")
         if any(label not in (IGNORED_LABEL, token) for token, label in zip(row.input_ids, row.labels, strict=True)):
-            raise UserError(f"{split}: conversation {row.id} has a foreign label: run `dvc repro -f prepare`")
+            raise UserError(f"{split}: {row.id} has a foreign label: run `dvc repro -f -s prepare && dvc repro`")
     if not count_labels(rows):
         raise UserError(f"no assistant token would be trained in the {split} split: check prepare.train_on")
 
@@ -185,7 +185,7 @@ def check_only_assistants_train(rows: Sequence[Row], tokenizer: Any, openers: se
             before = tokenizer.decode(row.input_ids[max(0, start - longest) : start])
             if not before.endswith(tuple(openers)):
                 raise UserError(
-                    f"conversation {row.id} would train a token that is not the assistant's: run `dvc repro -f prepare`"
+                    f"{row.id} would train a token that is not the assistant's: `dvc repro -f -s prepare && dvc repro`"
                 )
 
 

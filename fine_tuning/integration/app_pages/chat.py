@@ -13,6 +13,7 @@ from fine_tuning.integration.app_jobs import show_job
 from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, ask, desk, new_conversation_id
+from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs
 
 LOOK_SECONDS = 0.15  # how often the page looks at a reply that is being written
@@ -36,9 +37,8 @@ def page() -> None:
     """The whole page."""
     here = app()
     identity = _current_id()
-    question, waiting, found = _desk_and_log(here, identity)
-    conversation = next((c for c in found if c["id"] == identity), None)
-    _sidebar(here, found, conversation, identity)
+    question, waiting, conversation = _desk_and_log(here, identity)
+    _sidebar(here, conversation, identity)
     models = here.models()
     if not models:
         st.info(NO_MODEL, icon=":material/construction:")
@@ -61,17 +61,17 @@ def page() -> None:
         st.rerun()
 
 
-def _desk_and_log(here: App, identity: str) -> tuple[Question | None, bool, list[dict]]:
-    """The question on its way, whether its reply may still come, and all conversations, as they were at one time.
+def _desk_and_log(here: App, identity: str) -> tuple[Question | None, bool, dict | None]:
+    """The question on its way, whether its reply may still come, and the conversation, as they were at one time.
 
     A reply that ends between the looks at the one and the other would be in neither: then both are looked at again.
     """
     while True:
         question = desk.of(identity)
         waiting = question is not None and question.waiting
-        found = chat_history.conversations(here.checkout, here.logger)
+        conversation = conversation_index(here.checkout).conversation(identity, chat_history.CHAT)
         if question is None or question.waiting == waiting:
-            return question, waiting, found
+            return question, waiting, conversation
 
 
 # ------------------------------------------------------------------------------------------------- conversations
@@ -93,7 +93,7 @@ def _open_new() -> None:
     _open(st.session_state["new_chat"])
 
 
-def _sidebar(here: App, found: list[dict], conversation: dict | None, current: str) -> None:
+def _sidebar(here: App, conversation: dict | None, current: str) -> None:
     titles = chat_history.read_titles(here.checkout)
     with st.sidebar:
         show_job(chat_history.DELETE)
@@ -102,17 +102,17 @@ def _sidebar(here: App, found: list[dict], conversation: dict | None, current: s
             with st.popover("This chat", icon=":material/more_horiz:", width="stretch"):
                 _manage(here, conversation, titles)
         words = st.text_input("Search", placeholder="Search chats", label_visibility="collapsed", key="search")
-        listed = chat_history.matching(found, words or "", titles)
-        for entry in listed[:LISTED]:
+        listed, count = conversation_index(here.checkout).listed(chat_history.CHAT, words or "", titles, LISTED)
+        for entry in listed:
             st.button(
-                plain(chat_history.title(entry, titles)),
-                key=f"open-{entry['id']}",
-                type="secondary" if entry["id"] == current else "tertiary",
+                plain(titles.get(entry.id) or chat_history.shortened(entry.begins)),
+                key=f"open-{entry.id}",
+                type="secondary" if entry.id == current else "tertiary",
                 on_click=_open,
-                args=(entry["id"],),
+                args=(entry.id,),
             )
-        if len(listed) > LISTED:
-            st.caption(f"and {len(listed) - LISTED} older ones: search for them")
+        if count > LISTED:
+            st.caption(f"and {count - LISTED} older ones: search for them")
 
 
 def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
 from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Entry, Stretch
 from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.settings import read_params
@@ -25,7 +26,7 @@ def page() -> None:
     """The whole page."""
     here = app()
     st.title("Data")
-    found = data_view.entries(here.checkout, here.logger)
+    found = data_view.entries(here.checkout)
     _sealing(here, found)
     if not found:
         st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
@@ -134,7 +135,7 @@ def _one(here: App, found: list[Entry]) -> None:
     }
     label = st.selectbox("Conversation", list(shown), key="conversation", format_func=str)
     entry = shown[label]
-    conversation = data_view.conversation(here.checkout, here.logger, entry.id)
+    conversation = conversation_index(here.checkout).conversation(entry.id)
     if conversation is None:
         return
     settings = read_params("clean", CleanSettings)

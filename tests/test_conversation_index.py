@@ -1,0 +1,109 @@
+"""The index that the pages read: whatever is logged, sealed, forgotten or deleted, it says what the files say."""
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fine_tuning.data_collection import log_index
+from fine_tuning.data_collection.conversation import fold
+from fine_tuning.data_collection.conversation_logger import ConversationLogger, rewrite_log
+from fine_tuning.data_collection.sealing import close_log, seal_log
+from fine_tuning.data_collection.shards import shard_paths, versions, write_shard
+from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS, ConversationIndex
+
+KINDS = ("say", "judge", "edit", "delete", "close", "seal", "forget", "erase", "bring", "torn")
+STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=14)
+
+
+def in_the_files(checkout: Path) -> dict[str, dict]:
+    """Every conversation as logs and shards have it, read from their beginning."""
+    known = {version["id"]: version for version in versions(shard_paths(checkout / SHARDS, checkout / MANIFEST))}
+    logs = [*sorted((checkout / "inbox/closed").glob("*.jsonl")), checkout / INBOX]
+    fold([event for log in logs for event in ConversationLogger(log).read_events()], known)
+    return {identity: c for identity, c in known.items() if c["messages"]}
+
+
+def take(step: str, number: int, checkout: Path, logger: ConversationLogger, said: list[str]) -> None:
+    identity = f"s{number}"
+    shards = checkout / SHARDS
+    if step == "say":
+        said.append(logger.log_conversation(f"Question {len(said)}?", "It is.", {"session_id": identity}))
+    elif step == "judge" and said:
+        logger.log_feedback(said[number % len(said)], 1)
+    elif step == "edit":
+        logger.log_edit(f"{said[-1]}" if said else "nobody", "It is not.", conversation_id=identity)
+    elif step == "delete":
+        logger.log_delete(identity)
+    elif step == "close":
+        close_log(logger.path, shards)
+    elif step == "seal":
+        for log in close_log(logger.path, shards):
+            seal_log(log, shards, checkout / MANIFEST)
+            log.unlink()
+    elif step == "forget":
+        rewrite_log(logger.path, lambda _, event: event is None or event.get("conversation_id") != identity)
+    elif step == "erase":
+        for shard in list(shards.glob("*.jsonl"))[:1]:
+            shard.unlink()
+    elif step == "bring":
+        prefix = f"20000101T00000000{number}-import"
+        messages = [{"id": f"m{number}", "role": "user", "content": f"Imported {number}"}]
+        record = {"id": identity, "messages": messages, "feedback": [], "metadata": {}}
+        write_shard(shards, prefix, [record])
+    elif step == "torn":
+        logger.path.parent.mkdir(exist_ok=True)
+        with open(logger.path, "ab") as file:
+            file.write(b'{"event": "exchange", "id": "half')
+
+
+@settings(max_examples=80, deadline=None)
+@given(STEPS)
+@example([("say", 0), ("seal", 0), ("say", 0), ("close", 0), ("say", 1), ("seal", 0), ("say", 2)])
+@example([("say", 0), ("say", 1), ("forget", 0), ("judge", 1), ("seal", 0), ("erase", 0)])
+@example([("say", 0), ("seal", 0), ("bring", 1), ("say", 1), ("delete", 0)])
+def test_after_every_step_the_index_says_what_the_files_say(steps):
+    with tempfile.TemporaryDirectory() as name:
+        checkout, said = Path(name), []
+        (checkout / SHARDS).mkdir(parents=True)
+        index, logger = ConversationIndex(checkout), ConversationLogger(checkout / INBOX, durable=False)
+        for step, number in steps:
+            take(step, number, checkout, logger, said)
+            there = in_the_files(checkout)
+            assert {found.id: found.messages for found in index.all()} == {
+                identity: len(c["messages"]) for identity, c in there.items()
+            }
+            assert all(index.conversation(identity) == c for identity, c in there.items())
+
+
+def test_only_what_is_new_is_read(tmp_path, monkeypatch):
+    logger, index = ConversationLogger(tmp_path / INBOX, durable=False), ConversationIndex(tmp_path)
+    (tmp_path / SHARDS).mkdir(parents=True)
+    for number in range(300):
+        logger.log_conversation(f"Question {number}?", "Yes.", {"session_id": f"s{number}"})
+    assert index.listed("chat")[1] == 300
+    read, reader = [], log_index.read_event
+    monkeypatch.setattr(log_index, "read_event", lambda line: read.append(line) or reader(line))
+    logger.log_conversation("One more?", "Yes.", {"session_id": "s7"})
+    assert index.conversation("s7")["messages"][-2]["content"] == "One more?"
+    assert len(read) <= 6, "the new event, and those of its conversation"
+
+
+def test_a_search_finds_words_of_any_message_or_of_a_given_name(tmp_path):
+    logger, index = ConversationLogger(tmp_path / INBOX, durable=False), ConversationIndex(tmp_path)
+    for number, text in enumerate(("Über Äpfel", "100 % pears", "plums")):
+        logger.log_conversation(
+            text, "Fruit.", {"session_id": f"s{number}"}, timestamp=f"2026-01-0{number + 1}T00:00:00Z"
+        )
+
+    def found(words: str) -> list[str]:
+        listed, count = index.listed("chat", words, {"s2": "Breakfast"}, limit=2)
+        assert len(listed) == min(count, 2)
+        return [entry.id for entry in listed]
+
+    assert found("") == ["s2", "s1"]
+    assert found("äpfel über") == ["s0"]
+    assert found("%") == ["s1"]
+    assert found("BREAK fruit") == ["s2"]
+    assert found("grapes") == []
