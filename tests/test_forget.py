@@ -292,9 +292,13 @@ def test_a_short_chat_with_a_short_id_leaves_no_object_behind(project, tmp_path)
 
 def test_a_damaged_file_is_not_called_searched(project):
     Path("data/exports/old.json.gz").write_bytes(gzip.compress(SECRET.encode())[:-9])
+    (artifact,) = Path("mlartifacts").rglob("conversations.json")
+    shutil.copy("data/exports/old.json.gz", artifact.with_name("old.json.gz"))
     status, said = forget_in_process(session="kept")
     assert status == 0, said
-    assert any(line.startswith("  could not be searched for: data/exports/old.json.gz") for line in said)
+    unread = [line for line in said if line.startswith("  could not be searched for: ")]
+    assert any("data/exports/old.json.gz" in line for line in unread)
+    assert any("MLflow: " in line and "old.json.gz" in line for line in unread)
     assert "  nothing of it is left there" not in said
 
 
@@ -460,6 +464,33 @@ def test_without_the_key_tombstones_are_neither_guessed_nor_passed_over(project,
         assert done.returncode == 1 and "cannot be checked" in done.stderr and "dvc pull" in done.stderr
     sh(clone, "dvc pull -q data/conversations")
     assert "1 left out (forgotten" in fine_tuning(clone, "import", str(file))
+
+
+def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project, tmp_path):
+    clone = tmp_path / "clone"
+    sh(tmp_path, f"git clone -q {project} clone")
+    sh(clone, "git config user.email t@example.org && git config user.name T && dvc pull -q")
+    assert forget_in_process(user="zoe")[0] == 0
+    sh(project, "git add -A && git commit -qm Forget && dvc push -q")
+    sh(clone, "git pull -q")
+    done = run(clone, "--again", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert places_with_words(clone) == []
+    sh(clone, "dvc pull -q")
+    assert sh(clone, "dvc status -q data/conversations.dvc") == ""
+
+
+def test_tombstones_of_an_earlier_version_hold_and_are_keyed_by_the_next_erasure(project, tmp_path):
+    old = conversation("zoe-7", "PIN 4921", "Noted.")
+    write_jsonl("data/forgotten.jsonl", [{"id": id_hash("zoe-7"), "contents": [content_hash(old)], "at": "2026-01-01"}])
+    assert Tombstones("data/forgotten.jsonl").cover(old | {"id": "another"})
+    status, said = forget_in_process(conversation="kept")
+    assert status == 0
+    assert "data/forgotten.jsonl: 1 line of an earlier version now keyed; git's history keeps the unkeyed ones" in said
+    stones = Path("data/forgotten.jsonl").read_text()
+    assert content_hash(old) not in stones and id_hash("zoe-7") not in stones and '"at":"2026-01-01"' in stones
+    write_jsonl(tmp_path / "again.jsonl", [old, old | {"id": "another"}])
+    assert "2 left out (forgotten" in fine_tuning(project, "import", str(tmp_path / "again.jsonl"))
 
 
 def test_a_user_of_open_webui_is_found_by_name(tmp_path):

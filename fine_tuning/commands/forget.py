@@ -75,11 +75,10 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from fine_tuning.data_collection.erasure import Selection
-    from fine_tuning.data_collection.tombstones import Tombstones
 
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
-    tombstones = Tombstones(FORGOTTEN) if args.again else None
+    tombstones = _tombstones() if args.again else None
     where = find(Selection(args.conversation, args.session, args.user, tombstones))
     print("\n".join(describe(where)))
     if not args.yes:
@@ -127,9 +126,8 @@ def find(selection: "Selection") -> Whereabouts:
     from fine_tuning.commands import object_stores
     from fine_tuning.data_collection.erasure import collect, count_in_log, count_in_shard
     from fine_tuning.data_collection.shards import shard_paths
-    from fine_tuning.data_collection.tombstones import Tombstones
 
-    shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), Tombstones(FORGOTTEN)
+    shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
     found = collect(selection, shards, logs(), tombstones, tombstones.key)
     if not found.ids and not found.messages and found.by is None:
         waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
@@ -155,7 +153,7 @@ def find(selection: "Selection") -> Whereabouts:
     for name in git:
         say(Place(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)"))
     adapters = object_stores.adapters_here(Path.cwd(), listings)
-    ids = found.ids | {tombstones.stand_in(identity) for identity in found.ids}  # forgotten before, and still in use
+    ids = found.ids.union(*map(tombstones.stand_ins, found.ids))  # forgotten before, and still in use
     hashes = {version.tags.get("adapter_sha256", "") for version in work.models.versions(ids, set())}
     objects, hashes = object_stores.learned_models(records, listings, tainted | made, adapters, hashes)
     if objects:
@@ -176,7 +174,7 @@ def find(selection: "Selection") -> Whereabouts:
                 "MLflow", count_of(len(runs), "run") + " of unregistered models that learned", "removed, then mlflow gc"
             )
         )
-    held, _ = work.models.artifacts_holding(work.everything.in_file)
+    held, _ = work.models.artifacts_holding(work.holds)
     if held:
         say(Place("MLflow's artifacts", count_of(len(held), "file"), "removed; lists of ids get hashes instead"))
     _check_start(hashes)
@@ -187,6 +185,25 @@ def find(selection: "Selection") -> Whereabouts:
         "made": sorted(made),
     }
     return where
+
+
+def _tombstones() -> "Tombstones":
+    """The tombstones. A key that another clone made is brought without its shards: those that are here may still hold
+    what was forgotten there."""
+    from fine_tuning.commands.champion import copy_file
+    from fine_tuning.commands.dvc_files import cached, fetch, listing, read_dvc
+    from fine_tuning.data_collection.tombstones import Tombstones
+
+    with suppress(UserError):
+        return Tombstones(FORGOTTEN)
+    folder = read_dvc(CONVERSATIONS.with_suffix(".dvc"))
+    if folder and fetch([folder]):
+        keys = {name: md5 for name, md5 in (listing(Path.cwd(), folder) or {}).items() if name.endswith(".key")}
+        fetch(keys.values())
+        for name, md5 in keys.items():
+            if key := cached(Path.cwd(), md5):
+                copy_file(key, CONVERSATIONS / name)
+    return Tombstones(FORGOTTEN)
 
 
 def describe(where: Whereabouts) -> Iterator[str]:
@@ -303,7 +320,10 @@ def forget(
         UserError: a step could not be done; `resume` goes on with it.
     """
     with FileLock(LOCK, timeout=0):
-        where.tombstones.add(where.found.versions)  # first of all: from here on nothing brings it back
+        upgraded = where.tombstones.add(where.found.versions)  # first of all: from here on nothing brings it back
+        if upgraded:
+            lines = count_of(upgraded, "line")
+            say(f"{FORGOTTEN}: {lines} of an earlier version now keyed; git's history keeps the unkeyed ones")
         options = {"withdraw": withdraw, "hosts": hosts, "pipeline": where.pipeline}
         work = Work(where.found, where.learned, options, say=say)
         work.save()

@@ -97,6 +97,15 @@ class Work:
                     found.append(path)
         return found
 
+    def holds(self, path: Path, name: str) -> bool:
+        """Whether a file holds some of it; `name` is what the proof calls it if it cannot be read."""
+        from fine_tuning.commands.object_stores import kind_of
+
+        kind = kind_of(path, self.everything, self.strict)
+        if kind == "unread":
+            self.unread.add(name)
+        return kind in ("holding", "strict")
+
     def to_go(self, searched: "Searched", used: set[str]) -> set[str]:
         """The objects of a store that hold it, were made from what held it or learned from it, and are not in use.
 
@@ -184,7 +193,8 @@ def is_leftover(path: Path) -> bool:
         (path.name.startswith(".") and path.name.endswith(".tmp"))
         or path.is_relative_to(STAGED)
         or path.is_absolute()
-        or path.parts[0] in (".whetstone", ".dvc")
+        or path.parts[0] == ".whetstone"
+        or path.parts[:2] == (".dvc", "tmp")
     )
 
 
@@ -318,13 +328,14 @@ def clear_champion(work: Work) -> None:
     """The evaluation that the champion keeps beside its weights, if it holds some of it, and its list of ids."""
     from fine_tuning.commands.champion import FILES_TAG, KEPT, MEMBERS
     from fine_tuning.commands.dvc_files import dvc_add, files_below, md5_path
+    from fine_tuning.commands.object_stores import kind_of
     from fine_tuning.data_collection.erasure import clear_lines
 
     before = md5_path(CHAMPION_FILES)
     members, evaluation = CHAMPION_FILES / MEMBERS, CHAMPION_FILES / KEPT
     cleared = clear_lines(members, work.found)
     traces = work.everything if work.options["pipeline"] else work.strict
-    holding = [path for path in files_below(evaluation) if traces.in_file(path)]
+    holding = [path for path in files_below(evaluation) if kind_of(path, traces, traces) == "strict"]
     if holding:
         shutil.rmtree(evaluation)
     if cleared or holding:
@@ -379,7 +390,7 @@ def clear_runs(work: Work) -> None:
     from fine_tuning.data_collection.tombstones import Tombstones
 
     work.models.hide(work.found.names, Tombstones(FORGOTTEN).stand_in)
-    artifacts, _ = work.models.artifacts_holding(work.everything.in_file, remove=True)
+    artifacts, _ = work.models.artifacts_holding(work.holds, remove=True)
     runs = work.models.runs(set(work.learned["adapters"]))
     work.models.remove_runs(runs)
     work.say(f"MLflow: {count_of(len(artifacts), 'artifact')} and {count_of(len(runs), 'run')} removed")
@@ -465,7 +476,7 @@ def prove(work: Work) -> tuple[list[str], list[str], list["Silent"]]:
     git, count = object_stores.git_objects_with(Path.cwd(), work.everything)
     left += [f"git: {name}" for name in git]
     searched.append(f"{count_of(count, 'object')} of git")
-    artifacts, count = work.models.artifacts_holding(work.everything.in_file)
+    artifacts, count = work.models.artifacts_holding(work.holds)
     left += [f"MLflow: {name}" for name in artifacts]
     searched.append(f"{count_of(count, 'artifact')} of MLflow")
     return left, searched, silent

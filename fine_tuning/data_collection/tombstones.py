@@ -3,7 +3,8 @@
 One JSON line a conversation in a file that git keeps, so that other clones refuse it too: {"key": name of the key,
 "id": hash of its id, "messages": [hash of a message's id], "contents": [hash of what a version of it said], "at": a
 day}. The keys lie beside the shards, `forgotten-NAME.key`, and travel with them by DVC: who has the git repository
-alone cannot try out what was said. Lines of earlier versions of this project have no key.
+alone cannot try out what was said. Lines of earlier versions of this project have no key; they are read, and get one
+when something is added.
 """
 
 import hashlib
@@ -45,9 +46,11 @@ class Tombstones:
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise UserError(f"line {number} of {self.path} is damaged: `git checkout {self.path}`") from None
         if missing := {key for key, _ in self._lines} - {None, *self.keys}:
+            # The shards that came before the key may still hold it: `dvc pull` would hide what is in the cache.
+            again = "`python -m fine_tuning forget --again`, then " if any(self.folder.glob("*.jsonl")) else ""
             raise UserError(
                 f"tombstones in {self.path} cannot be checked: their key forgotten-{min(missing)}.key is not in "
-                f"{self.folder}: `dvc pull {self.folder}`"
+                f"{self.folder}: {again}`dvc pull {self.folder}`"
             )
 
     def __len__(self) -> int:
@@ -83,8 +86,16 @@ class Tombstones:
         """What a list may hold in the place of an id."""
         return hmac.new(self.key, id_hash(identity).encode(), "sha256").hexdigest()
 
-    def add(self, versions: Iterable[dict]) -> None:
-        """Remember versions of conversations as forgotten. Doing it again changes nothing."""
+    def stand_ins(self, identity: str) -> set[str]:
+        """What lists hold in the place of an id, by every key, and by none in lists of earlier versions."""
+        return {self._keyed(key, id_hash(identity)) for key in (None, *self.keys)}
+
+    def add(self, versions: Iterable[dict]) -> int:
+        """Remember versions of conversations as forgotten. Doing it again changes nothing.
+
+        Returns:
+            How many lines that had no key have one now.
+        """
         today, name = datetime.now(UTC).date().isoformat(), key_name(self.key)
         if name not in self.keys:
             with replacing(self.folder / f"forgotten-{name}.key") as file:
@@ -97,8 +108,13 @@ class Tombstones:
             }
             said = {kind: [self._keyed(name, value) for value in values] for kind, values in said.items()}
             self._record(name, self._keyed(name, id_hash(version["id"])), today, said)
+        plain = [self._lines.pop(place) for place in [*self._lines] if place[0] is None]
+        for record in plain:
+            said = {kind: [self._keyed(name, value) for value in record[kind]] for kind in ("contents", "messages")}
+            self._record(name, self._keyed(name, record["id"]), record["at"], said)
         with replacing(self.path) as file:
             file.writelines(dump_line(record) for _, record in sorted(self._lines.items(), key=str))
+        return len(plain)
 
     def _record(self, key: str | None, identity: str, day: str, hashes: dict) -> None:
         record = self._lines.setdefault((key, identity), {"key": key, "id": identity, "at": day})

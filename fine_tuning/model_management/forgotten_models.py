@@ -141,8 +141,8 @@ class ForgottenModels:
 
     # --------------------------------------------------------------------------------------------------------- content
 
-    def artifacts_holding(self, holds: Callable[[Path], bool], remove: bool = False) -> tuple[list[str], int]:
-        """(artifacts of all runs that `holds` finds words in, how many were searched); weights are left out."""
+    def artifacts_holding(self, holds: Callable[[Path, str], bool], remove: bool = False) -> tuple[list[str], int]:
+        """(artifacts of all runs that `holds(file, name)` is true of, how many were searched); no weights."""
         from mlflow.artifacts import download_artifacts
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -156,7 +156,7 @@ class ForgottenModels:
                 with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                     address = f"{run.info.artifact_uri}/{path}"
                     local = download_artifacts(address, dst_path=folder, tracking_uri=self.registry.uri)
-                    if not holds(Path(local)):
+                    if not holds(Path(local), f"MLflow: {run.info.run_id}/{path}"):
                         continue
                 found.append(f"{run.info.run_id}/{path}")
                 if remove:
