@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,13 @@ def test_a_users_own_module_is_averaged_over_items(tmp_path):
     assert isinstance(metric, ItemwiseMetric)
     statistics = metric.statistics(predictions=["a?", "b??", "c", "d"])
     assert metric.values(statistics.sum(axis=0)) == {"questions": 0.75}
+
+
+def test_a_foreign_file_in_the_temporary_folder_is_in_nobodys_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "perplexity").write_text("somebody else's")
+    assert load_metric("perplexity", MODULES).compute(nll=[0.0], tokens=[1]) == {"perplexity": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["perplexity"]
 
 
 @pytest.mark.parametrize(

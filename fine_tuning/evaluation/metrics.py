@@ -116,8 +116,10 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
     ]
     if len(found) != 1:
         raise UserError(f"{path} defines {len(found)} evaluate.Metric classes: it should define one")
-    # evaluate keeps inputs in files below the home folder unless told not to, and makes that folder even then.
-    metric = found[0](keep_in_memory=True, cache_dir=tempfile.gettempdir())
+    # evaluate keeps inputs in files below the home folder unless told not to, and makes that folder even then. In the
+    # system's temporary folder a file of anybody may have the metric's name.
+    with tempfile.TemporaryDirectory() as unused:
+        metric = found[0](keep_in_memory=True, cache_dir=unused)
     unknown = set(metric.features) - {*LIKELIHOOD_COLUMNS, *REPLY_COLUMNS}
     if unknown:
         raise UserError(f"{path} wants columns that no item has: {', '.join(sorted(unknown))}")
