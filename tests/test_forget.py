@@ -470,12 +470,12 @@ def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project
     clone = tmp_path / "clone"
     sh(tmp_path, f"git clone -q {project} clone")
     sh(clone, "git config user.email t@example.org && git config user.name T && dvc pull -q")
-    assert forget_in_process(user="zoe")[0] == 0
+    assert forget_in_process(conversation=canary()["id"])[0] == 0
     sh(project, "git add -A && git commit -qm Forget && dvc push -q")
     sh(clone, "git pull -q")
     done = run(clone, "--again", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert places_with_words(clone) == []
+    assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate")) == [], done.stdout
     sh(clone, "dvc pull -q")
     assert sh(clone, "dvc status -q data/conversations.dvc") == ""
 

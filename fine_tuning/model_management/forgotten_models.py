@@ -92,22 +92,19 @@ class ForgottenModels:
 
     def hide(self, names: Traces, stand_in: Callable[[str], str]) -> None:
         """Put `stand_in(id)` in the place of the ids wherever the registry lists the conversations of a version."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
         for version in self.registry.versions():
             members = self._members(version)
             hidden = {
                 split: [stand_in(i) if any(names.ids_in(i)) else i for i in kept] for split, kept in members.items()
             }
             if hidden != members:
-                place = self._place(version)
                 with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                     write_json(Path(folder) / Path(MEMBERS).name, hidden)
-                    self._client.log_artifact(
-                        version.run_id, str(Path(folder) / Path(MEMBERS).name), f"{place}/{Path(MEMBERS).parent}"
-                    )
-
-    def _place(self, version: ModelVersion) -> str:
-        root = self._client.get_run(version.run_id).info.artifact_uri
-        return version.artifacts.removeprefix(root).strip("/")
+                    # Not by the client, which keeps the place of a run's artifacts although the registry was copied.
+                    repository = get_artifact_repository(version.artifacts, tracking_uri=self.registry.uri)
+                    repository.log_artifact(str(Path(folder) / Path(MEMBERS).name), str(Path(MEMBERS).parent))
 
     def withdraw(self, number: int) -> None:
         """Take a version out of the aliases and out of the registry; doing it again changes nothing."""
