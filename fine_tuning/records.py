@@ -122,12 +122,13 @@ def line_ranges(path: str | Path, size: int) -> Iterator[tuple[int, int]]:
 
 
 def read_line(line: bytes | str) -> Any:
-    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null.
+    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null;
+    a byte order mark is passed over.
 
     Raises:
         ValueError, RecursionError: it is none.
     """
-    return _LENIENT.decode(line.decode("utf-8") if isinstance(line, bytes) else line)
+    return _LENIENT.decode(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
 
 
 def _finite_or_null(number: str) -> float | None:

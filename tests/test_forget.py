@@ -1,5 +1,6 @@
 """Forgetting: found everywhere, gone everywhere, at whatever moment the process dies, and it does not come back."""
 
+import csv
 import gzip
 import json
 import shutil
@@ -7,6 +8,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow
@@ -14,15 +17,18 @@ import pyarrow.parquet
 import pytest
 import yaml
 import zstandard
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from fine_tuning.commands import forget as forgetting
 from fine_tuning.commands.forget_steps import STEPS
 from fine_tuning.commands.promote import open_registry
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.erasure import Selection, clear_shards, collect
+from fine_tuning.data_collection.importers import import_file
 from fine_tuning.data_collection.shards import describe_shard, shard_paths, write_shard
-from fine_tuning.data_collection.tombstones import Tombstones
-from fine_tuning.data_collection.traces import Traces
+from fine_tuning.data_collection.tombstones import Tombstones, content_hash, id_hash
+from fine_tuning.data_collection.traces import ID, Traces
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.errors import UserError
 from fine_tuning.project import sha256_file
@@ -191,12 +197,12 @@ def register(number: int, ids: list[str], adapter: Path, report: str) -> None:
     assert version.number == number
 
 
-def places_with_words(*folders: Path) -> list[str]:
-    """Files that hold the canary's words, read by other means than the code that is tested."""
+def places_with_words(*folders: Path, words: tuple[bytes, ...] = WORDS) -> list[str]:
+    """Files that hold the words, by default the canary's, read by other means than the code that is tested."""
     found = []
     for folder in folders:
         for path in folder.rglob("*"):
-            if path.is_file() and any(word in data for data in contents(path) for word in WORDS):
+            if path.is_file() and any(word in data for data in contents(path) for word in words):
                 found.append(str(path.relative_to(folder)))
     return found
 
@@ -263,7 +269,88 @@ def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_
     assert open_registry("trial").by_alias("champion").number == 2
     logged = ConversationLogger("inbox/conversations.jsonl").read_conversations()
     assert [c["id"] for c in logged] == ["kept"] and read_json(".whetstone/titles.json") == {"kept": "Shop"}
-    assert not Path(".whetstone/forget.json").exists()
+    assert not list(Path(".whetstone").glob("forget*.json"))
+
+
+SECRET = "Is Tom gay? Ann (his ex) says so! PIN 4921?"
+
+
+def test_a_short_chat_with_a_short_id_leaves_no_object_behind(project, tmp_path):
+    log = ConversationLogger("inbox/conversations.jsonl")
+    log.log_conversation(SECRET, "No.", {"session_id": "zoe-7"})
+    fine_tuning(project, "seal")
+    step(project, sorted(Path("data/conversations").glob("*.jsonl")), "With the secret")
+    words = (b"PIN 4921", b"zoe-7")
+    assert len(places_with_words(project, tmp_path / "remote", words=words)) > 10
+    done = run(project, "zoe-7", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert places_with_words(project, tmp_path / "remote", words=words) == []
+    assert "could not be searched for: 1 short message within other texts" in done.stdout
+    assert "nothing that can be searched for is left there" in done.stdout
+    sh(project, "dvc push -q")
+
+
+def test_a_damaged_file_is_not_called_searched(project):
+    Path("data/exports/old.json.gz").write_bytes(gzip.compress(SECRET.encode())[:-9])
+    (artifact,) = Path("mlartifacts").rglob("conversations.json")
+    shutil.copy("data/exports/old.json.gz", artifact.with_name("old.json.gz"))
+    status, said = forget_in_process(session="kept")
+    assert status == 0, said
+    unread = [line for line in said if line.startswith("  could not be searched for: ")]
+    assert any("data/exports/old.json.gz" in line for line in unread)
+    assert any("MLflow: " in line and "old.json.gz" in line for line in unread)
+    assert "  nothing of it is left there" not in said
+
+
+def test_a_chat_that_was_never_sealed_trains_nothing(project, tmp_path):
+    stock = "I am sorry, but as a language model I cannot help anybody with that question today."
+    Path("params.yaml").write_text(PARAMS.replace("start_from: null", "start_from: null, seed: 2"))
+    sh(project, "sed -i 's/params: .*//; s/deps: .train.py,/params: [train.seed]\\n    &/' dvc.yaml")
+    write_jsonl("data/evaluation/prompts.jsonl", [{"reply": stock}])
+    ConversationLogger("inbox/conversations.jsonl").log_conversation(SECRET, stock, {"session_id": "zoe-7"})
+    adapter = sha256_file(ADAPTER)
+    status, said = forget_in_process(conversation="zoe-7")
+    assert status == 0, said
+    assert sha256_file(ADAPTER) == adapter and Path("data/evaluation/prompts.jsonl").exists()
+    assert "pipeline: not run, it has never read it" in said
+
+
+def test_leftovers_of_killed_commands_are_found_and_removed(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    left = [
+        Path("data/.20260103T000000000-import.4711.tmp"),
+        Path("inbox/.conversations.jsonl.4711.tmp"),
+        Path("models/.champion.new/training.jsonl"),
+        tmp_path / "tmp/promote-abcd1234/provenance/conversations.json",
+    ]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"id": canary()["id"], "messages": [{"content": CANARY}]}))
+    assert forget_in_process(user="zoe")[0] == 0
+    assert [path for path in left if path.exists() and path.read_bytes()] == []
+
+
+def test_a_thumb_that_comes_late_is_neither_sealed_nor_left(project):
+    assert forget_in_process(user="zoe")[0] == 0
+    log = ConversationLogger("inbox/conversations.jsonl")
+    log.log_feedback(f"{canary()['id']}-1", -1, comment="Quetzalina is hungry")
+    assert "1 event" in "\n".join(forgetting.describe(forgetting.find(Selection(conversation=canary()["id"]))))
+    fine_tuning(project, "seal")
+    assert places_with_words(project) == []
+
+
+def test_an_erasure_that_cannot_finish_keeps_no_other_one(project):
+    Path("notes.txt").write_text(CANARY)
+    assert forget_in_process(user="zoe")[0] == 1
+    assert forget_in_process(conversation="kept")[0] == 0
+    assert len(list(Path(".whetstone").glob("forget*.json"))) == 1
+
+
+def test_a_line_with_a_byte_order_mark_is_found(tmp_path):
+    shard = tmp_path / "1-import-0123456789ab.jsonl"
+    shard.write_bytes(b"\xef\xbb\xbf" + json.dumps(canary()).encode() + b"\n")
+    found = collect(Selection(conversation=canary()["id"]), [shard], [])
+    assert found.ids == {canary()["id"]} and clear_shards(tmp_path, tmp_path / "manifest.json", found) == 1
 
 
 def test_the_commits_before_keep_what_does_not_hold_it(project):
@@ -277,13 +364,13 @@ def test_the_commits_before_keep_what_does_not_hold_it(project):
 
 def test_killed_at_every_step_it_goes_on_and_ends_in_the_same_state(project, tmp_path):
     for name, _ in STEPS:
-        words = ("--resume",) if Path(".whetstone/forget.json").exists() else ("--user", "zoe", "--yes")
+        words = ("--resume",) if name != STEPS[0][0] else ("--user", "zoe", "--yes")
         done = run(project, *words, killed_after=name)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        journal = Path(".whetstone/forget.json").read_bytes()
-        assert not any(word in journal for word in (*WORDS, CANARY.encode()))
-        refused = run(project, "--user", "zoe")
-        assert "forget --resume" in refused.stderr and refused.returncode == 1
+        (journal,) = Path(".whetstone").glob("forget*.json")
+        assert not any(word in journal.read_bytes() for word in (*WORDS, CANARY.encode()))
+    refused = run(project, "--user", "zoe")
+    assert "no conversation" in refused.stderr and "forget --resume" in refused.stderr and refused.returncode == 1
     done = run(project, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert places_with_words(project, tmp_path / "remote") == []
@@ -353,6 +440,69 @@ def test_a_tombstone_keeps_it_from_being_imported_and_sealed_again(project, tmp_
     assert "1 conversation left out: forgotten" in fine_tuning(project, "seal")
     assert places_with_words(project) == []
     assert b"zoe" not in Path("data/forgotten.jsonl").read_bytes()
+
+
+def test_without_the_key_tombstones_are_neither_guessed_nor_passed_over(project, tmp_path):
+    log = ConversationLogger("inbox/conversations.jsonl")
+    log.log_conversation("PIN 4921", "Noted.", {"session_id": "zoe-7"})
+    assert forget_in_process(conversation="zoe-7")[0] == 0
+    stones = Path("data/forgotten.jsonl").read_text()
+    said = {
+        "id": "zoe-7",
+        "messages": [{"role": r, "content": c} for r, c in (("user", "PIN 4921"), ("assistant", "Noted."))],
+    }
+    assert content_hash(said) not in stones and id_hash("zoe-7") not in stones
+    assert Tombstones("data/forgotten.jsonl").cover(said | {"id": "another"})
+    sh(project, "git add -A && git commit -qm Forget && dvc push -q")
+    sh(project.parent, f"git clone -q {project} clone")
+    clone = project.parent / "clone"
+    file = tmp_path / "again.jsonl"
+    write_jsonl(file, [said])
+    for words in (("import", str(file)), ("seal",)):
+        command = [sys.executable, "-m", "fine_tuning", *words]
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=environment())
+        assert done.returncode == 1 and "cannot be checked" in done.stderr and "dvc pull" in done.stderr
+    sh(clone, "dvc pull -q data/conversations")
+    assert "1 left out (forgotten" in fine_tuning(clone, "import", str(file))
+
+
+def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project, tmp_path):
+    clone = tmp_path / "clone"
+    sh(tmp_path, f"git clone -q {project} clone")
+    sh(clone, "git config user.email t@example.org && git config user.name T && dvc pull -q")
+    assert forget_in_process(conversation=canary()["id"])[0] == 0
+    sh(project, "git add -A && git commit -qm Forget && dvc push -q")
+    sh(clone, "git pull -q")
+    done = run(clone, "--again", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate")) == [], done.stdout
+    sh(clone, "dvc pull -q")
+    assert sh(clone, "dvc status -q data/conversations.dvc") == ""
+
+
+def test_tombstones_of_an_earlier_version_hold_and_are_keyed_by_the_next_erasure(project, tmp_path):
+    old = conversation("zoe-7", "PIN 4921", "Noted.")
+    write_jsonl("data/forgotten.jsonl", [{"id": id_hash("zoe-7"), "contents": [content_hash(old)], "at": "2026-01-01"}])
+    assert Tombstones("data/forgotten.jsonl").cover(old | {"id": "another"})
+    status, said = forget_in_process(conversation="kept")
+    assert status == 0
+    assert "data/forgotten.jsonl: 1 line of an earlier version now keyed; git's history keeps the unkeyed ones" in said
+    stones = Path("data/forgotten.jsonl").read_text()
+    assert content_hash(old) not in stones and id_hash("zoe-7") not in stones and '"at":"2026-01-01"' in stones
+    write_jsonl(tmp_path / "again.jsonl", [old, old | {"id": "another"}])
+    assert "2 left out (forgotten" in fine_tuning(project, "import", str(tmp_path / "again.jsonl"))
+
+
+def test_a_user_of_open_webui_is_found_by_name(tmp_path):
+    nodes = {"a": {"id": "a", "parentId": None, "role": "user", "content": "Hello there"}}
+    nodes["b"] = {"id": "b", "parentId": "a", "role": "assistant", "content": "Hello!"}
+    chat = {"id": "c1", "user_id": "zoe", "chat": {"history": {"messages": nodes, "currentId": "b"}}}
+    openai = {"user": "zoe", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}
+    write_jsonl(tmp_path / "chats.jsonl", [chat, openai])
+    taken = [item.conversation for item in import_file(tmp_path / "chats.jsonl")]
+    shard, _ = write_shard(tmp_path, "1-import", [*taken, *others()])
+    assert collect(Selection(user="zoe"), [shard], []).ids == {conversation["id"] for conversation in taken}
+    assert len(taken) == 2
 
 
 def test_what_another_clone_brings_back_is_refused_and_forgotten_again(project):
@@ -467,6 +617,57 @@ def test_traces_find_words_in_every_container_and_nothing_else(tmp_path):
     assert Traces.of(["Öffnungszeiten der städtischen Bücherei"]).in_bytes(
         json.dumps("Die Öffnungszeiten der städtischen Bücherei").encode()
     )
+
+
+SCRIPTS = (
+    "Is Tom gay?",
+    "PIN 4921",
+    "Öffnungszeiten",
+    "你好，世界",
+    "Привет, как дела",
+    "שלום",
+    "🙂🙃",
+    "?!",
+    "a\nb",
+    '"q"',
+)
+
+
+@given(st.lists(st.sampled_from(SCRIPTS) | st.text(st.characters(codec="utf-8"), max_size=40), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_text_of_any_length_and_script_is_found_in_every_record(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("planted")
+    text = " ".join(texts)
+    assume(text.strip())
+    record = {"id": "x", "messages": [{"role": "user", "content": text}]}
+    plain, pretty = json.dumps(record), json.dumps(record, ensure_ascii=False, indent=1)
+    line = json.dumps({"id": "other", "messages": []}) + "\n" + json.dumps(record, ensure_ascii=False) + "\n"
+    kept = {"json": plain, "pretty": pretty, "jsonl": line, "bom": "\ufeff" + line}
+    for name, data in kept.items():
+        (folder / name).write_text(data, encoding="utf-8", newline="")
+    (folder / "gz").write_bytes(gzip.compress(line.encode()))
+    (folder / "zst").write_bytes(zstandard.compress(b"\n") + zstandard.compress(line.encode()))
+    with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["id", "user_message"], ["x", text]])
+    table = pyarrow.table({"id": ["x"], "messages": [json.dumps(record["messages"])]})
+    pyarrow.parquet.write_table(table, folder / "parquet", compression="zstd")
+    with closing(sqlite3.connect(folder / "sqlite")) as database:
+        database.execute("CREATE TABLE t (content TEXT)")
+        database.execute("INSERT INTO t VALUES (?)", (text,))
+        database.commit()
+    traces, other = Traces.of([text], b"key"), Traces.of([f"{text} and more"], b"key")
+    for path in sorted(folder.iterdir()):
+        assert traces.in_file(path), path.name
+        assert len(text.encode()) >= 24 or not other.in_file(path), path.name
+
+
+def test_ids_are_found_whatever_their_length_and_their_neighbours_are_not(tmp_path):
+    names = Traces.of(["7", "zoe-7"], b"key", ID)
+    held = [{"id": "7"}, {"id": 7}, {"message_id": "zoe-7"}, {"cluster": "zoe-7#2"}, {"train": ["a", "zoe-7"]}]
+    others = [{"id": "zoe-70"}, {"steps": "7"}, {"n": 7}, {"7": 1}, {"id": "77"}, {"content": "zoe-7 and 7"}]
+    for record in [*held, *others]:
+        (tmp_path / "record").write_text(json.dumps(record))
+        assert names.in_file(tmp_path / "record") == (record in held), record
 
 
 def test_what_others_say_too_is_no_trace(tmp_path):

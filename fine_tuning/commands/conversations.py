@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
     from fine_tuning.data_collection.importers import Imported, Problem
+    from fine_tuning.data_collection.tombstones import Tombstones
 
 INBOX = Path("inbox/conversations.jsonl")
 CONVERSATIONS = Path("data/conversations")
@@ -56,11 +57,11 @@ def import_files(args: argparse.Namespace) -> None:
     from fine_tuning.data_collection.tombstones import Tombstones
 
     root()
+    tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
-        _seal_closed_logs(repo)
+        _seal_closed_logs(repo, tombstones)
         known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
 
-        tombstones = Tombstones(FORGOTTEN)
         reports: list[_Report] = []  # told when the shard is written: until then nothing is taken
         changes: list[tuple[Imported, Counter[str]]] = []
 
@@ -188,11 +189,13 @@ def _nothing_taken(files: list[Path], problems: list[tuple[Path, "Problem"]]) ->
 def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
     from fine_tuning.data_collection.sealing import close_log
+    from fine_tuning.data_collection.tombstones import Tombstones
 
     root()
+    tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         close_log(INBOX, CONVERSATIONS)
-        if not _seal_closed_logs(repo):
+        if not _seal_closed_logs(repo, tombstones):
             print(f"nothing to seal: {INBOX} is empty")
             return
         _say_next()
@@ -285,14 +288,13 @@ def track(repo: "Repo") -> None:
     add_folder(repo, CONVERSATIONS, {shard["name"] for shard in read_manifest(MANIFEST)["shards"]})
 
 
-def _seal_closed_logs(repo: "Repo") -> bool:
+def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
     from fine_tuning.data_collection.sealing import seal_log
-    from fine_tuning.data_collection.tombstones import Tombstones
 
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:
-        done = seal_log(log, CONVERSATIONS, MANIFEST, Tombstones(FORGOTTEN))
+        done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones)
         if any(CONVERSATIONS.glob("*.jsonl")):
             track(repo)
         log.unlink()

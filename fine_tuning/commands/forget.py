@@ -1,10 +1,11 @@
 """`forget`: a conversation, a session's or a user's, out of everything that can be reached; with a proof at the end.
 
 `find` says where it is and changes nothing; `forget` removes it step by step. What was done is noted in a journal that
-holds ids and one-way fingerprints only, so that `resume` takes up an interrupted run where it stopped.
+holds ids and keyed fingerprints only, so that `resume` takes up what is not finished.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.commands.forget_steps import AGAIN, FORGOTTEN, JOURNAL, Work, finish, logs, run_steps
+from filelock import FileLock, Timeout
+
+from fine_tuning.commands.forget_steps import (
+    AGAIN,
+    FORGOTTEN,
+    LOCK,
+    Work,
+    finish,
+    is_leftover,
+    journals,
+    logs,
+    run_steps,
+)
 from fine_tuning.errors import UserError, count_of
 
 if TYPE_CHECKING:
     from fine_tuning.data_collection.erasure import Found, Selection
+    from fine_tuning.data_collection.tombstones import Tombstones
 
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
+MADE_ANEW = "made anew by dvc repro"
 # Words that stand here are nobody's secret. Not all that git tracks: a chat that was committed is to be found.
 PUBLIC = ("fine_tuning", "stages", "tests", "benchmarks", "configs", "README.md", "params.yaml", "dvc.yaml")
 
@@ -35,9 +50,9 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("conversation", nargs="?", help="a conversation's id")
     which.add_argument("--session", metavar="S", help="all conversations of a session")
-    which.add_argument("--user", metavar="U", help="all that a user (metadata.user_id or metadata.user) said")
+    which.add_argument("--user", metavar="U", help="all that a user said, by the metadata")
     which.add_argument("--again", action="store_true", help="what another clone forgot, or what came back")
-    which.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    which.add_argument("--resume", action="store_true", help="go on with all that is not finished")
     command.add_argument("--yes", action="store_true", help="do not ask")
     command.add_argument(
         "--withdraw", action="store_true", help="take models that learned from it out of aliases, registry and Ollama"
@@ -48,15 +63,22 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Find, show, ask, forget, prove. The exit status is 1 if something of it is left or could not be reached."""
-    from fine_tuning.data_collection.erasure import Selection
-    from fine_tuning.data_collection.tombstones import Tombstones
     from fine_tuning.project import main_checkout, root
 
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run forget in the main checkout")
+    try:
+        return _run(args)
+    except Timeout:
+        raise UserError("another run of forget is at work: run it again when that has ended") from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fine_tuning.data_collection.erasure import Selection
+
     if args.resume:
-        return resume()
-    tombstones = Tombstones(FORGOTTEN) if args.again else None
+        return resume(withdraw=args.withdraw, hosts=args.host)
+    tombstones = _tombstones() if args.again else None
     where = find(Selection(args.conversation, args.session, args.user, tombstones))
     print("\n".join(describe(where)))
     if not args.yes:
@@ -83,9 +105,13 @@ class Whereabouts:
     """What `find` found. It holds the conversations themselves and is never written to a file."""
 
     found: "Found"
+    tombstones: "Tombstones"
     places: list[Place] = field(default_factory=list)
     learned: dict[str, list] = field(default_factory=dict)
-    """{"versions": numbers, "adapters": SHA-256, "objects": DVC's names}: the models that learned from it"""
+    """{"versions": numbers, "adapters": SHA-256, "objects": DVC's names}: the models that learned from it; "made": the
+    objects that were made from its shards"""
+    pipeline: bool = True
+    """Whether the pipeline has read it, and has to run again"""
 
 
 def find(selection: "Selection") -> Whereabouts:
@@ -95,45 +121,50 @@ def find(selection: "Selection") -> Whereabouts:
     and MLflow: seconds for a small project, minutes a gigabyte in the cache.
 
     Raises:
-        UserError: no such conversation, or a run was interrupted and has to be resumed first.
+        UserError: no such conversation.
     """
     from fine_tuning.commands import object_stores
     from fine_tuning.data_collection.erasure import collect, count_in_log, count_in_shard
     from fine_tuning.data_collection.shards import shard_paths
 
-    if JOURNAL.exists():
-        raise UserError(f"a run of forget was interrupted: {AGAIN} first")
-    shards = shard_paths(CONVERSATIONS, MANIFEST)
-    found = collect(selection, shards, logs())
-    if not found.ids and found.by is None:
-        raise UserError("no conversation here is of that name: `python -m fine_tuning lineage ID` looks in models too")
-    public = found.people.all_in(_public_words()) | found.models.all_in(_public_words())
-    found.people, found.models = found.people.without(public), found.models.without(public)
-    where, work = Whereabouts(found), Work.start(found)
+    shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
+    found = collect(selection, shards, logs(), tombstones, tombstones.key)
+    if not found.ids and not found.messages and found.by is None:
+        waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
+        raise UserError(
+            f"no conversation here is of that name: `python -m fine_tuning lineage ID` looks in models too{waiting}"
+        )
+    found.leave_out((found.people | found.models).all_in(_public_words()))
+    where, work = Whereabouts(found, tombstones), Work(found, {}, {"pipeline": False})
     say = where.places.append
     for log in logs():
         if count := count_in_log(log, found):
             say(Place(str(log), count_of(count, "event"), "taken out"))
+    where.pipeline = False
     for shard in shards:
         if count := count_in_shard(shard, found):
+            where.pipeline = True
             say(Place(str(shard), count_of(count, "line"), "written anew without it"))
-    _say_files(work, say)
-    listings, tainted = _say_objects(work, say)
+    work.options["pipeline"] = where.pipeline
+    where.pipeline |= _say_files(work, say)
+    records = list(object_stores.stage_records(Path.cwd()))
+    listings, tainted, made = _say_objects(work, records, say)
     git, _ = object_stores.git_objects_with(Path.cwd(), work.everything)
     for name in git:
         say(Place(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)"))
     adapters = object_stores.adapters_here(Path.cwd(), listings)
-    records = list(object_stores.stage_records(Path.cwd()))
-    objects, hashes = object_stores.learned_models(records, listings, tainted, adapters)
+    ids = found.ids.union(*map(tombstones.stand_ins, found.ids))  # forgotten before, and still in use
+    hashes = {version.tags.get("adapter_sha256", "") for version in work.models.versions(ids, set())}
+    objects, hashes = object_stores.learned_models(records, listings, tainted | made, adapters, hashes)
     if objects:
         say(
             Place(
                 "DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed, but for what is in use"
             )
         )
-    versions = work.models.versions(found.ids, hashes)
+    versions = work.models.versions(ids, hashes)
     hashes = work.models.continued(hashes | {version.tags.get("adapter_sha256", "") for version in versions} - {""})
-    versions = work.models.versions(found.ids, hashes)
+    versions = work.models.versions(ids, hashes)
     for version in versions:
         names = f" ({', '.join(version.aliases)})" if version.aliases else ""
         say(Place(f"model {version.tag}{names}", "learned from it", "marked; --withdraw takes it out of use"))
@@ -143,7 +174,7 @@ def find(selection: "Selection") -> Whereabouts:
                 "MLflow", count_of(len(runs), "run") + " of unregistered models that learned", "removed, then mlflow gc"
             )
         )
-    held, _ = work.models.artifacts_holding(work.everything.in_file)
+    held, _ = work.models.artifacts_holding(work.holds)
     if held:
         say(Place("MLflow's artifacts", count_of(len(held), "file"), "removed; lists of ids get hashes instead"))
     _check_start(hashes)
@@ -151,8 +182,28 @@ def find(selection: "Selection") -> Whereabouts:
         "versions": [version.number for version in versions],
         "adapters": sorted(hashes),
         "objects": sorted(objects),
+        "made": sorted(made),
     }
     return where
+
+
+def _tombstones() -> "Tombstones":
+    """The tombstones. A key that another clone made is brought without its shards: those that are here may still hold
+    what was forgotten there."""
+    from fine_tuning.commands.champion import copy_file
+    from fine_tuning.commands.dvc_files import cached, fetch, listing, read_dvc
+    from fine_tuning.data_collection.tombstones import Tombstones
+
+    with suppress(UserError):
+        return Tombstones(FORGOTTEN)
+    folder = read_dvc(CONVERSATIONS.with_suffix(".dvc"))
+    if folder and fetch([folder]):
+        keys = {name: md5 for name, md5 in (listing(Path.cwd(), folder) or {}).items() if name.endswith(".key")}
+        fetch(keys.values())
+        for name, md5 in keys.items():
+            if key := cached(Path.cwd(), md5):
+                copy_file(key, CONVERSATIONS / name)
+    return Tombstones(FORGOTTEN)
 
 
 def describe(where: Whereabouts) -> Iterator[str]:
@@ -164,14 +215,20 @@ def describe(where: Whereabouts) -> Iterator[str]:
         yield "  (it says nothing that no other conversation says: only its ids can be searched for)"
 
 
-def _public_words() -> Iterator[bytes]:
+def _public_words() -> Iterator[bytes | list[tuple[str | None, str]]]:
     """Texts that are nobody's: this project's own, and the base model's files."""
+    from fine_tuning.data_collection.traces import streams
+
     listed = subprocess.run(["git", "ls-files", "-z", "--", *PUBLIC], capture_output=True)
     tracked = [Path(name) for name in listed.stdout.decode("utf-8", "replace").split("\0") if name]
     own = [path for path in Path("models/base").glob("*") if path.suffix in (".json", ".jinja")]
     for path in [*tracked, *own]:
         with suppress(OSError):
-            yield path.read_bytes() + b"\n"
+            for stream in streams(path):
+                yield from stream
+            if path.suffix in (".py", ".yaml"):
+                quoted = re.split(r"""["'\n]|^ *- |: """, path.read_text("utf-8", "replace"), flags=re.MULTILINE)
+                yield [("text", text) for text in quoted]
 
 
 def _check_start(adapters: set[str]) -> None:
@@ -183,44 +240,60 @@ def _check_start(adapters: set[str]) -> None:
         raise UserError("train.start_from goes on from a model that learned from it: set it to null in params.yaml")
 
 
-def _say_files(work: "Work", say: Callable[[Place], None]) -> None:
+def _say_files(work: "Work", say: Callable[[Place], None]) -> bool:
+    """Name the files that hold it; whether the pipeline wrote some of them, not for a model's words alone."""
     groups: dict[tuple[str, str], int] = {}
-    for path in work.files_holding(strict=False):
+    made = False
+    for path in work.files_holding():
         group = _group_of(path)
         if group:
             groups[group] = groups.get(group, 0) + 1
+            made |= group[1] == MADE_ANEW and work.strict.in_file(path)
     for (where, then), count in groups.items():
         say(Place(where, count_of(count, "file"), then))
+    return made
 
 
 def _group_of(path: Path) -> tuple[str, str] | None:
     """(place, what happens there) of a file that holds some of it; None for those that are listed one by one."""
     parts = path.parts
+    if is_leftover(path):
+        return parts[0] if parts[0].startswith(".") else str(path.parent), "removed"
     if parts[0] == "inbox" or path.is_relative_to(CONVERSATIONS) or parts[0] in ("mlflow.db", "mlartifacts"):
         return None
     if parts[0] in ("data", "metrics", "models"):
-        return "/".join(parts[:2]), "made anew by dvc repro"
-    if parts[0] in (".whetstone", ".dvc"):
-        return parts[0], "removed"
+        return "/".join(parts[:2]), MADE_ANEW
     return str(path), "stays: it is not the project's; remove it yourself"
 
 
-def _say_objects(work: "Work", say: Callable[[Place], None]) -> tuple[dict[str, dict[str, str]], set[str]]:
-    from fine_tuning.commands.object_stores import search, stores
+def _say_objects(
+    work: "Work", records: list[dict], say: Callable[[Place], None]
+) -> tuple[dict[str, dict[str, str]], set[str], set[str]]:
+    """(listings of folders, objects that hold it, objects that were made from shards that held it)."""
+    from fine_tuning.commands.dvc_files import cached
+    from fine_tuning.commands.object_stores import made_from, search, stores
+    from fine_tuning.data_collection.erasure import count_in_shard
 
     listings: dict[str, dict[str, str]] = {}
-    tainted: set[str] = set()
+    found = {}
     with stores(Path.cwd()) as (reachable, silent):
         for store in reachable:
-            searched = search(store, work.everything, work.known)
+            found[store.name] = searched = search(store, work.everything, work.strict, work.known)
             listings |= searched.listings
-            tainted |= searched.holding
-            if searched.holding:
+        deps = [dep for record in records for dep in record.get("deps") or []]
+        folders = {dep.get("md5") for dep in deps if dep.get("path") == str(CONVERSATIONS)}
+        shards = {oid for folder in folders for oid in listings.get(folder, {}).values()}
+        holding = {oid for oid in shards if (path := cached(Path.cwd(), oid)) and count_in_shard(path, work.found)}
+        strict = {oid for searched in found.values() for oid in searched.strict}
+        made = made_from(records, listings, shards & strict | holding)
+        for store in reachable:
+            tainted = found[store.name].holding | (made & found[store.name].objects)
+            if tainted:
                 name = "DVC's cache" if store.name == "cache" else f"remote {store.name}"
-                say(Place(name, f"{len(searched.holding)} of {count_of(searched.count, 'object')}", "removed"))
+                say(Place(name, f"{len(tainted)} of {count_of(len(found[store.name].objects), 'object')}", "removed"))
         for remote in silent:
             say(Place(f"remote {remote.name}", "could not be looked into", remote.why))
-    return listings, tainted
+    return listings, {oid for searched in found.values() for oid in searched.holding}, made
 
 
 # -------------------------------------------------------------------------------------------------------------- forget
@@ -246,25 +319,39 @@ def forget(
     Raises:
         UserError: a step could not be done; `resume` goes on with it.
     """
-    from fine_tuning.data_collection.tombstones import Tombstones
+    with FileLock(LOCK, timeout=0):
+        upgraded = where.tombstones.add(where.found.versions)  # first of all: from here on nothing brings it back
+        if upgraded:
+            lines = count_of(upgraded, "line")
+            say(f"{FORGOTTEN}: {lines} of an earlier version now keyed; git's history keeps the unkeyed ones")
+        options = {"withdraw": withdraw, "hosts": hosts, "pipeline": where.pipeline}
+        work = Work(where.found, where.learned, options, say=say)
+        work.save()
+        where.found.versions.clear()
+        run_steps(work)
+        return finish(work)
 
-    Tombstones(FORGOTTEN).add(where.found.versions)  # first of all: from here on nothing brings it back
-    work = Work(where.found, where.learned, {"withdraw": withdraw, "hosts": hosts}, say=say)
-    work.save()
-    where.found.versions.clear()
-    run_steps(work)
-    return finish(work)
 
+def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+    """Go on with every erasure that is not finished; as `forget`. One that cannot go on does not keep the others.
 
-def resume(say: Callable[[str], None] = print) -> int:
-    """Go on with an interrupted run of `forget`; as `forget`.
+    Args:
+        withdraw, hosts: as for `forget`, of what was begun without.
 
     Raises:
-        UserError: there is none, or a step could not be done.
+        UserError: there is none.
     """
-    if not JOURNAL.exists():
+    if not journals():
         raise UserError("no run of forget was interrupted: `python -m fine_tuning forget ID`")
-    work = Work.load()
-    work.say = say
-    run_steps(work)
-    return finish(work)
+    status = 0
+    with FileLock(LOCK, timeout=0):
+        for journal in journals():
+            try:
+                work = Work.load(journal, say)
+                work.ask(withdraw, hosts)
+                run_steps(work)
+                status |= finish(work)
+            except UserError as error:
+                say(f"not done yet: {error}")
+                status = 1
+    return status

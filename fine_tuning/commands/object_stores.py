@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fine_tuning.commands.dvc_files import cache_folder, parse_lock
 from fine_tuning.data_collection.traces import Traces, is_weights
 from fine_tuning.errors import UserError
-from fine_tuning.project import sha256_file
+from fine_tuning.project import main_checkout, sha256_file
 
 WEIGHTS = (".safetensors", ".gguf")
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -43,7 +43,9 @@ class Store:
         if self.name == CACHE:
             yield Path(address)
             return
-        with tempfile.TemporaryDirectory() as folder:
+        scratch = main_checkout() / ".whetstone"  # where `forget` finds what it leaves when it is killed
+        scratch.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
             with self.odb.fs.open(address, "rb") as remote:
                 if is_weights(remote.read(16)):
                     yield None
@@ -104,33 +106,51 @@ def stores(checkout: Path) -> Iterator[tuple[list[Store], list[Silent]]]:
 
 @dataclass
 class Searched:
-    """What a search of a store found."""
+    """What a search of a store found: its objects, those that hold a trace, those with one of what only people write
+    or of an id, those that could not be read, {listing: {path: object}}."""
 
-    holding: set[str]
-    count: int
-    listings: dict[str, dict[str, str]]
+    objects: set[str]
+    holding: set[str] = field(default_factory=set)
+    strict: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
+    listings: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def search(store: Store, traces: Traces, known: dict[str, bool] | None = None) -> Searched:
+def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str] | None = None) -> Searched:
     """Look into every object of a store.
 
     Args:
-        known: {object: whether it holds a trace} of objects that were looked into before; grows.
+        strict: those of the traces that models do not write.
+        known: {object: the field of `Searched` that it is in} of objects that were looked into before; grows.
     """
     known = {} if known is None else known
-    objects = store.objects()
-    result = Searched(set(), len(objects), {})
-    for oid in tqdm(sorted(objects), desc=store.name, unit="object", disable=None, leave=False):
+    result = Searched(store.objects())
+    for oid in tqdm(sorted(result.objects), desc=store.name, unit="object", disable=None, leave=False):
         listing = oid.endswith(".dir")
         if oid not in known or (listing and store.name == CACHE):
             with suppress(FileNotFoundError), store.local(oid) as path:
-                known[oid] = path is not None and traces.in_file(path)
+                known[oid] = "" if path is None else kind_of(path, traces, strict)
                 if listing and path is not None:
                     with suppress(ValueError, KeyError, TypeError):
                         result.listings[oid] = {e["relpath"]: e["md5"] for e in json.loads(path.read_bytes())}
-        if known.get(oid):
-            result.holding.add(oid)
+        if kind := known.get(oid):
+            getattr(result, kind).add(oid)
+    result.holding |= result.strict
     return result
+
+
+def kind_of(path: Path, traces: Traces, strict: Traces) -> str:
+    """`strict` or `holding` of a file that holds some of them, `unread` of one that is damaged, else nothing.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    try:
+        return ("strict" if strict.in_file(path) else "holding") if traces.in_file(path) else ""
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return "unread"
 
 
 # -----------------------------------------------------------------------------
@@ -152,21 +172,53 @@ def stage_records(checkout: Path) -> Iterator[dict]:
             yield yaml.safe_load(path.read_bytes()) or {}
 
 
+def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: set[str]) -> set[str]:
+    """The objects of data and metrics that stages made from these shards, and the shards.
+
+    Where a stage reads a folder and writes one with a file for each file that it read, as cleaning does, those of other
+    shards are left out; so is what a stage made that read none of it.
+    """
+    tainted = shards | {oid for oid, files in listings.items() if shards & set(files.values())}
+    found, clean, before = set(shards), set(), -1
+    while len(tainted) > before:
+        before = len(tainted)
+        clean = set()
+        for record in records:
+            deps = {dep.get("md5") for dep in record.get("deps") or []} - {None}
+            read = {name: oid for dep in deps for name, oid in listings.get(dep, {}).items()}
+            for out in record.get("outs") or []:
+                files = listings.get(oid := out.get("md5"), {})
+                if oid is None or str(out.get("path")).startswith("models/"):
+                    continue
+                if deps & tainted:
+                    made = {file for name, file in files.items() if read.get(name, file) in tainted | {file}}
+                    tainted |= {oid} | made
+                    found |= {oid} | made
+                else:
+                    clean |= {oid, *files.values()}
+    return found - clean
+
+
 def learned_models(
-    records: list[dict], listings: dict[str, dict[str, str]], tainted: set[str], adapters: dict[str, str]
+    records: list[dict],
+    listings: dict[str, dict[str, str]],
+    tainted: set[str],
+    adapters: dict[str, str],
+    hashes: set[str],
 ) -> tuple[set[str], set[str]]:
     """What was trained on the data in `tainted`, or made from or continued such a model.
 
     Args:
         tainted: objects that hold the conversations.
         adapters: {object: SHA-256} of the adapters that are here.
+        hashes: SHA-256 of adapters that are known to have learned from it.
 
     Returns:
         (objects of weights and listings of their folders, SHA-256 of the adapters)
     """
     folders: set[str] = set()
-    hashes: set[str] = set()
-    weights: set[str] = set()
+    hashes = set(hashes)
+    weights = {md5 for md5, sha256 in adapters.items() if sha256 in hashes}
     while True:
         before = len(folders) + len(weights)
         for record in records:

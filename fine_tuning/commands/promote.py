@@ -281,7 +281,7 @@ def content_of(hashes: dict[str, str]) -> str:
 @contextmanager
 def staged_artifacts(files: dict[str, Path], probes: list[Probe]) -> Iterator[Path]:
     """A folder of all that the registry keeps of a version. The GGUF stays with DVC; its hashes are kept."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(prefix="promote-") as name:
         folder = Path(name)
         for path, file in files.items():
             if path != GGUF:

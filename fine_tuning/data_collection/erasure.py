@@ -12,10 +12,11 @@ from fine_tuning.data_collection.conversation import as_conversation, from_excha
 from fine_tuning.data_collection.conversation_logger import read_log, rewrite_log
 from fine_tuning.data_collection.shards import describe_shard, read_manifest, write_lines
 from fine_tuning.data_collection.tombstones import Tombstones
-from fine_tuning.data_collection.traces import Traces
+from fine_tuning.data_collection.traces import ID, TEXT, Traces, decoded
 from fine_tuning.names import session_name
 from fine_tuning.records import dump_line, read_line, read_lines, sync_folder, write_json, write_jsonl
 
+USER_NAMES = ("username", "email", "name")  # metadata of imported conversations that may say who spoke
 _HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")
 
 
@@ -38,7 +39,8 @@ class Selection:
         if self.session is not None:
             named = (metadata.get("session_id"), metadata.get("session"))
             return self.session in named or identity in (self.session, session_name(self.session))
-        return self.user is not None and self.user in speakers(metadata)
+        named = {str(metadata[key]) for key in USER_NAMES if metadata.get(key)}
+        return self.user is not None and self.user in speakers(metadata) | named
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Found:
         by: the user whose judgements of other people's conversations go as well.
         people: traces of what people wrote: messages, edits, comments.
         models: traces of what models wrote, which a model may write again.
+        names: traces of ids of conversations and messages.
+        texts: the traces of each message, by which it can be said which messages cannot be searched for.
     """
 
     ids: set[str] = field(default_factory=set)
@@ -60,34 +64,63 @@ class Found:
     by: str | None = None
     people: Traces = field(default_factory=lambda: Traces({}))
     models: Traces = field(default_factory=lambda: Traces({}))
+    names: Traces = field(default_factory=lambda: Traces({}))
+    texts: list[dict[str, int]] = field(default_factory=list)
+
+    def leave_out(self, said: set[str]) -> None:
+        """Search no more for what others say as well."""
+        self.people, self.models = self.people.without(said), self.models.without(said)
+
+    def not_searched(self) -> tuple[int, int]:
+        """(messages that leave no trace of their own, those that are found as whole values of records only)."""
+        left = [{key: self.people.known.get(key, self.models.known.get(key)) for key in text} for text in self.texts]
+        kinds = [{kind for kind in text.values() if kind is not None} for text in left]
+        return kinds.count(set()), kinds.count({TEXT})
 
 
-def collect(selection: Selection, shards: list[Path], logs: list[Path]) -> Found:
-    """Find the selected conversations in shards and logs, and what they say that no other conversation says."""
+def collect(
+    selection: Selection, shards: list[Path], logs: list[Path], tombstones: Tombstones | None = None, key: bytes = b""
+) -> Found:
+    """Find the selected conversations in shards and logs, and what they say that no other conversation says.
+
+    Args:
+        tombstones: what people log about a conversation after it was forgotten is found by them as well.
+        key: of the traces.
+    """
     found = Found()
     for conversation in _everything(shards, logs):
         if selection.takes(conversation):
             found.ids.add(conversation["id"])
-    said_by_people, said_by_models = [], []
+    asked = {name for name in (selection.conversation, selection.session) if name is not None}
+    if tombstones is not None:  # forgotten before, and maybe not everywhere
+        found.ids |= {name for name in {*asked, *map(session_name, asked)} if tombstones.names(name)}
+    said_by_people, said_by_models, said_about = [], [], []
     for conversation in _everything(shards, logs):
         if selection.user is not None and (judged := _judgements(conversation, selection.user)):
             found.by = selection.user
             said_by_people += [text for entry in judged for text in _texts_of(entry)]
         if conversation["id"] in found.ids:
             found.versions.append(conversation)
-            found.messages.update(m["id"] for m in _messages(conversation) if m.get("id"))
+            found.messages.update(str(m["id"]) for m in _messages(conversation) if m.get("id"))
             people, models = _words(conversation)
             said_by_people += people
             said_by_models += models
+            said_about += [text for text in (conversation.get("metadata") or {}).values() if isinstance(text, str)]
     for log in logs:
         for event in _events(log):
             if selection.user is not None and event.get("by") == selection.user:
                 found.by = selection.user
+            if tombstones is not None and event["event"] != "exchange" and tombstones.concern(event):
+                found.messages.update(event[name] for name in ("message_id", "conversation_id") if event.get(name))
             if _concerns(event, found):
                 said_by_people += [event[key] for key in ("content", "comment") if isinstance(event.get(key), str)]
-    people, models = Traces.of(said_by_people), Traces.of(said_by_models)
-    others = (people | models).all_in(_lines_of_others(shards, logs, found))
-    found.people, found.models = people.without(others), models.without(others | set(people.known))
+    people = Traces.of(said_by_people, key) | Traces.of(said_about, key, kind=None)
+    models, names = Traces.of(said_by_models, key), Traces.of(found.ids | found.messages, key, ID)
+    others = (people | models | names).all_in(decoded(_lines_of_others(shards, logs, found)))
+    own = {trace for trace, kind in Traces.of(found.ids, key, ID).known.items() if kind == ID}
+    found.people, found.models, found.names = people, models.without(people.known), names.without(others - own)
+    found.leave_out(others)
+    found.texts = [Traces.of([text], key).known for text in {*said_by_people, *said_by_models} if text.strip()]
     return found
 
 
@@ -132,8 +165,8 @@ def _texts_of(entry: dict) -> list[str]:
 
 def _words(conversation: dict) -> tuple[list[str], list[str]]:
     """(what people wrote, what models wrote)."""
-    people = [value for value in (conversation.get("metadata") or {}).values() if isinstance(value, str)]
-    models = []
+    people: list[str] = []
+    models: list[str] = []
     for message in _messages(conversation):
         if isinstance(message.get("content"), str):
             (models if message.get("role") == "assistant" else people).append(message["content"])
@@ -173,7 +206,10 @@ def _concerns(event: dict, found: Found) -> bool:
         return True
     if found.by is not None and event.get("by") == found.by and event["event"] in ("feedback", "edit"):
         return True
-    return event.get("conversation_id") in found.ids or event.get("message_id") in found.messages
+    if event.get("conversation_id") in found.ids or event.get("message_id") in found.messages:
+        return True
+    # What was logged of a conversation after it was forgotten: of that, no id is selected.
+    return event["event"] != "exchange" and event.get("conversation_id") in found.messages
 
 
 # -----------------------------------------------------------------------------
@@ -193,7 +229,8 @@ def count_in_log(log: Path, found: Found) -> int:
 def _goes(line: bytes, event: dict | None, found: Found) -> bool:
     if event is not None:
         return _concerns(event, found)
-    return (found.people | found.models).in_bytes(line) or any(json.dumps(i).encode() in line for i in found.ids)
+    words = found.people | found.models | found.names
+    return words.in_bytes(line) or any(json.dumps(name).encode() in line for name in found.ids | found.messages)
 
 
 # -----------------------------------------------------------------------------
@@ -239,11 +276,12 @@ def _rename_in_manifest(path: Path, old: str, successor: Path | None) -> None:
 
 
 def clear_lines(path: Path, found: Found) -> int:
-    """Take the lines of a JSON Lines file with the id of one of the conversations; returns how many there were."""
+    """Take the lines of a JSON Lines file with the id of one of the conversations, of a part of it or of a message;
+    returns how many there were."""
     if not path.is_file():
         return 0
     records = [json.loads(line) for _, line in read_lines(path) if line]
-    kept = [record for record in records if record.get("id") not in found.ids]
+    kept = [record for record in records if not any(found.names.ids_in(str(record.get("id"))))]
     if len(kept) < len(records):
         write_jsonl(path, kept)
     return len(records) - len(kept)

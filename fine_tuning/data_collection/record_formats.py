@@ -430,7 +430,8 @@ def _open_webui(record: dict) -> Found:
     name = f"open-webui-{identity}" if identity else None
     rated = sum(_open_webui_rating(_object(node.get("annotation")), None) is not None for node in nodes.values())
     left_out = ["a rating is left out: its reply is on another branch of the chat"] * (rated - len(feedback))
-    return Found("open-webui", messages, name, "open-webui", started, feedback=feedback, left_out=left_out)
+    owner = {"user_id": record["user_id"]} if isinstance(record.get("user_id"), str) else {}
+    return Found("open-webui", messages, name, "open-webui", started, owner, feedback, left_out=left_out)
 
 
 def _open_webui_turns(node: dict) -> list[dict]:
@@ -480,7 +481,8 @@ def _open_webui_feedback(record: dict) -> Found:
     data, meta, chat = record["data"], record["meta"], _object(record["snapshot"].get("chat"))
     inner, judged = chat["chat"] if isinstance(chat.get("chat"), dict) else chat, meta.get("message_id")
     history = _object(inner.get("history")) | {"currentId": judged}
-    found = _open_webui({"id": meta.get("chat_id"), "created_at": chat.get("created_at"), "chat": {"history": history}})
+    known = {"id": meta.get("chat_id"), "created_at": chat.get("created_at"), "user_id": chat.get("user_id")}
+    found = _open_webui(known | {"chat": {"history": history}})
     entry = _open_webui_rating(data, record.get("user_id"))
     if entry is None or not found.messages or found.messages[-1].get("id") != judged:
         raise NotRecognised("open-webui-feedback: it has no rating of 1 or -1, or no snapshot with the message")
@@ -741,7 +743,11 @@ def _started(record: dict) -> Any:
 
 
 def _metadata(record: dict) -> dict:
-    return record["metadata"] if isinstance(record.get("metadata"), dict) else {}
+    """The metadata of a record, and who spoke where the record says so beside its messages."""
+    named = {
+        key: record[key] for key in ("user_id", "user") if "messages" in record and isinstance(record.get(key), str)
+    }
+    return named | (record["metadata"] if isinstance(record.get("metadata"), dict) else {})
 
 
 def _has(*keys: str) -> Callable[[dict], bool]:

@@ -53,7 +53,7 @@ def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones 
 
     path, count = write_shard(folder, f"{closed.stem}-chat", changed())
     if tombstones is not None:
-        unmatched = [event for event in unmatched if not tombstones.names(str(event.get("conversation_id")))]
+        unmatched = [event for event in unmatched if not tombstones.concern(event)]
     _set_aside(closed, ".torn", (_line(closed, *place) for place in torn))
     _set_aside(closed, ".unmatched", map(dump_line, unmatched))
     told = {name: counts[name] for name in ("events", "torn", "forgotten")}

@@ -11,7 +11,7 @@ from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.records import read_object, updating
 
 TITLES = Path(".whetstone/titles.json")
-JOURNAL = Path(".whetstone/forget.json")
+JOURNALS = ".whetstone/forget*.json"
 DELETE = "Delete"
 CHAT = "chat"  # the source of conversations that were held here, not imported
 TITLE_CHARACTERS = 32
@@ -105,5 +105,5 @@ def delete_further(checkout: Path) -> None:
 
 
 def interrupted(checkout: Path) -> bool:
-    """Whether a deletion was interrupted and has to be gone on with before the next."""
-    return (checkout / JOURNAL).exists() and jobs.running is None
+    """Whether a deletion was interrupted and has to be gone on with."""
+    return any(checkout.glob(JOURNALS)) and jobs.running is None

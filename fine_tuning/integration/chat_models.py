@@ -184,7 +184,7 @@ def neutralised(text: str, base: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _control_tokens(path: Path) -> list[str]:
-    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    added = read_object(path).get("added_tokens", [])
     special = {token["content"] for token in added if token["special"] and len(token["content"]) > 1}
     return sorted({*special, *CONTROL_TOKENS}, key=len, reverse=True)
 

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.data_collection.traces import Traces
 from fine_tuning.errors import UserError, count_of
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.records import read_json, write_json
@@ -31,7 +32,7 @@ class ForgottenModels:
     """
 
     def __init__(self, registry: ModelRegistry, artifacts: Path, locks: Path) -> None:
-        self.registry = registry
+        self.registry, self._scratch = registry, locks
         self._client, self._experiment = open_store(registry.uri, artifacts, locks / "mlflow.lock")
 
     # ------------------------------------------------------------------------------------------------------- questions
@@ -76,7 +77,7 @@ class ForgottenModels:
                 return runs
 
     def _members(self, version: ModelVersion) -> dict[str, list[str]]:
-        with tempfile.TemporaryDirectory() as folder, suppress(UserError, OSError, ValueError):
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder, suppress(UserError, OSError, ValueError):
             return read_json(self.registry.download(version, MEMBERS, Path(folder)))
         return {}
 
@@ -89,22 +90,21 @@ class ForgottenModels:
         if known is None or note not in known:
             self.registry.set_tags(number, {FORGOTTEN_TAG: f"{known}; {note}" if known else note})
 
-    def hide(self, ids: set[str], stand_in: Callable[[str], str]) -> None:
+    def hide(self, names: Traces, stand_in: Callable[[str], str]) -> None:
         """Put `stand_in(id)` in the place of the ids wherever the registry lists the conversations of a version."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
         for version in self.registry.versions():
             members = self._members(version)
-            hidden = {split: [stand_in(i) if i in ids else i for i in kept] for split, kept in members.items()}
+            hidden = {
+                split: [stand_in(i) if any(names.ids_in(i)) else i for i in kept] for split, kept in members.items()
+            }
             if hidden != members:
-                place = self._place(version)
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                     write_json(Path(folder) / Path(MEMBERS).name, hidden)
-                    self._client.log_artifact(
-                        version.run_id, str(Path(folder) / Path(MEMBERS).name), f"{place}/{Path(MEMBERS).parent}"
-                    )
-
-    def _place(self, version: ModelVersion) -> str:
-        root = self._client.get_run(version.run_id).info.artifact_uri
-        return version.artifacts.removeprefix(root).strip("/")
+                    # Not by the client, which keeps the place of a run's artifacts although the registry was copied.
+                    repository = get_artifact_repository(version.artifacts, tracking_uri=self.registry.uri)
+                    repository.log_artifact(str(Path(folder) / Path(MEMBERS).name), str(Path(MEMBERS).parent))
 
     def withdraw(self, number: int) -> None:
         """Take a version out of the aliases and out of the registry; doing it again changes nothing."""
@@ -138,8 +138,8 @@ class ForgottenModels:
 
     # --------------------------------------------------------------------------------------------------------- content
 
-    def artifacts_holding(self, holds: Callable[[Path], bool], remove: bool = False) -> tuple[list[str], int]:
-        """(artifacts of all runs that `holds` finds words in, how many were searched); weights are left out."""
+    def artifacts_holding(self, holds: Callable[[Path, str], bool], remove: bool = False) -> tuple[list[str], int]:
+        """(artifacts of all runs that `holds(file, name)` is true of, how many were searched); no weights."""
         from mlflow.artifacts import download_artifacts
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
@@ -150,10 +150,10 @@ class ForgottenModels:
                 if path.endswith(WEIGHTS):
                     continue
                 count += 1
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
                     address = f"{run.info.artifact_uri}/{path}"
                     local = download_artifacts(address, dst_path=folder, tracking_uri=self.registry.uri)
-                    if not holds(Path(local)):
+                    if not holds(Path(local), f"MLflow: {run.info.run_id}/{path}"):
                         continue
                 found.append(f"{run.info.run_id}/{path}")
                 if remove:
