@@ -30,7 +30,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-peopl
 	@touch $@
 
 install: $(VENV)/installed ## Make the environment, and close the project's folders to other users
-	@python -c 'from fine_tuning.protection import protect; protect()'
+	@python -c 'from fine_tuning.common.protection import protect; protect()'
 
 repro: $(VENV)/installed ## Run the pipeline on what is new and print the summary
 	@python -m fine_tuning sample

@@ -102,9 +102,9 @@ def _texts(path: Path) -> list[str]:
 
 
 def whole_cleaning(path: Path) -> Callable[[], object]:
+    from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
+    from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
     from fine_tuning.data_collection.data_cleaner import default_settings
-    from fine_tuning.data_collection.shard_cleaner import clean_shards
-    from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
 
     _warm_masking()
     settings = default_settings().model_copy(update={"processes": 1})
@@ -113,7 +113,7 @@ def whole_cleaning(path: Path) -> Callable[[], object]:
 
 
 def our_masking(path: Path) -> Callable[[], object]:
-    from fine_tuning.data_collection.personal_data import Masker
+    from fine_tuning.data_collection.personal_data.finder import Masker
 
     texts = _texts(path)
     _warm_masking()
@@ -157,7 +157,7 @@ def presidio_masking(path: Path) -> Callable[[], object]:
 
 
 def _documents(path: Path) -> list[list[str]]:
-    from fine_tuning.data_collection.near_duplicates import shingles
+    from fine_tuning.data_collection.cleaning.near_duplicates import shingles
 
     with open(path, "rb") as file:
         return [shingles(m["content"] for m in json.loads(line)["messages"]) for line in file]
@@ -166,7 +166,7 @@ def _documents(path: Path) -> list[list[str]]:
 def our_near_duplicates(path: Path) -> Callable[[], object]:
     import sqlite3
 
-    from fine_tuning.data_collection.near_duplicates import Clusters, signatures
+    from fine_tuning.data_collection.cleaning.near_duplicates import Clusters, signatures
 
     documents = _documents(path)
     signatures(documents[:1])
@@ -184,7 +184,7 @@ def our_near_duplicates(path: Path) -> Callable[[], object]:
 def datasketch_near_duplicates(path: Path) -> Callable[[], object]:
     from datasketch import MinHash, MinHashLSH
 
-    from fine_tuning.data_collection.near_duplicates import BANDS, PERMUTATIONS, ROWS
+    from fine_tuning.data_collection.cleaning.near_duplicates import BANDS, PERMUTATIONS, ROWS
 
     documents = [[shingle.encode() for shingle in document] for document in _documents(path)]
 

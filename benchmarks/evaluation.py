@@ -76,9 +76,9 @@ def known(found: dict[str, Any]) -> list[bool]:
 
 def requests(questions: int) -> list[dict[str, str]]:
     """Prompt and reply of each answer as the chat template writes them, right and wrong in turn."""
-    from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
-    from fine_tuning.evaluation.forgetting import SUITE
-    from fine_tuning.records import read_jsonl
+    from fine_tuning.common.records import read_jsonl
+    from fine_tuning.evaluation.suite.forgetting import SUITE
+    from fine_tuning.schema.chat_format import load_tokenizer, render
 
     tokenizer, found = load_tokenizer(MODEL), []
     for question in list(read_jsonl(SUITE))[:questions]:
@@ -92,9 +92,9 @@ def score_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     """Log-likelihoods by this project's scorer."""
     import torch
 
-    from fine_tuning.data_preparation.tokenizer import load_tokenizer
-    from fine_tuning.evaluation.forgetting import general_items
-    from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+    from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+    from fine_tuning.evaluation.suite.forgetting import general_items
+    from fine_tuning.schema.chat_format import load_tokenizer
 
     asked = json.loads(arguments.requests.read_text())
     tokenizer = load_tokenizer(MODEL)

@@ -35,9 +35,9 @@ from pathlib import Path
 import psutil
 import yaml
 
+from fine_tuning.common.records import read_json, read_jsonl, write_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.shards import shard_paths
-from fine_tuning.records import read_json, read_jsonl, write_jsonl
+from fine_tuning.data_collection.storage.shards import shard_paths
 from tests.project import conversations, new_project, outputs
 from tests.registered import here, write_project
 from tests.strike import acknowledged_before_a_kill, in_child
@@ -231,7 +231,7 @@ class Promote(Forked):
 
 def print_versions() -> None:
     """The numbers of the registered versions."""
-    from fine_tuning.commands.promote import open_registry
+    from fine_tuning.model_management.model_registry import open_registry
 
     print(*(version.number for version in open_registry("trial").versions()))
 

@@ -15,15 +15,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-from fine_tuning.evaluation.forgetting import general_items, knowledge
+from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.learning_curve import score_adapter
-from fine_tuning.evaluation.measurements import right_probability
-from fine_tuning.settings import read_params
-from fine_tuning.training.base_model import read_base_card
+from fine_tuning.evaluation.records.measurements import right_probability
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.suite.forgetting import general_items, knowledge
+from fine_tuning.runtime.base_model import read_base_card
+from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
+from fine_tuning.schema.prepared import read_rows
 from fine_tuning.training.lora_trainer import train_adapter
-from fine_tuning.training.training_utils import TrainSettings, read_rows
+from fine_tuning.training.settings import TrainSettings
 
 BASE = Path("models/base")
 TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/validation.parquet")

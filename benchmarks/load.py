@@ -25,7 +25,7 @@ import psutil
 import yaml
 
 from benchmarks.cleaning import FOREIGN, PERSONAL
-from fine_tuning.data_collection.shards import write_shard
+from fine_tuning.data_collection.storage.shards import write_shard
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("intake", "clean", "export", "prepare")

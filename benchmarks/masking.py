@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fine_tuning.data_collection.personal_data import TYPES, Hit, find
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.data_collection.personal_data.finder import TYPES, Hit, find
 from fine_tuning.integration.votes import wilson
-from fine_tuning.records import read_jsonl
 
 CASES = Path(__file__).parents[1] / "tests" / "personal_data_cases.jsonl"
 PHONE_SENTENCES = Path(__file__).parent / "phone_sentences.json"

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.masking import labels
-from fine_tuning.data_collection import people
-from fine_tuning.data_collection.people import MODEL, Find, PeopleSettings
-from fine_tuning.data_collection.personal_data import PEOPLE, Hit
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.data_collection.personal_data import people
+from fine_tuning.data_collection.personal_data.finder import PEOPLE, Hit
+from fine_tuning.data_collection.personal_data.people import MODEL, Find, PeopleSettings
 from fine_tuning.integration.votes import wilson
-from fine_tuning.records import read_jsonl
 
 CASES = Path(__file__).parents[1] / "tests" / "people_cases.jsonl"
 

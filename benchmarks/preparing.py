@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.sample import sample_conversations
+from fine_tuning.data_collection.storage.sample import sample_conversations
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.formatter import FORMATS, TrainingDataFormatter
-from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
+from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
 
 
 def generate(count: int) -> list[dict]:

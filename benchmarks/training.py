@@ -22,8 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.settings import read_params
-from fine_tuning.training.training_utils import Hardware, Row, TrainSettings, detect_hardware, read_rows
+from fine_tuning.common.settings import read_params
+from fine_tuning.runtime.hardware import Hardware, detect_hardware
+from fine_tuning.schema.prepared import Row, read_rows
+from fine_tuning.training.settings import TrainSettings
 
 BASE, TRAIN = Path("models/base"), Path("data/prepared/train.parquet")
 ON_CPU = ("whetstone", "transformers", "trl")
@@ -95,7 +97,7 @@ def operations_a_token(rows: list[Row]) -> float:
     """
     import torch
 
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
 
     model = load_model(BASE, torch.float32)
     config = model.config.get_text_config()
@@ -163,7 +165,7 @@ def run_transformers(rows: list[Row], settings: TrainSettings, folder: Path) -> 
     """transformers.Trainer on padded batches, peft's own layers, logits at every position."""
     from transformers import Trainer, TrainingArguments
 
-    from fine_tuning.training.training_utils import collate
+    from fine_tuning.schema.prepared import collate
 
     model, hardware = adapted_base(settings)
     arguments = TrainingArguments(**common_arguments(rows, settings, hardware, folder))
@@ -184,7 +186,7 @@ def run_trl(rows: list[Row], settings: TrainSettings, folder: Path) -> dict[str,
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from fine_tuning.data_preparation.tokenizer import load_tokenizer
+    from fine_tuning.schema.chat_format import load_tokenizer
 
     def as_dataset(chosen: list[Row]) -> Dataset:
         return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in chosen])

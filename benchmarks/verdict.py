@@ -23,27 +23,34 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from fine_tuning.common.errors import UserError, run
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.authorship import is_by_a_person
-from fine_tuning.data_preparation.dataset_builder import read_split
-from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.errors import UserError, run
-from fine_tuning.evaluation.comparison import CompareSettings, compare
-from fine_tuning.evaluation.differences import Difference, non_inferiority
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings, IntervalSettings
-from fine_tuning.evaluation.forgetting import ANSWERS, SUITE, general_items, knowledge, reading, text_items
-from fine_tuning.evaluation.guards import forgotten
-from fine_tuning.evaluation.histories import prompt_lines, swapped_histories
-from fine_tuning.evaluation.items import Item, label_runs, labelled_replies, read_items
 from fine_tuning.evaluation.learning_curve import score_adapter
-from fine_tuning.evaluation.measurements import by_contender, describe, estimates, golden_lead, right_probability
-from fine_tuning.evaluation.metrics import columns_of, direction, load_metric
-from fine_tuning.evaluation.scoring import Likelihood, likelihoods, loaded, scoring_hardware
-from fine_tuning.evaluation.statistics import Estimate, Resampling
+from fine_tuning.evaluation.metric_modules.loading import columns_of, direction, load_metric
+from fine_tuning.evaluation.records.measurements import (
+    by_contender,
+    describe,
+    estimates,
+    golden_lead,
+    right_probability,
+)
+from fine_tuning.evaluation.records.record_types import Item, Likelihood, labelled_replies
+from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
+from fine_tuning.evaluation.records.statistics import Estimate, Resampling
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.suite.forgetting import ANSWERS, SUITE, general_items, knowledge, reading, text_items
+from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
+from fine_tuning.evaluation.suite.items import label_runs, read_items
+from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
+from fine_tuning.evaluation.verdict.differences import Difference, non_inferiority
+from fine_tuning.evaluation.verdict.guards import forgotten
 from fine_tuning.integration.votes import wilson
-from fine_tuning.records import read_jsonl
-from fine_tuning.settings import read_params
-from fine_tuning.training.training_utils import Row as TrainRow
-from fine_tuning.training.training_utils import TrainSettings, read_rows
+from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
+from fine_tuning.schema.prepared import Row as TrainRow
+from fine_tuning.schema.prepared import read_rows, read_split
+from fine_tuning.training.settings import TrainSettings
 
 LEAD = 4.0  # nats, compare.golden_lead
 MODULES = Path(__file__).parents[1] / "fine_tuning/evaluation/metric_modules"
@@ -253,9 +260,9 @@ def own_words(context: Context) -> list[Row]:
 
 def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
     """(name, lines with the scores of A and B, how many are references): persons' replies, then each share of edits."""
-    from fine_tuning.data_preparation.tokenizer import load_tokenizer
-    from fine_tuning.evaluation.items import read_items, sample
-    from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+    from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+    from fine_tuning.evaluation.suite.items import read_items, sample
+    from fine_tuning.schema.chat_format import load_tokenizer
 
     base, test = (context.root / path for path in ("models/base", "data/prepared/test.parquet"))
     tokenizer = load_tokenizer(base)
@@ -324,8 +331,8 @@ def edited(text: str, own: str, share: float) -> str:
 
 def item_of(tokenizer: Any, item: Any, reply: str) -> Any:
     """The item with another last reply, which alone is scored."""
-    from fine_tuning.data_preparation.tokenizer import encode_conversation
-    from fine_tuning.evaluation.items import label_runs
+    from fine_tuning.evaluation.suite.items import label_runs
+    from fine_tuning.schema.chat_format import encode_conversation
 
     last = max(place for place, message in enumerate(item.messages) if message["role"] == "assistant")
     messages = [*item.messages[:last], {"role": "assistant", "content": reply}]

@@ -13,8 +13,8 @@ from fine_tuning.commands import (
     supply_chain,
     tokenizers,
 )
-from fine_tuning.errors import run
-from fine_tuning.protection import protect
+from fine_tuning.common.errors import run
+from fine_tuning.common.protection import protect
 
 
 def main() -> int | None:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError, run
-from fine_tuning.evaluation.llama_engine import LlamaEngine
-from fine_tuning.model_management.gguf_writer import write_gguf
-from fine_tuning.settings import read_params
-from fine_tuning.training.base_model import PROBE_BANK, BaseSettings, locate_base, write_base
+from fine_tuning.common.errors import UserError, run
+from fine_tuning.common.settings import read_params
+from fine_tuning.runtime.base_model import PROBE_BANK, BaseSettings, locate_base, write_base
+from fine_tuning.runtime.gguf_writer import write_gguf
+from fine_tuning.runtime.llama_engine import LlamaEngine
+from fine_tuning.schema.chat_format import load_tokenizer
 
 BASE = Path("models/base")
 GGUF = BASE / "base-Q8_0.gguf"

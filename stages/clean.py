@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fine_tuning.common.errors import UserError, run
+from fine_tuning.common.project import main_checkout
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
+from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import CleanSettings
-from fine_tuning.data_collection.shard_cleaner import clean_shards
-from fine_tuning.data_collection.shards import bring_back
-from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
-from fine_tuning.errors import UserError, run
-from fine_tuning.project import main_checkout
-from fine_tuning.records import read_json, write_json
-from fine_tuning.settings import read_params
+from fine_tuning.data_collection.storage.shards import bring_back
 
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")

@@ -2,18 +2,17 @@
 
 from pathlib import Path
 
-from fine_tuning.errors import run
-from fine_tuning.evaluation.champion_records import called_champion, is_champion
-from fine_tuning.evaluation.charts import curve, interval_plot, standalone
-from fine_tuning.evaluation.comparison import CompareSettings, Evidence
-from fine_tuning.evaluation.contenders import champion_folder
-from fine_tuning.evaluation.data_changes import changes_since
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-from fine_tuning.evaluation.report import Findings, write_report
-from fine_tuning.evaluation.slices import slices
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, replacing, write_json
-from fine_tuning.settings import read_params
+from fine_tuning.common.errors import run
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json, replacing, write_json
+from fine_tuning.common.settings import read_params
+from fine_tuning.evaluation.records.champion_records import called_champion, champion_folder, is_champion
+from fine_tuning.evaluation.records.data_changes import changes_since
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.report.charts import curve, interval_plot, standalone
+from fine_tuning.evaluation.report.report import Findings, write_report
+from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
+from fine_tuning.evaluation.verdict.slices import slices
 
 RECORDS = Path("data/evaluation")
 EVALUATION = Path("metrics/evaluation.json")

@@ -4,22 +4,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.data_collection.people import Find, PeopleSettings, people_finder
-from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
-from fine_tuning.errors import count_of, run
-from fine_tuning.evaluation.champion_records import LEARNED, is_champion, method_sha256, take_back, without_learned
-from fine_tuning.evaluation.contenders import Contender, ProjectName, check_references, find_champion
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+from fine_tuning.common.errors import count_of, run
+from fine_tuning.common.project import main_checkout
+from fine_tuning.common.records import write_json, write_jsonl
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.personal_data.people import Find, PeopleSettings, people_finder
 from fine_tuning.evaluation.evaluator import Evaluator
-from fine_tuning.evaluation.items import chat_format, conversation_of, encoded_anew, read_items
-from fine_tuning.evaluation.measurements import GUARDS, guard_metrics, left_out, summarise
-from fine_tuning.evaluation.metrics import load_metric, signatures
-from fine_tuning.evaluation.privacy import personal_data
-from fine_tuning.evaluation.scoring import Reply
-from fine_tuning.evaluation.side_by_side import side_by_side
-from fine_tuning.project import main_checkout
-from fine_tuning.records import write_json, write_jsonl
-from fine_tuning.settings import read_params
+from fine_tuning.evaluation.metric_modules.loading import load_metric, signatures
+from fine_tuning.evaluation.records.champion_records import (
+    LEARNED,
+    is_champion,
+    method_sha256,
+    take_back,
+    without_learned,
+)
+from fine_tuning.evaluation.records.measurements import GUARDS, guard_metrics, left_out, summarise
+from fine_tuning.evaluation.records.record_types import Reply, conversation_of
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.scoring.side_by_side import side_by_side
+from fine_tuning.evaluation.suite.contenders import Contender, ProjectName, check_references, find_champion
+from fine_tuning.evaluation.suite.items import chat_format, encoded_anew, read_items
+from fine_tuning.evaluation.suite.privacy import personal_data
+from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
 
 TRAIN = Path("data/prepared/train.parquet")
 TEST = Path("data/prepared/test.parquet")

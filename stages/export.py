@@ -4,10 +4,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fine_tuning.common.errors import run
+from fine_tuning.common.records import write_json
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_export import DataExporter, ExportSettings, read_clean
-from fine_tuning.errors import run
-from fine_tuning.records import write_json
-from fine_tuning.settings import read_params
 
 CLEAN = Path("data/clean")
 EXPORTS = Path("data/exports")

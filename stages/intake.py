@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from fine_tuning.data_collection.shards import (
+from fine_tuning.common.errors import UserError, count_of, run
+from fine_tuning.common.records import write_json
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
     check_append_only,
     count_conversations,
     describe_shards,
     versions,
 )
-from fine_tuning.data_collection.tombstones import Tombstones
-from fine_tuning.errors import UserError, count_of, run
-from fine_tuning.records import write_json
-from fine_tuning.settings import read_params
+from fine_tuning.data_collection.storage.tombstones import Tombstones
 
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from fine_tuning.data_preparation.tokenizer import ChatSettings
-from fine_tuning.errors import run
-from fine_tuning.model_management.model_package import (
+from fine_tuning.common.errors import run
+from fine_tuning.common.records import write_json
+from fine_tuning.common.settings import read_params
+from fine_tuning.model_management.packaging.model_package import (
     PackageSettings,
     merge_adapter,
     prove_package,
     read_prepared,
     write_package,
 )
-from fine_tuning.records import write_json
-from fine_tuning.settings import read_params
-from fine_tuning.training.base_model import BaseSettings
+from fine_tuning.runtime.base_model import BaseSettings
+from fine_tuning.schema.chat_format import ChatSettings
 
 BASE = Path("models/base")
 ADAPTER = Path("models/adapter")

@@ -9,16 +9,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fine_tuning.data_preparation.canaries import planted
+from fine_tuning.common.errors import UserError, count_of, run
+from fine_tuning.common.parallel import open_engine
+from fine_tuning.common.records import read_jsonl, write_csv, write_json
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
-from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, Example, PrepareSettings, write_split
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
 from fine_tuning.data_preparation.splits import SPLITS, Ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics, tokens_by_source
-from fine_tuning.data_preparation.tokenizer import ChatSettings, load_tokenizer
-from fine_tuning.engine import open_engine
-from fine_tuning.errors import UserError, count_of, run
-from fine_tuning.records import read_jsonl, write_csv, write_json
-from fine_tuning.settings import read_params
+from fine_tuning.schema.canaries import planted
+from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
+from fine_tuning.schema.prepared import Example, write_split
 
 CLEAN = Path("data/clean")
 CLUSTERS = CLEAN / "clusters.jsonl"

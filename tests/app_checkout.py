@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from fine_tuning.model_management.gguf_writer import write_gguf
+from fine_tuning.runtime.gguf_writer import write_gguf
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 APP = REPOSITORY / "fine_tuning" / "integration" / "streamlit_app.py"

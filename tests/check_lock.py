@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.commands.dvc_files import LOCK, md5_file, parse_lock, read_lock, show_file
-from fine_tuning.records import write_json
+from fine_tuning.common.dvc_files import LOCK, md5_file, parse_lock, read_lock, show_file
+from fine_tuning.common.records import write_json
 
 MADE_ON = Path("metrics/made_on.json")
 VECTORS = re.compile(r"(avx|fma|sse|ssse|amx|bmi|f16c|neon|asimd|sve|bf16|i8mm)\w*")

@@ -21,7 +21,7 @@ def library(tmp_path_factory, monkeypatch):
     """A copy of the library whose code is hashed instead of the real one: to be edited."""
     import shutil
 
-    from fine_tuning import project
+    from fine_tuning.common import project
 
     folder = tmp_path_factory.mktemp("library") / "fine_tuning"
     shutil.copytree(project.LIBRARY, folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -88,7 +88,7 @@ def promoted(promoted_twice, tmp_path, monkeypatch):
 def _enter_copy(project, tmp_path, monkeypatch):
     import shutil
 
-    from fine_tuning.protection import protect
+    from fine_tuning.common.protection import protect
 
     folder = tmp_path / "project"
     shutil.copytree(project, folder, symlinks=True)

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fine_tuning.data_preparation.dataset_builder import Example, write_split
-from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.evaluation.contenders import Contender
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
 from fine_tuning.evaluation.evaluator import Evaluator
-from fine_tuning.evaluation.items import Item, read_items
-from fine_tuning.model_management.gguf_writer import write_gguf
+from fine_tuning.evaluation.records.record_types import Item
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.suite.contenders import Contender
+from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.runtime.gguf_writer import write_gguf
+from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
+from fine_tuning.schema.prepared import Example, write_split
 
 SETTINGS = EvaluateSettings.model_validate(
     {

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import gotpl
 
 if TYPE_CHECKING:
-    from fine_tuning.evaluation.llama_engine import LlamaEngine
+    from fine_tuning.runtime.llama_engine import LlamaEngine
 
 NAME = re.compile(r"(?:[\w.-]+/){0,2}[A-Za-z0-9_][\w.-]*(?::[A-Za-z0-9_][\w.-]{0,79})?")
 BEFORE_AN_ANSWER = ("hang", "500", "507", "reset")
@@ -209,8 +209,8 @@ class FakeOllama:
 @lru_cache(maxsize=4)
 def _engine(gguf: bytes) -> "LlamaEngine":
     """llama.cpp with these weights, until the tests end."""
-    from fine_tuning.errors import UserError
-    from fine_tuning.evaluation.llama_engine import LlamaEngine
+    from fine_tuning.common.errors import UserError
+    from fine_tuning.runtime.llama_engine import LlamaEngine
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.gguf")

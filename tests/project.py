@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from fine_tuning.records import write_jsonl
+from fine_tuning.common.records import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 OWN_DATA = ("data/", "models/champion.dvc", "dvc.lock", "metrics/")

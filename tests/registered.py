@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from fine_tuning.project import sha256_file
+from fine_tuning.common.project import sha256_file
 
 ROOT = Path(__file__).parents[1]
 # Stands for train and package: the same paths, with weights that depend on one parameter.
@@ -106,11 +106,11 @@ RECORDS = {"PROMOTE": (60, 2.0), "HOLD": (60, 3.0), "INCONCLUSIVE": (6, 2.0)}
 
 def write_records(folder: Path) -> None:
     """Records that lead to each verdict, in trial/VERDICT, and what the real comparison says, in trial/VERDICT.json."""
-    from fine_tuning.evaluation.comparison import CompareSettings, Evidence
-    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-    from fine_tuning.evaluation.measurements import GUARDS
-    from fine_tuning.records import write_json, write_jsonl
-    from fine_tuning.settings import read_params
+    from fine_tuning.common.records import write_json, write_jsonl
+    from fine_tuning.common.settings import read_params
+    from fine_tuning.evaluation.records.measurements import GUARDS
+    from fine_tuning.evaluation.records.settings import EvaluateSettings
+    from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
 
     evaluate, compare = (
         read_params(name, kind, folder / "params.yaml")
@@ -134,9 +134,9 @@ def write_records(folder: Path) -> None:
 
 def write_project(folder: Path, tiny_base: Path) -> Path:
     """Make the project and run its pipeline once."""
-    from fine_tuning.data_preparation.tokenizer import load_tokenizer, render
-    from fine_tuning.model_management.chat_template import derive_template
-    from fine_tuning.model_management.gguf_writer import write_gguf
+    from fine_tuning.model_management.packaging.chat_template import derive_template
+    from fine_tuning.runtime.gguf_writer import write_gguf
+    from fine_tuning.schema.chat_format import load_tokenizer, render
 
     folder.mkdir(parents=True)
     base = folder / "models" / "base"
@@ -226,7 +226,7 @@ def run_words() -> None:
     import argparse
 
     from fine_tuning.commands import models
-    from fine_tuning.errors import run
+    from fine_tuning.common.errors import run
 
     def main() -> int | None:
         parser = argparse.ArgumentParser()

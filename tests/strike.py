@@ -55,7 +55,7 @@ def outputs(stage: str) -> list[str]:
 
 def in_child(prepare: Callable[[], object], called: Callable[[], object], seconds: float | None = None) -> int:
     """The wait status of a forked child that calls both, and is killed after so many seconds."""
-    from fine_tuning.errors import run
+    from fine_tuning.common.errors import run
 
     sys.stdout.flush()
     child = os.fork()

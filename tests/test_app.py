@@ -9,10 +9,9 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.erasure import Selection, collect
-from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
-from fine_tuning.errors import UserError
+from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
 from fine_tuning.integration.chat_models import fitting_prompt, stream_reply
@@ -21,6 +20,7 @@ from fine_tuning.integration.conversation_index import ConversationIndex
 from fine_tuning.integration.embedded_engine import SharedEngines, shared_engines
 from fine_tuning.integration.reply import Reply
 from fine_tuning.integration.reply_markdown import pieces
+from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
 from tests.app_checkout import APP, NOBODY, write_checkout
 from tests.fake_ollama import FakeOllama, Manifest
 

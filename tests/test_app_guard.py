@@ -8,7 +8,7 @@ import httpx
 import pytest
 import yaml
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 from fine_tuning.integration import runs_view
 from tests.app_checkout import REPOSITORY, write_checkout
 from tests.browser import app_process, needs_chromium, settled
@@ -161,8 +161,8 @@ def test_what_the_app_may_change_are_plain_values_of_todays_parameters():
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a.b", "", "a\\b", "bleu\n", ".."])
 def test_a_metric_is_a_name_and_no_path(name):
-    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-    from fine_tuning.settings import parse_settings
+    from fine_tuning.common.settings import parse_settings
+    from fine_tuning.evaluation.records.settings import EvaluateSettings
 
     section = yaml.safe_load((REPOSITORY / "params.yaml").read_bytes())["evaluate"] | {"metrics": ["bleu", name]}
     with pytest.raises(UserError, match=r"evaluate\.metrics\.1 .*letters, digits and _"):

@@ -9,18 +9,18 @@ import streamlit as st
 import yaml
 from streamlit.testing.v1 import AppTest
 
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.sealing import close_log, seal_log
-from fine_tuning.data_collection.shards import write_shard
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
+from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.integration import models_view, runs_view, votes
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.jobs import Job, Jobs, jobs
 from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.integration.runs_view import Line
-from fine_tuning.records import read_jsonl
+from fine_tuning.schema.chat_format import load_tokenizer
 from stages import clean, intake, prepare
 from tests import registered
 from tests.app_checkout import NOBODY, REPOSITORY, write_checkout

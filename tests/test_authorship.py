@@ -9,7 +9,7 @@ import pytest
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.data_export import DataExporter
 from fine_tuning.data_collection.importers import import_file
-from fine_tuning.data_collection.sample import sample_conversations
+from fine_tuning.data_collection.storage.sample import sample_conversations
 from fine_tuning.data_preparation.authorship import common_words, is_by_a_person
 from fine_tuning.data_preparation.selection import select
 

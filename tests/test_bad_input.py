@@ -43,15 +43,15 @@ import pytest
 import yaml
 
 from fine_tuning.commands import conversations
+from fine_tuning.common.errors import UserError, no_memory, run
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError, no_memory, run
 from fine_tuning.integration import data_view
 from fine_tuning.integration.conversation_index import conversation_index
-from fine_tuning.records import read_jsonl
-from fine_tuning.settings import read_params
+from fine_tuning.schema.chat_format import load_tokenizer
 from stages import clean, export, intake, prepare
 from tests.project import ROOT, TOPICS, Project, new_project
 from tests.project import conversations as sound_conversations
@@ -356,7 +356,7 @@ class Thief:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_a_base_of_pickles_is_not_opened(tiny_base, tmp_path, monkeypatch, name):
-    from fine_tuning.training.base_model import write_base
+    from fine_tuning.runtime.base_model import write_base
     from tests.tiny import base_settings
 
     monkeypatch.chdir(tmp_path)
@@ -370,7 +370,7 @@ def test_a_base_of_pickles_is_not_opened(tiny_base, tmp_path, monkeypatch, name)
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_an_adapter_of_pickles_is_not_opened(tiny_base, tmp_path, monkeypatch, name):
-    from fine_tuning.model_management.model_package import merge_adapter
+    from fine_tuning.model_management.packaging.model_package import merge_adapter
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter").mkdir()
@@ -383,7 +383,7 @@ def test_an_adapter_of_pickles_is_not_opened(tiny_base, tmp_path, monkeypatch, n
 
 
 def test_a_pickle_in_place_of_merged_weights_is_not_opened(tiny_base, tmp_path, monkeypatch):
-    from fine_tuning.model_management.gguf_writer import write_gguf
+    from fine_tuning.runtime.gguf_writer import write_gguf
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, "merged")
@@ -408,8 +408,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_template_does_no_harm_and_is_one_line(tiny_base, tmp_path, monkeypatch, what):
-    from fine_tuning.data_preparation.tokenizer import render
-    from fine_tuning.model_management.chat_template import derive_template, jinja_renderer
+    from fine_tuning.model_management.packaging.chat_template import derive_template, jinja_renderer
+    from fine_tuning.schema.chat_format import render
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_base, "base")
@@ -445,7 +445,7 @@ def test_an_error_is_one_line_and_the_exit_status_says_so(checkout):
 
 @pytest.mark.parametrize("main", ["print('x' * 1_000_000)", "print('x')", "sys.exit(print('x'))", "fail()"])
 def test_a_command_whose_reader_goes_away_ends_quietly(main):
-    script = f"""import sys; from fine_tuning.errors import UserError, run
+    script = f"""import sys; from fine_tuning.common.errors import UserError, run
 def fail():
     print('x')
     raise UserError('told')
@@ -466,7 +466,7 @@ run(lambda: {main})"""
     ("main", "model"), [("bytearray(2**60)", False), ("bytearray(2**60)", True), ("torch.empty(2**60)", True)]
 )
 def test_full_memory_is_one_line_and_advises_smaller_batches_only_where_a_model_is(main, model):
-    script = f"{'import torch; ' if model else ''}from fine_tuning.errors import run; run(lambda: {main})"
+    script = f"{'import torch; ' if model else ''}from fine_tuning.common.errors import run; run(lambda: {main})"
     told = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 1
     assert told.stderr.startswith("error: the memory") and told.stderr.count("\n") == 1
@@ -504,7 +504,7 @@ def test_the_full_memory_of_a_gpu_is_known_by_its_words():
 
 def test_output_to_a_full_disk_is_one_line_and_without_any_output_a_command_ends_well():
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    script = f"{sys.executable} -c \"from fine_tuning.errors import run; run(lambda: print('x'))\""
+    script = f"{sys.executable} -c \"from fine_tuning.common.errors import run; run(lambda: print('x'))\""
     shell = {"shell": True, "cwd": ROOT, "env": buffered, "capture_output": True, "text": True}
     full = subprocess.run(f"{script} > /dev/full", **shell)
     assert full.returncode == 1 and full.stderr.startswith("error: the disk is full") and full.stderr.count("\n") == 1

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from fine_tuning.errors import UserError
-from fine_tuning.training.base_model import (
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.base_model import (
     hash_weights,
     load_base_tokenizer,
     load_model,

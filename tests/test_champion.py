@@ -4,7 +4,7 @@ import json
 
 import pyarrow.parquet
 
-from fine_tuning.errors import count_of
+from fine_tuning.common.errors import count_of
 from tests.project import Project, conversations, new_project
 from tests.tiny import write_tiny_base
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.model_management.chat_template import (
+from fine_tuning.common.errors import UserError
+from fine_tuning.model_management.packaging.chat_template import (
     collate,
     conversation_bank,
     derive_template,
@@ -13,6 +12,7 @@ from fine_tuning.model_management.chat_template import (
     render_go,
     turn_openers,
 )
+from fine_tuning.schema.chat_format import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

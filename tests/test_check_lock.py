@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fine_tuning.records import read_json, write_json
+from fine_tuning.common.records import read_json, write_json
 from tests import check_lock
 from tests.check_lock import MADE_ON, check, this_machine
 from tests.registered import sh

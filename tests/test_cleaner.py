@@ -9,16 +9,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.data_collection import shard_merger
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import dump_line, read_jsonl
+from fine_tuning.data_collection.cleaning import shard_merger
+from fine_tuning.data_collection.cleaning.filters import check_content, repetition
+from fine_tuning.data_collection.cleaning.near_duplicates import PERMUTATIONS, _differing, shingles, signatures
+from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
+from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
 from fine_tuning.data_collection.data_export import with_edits
-from fine_tuning.data_collection.filters import check_content, repetition
-from fine_tuning.data_collection.near_duplicates import PERMUTATIONS, _differing, shingles, signatures
-from fine_tuning.data_collection.shard_cleaner import clean_shards
-from fine_tuning.data_collection.shards import write_shard
-from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
-from fine_tuning.project import sha256_file
-from fine_tuning.records import dump_line, read_jsonl
+from fine_tuning.data_collection.storage.shards import write_shard
 
 
 def talk(*texts, id="c", **fields):

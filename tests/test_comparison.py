@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.comparison import CompareSettings, compare
-from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.privacy import personal_data
-from fine_tuning.evaluation.statistics import Resampling, clustered_mean, holm, interval, ratio_estimate
+from fine_tuning.common.errors import UserError
+from fine_tuning.evaluation.metric_modules.loading import load_metric
+from fine_tuning.evaluation.records.settings import IntervalSettings
+from fine_tuning.evaluation.records.statistics import Resampling, clustered_mean, holm, interval, ratio_estimate
+from fine_tuning.evaluation.suite.privacy import personal_data
+from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
 from tests.evaluation_suite import MODULES
 
 INTERVALS = IntervalSettings(draws=2000, confidence=0.95, seed=0)

@@ -6,12 +6,12 @@ from pathlib import Path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.data_collection import log_index
-from fine_tuning.data_collection.conversation import fold
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, rewrite_log
-from fine_tuning.data_collection.sealing import close_log, seal_log
-from fine_tuning.data_collection.shards import shard_paths, versions, write_shard
+from fine_tuning.data_collection.storage import log_index
+from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shards import shard_paths, versions, write_shard
 from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS, ConversationIndex
+from fine_tuning.schema.conversation import fold
 
 KINDS = ("say", "judge", "edit", "delete", "close", "seal", "forget", "erase", "bring", "torn")
 STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=14)

@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 
-from fine_tuning.training import cuda_graphs, lora_trainer
-from fine_tuning.training.shared_prefix import share_prefixes
-from fine_tuning.training.training_utils import Hardware, Row, Shape, batch_by_tokens, collate
+from fine_tuning.runtime.hardware import Hardware
+from fine_tuning.schema.prepared import Row, batch_by_tokens, collate
+from fine_tuning.training import lora_trainer
+from fine_tuning.training.acceleration import cuda_graphs
+from fine_tuning.training.acceleration.shared_prefix import share_prefixes
+from fine_tuning.training.memory import Shape
 from tests.test_training import SETTINGS, make_rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -81,7 +84,7 @@ def test_as_many_shapes_are_recorded_as_the_memory_of_the_gpu_holds(parameters, 
 
 
 def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base, tmp_path):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.label_trainer import LabelTrainer
 
     plain = lora_trainer.attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
@@ -110,8 +113,8 @@ def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base, t
 @needs_gpu
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_recording_gives_the_loss_and_the_gradients_of_the_layers(tiny_base, precision):
-    from fine_tuning.training.base_model import load_model
-    from fine_tuning.training.fused import fuse
+    from fine_tuning.runtime.base_model import load_model
+    from fine_tuning.training.acceleration.fused import fuse
 
     plain = lora_trainer.attach_adapter(load_model(tiny_base, precision), SETTINGS).cuda().train()
     fuse(plain)

@@ -1,7 +1,7 @@
 """Training data since the champion: what came, what went, a source a row, without a word of what was said."""
 
-from fine_tuning.evaluation.data_changes import MEMBERS, changes_since, data_changes, training_members
-from fine_tuning.records import write_jsonl
+from fine_tuning.common.records import write_jsonl
+from fine_tuning.evaluation.records.data_changes import MEMBERS, changes_since, data_changes, training_members
 from tests.evaluation_suite import conversation, write_items
 
 

@@ -12,22 +12,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_jsonl, write_jsonl
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.importers import import_records
-from fine_tuning.data_preparation.dataset_builder import (
-    DatasetBuilder,
-    Example,
-    PrepareSettings,
-    read_split,
-    write_split,
-)
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
 from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
-from fine_tuning.data_preparation.tally import Tally, in_words, length_histogram, statistics
-from fine_tuning.data_preparation.tokenizer import NOT_TRAINED, Encoded, load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.records import read_jsonl, write_jsonl
-from fine_tuning.settings import read_params
+from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
+from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded, load_tokenizer
+from fine_tuning.schema.prepared import Example, read_split, write_split
+from fine_tuning.schema.reasons import in_words
 from stages import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -663,8 +659,8 @@ def test_statistics_count_what_was_left_out_by_reason(tokenizer):
 
 
 def test_what_was_held_out_stays_held_out_when_a_better_duplicate_takes_its_place(tmp_path, monkeypatch):
+    from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
     from fine_tuning.data_collection.data_cleaner import default_settings
-    from fine_tuning.data_collection.shard_cleaner import clean_shards
     from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 
     monkeypatch.chdir(tmp_path)

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from gguf import GGUFReader
 
-from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer, render
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
-from fine_tuning.model_management.chat_template import derive_template
-from fine_tuning.model_management.gguf_writer import write_gguf
 from fine_tuning.model_management.model_deployer import Bundle, ModelDeployer, Probe, shown_parameters
-from fine_tuning.project import sha256_file
+from fine_tuning.model_management.packaging.chat_template import derive_template
+from fine_tuning.runtime.gguf_writer import write_gguf
+from fine_tuning.schema.chat_format import encode_prompt, load_tokenizer, render
 from tests.fake_ollama import PROFILES, FakeOllama, real_host, silent_host
 from tests.tiny import write_tiny_base
 

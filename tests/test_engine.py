@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from benchmarks.load import add_shard, write_checkout
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import open_engine
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.catalogue import ConversationFiles
-from fine_tuning.engine import open_engine
-from fine_tuning.errors import UserError
-from fine_tuning.settings import read_params
 from stages import clean, intake, prepare
 
 STAGES = (intake, clean, prepare)
@@ -92,7 +92,7 @@ def test_results_come_in_order(cluster):
 
 
 def test_an_address_where_nobody_schedules_is_one_line(monkeypatch):
-    monkeypatch.setattr("fine_tuning.engine.TIMEOUT", 1)
+    monkeypatch.setattr("fine_tuning.common.parallel.TIMEOUT", 1)
     with pytest.raises(UserError, match="no Dask scheduler answers") as told, open_engine("tcp://127.0.0.1:9"):
         pass
     assert "\n" not in str(told.value)
@@ -101,7 +101,7 @@ def test_an_address_where_nobody_schedules_is_one_line(monkeypatch):
 def test_a_cluster_without_workers_is_one_line(monkeypatch):
     from distributed import LocalCluster
 
-    monkeypatch.setattr("fine_tuning.engine.TIMEOUT", 1)
+    monkeypatch.setattr("fine_tuning.common.parallel.TIMEOUT", 1)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
         pytest.raises(UserError, match="has no worker"),

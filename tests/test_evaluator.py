@@ -13,30 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, write_split
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import write_json, write_jsonl
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.selection import select
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.champion_records import without_learned
-from fine_tuning.evaluation.contenders import Contender, check_references, find_champion
-from fine_tuning.evaluation.data_changes import training_members
-from fine_tuning.evaluation.items import (
-    conversation_of,
-    encoded_anew,
-    item_id,
-    label_runs,
-    read_items,
-    reply_authors,
-    sample,
-    suite_sha256,
-)
-from fine_tuning.evaluation.measurements import describe, summarise
-from fine_tuning.evaluation.memo import Memo
-from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.scoring import Likelihood, Reply, likelihoods, loaded, scoring_hardware
-from fine_tuning.evaluation.slices import slices
-from fine_tuning.project import sha256_file
-from fine_tuning.records import write_json, write_jsonl
+from fine_tuning.evaluation.metric_modules.loading import load_metric
+from fine_tuning.evaluation.records.champion_records import without_learned
+from fine_tuning.evaluation.records.data_changes import training_members
+from fine_tuning.evaluation.records.measurements import describe, summarise
+from fine_tuning.evaluation.records.record_types import Likelihood, Reply, conversation_of, item_id
+from fine_tuning.evaluation.scoring.memo import Memo
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.suite.contenders import Contender, check_references, find_champion
+from fine_tuning.evaluation.suite.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.verdict.slices import slices
+from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.schema.prepared import write_split
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
 from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
@@ -160,7 +153,7 @@ def test_the_champions_records_are_of_another_method_only_where_code_that_evalua
 
     first = method_after()
     # What else a process has loaded does not count: a stage may run inside another program.
-    program = program.replace("print", "import fine_tuning.evaluation.report; print")
+    program = program.replace("print", "import fine_tuning.evaluation.report.report; print")
     assert method_after() == first
     assert method_after("evaluation/report.py", "evaluation/comparison.py", "training/lora_trainer.py") == first
     second = method_after("evaluation/evaluator.py")

@@ -42,10 +42,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from fine_tuning.common.records import read_json, read_jsonl, write_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.shards import newest_versions, shard_paths
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.records import read_json, read_jsonl, write_jsonl
+from fine_tuning.data_collection.storage.shards import newest_versions, shard_paths
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
 from tests.project import ROOT, Project, conversations, new_project, outputs
 from tests.registered import environment, here, sh
@@ -170,7 +170,7 @@ def test_a_promotion_that_is_killed_at_any_write_ends_in_one_version(candidate):
     kills, status, _ = strike("kill", "tests.registered:here:promote", 40)
     assert kills > 3 and status == 0
     assert read_json("models/champion.json")["version"] == 1
-    from fine_tuning.commands.promote import open_registry
+    from fine_tuning.model_management.model_registry import open_registry
 
     assert [version.number for version in open_registry("trial").versions()] == [1]
     assert sh(candidate, "dvc status -q models/champion.dvc") == ""
@@ -367,7 +367,7 @@ def test_names_that_are_given_at_once_are_all_kept(tmp_path):
 def test_of_files_that_are_written_at_once_each_is_whole(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
-    from fine_tuning.records import write_json
+    from fine_tuning.common.records import write_json
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda number: write_json(tmp_path / "file.json", [number] * 50_000), range(40)))
@@ -381,7 +381,7 @@ def test_of_files_that_are_written_at_once_each_is_whole(tmp_path):
 
 @pytest.mark.parametrize("cut", [100, -1], ids=["lost its end", "lost its start"])
 def test_a_damaged_adapter_is_one_line(checkout, cut, monkeypatch):
-    from fine_tuning.errors import UserError
+    from fine_tuning.common.errors import UserError
     from stages import package
 
     weights = Path("models/adapter/adapter_model.safetensors")
@@ -455,7 +455,8 @@ run(main)
 
 
 def test_with_a_clock_that_goes_back_the_later_word_still_wins(checkout, monkeypatch):
-    from fine_tuning.data_collection import conversation, shards
+    from fine_tuning.data_collection.storage import shards
+    from fine_tuning.schema import conversation
 
     for year, text in ((2030, "first"), (2020, "second")):
         moment = shards.datetime(year, 1, 1, tzinfo=shards.UTC)

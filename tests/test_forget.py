@@ -21,18 +21,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.commands import forget as forgetting
-from fine_tuning.commands.forget_steps import STEPS
-from fine_tuning.commands.promote import open_registry
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json, read_jsonl, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.erasure import Selection, clear_shards, collect
 from fine_tuning.data_collection.importers import import_file
-from fine_tuning.data_collection.shards import describe_shard, shard_paths, write_shard
-from fine_tuning.data_collection.tombstones import Tombstones, content_hash, id_hash
-from fine_tuning.data_collection.traces import ID, Traces
+from fine_tuning.data_collection.storage.shards import describe_shard, shard_paths, write_shard
+from fine_tuning.data_collection.storage.tombstones import Tombstones, content_hash, id_hash
 from fine_tuning.data_preparation.splits import Ledger
-from fine_tuning.errors import UserError
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, read_jsonl, write_json, write_jsonl
+from fine_tuning.erasure.records import Selection, clear_shards, collect
+from fine_tuning.erasure.steps import STEPS
+from fine_tuning.erasure.traces import ID, Traces
+from fine_tuning.model_management.model_registry import open_registry
 from tests.fake_ollama import FakeOllama
 from tests.project import Project
 from tests.registered import environment, sh

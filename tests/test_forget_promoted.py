@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from fine_tuning.commands import forget as forgetting
-from fine_tuning.commands.promote import open_registry
-from fine_tuning.data_collection.erasure import Selection
-from fine_tuning.data_collection.shards import describe_shard
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json, read_jsonl, write_json
+from fine_tuning.data_collection.storage.shards import describe_shard
+from fine_tuning.erasure.records import Selection
 from fine_tuning.integration.ollama_client import OllamaClient
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, read_jsonl, write_json
+from fine_tuning.model_management.model_registry import open_registry
 from tests.fake_ollama import FakeOllama
 from tests.registered import ROOT, here, sh
 

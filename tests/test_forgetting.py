@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.evaluation.forgetting import SUITE, TEXTS, general_items, knowledge, reading, text_items
-from fine_tuning.evaluation.guards import forgotten, text_lost
-from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
-from fine_tuning.records import read_jsonl
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.suite.forgetting import SUITE, TEXTS, general_items, knowledge, reading, text_items
+from fine_tuning.evaluation.verdict.guards import forgotten, text_lost
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests.evaluation_suite import build_suite
 
 
@@ -89,7 +89,7 @@ def test_what_ending_a_turn_costs_changes_nothing_that_a_model_knows(suite, wher
 
 def test_a_number_that_is_none_is_not_known(tiny_base):
     items = general_items(load_tokenizer(tiny_base), None, 512)[:4]
-    from fine_tuning.evaluation.scoring import Likelihood
+    from fine_tuning.evaluation.records.record_types import Likelihood
 
     scores = [Likelihood([(value, 5, 0)]) for value in (3.0, 5.0, 1.0, math.nan)]
     found = knowledge("candidate", items, scores)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_preparation.formatter import FORMATS, TrainingDataFormatter
-from fine_tuning.errors import UserError
 
 EXCHANGE = {
     "id": "e1",

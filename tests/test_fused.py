@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fine_tuning.training import fused
+from fine_tuning.training.acceleration import fused
 from tests.test_training import SETTINGS
 
 
@@ -23,7 +23,7 @@ def test_the_label_loss_is_cross_entropy():
 
 @pytest.mark.parametrize("changes", [{}, {"rslora": True}, {"target_modules": "attention"}, {"top_layers": 1}])
 def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(tiny_base, changes):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     settings = SETTINGS.model_copy(update={"lora": SETTINGS.lora.model_copy(update=changes)})
@@ -48,7 +48,7 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(tiny_base, 
 
 
 def test_in_bfloat16_a_fused_model_is_as_near_to_the_exact_one_as_the_plain_one(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     exact = attach_adapter(load_model(tiny_base, torch.float64), SETTINGS).double()
@@ -74,7 +74,7 @@ def test_in_bfloat16_a_fused_model_is_as_near_to_the_exact_one_as_the_plain_one(
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"dora": True}])
 def test_layers_of_another_kind_keep_their_own_form(tiny_base, changes):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     settings = SETTINGS.model_copy(update={"lora": SETTINGS.lora.model_copy(update=changes)})
@@ -84,7 +84,7 @@ def test_layers_of_another_kind_keep_their_own_form(tiny_base, changes):
 
 
 def test_layers_that_see_the_same_input_are_found(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     model = attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
@@ -95,7 +95,7 @@ def test_layers_that_see_the_same_input_are_found(tiny_base):
 
 
 def test_a_layer_of_a_group_that_is_called_by_itself_gives_its_own_output(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     plain = attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)

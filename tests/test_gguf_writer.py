@@ -11,17 +11,11 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.llama_engine import LlamaEngine
-from fine_tuning.model_management.gguf_writer import (
-    PROBES,
-    QUANTISATIONS,
-    detect_pre_tokenizer,
-    permute_rotary,
-    write_gguf,
-)
-from fine_tuning.model_management.model_package import prove_metadata
+from fine_tuning.common.errors import UserError
+from fine_tuning.model_management.packaging.model_package import prove_metadata
+from fine_tuning.runtime.gguf_writer import PROBES, QUANTISATIONS, detect_pre_tokenizer, permute_rotary, write_gguf
+from fine_tuning.runtime.llama_engine import LlamaEngine
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests import oracle
 from tests.tiny import TEXT, next_token_logprobs
 

@@ -1,12 +1,12 @@
 """The help of the prompt: the same reply after its own history and after those of others."""
 
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.evaluation.contenders import Contender
-from fine_tuning.evaluation.guards import prompts_ignored
-from fine_tuning.evaluation.histories import prompt_lines, swapped_histories
-from fine_tuning.evaluation.items import read_items
-from fine_tuning.evaluation.measurements import help_of_prompt
-from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.records.measurements import help_of_prompt
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.suite.contenders import Contender
+from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
+from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.evaluation.verdict.guards import prompts_ignored
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests.evaluation_suite import THINGS, conversation, evaluator_of, write_items
 
 GERMAN = "Wo finde ich heute Abend in der Stadt noch einen offenen Laden fuer Brot und Milch und Kaese?"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fine_tuning.data_preparation import template_trial
+from fine_tuning.common.errors import UserError, no_memory
 from fine_tuning.data_preparation.tokenizer import TokenizerUtils
-from fine_tuning.errors import UserError, no_memory
-from fine_tuning.model_management.gguf_writer import write_gguf
-from fine_tuning.training.base_model import write_base
+from fine_tuning.runtime.base_model import write_base
+from fine_tuning.runtime.gguf_writer import write_gguf
+from fine_tuning.schema import template_trial
 from tests.tiny import base_settings
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.data_collection.conversation import version_hash
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.importers import Imported, Problem, import_file, import_records
-from fine_tuning.data_collection.sample import sample_conversations
-from fine_tuning.data_collection.shards import write_shard
+from fine_tuning.data_collection.storage.sample import sample_conversations
+from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_preparation.selection import select
-from fine_tuning.errors import UserError
+from fine_tuning.schema.conversation import version_hash
 from tests.project import ROOT
 from tests.test_odd_records import changed, places
 

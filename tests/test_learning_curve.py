@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from fine_tuning.commands import learning_curve as command
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.charts import curve, standalone
-from fine_tuning.evaluation.items import read_items
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import write_json
 from fine_tuning.evaluation.learning_curve import advice, measure, parse_fractions, share
-from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.scoring import Likelihood
-from fine_tuning.records import write_json
-from fine_tuning.training.training_utils import Row
+from fine_tuning.evaluation.metric_modules.loading import load_metric
+from fine_tuning.evaluation.records.record_types import Likelihood
+from fine_tuning.evaluation.report.charts import curve, standalone
+from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.schema.prepared import Row
 from tests.evaluation_suite import MODULES, SETTINGS, conversation, write_items
 from tests.project import ROOT
 

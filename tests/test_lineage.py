@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fine_tuning.commands.lineage import trace
-from fine_tuning.commands.promote import open_registry
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.errors import UserError
+from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.model_management.model_switcher import STAMP
 from tests.registered import here, sh
 

@@ -11,9 +11,9 @@ import time
 import psutil
 import pytest
 
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.llama_engine import LlamaEngine
-from fine_tuning.model_management.gguf_writer import write_gguf
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.gguf_writer import write_gguf
+from fine_tuning.runtime.llama_engine import LlamaEngine
 from tests.tiny import next_token_logprobs
 
 PROMPT = "<|im_start|>user\nWhat is 2024?<|im_end|>\n<|im_start|>assistant\n"
@@ -148,7 +148,7 @@ def test_the_process_is_gone_after_the_block_even_after_an_error(gguf):
 
 def test_the_process_ends_when_its_parent_is_killed(gguf, tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from fine_tuning.evaluation.llama_engine import LlamaEngine\n"
+        "import sys, time; from pathlib import Path; from fine_tuning.runtime.llama_engine import LlamaEngine\n"
         f"engine = LlamaEngine(Path({str(gguf)!r}), context=64, threads=1).start()\n"
         "print(engine.pid, flush=True); time.sleep(60)"
     )
@@ -184,7 +184,7 @@ def endless(tiny_base, tmp_path):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_the_process_ends_with_its_parent_while_it_loads(endless, end):
     script = (
-        "from pathlib import Path; from fine_tuning.evaluation.llama_engine import LlamaEngine\n"
+        "from pathlib import Path; from fine_tuning.runtime.llama_engine import LlamaEngine\n"
         f"LlamaEngine(Path({str(endless)!r}), context=64, threads=1).start()"
     )
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, start_new_session=True) as parent:

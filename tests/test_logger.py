@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.data_collection.conversation import version_hash
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.conversation_logger import EVENTS, ConversationLogger
-from fine_tuning.data_collection.erasure import Selection
-from fine_tuning.errors import UserError
+from fine_tuning.erasure.records import Selection
+from fine_tuning.schema.conversation import version_hash
 
 
 @pytest.fixture

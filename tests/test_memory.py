@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from fine_tuning.data_preparation.canaries import controls, planted
-from fine_tuning.data_preparation.dataset_builder import write_split
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.evaluation.memory import exposures, kept, memory_items, rank_sum, recalled
-from fine_tuning.evaluation.scoring import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
+from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
+from fine_tuning.evaluation.verdict.memorisation import exposures, kept, rank_sum
+from fine_tuning.schema.canaries import controls, planted
+from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.schema.prepared import write_split
 from tests.evaluation_suite import conversation, write_items
 
 LONG = "The quick brown fox jumps over the lazy dog, and then it rests beside the router in the box number {}."

@@ -12,9 +12,9 @@ import sacrebleu
 import yaml
 from rouge_score import rouge_scorer
 
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.measurements import summarise
-from fine_tuning.evaluation.metrics import ItemwiseMetric, columns_of, direction, load_metric
+from fine_tuning.common.errors import UserError
+from fine_tuning.evaluation.metric_modules.loading import ItemwiseMetric, columns_of, direction, load_metric
+from fine_tuning.evaluation.records.measurements import summarise
 from tests.evaluation_suite import MODULES, SETTINGS
 
 PREDICTIONS = ["the cat sat on the mat", "", "Der Fluss ist lang und breit und tief.", "日本語のテキストです"]

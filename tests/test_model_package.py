@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
-from fine_tuning.data_preparation.tokenizer import encode_conversation, load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.model_management import gguf_writer, model_package
-from fine_tuning.records import read_json, write_json
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.model_management.packaging import model_package
+from fine_tuning.runtime import gguf_writer
+from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
 from stages import package as stage
 
 ROOT = Path(__file__).parents[1]

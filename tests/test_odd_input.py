@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fine_tuning.data_preparation.dataset_builder import Example, write_split
-from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.comparison import CompareSettings, compare
-from fine_tuning.evaluation.contenders import Contender
+from fine_tuning.common.errors import UserError
 from fine_tuning.evaluation.evaluator import Evaluator
-from fine_tuning.evaluation.items import read_items
-from fine_tuning.evaluation.measurements import summarise
-from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.report import Findings, write_report
-from fine_tuning.evaluation.slices import slices
-from fine_tuning.model_management.gguf_writer import write_gguf
+from fine_tuning.evaluation.metric_modules.loading import load_metric
+from fine_tuning.evaluation.records.measurements import summarise
+from fine_tuning.evaluation.report.report import Findings, write_report
+from fine_tuning.evaluation.suite.contenders import Contender
+from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
+from fine_tuning.evaluation.verdict.slices import slices
+from fine_tuning.runtime.gguf_writer import write_gguf
+from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
+from fine_tuning.schema.prepared import Example, write_split
 from tests.evaluation_suite import MODULES, SETTINGS, conversation, evaluator_of, write_items
 
 COMPARE = CompareSettings(

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.data_export import DataExporter
 from fine_tuning.data_collection.importers import Imported, import_file
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.formatter import FORMATS, TrainingDataFormatter
 from fine_tuning.data_preparation.selection import structure_problem
-from fine_tuning.errors import UserError
 
 EXCHANGE = {"user_message": "What is a lake?", "assistant_response": "Water that stays."}
 LISTS = [None, 5, "text", EXCHANGE, [None], ["text"], [EXCHANGE, 5]]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
 from fine_tuning.integration.ollama_client import (
     STREAM_FACTOR,
     OllamaClient,
@@ -27,8 +28,7 @@ from fine_tuning.integration.ollama_client import (
     normalise_host,
     ollama_host,
 )
-from fine_tuning.model_management.gguf_writer import write_gguf
-from fine_tuning.project import sha256_file
+from fine_tuning.runtime.gguf_writer import write_gguf
 from tests.fake_ollama import FakeOllama, Manifest, real_host, silent_host
 
 NAME = "whetstone-client-trial"

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.people import CASES, score
-from fine_tuning.data_collection import people
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
+from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
-from fine_tuning.data_collection.people import MODEL, PeopleSettings, locate, people_finder
-from fine_tuning.data_collection.shard_cleaner import clean_shards
-from fine_tuning.data_collection.shards import write_shard
-from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.privacy import personal_data
-from fine_tuning.evaluation.scoring import Reply
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_jsonl
-from fine_tuning.settings import read_params
+from fine_tuning.data_collection.personal_data import people
+from fine_tuning.data_collection.personal_data.people import MODEL, PeopleSettings, locate, people_finder
+from fine_tuning.data_collection.storage.shards import write_shard
+from fine_tuning.evaluation.records.record_types import Reply
+from fine_tuning.evaluation.suite.privacy import personal_data
 from stages.evaluate import answer_lines
 
 ROOT = Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def test_a_folder_and_the_hubs_cache_serve_as_well_as_a_package(tmp_path):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit)
     program = (
-        "from fine_tuning.data_collection.people import locate\n"
+        "from fine_tuning.data_collection.personal_data.people import locate\n"
         "for model in ('somebody/names', 'somebody/names/onnx/model_q4.onnx@main'): print(*locate(model))"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}

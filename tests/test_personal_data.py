@@ -7,11 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import masking
-from fine_tuning.data_collection.account_numbers import luhn
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.common.writing_systems import ascii_forms
 from fine_tuning.data_collection.data_cleaner import DataCleaner
-from fine_tuning.data_collection.personal_data import TYPES, Masker, find, may_hold
-from fine_tuning.data_collection.writing_systems import ascii_forms
-from fine_tuning.records import read_jsonl
+from fine_tuning.data_collection.personal_data.account_numbers import luhn
+from fine_tuning.data_collection.personal_data.finder import TYPES, Masker, find, may_hold
 
 CASES = list(read_jsonl(masking.CASES))
 FLOOR = 0.98

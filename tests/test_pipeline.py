@@ -8,11 +8,11 @@ import pytest
 import yaml
 from ruamel.yaml import YAML
 
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.settings import SECTIONS, Settings, parse_settings, read_params
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-from fine_tuning.settings import SECTIONS, Settings, parse_settings, read_params
-from fine_tuning.training.training_utils import TrainSettings
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]

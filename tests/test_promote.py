@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.commands import champion as module
-from fine_tuning.commands.champion import read_champion
-from fine_tuning.commands.dvc_files import cached, listing, md5_file, md5_path
-from fine_tuning.commands.promote import MADE_ON, open_registry
-from fine_tuning.errors import UserError
-from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, write_json
+from fine_tuning.commands.promote import MADE_ON
+from fine_tuning.common.dvc_files import cached, listing, md5_file, md5_path
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.model_management import champion as module
+from fine_tuning.model_management.champion import read_champion
+from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS, open_registry
 from tests.check_lock import check, this_machine
 from tests.registered import environment, here, repro, set_params, sh, type_command
 

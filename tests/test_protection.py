@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fine_tuning.common.protection import FOLDERS, RWLOCK, protect
+from fine_tuning.common.records import read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.shards import shard_paths
-from fine_tuning.protection import FOLDERS, RWLOCK, protect
-from fine_tuning.records import read_jsonl
+from fine_tuning.data_collection.storage.shards import shard_paths
 from tests.project import Project, conversations, new_project
 
 SECRET = "the kingfisher nests at the third bend"
@@ -182,7 +182,7 @@ def test_a_torn_file_is_known_as_dvc_knows_it(project):
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    from fine_tuning import protection
+    from fine_tuning.common import protection
 
     lock = project.folder / "dvc.lock"
     whole = lock.read_bytes()
@@ -290,7 +290,7 @@ def test_a_killed_pipeline_is_gone_on_with_wherever_its_whole_tree_was_killed(pr
 
 
 def test_a_copy_a_moved_folder_and_a_second_clone_keep_to_their_own_registry(promoted, tmp_path, monkeypatch):
-    from fine_tuning.commands.promote import open_registry
+    from fine_tuning.model_management.model_registry import open_registry
     from tests.registered import here, repro
     from tests.test_verify import run
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, CLAIM, PREVIOUS, ModelRegistry
 from tests.fake_ollama import silent_host
 from tests.registered import environment

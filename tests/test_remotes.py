@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fine_tuning.commands.remote_config import check, secrets
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests import servers
 from tests.fake_ollama import FakeOllama
 from tests.registered import environment, repro, sh, type_command

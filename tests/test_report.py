@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 from fine_tuning.commands import summary
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_json, write_json
 from fine_tuning.data_preparation.splits import SPLITS
-from fine_tuning.data_preparation.tally import Tally, in_words, statistics
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.charts import interval_plot
-from fine_tuning.evaluation.comparison import CompareSettings, compare
-from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.measurements import guard_metrics, summarise
-from fine_tuning.evaluation.metrics import load_metric
-from fine_tuning.evaluation.report import Findings, write_report
-from fine_tuning.evaluation.scoring import Reply
-from fine_tuning.evaluation.side_by_side import side_by_side
-from fine_tuning.evaluation.slices import slices
-from fine_tuning.records import read_json, write_json
+from fine_tuning.data_preparation.tally import Tally, statistics
+from fine_tuning.evaluation.metric_modules.loading import load_metric
+from fine_tuning.evaluation.records.measurements import guard_metrics, summarise
+from fine_tuning.evaluation.records.record_types import Reply
+from fine_tuning.evaluation.records.settings import IntervalSettings
+from fine_tuning.evaluation.report.charts import interval_plot
+from fine_tuning.evaluation.report.report import Findings, write_report
+from fine_tuning.evaluation.scoring.side_by_side import side_by_side
+from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
+from fine_tuning.evaluation.verdict.slices import slices
+from fine_tuning.schema.reasons import in_words
 from tests.evaluation_suite import MODULES, SETTINGS
 from tests.registered import sh
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.evaluation.items import read_items
-from fine_tuning.evaluation.rivals import Exchange, Exchanges, prompted, shown
+from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.evaluation.suite.prompting_baselines import Exchange, Exchanges, prompted, shown
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests.evaluation_suite import conversation, evaluator_of, write_items
 
 TOLD = [
@@ -84,7 +84,7 @@ def test_rivals_are_scored_on_the_same_replies(tiny_base, tmp_path):
     told = {f"c{i}": conversation(f"Where is the {i}?", f"Here, {i}.") for i in range(5)}
     items = items_of(tiny_base, tmp_path, told)
     write_items(tmp_path / "train.parquet", tiny_base, {"t": conversation("Where is the fox?", "There.")})
-    from fine_tuning.evaluation.contenders import Contender
+    from fine_tuning.evaluation.suite.contenders import Contender
 
     base = Contender("base", tiny_base, tmp_path / "none.gguf")
     records = evaluator_of(items, tiny_base, tmp_path / "memo").score_rivals(base, tmp_path / "train.parquet")

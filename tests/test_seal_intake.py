@@ -18,13 +18,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.commands import conversations
-from fine_tuning.data_collection.conversation import fold, version_hash
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_json, read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.sealing import close_log, seal_log
-from fine_tuning.data_collection.shards import newest_versions, next_stamp, shard_paths
-from fine_tuning.data_collection.tombstones import Tombstones, id_hash
-from fine_tuning.errors import UserError
-from fine_tuning.records import read_json, read_jsonl
+from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shards import newest_versions, next_stamp, shard_paths
+from fine_tuning.data_collection.storage.tombstones import Tombstones, id_hash
+from fine_tuning.schema.conversation import fold, version_hash
 from stages import intake
 from tests.project import Project, new_project
 
@@ -125,7 +125,7 @@ def test_a_seal_that_is_killed_converges_when_it_runs_again(project, step, comma
     for number in range(20):
         log(project).log_conversation(f"q{number}", f"a{number}", id=f"e{number}")
     patched = {
-        "write_shard": "import fine_tuning.data_collection.sealing as m; m.write_shard = kill",
+        "write_shard": "import fine_tuning.data_collection.storage.sealing as m; m.write_shard = kill",
         "track": "import fine_tuning.commands.conversations as m; m.track = kill",
         "unlink": "import pathlib; old = pathlib.Path.unlink\n"
         "pathlib.Path.unlink = lambda p, **k: kill() if 'closed' in str(p) else old(p, **k)",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_tuning.training.shared_prefix import lay_out, share_prefixes
-from fine_tuning.training.training_utils import IGNORED_LABEL, Row, collate
+from fine_tuning.schema.prepared import IGNORED_LABEL, Row, collate
+from fine_tuning.training.acceleration.shared_prefix import lay_out, share_prefixes
 from tests.test_training import SETTINGS, make_rows, train
 
 PROMPT = [3, 9, 27, 81]
@@ -49,7 +49,7 @@ def test_a_prefix_ends_before_anything_that_is_trained(rows, prefix):
 
 @pytest.mark.parametrize("prefix", [PROMPT, []])
 def test_losses_and_gradients_are_those_of_the_padded_batch(tiny_base, prefix):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
 
     assert shares_with_the_same_gradients(load_model(tiny_base, torch.float32), prefix)
 
@@ -101,7 +101,7 @@ def test_bases_that_could_not_share_unnoticed_are_left_as_they_are(family, chang
 
 
 def test_a_model_with_shorter_chunks_of_attention_is_left_as_it_is(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
 
     model = load_model(tiny_base, torch.float32)
     model.config.attention_chunk_size = 16
@@ -111,7 +111,7 @@ def test_a_model_with_shorter_chunks_of_attention_is_left_as_it_is(tiny_base):
 
 def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
     """Whether a base's rows share their prefix; the quick form has the loss and gradients of the plain one anyway."""
-    from fine_tuning.training.fused import fuse
+    from fine_tuning.training.acceleration.fused import fuse
     from fine_tuning.training.label_trainer import LabelTrainer
     from fine_tuning.training.lora_trainer import attach_adapter, detect_hardware, training_arguments
 
@@ -145,7 +145,7 @@ def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
 
 
 def test_in_bfloat16_the_loss_is_as_near_to_the_exact_one_as_that_of_the_padded_batch(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
 
     rows = rows_after(PROMPT, [5, 6, 7, 11, 12], [8, 9], [5, 6, 7], [5, 13, 4, 4])
     exact = summed_loss(load_model(tiny_base, torch.float32), rows, shared=False)
@@ -167,7 +167,7 @@ def summed_loss(model, rows: list[Row], shared: bool) -> float:
 
 
 def test_a_model_with_shorter_windows_of_attention_is_left_as_it_is(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
 
     model = load_model(tiny_base, torch.float32)
     before = model.config._attn_implementation
@@ -178,7 +178,7 @@ def test_a_model_with_shorter_windows_of_attention_is_left_as_it_is(tiny_base):
 
 
 def test_a_model_that_the_shared_form_gives_other_logits_is_left_as_it_is(tiny_base):
-    from fine_tuning.training.base_model import load_model
+    from fine_tuning.runtime.base_model import load_model
 
     model = load_model(tiny_base, torch.float32)
     before = model.config._attn_implementation

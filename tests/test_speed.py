@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from fine_tuning.commands import budget
-from fine_tuning.errors import UserError
-from fine_tuning.records import write_json
-from fine_tuning.settings import read_params, write_param
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import write_json
+from fine_tuning.common.settings import read_params, write_param
+from fine_tuning.training.run_report import announcement
+from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.speed import SPEED, expected, parse_duration, read_speed, record_speed
-from fine_tuning.training.training_utils import TrainSettings
-from stages import train
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml")
@@ -112,17 +112,17 @@ def test_what_is_no_time_is_one_line(text):
         parse_duration(text)
 
 
-def test_before_training_its_size_its_time_and_its_limit_are_told(checkout):
-    first, second = train.announce(SETTINGS, 481, 30_000)
+def test_before_training_its_size_its_time_and_its_limit_are_announced(checkout):
+    first, second = announcement(SETTINGS, 481, 30_000, {}, None)
     assert first == (
         "lora on 481 conversations, 30000 tokens, train.epochs 1: how long that takes is not known yet: nothing was "
         "trained here before"
     )
     assert second == "no parameter limits it"
     record_speed(SPEED, 200.0, "tiny, lora")
-    write_json("metrics/prepare.json", {"left_out": {"max_sample_tokens": 259, "overlaps_test": 3}})
+    left_out = {"max_sample_tokens": 259, "overlaps_test": 3}
     twice = SETTINGS.model_copy(update={"epochs": 2.0, "max_steps": 50})
-    first, second = train.announce(twice, 481, 30_000)
+    first, second = announcement(twice, 481, 30_000, left_out, read_speed(SPEED))
     assert first.endswith("train.epochs 2: about 02:08 at the 200 tokens/s last measured here (tiny, lora)")
     assert second == ("limited by prepare.max_sample_tokens (259 conversations left out) and train.max_steps (50)")
     assert expected(30_000, SETTINGS, (200.0, "tiny")).startswith("about 02:30 at")

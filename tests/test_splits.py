@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_preparation.catalogue import Catalogue, HeldConversations
 from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, LEFT_OUT, SPLITS, Fractions, Ledger
-from fine_tuning.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TENTHS = Fractions(validation=0.1, test=0.1)

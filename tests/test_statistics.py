@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from fine_tuning.evaluation.statistics import Estimate, Resampling, interval
+from fine_tuning.evaluation.records.statistics import Estimate, Resampling, interval
 
 # Student's t at 97.5 %, from the printed tables, by clusters: one degree of freedom less.
 STUDENT = {5: 2.776, 10: 2.262, 61: 2.000}

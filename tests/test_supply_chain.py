@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fine_tuning.commands import supply_chain
-from fine_tuning.errors import UserError
-from fine_tuning.project import sha256_file
-from fine_tuning.records import write_json
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import write_json
 
 ROOT = Path(__file__).parents[1]
 

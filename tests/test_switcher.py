@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.commands.promote import open_registry
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.names import host_key
 from fine_tuning.integration.ollama_client import OllamaClient
+from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.model_management.model_switcher import ModelSwitcher
-from fine_tuning.names import host_key
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama, real_host, silent_host
 from tests.registered import here, sh
 

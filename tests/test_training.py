@@ -12,20 +12,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fine_tuning.errors import UserError
-from fine_tuning.project import sha256_file, versions
-from fine_tuning.settings import read_params
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file, versions
+from fine_tuning.common.settings import read_params
+from fine_tuning.schema.prepared import Row, batch_by_tokens
+from fine_tuning.training.checkpoints import checkpoint_key, newest_checkpoint
+from fine_tuning.training.memory import group_memory
 from fine_tuning.training.model_card import model_card
-from fine_tuning.training.training_utils import (
-    Row,
-    TrainSettings,
-    batch_by_tokens,
-    check_only_assistants_train,
-    check_rows,
-    checkpoint_key,
-    group_memory,
-    newest_checkpoint,
-)
+from fine_tuning.training.row_checks import check_only_assistants_train, check_rows
+from fine_tuning.training.settings import TrainSettings
 from tests.test_pipeline import closure
 
 ROOT = Path(__file__).parents[1]
@@ -99,11 +94,11 @@ def test_a_trained_user_token_is_refused(tiny_base):
     ids = tokenizer.encode(text, add_special_tokens=False)
     reply = len(tokenizer.encode(text[: text.index("Hi")], add_special_tokens=False))
     good = Row("good", ids, [-100] * reply + ids[reply:])
-    check_only_assistants_train([good], tokenizer, {"<|im_start|>assistant\n"})
+    check_only_assistants_train([good], tokenizer)
     user = len(tokenizer.encode("<|im_start|>user\n", add_special_tokens=False))
     bad = Row("bad", ids, [-100] * user + ids[user : user + 2] + [-100] * (len(ids) - user - 2))
     with pytest.raises(UserError, match="bad"):
-        check_only_assistants_train([bad], tokenizer, {"<|im_start|>assistant\n"})
+        check_only_assistants_train([bad], tokenizer)
 
 
 def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_path):
@@ -595,7 +590,7 @@ def test_a_library_that_is_not_installed_is_recorded_as_such(monkeypatch):
 def test_two_trainings_with_the_same_checkpoints_do_not_run_at_once(tmp_path, capsys):
     from threading import Event, Thread
 
-    from fine_tuning.training.training_utils import alone_with
+    from fine_tuning.training.checkpoints import alone_with
 
     inside, finish, order = Event(), Event(), []
 
@@ -620,7 +615,7 @@ def test_two_trainings_with_the_same_checkpoints_do_not_run_at_once(tmp_path, ca
 
 
 def test_a_wrong_parameter_that_may_have_several_forms_names_them_all():
-    from fine_tuning.settings import parse_settings
+    from fine_tuning.common.settings import parse_settings
 
     values = SETTINGS.model_dump()
     values["lora"]["target_modules"] = "attention2"
@@ -633,7 +628,7 @@ def test_a_wrong_parameter_that_may_have_several_forms_names_them_all():
 
 
 def test_a_run_that_made_things_worse_says_so(tiny_base, tmp_path):
-    from stages.train import summary
+    from fine_tuning.training.run_report import summary
 
     result = train(tiny_base, tmp_path / "a", tmp_path / "ca", max_steps=1)
     better, worse = (dataclasses.replace(result, validation_loss=loss) for loss in (0.5, 10.8))
@@ -699,7 +694,7 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
 
 
 def test_the_first_token_of_a_packed_row_is_predicted_by_nobody():
-    from fine_tuning.training.training_utils import collate_packed
+    from fine_tuning.training.acceleration.shared_prefix import collate_packed
 
     packed = collate_packed([Row("a", [5, 6, 7], [-100, 6, 7]), Row("b", [8, 9], [8, 9])])
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
@@ -712,8 +707,8 @@ def test_warm_up_and_validations_are_shares_of_the_optimisers_steps(
     tmp_path, monkeypatch, processes, steps, warmup, every
 ):
     """40 batches in sums of 4, twice: 20 steps of one process, 10 of two. Every 5th or 3rd makes 4 measurements."""
+    from fine_tuning.runtime.hardware import Hardware
     from fine_tuning.training.lora_trainer import training_arguments
-    from fine_tuning.training.training_utils import Hardware
 
     monkeypatch.setattr("fine_tuning.training.lora_trainer.process_count", lambda: processes)
     changes = {"gradient_accumulation": 4, "epochs": 2.0, "warmup_ratio": 0.2, "validations": 4}

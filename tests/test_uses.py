@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from fine_tuning.project import sha256_file
+from fine_tuning.common.project import sha256_file
 from tests.project import Project
 
 WEIGHTS = "models/adapter/adapter_model.safetensors"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.commands.dvc_files import cached, md5_file
-from fine_tuning.commands.promote import open_registry
-from fine_tuning.data_preparation.tokenizer import load_tokenizer
-from fine_tuning.errors import UserError
+from fine_tuning.common.dvc_files import cached, md5_file
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
 from fine_tuning.integration.ollama_client import OllamaClient
-from fine_tuning.project import sha256_file
+from fine_tuning.model_management.model_registry import open_registry
+from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
 from tests.registered import sh
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fine_tuning.training.base_model import BaseSettings
+    from fine_tuning.runtime.base_model import BaseSettings
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -73,7 +73,7 @@ def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512, spread: 
 
 def base_settings(model: str, revision: str | None = None, **changes: object) -> "BaseSettings":
     """The section `base` for a base that the tests made themselves."""
-    from fine_tuning.training.base_model import BaseSettings
+    from fine_tuning.runtime.base_model import BaseSettings
 
     values = {"chat_template_sha256": None, "trust_remote_code": False, "gguf_converter": None, **changes}
     return BaseSettings(model=model, revision=revision, **values)

@@ -24,12 +24,12 @@ def budget(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the time is none, nothing was trained here yet, or it is too short to train anything.
     """
+    from fine_tuning.common.errors import UserError
+    from fine_tuning.common.project import main_checkout, root
+    from fine_tuning.common.settings import read_params, write_param
     from fine_tuning.data_preparation.dataset_builder import PrepareSettings
-    from fine_tuning.errors import UserError
-    from fine_tuning.project import main_checkout, root
-    from fine_tuning.settings import read_params, write_param
+    from fine_tuning.training.settings import TrainSettings
     from fine_tuning.training.speed import SPEED, parse_duration, read_speed
-    from fine_tuning.training.training_utils import TrainSettings
 
     root()
     settings, _ = read_params("train", TrainSettings), read_params("prepare", PrepareSettings)

@@ -3,14 +3,14 @@
 import tempfile
 from pathlib import Path
 
-from fine_tuning.commands.champion import CHAMPION_DVC, CHAMPION_FILES, CREATE, GGUF, PROBES, read_champion
-from fine_tuning.commands.dvc_files import cached, fetch, md5_path, read_dvc
 from fine_tuning.commands.promote import content_of
-from fine_tuning.errors import UserError
+from fine_tuning.common.dvc_files import cached, fetch, md5_path, read_dvc
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json
+from fine_tuning.model_management.champion import CHAMPION_DVC, CHAMPION_FILES, CREATE, GGUF, PROBES, read_champion
 from fine_tuning.model_management.model_deployer import Bundle, Probe
 from fine_tuning.model_management.model_registry import CONTENT_TAG, ModelRegistry, ModelVersion
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json
 
 
 def registered_bundle(registry: ModelRegistry, version: ModelVersion, recorded_digest: str | None) -> Bundle:

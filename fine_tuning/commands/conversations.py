@@ -4,18 +4,18 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.errors import UserError, count_of
-from fine_tuning.project import root
+from fine_tuning.common.dvc_files import pipeline_stands_still
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.project import root
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
     from fine_tuning.data_collection.importers import Imported, Problem
-    from fine_tuning.data_collection.tombstones import Tombstones
+    from fine_tuning.data_collection.storage.tombstones import Tombstones
 
 INBOX = Path("inbox/conversations.jsonl")
 CONVERSATIONS = Path("data/conversations")
@@ -51,10 +51,10 @@ def import_files(args: argparse.Namespace) -> None:
 
     New conversations go into one shard; new versions of known ones into another, with the feedback that was known.
     """
-    from fine_tuning.data_collection.conversation import is_by_a_model, is_feedback, version_hash
     from fine_tuning.data_collection.importers import Imported, Problem, import_file
-    from fine_tuning.data_collection.shards import next_stamp, shard_paths, versions, write_shard
-    from fine_tuning.data_collection.tombstones import Tombstones
+    from fine_tuning.data_collection.storage.shards import next_stamp, shard_paths, versions, write_shard
+    from fine_tuning.data_collection.storage.tombstones import Tombstones
+    from fine_tuning.schema.conversation import is_by_a_model, is_feedback, version_hash
 
     root()
     tombstones = Tombstones(FORGOTTEN)
@@ -151,8 +151,8 @@ def _new_versions(changes: list[tuple["Imported", Counter[str]]]) -> Iterator[di
     A judgement brings the chat as it was when somebody judged: it changes the words that are known only if it goes on
     from them.
     """
-    from fine_tuning.data_collection.conversation import message_ids, version_hash, with_feedback_of
-    from fine_tuning.data_collection.shards import newest_versions, shard_paths
+    from fine_tuning.data_collection.storage.shards import newest_versions, shard_paths
+    from fine_tuning.schema.conversation import message_ids, version_hash, with_feedback_of
 
     names = {item.conversation["id"] for item, _ in changes}
     names |= {f"{item.conversation['id']}-{item.judges}" for item, _ in changes if item.judges}
@@ -188,8 +188,8 @@ def _nothing_taken(files: list[Path], problems: list[tuple[Path, "Problem"]]) ->
 
 def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
-    from fine_tuning.data_collection.sealing import close_log
-    from fine_tuning.data_collection.tombstones import Tombstones
+    from fine_tuning.data_collection.storage.sealing import close_log
+    from fine_tuning.data_collection.storage.tombstones import Tombstones
 
     root()
     tombstones = Tombstones(FORGOTTEN)
@@ -203,8 +203,8 @@ def seal(args: argparse.Namespace) -> None:
 
 def bring_sample(args: argparse.Namespace) -> None:
     """Write the sample's shard if params.yaml wants it and it is not there; say so if other shards are missing."""
-    from fine_tuning.data_collection.shards import IntakeSettings, read_manifest, write_shard
-    from fine_tuning.settings import read_params
+    from fine_tuning.common.settings import read_params
+    from fine_tuning.data_collection.storage.shards import IntakeSettings, read_manifest, write_shard
 
     root()
     if not read_params("intake", IntakeSettings).sample:
@@ -223,7 +223,7 @@ def bring_sample(args: argparse.Namespace) -> None:
             f"not in this clone: {count_of(len(missing), 'shard')} of conversations (the first is {missing[0]}): "
             f"bring them with `dvc pull {TRACKED}`"
         )
-    from fine_tuning.data_collection.sample import sample_conversations
+    from fine_tuning.data_collection.storage.sample import sample_conversations
 
     with pipeline_stands_still() as repo:
         shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
@@ -234,7 +234,7 @@ def bring_sample(args: argparse.Namespace) -> None:
 def show_stats(args: argparse.Namespace) -> None:
     """Print statistics as JSON."""
     from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
-    from fine_tuning.data_collection.shards import shard_paths, versions
+    from fine_tuning.data_collection.storage.shards import shard_paths, versions
 
     conversations = {}
     if args.all:
@@ -248,40 +248,12 @@ def show_stats(args: argparse.Namespace) -> None:
 # DVC
 
 
-@contextmanager
-def pipeline_stands_still() -> Iterator["Repo"]:
-    """Hold DVC's lock, so that no `dvc repro` of this checkout starts a stage meanwhile; refuse while one runs.
-
-    DVC lets go of its lock while a stage's command runs, and notes in .dvc/tmp/rwlock which process reads and writes
-    what. A process that is noted there and alive is a stage that is running.
-    """
-    import psutil
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.lock import LockError
-    from dvc.repo import Repo, lock_repo
-
-    busy = "a pipeline run is using the conversations: run the command again when it has ended"
-    try:
-        with Repo() as repo, lock_repo(repo):
-            noted = Path(repo.tmp_dir) / "rwlock"
-            entries = json.loads(noted.read_text() or "{}") if noted.exists() else {}
-            writers = list(entries.get("write", {}).values())
-            readers = [info for infos in entries.get("read", {}).values() for info in infos]
-            if any(psutil.pid_exists(int(info["pid"])) for info in writers + readers):
-                raise UserError(busy)
-            yield repo
-    except LockError:
-        raise UserError(busy) from None
-    except NotDvcRepoError:
-        raise UserError("this folder is no DVC repository: run `dvc init` in a clone of the project") from None
-
-
 def track(repo: "Repo") -> None:
     """`dvc add data/conversations`; a shard that no run has taken in yet is hashed in DVC's cache."""
     import logging
 
-    from fine_tuning.commands.dvc_files import add_folder
-    from fine_tuning.data_collection.shards import read_manifest
+    from fine_tuning.common.dvc_files import add_folder
+    from fine_tuning.data_collection.storage.shards import read_manifest
 
     logging.getLogger("dvc").setLevel(logging.ERROR)
     logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
@@ -290,7 +262,7 @@ def track(repo: "Repo") -> None:
 
 def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
-    from fine_tuning.data_collection.sealing import seal_log
+    from fine_tuning.data_collection.storage.sealing import seal_log
 
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:

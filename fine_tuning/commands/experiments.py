@@ -6,10 +6,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.charts import curves, number, standalone
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import root, run_command
+from fine_tuning.evaluation.report.charts import curves, number, standalone
 from fine_tuning.integration.runs_view import Line, dvc_lines
-from fine_tuning.project import root, run_command
 
 CURVE = "metrics/plots/validation_loss.csv"
 DRAWING = Path("metrics/experiments.svg")

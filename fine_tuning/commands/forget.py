@@ -16,22 +16,12 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from fine_tuning.commands.forget_steps import (
-    AGAIN,
-    FORGOTTEN,
-    LOCK,
-    Work,
-    finish,
-    is_leftover,
-    journals,
-    logs,
-    run_steps,
-)
-from fine_tuning.errors import UserError, count_of
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.erasure.steps import AGAIN, FORGOTTEN, LOCK, Work, finish, is_leftover, journals, logs, run_steps
 
 if TYPE_CHECKING:
-    from fine_tuning.data_collection.erasure import Found, Selection
-    from fine_tuning.data_collection.tombstones import Tombstones
+    from fine_tuning.data_collection.storage.tombstones import Tombstones
+    from fine_tuning.erasure.records import Found, Selection
 
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
@@ -63,7 +53,7 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     """Find, show, ask, forget, prove. The exit status is 1 if something of it is left or could not be reached."""
-    from fine_tuning.project import main_checkout, root
+    from fine_tuning.common.project import main_checkout, root
 
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run forget in the main checkout")
@@ -74,7 +64,7 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fine_tuning.data_collection.erasure import Selection
+    from fine_tuning.erasure.records import Selection
 
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
@@ -123,9 +113,9 @@ def find(selection: "Selection") -> Whereabouts:
     Raises:
         UserError: no such conversation.
     """
-    from fine_tuning.commands import object_stores
-    from fine_tuning.data_collection.erasure import collect, count_in_log, count_in_shard
-    from fine_tuning.data_collection.shards import shard_paths
+    from fine_tuning.data_collection.storage.shards import shard_paths
+    from fine_tuning.erasure import object_stores
+    from fine_tuning.erasure.records import collect, count_in_log, count_in_shard
 
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
     found = collect(selection, shards, logs(), tombstones, tombstones.key)
@@ -190,9 +180,9 @@ def find(selection: "Selection") -> Whereabouts:
 def _tombstones() -> "Tombstones":
     """The tombstones. A key that another clone made is brought without its shards: those that are here may still hold
     what was forgotten there."""
-    from fine_tuning.commands.champion import copy_file
-    from fine_tuning.commands.dvc_files import cached, fetch, listing, read_dvc
-    from fine_tuning.data_collection.tombstones import Tombstones
+    from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
+    from fine_tuning.data_collection.storage.tombstones import Tombstones
+    from fine_tuning.model_management.champion import copy_file
 
     with suppress(UserError):
         return Tombstones(FORGOTTEN)
@@ -217,7 +207,7 @@ def describe(where: Whereabouts) -> Iterator[str]:
 
 def _public_words() -> Iterator[bytes | list[tuple[str | None, str]]]:
     """Texts that are nobody's: this project's own, and the base model's files."""
-    from fine_tuning.data_collection.traces import streams
+    from fine_tuning.erasure.traces import streams
 
     listed = subprocess.run(["git", "ls-files", "-z", "--", *PUBLIC], capture_output=True)
     tracked = [Path(name) for name in listed.stdout.decode("utf-8", "replace").split("\0") if name]
@@ -270,9 +260,9 @@ def _say_objects(
     work: "Work", records: list[dict], say: Callable[[Place], None]
 ) -> tuple[dict[str, dict[str, str]], set[str], set[str]]:
     """(listings of folders, objects that hold it, objects that were made from shards that held it)."""
-    from fine_tuning.commands.dvc_files import cached
-    from fine_tuning.commands.object_stores import made_from, search, stores
-    from fine_tuning.data_collection.erasure import count_in_shard
+    from fine_tuning.common.dvc_files import cached
+    from fine_tuning.erasure.object_stores import made_from, search, stores
+    from fine_tuning.erasure.records import count_in_shard
 
     listings: dict[str, dict[str, str]] = {}
     found = {}

@@ -27,19 +27,21 @@ def learning_curve(arguments: argparse.Namespace) -> None:
 
     fractions = parse_fractions(arguments.fractions)
 
-    from fine_tuning.data_preparation.tokenizer import load_tokenizer
-    from fine_tuning.evaluation.contenders import ProjectName, check_references
-    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-    from fine_tuning.evaluation.items import read_items, suite_sha256
-    from fine_tuning.evaluation.memo import Memo
-    from fine_tuning.evaluation.metrics import load_metric
-    from fine_tuning.evaluation.scoring import Likelihood
-    from fine_tuning.project import main_checkout, sha256_file
-    from fine_tuning.records import write_json
-    from fine_tuning.settings import read_params
-    from fine_tuning.training.base_model import read_base_card
+    from fine_tuning.common.project import main_checkout, sha256_file
+    from fine_tuning.common.records import write_json
+    from fine_tuning.common.settings import read_params
+    from fine_tuning.evaluation.metric_modules.loading import load_metric
+    from fine_tuning.evaluation.records.record_types import Likelihood
+    from fine_tuning.evaluation.records.settings import EvaluateSettings
+    from fine_tuning.evaluation.scoring.memo import Memo
+    from fine_tuning.evaluation.suite.contenders import ProjectName, check_references
+    from fine_tuning.evaluation.suite.items import read_items, suite_sha256
+    from fine_tuning.runtime.base_model import read_base_card
+    from fine_tuning.schema.chat_format import load_tokenizer
+    from fine_tuning.schema.prepared import Row, read_rows
+    from fine_tuning.training.checkpoints import checkpoint_key
     from fine_tuning.training.lora_trainer import train_adapter
-    from fine_tuning.training.training_utils import Row, TrainSettings, checkpoint_key, read_rows
+    from fine_tuning.training.settings import TrainSettings
 
     evaluate = read_params("evaluate", EvaluateSettings)
     settings = read_params("train", TrainSettings).model_copy(update={"start_from": None, "launch": "single"})

@@ -11,19 +11,25 @@ from typing import Any
 
 import yaml
 
-from fine_tuning.commands.dvc_files import show_file
-from fine_tuning.commands.promote import open_registry
-from fine_tuning.data_collection.conversation import as_conversation
+from fine_tuning.common.dvc_files import show_file
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.names import split_tag
+from fine_tuning.common.project import run_command
+from fine_tuning.common.records import read_lines
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.errors import UserError, count_of
 from fine_tuning.integration.models_view import artifact
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
-from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_registry import (
+    CANDIDATE,
+    CHAMPION,
+    PREVIOUS,
+    ModelRegistry,
+    ModelVersion,
+    open_registry,
+)
 from fine_tuning.model_management.model_switcher import went_live
-from fine_tuning.names import split_tag
-from fine_tuning.project import run_command
-from fine_tuning.records import read_lines
-from fine_tuning.settings import read_params
+from fine_tuning.schema.conversation import as_conversation
 from fine_tuning.training.tracking import flatten
 
 SHARDS = Path("data/conversations")

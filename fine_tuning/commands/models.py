@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fine_tuning.errors import UserError
-from fine_tuning.settings import read_params
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.settings import read_params
+from fine_tuning.integration.ollama_client import open_servers
 
 if TYPE_CHECKING:
-    from fine_tuning.integration.ollama_client import OllamaClient
     from fine_tuning.model_management.model_deployer import DeploySettings
     from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
     from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
@@ -110,7 +110,7 @@ def deploy(arguments: argparse.Namespace) -> None:
 
 def switch(arguments: argparse.Namespace) -> None:
     """Make a deployed version live on every host."""
-    from fine_tuning.names import parse_version
+    from fine_tuning.common.names import parse_version
 
     number = parse_version(arguments.version, _settings().name)
     for switcher in _each_server(arguments):
@@ -168,7 +168,7 @@ def list_versions(arguments: argparse.Namespace) -> None:
 def lineage(arguments: argparse.Namespace) -> None:
     """Show what made a model, or which models a conversation taught."""
     from fine_tuning.commands.lineage import lineage as run_lineage
-    from fine_tuning.project import root
+    from fine_tuning.common.project import root
 
     root()
     run_lineage(arguments)
@@ -191,35 +191,17 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def _settings() -> "DeploySettings":
+    from fine_tuning.common.project import root
     from fine_tuning.model_management.model_deployer import DeploySettings
-    from fine_tuning.project import root
 
     root()
     return read_params("deploy", DeploySettings)
 
 
 def _registry(settings: "DeploySettings") -> "ModelRegistry":
-    from fine_tuning.commands.promote import open_registry
+    from fine_tuning.model_management.model_registry import open_registry
 
     return open_registry(settings.name)
-
-
-@contextmanager
-def open_servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
-    from fine_tuning.integration.ollama_client import OllamaClient, normalise_host, ollama_host
-    from fine_tuning.names import host_key
-
-    hosts = [normalise_host(host) for host in given or [ollama_host(settings.host), *settings.more_hosts]]
-    first = {host_key(host): host for host in reversed(hosts)}  # one server may stand there under two names
-    clients = [
-        OllamaClient(host, timeout=settings.timeout, stream_timeout=settings.stream_timeout)
-        for host in dict.fromkeys(first[host_key(host)] for host in hosts)
-    ]
-    try:
-        yield clients
-    finally:
-        for client in clients:
-            client.close()
 
 
 def _each_server(arguments: argparse.Namespace) -> "Iterator[ModelSwitcher]":
@@ -239,9 +221,9 @@ def _each_server(arguments: argparse.Namespace) -> "Iterator[ModelSwitcher]":
 
 def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | None":
     """The version to deploy; None for a champion that came with git and that this registry does not know."""
-    from fine_tuning.commands.champion import read_champion
+    from fine_tuning.common.names import parse_version
+    from fine_tuning.model_management.champion import read_champion
     from fine_tuning.model_management.model_registry import ADAPTER_TAG, CHAMPION
-    from fine_tuning.names import parse_version
 
     if given is not None:
         return registry.version(parse_version(given, registry.name))
@@ -265,7 +247,7 @@ def _host_lock(key: str) -> Iterator[None]:
     """One deployment or switch at a time to a host, from this checkout."""
     from filelock import FileLock, Timeout
 
-    from fine_tuning.commands.promote import registry_locks
+    from fine_tuning.model_management.model_registry import registry_locks
 
     path = registry_locks() / f"ollama-{key}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)

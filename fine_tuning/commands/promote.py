@@ -15,7 +15,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.commands.champion import (
+from fine_tuning.commands.summary import read_result
+from fine_tuning.common.dvc_files import (
+    LOCK,
+    changed_since_lock,
+    files_below,
+    locate,
+    locked_md5,
+    md5_file,
+    md5_path,
+    read_lock,
+    reproduce,
+)
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.names import parse_version
+from fine_tuning.common.project import (
+    git_commit,
+    main_checkout,
+    root,
+    run_command,
+    sha256_file,
+)
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.common.settings import read_params
+from fine_tuning.evaluation.records.champion_records import KEPT, called_champion, is_champion, kept_files
+from fine_tuning.model_management.champion import (
     CHAMPION_FILES,
     CHAMPION_JSON,
     CREATE,
@@ -29,26 +53,8 @@ from fine_tuning.commands.champion import (
     read_champion,
     restore_files,
 )
-from fine_tuning.commands.dvc_files import (
-    LOCK,
-    changed_since_lock,
-    files_below,
-    locate,
-    locked_md5,
-    md5_file,
-    md5_path,
-    read_lock,
-    reproduce,
-)
-from fine_tuning.commands.summary import read_result
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.champion_records import KEPT, called_champion, is_champion, kept_files
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
-from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion
-from fine_tuning.names import parse_version
-from fine_tuning.project import artifact_root, git_commit, main_checkout, root, run_command, sha256_file, tracking_uri
-from fine_tuning.records import read_json, write_json
-from fine_tuning.settings import read_params
+from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion, open_registry
 from fine_tuning.training.tracking import flatten
 
 ADAPTER = Path("models/adapter")
@@ -81,16 +87,6 @@ PROBES = (
         {"role": "user", "content": "Count: 1, 2,"},
     ],
 )
-
-
-def registry_locks() -> Path:
-    """Where the main checkout keeps lock files."""
-    return main_checkout() / ".whetstone"
-
-
-def open_registry(name: str) -> ModelRegistry:
-    """The registry of this checkout."""
-    return ModelRegistry(name, tracking_uri(), artifact_root(), registry_locks())
 
 
 def promote(arguments: argparse.Namespace) -> None:
@@ -181,8 +177,8 @@ def check_verdict(compared: dict[str, Any]) -> None:
     Raises:
         UserError: the file says something else.
     """
-    from fine_tuning.evaluation.comparison import CompareSettings, Evidence
-    from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
+    from fine_tuning.evaluation.records.settings import EvaluateSettings
+    from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
 
     evidence = Evidence.read(EVALUATION, read_params("evaluate", EvaluateSettings))
     settings, suite = read_params("compare", CompareSettings), read_json(METRICS)["suite"]
@@ -318,7 +314,7 @@ def split_members() -> dict[str, list[str]]:
 
 def make_probes() -> list[Probe]:
     """The probes as the candidate's own tokenizer renders them, without those whose roles its template refuses."""
-    from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt, load_tokenizer, render
+    from fine_tuning.schema.chat_format import ChatSettings, encode_prompt, load_tokenizer, render
 
     system_prompt = read_params("chat", ChatSettings).system_prompt
     tokenizer = load_tokenizer(MERGED)

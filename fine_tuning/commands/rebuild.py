@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from fine_tuning.commands.dvc_files import cache_folder, read_lock
-from fine_tuning.errors import UserError
-from fine_tuning.project import artifact_root, git_commit, root, run_command, tracking_uri
-from fine_tuning.protection import protect
-from fine_tuning.settings import read_params
+from fine_tuning.common.dvc_files import cache_folder, read_lock
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import artifact_root, git_commit, root, run_command, tracking_uri
+from fine_tuning.common.protection import protect
+from fine_tuning.common.settings import read_params
+from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.tracking import find_adapter, open_store
-from fine_tuning.training.training_utils import TrainSettings
 
 
 def rebuild() -> int:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fine_tuning.errors import UserError, run
+from fine_tuning.common.errors import UserError, run
 
 CONFIG = Path(".dvc/config")
 SECRET = re.compile(

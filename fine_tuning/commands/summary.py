@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.commands.dvc_files import LOCK, locked_md5, md5_path, read_lock
-from fine_tuning.data_preparation.tally import in_words
-from fine_tuning.errors import UserError, count_of
-from fine_tuning.records import read_json
+from fine_tuning.common.dvc_files import LOCK, locked_md5, md5_path, read_lock
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.records import read_json
+from fine_tuning.schema.reasons import in_words
 
 PREPARED = Path("metrics/prepare.json")
 EVALUATION = Path("metrics/evaluation.json")

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 
 if TYPE_CHECKING:
     from cyclonedx.model.component import Component
@@ -90,10 +90,10 @@ def bill_of_materials() -> str:
     from cyclonedx.output import make_outputter
     from cyclonedx.schema import OutputFormat, SchemaVersion
 
+    from fine_tuning.common.project import sha256_file
+    from fine_tuning.common.records import read_json
+    from fine_tuning.common.settings import read_params
     from fine_tuning.model_management.model_deployer import DeploySettings
-    from fine_tuning.project import sha256_file
-    from fine_tuning.records import read_json
-    from fine_tuning.settings import read_params
 
     gguf = PACKAGE / "model.gguf"
     if not gguf.is_file() or not BASE_CARD.is_file():

@@ -4,7 +4,7 @@ import argparse
 from itertools import islice
 from pathlib import Path
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:
@@ -20,9 +20,10 @@ def add_commands(subparsers: argparse._SubParsersAction) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Print one Markdown table, a column a tokenizer."""
+    from fine_tuning.common.settings import read_params
     from fine_tuning.data_collection.data_export import read_clean
-    from fine_tuning.data_preparation.tokenizer import ChatSettings, compare_tokenizers, comparison_table
-    from fine_tuning.settings import read_params
+    from fine_tuning.data_preparation.tokenizer import compare_tokenizers, comparison_table
+    from fine_tuning.schema.chat_format import ChatSettings
 
     chat = read_params("chat", ChatSettings)
     conversations = list(islice(read_clean(args.data), args.limit))

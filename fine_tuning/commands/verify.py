@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +12,37 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fine_tuning.commands.bundle import kept_gguf
-from fine_tuning.commands.champion import CHAMPION_FILES, CHAMPION_JSON, GGUF, MERGED, PROBES, WEIGHTS, read_champion
-from fine_tuning.commands.dvc_files import cache_folder, cached, dvc_objects, files_below, md5_file
-from fine_tuning.commands.promote import content_of, open_registry
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.champion_records import KEPT, kept_files
+from fine_tuning.commands.promote import content_of
+from fine_tuning.common.dvc_files import cache_folder, dvc_objects, files_below, md5_file, used_objects
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.protection import FOLDERS, OTHERS, open_to_others
+from fine_tuning.common.records import read_json
+from fine_tuning.evaluation.records.champion_records import KEPT, kept_files
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.answer_check import AnswersDiffer, compare_answers
+from fine_tuning.model_management.champion import (
+    CHAMPION_FILES,
+    CHAMPION_JSON,
+    GGUF,
+    MERGED,
+    PROBES,
+    WEIGHTS,
+    read_champion,
+)
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings, Probe, heal
-from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_registry import (
+    CHAMPION,
+    CONTENT_TAG,
+    ModelRegistry,
+    ModelVersion,
+    open_registry,
+)
 from fine_tuning.model_management.model_switcher import ModelSwitcher, live_history
 from fine_tuning.model_management.ollama_store import damaged_blobs
-from fine_tuning.project import sha256_file
-from fine_tuning.protection import FOLDERS, OTHERS, open_to_others
-from fine_tuning.records import read_json
 
 if TYPE_CHECKING:
-    from dvc.repo import Repo
+    pass
 
 CHUNK_BYTES = 1 << 20
 DAMAGED, OPEN, NOTE = "damaged", "open", "note"
@@ -115,22 +128,6 @@ def _users(checkout: Path) -> dict[str, set[str]]:
         for name, path in used_objects(repo):
             used.setdefault(name, set()).add(path)
     return used
-
-
-def used_objects(repo: "Repo") -> Iterator[tuple[str, str]]:
-    """(object, path) of everything that dvc.lock and the .dvc files name."""
-    for out in repo.index.outs:
-        if not out.use_cache or out.hash_info is None or not out.hash_info.value:
-            continue
-        name, path = out.hash_info.value, repo.fs.relpath(out.fspath, repo.root_dir)
-        yield name, path
-        listing = cached(Path(repo.root_dir), name) if name.endswith(".dir") else None
-        if listing is not None:
-            try:
-                entries = json.loads(listing.read_bytes())
-                yield from ((entry["md5"], f"{path}/{entry['relpath']}") for entry in entries)
-            except (ValueError, TypeError, KeyError):
-                continue  # a damaged listing is a finding of its own
 
 
 def check_remote(name: str | None) -> Checked:

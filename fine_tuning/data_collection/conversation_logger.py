@@ -16,10 +16,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from fine_tuning.data_collection.conversation import fold, now
-from fine_tuning.errors import UserError
-from fine_tuning.names import session_name
-from fine_tuning.records import dump_line, read_line, read_lines, replacing, sync_folder
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.names import session_name
+from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync_folder
+from fine_tuning.schema.conversation import fold, now
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged

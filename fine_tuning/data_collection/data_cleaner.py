@@ -15,16 +15,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field
 
-from fine_tuning.data_collection import personal_data
-from fine_tuning.data_collection.conversation import (
-    as_conversation,
-    can_be_id,
-    carry_feedback,
-    each_record,
-    is_exchange,
-    is_feedback,
-)
-from fine_tuning.data_collection.filters import (
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.settings import parse_settings
+from fine_tuning.data_collection.cleaning.filters import (
     Drop,
     FilterSettings,
     check_content,
@@ -34,11 +27,18 @@ from fine_tuning.data_collection.filters import (
     trim_end,
     without_unusable,
 )
-from fine_tuning.data_collection.people import MODEL, PeopleSettings, people_finder
-from fine_tuning.data_collection.personal_data import Hit, Masker, PersonalDataType, may_hold, without_overlaps
-from fine_tuning.data_collection.text_repair import CONTROL_TOKENS, TextRepair
-from fine_tuning.errors import UserError
-from fine_tuning.settings import parse_settings
+from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS, TextRepair
+from fine_tuning.data_collection.personal_data import finder as personal_data
+from fine_tuning.data_collection.personal_data.finder import Hit, Masker, PersonalDataType, may_hold, without_overlaps
+from fine_tuning.data_collection.personal_data.people import MODEL, PeopleSettings, people_finder
+from fine_tuning.schema.conversation import (
+    as_conversation,
+    can_be_id,
+    carry_feedback,
+    each_record,
+    is_exchange,
+    is_feedback,
+)
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight", "gap")
 PRIVATE_METADATA = ("session_id", "user_id", "user", "users", "username", "email", "name", "ip", "title")

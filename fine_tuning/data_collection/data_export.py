@@ -14,7 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from fine_tuning.data_collection.conversation import (
+from fine_tuning.common.errors import UserError, no_space
+from fine_tuning.common.records import replacing
+from fine_tuning.common.settings import Settings
+from fine_tuning.schema.conversation import (
     as_conversation,
     each_record,
     edits,
@@ -23,9 +26,6 @@ from fine_tuning.data_collection.conversation import (
     is_sound,
     to_line,
 )
-from fine_tuning.errors import UserError, no_space
-from fine_tuning.records import replacing
-from fine_tuning.settings import Settings
 
 ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt"]
 FILES: dict[str, str] = {

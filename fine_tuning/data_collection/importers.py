@@ -25,10 +25,17 @@ from typing import Any, BinaryIO
 
 import zstandard
 
-from fine_tuning.data_collection.conversation import short_hash
-from fine_tuning.data_collection.record_formats import PAIRS, ROLE_NAMES, CsvRows, NotRecognised, from_chatml, recognise
-from fine_tuning.errors import UserError
-from fine_tuning.records import STRICT_JSON
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import STRICT_JSON
+from fine_tuning.data_collection.importing.record_formats import (
+    PAIRS,
+    ROLE_NAMES,
+    CsvRows,
+    NotRecognised,
+    from_chatml,
+    recognise,
+)
+from fine_tuning.schema.conversation import short_hash
 
 CHUNK = 1 << 20
 LONGEST_LINE = 64 << 20

@@ -1,16 +1,14 @@
 """Who wrote a reply: a person, or a model that may or may not be named."""
 
-import re
 from collections.abc import Iterable, Sequence
 
-from fine_tuning.data_collection.conversation import is_by_a_model
-from fine_tuning.data_collection.writing_systems import NO_SPACES
+from fine_tuning.common.writing_systems import words_of
+from fine_tuning.schema.conversation import is_by_a_model
 
 # An edit of which more than one word in five stands in the model's reply, in the same order, is still the model's: it
 # makes that model's likelihood higher than an equal one's (`python -m benchmarks.verdict own-words` measures it).
 MOST_KEPT = 0.2
 MOST_WORDS = 20_000  # of each text are compared: a tenth of a second
-_WORD = re.compile(rf"[{NO_SPACES}]|[^\W{NO_SPACES}]+")
 
 
 def is_by_a_person(conversation: dict, index: int, edited: str | None = None) -> bool:
@@ -32,11 +30,6 @@ def is_by_a_person(conversation: dict, index: int, edited: str | None = None) ->
         for other in originals
         if isinstance(other, dict) and other.get("content")
     )
-
-
-def words_of(text: str) -> list[str]:
-    """Words in lower case, without punctuation; characters of scripts that write no spaces between words."""
-    return _WORD.findall(text.casefold())
 
 
 def common_words(first: Iterable[str], second: Sequence[str]) -> int:

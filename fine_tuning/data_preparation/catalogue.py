@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
+from fine_tuning.common.records import line_ranges
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, structure_problem, unused_because
 from fine_tuning.data_preparation.sorted_rows import SortedRows
 from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS, Deal, Fractions, salted_fractions
-from fine_tuning.records import line_ranges
 
 PART_BYTES = 16 << 20
 _LOOK, _CLUSTER, _SPLIT, _TWIN, _HANDED_DOWN = range(5)  # what is told of a conversation
@@ -27,7 +27,7 @@ _FIRST = itemgetter(0)
 Look = tuple[str, int, int, str, bool, str | None, str | None, str | None, int]
 
 
-class Row(NamedTuple):
+class DealtRow(NamedTuple):
     """A conversation that was dealt to a split: its turn in it, where it stands, its cluster and how long it is."""
 
     sample: bool
@@ -119,7 +119,7 @@ class Catalogue:
         self._scratch = SpooledTemporaryFile(max_size=1)  # noqa: SIM115 (no file until something is written)
         self._told = self._rows(_FIRST)  # (id, what is told, and that)
         self._dealt = self._rows()  # (id, split)
-        self._splits = defaultdict(self._rows)  # split → what makes a `Row`
+        self._splits = defaultdict(self._rows)  # split → what makes a `DealtRow`
         self._sizes: Counter[str] = Counter()
         self._left_out = self._rows()  # (id, reason)
         self._reasons: Counter[str] = Counter()
@@ -222,9 +222,9 @@ class Catalogue:
             self._splits[split].add((sample, turn(identity), identity, part, place, cluster, characters))
             self._sizes[split] += 1
 
-    def rows(self, split: str) -> Iterator[Row]:
+    def rows(self, split: str) -> Iterator[DealtRow]:
         """All that were dealt to a split, in their turn, people's own before the sample's."""
-        return map(Row._make, self._splits[split])
+        return map(DealtRow._make, self._splits[split])
 
     def places(self, split: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
         """(part, [(place, id)]) of all that were dealt to a split, as they stand."""
@@ -234,7 +234,7 @@ class Catalogue:
         for part, rows in groupby(standing, _FIRST):
             yield part, [(place, identity) for _, place, identity in rows]
 
-    def leave_out(self, rows: Iterable[Row], split: str, reason: str) -> None:
+    def leave_out(self, rows: Iterable[DealtRow], split: str, reason: str) -> None:
         """Count conversations that were dealt to a split as out of it; `rows` has them still."""
         for row in rows:
             self._leave_out(row.id, reason, row.characters)

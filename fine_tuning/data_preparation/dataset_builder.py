@@ -1,6 +1,5 @@
 """Datasets: conversations in; sticky train, validation and test splits with token ids and labels out."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -12,23 +11,21 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import Field
 
-from fine_tuning.data_collection.conversation import each_record
-from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, HeldConversations, Row
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import Map
+from fine_tuning.common.settings import Settings
+from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, DealtRow, HeldConversations
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
 from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
-from fine_tuning.data_preparation.tokenizer import Encoded, RenderError, encode_windows, load_tokenizer
-from fine_tuning.engine import Map
-from fine_tuning.errors import UserError
-from fine_tuning.records import replacing
-from fine_tuning.settings import Settings
+from fine_tuning.schema.chat_format import RenderError, encode_windows, load_tokenizer
+from fine_tuning.schema.conversation import each_record
+from fine_tuning.schema.prepared import Example
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 CHUNK = 64  # conversations that are encoded at a time
-ROW_GROUP = 1000  # rows that are held until they are written
 
 
 class PrepareSettings(Settings):
@@ -45,38 +42,6 @@ class PrepareSettings(Settings):
     max_held_out_tokens: int | None = Field(ge=1)
     engine: str | None
     canaries: int = Field(ge=0)
-
-
-@dataclass
-class Example:
-    """A conversation that may be trained on. `trained[i]` says whether `messages[i]` enters the loss.
-
-    One that is too long for the model is several examples, which differ in `window` and `encoded`; the first also
-    counts the turns, and the tokens of replies, that no window has room for, and the windows that were not drawn.
-    """
-
-    id: str
-    source: str
-    cluster: str
-    messages: list[dict]
-    trained: list[bool]
-    encoded: Encoded | None = None
-    window: int = 0
-    lost_turns: int = 0
-    lost_tokens: int = 0
-    lost_windows: int = 0
-
-    def row(self) -> dict[str, Any]:
-        """The example as a plain record, with ids and labels where it was encoded."""
-        row = {"id": self.id, "source": self.source, "cluster": self.cluster, "messages": self.messages}
-        if self.encoded is not None:
-            row |= {
-                "window": self.window,
-                "messages": self.encoded.messages,
-                "input_ids": self.encoded.input_ids,
-                "labels": self.encoded.labels,
-            }
-        return row
 
 
 @dataclass
@@ -234,7 +199,7 @@ class DatasetBuilder:
             system_prompt=self.system_prompt, max_length=self.max_length,
         )  # fmt: skip
 
-        def rows() -> Iterator[Row]:
+        def rows() -> Iterator[DealtRow]:
             return (row for row in catalogue.rows(split) if row.id not in without)
 
         spent: Counter[str] = Counter()
@@ -291,23 +256,23 @@ def _fractions(validation: float, test: float, latest_from: str | None) -> Fract
         raise UserError(f"latest_from = {latest_from!r} is no date: give one such as 2026-01-31") from None
 
 
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _chunks(rows: Iterator[DealtRow]) -> Iterator[list[DealtRow]]:
     while chunk := list(islice(rows, CHUNK)):
         yield chunk
 
 
 def _encode(
-    rows: list[Row],
+    rows: list[DealtRow],
     conversations: Conversations,
     train_on: TrainOn,
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
     max_length: int,
-) -> list[tuple[Row, list[Example] | str]]:
+) -> list[tuple[DealtRow, list[Example] | str]]:
     """The examples of each row, a window each, or why there are none."""
     if isinstance(tokenizer, Path):
         tokenizer = _loaded(tokenizer)
-    pairs: list[tuple[Row, list[Example] | str]] = []
+    pairs: list[tuple[DealtRow, list[Example] | str]] = []
     for row in rows:
         (conversation,) = conversations.read(row.part, [row.place])
         messages, trained = select(conversation, train_on)
@@ -349,52 +314,6 @@ def _shared_runs(
 
 # -----------------------------------------------------------------------------
 # files
-
-
-def write_split(path: str | Path, examples: Iterable[Example]) -> None:
-    """Write encoded examples as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
-
-    The windows of a conversation follow each other and share all but window, messages, input_ids and labels.
-    The same examples give the same bytes. Few of them are in memory at a time.
-    """
-    import pyarrow
-    from datasets import Features, List, Value, config
-    from datasets.arrow_writer import get_parquet_column_options
-    from pyarrow.parquet import ParquetWriter
-
-    features = Features(
-        {name: Value("string") for name in ("id", "source", "cluster", "messages")}
-        | {"window": Value("int32")}
-        | {name: List(Value("int32")) for name in ("input_ids", "labels")}
-    )
-    # As `Dataset.to_parquet` writes it, which has to hold the whole of it.
-    schema, chunking = features.arrow_schema, config.DEFAULT_CDC_OPTIONS
-    options = get_parquet_column_options(features, schema)
-    examples = iter(examples)
-    with (
-        replacing(path) as file,
-        ParquetWriter(file, schema, use_content_defined_chunking=chunking, write_page_index=True, **options) as writer,
-    ):
-        while rows := [example.row() for example in islice(examples, ROW_GROUP)]:
-            columns = {name: [row[name] for row in rows] for name in features}
-            # JSON, because the optional keys of messages would become nulls in every Arrow struct.
-            columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in columns["messages"]]
-            writer.write_table(pyarrow.table(columns, schema))
-        writer.add_key_value_metadata({"content_defined_chunking": json.dumps(chunking)})
-
-
-def read_split(path: str | Path) -> "Dataset":
-    """Read a split that `write_split` wrote, in memory: no copy of private conversations in a cache elsewhere.
-
-    Raises:
-        UserError: the file is missing.
-    """
-    from datasets import Dataset
-    from pyarrow import parquet
-
-    if not Path(path).is_file():
-        raise UserError(f"{path} is missing: run `dvc repro prepare`")
-    return Dataset(parquet.read_table(path))
 
 
 # -----------------------------------------------------------------------------

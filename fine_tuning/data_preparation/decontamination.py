@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from fine_tuning.data_collection.writing_systems import WORDLIKE
+from fine_tuning.common.writing_systems import WORDLIKE
 
 _WORD = re.compile(rf"[{WORDLIKE}]|[^\W{WORDLIKE}]+")
 _FOREIGN = re.compile(r"[^\x00-\x7f\W]")
 _LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
 
 if TYPE_CHECKING:
-    from fine_tuning.data_preparation.dataset_builder import Example
+    from fine_tuning.schema.prepared import Example
 
 Run = tuple[bytes, ...]
 

@@ -6,11 +6,11 @@ The project's own training renders the base model's chat template instead (see t
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fine_tuning.data_collection.conversation import each_record
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction, unbroken
-from fine_tuning.data_collection.record_formats import NotRecognised, recognise
+from fine_tuning.data_collection.importing.record_formats import NotRecognised, recognise
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
-from fine_tuning.errors import UserError
+from fine_tuning.schema.conversation import each_record
 
 FORMATS = ("chatml", "alpaca", "instruction")
 

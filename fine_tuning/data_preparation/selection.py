@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from fine_tuning.data_collection.conversation import as_conversation, can_be_id, is_exchange, is_feedback
 from fine_tuning.data_preparation.authorship import is_by_a_person
-from fine_tuning.data_preparation.tokenizer import ROLES
+from fine_tuning.schema.chat_format import ROLES
+from fine_tuning.schema.conversation import as_conversation, can_be_id, is_exchange, is_feedback
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
 _LEAST_RATING = {"all": -1, "not_disliked": 0, "endorsed": 1}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fine_tuning.errors import UserError
-from fine_tuning.records import read_lines, replacing
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_lines, replacing
 
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = "none"  # in the ledger: near-duplicates on both sides, so part of no split

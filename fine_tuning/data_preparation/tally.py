@@ -6,33 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.data_preparation.splits import SPLITS
-from fine_tuning.errors import count_of
 
 if TYPE_CHECKING:
-    from fine_tuning.data_preparation.dataset_builder import Example
-
-
-def in_words(metrics: Mapping[str, Any]) -> list[str]:
-    """A sentence on what is trained on, then one a reason for what is not.
-
-    Args:
-        metrics: the content of metrics/prepare.json; {} where there is none.
-    """
-    if not metrics:
-        return []
-    train, characters = metrics["splits"]["train"], metrics.get("characters")  # None in metrics of earlier versions
-    said = [f"{count_of(train['conversations'], 'conversation')} with {count_of(train['tokens'], 'token')} to train on"]
-    for reason, count in Counter(metrics["left_out"]).most_common():
-        share = f" ({metrics['characters_left_out'].get(reason, 0) / characters:.1%} of the text)" if characters else ""
-        said.append(f"{count:,} left out{share}: {reason_in_words(reason)}")
-    if lost := sum(split.get("lost_reply_tokens", 0) for split in metrics["splits"].values()):
-        said.append(f"{count_of(lost, 'token')} of replies not used: their turns alone exceed chat.max_length")
-    return said
-
-
-def reason_in_words(reason: str) -> str:
-    """Why conversations were left out; where a cap did it, the parameter."""
-    return f"prepare.{reason}" if reason.startswith("max_") else reason.replace("_", " ")
+    from fine_tuning.schema.prepared import Example
 
 
 class Tally:

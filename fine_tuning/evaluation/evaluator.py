@@ -13,29 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fine_tuning.data_collection.people import Find
-from fine_tuning.data_preparation.tokenizer import ChatSettings, encode_prompt
-from fine_tuning.evaluation.contenders import Contender
-from fine_tuning.evaluation.evaluate_settings import EvaluateSettings
-from fine_tuning.evaluation.forgetting import general_items, knowledge, reading, text_items
-from fine_tuning.evaluation.histories import prompt_lines, swapped_histories
-from fine_tuning.evaluation.items import Item, sample, suite_sha256
-from fine_tuning.evaluation.llama_engine import LlamaEngine
-from fine_tuning.evaluation.measurements import GUARDS, describe
-from fine_tuning.evaluation.memo import Memo
-from fine_tuning.evaluation.memory import memory_items, recalled
-from fine_tuning.evaluation.privacy import personal_data
-from fine_tuning.evaluation.rivals import PROMPTED, SHOWN, Exchanges, prompted, shown
-from fine_tuning.evaluation.scoring import (
-    Likelihood,
-    Reply,
-    likelihoods,
-    loaded,
-    quantised_likelihoods,
-    replies,
-    scoring_hardware,
-)
-from fine_tuning.project import sha256_file
+from fine_tuning.common.project import sha256_file
+from fine_tuning.data_collection.personal_data.people import Find
+from fine_tuning.evaluation.records.measurements import GUARDS, describe
+from fine_tuning.evaluation.records.record_types import PROMPTED, SHOWN, Item, Likelihood, Reply
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.scoring.memo import Memo
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, quantised_likelihoods, replies, scoring_hardware
+from fine_tuning.evaluation.suite.contenders import Contender
+from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
+from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
+from fine_tuning.evaluation.suite.items import sample, suite_sha256
+from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
+from fine_tuning.evaluation.suite.privacy import personal_data
+from fine_tuning.evaluation.suite.prompting_baselines import Exchanges, prompted, shown
+from fine_tuning.runtime.llama_engine import LlamaEngine
+from fine_tuning.schema.chat_format import ChatSettings, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

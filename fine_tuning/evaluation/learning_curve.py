@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.differences import differences
-from fine_tuning.evaluation.evaluate_settings import IntervalSettings
-from fine_tuning.evaluation.items import Item
-from fine_tuning.evaluation.measurements import Metrics, describe, summarise
-from fine_tuning.evaluation.scoring import Likelihood, likelihoods, scoring_hardware
-from fine_tuning.training.base_model import load_model
-from fine_tuning.training.training_utils import Row
+from fine_tuning.common.errors import UserError
+from fine_tuning.evaluation.records.measurements import Metrics, describe, summarise
+from fine_tuning.evaluation.records.record_types import Item, Likelihood
+from fine_tuning.evaluation.records.settings import IntervalSettings
+from fine_tuning.evaluation.scoring.scorer import likelihoods, scoring_hardware
+from fine_tuning.evaluation.verdict.differences import differences
+from fine_tuning.runtime.base_model import load_model
+from fine_tuning.schema.prepared import Row
 
 
 def share(rows: Sequence[Row], fraction: float) -> list[Row]:

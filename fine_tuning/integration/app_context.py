@@ -7,16 +7,16 @@ from pathlib import Path
 
 import streamlit as st
 
+from fine_tuning.common.project import main_checkout, root
+from fine_tuning.common.protection import protect
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_preparation.tokenizer import ChatSettings
 from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.model_management.model_deployer import DeploySettings
-from fine_tuning.project import main_checkout, root
-from fine_tuning.protection import protect
-from fine_tuning.settings import read_params
+from fine_tuning.schema.chat_format import ChatSettings
 
 PROBE_SECONDS = 1.5  # a server that does not say what it has within this time is left out of the list
 CONNECT_SECONDS = 5.0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import Job, jobs
 

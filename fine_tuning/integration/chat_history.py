@@ -4,11 +4,11 @@ import json
 import subprocess
 from pathlib import Path
 
-from fine_tuning.data_collection.conversation import edits
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_object, updating
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.errors import UserError
 from fine_tuning.integration.jobs import jobs, own_command
-from fine_tuning.records import read_object, updating
+from fine_tuning.schema.conversation import edits
 
 TITLES = Path(".whetstone/titles.json")
 JOURNALS = ".whetstone/forget*.json"

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
-from fine_tuning.data_preparation.tokenizer import encode_prompt, load_tokenizer
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.llama_engine import LlamaEngine
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_object
+from fine_tuning.common.settings import Settings
+from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, full_name
-from fine_tuning.records import read_object
-from fine_tuning.settings import Settings
+from fine_tuning.runtime.llama_engine import LlamaEngine
+from fine_tuning.schema.chat_format import encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

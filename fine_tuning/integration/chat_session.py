@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.errors import UserError
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.reply import Reply
 

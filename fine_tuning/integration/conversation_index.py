@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fine_tuning.data_collection.conversation import fold
-from fine_tuning.data_collection.log_index import LogIndex, key_of
-from fine_tuning.data_collection.shards import shard_paths
+from fine_tuning.data_collection.storage.log_index import LogIndex, key_of
+from fine_tuning.data_collection.storage.shards import shard_paths
+from fine_tuning.schema.conversation import fold
 
 SHARDS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")

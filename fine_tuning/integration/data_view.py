@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fine_tuning.common.records import read_jsonl, read_object
+from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
-from fine_tuning.data_collection.personal_data import PLACEHOLDER
-from fine_tuning.data_collection.text_repair import CONTROL_TOKENS
+from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
-from fine_tuning.records import read_jsonl, read_object
 
 REJECTED = Path("data/clean/rejected.jsonl")
 CLEAN_METRICS = Path("metrics/clean.json")
@@ -122,8 +122,8 @@ def tokens(checkout: Path, identity: str) -> tuple[str, list[Stretch]] | None:
     """(split, tokens) of a conversation in the prepared data, window by window; what is special is what is trained."""
     import pyarrow.parquet
 
-    from fine_tuning.data_preparation.tokenizer import NOT_TRAINED
     from fine_tuning.integration.chat_models import BASE, tokenizer_of
+    from fine_tuning.schema.chat_format import NOT_TRAINED
 
     for split in SPLITS:
         path = checkout / PREPARED / f"{split}.parquet"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fine_tuning.evaluation.llama_engine import LlamaEngine
+from fine_tuning.runtime.llama_engine import LlamaEngine
 
 # A model's file that was replaced (a promotion, a new `dvc repro`) is another model.
 Key = tuple[str, int, int]

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from fine_tuning.errors import UserError
-from fine_tuning.protection import protect
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.protection import protect
 
 LOG = Path(".whetstone/app/job.log")
 TAIL_BYTES = 64 << 10

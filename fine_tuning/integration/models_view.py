@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import artifact_root, tracking_uri
+from fine_tuning.common.records import read_json, read_object
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import Live, ModelSwitcher, live_history
-from fine_tuning.project import artifact_root, tracking_uri
-from fine_tuning.records import read_json, read_object
 
 COMPARISON = Path("metrics/comparison.json")
 REPORT = Path("metrics/report.html")

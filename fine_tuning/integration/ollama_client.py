@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import httpx
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+
+if TYPE_CHECKING:
+    from fine_tuning.integration.ollama_client import OllamaClient
+    from fine_tuning.model_management.model_deployer import DeploySettings
 
 DEFAULT_PORT = 11434
 CHUNK_BYTES = 1 << 20
@@ -476,3 +480,21 @@ def _stats(line: dict) -> ChatStats:
         total_seconds=seconds("total_duration"),
         load_seconds=seconds("load_duration"),
     )
+
+
+@contextmanager
+def open_servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
+    from fine_tuning.common.names import host_key
+    from fine_tuning.integration.ollama_client import OllamaClient, normalise_host, ollama_host
+
+    hosts = [normalise_host(host) for host in given or [ollama_host(settings.host), *settings.more_hosts]]
+    first = {host_key(host): host for host in reversed(hosts)}  # one server may stand there under two names
+    clients = [
+        OllamaClient(host, timeout=settings.timeout, stream_timeout=settings.stream_timeout)
+        for host in dict.fromkeys(first[host_key(host)] for host in hosts)
+    ]
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.close()

@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import run_command
+from fine_tuning.common.records import read_object
 from fine_tuning.integration.chat_models import BASE, ChatModel, champion_version
 from fine_tuning.integration.jobs import own_command
-from fine_tuning.project import run_command
-from fine_tuning.records import read_object
 
 
 class RegisteredModels:

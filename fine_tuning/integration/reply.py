@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 
 State = Literal["writing", "complete", "stopped", "failed"]
 

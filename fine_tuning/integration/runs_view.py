@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import artifact_root, run_command, tracking_uri
+from fine_tuning.common.records import read_object
 from fine_tuning.integration.jobs import dvc_command
-from fine_tuning.project import artifact_root, run_command, tracking_uri
-from fine_tuning.records import read_object
 from fine_tuning.training.tracking import flatten, open_store
 
 EVALUATION = Path("metrics/evaluation.json")

@@ -34,7 +34,7 @@ def load(name: str) -> Callable[[], None]:
 
 
 def main() -> None:
-    from fine_tuning.errors import UserError
+    from fine_tuning.common.errors import UserError
     from fine_tuning.integration.app_context import is_owner, sign_in_providers, signed_in
     from fine_tuning.integration.app_text import plain
 

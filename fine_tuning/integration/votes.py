@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fine_tuning.data_collection.conversation import now
+from fine_tuning.common.records import dump_line, read_lines
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.chat_session import new_conversation_id
-from fine_tuning.records import dump_line, read_lines
+from fine_tuning.schema.conversation import now
 
 VOTES = Path(".whetstone/votes.jsonl")
 SOURCE = "compare"  # of the conversations that a vote makes

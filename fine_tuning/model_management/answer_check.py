@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.errors import UserError
-from fine_tuning.evaluation.llama_engine import LlamaEngine
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.llama_engine import LlamaEngine
 
 if TYPE_CHECKING:
     from fine_tuning.model_management.model_deployer import ModelServer, Probe

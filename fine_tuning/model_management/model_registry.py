@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from fine_tuning.errors import UserError
-from fine_tuning.names import check_model_name
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.names import check_model_name
+from fine_tuning.common.project import artifact_root, main_checkout, tracking_uri
 from fine_tuning.training.tracking import open_store
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
@@ -370,3 +371,13 @@ def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:
         aliases=tuple(sorted(aliases)),
         created_at=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
     )
+
+
+def registry_locks() -> Path:
+    """Where the main checkout keeps lock files."""
+    return main_checkout() / ".whetstone"
+
+
+def open_registry(name: str) -> ModelRegistry:
+    """The registry of this checkout."""
+    return ModelRegistry(name, tracking_uri(), artifact_root(), registry_locks())

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.names import host_key
 from fine_tuning.model_management.model_deployer import LIVE, ModelServer, go_live
 from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
-from fine_tuning.names import host_key
 
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 LIVE_TAG = re.compile(r"live\.(\d{8}T\d{6}\.\d{6}Z)")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fine_tuning.project import sha256_file
+from fine_tuning.common.project import sha256_file
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Where Ollama's documentation says that models are: of a user's own server, of the Linux service.

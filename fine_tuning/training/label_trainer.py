@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 from transformers import Trainer
 
-from fine_tuning.training.fused import has_plain_head, summed_label_loss
+from fine_tuning.schema.prepared import IGNORED_LABEL, Row
+from fine_tuning.training.acceleration.fused import has_plain_head, summed_label_loss
+from fine_tuning.training.acceleration.shared_prefix import lay_out
 from fine_tuning.training.processes import of_main_process
-from fine_tuning.training.shared_prefix import lay_out
-from fine_tuning.training.training_utils import IGNORED_LABEL, Row
 
 Batch = dict[str, torch.Tensor]
 

@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments, set_seed
 
-from fine_tuning.errors import UserError
-from fine_tuning.training.base_model import load_model, quiet_transformers
-from fine_tuning.training.cuda_graphs import (
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.base_model import load_model, quiet_transformers
+from fine_tuning.runtime.hardware import Hardware, detect_hardware, is_main_process, process_count
+from fine_tuning.schema.prepared import Row, batch_by_tokens, collate, count_labels
+from fine_tuning.training.acceleration.cuda_graphs import (
     frequent_shapes,
     length_class,
     may_record,
@@ -26,31 +28,16 @@ from fine_tuning.training.cuda_graphs import (
     shape_of,
     shapes_to_record,
 )
-from fine_tuning.training.fused import fuse
+from fine_tuning.training.acceleration.fused import fuse
+from fine_tuning.training.acceleration.shared_prefix import collate_packed, share_prefixes
+from fine_tuning.training.checkpoints import is_outdated, newest_checkpoint, sort_adapter_config
 from fine_tuning.training.label_trainer import LabelTrainer
+from fine_tuning.training.memory import check_memory, lanes, read_shape
 from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
 from fine_tuning.training.qlora_trainer import WeightsMemory, check_bitsandbytes, load_quantised_base, weights_memory
+from fine_tuning.training.row_checks import check_rows
 from fine_tuning.training.run_guard import Progress, RunGuard, check_loss, is_over
-from fine_tuning.training.shared_prefix import share_prefixes
-from fine_tuning.training.training_utils import (
-    Hardware,
-    Row,
-    TrainSettings,
-    batch_by_tokens,
-    check_memory,
-    check_rows,
-    collate,
-    collate_packed,
-    count_labels,
-    detect_hardware,
-    is_main_process,
-    is_outdated,
-    lanes,
-    newest_checkpoint,
-    process_count,
-    read_shape,
-    sort_adapter_config,
-)
+from fine_tuning.training.settings import TrainSettings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "c_attn", "query_key_value")
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "lion_8bit": "lion_8bit", "sgd": "sgd"}

@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fine_tuning.errors import UserError
-from fine_tuning.training.training_utils import TrainSettings, process_count
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.hardware import process_count
+from fine_tuning.training.settings import TrainSettings
 
 
 def agree(urgency: int) -> int:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from fine_tuning.errors import UserError
-from fine_tuning.training.base_model import load_model
-from fine_tuning.training.training_utils import Hardware, TrainSettings
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.base_model import load_model
+from fine_tuning.runtime.hardware import Hardware
+from fine_tuning.training.settings import TrainSettings
 
 EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "lion_8bit": "Lion8bit"}
 

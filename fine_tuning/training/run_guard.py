@@ -14,10 +14,12 @@ import torch
 from peft import get_peft_model_state_dict
 from transformers import TrainerCallback
 
-from fine_tuning.errors import UserError
-from fine_tuning.records import replacing
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import replacing
+from fine_tuning.runtime.hardware import is_main_process, process_count
+from fine_tuning.training.checkpoints import mark_complete
 from fine_tuning.training.processes import agree, reshard
-from fine_tuning.training.training_utils import TrainSettings, is_main_process, mark_complete, process_count
+from fine_tuning.training.settings import TrainSettings
 
 Progress = Callable[[dict[str, float]], None]
 GO_ON, STOP_AND_SAVE = 0, 1

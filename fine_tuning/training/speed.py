@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fine_tuning.errors import UserError
-from fine_tuning.records import read_json, write_json
-from fine_tuning.training.training_utils import TrainSettings
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.training.settings import TrainSettings
 
 SPEED = Path(".whetstone/speed.json")  # in the main checkout
 _DURATION = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,7})s)?")

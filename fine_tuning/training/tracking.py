@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fine_tuning.errors import UserError, no_space
-from fine_tuning.project import sha256_file
+from fine_tuning.common.errors import UserError, no_space
+from fine_tuning.common.project import sha256_file
 
 EXPERIMENT = "whetstone"
 WEIGHTS = "adapter_model.safetensors"
@@ -131,10 +131,10 @@ class Run:
         """Copy a folder into the run's artifacts."""
         self.client.log_artifacts(self.id, str(folder), name)
 
-    def tag(self, **tags: str) -> None:
+    def tag(self, **tags: Any) -> None:
         """Set tags."""
         for key, value in tags.items():
-            self.client.set_tag(self.id, key, value)
+            self.client.set_tag(self.id, key, str(value))
 
 
 @contextmanager
@@ -173,6 +173,18 @@ def tracked_run(
         if monitor:
             monitor.finish()
         client.set_terminated(run_id, status)
+
+
+@contextmanager
+def training_runs(
+    client: Any, experiment_id: str, parameters: dict[str, Any], tags: dict[str, str]
+) -> Iterator[tuple[Run, Run]]:
+    """(the pipeline's run, the run of its training nested in it) around a block."""
+    with (
+        tracked_run(client, experiment_id, "pipeline", {}, tags) as pipeline,
+        tracked_run(client, experiment_id, "train", parameters, tags, pipeline, system_metrics=True) as tracked,
+    ):
+        yield pipeline, tracked
 
 
 def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> Path:

@@ -5,7 +5,7 @@ import evaluate
 import numpy as np
 import sacrebleu
 
-from fine_tuning.evaluation.metrics import SummedMetric
+from fine_tuning.evaluation.metric_modules.loading import SummedMetric
 
 
 class Bleu(SummedMetric):

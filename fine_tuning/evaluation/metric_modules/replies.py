@@ -7,8 +7,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.data_preparation.authorship import words_of
-from fine_tuning.evaluation.metrics import SummedMetric
+from fine_tuning.common.writing_systems import words_of
+from fine_tuning.evaluation.metric_modules.loading import SummedMetric
 
 CONTROL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
 LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric

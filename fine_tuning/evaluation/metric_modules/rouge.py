@@ -5,8 +5,8 @@ import evaluate
 import numpy as np
 from rouge_score import rouge_scorer
 
-from fine_tuning.data_preparation.authorship import words_of
-from fine_tuning.evaluation.metrics import SummedMetric, ratio
+from fine_tuning.common.writing_systems import words_of
+from fine_tuning.evaluation.metric_modules.loading import SummedMetric, ratio
 
 TYPES = ("rouge1", "rouge2", "rougeL")
 

@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from fine_tuning.evaluation.metrics import SummedMetric
+from fine_tuning.evaluation.metric_modules.loading import SummedMetric
 
 
 class TokenAccuracy(SummedMetric):

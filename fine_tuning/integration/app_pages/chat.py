@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from fine_tuning.data_collection.conversation import edits
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job
@@ -15,6 +14,7 @@ from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, s
 from fine_tuning.integration.chat_session import Question, ask, desk, new_conversation_id
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs
+from fine_tuning.schema.conversation import edits
 
 LOOK_SECONDS = 0.15  # how often the page looks at a reply that is being written
 LISTED = 60  # conversations in the side bar; the search finds the others

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 from fine_tuning.integration import votes
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text

@@ -5,8 +5,8 @@ import html
 import pandas as pd
 import streamlit as st
 
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
-from fine_tuning.data_preparation.tally import in_words, reason_in_words
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
@@ -14,7 +14,7 @@ from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Entry, Stretch
 from fine_tuning.integration.jobs import jobs, own_command
-from fine_tuning.settings import read_params
+from fine_tuning.schema.reasons import in_words, reason_in_words
 
 SEAL = "Seal"
 CHOICES = 200  # conversations in the picker; the search narrows it down

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import streamlit as st
 
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 from fine_tuning.integration import runs_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start

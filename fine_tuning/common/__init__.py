@@ -1,0 +1,1 @@
+"""What every room uses: errors, records, settings, names, the checkout and DVC."""

@@ -1,0 +1,80 @@
+"""Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
+
+A Dask worker needs the same environment, the same commit and the same folder at the same path: start it in the
+checkout with `dask worker ADDRESS`. Whoever reaches a scheduler can run code on its workers: keep it in a network of
+your own.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from fine_tuning.common.errors import UserError
+
+Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+TIMEOUT = 10  # seconds for a scheduler to answer
+AHEAD = 3  # pieces a worker may be ahead of what was taken
+
+
+@contextmanager
+def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
+    """A `map` whose results come in order, few of them at a time, whoever works.
+
+    Args:
+        address: of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
+        processes: on this machine; 1: no other process.
+
+    Raises:
+        UserError: no scheduler answers there, it has no worker, or a worker was lost for good.
+    """
+    if address is None and processes <= 1:
+        yield map
+    elif address is None:
+        with ProcessPoolExecutor(processes) as pool:
+            yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
+    else:
+        with _dask_client(address) as client:
+            workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
+
+            def submit(function: Callable, item: object) -> Any:
+                return client.submit(function, item, pure=False)
+
+            yield lambda function, items: _in_order(submit, function, items, AHEAD * workers)
+
+
+def _in_order(submit: Callable, function: Callable, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@contextmanager
+def _dask_client(address: str) -> Iterator[Any]:
+    from distributed import Client, KilledWorker
+
+    try:
+        client = Client(address, timeout=TIMEOUT, set_as_default=False)
+    except (OSError, ValueError):
+        raise UserError(
+            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or set engine to null"
+        ) from None
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=TIMEOUT)
+        except TimeoutError:
+            raise UserError(
+                f"the Dask scheduler at {address} has no worker: start one in the checkout with `dask worker {address}`"
+            ) from None
+        try:
+            yield client
+        except KilledWorker:
+            raise UserError(
+                f"workers of the Dask scheduler at {address} died again and again: look into their logs, then run the "
+                "same again"
+            ) from None

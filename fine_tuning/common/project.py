@@ -1,0 +1,109 @@
+"""Where this checkout keeps things, how it talks to git, and which code and packages a result depends on."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from fine_tuning.common.errors import UserError
+
+LIBRARY = Path(__file__).parents[1]
+# Packages that compute what a run writes; their version is part of what the result depends on.
+COMPUTING = (
+    *("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "bitsandbytes"),
+    *("gguf", "xllamacpp"),
+)
+
+
+def root() -> Path:
+    """The checkout that the current directory is the top of.
+
+    Raises:
+        UserError: the current directory is not the top of a checkout.
+    """
+    here = Path.cwd()
+    if not (here / "dvc.yaml").is_file():
+        raise UserError("this is not the project's top folder: change to the folder that holds dvc.yaml")
+    return here
+
+
+def main_checkout(start: Path | None = None) -> Path:
+    """The checkout that owns inbox and registry: temporary experiments run in copies below its .dvc/tmp/exps."""
+    here = (start or Path.cwd()).resolve()
+    parts = here.parts
+    for index in range(len(parts) - 2):
+        if parts[index : index + 3] == (".dvc", "tmp", "exps"):
+            return Path(*parts[:index])
+    return here
+
+
+def tracking_uri(checkout: Path | None = None) -> str:
+    """MLFLOW_TRACKING_URI if set, otherwise the SQLite store of the main checkout by its absolute path."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return given or f"sqlite:///{main_checkout(checkout) / 'mlflow.db'}"
+
+
+def artifact_root(checkout: Path | None = None) -> Path:
+    """Folder of MLflow artifacts beside the SQLite store."""
+    return main_checkout(checkout) / "mlartifacts"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_sha256(stage: str) -> str:
+    """SHA-256 of the code that dvc.yaml names as a stage's dependencies, data files among it included."""
+    checkout = LIBRARY.parent
+    deps = yaml.safe_load((checkout / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    named = [checkout / dep for dep in deps if dep.startswith(("stages/", f"{LIBRARY.name}/"))]
+    files = [file for path in named for file in (path.rglob("*") if path.is_dir() else [path])]
+    return files_sha256([file for file in files if file.is_file() and file.suffix != ".pyc"], checkout)
+
+
+def files_sha256(files: Iterable[Path], folder: Path) -> str:
+    """SHA-256 of files below a folder, their paths in it and their contents."""
+    lines = (f"{file.relative_to(folder).as_posix()} {sha256_file(file)}\n" for file in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute, by name; "none" where one is not installed."""
+    found = {"python": platform.python_version()}
+    for name in COMPUTING:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def run_command(*command: str, cwd: Path | None = None) -> str:
+    """Run a program and return its standard output.
+
+    Raises:
+        UserError: it failed; carries the last line of its error output.
+    """
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        raise UserError(f"`{' '.join(command[:3])}` failed: {reason}")
+    return done.stdout
+
+
+def git_commit(checkout: Path) -> tuple[str | None, bool]:
+    """(commit id or None outside git, whether tracked files differ from it)."""
+    try:
+        commit = run_command("git", "rev-parse", "HEAD", cwd=checkout).strip()
+        dirty = bool(run_command("git", "status", "--porcelain", "--untracked-files=no", cwd=checkout).strip())
+    except UserError:
+        return None, False
+    return commit, dirty

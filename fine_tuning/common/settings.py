@@ -1,0 +1,113 @@
+"""Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import replacing
+
+SECTIONS = (
+    "base", "chat", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare", "app", "deploy"
+)  # fmt: skip
+
+
+class Settings(BaseModel):
+    """A section of params.yaml. Unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def read_params(section: str, model: type[SettingsT], path: str | Path = "params.yaml") -> SettingsT:
+    """Load `section` of the YAML file at `path` as a `model`.
+
+    Raises:
+        UserError: the file, the section or a parameter is missing, unknown or of the wrong type, or there is a section
+            that nothing reads; names it.
+    """
+    try:
+        # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
+        document = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: restore it with `git checkout {path}`") from None
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None
+    if not isinstance(document, dict) or section not in document:
+        raise UserError(f"{path}: the section {section!r} is missing: restore it with `git checkout {path}`")
+    for name in document:
+        if name not in (*SECTIONS, section) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
+            known = get_close_matches(str(name), SECTIONS, 1) or SECTIONS
+            raise UserError(f"{path}: unknown section {name!r}: rename it to {', or '.join(known)}, or take it out")
+    return parse_settings(section, document[section], model, path)
+
+
+def _has_a_stage(section: str, pipeline: Path) -> bool:
+    """Whether a stage that somebody added to dvc.yaml reads a section."""
+    stages = YAML(typ="safe", pure=True).load(pipeline.read_bytes()).get("stages", {}) if pipeline.is_file() else {}
+    return any(section == str(name).partition(".")[0] for s in stages.values() for name in s.get("params", ()))
+
+
+def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:
+    """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes.
+
+    Raises:
+        UserError: it is written in a form that this cannot change, such as a name in quotes.
+    """
+    text = Path(path).read_bytes().decode()
+    number, _ = YAML().load(text)[section].lc.key(name)
+    lines = text.splitlines(keepends=True)
+    shown = "null" if value is None else str(value)
+    known = rf"(\b{name}:[ \t]+)(?:null|~|[\d.]+)(?![^\s,}}])"
+    lines[number], found = re.subn(known, rf"\g<1>{shown}", lines[number], count=1)
+    if not found:
+        raise UserError(f"{section}.{name} in {path} is in a form that is not changed here: set it to {shown} by hand")
+    with replacing(path) as file:
+        file.write("".join(lines).encode())
+
+
+def parse_settings(section: str, values: object, model: type[SettingsT], path: str | Path) -> SettingsT:
+    """Check the mapping `values` against `model`; `section` and `path` only name it in the error."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(section, error)}") from None
+
+
+def _first_problem(section: str, error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    problem, place = problems[0], _place(problems[0])
+    name = ".".join(str(part) for part in (section, *place))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown parameter {name}: check its spelling"
+    if problem["type"] == "missing":
+        return f"parameter {name} is missing: restore it from git"
+    given = problem["input"]
+    scalar = not given or isinstance(given, (str, int, float))
+    shown = repr(given) if scalar else type(given).__name__
+    # Where one of several forms would do, pydantic has a problem with each.
+    reasons = [_expected(other) for other in problems if _place(other) == place]
+    return f"parameter {name} = {shown} should be {', or '.join(reasons)}"
+
+
+def _expected(problem: Any) -> str:
+    """What a value should be, in words that follow "should be"."""
+    if problem["type"].startswith("date_"):
+        return "a date such as 2026-01-31"
+    if problem["type"] == "too_short":
+        return f"a list of at least {problem['ctx']['min_length']}"
+    return problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _place(problem: Any) -> list[int | str]:
+    """Where the value stands, without the form that it was tried as, such as `list[str]`."""
+    return [part for part in problem["loc"] if "[" not in str(part)]

@@ -1,0 +1,1 @@
+"""Normalise, filter and deduplicate, shard by shard."""

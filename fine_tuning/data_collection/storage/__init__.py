@@ -1,0 +1,1 @@
+"""Shards, how logs become shards, and what was forgotten."""

@@ -1,0 +1,189 @@
+"""An index of logs: where the events of each conversation are, on disk instead of in memory.
+
+The index is a temporary SQLite database: SQLite removes it when the process ends, and spills to disk what does not fit
+its cache of two megabytes. It holds positions and ids, no texts.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fine_tuning.common.records import read_line
+from fine_tuning.data_collection.conversation_logger import read_event
+from fine_tuning.data_collection.storage.shards import located_versions
+from fine_tuning.schema.conversation import message_ids
+
+_TABLES = """
+    CREATE TABLE file (number INTEGER PRIMARY KEY, path TEXT UNIQUE);
+    CREATE TABLE event (file INT, start INT, length INT, conversation BLOB, exchange BLOB, message BLOB);
+    CREATE INDEX of_conversation ON event (conversation);
+    CREATE INDEX of_exchange ON event (exchange) WHERE exchange NOT NULL;
+    CREATE TABLE sealed (number INTEGER PRIMARY KEY, conversation BLOB UNIQUE, file INT, start INT, length INT);
+"""
+_HAS_EVENTS = "SELECT 1 FROM event WHERE conversation = ? LIMIT 1"
+_PLACE, _FILE = "SELECT path, start, length FROM", "JOIN file ON file = file.number"
+
+
+class LogIndex:
+    """Events of logs and newest versions in shards, by conversation.
+
+    An event that names only a message belongs to the conversation of the exchange with that id, or to the sealed one
+    that has the message.
+    """
+
+    def __init__(self, more_tables: str = "") -> None:
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._open: BinaryIO | None = None  # the file that was read last
+        self._db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES} {more_tables}")
+
+    def add_log(self, log: Path, start: int = 0, closed: bool = True) -> tuple[int, list[tuple[int, int]]]:
+        """Index the events of a log from the byte `start` on.
+
+        Args:
+            closed: whether nobody writes to it any more. Of a live log, a line without its newline is not there yet.
+
+        Returns:
+            The byte behind the last line, and (start, length) of the lines that are no events.
+        """
+        number, torn = self._number(log), []
+        with open(log, "rb") as file:
+            file.seek(start)
+            self._db.execute("BEGIN")
+            for line in file:
+                if not closed and not line.endswith(b"\n"):
+                    break
+                event = read_event(line.rstrip(b"\n"))
+                if event is None:
+                    torn += [(start, len(line))] if line.strip() else []
+                else:
+                    self._insert(event, number, start, len(line))
+                start += len(line)
+            self._db.execute("COMMIT")
+        return start, torn
+
+    def _insert(self, event: dict, number: int, start: int, length: int) -> None:
+        exchange = event["id"] if event["event"] == "exchange" else None
+        conversation, message = event.get("conversation_id") or exchange, event.get("message_id")
+        owner = _key(conversation)
+        if owner is None and message is not None:
+            exchanged = key_of(message.removesuffix("-user"))
+            found = self.rows("SELECT conversation FROM event WHERE exchange = ?", exchanged)
+            owner = found[-1][0] if found else None
+        row = (number, start, length, owner, _key(exchange), _key(message))
+        self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def add_shards(self, paths: Iterable[Path], all_of_them: bool = False) -> set[bytes]:
+        """Index the newest versions in `paths`, in shard order, of the conversations that have events, or of all.
+
+        Returns the keys of all that were indexed where all are, and of those that events were found to belong to.
+        """
+        loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
+        indexed = set()
+
+        def wanted(identity: str) -> bool:
+            return all_of_them or bool(loose) or self.rows(_HAS_EVENTS, key_of(identity)) != []
+
+        self.rows("BEGIN")
+        for path, start, length, version in located_versions(paths, wanted):
+            key = key_of(version["id"])
+            for message in loose.intersection(map(key_of, message_ids(version))) if loose else ():
+                self.rows("UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", key, message)
+                indexed.add(key)
+            if all_of_them or self.rows(_HAS_EVENTS, key):
+                self.rows(
+                    "INSERT INTO sealed (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
+                    "SET file = excluded.file, start = excluded.start, length = excluded.length",
+                    *(key, self._number(path), start, length),
+                )
+                if all_of_them:
+                    indexed.add(key)
+        self.rows("COMMIT")
+        return indexed
+
+    def remove_log(self, log: Path) -> set[bytes]:
+        """Forget the events of a log; returns the keys of their conversations."""
+        number = self._number(log)
+        touched = {key for (key,) in self.rows("SELECT conversation FROM event WHERE file = ?", number)} - {None}
+        self.rows("DELETE FROM event WHERE file = ?", number)
+        self.rows("DELETE FROM file WHERE number = ?", number)
+        return touched
+
+    def rename_log(self, log: Path, target: Path) -> None:
+        """A log that is indexed has another path now."""
+        self.rows("UPDATE file SET path = ? WHERE path = ?", str(target), str(log))
+
+    def loose_events(self) -> int:
+        """How many events belong to no conversation that is known."""
+        return self.rows("SELECT count(*) FROM event WHERE conversation IS NULL")[0][0]
+
+    def last_event(self) -> int:
+        """Number of the event that was indexed last."""
+        return self.rows("SELECT coalesce(max(rowid), 0) FROM event")[0][0]
+
+    def touched_after(self, event: int) -> set[bytes]:
+        """Keys of the conversations that the events behind a numbered one are about."""
+        return {key for (key,) in self.rows("SELECT conversation FROM event WHERE rowid > ?", event)} - {None}
+
+    def conversations(self) -> Iterator[tuple[dict | None, list[dict]]]:
+        """(newest sealed version, events in their order) of every conversation that has events.
+
+        Sealed ones come first, in the order in which they were sealed, then new ones in the order of their first event;
+        at the end (None, events) with the events that belong to none.
+        """
+        keys = self._db.execute(
+            "SELECT event.conversation FROM event LEFT JOIN sealed USING (conversation) WHERE event.conversation NOT "
+            "NULL GROUP BY event.conversation ORDER BY sealed.number IS NULL, sealed.number, min(event.rowid)"
+        )
+        for (key,) in keys:
+            yield self.version(key), self.events(key)
+        if loose := self._events_where("conversation IS NULL"):
+            yield None, loose
+
+    def version(self, key: bytes) -> dict | None:
+        """The newest sealed version of a conversation."""
+        place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
+        return read_line(self._read(*place[0])) if place else None
+
+    def shard(self, key: bytes) -> str | None:
+        """Name of the shard that has the newest sealed version of a conversation."""
+        place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
+        return Path(place[0][0]).name if place else None
+
+    def events(self, key: bytes) -> list[dict]:
+        """The events of a conversation in their order."""
+        return self._events_where("conversation = ?", key)
+
+    def _events_where(self, condition: str, *values: Any) -> list[dict]:
+        places = self.rows(f"{_PLACE} event {_FILE} WHERE {condition} ORDER BY event.rowid", *values)
+        return [event for place in places if (event := read_event(self._read(*place).rstrip(b"\n"))) is not None]
+
+    def _number(self, path: Path) -> int:
+        self.rows("INSERT OR IGNORE INTO file (path) VALUES (?)", str(path))
+        return self.rows("SELECT number FROM file WHERE path = ?", str(path))[0][0]
+
+    def _read(self, path: str, start: int, length: int) -> bytes:
+        if self._open is None or self._open.name != path:
+            self.close_file()
+            self._open = open(path, "rb")  # noqa: SIM115 (kept for the next read)
+        return os.pread(self._open.fileno(), length, start)
+
+    def close_file(self) -> None:
+        """Open the next file that is read anew: another one may be at its path."""
+        if self._open is not None:
+            self._open.close()
+        self._open = None
+
+    def rows(self, query: str, *values: Any) -> list[tuple]:
+        """What a query returns."""
+        return self._db.execute(query, values).fetchall()
+
+
+def key_of(identity: str) -> bytes:
+    """An id as SQLite keeps it, lone surrogates too."""
+    return identity.encode("utf-8", "surrogatepass")
+
+
+def _key(identity: str | None) -> bytes | None:
+    return None if identity is None else key_of(identity)

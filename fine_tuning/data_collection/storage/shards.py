@@ -1,0 +1,205 @@
+"""Shards: immutable files of conversations, one JSON object a line. The newest version of a conversation wins.
+
+A shard is written beside the folder, made read-only, renamed in whole, and never changed again. Its order among the
+shards is that of the manifest: the shards that it names, then newcomers by name, and names begin with the time.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync_folder
+from fine_tuning.common.settings import Settings
+
+_STAMP = re.compile(r"(\d{8})T(\d{9})")
+_ID_FIRST = re.compile(rb'\{"id":"([^"\\]{1,512})"')
+
+
+class IntakeSettings(Settings):
+    """The section `intake` of params.yaml."""
+
+    sample: bool
+
+
+def shard_paths(folder: str | Path, manifest: str | Path | None = None) -> list[Path]:
+    """The shards of a folder in their order."""
+    present = {path.name: path for path in Path(folder).glob("*.jsonl")}
+    known = [shard["name"] for shard in read_manifest(manifest)["shards"]] if manifest else []
+    return [present.pop(name) for name in known if name in present] + [present[name] for name in sorted(present)]
+
+
+def write_shard(folder: str | Path, prefix: str, conversations: Iterable[dict]) -> tuple[Path | None, int]:
+    """Write conversations as `<prefix>-<content hash>.jsonl`; (None, 0) if there are none. Returns (path, lines).
+
+    A shard that is there already under that name is left as it is: it has the same bytes.
+    """
+    return write_lines(folder, prefix, map(dump_line, conversations))
+
+
+def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tuple[Path | None, int]:
+    """`write_shard` for lines that are bytes already, newlines included."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{prefix}.{os.getpid()}.tmp"  # not in the folder: nobody may see half a shard there
+    digest, count = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as file:
+            for line in lines:
+                digest.update(line)
+                file.write(line)
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        if count == 0:
+            return None, 0
+        path = folder / f"{prefix}-{digest.hexdigest()[:12]}.jsonl"
+        if not path.exists():
+            os.chmod(temporary, 0o444)
+            os.rename(temporary, path)
+            sync_folder(folder)
+        return path, count
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[dict]:
+    """Every version of the wanted conversations in shard order; lines that are no conversation are passed over."""
+    return (version for *_, version in located_versions(paths, wanted))
+
+
+def located_versions(
+    paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True
+) -> Iterator[tuple[Path, int, int, dict]]:
+    """(shard, first byte, bytes, version) of the versions that `versions` yields."""
+    for path in paths:
+        end = 0
+        with open(path, "rb") as file:
+            for line in file:
+                begin, end = end, end + len(line)
+                first = _ID_FIRST.match(line)
+                if first and not wanted(first.group(1).decode("utf-8", "replace")):
+                    continue
+                try:
+                    record = read_line(line)
+                except (ValueError, RecursionError):
+                    continue
+                if _is_conversation(record) and wanted(record["id"]):
+                    yield path, begin, len(line), record
+
+
+def _is_conversation(record: Any) -> bool:
+    """Whether the parts of a record have the types of a conversation's; the cleaner judges what they say."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("id"), str)
+        and isinstance(record.get("started_at"), (str, NoneType))
+        and isinstance(record.get("messages"), list)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in record["messages"])
+        and isinstance(record.get("feedback") or [], list)
+        and all(isinstance(entry, dict) for entry in record.get("feedback") or [])
+        and isinstance(record.get("metadata") or {}, dict)
+    )
+
+
+def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
+    """The newest version of each of the given conversations that exists."""
+    return {record["id"]: record for record in versions(paths, ids.__contains__)}
+
+
+def next_stamp(*folders: Path) -> str:
+    """The current time for the name of a new shard, moved behind every stamp in `folders` if the clock went back."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:18]
+    taken = [m for folder in folders if folder.is_dir() for p in folder.iterdir() if (m := _STAMP.match(p.name))]
+    latest = max((m.group(0) for m in taken), default="")
+    if stamp > latest:
+        return stamp
+    digits = str(int(latest.replace("T", "")) + 1)
+    return f"{digits[:8]}T{digits[8:]}"
+
+
+# -----------------------------------------------------------------------------
+# the manifest
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest, or an empty one."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {"shards": []}
+    except ValueError:
+        raise UserError(f"{path} is not JSON: restore it with `git checkout {path}`") from None
+
+
+def describe_shard(path: Path) -> dict[str, Any]:
+    """{"name", "sha256", "bytes", "lines", "source"} of a shard; its source is what its name says it is."""
+    digest, size, lines = hashlib.sha256(), 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+            lines += block.count(b"\n")
+            last = block[-1:]
+    lines += bool(size) and last != b"\n"
+    source = next((kind for kind in ("chat", "import", "sample") if kind in path.stem.split("-")), "other")
+    return {"name": path.name, "sha256": digest.hexdigest(), "bytes": size, "lines": lines, "source": source}
+
+
+def describe_shards(folder: str | Path, manifest: str | Path, sample: bool) -> list[dict[str, Any]]:
+    """Describe the shards of a folder in their order, the sample's only if it is wanted."""
+    try:
+        shards = [describe_shard(path) for path in shard_paths(folder, manifest)]
+    except FileNotFoundError as error:
+        raise UserError(f"the shard {error.filename} is gone: {bring_back(error.filename)}, then `dvc repro`") from None
+    return [shard for shard in shards if sample or shard["source"] != "sample"]
+
+
+def bring_back(shard: str | Path) -> str:
+    """What mends a shard that is gone or was changed.
+
+    `dvc checkout` alone does not: `dvc repro` has written the damage into the folder's .dvc file by then.
+    """
+    tracked = f"{Path(shard).parent}.dvc"
+    return (
+        f"bring it back with `dvc get -f . {shard} --rev HEAD -o {shard}`, or all shards of the last commit, and none "
+        f"that came later, with `git checkout HEAD {tracked} && dvc checkout {tracked}` (or `dvc pull {tracked}`)"
+    )
+
+
+def check_append_only(manifest: str | Path, folder: str | Path, current: list[dict], sample: bool) -> list[dict]:
+    """Refuse shards that lack one of the previous manifest's, or change one; returns the new ones.
+
+    Raises:
+        UserError: names the shard and what brings it back.
+    """
+    present = {shard["name"]: shard for shard in current}
+    previous = read_manifest(manifest)["shards"]
+    for shard in previous:
+        name, path = shard["name"], f"{folder}/{shard['name']}"
+        if shard["source"] == "sample" and not sample:
+            continue
+        if name not in present:
+            raise UserError(
+                f"the shard {path} is gone: {bring_back(path)}; if it is meant to be gone, "
+                f"delete its entry from {manifest}"
+            )
+        if present[name]["sha256"] != shard["sha256"]:
+            raise UserError(f"the shard {path} was changed, and shards never change: {bring_back(path)}")
+    known = {shard["name"] for shard in previous}
+    return [shard for shard in current if shard["name"] not in known]
+
+
+def count_conversations(paths: Iterable[Path]) -> int:
+    """Number of different conversation ids in the shards, in eight bytes an id."""
+    seen: set[int] = set()
+    for path in paths:
+        for _, line in read_lines(path):
+            start = _ID_FIRST.match(line)
+            seen.add(hash(start.group(1) if start else line))
+    return len(seen)

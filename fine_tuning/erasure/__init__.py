@@ -1,0 +1,1 @@
+"""Forget conversations: find, rewrite, prove."""

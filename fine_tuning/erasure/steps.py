@@ -1,0 +1,498 @@
+"""The steps of `forget`, their journal, and the proof. Each step may be repeated; a kill between two costs nothing."""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.records import read_json, updating, write_json
+
+if TYPE_CHECKING:
+    from fine_tuning.erasure.models import ForgottenModels
+    from fine_tuning.erasure.object_stores import Searched, Silent
+    from fine_tuning.erasure.records import Found
+    from fine_tuning.erasure.traces import Traces
+
+INBOX = Path("inbox")
+CONVERSATIONS = Path("data/conversations")
+MANIFEST = Path("data/manifest.json")
+FORGOTTEN = Path("data/forgotten.jsonl")
+LEDGER = Path("data/splits.txt")
+OLD_LEDGER = Path("data/splits/ledger.jsonl")  # where it was before it came into git, until `prepare` takes it over
+SCRATCH = Path(".whetstone")
+LOCK = SCRATCH / "forget.lock"  # one run at a time
+JOURNALS = "forget*.json"  # in SCRATCH: one for each erasure that is not finished
+TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folders that a killed command leaves behind
+TITLES = SCRATCH / "titles.json"
+DROPPED = ("memo/clean", "checkpoints", "start")  # of SCRATCH: made anew when they are needed
+CHAMPION_JSON = Path("models/champion.json")
+CHAMPION_FILES = Path("models/champion")
+STAGED = Path("models/.champion.new")
+WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
+LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".ruff_cache", ".pytest_cache"}
+AGAIN = "`python -m fine_tuning forget --resume`"
+
+
+@dataclass
+class Work:
+    """What the steps share; all of it but `say` and caches is in the journal."""
+
+    found: "Found"
+    learned: dict[str, list]
+    options: dict[str, Any]
+    done: list[str] = field(default_factory=list)
+    say: Callable[[str], None] = print
+    known: dict[str, str] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
+    journal: Path = field(default_factory=lambda: SCRATCH / f"forget-{uuid.uuid4().hex[:8]}.json")
+    _models: "ForgottenModels | None" = None
+
+    @property
+    def strict(self) -> "Traces":
+        """What only a person can have written, and ids."""
+        return self.found.people | self.found.names
+
+    @property
+    def everything(self) -> "Traces":
+        return self.strict | self.found.models
+
+    @property
+    def models(self) -> "ForgottenModels":
+        """MLflow's side."""
+        if self._models is None:
+            from fine_tuning.common.project import artifact_root
+            from fine_tuning.common.settings import read_params
+            from fine_tuning.erasure.models import ForgottenModels
+            from fine_tuning.model_management.model_deployer import DeploySettings
+            from fine_tuning.model_management.model_registry import open_registry, registry_locks
+
+            registry = open_registry(read_params("deploy", DeploySettings).name)
+            self._models = ForgottenModels(registry, artifact_root(), registry_locks())
+        return self._models
+
+    def files_holding(self, strict: bool = True) -> list[Path]:
+        """Files below the checkout, and those that killed commands left in the system's temporary folder, that hold
+        some of it. Where models write, their words are no proof of anything."""
+        from fine_tuning.erasure.object_stores import kind_of
+
+        everything, people = self.everything, self.strict
+        written_by_models = (
+            *WRITTEN_BY_MODELS,
+            *(() if self.options["pipeline"] else ("models/champion/evaluation/",)),
+        )
+        found = []
+        for path in [*files_of_checkout(), *temporary_files()]:
+            with suppress(FileNotFoundError):
+                kind = kind_of(path, everything, people)
+                if kind == "unread":
+                    self.unread.add(str(path))
+                elif kind == "strict" or (kind and not (strict and path.as_posix().startswith(written_by_models))):
+                    found.append(path)
+        return found
+
+    def holds(self, path: Path, name: str) -> bool:
+        """Whether a file holds some of it; `name` is what the proof calls it if it cannot be read."""
+        from fine_tuning.erasure.object_stores import kind_of
+
+        kind = kind_of(path, self.everything, self.strict)
+        if kind == "unread":
+            self.unread.add(name)
+        return kind in ("holding", "strict")
+
+    def to_go(self, searched: "Searched", used: set[str]) -> set[str]:
+        """The objects of a store that hold it, were made from what held it or learned from it, and are not in use.
+
+        Words of a model alone count if the pipeline has read them. What is kept for a version goes if it holds what
+        people wrote or an id, and its records of an evaluation also for a model's words.
+        """
+        from fine_tuning.model_management.champion import names_conversations
+
+        holding = searched.holding if self.options["pipeline"] else searched.strict
+        kept = {o for _, o, path in self.files_of_versions() if not (names_conversations(path) and o in holding)}
+        found = (holding | {*self.learned["made"], *self.learned["objects"]}) & searched.objects
+        return found - used - (kept - searched.strict)
+
+    def files_of_versions(self) -> Iterator[tuple[str, str, str]]:
+        """(tag of a version, object, path) of what deploying it, or making it champion again, needs."""
+        from fine_tuning.common.dvc_files import listing
+        from fine_tuning.model_management.champion import FILES_TAG
+
+        for version in self.models.registry.versions():
+            yield version.tag, version.tags.get("gguf_md5", ""), "package/model.gguf"
+            if folder := version.tags.get(FILES_TAG):
+                yield version.tag, folder, "its list of files"
+                yield from ((version.tag, oid, path) for path, oid in (listing(Path.cwd(), folder) or {}).items())
+
+    def save(self) -> None:
+        """Write the journal: ids and keyed fingerprints, no text."""
+        from fine_tuning.data_collection.storage.tombstones import key_name
+
+        found = self.found
+        write_json(
+            self.journal,
+            {
+                "ids": sorted(found.ids),
+                "messages": sorted(found.messages),
+                "by": found.by,
+                "key": key_name(found.people.key),
+                "people": found.people.known,
+                "models": found.models.known,
+                "names": found.names.known,
+                "texts": found.texts,
+                "learned": self.learned,
+                "options": self.options,
+                "done": self.done,
+            },
+        )
+        os.chmod(self.journal, 0o600)
+
+    @classmethod
+    def load(cls, journal: Path, say: Callable[[str], None]) -> "Work":
+        """The work of a journal.
+
+        Raises:
+            UserError: it is of an earlier version of this project, or its key is gone.
+        """
+        from fine_tuning.data_collection.storage.tombstones import Tombstones
+        from fine_tuning.erasure.records import Found
+        from fine_tuning.erasure.traces import Traces
+
+        kept, keys = read_json(journal), Tombstones(FORGOTTEN).keys
+        if kept.get("key") not in keys:
+            raise UserError(
+                f"{journal} cannot be gone on with: its key is not in {CONVERSATIONS}: `dvc checkout {CONVERSATIONS}`, "
+                "or remove the journal and forget again"
+            )
+        people, models, names = (Traces(kept[kind], keys[kept["key"]]) for kind in ("people", "models", "names"))
+        found = Found(set(kept["ids"]), set(kept["messages"]), [], kept["by"], people, models, names, kept["texts"])
+        return cls(found, kept["learned"], kept["options"], kept["done"], say, journal=journal)
+
+    def ask(self, withdraw: bool, hosts: list[str] | None) -> None:
+        """What `--resume` asks for besides what was asked for before."""
+        asked = {key: value for key, value in (("withdraw", withdraw), ("hosts", hosts)) if value}
+        if any(self.options[key] != value for key, value in asked.items()):
+            self.options |= asked
+            self.done.clear()  # each step may be repeated
+
+
+def journals() -> list[Path]:
+    """Of erasures that are not finished, the oldest first."""
+    return sorted(SCRATCH.glob(JOURNALS), key=lambda path: path.stat().st_mtime)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file was left by a command that was killed, or is made anew when it is needed."""
+    return (
+        (path.name.startswith(".") and path.name.endswith(".tmp"))
+        or path.is_relative_to(STAGED)
+        or path.is_absolute()
+        or path.parts[0] == ".whetstone"
+        or path.parts[:2] == (".dvc", "tmp")
+    )
+
+
+def temporary_files() -> Iterator[Path]:
+    """Files in folders that our commands make in the system's temporary folder and a killed one leaves there."""
+    place = Path(tempfile.gettempdir())
+    for folder in (folder for pattern in TEMPORARY for folder in place.glob(pattern)):
+        with suppress(OSError):
+            if folder.stat().st_uid == os.getuid() and folder.is_dir() and not folder.is_symlink():
+                yield from (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def files_of_checkout() -> Iterator[Path]:
+    """Everything below the checkout but git's and DVC's objects, environments, caches of tools and journals."""
+    from fine_tuning.common.dvc_files import cache_folder
+
+    cache = cache_folder(Path.cwd())
+    for place, folders, names in os.walk("."):
+        here = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in LEFT_OUT and (here / name).resolve() != cache and not (here / name / "pyvenv.cfg").exists()
+        )
+        files = (here / name for name in sorted(names))
+        yield from (path for path in files if path.is_file() and not (here == SCRATCH and path.match(JOURNALS)))
+
+
+def logs() -> list[Path]:
+    """The live log, closed logs, and the lines that were set aside from them."""
+    return sorted(path for path in INBOX.rglob("*.jsonl*") if path.is_file()) if INBOX.is_dir() else []
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def clear_logs(work: Work) -> None:
+    """Live log, closed logs, lines set aside, titles."""
+    from fine_tuning.erasure.records import clear_log
+
+    count = sum(clear_log(log, work.found) for log in logs())
+    if TITLES.is_file():
+        with updating(TITLES) as titles:
+            for identity in work.found.ids:
+                titles.pop(identity, None)
+    work.say(f"logs: {count_of(count, 'event')} taken out")
+
+
+def clear_data(work: Work) -> None:
+    """Shards, manifest and ledger, while no pipeline runs."""
+    from fine_tuning.commands.conversations import track
+    from fine_tuning.common.dvc_files import pipeline_stands_still
+    from fine_tuning.common.settings import read_params
+    from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+    from fine_tuning.data_preparation.splits import Ledger
+    from fine_tuning.erasure.records import clear_lines, clear_shards
+
+    with pipeline_stands_still() as repo:
+        shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
+        if CONVERSATIONS.is_dir():
+            track(repo)
+        clear_lines(OLD_LEDGER, work.found)
+        Ledger(LEDGER, read_params("prepare", PrepareSettings).salt).forget(work.found.ids)
+    work.say(f"shards: {shards} written anew without it")
+
+
+def clear_scratch(work: Work) -> None:
+    """Memoised results, checkpoints, copies of temporary experiments, leftovers of killed commands."""
+    for name in DROPPED if work.options["pipeline"] else ():
+        shutil.rmtree(SCRATCH / name, ignore_errors=True)
+    own = [path for path in work.files_holding() if is_leftover(path)]
+    for path in own:
+        path.unlink(missing_ok=True)
+    work.say(f"memoised results and checkpoints: removed, {count_of(len(own), 'other file')} with words of it too")
+
+
+def mark_models(work: Work) -> None:
+    """Tag the versions that learned from it; on request take them out of Ollama, aliases and registry."""
+    from fine_tuning.commands.lineage import deployments
+
+    day = datetime.now(UTC).date().isoformat()
+    known = {version.number: version for version in work.models.registry.versions()}
+    versions = [known[number] for number in work.learned["versions"] if number in known]
+    for version in versions:
+        work.models.mark(version.number, len(work.found.ids), day)
+    if not work.options["withdraw"]:
+        if versions:
+            work.say(f"models that learned from it: {', '.join(v.tag for v in versions)} marked, still in use")
+        return
+    deployed = {host for version in versions for host, _ in deployments(version)}
+    work.learned["deployed"] = sorted(deployed | set(work.learned.get("deployed", ())))
+    work.save()  # before the registry forgets it
+    _leave_servers(work, [f"{work.models.registry.name}:{number}" for number in work.learned["versions"]])
+    champion = read_json(CHAMPION_JSON) if CHAMPION_JSON.is_file() else {}
+    if (
+        champion.get("version") in work.learned["versions"]
+        or champion.get("adapter_sha256") in work.learned["adapters"]
+    ):
+        write_json(CHAMPION_JSON, {"version": None})
+        shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
+        CHAMPION_FILES.with_suffix(".dvc").unlink(missing_ok=True)
+        work.options["pipeline"] = True  # evaluate and compare read who is champion
+    for version in versions:
+        work.models.withdraw(version.number)
+    work.say(f"models that learned from it: {', '.join(v.tag for v in versions) or 'none registered'} withdrawn")
+
+
+def _leave_servers(work: Work, tags: list[str]) -> None:
+    """Remove tags from Ollama. A server that does not answer is named at the end, if the user named it or something
+    was deployed there: it is asked again when the run goes on."""
+    from fine_tuning.common.names import host_key
+    from fine_tuning.common.settings import read_params
+    from fine_tuning.integration.ollama_client import open_servers
+    from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
+
+    settings = read_params("deploy", DeploySettings)
+    live = f"{settings.name}:{LIVE}"
+    work.options["servers"] = []
+    with open_servers(settings, work.options["hosts"]) as servers:
+        for server in servers if tags else ():
+            try:
+                digests = server.digests()
+                gone = {digests[tag] for tag in tags if tag in digests}
+                for tag in [tag for tag in (live, *tags) if digests.get(tag) in gone]:
+                    server.delete(tag)
+                    work.say(f"{server.host}: {tag} removed")
+            except UserError:
+                if work.options["hosts"] or host_key(server.host) in work.learned["deployed"]:
+                    work.options["servers"].append(server.host)
+
+
+def clear_champion(work: Work) -> None:
+    """The evaluation that the champion keeps beside its weights, if it holds some of it, and its list of ids."""
+    from fine_tuning.common.dvc_files import dvc_add, files_below, md5_path
+    from fine_tuning.erasure.object_stores import kind_of
+    from fine_tuning.erasure.records import clear_lines
+    from fine_tuning.model_management.champion import FILES_TAG, KEPT, MEMBERS
+
+    before = md5_path(CHAMPION_FILES)
+    members, evaluation = CHAMPION_FILES / MEMBERS, CHAMPION_FILES / KEPT
+    cleared = clear_lines(members, work.found)
+    traces = work.everything if work.options["pipeline"] else work.strict
+    holding = [path for path in files_below(evaluation) if kind_of(path, traces, traces) == "strict"]
+    if holding:
+        shutil.rmtree(evaluation)
+    if cleared or holding:
+        dvc_add(CHAMPION_FILES)
+        for version in work.models.registry.versions():
+            if version.tags.get(FILES_TAG) == before:
+                work.models.registry.set_tags(version.number, {FILES_TAG: str(md5_path(CHAMPION_FILES))})
+        work.say("the champion's files: " + ("its evaluation removed" if holding else "its list of ids written anew"))
+
+
+def run_pipeline(work: Work) -> None:
+    """`dvc repro`, if the pipeline has read it. If it fails, what it would have replaced is removed."""
+    from fine_tuning.common.dvc_files import reproduce
+
+    if not Path("dvc.lock").is_file():
+        return
+    if not work.options["pipeline"]:
+        work.say("pipeline: not run, it has never read it")
+        return
+    work.options["reproduced"] = reproduce()
+    if not work.options["reproduced"]:
+        for file in work.files_holding():
+            if file.parts[0] in ("data", "metrics", "models"):
+                file.unlink()
+
+
+def clear_objects(work: Work) -> None:
+    """Objects of DVC's cache and remotes that hold it, and the weights that learned from it and nobody uses.
+
+    Not `dvc gc`: that would throw away the data and models of every other commit as well.
+    """
+    from fine_tuning.common.dvc_files import cache_folder
+    from fine_tuning.erasure.object_stores import in_use, search, stores
+
+    used = in_use(Path.cwd()) if work.options.get("reproduced", True) else set()
+    removed: set[str] = set()
+    with stores(Path.cwd()) as (reachable, _):
+        for store in reachable:
+            gone = work.to_go(search(store, work.everything, work.strict, work.known), used)
+            work.say(f"{store.name}: {count_of(store.remove(gone), 'object')} removed")
+            removed |= gone
+    lost = [f"{tag} without {path}" for tag, oid, path in work.files_of_versions() if oid in removed]
+    if lost:
+        work.say(f"from now on models are promoted again as: {', '.join(lost)}")
+    for entry in (cache_folder(Path.cwd()) / "runs").glob("*/*/*"):
+        if any(oid in entry.read_text() for oid in removed | set(work.learned["objects"])):
+            entry.unlink()
+
+
+def clear_runs(work: Work) -> None:
+    """MLflow: artifacts that hold it, ids in lists, runs of unregistered models that learned, then its own gc."""
+    from fine_tuning.data_collection.storage.tombstones import Tombstones
+
+    work.models.hide(work.found.names, Tombstones(FORGOTTEN).stand_in)
+    artifacts, _ = work.models.artifacts_holding(work.holds, remove=True)
+    runs = work.models.runs(set(work.learned["adapters"]))
+    work.models.remove_runs(runs)
+    work.say(f"MLflow: {count_of(len(artifacts), 'artifact')} and {count_of(len(runs), 'run')} removed")
+
+
+STEPS: tuple[tuple[str, Callable[[Work], None]], ...] = (
+    ("logs", clear_logs),
+    ("data", clear_data),
+    ("scratch", clear_scratch),
+    ("models", mark_models),
+    ("champion", clear_champion),
+    ("reproduce", run_pipeline),
+    ("objects", clear_objects),
+    ("runs", clear_runs),
+)
+
+
+def run_steps(work: Work) -> None:
+    """Do what the journal does not call done."""
+    for name, step in STEPS:
+        if name not in work.done:
+            step(work)
+            work.done.append(name)
+            work.save()
+
+
+# --------------------------------------------------------------------------------------------------------------- proof
+
+
+def finish(work: Work) -> int:
+    """The proof, what cannot be reached, and what to type next; the journal goes when there is nothing left to do."""
+    work.unread.clear()
+    left, searched, silent = prove(work)
+    lacking, short = work.found.not_searched()
+    work.say(f"proof: searched {', '.join(searched)}")
+    for place in left:
+        work.say(f"  STILL THERE: {place}")
+    failed = not work.options.get("reproduced", True)
+    if failed:
+        work.say(f"  the pipeline failed, and until it has run `dvc push` does, too: mend what it says, then {AGAIN}")
+    counts = (
+        (lacking, "message", "that others say as well (its id and what was made from it were)"),
+        (short, "short message", "within other texts (whole values of records were)"),
+    )
+    not_searched = [f"{count_of(count, noun)} {why}" for count, noun, why in counts if count]
+    not_searched += [f"{place}: it cannot be read" for place in sorted(work.unread)]
+    for line in not_searched:
+        work.say(f"  could not be searched for: {line}")
+    if not left:
+        work.say(f"  nothing {'that can be searched for' if not_searched else 'of it'} is left there")
+    work.say("cannot be reached from here:")
+    for line in unreachable(work, silent):
+        work.say(f"  {line}")
+    servers = work.options.get("servers", []) if work.options["withdraw"] else []
+    if left or failed or servers or any(not remote.read_only for remote in silent):
+        work.done.clear()  # each step may be repeated
+        work.save()
+        start = f"start Ollama at {', '.join(servers)}, where models that learned from it may be"
+        work.say(f"not done yet: {start if servers else 'mend the above'}, then {AGAIN}")
+        return 1
+    work.journal.unlink(missing_ok=True)
+    work.say("next: git add -A data models metrics dvc.lock && git commit -m 'Forget', then dvc push && git push")
+    return 0
+
+
+def prove(work: Work) -> tuple[list[str], list[str], list["Silent"]]:
+    """Search everything that can be reached once more.
+
+    Returns:
+        (places that still hold some of it, what was searched, remotes that could not be searched)
+    """
+    from fine_tuning.erasure import object_stores
+
+    left = [str(path) for path in work.files_holding()]
+    searched = [count_of(sum(1 for _ in files_of_checkout()), "file")]
+    used = object_stores.in_use(Path.cwd())
+    with object_stores.stores(Path.cwd()) as (reachable, silent):
+        for store in reachable:
+            result = object_stores.search(store, work.everything, work.strict, work.known)
+            left += [f"{store.name}: {oid}" for oid in sorted(work.to_go(result, used) | result.strict)]
+            work.unread |= {f"{store.name}: {oid}" for oid in result.unread}
+            searched.append(f"{count_of(len(result.objects), 'object')} of {store.name}")
+    git, count = object_stores.git_objects_with(Path.cwd(), work.everything)
+    left += [f"git: {name}" for name in git]
+    searched.append(f"{count_of(count, 'object')} of git")
+    artifacts, count = work.models.artifacts_holding(work.holds)
+    left += [f"MLflow: {name}" for name in artifacts]
+    searched.append(f"{count_of(count, 'artifact')} of MLflow")
+    return left, searched, silent
+
+
+def unreachable(work: Work, silent: list["Silent"]) -> Iterator[str]:
+    """What this command has no hands for, as plain lines."""
+    for remote in silent:
+        yield f"remote {remote.name}: {remote.why}"
+    for version in work.models.registry.versions():
+        if version.number in work.learned["versions"]:
+            yield f"model {version.tag}, which learned from it and is marked: --withdraw takes it out of use"
+    if work.models.registry.uri.startswith(("http://", "https://")):
+        yield "deleted runs in the MLflow server: its owner runs `mlflow gc`"
+    yield "other clones: there `git pull`, then `python -m fine_tuning forget --again`, then `dvc pull`"
+    yield "backups, snapshots and old versions in buckets that keep versions"
+    yield "files that people exported or copied elsewhere, models on servers that are not in params.yaml"

@@ -1,0 +1,331 @@
+"""Finding a text again without keeping it: keyed fingerprints, sought in files of every kind that we write.
+
+Three kinds of trace. A window: WINDOW bytes of a text without its ASCII signs and spaces, which JSON, CSV, Markdown
+and HTML write alike; it is found within anything. A search computes the rolling hash of every window of a file (Karp
+and Rabin 1987, "Efficient randomized pattern-matching algorithms", IBM J. Res. Dev. 31:2) and confirms a match by a
+keyed hash. A whole text: of any length, found where a decoded record holds it as a value, and one of fewer than SHORT
+bytes only where the value is named like a text. An id: found as a value, and a short one only where it is named so.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import re
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+
+from fine_tuning.common.records import read_line
+
+WINDOW = 24
+WINDOWS_OF_A_TEXT = 16
+SHORT = 8  # bytes of a text or an id that other things may be called as well
+FEWEST_BYTES = 5  # different ones in a window: `00000…` is in every binary file
+CHUNK = 1 << 16
+DOCUMENT = 64 << 20  # bytes of a JSON document of many lines that is decoded as a whole
+HEADER = 16 << 20  # of a file of weights: names, vocabulary and templates; numbers hold no text
+TEXT, ID = -1, -2  # in place of a rolling hash
+TEXT_NAMES = re.compile(
+    "assistant_response|chosen|comment|completion|content|edited|history|input|instruction|output|prompt|question|"
+    "reasoning|rejected|reply|response|system|text|title|user_message|value"
+)
+ID_NAMES = re.compile(r".*ids?|after|cluster|conversation|over|replaces|session|test|train|user|validation|value")
+_SIGNS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
+_BREAKS = re.compile(r"""[\x00-\x1f"'&<>\\]+""")  # what some formats escape with letters
+_ESCAPED = re.compile(rb"(?:\\u[0-9a-fA-F]{4})+")
+_SLOTS = 20  # bits of the hash in the first, quick test
+
+Value = tuple[str | None, str]
+"""(name of the field or column, None for a name itself; what it holds)"""
+
+
+class Traces:
+    """A set of fingerprints: {keyed hash in hex: rolling hash, TEXT or ID}. Without the key it tells nothing."""
+
+    def __init__(self, known: dict[str, int], key: bytes = b"") -> None:
+        self.known, self.key = known, key
+        self._base = int.from_bytes(hashlib.blake2b(b"base", key=key).digest()[:4]) | 1
+        self._hashes = np.fromiter((rolling for rolling in known.values() if rolling >= 0), np.uint32)
+        self._quick = np.zeros(1 << _SLOTS, bool)
+        self._quick[self._hashes >> np.uint32(32 - _SLOTS)] = True
+
+    @classmethod
+    def of(cls, texts: Iterable[str], key: bytes = b"", kind: int | None = TEXT) -> "Traces":
+        """The traces of texts or, of the kind ID, of ids: windows, and unless the kind is None each as a value."""
+        empty, known = cls({}, key), {}
+        for text in filter(str.strip, texts):
+            known |= {empty._digest(window): int(_rolling(window, empty._base)[0]) for window in _windows(text)}
+            if kind is not None:
+                known[empty._digest(b"text" + _squeezed(text) if kind == TEXT else b"id" + _utf8(text))] = kind
+        return cls(known, key)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def __or__(self, other: "Traces") -> "Traces":
+        return Traces(self.known | other.known, self.key)
+
+    def without(self, others: Collection[str]) -> "Traces":
+        """All traces but those."""
+        return Traces({key: value for key, value in self.known.items() if key not in others}, self.key)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def all_in(self, pieces: Iterable[bytes | list[Value]]) -> set[str]:
+        """The traces that occur in a stream of bytes and of decoded values."""
+        return set(self._found(pieces))
+
+    def in_bytes(self, data: bytes) -> bool:
+        """Whether one of the traces is in the content of a file, as JSON or as it is."""
+        return next(self._found(_json_pieces(data.split(b"\n")) if _is_json(data) else [data]), None) is not None
+
+    def in_file(self, path: Path) -> bool:
+        """Whether one of the traces is in a file; its compression or container is undone.
+
+        Raises:
+            OSError: the file cannot be read, or it is damaged: what it holds cannot be searched.
+        """
+        try:
+            return any(next(self._found(stream), None) is not None for stream in streams(path))
+        except OSError:
+            raise
+        except Exception as error:  # every container has its own
+            raise OSError(f"{path} is damaged: {type(error).__name__}") from None
+
+    def _found(self, pieces: Iterable[bytes | list[Value]]) -> Iterator[str]:
+        rest = b""
+        for piece in pieces if self.known else ():
+            if isinstance(piece, list):
+                yield from self._values(piece)
+                piece = b"\n".join(_utf8(text) for _, text in piece)
+            elif b"\\u" in piece:
+                piece = _ESCAPED.sub(lambda match: _utf8(json.loads(b'"%s"' % match[0])), piece)
+            data = rest + bytes(piece).translate(None, _SIGNS)
+            yield from self._matches(data)
+            rest = data[-(WINDOW - 1) :]
+
+    def _values(self, values: list[Value]) -> Iterator[str]:
+        for name, text in values:
+            squeezed = _squeezed(text)
+            if len(squeezed) >= SHORT or TEXT_NAMES.fullmatch(name or ""):
+                key = self._digest(b"text" + squeezed)
+                if self.known.get(key) == TEXT:
+                    yield key
+            if len(text) <= 512 and (len(text) >= SHORT or ID_NAMES.fullmatch(name or "")):
+                yield from self.ids_in(text)
+
+    def ids_in(self, name: str) -> Iterator[str]:
+        """The trace of an id, if it is one of these, or that of the conversation of which `ID#1` is a part."""
+        for identity in {name, name.rpartition("#")[0] or name}:
+            if self.known.get(key := self._digest(b"id" + _utf8(identity))) == ID:
+                yield key
+
+    def _matches(self, data: bytes) -> Iterator[str]:
+        if len(data) < WINDOW or not len(self._hashes):
+            return
+        hashes = _rolling(data, self._base)
+        likely = np.flatnonzero(self._quick[hashes >> np.uint32(32 - _SLOTS)])
+        for position in likely[np.isin(hashes[likely], self._hashes)]:
+            key = self._digest(data[position : position + WINDOW])
+            if key in self.known:
+                yield key
+
+    def _digest(self, data: bytes) -> str:
+        return hashlib.blake2b(data, key=self.key, digest_size=16).hexdigest()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _squeezed(text: str) -> bytes:
+    """Letters and digits of a text; all of a text that has none."""
+    return (data := _utf8(text)).translate(None, _SIGNS) or data.strip()
+
+
+def _windows(text: str) -> Iterator[bytes]:
+    """Windows of a text: of the whole, and of stretches that no format escapes, each at both ends and the middle."""
+    windows: dict[bytes, None] = {}
+    for part in (text, *_BREAKS.split(text)):
+        data = _utf8(part).translate(None, _SIGNS)
+        for start in {0, (len(data) - WINDOW) // 2, len(data) - WINDOW} if len(data) >= WINDOW else ():
+            if len(set(window := data[start : start + WINDOW])) >= FEWEST_BYTES:
+                windows[window] = None
+        if len(windows) >= WINDOWS_OF_A_TEXT:
+            break
+    yield from windows
+
+
+def _rolling(data: bytes, base: int) -> np.ndarray:
+    """(len(data) - WINDOW + 1,) uint32: the polynomial hash of each window, modulo 2**32."""
+    of_1 = np.frombuffer(data, np.uint8).astype(np.uint32)
+    of_2 = _joined(of_1, of_1, 1, base)
+    of_4 = _joined(of_2, of_2, 2, base)
+    of_8 = _joined(of_4, of_4, 4, base)
+    return _joined(_joined(of_8, of_8, 8, base), of_8, 16, base, power=8)
+
+
+def _joined(left: np.ndarray, right: np.ndarray, width: int, base: int, power: int | None = None) -> np.ndarray:
+    """Hashes of windows of `width` bytes and of those that follow them, as hashes of the longer windows."""
+    factor = np.uint32(pow(base, power or width, 1 << 32))
+    count = len(right) - width
+    return left[:count] * factor + right[width:]
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def streams(path: Path) -> Iterator[Iterable[bytes | list[Value]]]:
+    """The contents of a file: gzip and zstd unpacked; JSON, CSV, Parquet and SQLite as values; others as bytes."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start[:2] == b"\x1f\x8b":
+        with gzip.open(path) as file:
+            yield _text(file, path)
+    elif start[:4] == b"\x28\xb5\x2f\xfd":
+        import zstandard
+
+        with open(path, "rb") as raw:
+            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            yield _text(io.BufferedReader(reader), path)
+    elif start[:4] == b"PAR1":
+        yield _parquet(path)
+    elif start == b"SQLite format 3\0":
+        yield _blocks(path)  # pages that are free still hold what was deleted
+        yield _sqlite(path)
+    elif is_weights(start):
+        yield _blocks(path, HEADER)
+    else:
+        with open(path, "rb") as file:
+            yield _text(file, path)
+
+
+def is_weights(start: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of a GGUF or of safetensors."""
+    return start[:4] == b"GGUF" or (start[8:10] == b'{"' and start[5:8] == b"\0\0\0")
+
+
+def _blocks(path: Path, limit: int | None = None) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from _read(file, limit)
+
+
+def _read(file: BinaryIO, limit: int | None = None) -> Iterator[bytes]:
+    size = 0
+    while (limit is None or size < limit) and (block := file.read(CHUNK)):
+        size += len(block)
+        yield block
+
+
+def _text(file: Any, path: Path) -> Iterator[bytes | list[Value]]:
+    """A file as values if it is JSON, JSON Lines or a table; otherwise as bytes."""
+    start = file.peek(CHUNK)
+    if _is_json(start):
+        yield from _json_pieces(file)
+    elif ".csv" in path.suffixes or start.removeprefix(b"\xef\xbb\xbf").startswith(b"conversation_id,"):
+        yield from _table(io.TextIOWrapper(file, "utf-8", "replace", newline=""))
+    else:
+        yield from _read(file)
+
+
+def _is_json(start: bytes) -> bool:
+    return start[:CHUNK].lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"[")
+
+
+def _json_pieces(lines: Iterable[bytes]) -> Iterator[bytes | list[Value]]:
+    """JSON as values, a record a line or one document; what is neither, as bytes."""
+    torn: list[bytes] = []
+    yield from decoded(lines, torn)
+    rest = b"\n".join(torn)
+    document = _loads(rest) if len(rest) <= DOCUMENT else None
+    yield list(_walk(document, None)) if document else rest
+
+
+def decoded(lines: Iterable[bytes], torn: list[bytes] | None = None) -> Iterator[bytes | list[Value]]:
+    """Lines of JSON as values; another line as bytes, or it goes into `torn`."""
+    values: list[Value] = []
+    size = 0
+    for line in lines:
+        record = _loads(line.strip().rstrip(b","))
+        if isinstance(record, (dict, list)):
+            values += _walk(record, None)
+            size += len(line)
+        elif torn is None:
+            yield line
+        else:
+            torn.append(line)
+        if size > CHUNK:
+            yield values
+            values, size = [], 0
+    if values:
+        yield values
+
+
+def _loads(line: bytes | str) -> Any:
+    with suppress(ValueError, RecursionError):
+        return orjson.loads(line)
+    with suppress(ValueError, RecursionError):
+        return read_line(line)
+    return None
+
+
+def _walk(value: Any, name: str | None) -> Iterator[Value]:
+    """All texts in a decoded value, JSON within texts decoded as well, and numbers that are ids."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, dict):
+        for key, held in value.items():
+            yield None, str(key)
+            yield from _walk(held, str(key))
+    elif isinstance(value, (list, tuple)):
+        for held in value:
+            yield from _walk(held, name)
+    elif isinstance(value, str):
+        yield name, value
+        if value[:1] in ("{", "[") and isinstance(inner := _loads(value), (dict, list)):
+            yield from _walk(inner, name)
+    elif isinstance(value, int) and name is not None and name.endswith("id"):
+        yield name, str(value)
+
+
+def _table(file: Iterable[str]) -> Iterator[list[Value]]:
+    csv.field_size_limit(1 << 28)
+    for row in csv.DictReader(file):
+        yield [value for name, cell in row.items() for value in _walk(cell, name)]
+
+
+def _parquet(path: Path) -> Iterator[list[Value]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        words = [n for n in file.schema_arrow.names if not _is_numbers(file.schema_arrow.field(n).type)]
+        for batch in file.iter_batches(batch_size=1024, columns=words):
+            yield [value for name in words for value in _walk(batch[name].to_pylist(), name)]
+
+
+def _is_numbers(kind: Any) -> bool:
+    """Whether a column holds token ids and the like."""
+    import pyarrow
+
+    return pyarrow.types.is_list(kind) and pyarrow.types.is_primitive(kind.value_type)
+
+
+def _sqlite(path: Path) -> Iterator[list[Value]]:
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        database.text_factory = lambda data: data.decode("utf-8", "replace")
+        tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        for table in tables:
+            with suppress(sqlite3.OperationalError):  # a virtual table whose module is not here
+                rows = database.execute('SELECT * FROM "{}"'.format(table.replace('"', '""')))
+                # What MLflow calls the value of a parameter is no text of a person.
+                names = [None if column[0] == "value" else column[0] for column in rows.description]
+                for row in rows:
+                    yield [value for name, cell in zip(names, row, strict=True) for value in _walk(cell, name)]

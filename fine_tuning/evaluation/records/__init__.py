@@ -1,0 +1,1 @@
+"""What an evaluation writes and how its numbers are computed. No model is loaded here."""

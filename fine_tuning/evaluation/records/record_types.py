@@ -1,0 +1,129 @@
+"""The records that an evaluation writes: items, likelihoods, replies."""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+PERSON = "person"  # author of what no model wrote
+EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
+UNKNOWN = "unknown"  # author of what a model wrote that nobody named
+_NUMBERED = re.compile(r"(.*)#[0-9]+", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A held-out conversation, or a window of a long one. `runs` are the ranges [start, end) of the replies in
+    `input_ids` that it is scored on; `id` is what `item_id` made, `cluster` is that of the conversation.
+
+    `authors` says who wrote each reply: PERSON, the name of a model, EDITED or UNKNOWN. Likelihood and overlap with a
+    model's own words favour that model and its descendants, whether or not somebody liked them: a reply is a reference
+    only where `endorsed` names its author.
+    """
+
+    id: str
+    source: str
+    cluster: str
+    messages: list[dict]
+    input_ids: list[int]
+    labels: list[int]
+    runs: list[tuple[int, int]]
+    authors: list[str]
+    texts: list[str]
+    endorsed: tuple[str, ...] = (PERSON,)
+
+    @property
+    def references(self) -> list[int]:
+        """Indices of the replies that a model may be compared with: those of endorsed authors."""
+        return [index for index, author in enumerate(self.authors) if author in self.endorsed]
+
+    @property
+    def liked(self) -> list[bool]:
+        """Whether somebody liked each reply as its author wrote it."""
+        replies = labelled_replies(self.messages, len(self.runs))
+        liked = [reply.get("rating", 0) > 0 and not reply.get("edited") for reply in replies]
+        return [*[False] * (len(self.runs) - len(liked)), *liked]
+
+    @property
+    def history(self) -> list[dict]:
+        """The messages before the reply that models are asked for, else before the first one."""
+        replies = labelled_replies(self.messages, len(self.runs))
+        answer = replies[self.asked or 0] if replies else None
+        return list(itertools.takewhile(lambda message: message is not answer, self.messages))
+
+    @property
+    def question(self) -> str:
+        """The last message of a user in the history."""
+        return next((message["content"] for message in reversed(self.history) if message["role"] == "user"), "")
+
+    @property
+    def asked(self) -> int | None:
+        """Index of the reply that models are asked to write themselves: the last reference."""
+        return self.references[-1] if self.references else None
+
+    def prompt_ids(self, reply: int) -> list[int]:
+        """All before a reply."""
+        return self.input_ids[: self.runs[reply][0]]
+
+
+def item_id(conversation: str, window: int) -> str:
+    """Id of a window as an item: that of the conversation for its first one, `ID#1`, `ID#2` and so on for the others.
+
+    A conversation whose own id ends in # and digits is numbered from `ID#0`, so no two windows get the same id.
+    """
+    return f"{conversation}#{window}" if window or _NUMBERED.fullmatch(conversation) else conversation
+
+
+def conversation_of(item: str) -> str:
+    """Id of the conversation that `item_id` made an item's id of."""
+    numbered = _NUMBERED.fullmatch(item)
+    return numbered[1] if numbered else item
+
+
+def labelled_replies(messages: Sequence[dict], count: int) -> list[dict]:
+    """The last `count` replies that preparation labelled: those edited by a person, or whole and not disliked."""
+    replies = (message for message in messages if message["role"] == "assistant")
+    return [
+        reply
+        for reply in replies
+        if reply.get("edited") or (reply.get("rating", 0) >= 0 and not reply.get("incomplete"))
+    ][-count:]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How one model finds the replies of one item: for each reply (nats, tokens, tokens that were its first choice)."""
+
+    turns: list[tuple[float, int, int]]
+
+    def as_json(self) -> list[list[float | None]]:
+        """The turns in a form that JSON has; a likelihood that is no number is null."""
+        return [[finite(nll), tokens, correct] for nll, tokens, correct in self.turns]
+
+    @classmethod
+    def from_json(cls, turns: Sequence[Sequence[float | None]]) -> "Likelihood":
+        """The inverse of `as_json`."""
+        return cls([(math.nan if nll is None else nll, tokens, correct) for nll, tokens, correct in turns])
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where JSON has no word for it."""
+    return number if math.isfinite(number) else None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote. `finished`: it ended by itself, before the cap on tokens."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+GIVEN = 8  # tokens of a reply that the model is given beside the prompt
+SHORTEST, LONGEST = 16, 32  # tokens that it has to go on with; shorter ones are guessed too often
+PROMPTED, SHOWN = "base_prompted", "base_few_shot"

@@ -1,0 +1,65 @@
+"""Section `evaluate` of params.yaml."""
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, Field
+
+from fine_tuning.common.settings import Settings
+
+if TYPE_CHECKING:
+    pass
+
+
+def _metric_name(name: str) -> str:
+    """A metric is a file of metric_modules that is executed, so its name leads nowhere else."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise ValueError("a name of letters, digits and _, the file's without .py")
+    return name
+
+
+class RivalSettings(Settings):
+    """Section `evaluate.rivals`."""
+
+    system_prompt: str | None
+    examples: int = Field(ge=0)
+    items: int = Field(ge=0)
+
+
+class MemorySettings(Settings):
+    """Section `evaluate.memory`."""
+
+    conversations: int = Field(ge=0)
+
+
+class GenerationSettings(Settings):
+    """Section `evaluate.generation`."""
+
+    items: int = Field(ge=0)
+    max_tokens: int = Field(ge=1)
+    slots: int = Field(ge=1)
+
+
+class IntervalSettings(Settings):
+    """Section `evaluate.interval`."""
+
+    draws: int = Field(ge=100)
+    confidence: float = Field(gt=0.5, lt=1)
+    seed: int
+
+
+class EvaluateSettings(Settings):
+    """Section `evaluate`."""
+
+    metrics: list[Annotated[str, AfterValidator(_metric_name)]] = Field(min_length=1)
+    references: list[str] = Field(min_length=1)
+    batch_tokens: int = Field(ge=1)
+    threads: int | None = Field(ge=1)
+    generation: GenerationSettings
+    quantised_items: int = Field(ge=0)
+    rivals: RivalSettings
+    forgetting: bool
+    other_histories: int = Field(ge=0)
+    memory: MemorySettings
+    interval: IntervalSettings
+    test_prompts: list[str]

@@ -1,0 +1,1 @@
+"""The verdict for people: report and charts."""

@@ -1,0 +1,1 @@
+"""What the models answer, and how likely they find what people answered."""

@@ -1,0 +1,109 @@
+"""The models that are compared: where they lie and what they are."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json
+from fine_tuning.common.settings import Settings
+from fine_tuning.evaluation.records.champion_records import champion_folder
+from fine_tuning.runtime.base_model import locate_base
+
+# Parts of a model's name that say how it is stored or tuned and not which one it is.
+_VARIANT = re.compile(r"(?:^|(?<=[^a-z0-9]))(?:i?q\d\w*|b?f(?:16|32)|fp16|gguf|latest|instruct|chat|it)(?![a-z0-9])")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model in its two forms: the folder that is scored and the GGUF that replies."""
+
+    name: str
+    folder: Path
+    gguf: Path
+
+    def weights_sha256(self) -> str:
+        """Hash of the folder's weights and configuration.
+
+        Raises:
+            UserError: there are none.
+        """
+        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
+        if len(files) == 1 or not files[-1].is_file():
+            raise UserError(f"{self.folder} holds no model: run `dvc repro`, or `dvc pull` where it was made elsewhere")
+        return hashlib.sha256("".join(file.name + sha256_file(file) for file in files).encode()).hexdigest()
+
+
+def find_champion(record: Path) -> Contender | None:
+    """The champion that the JSON file `record` names; None before there is one.
+
+    Raises:
+        UserError: its files are missing or are not those that were promoted.
+    """
+    champion = read_json(record)
+    if champion.get("version") is None:
+        return None
+    folder = champion_folder(record)
+    found = Contender("champion", folder / "merged", folder / "package" / "model.gguf")
+    if not (found.folder / "config.json").is_file() or not found.gguf.is_file():
+        raise UserError(f"the champion's files are missing in {folder}: run `dvc pull {folder}`")
+    for key, file in (("gguf_sha256", found.gguf), ("merged_sha256", found.folder / "model.safetensors")):
+        if champion.get(key) and not (file.is_file() and sha256_file(file) == champion[key]):
+            raise UserError(f"{file} is not the file that was promoted: run `dvc checkout --force {folder}`")
+    return found
+
+
+class ProjectName(Settings):
+    """Of section `deploy`, what this project's models are called."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+
+
+def check_references(references: Sequence[str], base: Path, record: Path, name: str) -> None:
+    """See that authors of references are people, or models that are neither compared nor made here.
+
+    Args:
+        base: folder of the base, whose base.json says what it is.
+        record: models/champion.json.
+        name: `deploy.name`, under which this project's versions are registered and deployed.
+
+    Raises:
+        UserError: one is not.
+    """
+    if old := [author for author in references if author in ("liked", "edited", "imported", "unknown")]:
+        raise UserError(
+            f"evaluate.references names {', '.join(old)}, which do not say who wrote a reply: write [person] in "
+            "params.yaml, and beside it the names of models that are worth learning from"
+        )
+    card, champion = (read_json(path) if path.is_file() else {} for path in (base / "base.json", record))
+    families, bases = {name, champion.get("name")}, [str(card.get("model"))]
+    if bases[0].startswith("package:"):
+        with suppress(UserError):
+            bases.append(str(locate_base(bases[0], None).gguf_file))
+    own = [
+        author
+        for author in references
+        # name:3 and name:live, a registry's models:/name/3, the files that the app runs
+        if families & set(re.split("[:/@]", author))
+        or author.startswith("models/")
+        or any(_words(author) and _words(base)[: len(_words(author))] == _words(author) for base in bases)
+    ]
+    if own:
+        raise UserError(
+            f"evaluate.references names {', '.join(own)}, which is itself compared or was made here, and its own words "
+            "favour it: take it out in params.yaml"
+        )
+
+
+def _words(model: str) -> list[str]:
+    """Words and numbers of a model's name that tell models apart: SmolLM2-135M-Instruct is Ollama's smollm2:135m."""
+    name = Path(model.removeprefix("package:").lower()).name
+    return re.findall(r"[a-z]+|\d+(?:\.\d+)?", _VARIANT.sub(" ", name))

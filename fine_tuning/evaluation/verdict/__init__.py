@@ -1,0 +1,1 @@
+"""Records of an evaluation in, a decision with its reasons out. No model is loaded here."""

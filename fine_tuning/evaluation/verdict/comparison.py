@@ -1,0 +1,369 @@
+"""Is the candidate better? Paired differences on the same items, and a verdict with its reasons.
+
+PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, a loss in
+               secondary metrics is ruled out where there are items enough, quantising costs little, no prompting
+               baseline surely does as well, general knowledge is kept and replies fit their prompts (guards.py);
+               against a champion with another tokenizer the likelihood a byte decides instead of metrics that count
+               tokens
+INCONCLUSIVE   too few conversations to tell
+HOLD           anything else: a leak and a number that is none however few the conversations
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.common.settings import Settings
+from fine_tuning.evaluation.metric_modules.loading import LIKELIHOOD_COLUMNS, REPLY_COLUMNS, load_metric
+from fine_tuning.evaluation.records.champion_records import LEARNED
+from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, likelihood_columns
+from fine_tuning.evaluation.records.record_types import PROMPTED, SHOWN, finite
+from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
+from fine_tuning.evaluation.verdict.differences import (
+    CANDIDATE,
+    Difference,
+    Records,
+    differences,
+    gain_bounds,
+    non_inferiority,
+    shortfall,
+    surely_lost,
+    told,
+)
+from fine_tuning.evaluation.verdict.guards import guard, guard_differences
+from fine_tuning.evaluation.verdict.memorisation import kept, untested
+from fine_tuning.evaluation.verdict.privacy import leaks
+
+QUANTISED = "candidate_quantised"
+RIVALS = ("base", "champion")
+ROADS = {
+    PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.rivals"),
+    SHOWN: ("the base with examples from training conversations", "put the likest conversations into the prompt"),
+}
+LOOPING = 0.25  # share of replies that are said to loop
+ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a rival counts others
+
+
+class CompareSettings(Settings):
+    """Section `compare` of params.yaml."""
+
+    primary: str
+    minimum_effect: float = Field(ge=0)
+    minimum_conversations: int = Field(ge=2)
+    minimum_against_champion: int = Field(ge=2)
+    secondary: dict[str, float]
+    quantisation_tolerance: float = Field(ge=0)
+    golden_lead: float = Field(ge=0)
+    text_tolerance: float = Field(ge=0)
+    prompt_help: float | None = Field(ge=0, le=1)
+
+    def needed(self, rival: str) -> int:
+        """How many different conversations a verdict against this rival needs."""
+        return self.minimum_against_champion if rival == "champion" else self.minimum_conversations
+
+
+METRIC_MODULES = Path(__file__).parents[1] / "metric_modules"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the stage evaluate left in its folder, and the metrics to judge it by."""
+
+    records: Records
+    guarded: Files
+    answers: Sequence[dict[str, Any]]
+    memory: Sequence[dict[str, Any]]
+    metrics: Metrics
+    intervals: IntervalSettings
+
+    @classmethod
+    def read(cls, folder: Path, evaluate: EvaluateSettings) -> "Evidence":
+        """From the folder that evaluate wrote."""
+        names = ("items", "prompts", "memory", *GUARDS)
+        files = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in names}
+        metrics = [load_metric(name, METRIC_MODULES) for name in evaluate.metrics]
+        guarded = {name: files[name] for name in GUARDS}
+        return cls(files["items"], guarded, files["prompts"], files["memory"], metrics, evaluate.interval)
+
+    def verdict(self, settings: CompareSettings, adapter_sha256: str, suite: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of metrics/comparison.json for a candidate that is not the champion; `suite` is the entry of
+        metrics/evaluation.json."""
+        found = compare(self.records, self.metrics, settings, self.intervals, self.guarded, self.answers, self.memory)
+        if learned := suite.get("learned_by_champion"):
+            found["reasons"].append(f"{count_of(learned, 'held-out conversation')} {LEARNED}")
+        return found | {"adapter_sha256": adapter_sha256, "eval_set_sha256": suite["sha256"]}
+
+
+def compare(
+    records: Records,
+    metrics: Metrics,
+    settings: CompareSettings,
+    intervals: IntervalSettings,
+    guarded: Files | None = None,
+    answers: Sequence[dict[str, Any]] = (),
+    memory: Sequence[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The content of metrics/comparison.json but for the identities of candidate and suite.
+
+    Args:
+        records: lines of items.jsonl, all contenders.
+        guarded: lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem.
+        answers: lines of prompts.jsonl, the answers to the test prompts.
+        memory: lines of memory.jsonl, what was kept of the training data; None: of no concern here.
+
+    Raises:
+        UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
+    """
+    check_same_suite(records)
+    files = dict.fromkeys(GUARDS, ()) | (guarded or {})
+    tables, lost, doubts = guard(
+        files, settings.golden_lead, settings.text_tolerance, settings.prompt_help or 0, intervals.confidence
+    )
+    privacy, leaked = leaks(records, answers)
+    remembered, memorised = kept(memory or ())
+    common = tables | {"privacy": privacy, "memory": remembered}
+    if not any("nll" in line for line in records):
+        return no_references(settings, records, metrics, intervals, leaked + memorised) | common
+    present = {line["contender"] for line in records}
+    pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
+    others = guard_differences(files, pairs, intervals.confidence)
+    deciding = {
+        rival: settings.primary if settings.primary in found else ANY_TOKENIZER for rival, found in pairs.items()
+    }
+    # The base shares the candidate's tokenizer: what it lacks was not measured at all.
+    for name in (settings.primary, *settings.secondary, *deciding.values()):
+        if name not in pairs["base"]:
+            raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
+    primary = [pairs[rival][name] for rival, name in deciding.items() if name in pairs[rival]]
+    if not all(difference.better for difference in primary):
+        raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
+
+    against = [
+        f"nothing is comparable with the {rival}: promote with --force if the {rival} has to go"
+        for rival, name in deciding.items()
+        if name not in pairs[rival]
+    ]  # reasons not to promote
+    for difference in primary:
+        against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
+    secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
+    notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
+    notes += looping(pairs)
+    quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
+    roads, cheaper, behind = cheaper_roads(records, metrics, intervals, settings)
+    notes += behind + other_tokenizers(pairs, deciding, settings)
+    notes += untested(remembered) if memory is not None else []
+    notes = [*switched_off(present, tables), *notes, *doubts]
+
+    clusters = min(difference.clusters for difference in primary)
+    few = [
+        f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
+        f"compare with the {difference.rival}: collect more"
+        for difference in primary
+        if difference.clusters < (needed := settings.needed(difference.rival))
+    ]
+    standing = leaked + memorised + lost + coarse  # they hold whatever the number of conversations
+    undefined = any(not np.isfinite(difference.value) for difference in primary)
+    if undefined or leaked or memorised:
+        verdict, reasons = "HOLD", against + inferior + standing + cheaper
+    elif few:
+        verdict, reasons = "INCONCLUSIVE", few + standing
+    elif reasons := against + inferior + standing + cheaper:
+        verdict = "HOLD"
+    else:
+        verdict, reasons = "PROMOTE", [told(difference) for difference in primary]
+        if shown := [name for name, row in secondary.items() if all(one["non_inferior"] for one in row.values())]:
+            reasons.append(f"not worse in {', '.join(shown)}")
+    return {
+        "verdict": verdict,
+        "reasons": reasons + notes,
+        "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect}
+        | {difference.rival: {"metric": difference.metric} | difference.as_json() for difference in primary},
+        "secondary": secondary,
+        "differences": {
+            rival: {name: difference.as_json() for name, difference in found.items()} | others[rival]
+            for rival, found in pairs.items()
+        },
+        "other_tokens": [rival for rival, found in pairs.items() if pairs["base"].keys() - found.keys()],
+        "quantisation": quantisation,
+        "cheaper_roads": roads,
+        **common,
+        "provenance": provenance(records, metrics, settings.primary, intervals),
+        "n": min(difference.n for difference in primary),
+        "clusters": clusters,
+    }
+
+
+def no_references(
+    settings: CompareSettings, records: Records, metrics: Metrics, intervals: IntervalSettings, leaked: list[str]
+) -> dict[str, Any]:
+    """The verdict on a test split that holds nothing but models' own words."""
+    reason = (
+        "every reply in the test split is a model's own word and proves nothing: write replies of your own in place of "
+        "the model's in the app, import what people wrote, or name models worth learning from in evaluate.references"
+    )
+    return {
+        "verdict": "HOLD" if leaked else "INCONCLUSIVE",
+        "reasons": [*leaked, reason],
+        "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect},
+        **{name: {} for name in ("secondary", "differences", "quantisation", "cheaper_roads")},
+        "other_tokens": [],
+        "provenance": provenance(records, metrics, settings.primary, intervals),
+        "n": 0,
+        "clusters": 0,
+    }
+
+
+def cheaper_roads(
+    records: Records, metrics: Metrics, intervals: IntervalSettings, settings: CompareSettings
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """What the base does without training: numbers, reasons to hold, and notes.
+
+    A prompting baseline holds the candidate where it surely does as well, that is where a gain of the minimum effect is
+    ruled out: nobody should keep an adapter for what a prompt does. One that may do as well is noted.
+    """
+    present = {line["contender"] for line in records}
+    table, reasons, notes = {}, [], []
+    for rival, (name, how) in ROADS.items():
+        found = differences(records, metrics, rival, intervals) if rival in present else {}
+        if settings.primary not in found:
+            continue
+        difference = found[settings.primary]
+        table[rival] = {"what": name} | difference.as_json()
+        (low, high), needed = gain_bounds(difference), settings.minimum_effect * abs(difference.rival_value)
+        if high < needed:
+            reasons.append(f"do not train yet, {name} does as well: {told(difference, name)}; {how}")
+        elif not low > needed:
+            notes.append(f"{name} may do as well: {told(difference, name)}; try it: {how}")
+    return table, reasons, notes
+
+
+def looping(pairs: Mapping[str, Mapping[str, Difference]]) -> list[str]:
+    """A note where a quarter of the candidate's replies or more repeat themselves without end."""
+    found = pairs["base"].get("loops")
+    if found is None or not found.candidate_value >= LOOPING:
+        return []
+    base = f"{found.rival_value:.0%} of the base's"
+    return [f"{found.candidate_value:.0%} of the candidate's {found.n} replies loop, {base}"]
+
+
+def switched_off(present: set[str], tables: Mapping[str, Any]) -> list[str]:
+    """One note that names the guards without records, and the parameters that switch them on."""
+    guards = {
+        "forgetting (evaluate.forgetting)": tables["forgetting"] and tables["general_text"],
+        "replies that ignore their prompts (evaluate.other_histories, compare.prompt_help)": tables["prompt_help"],
+        "a system prompt that does as well (evaluate.rivals.system_prompt)": PROMPTED in present,
+        "examples that do as well (evaluate.rivals.examples)": SHOWN in present,
+    }
+    off = [name for name, measured in guards.items() if not measured]
+    return [f"switched off or without records, not guarded against: {', '.join(off)}"] if off else []
+
+
+def provenance(records: Records, metrics: Metrics, primary: str, intervals: IntervalSettings) -> dict[str, Any]:
+    """How many replies are references, how many are models' own words, and what counting all or the liked would show.
+
+    Whoever likes the replies of one of two equal models would make it surely better: liked replies are shown apart.
+    """
+    turns = [turn for line in records if line["contender"] == CANDIDATE for turn in line["turns"]]
+    left_out = [turn for turn in turns if not turn["reference"]]
+    liked = sum(turn.get("liked", False) for turn in left_out)
+    found: dict[str, Any] = {"references": len(turns) - len(left_out), "left_out": len(left_out), "liked": liked}
+    for name, wanted in (("with_own_words", len(left_out)), ("with_liked", liked)):
+        if not wanted:
+            continue
+        counted = [
+            {key: value for key, value in line.items() if key not in (*REPLY_COLUMNS, *LIKELIHOOD_COLUMNS)}
+            | likelihood_columns(
+                [t for t in line["turns"] if t["reference"] or t.get("liked") or name == "with_own_words"]
+            )
+            for line in records
+        ]
+        biased = differences(counted, metrics, "base", intervals)
+        if primary in biased:
+            found[name] = biased[primary].as_json()
+    return found
+
+
+def check_same_suite(records: Records) -> None:
+    """Refuse contenders that were not asked the same.
+
+    Raises:
+        UserError: they were not, or one that is needed is missing.
+    """
+    ids: dict[str, set[str]] = {}
+    tokens: dict[str, dict[str, int]] = {}
+    suites: dict[str, set[str]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    for line in records:
+        name = line["contender"]
+        ids.setdefault(name, set()).add(line["id"])
+        if "bytes" in line:
+            sizes.setdefault(name, {})[line["id"]] = line["bytes"]
+        if "tokens" in line:
+            tokens.setdefault(name, {})[line["id"]] = line["tokens"]
+            suites.setdefault(name, set()).add(line.get("suite"))
+    missing = [name for name in (CANDIDATE, "base") if name not in ids]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
+    for rival in (name for name in RIVALS if name in ids):
+        # In tokens of its own a champion's suite is another, though the replies are the same.
+        same_tokens = rival == "base" or tokens.get(rival) == tokens.get(CANDIDATE)
+        other_suite = same_tokens and suites.get(rival) != suites.get(CANDIDATE)
+        ours, theirs = sizes.get(CANDIDATE, {}), sizes.get(rival, {})
+        other_replies = any(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
+        if ids[rival] != ids[CANDIDATE] or other_suite or other_replies:
+            raise UserError("the contenders were not asked the same items: run `dvc repro -f -s evaluate && dvc repro`")
+
+
+def other_tokenizers(
+    pairs: Mapping[str, Mapping[str, Difference]], deciding: Mapping[str, str], settings: CompareSettings
+) -> list[str]:
+    """What is compared otherwise with rivals whose tokens are others, in words."""
+    notes = []
+    for rival, found in pairs.items():
+        if deciding[rival] != settings.primary and deciding[rival] in found:
+            notes.append(
+                f"the {rival} has another tokenizer: {deciding[rival]} decides against it instead of {settings.primary}"
+            )
+        if skipped := [name for name in settings.secondary if name not in found]:
+            notes.append(f"not compared with the {rival}: {', '.join(skipped)}")
+    return notes
+
+
+def quantising_loss(
+    records: Records, metrics: Metrics, intervals: IntervalSettings, settings: CompareSettings
+) -> tuple[dict[str, Any], list[str]]:
+    """What the GGUF loses against the merged weights, in perplexity, and the reason to hold unless it is surely little.
+
+    Paired on the same items the loss is far surer than either perplexity: a few dozen conversations suffice.
+    """
+    if not any(line["contender"] == QUANTISED for line in records):
+        return {}, []
+    found = differences(records, metrics, CANDIDATE, intervals, candidate=QUANTISED)
+    if "perplexity" not in found:
+        return {}, []
+    perplexity = found["perplexity"]
+    value, low, high = (
+        np.divide(x, perplexity.rival_value) for x in (perplexity.value, perplexity.low, perplexity.high)
+    )
+    tolerance, reasons = settings.quantisation_tolerance, []
+    if not value <= tolerance:  # NaN is too much as well
+        reasons = [
+            f"quantising costs {value:.1%} of perplexity, more than {tolerance:.1%}: choose a finer "
+            "package.quantisation"
+        ]
+    elif not high <= tolerance:
+        reasons = [
+            f"quantising may cost more than {tolerance:.1%} of perplexity ({low:+.1%} to {high:+.1%}): "
+            "raise evaluate.quantised_items, or choose a finer package.quantisation"
+        ]
+    return {name: difference.as_json() for name, difference in found.items()} | {
+        "perplexity_lost": finite(value),
+        "low": finite(low),
+        "high": finite(high),
+    }, reasons

@@ -1,0 +1,1 @@
+"""Merge, GGUF and Modelfile, and the proof that they say what was trained."""

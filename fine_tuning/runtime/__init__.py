@@ -1,0 +1,1 @@
+"""What runs a model: the base, the hardware, llama.cpp."""

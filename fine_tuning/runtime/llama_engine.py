@@ -1,0 +1,433 @@
+"""llama.cpp as an engine: one GGUF in a child process, used by evaluation, the parity proof and the chat app.
+
+    with LlamaEngine(Path("models/package/model.gguf"), context=512, threads=1, slots=4) as engine:
+        print(engine.complete("Once upon a time", max_tokens=32).text)
+
+A process of its own is what can be ended cleanly: its memory is freed when the block is left, it ends when its parent
+dies, and a crash inside llama.cpp is an error here, not the end of the program.
+"""
+
+import contextlib
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime import llama_server
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A generated text. `finished` is true when the model ended it itself, by its end token or a stop string."""
+
+    text: str
+    ids: list[int]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """Natural-log probability of one given token, and whether it was the model's first choice."""
+
+    logprob: float
+    first: bool
+
+
+@dataclass(frozen=True)
+class Token:
+    """A next token, the bytes that it writes (none for a control token), and its natural-log probability."""
+
+    id: int
+    text: bytes
+    logprob: float
+
+
+Result = TypeVar("Result")
+
+
+class LlamaEngine:
+    """A running llama.cpp server for one GGUF, a context manager.
+
+    Args:
+        gguf: the model file.
+        context: tokens that one conversation may hold, prompt and reply together.
+        threads: one for each core that is free; more than that and llama.cpp spins.
+        slots: conversations computed side by side.
+        timeout: seconds that starting and any single answer may take.
+
+    Raises:
+        UserError: the file is missing or no usable GGUF, the process died, or a time-out passed.
+    """
+
+    def __init__(self, gguf: Path, context: int, threads: int, slots: int = 1, timeout: float = 300.0) -> None:
+        self.gguf = Path(gguf)
+        self.context = context
+        self.slots = slots
+        self.timeout = timeout
+        self.api_key = secrets.token_urlsafe(24)
+        self.base_url = ""
+        self._request = {
+            "gguf": str(self.gguf.resolve()),
+            "context": context,
+            "threads": threads,
+            "slots": slots,
+            "api_key": self.api_key,
+        }
+        self._process: subprocess.Popen[str] | None = None
+        # Never through a proxy: the address is this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    # ---------------------------------------------------------------- life
+
+    def __enter__(self) -> "LlamaEngine":
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def start(self) -> "LlamaEngine":
+        """Load the model and wait until it answers. Without a `with` block, call close()."""
+        if not self.gguf.is_file():
+            raise UserError(f"{self.gguf} is missing: run `dvc repro`, or `dvc pull` where it was made elsewhere")
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", llama_server.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        try:
+            answer = self._greet(self._process)
+        except BaseException:
+            self.close()
+            raise
+        self.base_url = answer["address"]
+        return self
+
+    def _greet(self, process: subprocess.Popen[str]) -> dict[str, str]:
+        assert process.stdin is not None and process.stdout is not None
+        late = threading.Timer(self.timeout, process.kill)
+        late.start()
+        try:
+            process.stdin.write(json.dumps(self._request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timed_out = not late.is_alive()
+            late.cancel()
+        if timed_out:
+            raise UserError(f"{self.gguf} did not load within {self.timeout:g} s: free the processor and try again")
+        if not line:
+            raise UserError(f"llama.cpp died while loading {self.gguf}{self._last_words()}: free memory and try again")
+        answer = json.loads(line)
+        if "error" in answer:
+            reason = self._last_words() or f" ({answer['error']})"
+            raise UserError(f"{self.gguf} is no GGUF that llama.cpp can load{reason}: build it again with `dvc repro`")
+        return answer
+
+    def close(self) -> None:
+        """End the process and free its memory. Calling it again does nothing."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._log.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running server, None when closed."""
+        return self._process.pid if self._process else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; false after close() and after a crash."""
+        return self._process is not None and self._process.poll() is None
+
+    def _last_words(self) -> str:
+        """The first error line of llama.cpp's log, in brackets; it names the cause, those after it the consequences."""
+        self._log.seek(0)
+        for line in self._log.read().decode("utf-8", "replace").splitlines():
+            stamp, _, words = line.partition(" E ")
+            if words and stamp.replace(".", "").isdigit():
+                return f" ({words.strip()[:200]})"
+        return ""
+
+    # ---------------------------------------------------------------- requests
+
+    def _open(self, path: str, body: dict[str, Any]) -> HTTPResponse:
+        if self._process is None:
+            raise RuntimeError("the engine is not running: use it inside its `with` block")
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"}
+        request = urllib.request.Request(self.base_url + path, json.dumps(body).encode(), headers)
+        try:
+            return self._opener.open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            raise self._refused(error) from None
+        except OSError as error:
+            raise self._broken(error) from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> UserError:
+        try:
+            problem = json.loads(error.read())["error"]
+        except (ValueError, KeyError, TypeError, OSError):
+            problem = {}
+        if problem.get("type") == "exceed_context_size_error":
+            most = problem.get("n_ctx", self.context)
+            if most < self.context:  # llama.cpp goes no further than the model was trained for
+                return UserError(
+                    f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the {most} that {self.gguf.name} was "
+                    "made for: lower chat.max_length in params.yaml"
+                )
+            return UserError(
+                f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the context of {self.context}: "
+                "shorten it, or raise chat.max_length in params.yaml"
+            )
+        return UserError(
+            f"llama.cpp refused a request (HTTP {error.code}): {problem.get('message', 'no reason given')}"
+        )
+
+    def _broken(self, error: Exception) -> UserError:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            return UserError(
+                f"{self.gguf.name} gave no answer within {self.timeout:g} s: ask for fewer tokens or free the processor"
+            )
+        try:
+            status = self._process.wait(timeout=1) if self._process else 0
+        except subprocess.TimeoutExpired:
+            return UserError(f"the connection to llama.cpp broke ({type(reason).__name__}): try again")
+        return UserError(f"llama.cpp died (exit status {status}) with {self.gguf.name}: free memory and try again")
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            with self._open(path, body) as response:
+                return json.loads(response.read())
+        except (OSError, HTTPException) as error:
+            raise self._broken(error) from None
+
+    # ---------------------------------------------------------------- what it can do
+
+    def tokenize(self, text: str, parse_special: bool = True, add_special: bool = False) -> list[int]:
+        """Token ids of `text`. `parse_special` reads control tokens; `add_special` puts the model's own BOS first."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        return self._post("/tokenize", body)["tokens"]
+
+    def score(self, prompt: Sequence[int], target: Sequence[int]) -> list[TokenScore]:
+        """How likely the model finds each token of `target` after `prompt` and the tokens of `target` before it.
+
+        A grammar of these very tokens forces the answer, while the probabilities are those from before the grammar:
+        a teacher-forced score of what is shipped, in the runtime that it is shipped for. `target` may end with an
+        end-of-turn token; one in its middle is refused by llama.cpp.
+        """
+        return [
+            TokenScore(step["logprob"], step["top_logprobs"][0]["id"] == step["id"])
+            for step in self._forced(prompt, target, 1)
+        ]
+
+    def forced_logprobs(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[list[tuple[int, float]]]:
+        """The `n` likeliest tokens with natural-log probabilities before each token of `target`, which is forced.
+
+        `target` must not end inside a character.
+        """
+        return [
+            [(top["id"], top["logprob"]) for top in step["top_logprobs"]] for step in self._forced(prompt, target, n)
+        ]
+
+    def _forced(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[dict[str, Any]]:
+        *body, last = target
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": list(prompt),
+                "n_predict": len(target),
+                "n_probs": n,
+                "temperature": 0,
+                "samplers": ["temperature"],
+                "post_sampling_probs": False,
+                "return_tokens": True,
+                # The end of a grammar admits every end token: the bias chooses the one that is wanted.
+                "grammar": "root ::= " + " ".join(f"<[{token}]>" for token in body) + f" <[{last}]>?",
+                "logit_bias": [[last, 1000.0]],
+            },
+        )
+        if answer["tokens"] != list(target):
+            raise UserError(f"llama.cpp could not be made to say a reference with {self.gguf.name}: report this bug")
+        return answer["completion_probabilities"]
+
+    def ends_at(self, prompt: Sequence[int], token: int) -> bool:
+        """Whether a reply is over for llama.cpp when the model writes `token` after `prompt`."""
+        body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "samplers": ["temperature"]}
+        return self._post("/completion", body | {"logit_bias": [[token, 1000.0]]})["stop_type"] == "eos"
+
+    def greedy(self, prompt: Sequence[int], max_tokens: int, n: int) -> list[list[Token]]:
+        """The likeliest reply to `prompt`: for each of its tokens the `n` likeliest ones, the chosen one first."""
+        body = {"prompt": list(prompt), "n_predict": max_tokens, "n_probs": n, "post_sampling_probs": False}
+        answer = self._post("/completion", body | {"temperature": 0, "samplers": ["temperature"]})
+        return [
+            [Token(top["id"], bytes(top["bytes"]), top["logprob"]) for top in [step, *step["top_logprobs"]]]
+            for step in answer["completion_probabilities"]
+        ]
+
+    def score_many(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        on_done: Callable[[list[TokenScore]], None] | None = None,
+    ) -> list[list[TokenScore]]:
+        """Score all (prompt, target) pairs, as many side by side as there are slots."""
+        return self._side_by_side(lambda pair: self.score(*pair), pairs, on_done)
+
+    def complete(
+        self,
+        prompt: Sequence[int] | str,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Completion:
+        """Continue `prompt`, greedily at temperature 0. Token ids are taken as they are; text gets the model's BOS."""
+        body = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "n_predict": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stop": list(stop),
+            "return_tokens": True,
+        }
+        if temperature == 0:
+            body["samplers"] = ["temperature"]
+        answer = self._post("/completion", body)
+        return Completion(answer["content"], answer["tokens"], answer["stop_type"] in ("eos", "word"))
+
+    def complete_many(
+        self,
+        prompts: Sequence[Sequence[int] | str],
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        on_done: Callable[[Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Complete all `prompts`, as many side by side as there are slots; `on_done` is told of each as it ends."""
+
+        def one(prompt: Sequence[int] | str) -> Completion:
+            return self.complete(prompt, max_tokens, temperature, seed, stop)
+
+        return self._side_by_side(one, prompts, on_done)
+
+    def _side_by_side(
+        self, work: Callable[[Any], Result], tasks: Sequence[Any], on_done: Callable[[Result], None] | None
+    ) -> list[Result]:
+        def one(task: Any) -> Result:
+            result = work(task)
+            if on_done is not None:
+                on_done(result)
+            return result
+
+        pool = ThreadPoolExecutor(max_workers=self.slots)
+        try:
+            return list(pool.map(one, tasks))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def chat_stream(
+        self,
+        messages: Sequence[dict[str, str]],
+        max_tokens: int = 512,
+        temperature: float = 0.7,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield the reply to `messages` piece by piece, by the GGUF's own chat template. Closing it stops the model.
+
+        Raises:
+            UserError: as complete(), also when the stream breaks off before its end.
+        """
+        body = {
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stop": list(stop),
+            "stream": True,
+            "reasoning_format": "none",
+        }
+        if seed is not None:
+            body["seed"] = seed
+        for event in self._events("/v1/chat/completions", body):
+            for choice in event["choices"]:
+                if piece := choice["delta"].get("content"):
+                    yield piece
+
+    def complete_stream(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        top_k: int = 40,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Yield the continuation of exactly these token ids piece by piece. Closing the iterator stops the model.
+
+        Raises:
+            UserError: as complete(), also when the stream breaks off before its end.
+        """
+        body = {
+            "prompt": list(prompt),
+            "n_predict": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repeat_penalty": repeat_penalty,
+            "stop": list(stop),
+            "stream": True,
+        }
+        if seed is not None:
+            body["seed"] = seed
+        for event in self._events("/completion", body):
+            if event["content"]:
+                yield event["content"]
+            if event["stop"]:
+                return
+
+    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The JSON events of a streamed answer, up to `[DONE]` or until the caller has seen its last one."""
+        with self._open(path, body) as response:
+            try:
+                for line in response:
+                    payload = line.removeprefix(b"data: ").strip()
+                    if not payload or not line.startswith(b"data: "):
+                        continue
+                    if payload == b"[DONE]":
+                        return
+                    event = json.loads(payload)
+                    if "error" in event:
+                        raise UserError(f"llama.cpp broke off: {event['error'].get('message', 'no reason given')}")
+                    yield event
+            except (OSError, HTTPException) as error:
+                raise self._broken(error) from None
+        raise self._broken(ConnectionError("the stream ended early"))

@@ -1,0 +1,467 @@
+"""The conversation record: what counts as one, and how logged events change it.
+
+A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "content", "model"?, "at"?}],
+"feedback": [{"message_id", "rating": 1|-1|null, "comment"?, "edited"?, "by"?}], "metadata"}. A deleted one keeps its
+id, has no messages and "deleted": true, so that older versions of it stay deleted.
+
+A reply may also bear "version" (of the model that wrote it), "tokens" (how many), "incomplete" (why it was not
+finished: it is not trained on), "weight": 0 (OpenAI's: context only, not trained on, whatever its ratings),
+"reasoning" (its thoughts, which are not trained on) and "alternatives" (other replies to the same question, whole
+messages). A feedback entry with "over" prefers its message to the alternatives of those ids.
+
+A message with "gap": true followed something that was taken out: nothing before it may be shown as its context.
+Cleaning, a deletion and rows of a file that cannot be read leave such gaps.
+
+A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
+no more.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from itertools import pairwise
+from types import NoneType
+from typing import Any
+
+import orjson
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import dump_line
+
+ROLES = ("system", "user", "assistant", "tool")
+CHATS = ("chat", "chatgpt", "open-webui")  # sources whose replies a model wrote, named or not
+CHAT_IDS = ("chatgpt-", "open-webui-")  # how ids begin of what was imported from there, also before its source said so
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
+
+
+def now() -> str:
+    """The current time as ISO 8601 in UTC with milliseconds: it sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def each_record(conversations: Any) -> Iterator[dict]:
+    """The records of what a caller gives as conversations.
+
+    Raises:
+        UserError: it is no list, or something in it is no record.
+    """
+    wanted = "give a list of dicts with user_message and assistant_response, or with messages"
+    if isinstance(conversations, (str, bytes, dict)) or not isinstance(conversations, Iterable):
+        raise UserError(f"a {type(conversations).__name__} is no list of conversations: {wanted}")
+    for number, record in enumerate(conversations, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f"conversation {number} is a {type(record).__name__}: {wanted}")
+        yield record
+
+
+def is_sound(conversation: dict) -> bool:
+    """Whether messages, feedback and metadata have the types that those of a conversation have."""
+    messages, feedback = conversation.get("messages"), conversation.get("feedback") or []
+    return (
+        isinstance(messages, list)
+        and all(isinstance(message, dict) and _is_message(message) for message in messages)
+        and isinstance(feedback, list)
+        and all(isinstance(entry, dict) and is_feedback(entry) for entry in feedback)
+        and isinstance(conversation.get("metadata") or {}, dict)
+    )
+
+
+def _is_message(message: dict) -> bool:
+    return message.get("role") in ROLES and isinstance(message.get("content"), str) and can_be_id(message.get("id"))
+
+
+def can_be_id(value: Any) -> bool:
+    """Whether messages can be told apart by a value: no list, dict or set."""
+    if value is None or isinstance(value, str):
+        return True
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def is_feedback(entry: dict) -> bool:
+    """Whether what a person said of a message can be read: a number as rating, a text as edit, a list as `over`."""
+    return (
+        isinstance(entry.get("rating"), (int, float, NoneType))
+        and isinstance(entry.get("edited"), (str, NoneType))
+        and can_be_id(entry.get("message_id"))
+        and isinstance(entry.get("over") or [], (list, tuple))
+    )
+
+
+def is_exchange(record: dict) -> bool:
+    """Whether a record is a logged exchange rather than a conversation with `messages`."""
+    return "messages" not in record and "user_message" in record
+
+
+def from_exchange(exchange: dict) -> dict:
+    """A conversation of one logged exchange. The assistant message bears the exchange's id.
+
+    Metadata and feedback that are none stay as they are: the cleaner judges them.
+    """
+    given, feedback = exchange.get("metadata") or {}, exchange.get("feedback") or []
+    metadata = dict(given) if isinstance(given, dict) else {}
+    session, source, model = metadata.pop("session_id", None), metadata.pop("source", None), metadata.pop("model", None)
+    user, assistant = exchange.get("user_message"), exchange.get("assistant_response")
+    identity = exchange.get("id") or short_hash(["exchange", user, assistant])
+    at = _time(exchange.get("timestamp"))
+    question = {"id": f"{identity}-user", "role": "user", "content": user}
+    reply = {"id": identity, "role": "assistant", "content": assistant}
+    if model is not None:
+        reply["model"] = str(model)
+    if isinstance(tokens := metadata.get("tokens"), int) and tokens > 0:
+        reply["tokens"] = metadata.pop("tokens")
+    metadata.pop("replaces", None)  # for `fold`: alone, an exchange has nothing to replace
+    for key in ("version", "incomplete"):
+        if (value := metadata.pop(key, None)) is not None:
+            reply[key] = value
+    if at is not None:
+        question["at"] = reply["at"] = at
+    return {
+        "id": str(exchange.get("conversation_id") or session or identity),
+        "source": str(source or "chat"),
+        "started_at": at,
+        "messages": [question, reply],
+        "feedback": list(feedback) if isinstance(feedback, (list, tuple)) else feedback,
+        "metadata": metadata if isinstance(given, dict) else given,
+    }
+
+
+def _time(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+_KEYS = frozenset(
+    ("id", "source", "started_at", "timestamp", "messages", "feedback", "metadata", "deleted", "restored")
+)
+
+
+def as_conversation(record: dict) -> dict:
+    """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
+
+    Nothing is checked beyond the form: the cleaner judges roles and contents.
+    """
+    if is_exchange(record):
+        return from_exchange(record)
+    messages = record.get("messages")
+    conversation = {
+        "id": str(record.get("id") or short_hash(["messages", messages])),
+        "source": str(record.get("source") or "unknown"),
+        "started_at": _time(record.get("started_at") or record.get("timestamp")),
+        "messages": messages,
+        "feedback": record.get("feedback") or [],
+        "metadata": record.get("metadata") or {key: value for key, value in record.items() if key not in _KEYS},
+    }
+    if record.get("deleted"):
+        conversation["deleted"] = True
+    return conversation
+
+
+def is_by_a_model(conversation: dict, index: int) -> bool:
+    """Whether a model wrote the reply `messages[index]`: one is named, or it comes from a chat's export or the log."""
+    messages, reply = conversation["messages"], conversation["messages"][index]
+    # The log names a question after its reply.
+    logged = index > 0 and messages[index - 1].get("id") == f"{reply.get('id')}-user"
+    chat = logged or conversation.get("source") in CHATS or str(conversation.get("id")).startswith(CHAT_IDS)
+    return chat or reply.get("model") is not None
+
+
+def edits(conversation: dict) -> dict[str, str]:
+    """Message id → the text that a person put in its place; the latest edit wins."""
+    return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}
+
+
+def short_hash(value: Any, length: int = 24) -> str:
+    """A hex digest of any JSON value that does not depend on key order."""
+    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:length]
+
+
+def version_hash(conversation: dict) -> str:
+    """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
+    messages = [
+        [*map(m.get, ("role", "content", "model", "weight")), *sorted(_said(a) for a in m.get("alternatives") or [])]
+        for m in conversation["messages"]
+    ]
+    feedback = [
+        [*map(e.get, ("message_id", "rating", "comment", "edited", "by")), *_over(e)]
+        for e in conversation.get("feedback") or []
+    ]
+    return short_hash([messages, feedback, bool(conversation.get("deleted"))])
+
+
+def _over(entry: dict) -> list:
+    over = entry.get("over") or []
+    return list(over) if isinstance(over, (list, tuple)) else [over]
+
+
+def _said(message: dict) -> list[str]:
+    return [str(message.get("content")), str(message.get("model"))]
+
+
+# -----------------------------------------------------------------------------
+# feedback from version to version
+
+
+def with_feedback_of(older: dict, newer: dict) -> dict:
+    """`newer`, with what people said of the same words in `older`.
+
+    Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
+    """
+    merged = copy.deepcopy(newer) | {"feedback": []}
+    said: dict[tuple, list[tuple[int, dict]]] = {}
+    for place, message in enumerate(merged["messages"]):
+        for version in _versions(message):
+            said.setdefault((version.get("role"), version["content"]), []).append((place, version))
+    pairs = []
+    for place, message in enumerate(older["messages"]):
+        for old in _versions(message):
+            same = said.get((old.get("role"), old["content"]), ())
+            ranked = [(new.get("id") != old.get("id"), abs(there - place), n) for n, (there, new) in enumerate(same)]
+            pairs += [(old, same[min(ranked)[-1]][1])] if same else []
+    carry_feedback(older.get("feedback") or [], merged, pairs)
+    for entry in newer["feedback"]:
+        if entry.get("over"):
+            _take_back(entry, merged["feedback"])
+        if known := _entry_of(entry, merged["feedback"]):
+            over = list(dict.fromkeys([*_over(known), *_over(entry)]))
+            known.update(
+                {key: value for key, value in entry.items() if value is not None} | ({"over": over} if over else {})
+            )
+        else:
+            merged["feedback"].append(entry)
+    return merged | ({"restored": True} if older.get("restored") else {})
+
+
+def carry_feedback(feedback: list[dict], conversation: dict, pairs: Iterable[tuple[dict, dict]]) -> None:
+    """Add feedback on the first message of each pair to the second, which is `conversation`'s, and its alternatives."""
+    names = {}
+    for old, new in pairs:
+        names[old.get("id")] = new.get("id")
+        known = {version["content"]: version.get("id") for version in _versions(new)}
+        shown = any(new is message for message in conversation["messages"])
+        for other in (old.get("alternatives") or []) if shown else ():
+            name = known.get(other["content"])
+            if name is None:
+                taken = other.get("id") in known.values()
+                name = short_hash([other["id"], other["content"]]) if taken else other.get("id")
+                new["alternatives"] = [*(new.get("alternatives") or []), other | {"id": name}]
+                known[other["content"]] = name
+            names.setdefault(other.get("id"), name)
+    for entry in feedback:
+        if entry.get("message_id") in names:
+            over = [names[name] for name in _over(entry) if name in names]
+            moved = {key: value for key, value in entry.items() if key != "over"} | ({"over": over} if over else {})
+            moved["message_id"] = names[entry["message_id"]]
+            if moved not in conversation["feedback"]:
+                conversation["feedback"].append(moved)
+
+
+def _versions(message: dict) -> list[dict]:
+    """A reply and its alternatives."""
+    return [message, *(message.get("alternatives") or [])]
+
+
+def _entry_of(entry: dict, feedback: list[dict]) -> dict | None:
+    """What the same person said of the same message before."""
+    key = (entry.get("message_id"), entry.get("by"))
+    return next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
+
+
+# -----------------------------------------------------------------------------
+# lines
+
+_ENDS_TO_COMMAS = bytes.maketrans(b":[]}", b",,,,")
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_NINETEEN_DIGITS = b"0" * 19
+
+
+def to_line(record: dict) -> bytes:
+    """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so.
+
+    It does not write 1e+16, nor large integers, as Python does.
+    """
+    try:
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        return dump_line(record)
+    return dump_line(record) if b",e," in line.translate(_ENDS_TO_COMMAS, b"0123456789.-") else line
+
+
+def from_line(line: bytes) -> Any:
+    """The JSON of a line, integers of any size as they are; a third of `json.loads`'s time.
+
+    Raises:
+        ValueError: it is none, or none that orjson reads.
+        RecursionError: it is too deep.
+    """
+    return json.loads(line) if has_long_number(line) else orjson.loads(line)
+
+
+def has_long_number(line: bytes) -> bool:
+    """Whether a line has nineteen digits in a row: orjson would round such an integer."""
+    return _NINETEEN_DIGITS in line.translate(_ZEROS)
+
+
+# -----------------------------------------------------------------------------
+# events of the log
+
+
+def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
+    """Apply logged events in their order to `conversations` (id → newest version), which is changed in place.
+
+    An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
+    that name a conversation or a message nobody knows, and exchanges that say something else under an id that is taken.
+    """
+    owners = {identity: c for c in conversations.values() for identity in message_ids(c)}
+    unmatched = []
+    for event in events:
+        if event["event"] == "exchange":
+            if not _add_exchange(event, conversations, owners):
+                unmatched.append(event)
+            continue
+        target = event.get("conversation_id")
+        conversation = conversations.get(target) if target else owners.get(event.get("message_id"))
+        if conversation is None:
+            unmatched.append(event)
+        elif event["event"] == "delete":
+            _delete(event, conversation)
+        elif event["event"] == "restore":
+            if not conversation.get("deleted"):
+                conversation["restored"] = True
+        else:
+            _judge(event, conversation)
+    return unmatched
+
+
+def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str, dict]) -> bool:
+    """Whether it is there now, or was before; not if its id stands for another reply."""
+    new = from_exchange(event)
+    conversation = conversations.get(new["id"])
+    if conversation is None:
+        conversations[new["id"]] = conversation = new
+    elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
+        return True
+    elif event["id"] in (replies := _replies(conversation)):
+        return replies[event["id"]] == event["assistant_response"]
+    else:
+        if not _replace(event, conversation, new["messages"]):
+            conversation["messages"].extend(new["messages"])
+        conversation["metadata"] = _joined(conversation["metadata"], new["metadata"])
+    for message in new["messages"]:
+        owners[message["id"]] = conversation
+    return True
+
+
+def speakers(metadata: dict) -> set[str]:
+    """The names of the people who spoke in a conversation, where its metadata tells them in any form."""
+    several = metadata.get("users")
+    named = [metadata.get("user_id"), metadata.get("user"), *(several if isinstance(several, list) else [])]
+    return {str(name) for name in named if name not in (None, "")}
+
+
+def _joined(known: dict, new: dict) -> dict:
+    """What is known of a conversation and of one more exchange; `users` names all who spoke, where they are several."""
+    people = speakers(known) | speakers(new)
+    return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
+
+
+def message_ids(conversation: dict) -> Iterator[str]:
+    """Ids of all messages, those of alternatives too."""
+    for message in conversation["messages"]:
+        yield from (m["id"] for m in (message, *(message.get("alternatives") or [])) if isinstance(m.get("id"), str))
+
+
+def _replies(conversation: dict) -> dict[str | None, str]:
+    """Contents of all messages by id, those of alternatives too."""
+    messages = conversation["messages"]
+    return {m.get("id"): m["content"] for message in messages for m in (message, *(message.get("alternatives") or []))}
+
+
+def _replace(event: dict, conversation: dict, pair: list[dict]) -> bool:
+    """Put a reply that was asked for once more in the place of the one before, which becomes an alternative of it."""
+    replaced = (event.get("metadata") or {}).get("replaces")
+    if replaced is None:
+        return False
+    messages = conversation["messages"]
+    for index, message in enumerate(messages):
+        others = message.get("alternatives") or []
+        if index and replaced in (message.get("id"), *(other.get("id") for other in others)):
+            earlier = {key: value for key, value in message.items() if key != "alternatives"}
+            messages[index - 1 : index + 1] = [pair[0], pair[1] | {"alternatives": [*others, earlier]}]
+            return True
+    return False
+
+
+def _prefer(event: dict, conversation: dict) -> None:
+    """Show the preferred reply where one of its alternatives stood."""
+    chosen = event["message_id"]
+    messages = conversation["messages"]
+    for index, message in enumerate(messages):
+        others = message.get("alternatives") or []
+        if any(other.get("id") == chosen for other in others):
+            if index and messages[index - 1]["role"] == "user":
+                messages[index - 1]["id"] = f"{chosen}-user"
+            earlier = {key: value for key, value in message.items() if key != "alternatives"}
+            kept = [other for other in others if other.get("id") != chosen]
+            preferred = next(other for other in others if other.get("id") == chosen)
+            message.clear()
+            message.update(preferred | {"alternatives": [*kept, earlier]})
+            return
+
+
+def _take_back(event: dict, feedback: list[dict]) -> None:
+    """What the same person preferred before the other way round no longer holds."""
+    for entry in feedback:
+        same = entry.get("by") == event.get("by") and entry.get("message_id") in event["over"]
+        if same and event["message_id"] in _over(entry):
+            del entry["over"]
+
+
+def _delete(event: dict, conversation: dict) -> None:
+    gone = event.get("message_id")
+    if gone is None:
+        conversation.update(messages=[], feedback=[], metadata={}, deleted=True)
+        for key in ("deleted_messages", "restored"):
+            conversation.pop(key, None)
+        return
+    # With a reply go the other replies to its question; of those, one goes alone.
+    lost = {gone} | {i for m in conversation["messages"] if m.get("id") == gone for i in message_ids({"messages": [m]})}
+    partners = lost | {f"{identity}-user" for identity in lost}
+    for before, message in pairwise(conversation["messages"]):  # what was said before the deletion rests on it
+        if before.get("id") in partners:
+            message["gap"] = True
+    conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]
+    for message in conversation["messages"]:
+        if others := message.pop("alternatives", None):
+            kept = [other for other in others if other.get("id") not in lost]
+            message |= {"alternatives": kept} if kept else {}
+    conversation["feedback"] = [e for e in conversation["feedback"] if e.get("message_id") not in partners]
+    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), *lost})
+
+
+def _judge(event: dict, conversation: dict) -> None:
+    """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
+    if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
+        return
+    feedback = conversation["feedback"]
+    entry = _entry_of(event, feedback)
+    if entry is None:
+        entry = {"message_id": event.get("message_id"), "rating": None}
+        if event.get("by") is not None:
+            entry["by"] = event["by"]
+        feedback.append(entry)
+    if event.get("over"):
+        if entry.get("over") != event["over"]:  # otherwise it was applied before, and a newer reply may be shown by now
+            _take_back(event, feedback)
+            entry["over"] = list(event["over"])
+            _prefer(event, conversation)
+    elif event["event"] == "feedback":
+        entry["rating"] = event.get("rating")
+        if event.get("comment") is not None:
+            entry["comment"] = event["comment"]
+    else:
+        entry["edited"] = event["content"]

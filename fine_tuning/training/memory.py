@@ -1,0 +1,146 @@
+"""How much memory a run needs, and how much there is."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.hardware import Hardware, local_process_count, process_count
+from fine_tuning.training.settings import TrainSettings
+
+
+def lanes(settings: TrainSettings, hardware: Hardware) -> int:
+    """How many parts of a batch to compute at once: two on a CPU, one elsewhere.
+
+    One also where parts would draw random numbers from the one generator in no fixed order (dropout, NEFTune), where
+    rows are no longer apart (packing), where activations are made anew (checkpointing), where weights are unpacked for
+    every product (QLoRA), and where several processes share the batch already.
+    """
+    random = settings.lora.dropout or settings.neftune_alpha
+    plain = not (random or settings.packing or settings.gradient_checkpointing or settings.method == "qlora")
+    return 2 if process_count() == 1 and plain and hardware.device == "cpu" and hardware.threads > 1 else 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the memory that a model needs depends on."""
+
+    parameters: int
+    embedding: int  # of them, in the input and the output embedding
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+def read_shape(folder: Path) -> Shape:
+    """What a folder's model takes, read from its configuration and the headers of its weights: nothing is loaded.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    parameters = 0
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="numpy") as weights:
+                names = weights.keys()
+                parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
+    tables = 1 if config.tie_word_embeddings else 2
+    return Shape(
+        parameters=parameters,
+        embedding=tables * config.vocab_size * config.hidden_size,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def memory_needed(shape: Shape, settings: TrainSettings, hardware: Hardware) -> tuple[float, float]:
+    """Bytes that a process's weights take, and its activations: an estimate, meant to be right within a factor of two.
+
+    Weights at their width (in four bits all but the embeddings, which stay whole), the activations that backpropagation
+    keeps (34 values of the hidden size a token and layer: Korthikanti et al. 2022, "Reducing Activation Recomputation",
+    section 4.1, without the attention matrix, which is recomputed) and a batch's logits.
+    """
+    width = 2 if hardware.precision == "bfloat16" else 4
+    weights = shape.parameters * width
+    if settings.method == "qlora":
+        weights = 0.6 * (shape.parameters - shape.embedding) + 4 * shape.embedding
+    elif settings.launch == "fsdp":
+        weights /= process_count()
+    kept = 2 if settings.gradient_checkpointing else 34
+    values = kept * shape.layers * shape.hidden + shape.vocabulary
+    return weights, settings.batch_tokens * values * (4 if hardware.precision == "float32" else 2)
+
+
+def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
+    """Refuse to start what cannot fit beside half a gigabyte for the program itself.
+
+    Raises:
+        UserError: the estimate exceeds the free memory; says what to change.
+    """
+    needed = sum(memory_needed(shape, settings, hardware)) + 0.5e9
+    if hardware.device == "cpu":
+        needed *= local_process_count()
+    free = free_memory(hardware.device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"training needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {_smaller(settings)}"
+        )
+
+
+def _smaller(settings: TrainSettings) -> str:
+    ways = ["lower train.batch_tokens"]
+    if not settings.gradient_checkpointing:
+        ways.append("set train.gradient_checkpointing to true")
+    if settings.method == "lora":
+        ways.append("set train.method to qlora")
+    return f"{', '.join(ways)}, or choose a smaller base.model"
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes free for this process on `device`, or None where the system does not say."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    known = [free for free in (_system_memory(), group_memory()) if free is not None]
+    return min(known, default=None)
+
+
+def _system_memory() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def group_memory(top: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that the limits of a container or of a job of Slurm leave (cgroup v2), or None where there is no limit.
+
+    Files that the system has cached count as used there, but give way.
+    """
+    try:
+        inner = next(line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    left = []
+    group = top / inner.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(top):
+            break
+        try:
+            limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            left.append(int(limit) - used + int(cached.get("inactive_file", 0)))
+    return min(left, default=None)

@@ -1,0 +1,90 @@
+"""What a training run says of itself: before it, after it, in metrics and in curves."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from fine_tuning.common.errors import count_of
+from fine_tuning.training.lora_trainer import TrainingResult
+from fine_tuning.training.settings import TrainSettings
+from fine_tuning.training.speed import expected
+
+CAPS = ("max_train_tokens", "max_sample_tokens")
+Curve = tuple[list[str], list[list[float]]]
+
+
+def announcement(
+    settings: TrainSettings,
+    conversations: int,
+    tokens: int,
+    left_out: Mapping[str, int],
+    speed: tuple[float, str] | None,
+) -> Iterator[str]:
+    """What is about to be trained on, for how long, and which parameters limit it.
+
+    Args:
+        left_out: {reason: conversations} of preparation.
+        speed: what `read_speed` found.
+    """
+    yield (
+        f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "
+        f"train.epochs {settings.epochs:g}: {expected(tokens, settings, speed)}"
+    )
+    caps = [f"prepare.{name} ({count_of(n, 'conversation')} left out)" for name in CAPS if (n := left_out.get(name))]
+    if settings.max_steps is not None:
+        caps.append(f"train.max_steps ({settings.max_steps})")
+    yield f"limited by {' and '.join(caps)}" if caps else "no parameter limits it"
+
+
+def summary(settings: TrainSettings, result: TrainingResult) -> str:
+    """What a run took and brought, in one line, and in another that it made things worse."""
+    weights = f"{result.base_weights.held_mb:.0f} MB"
+    if settings.method == "qlora":
+        weights += f" in four bits instead of {result.base_weights.lora_mb:.0f} MB"
+    memory = f"{result.peak_memory_mb:.0f} MB at most"
+    said = (
+        f"train: {result.steps} steps on {result.hardware.name} in {result.seconds:.0f} s "
+        f"({result.tokens_per_second:.0f} tokens/s), validation loss {result.validation_loss_before:.3f} -> "
+        f"{result.validation_loss:.3f}; the base's weights took {weights}, the whole run "
+        + (memory if settings.launch == "single" else f"{memory} in this process, of several")
+    )
+    if result.validation_loss > result.validation_loss_before:
+        said += "\ntrain: the validation loss rose: lower train.learning_rate, or train.epochs"
+    return said
+
+
+def quality(result: TrainingResult) -> dict[str, float]:
+    """What depends on data and parameters alone: it is the same in every clone."""
+    return {
+        "validation_loss_before": result.validation_loss_before,
+        "validation_loss": result.validation_loss,
+        # Larger ones are no floats any more.
+        "validation_perplexity": math.exp(min(result.validation_loss, 700.0)),
+        "train_loss": result.train_loss,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "trainable_parameters": result.trainable_parameters,
+    }
+
+
+def speed(result: TrainingResult) -> dict[str, float]:
+    """What depends on the machine: it goes to MLflow only."""
+    return {
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_mb": result.peak_memory_mb,
+        "base_weights_mb": result.base_weights.held_mb,
+        "base_weights_lora_mb": result.base_weights.lora_mb,
+    }
+
+
+def learning_curve(result: TrainingResult) -> Curve:
+    """Columns and rows: loss, learning rate and gradient norm by step."""
+    columns = ["step", "loss", "learning_rate", "grad_norm"]
+    return columns, [[entry[name] for name in columns] for entry in result.history if "loss" in entry]
+
+
+def validation_curve(result: TrainingResult) -> Curve:
+    """Columns and rows: validation loss by step, that before training at step 0."""
+    measured = [[entry["step"], entry["eval_loss"]] for entry in result.history if "eval_loss" in entry]
+    return ["step", "validation_loss"], [[0, result.validation_loss_before], *measured]

@@ -1,0 +1,47 @@
+"""The section `train` of params.yaml."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from fine_tuning.common.settings import Settings
+
+
+class LoraSettings(Settings):
+    """The section `train.lora`."""
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    target_modules: Literal["all-linear", "attention"] | list[str]
+    top_layers: int | None = Field(ge=1)
+    rslora: bool
+    dora: bool
+
+
+class TrainSettings(Settings):
+    """The section `train`."""
+
+    method: Literal["lora", "qlora"]
+    start_from: str | None = Field(pattern="^[0-9a-f]{8,64}$")
+    launch: Literal["single", "ddp", "fsdp"]
+    seed: int
+    epochs: float = Field(gt=0)
+    max_steps: int | None = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
+    warmup_ratio: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "lion_8bit", "sgd"]
+    batch_tokens: int = Field(ge=16)
+    packing: bool
+    gradient_accumulation: int = Field(ge=1)
+    lora: LoraSettings
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
+    threads: int | None = Field(ge=1)
+    gradient_checkpointing: bool
+    neftune_alpha: float | None = Field(gt=0)
+    validations: int = Field(ge=1)
+    early_stopping_patience: int | None = Field(ge=1)
+    checkpoint_steps: int = Field(ge=1)
