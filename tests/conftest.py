@@ -24,7 +24,9 @@ def library(tmp_path_factory, monkeypatch):
     from fine_tuning.common import project
 
     folder = tmp_path_factory.mktemp("library") / "fine_tuning"
-    shutil.copytree(project.LIBRARY, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for source in (project.LIBRARY, project.LIBRARY.parent / "stages"):
+        shutil.copytree(source, folder.with_name(source.name), ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(project.LIBRARY.parent / "dvc.yaml", folder.parent)
     monkeypatch.setattr(project, "LIBRARY", folder)
     return folder
 
