@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import root
+from fine_tuning.data_collection.storage.shards import track
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -105,7 +106,7 @@ def import_files(args: argparse.Namespace) -> None:
             written.append(write_shard(CONVERSATIONS, f"{next_stamp(CONVERSATIONS)}-import", _new_versions(changes)))
         written = [(shard, count) for shard, count in written if shard is not None]
         if written or (any(CONVERSATIONS.glob("*.jsonl")) and not _is_what_dvc_names()):  # killed before it tracked
-            track(repo)
+            track(repo, CONVERSATIONS, MANIFEST)
         for report in reports:
             report.show()
         for shard, count in written:
@@ -227,7 +228,7 @@ def bring_sample(args: argparse.Namespace) -> None:
 
     with pipeline_stands_still() as repo:
         shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
-        track(repo)
+        track(repo, CONVERSATIONS, MANIFEST)
     print(f"{count_of(count, 'sample conversation')} in {shard}")
 
 
@@ -248,18 +249,6 @@ def show_stats(args: argparse.Namespace) -> None:
 # DVC
 
 
-def track(repo: "Repo") -> None:
-    """`dvc add data/conversations`; a shard that no run has taken in yet is hashed in DVC's cache."""
-    import logging
-
-    from fine_tuning.common.dvc_files import add_folder
-    from fine_tuning.data_collection.storage.shards import read_manifest
-
-    logging.getLogger("dvc").setLevel(logging.ERROR)
-    logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
-    add_folder(repo, CONVERSATIONS, {shard["name"] for shard in read_manifest(MANIFEST)["shards"]})
-
-
 def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
     from fine_tuning.data_collection.storage.sealing import seal_log
@@ -268,7 +257,7 @@ def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
     for log in logs:
         done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones)
         if any(CONVERSATIONS.glob("*.jsonl")):
-            track(repo)
+            track(repo, CONVERSATIONS, MANIFEST)
         log.unlink()
         changed = count_of(done["conversations"], "conversation")
         print(f"{count_of(done['events'], 'event')} sealed, {changed} new or changed")

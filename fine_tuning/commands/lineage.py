@@ -28,7 +28,7 @@ from fine_tuning.model_management.model_registry import (
     ModelVersion,
     open_registry,
 )
-from fine_tuning.model_management.model_switcher import went_live
+from fine_tuning.model_management.model_switcher import deployments, went_live
 from fine_tuning.schema.conversation import as_conversation
 from fine_tuning.training.tracking import flatten
 
@@ -150,12 +150,6 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
             {"host": event.host, "at": event.at.isoformat(timespec="seconds")} for event in went_live([version])
         ],
     }
-
-
-def deployments(version: ModelVersion) -> list[tuple[str, str]]:
-    """(host's key, manifest digest) of each server that the version was deployed to."""
-    found = ((re.fullmatch(r"ollama\.(.+)\.digest", tag), value) for tag, value in version.tags.items())
-    return sorted((match[1], digest) for match, digest in found if match)
 
 
 def conversations_of(registry: ModelRegistry, version: ModelVersion) -> dict[str, list[str]]:

@@ -245,9 +245,9 @@ def clear_logs(work: Work) -> None:
 
 def clear_data(work: Work) -> None:
     """Shards, manifest and ledger, while no pipeline runs."""
-    from fine_tuning.commands.conversations import track
     from fine_tuning.common.dvc_files import pipeline_stands_still
     from fine_tuning.common.settings import read_params
+    from fine_tuning.data_collection.storage.shards import track
     from fine_tuning.data_preparation.dataset_builder import PrepareSettings
     from fine_tuning.data_preparation.splits import Ledger
     from fine_tuning.erasure.records import clear_lines, clear_shards
@@ -255,7 +255,7 @@ def clear_data(work: Work) -> None:
     with pipeline_stands_still() as repo:
         shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
         if CONVERSATIONS.is_dir():
-            track(repo)
+            track(repo, CONVERSATIONS, MANIFEST)
         clear_lines(OLD_LEDGER, work.found)
         Ledger(LEDGER, read_params("prepare", PrepareSettings).salt).forget(work.found.ids)
     work.say(f"shards: {shards} written anew without it")
@@ -273,7 +273,7 @@ def clear_scratch(work: Work) -> None:
 
 def mark_models(work: Work) -> None:
     """Tag the versions that learned from it; on request take them out of Ollama, aliases and registry."""
-    from fine_tuning.commands.lineage import deployments
+    from fine_tuning.model_management.model_switcher import deployments
 
     day = datetime.now(UTC).date().isoformat()
     known = {version.number: version for version in work.models.registry.versions()}

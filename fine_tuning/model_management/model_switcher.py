@@ -124,6 +124,12 @@ class WentLive:
     number: int
 
 
+def deployments(version: ModelVersion) -> list[tuple[str, str]]:
+    """(host's key, manifest digest) of each server that the version was deployed to."""
+    found = ((re.fullmatch(r"ollama\.(.+)\.digest", tag), value) for tag, value in version.tags.items())
+    return sorted((match[1], digest) for match, digest in found if match)
+
+
 def went_live(versions: Iterable[ModelVersion]) -> list[WentLive]:
     """Every time that one of the versions went live anywhere, the oldest first."""
     found = []

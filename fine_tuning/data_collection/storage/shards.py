@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync_folder
 from fine_tuning.common.settings import Settings
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
 _ID_FIRST = re.compile(rb'\{"id":"([^"\\]{1,512})"')
@@ -203,3 +206,18 @@ def count_conversations(paths: Iterable[Path]) -> int:
             start = _ID_FIRST.match(line)
             seen.add(hash(start.group(1) if start else line))
     return len(seen)
+
+
+def track(repo: "Repo", folder: Path, manifest: Path) -> None:
+    """`dvc add` of the folder of shards; one that no run has taken in yet is hashed in DVC's cache.
+
+    Raises:
+        OSError: the cache does not take a shard.
+    """
+    import logging
+
+    from fine_tuning.common.dvc_files import add_folder
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
+    add_folder(repo, folder, {shard["name"] for shard in read_manifest(manifest)["shards"]})
