@@ -438,7 +438,7 @@ def test_a_remote_that_is_not_there_or_refuses_costs_nothing_here(promoted, remo
 
 
 VERIFY = """
-from fine_tuning.errors import run
+from fine_tuning.common.errors import run
 import argparse
 from fine_tuning.commands import models
 def main():

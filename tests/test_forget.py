@@ -382,7 +382,7 @@ def run(folder: Path, *words: str, killed_after: str = "") -> subprocess.Complet
     program = f"""
 import os, signal, sys
 from fine_tuning.commands import forget_steps
-from fine_tuning.errors import run
+from fine_tuning.common.errors import run
 from fine_tuning.__main__ import main
 def dying(step):
     def do(work):

@@ -439,7 +439,7 @@ PARALLEL_RUN = """
 import json, sys
 from pathlib import Path
 from tests.test_training import train
-from fine_tuning.training.training_utils import is_main_process
+from fine_tuning.runtime.hardware import is_main_process
 base, output, checkpoints, answer = map(Path, sys.argv[1:5])
 result = train(base, output, checkpoints, learning_rate=3e-3, epochs=8.0, batch_tokens=300, launch=sys.argv[5])
 if is_main_process():
