@@ -919,7 +919,7 @@ def test_the_sample_is_the_same_bytes_every_time(tmp_path):
     first, count = write_shard(tmp_path / "a", "sample", sample_conversations())
     second, _ = write_shard(tmp_path / "b", "sample", sample_conversations())
     assert count == 2026
-    assert first.name == second.name == "sample-119876d5e9ee.jsonl"
+    assert first.name == second.name == "sample-6efceaffd43f.jsonl"
     assert first.read_bytes() == second.read_bytes()
     assert first.stat().st_mode & 0o222 == 0
 

@@ -37,7 +37,7 @@ from fine_tuning.schema.conversation import (
     carry_feedback,
     each_record,
     is_exchange,
-    is_feedback,
+    problem_of,
 )
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight", "gap")
@@ -167,8 +167,8 @@ class DataCleaner:
         if record.get("deleted"):
             return Cleaned(None, Drop("deleted", True), {})
         conversation = as_conversation(record)
-        if drop := _malformed(conversation):
-            return Cleaned(None, drop, {})
+        if problem := problem_of(conversation):
+            return Cleaned(None, Drop(*problem), {})
         messages = trim_end(conversation["messages"])
         if drop := check_roles(messages):
             return Cleaned(None, drop, {})
@@ -276,21 +276,6 @@ def _mask(messages: list[dict], feedback: list[dict], masker: Masker) -> None:
             version["content"] = masker.mask(version["content"])
     for entry in feedback:
         entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}
-
-
-def _malformed(conversation: dict) -> Drop | None:
-    messages = conversation["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return Drop("messages_malformed", type(messages).__name__)
-    if not all(isinstance(message.get("content"), str) for message in messages):
-        return Drop("content_is_no_text", 0)
-    if not isinstance(conversation["feedback"], list) or not isinstance(conversation["metadata"], dict):
-        return Drop("feedback_or_metadata_malformed", 0)
-    if not all(isinstance(entry, dict) and is_feedback(entry) for entry in conversation["feedback"]):
-        return Drop("feedback_or_metadata_malformed", 0)
-    if not all(can_be_id(message.get("id")) for message in messages):
-        return Drop("messages_malformed", "id")
-    return None
 
 
 def _require_text(text: Any) -> None:

@@ -23,7 +23,7 @@ from fine_tuning.schema.conversation import (
     edits,
     from_line,
     is_by_a_model,
-    is_sound,
+    problem_of,
     to_line,
 )
 
@@ -102,7 +102,7 @@ class DataExporter:
             writers = {name: stack.enter_context(self._writer(name, path)) for name, path in paths.items()}
             for record in each_record(conversations):
                 conversation = as_conversation(record)
-                sound = is_sound(conversation)
+                sound = problem_of(conversation) is None
                 final = unbroken(with_edits(conversation)) if sound else []
                 for name, write in writers.items():
                     parts = [conversation] if sound and name == "json" else final

@@ -3,8 +3,7 @@
 from typing import Literal
 
 from fine_tuning.data_preparation.authorship import is_by_a_person
-from fine_tuning.schema.chat_format import ROLES
-from fine_tuning.schema.conversation import as_conversation, can_be_id, is_exchange, is_feedback
+from fine_tuning.schema.conversation import as_conversation, is_exchange, problem_of
 
 TrainOn = Literal["all", "not_disliked", "endorsed"]
 _LEAST_RATING = {"all": -1, "not_disliked": 0, "endorsed": 1}
@@ -28,28 +27,17 @@ def read_conversation(record: dict) -> dict:
 
 def structure_problem(conversation: dict) -> str | None:
     """Why a conversation cannot be trained on: `malformed` or `no_reply`; None for a sound one."""
-    messages = conversation["messages"]
-    if not isinstance(messages, list):
+    if problem_of(conversation) is not None:
         return "malformed"
     asked = answered = False
-    for message in messages:
-        if not isinstance(message, dict):
-            return "malformed"
-        role, content, identity = message.get("role"), message.get("content"), message.get("id")
-        if not isinstance(content, str) or not (isinstance(identity, str) or can_be_id(identity)):
-            return "malformed"
+    for message in conversation["messages"]:
+        role, content = message["role"], message["content"]
         if role == "user":
             asked = True
         elif role == "assistant":
             answered = answered or asked
-        elif role not in ROLES:
-            return "malformed"
         if (not content or content.isspace()) and role != "system":
             return "malformed"
-    if (feedback := conversation.get("feedback")) and not (
-        isinstance(feedback, list) and all(isinstance(entry, dict) and is_feedback(entry) for entry in feedback)
-    ):
-        return "malformed"
     return None if answered else "no_reply"
 
 

@@ -7,10 +7,11 @@ control token typed by a user, such as `<|im_start|>`, stays ordinary text.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.schema.chat_format import _TOKENIZER_FILES, _chat_format, _tokens, end_of_turn_ids, render
+from fine_tuning.schema.conversation import as_conversation, problem_of
 from fine_tuning.schema.template_trial import try_template
 
 if TYPE_CHECKING:
@@ -186,16 +187,10 @@ def comparison_table(reports: Sequence[TokenizerReport]) -> str:
 
 
 def _messages_of(record: dict) -> list[dict]:
-    if isinstance(record, dict) and "messages" not in record and "user_message" in record:
-        texts = (("user", record["user_message"]), ("assistant", record.get("assistant_response")))
-        messages: Any = [{"role": role, "content": text} for role, text in texts]
-    else:
-        messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
+    conversation = as_conversation(record) if isinstance(record, dict) else {}
+    if problem_of(conversation) is not None:
         raise UserError("a conversation has no messages with role and content: give exchanges or conversations")
-    return messages
+    return conversation["messages"]
 
 
 def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":

@@ -1,19 +1,11 @@
-"""The conversation record: what counts as one, and how logged events change it.
+"""The conversation record: its types, what counts as one, and how logged events change it.
 
-A conversation is {"id", "source", "started_at", "messages": [{"id", "role", "content", "model"?, "at"?}],
-"feedback": [{"message_id", "rating": 1|-1|null, "comment"?, "edited"?, "by"?}], "metadata"}. A deleted one keeps its
-id, has no messages and "deleted": true, so that older versions of it stay deleted.
+A shard holds one conversation a line, as JSON in UTF-8: `Conversation` with its `Message`s and `Feedback`. Readers take
+plain dicts of these types; `problem_of` is the one place that says whether a record is sound, `from_line` and `to_line`
+read and write one. Keys that are absent mean "none"; keys that no type names are kept and read by nobody.
 
-A reply may also bear "version" (of the model that wrote it), "tokens" (how many), "incomplete" (why it was not
-finished: it is not trained on), "weight": 0 (OpenAI's: context only, not trained on, whatever its ratings),
-"reasoning" (its thoughts, which are not trained on) and "alternatives" (other replies to the same question, whole
-messages). A feedback entry with "over" prefers its message to the alternatives of those ids.
-
-A message with "gap": true followed something that was taken out: nothing before it may be shown as its context.
-Cleaning, a deletion and rows of a file that cannot be read leave such gaps.
-
-A conversation with "restored": true was dropped by a filter and wanted back: it is masked as any other and filtered
-no more.
+`schema_version` counts changes that older readers would misread; a record without it is of version 1. A newer one is
+refused rather than misread.
 """
 
 import copy
@@ -23,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import pairwise
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import orjson
 
@@ -31,6 +23,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import dump_line
 
 ROLES = ("system", "user", "assistant", "tool")
+SCHEMA_VERSION = 1
 CHATS = ("chat", "chatgpt", "open-webui")  # sources whose replies a model wrote, named or not
 CHAT_IDS = ("chatgpt-", "open-webui-")  # how ids begin of what was imported from there, also before its source said so
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
@@ -39,6 +32,85 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(","
 def now() -> str:
     """The current time as ISO 8601 in UTC with milliseconds: it sorts as text."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Message(TypedDict, total=False):
+    """One turn. `role` and `content` are there in every message."""
+
+    id: str
+    role: str
+    """One of ROLES."""
+    content: str
+    """What was said, without the reasoning of a model."""
+    model: str
+    """Who wrote a reply, where a model did; none is named for a person's."""
+    version: int | str
+    """The version of this project's model that wrote it."""
+    at: str
+    """ISO 8601 in UTC."""
+    tokens: int
+    """How many tokens the reply has, as the server counted."""
+    incomplete: str | bool
+    """Why a reply was not finished: it is not trained on."""
+    weight: int
+    """0 (OpenAI's): context only, not trained on, whatever its ratings."""
+    gap: bool
+    """It followed something that was taken out (by cleaning, a deletion, a row that cannot be read): nothing before it
+    may be shown as its context."""
+    alternatives: list["Message"]
+    """Other replies to the same question."""
+    reasoning: str
+    """A model's thoughts. Recorded, not trained on."""
+    tool_calls: list[dict[str, Any]]
+    """Calls of a reply: {"id", "name", "arguments"}. Recorded, not trained on."""
+    tool_call_id: str
+    """Of a tool's message: the call that it answers."""
+    parts: list[dict[str, Any]]
+    """Content of several parts as the client sent it, where it is more than text."""
+    attachments: list[dict[str, Any]]
+    """References to files, {"type", "name", "sha256"}: their bytes are not recorded."""
+    retrieved: list[dict[str, Any]]
+    """Where text that was put into the content came from: {"source", "start", "end"}, characters of the content."""
+
+
+class Feedback(TypedDict, total=False):
+    """What one person said of one message: the newest rating, comment, edit and preference."""
+
+    message_id: str
+    rating: int | None
+    """1 liked, -1 disliked, None neither."""
+    comment: str
+    edited: str
+    """The text that the person put in its place."""
+    over: list[str]
+    """Ids of the alternatives that the message was preferred to."""
+    by: str
+
+
+class Conversation(TypedDict, total=False):
+    """A conversation, the newest version of its id. A deleted one keeps its id and has no messages, so that older
+    versions of it stay deleted."""
+
+    schema_version: int
+    id: str
+    source: str
+    started_at: str | None
+    messages: list[Message]
+    feedback: list[Feedback]
+    metadata: dict[str, Any]
+    deleted: bool
+    deleted_messages: list[str]
+    restored: bool
+    """A filter dropped it and a person wanted it back: it is masked as any other and filtered no more."""
+    tools: list[dict[str, Any]]
+    """Tools that the client offered, as JSON schemas."""
+
+
+class Problem(NamedTuple):
+    """Why a record is no sound conversation, and the value that says so."""
+
+    reason: str
+    value: Any
 
 
 def each_record(conversations: Any) -> Iterator[dict]:
@@ -56,20 +128,45 @@ def each_record(conversations: Any) -> Iterator[dict]:
         yield record
 
 
-def is_sound(conversation: dict) -> bool:
-    """Whether messages, feedback and metadata have the types that those of a conversation have."""
-    messages, feedback = conversation.get("messages"), conversation.get("feedback") or []
+def problem_of(conversation: dict) -> Problem | None:
+    """What is wrong with the form of a conversation; None for a sound one. What it says is judged by the cleaner.
+
+    Messages are objects with a text, a role of ROLES and an id that tells them apart; feedback and metadata have the
+    types of `Feedback` and of an object.
+    """
+    messages, feedback, metadata = map(conversation.get, ("messages", "feedback", "metadata"))
+    if not isinstance(messages, list):
+        return Problem("messages_malformed", type(messages).__name__)
+    unknown = None
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return Problem("messages_malformed", type(message).__name__)
+        if not isinstance(message.get("content"), str):
+            return Problem("content_is_no_text", index)
+        if not can_be_id(message.get("id")):
+            return Problem("messages_malformed", "id")
+        if unknown is None and message.get("role") not in ROLES:
+            unknown = index
+    if feedback and not (isinstance(feedback, list) and all(map(is_feedback, feedback))):
+        return Problem("feedback_or_metadata_malformed", 0)
+    if metadata and not isinstance(metadata, dict):
+        return Problem("feedback_or_metadata_malformed", 0)
+    return None if unknown is None else Problem("unknown_role", unknown)
+
+
+def can_be_folded(record: Any) -> bool:
+    """Whether events can be applied to what a shard's line holds, and it can be forgotten: an id, and parts of the
+    right types. The line may still be unsound: then cleaning drops it with its reason."""
+    feedback = record.get("feedback") or [] if isinstance(record, dict) else None
     return (
-        isinstance(messages, list)
-        and all(isinstance(message, dict) and _is_message(message) for message in messages)
-        and isinstance(feedback, list)
-        and all(isinstance(entry, dict) and is_feedback(entry) for entry in feedback)
-        and isinstance(conversation.get("metadata") or {}, dict)
+        isinstance(feedback, list)
+        and isinstance(record.get("id"), str)
+        and isinstance(record.get("started_at"), (str, NoneType))
+        and isinstance(record.get("messages"), list)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in record["messages"])
+        and all(isinstance(entry, dict) for entry in feedback)
+        and isinstance(record.get("metadata") or {}, dict)
     )
-
-
-def _is_message(message: dict) -> bool:
-    return message.get("role") in ROLES and isinstance(message.get("content"), str) and can_be_id(message.get("id"))
 
 
 def can_be_id(value: Any) -> bool:
@@ -83,10 +180,11 @@ def can_be_id(value: Any) -> bool:
     return True
 
 
-def is_feedback(entry: dict) -> bool:
+def is_feedback(entry: Any) -> bool:
     """Whether what a person said of a message can be read: a number as rating, a text as edit, a list as `over`."""
     return (
-        isinstance(entry.get("rating"), (int, float, NoneType))
+        isinstance(entry, dict)
+        and isinstance(entry.get("rating"), (int, float, NoneType))
         and isinstance(entry.get("edited"), (str, NoneType))
         and can_be_id(entry.get("message_id"))
         and isinstance(entry.get("over") or [], (list, tuple))

@@ -13,7 +13,6 @@ from pydantic import Field
 from fine_tuning.common.languages import CODE_BLOCK, SHORT_TEXT, detect_language
 from fine_tuning.common.settings import Settings
 from fine_tuning.common.writing_systems import NO_SPACES
-from fine_tuning.schema.conversation import ROLES
 
 
 class FilterSettings(Settings):
@@ -44,12 +43,10 @@ class Drop(NamedTuple):
 
 
 def check_roles(messages: list[dict]) -> Drop | None:
-    """Roles are known; apart from system and tool messages, user and assistant take turns and the user begins."""
+    """Apart from system and tool messages, user and assistant take turns and the user begins."""
     turns = []
     for index, message in enumerate(messages):
-        role = message.get("role")
-        if role not in ROLES:
-            return Drop("unknown_role", index)
+        role = message["role"]
         if role == "system" and index > 0:
             return Drop("late_system_message", index)
         if role in ("user", "assistant"):

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync_folder
 from fine_tuning.common.settings import Settings
+from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -42,7 +42,7 @@ def write_shard(folder: str | Path, prefix: str, conversations: Iterable[dict]) 
 
     A shard that is there already under that name is left as it is: it has the same bytes.
     """
-    return write_lines(folder, prefix, map(dump_line, conversations))
+    return write_lines(folder, prefix, (dump_line(c | {"schema_version": SCHEMA_VERSION}) for c in conversations))
 
 
 def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tuple[Path | None, int]:
@@ -79,7 +79,11 @@ def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: Tr
 def located_versions(
     paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True
 ) -> Iterator[tuple[Path, int, int, dict]]:
-    """(shard, first byte, bytes, version) of the versions that `versions` yields."""
+    """(shard, first byte, bytes, version) of the versions that `versions` yields.
+
+    Raises:
+        UserError: another version of this project wrote a shard, in a form that this one does not know.
+    """
     for path in paths:
         end = 0
         with open(path, "rb") as file:
@@ -92,22 +96,10 @@ def located_versions(
                     record = read_line(line)
                 except (ValueError, RecursionError):
                     continue
-                if _is_conversation(record) and wanted(record["id"]):
+                if can_be_folded(record) and wanted(record["id"]):
+                    if record.get("schema_version", 1) != SCHEMA_VERSION:
+                        raise UserError(f"{path} was written by another version of this project: update this one")
                     yield path, begin, len(line), record
-
-
-def _is_conversation(record: Any) -> bool:
-    """Whether the parts of a record have the types of a conversation's; the cleaner judges what they say."""
-    return (
-        isinstance(record, dict)
-        and isinstance(record.get("id"), str)
-        and isinstance(record.get("started_at"), (str, NoneType))
-        and isinstance(record.get("messages"), list)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in record["messages"])
-        and isinstance(record.get("feedback") or [], list)
-        and all(isinstance(entry, dict) for entry in record.get("feedback") or [])
-        and isinstance(record.get("metadata") or {}, dict)
-    )
 
 
 def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
