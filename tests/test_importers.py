@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.importers import Imported, Problem, import_file, import_records
-from fine_tuning.data_collection.storage.sample import sample_conversations
+from fine_tuning.data_collection.storage.sample import sample_conversations, write_sample
 from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.schema.conversation import version_hash
@@ -916,10 +916,10 @@ def test_any_bytes_end_in_records_problems_or_one_error(tmp_path_factory, data):
 
 
 def test_the_sample_is_the_same_bytes_every_time(tmp_path):
-    first, count = write_shard(tmp_path / "a", "sample", sample_conversations())
-    second, _ = write_shard(tmp_path / "b", "sample", sample_conversations())
+    first, count = write_sample(tmp_path / "a")
+    second, _ = write_sample(tmp_path / "b")
     assert count == 2026
-    assert first.name == second.name == "sample-6efceaffd43f.jsonl"
+    assert first.name == second.name == "sample-119876d5e9ee.jsonl"
     assert first.read_bytes() == second.read_bytes()
     assert first.stat().st_mode & 0o222 == 0
 

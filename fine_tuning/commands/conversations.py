@@ -205,7 +205,7 @@ def seal(args: argparse.Namespace) -> None:
 def bring_sample(args: argparse.Namespace) -> None:
     """Write the sample's shard if params.yaml wants it and it is not there; say so if other shards are missing."""
     from fine_tuning.common.settings import read_params
-    from fine_tuning.data_collection.storage.shards import IntakeSettings, read_manifest, write_shard
+    from fine_tuning.data_collection.storage.shards import IntakeSettings, read_manifest
 
     root()
     if not read_params("intake", IntakeSettings).sample:
@@ -224,10 +224,10 @@ def bring_sample(args: argparse.Namespace) -> None:
             f"not in this clone: {count_of(len(missing), 'shard')} of conversations (the first is {missing[0]}): "
             f"bring them with `dvc pull {TRACKED}`"
         )
-    from fine_tuning.data_collection.storage.sample import sample_conversations
+    from fine_tuning.data_collection.storage.sample import write_sample
 
     with pipeline_stands_still() as repo:
-        shard, count = write_shard(CONVERSATIONS, "sample", sample_conversations())
+        shard, count = write_sample(CONVERSATIONS)
         track(repo, CONVERSATIONS, MANIFEST)
     print(f"{count_of(count, 'sample conversation')} in {shard}")
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from importlib.metadata import distribution
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fine_tuning.common.records import dump_line
 from fine_tuning.data_collection.importers import Imported, import_records
+from fine_tuning.data_collection.storage.shards import write_lines
 
 PACKAGE = "chatterbot-corpus"
 STARTED_AT = "2017-01-01T00:00:00.000Z"  # the corpus has no times; one that is older than any user's own
@@ -29,3 +32,9 @@ def _records() -> Iterator[dict[str, Any]]:
             texts = row if isinstance(row, list) else [row]  # one row of trivia.yml is a question without its answer
             turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
             yield {"messages": turns, "metadata": {"category": file.name.removesuffix(".yml")}}
+
+
+def write_sample(folder: Path) -> tuple[Path | None, int]:
+    """The sample's shard and its number of lines. Its name, a hash of its bytes, stands in the manifest of every clone;
+    so its lines stay as they always were, without a schema version: they are of version 1."""
+    return write_lines(folder, "sample", map(dump_line, sample_conversations()))
