@@ -109,7 +109,7 @@ class Logger(Victim):
         self.acknowledged |= set(acknowledged_before_a_kill(draw.random() / 5))
         logger = ConversationLogger(INBOX)
         self.acknowledged.add(logger.log_conversation("after", "the kill"))
-        logged = [event["id"] for event in logger.read_exchanges()]
+        logged = [event["id"] for event in logger.read_events() if event["event"] == "exchange"]
         if lost := self.acknowledged - set(logged):
             raise Broken(f"{len(lost)} of {len(self.acknowledged)} acknowledged exchanges are gone")
         if len(logged) != len(set(logged)):
@@ -188,7 +188,7 @@ class Seal(Forked):
             self.told[question] += 1
         killed = self.killed(draw, lambda: seal(None))
         self.check_shards()
-        if any(Path("inbox").glob("*.jsonl")) and list(logger.read_exchanges()):
+        if any(Path("inbox").glob("*.jsonl")) and list(logger.read_events()):
             raise Broken("something is left in the inbox")
         return killed
 
