@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.runtime.hardware import detect_hardware, is_main_process, process_count
 from fine_tuning.schema.prepared import Row
-from fine_tuning.training.memory import lanes
+from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.settings import TrainSettings
 
 CHECKPOINT_COMPLETE = "COMPLETE"
@@ -29,7 +29,7 @@ def checkpoint_key(
     resumes from a checkpoint that it would not have written itself.
     """
     hardware = detect_hardware(settings.precision, settings.threads)
-    machine = f"{hardware.device} {hardware.precision} {lanes(settings, hardware)} {process_count()}"
+    machine = f"{hardware.device} {hardware.precision} {count_micro_batches(settings, hardware)} {process_count()}"
     digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())
     for split in (rows, validation):
         digest.update(b"split")

@@ -9,18 +9,6 @@ from fine_tuning.runtime.hardware import Hardware, local_process_count, process_
 from fine_tuning.training.settings import TrainSettings
 
 
-def lanes(settings: TrainSettings, hardware: Hardware) -> int:
-    """How many parts of a batch to compute at once: two on a CPU, one elsewhere.
-
-    One also where parts would draw random numbers from the one generator in no fixed order (dropout, NEFTune), where
-    rows are no longer apart (packing), where activations are made anew (checkpointing), where weights are unpacked for
-    every product (QLoRA), and where several processes share the batch already.
-    """
-    random = settings.lora.dropout or settings.neftune_alpha
-    plain = not (random or settings.packing or settings.gradient_checkpointing or settings.method == "qlora")
-    return 2 if process_count() == 1 and plain and hardware.device == "cpu" and hardware.threads > 1 else 1
-
-
 @dataclass(frozen=True)
 class Shape:
     """What the memory that a model needs depends on."""

@@ -8,6 +8,7 @@ padding, which changes no loss: attention is causal and padding comes last.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fine_tuning.runtime.hardware import Hardware, process_count
-from fine_tuning.schema.prepared import Row, round_up
-from fine_tuning.training.memory import Shape, memory_needed
+from fine_tuning.schema.prepared import Row, batch_by_tokens, round_up
+from fine_tuning.training.acceleration.patches import Patches
+from fine_tuning.training.memory import Shape, memory_needed, read_shape
 from fine_tuning.training.settings import TrainSettings
 
 LEAST_USES = 4  # recording a shape takes as long as two steps without
@@ -85,7 +87,21 @@ def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, t
     return max(0, min(MOST_SHAPES, int(room / each)))
 
 
-def record_layers(model: Any, shapes: set[BatchShape]) -> None:
+def recordable_shapes(
+    base: Path, rows: Sequence[Row], trained: Sequence[nn.Parameter], settings: TrainSettings, hardware: Hardware
+) -> set[BatchShape]:
+    """The batch shapes of a run on `rows` to record; none where steps are of another kind or nothing is gained."""
+    if not may_record(settings, hardware):
+        return set()
+    batches = batch_by_tokens(rows, settings.batch_tokens, padded=length_class)
+    uses = settings.max_steps / len(batches) if settings.max_steps else settings.epochs
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    trainable = sum(parameter.numel() for parameter in trained)
+    most = shapes_to_record(read_shape(base), settings, hardware, trainable, memory)
+    return frequent_shapes(batches, settings.batch_tokens, uses, most)
+
+
+def record_layers(model: Any, shapes: set[BatchShape], patches: Patches) -> None:
     """Let the layers of a causal model go through batches of these shapes by recordings, each made when first needed.
 
     Attention must need no mask (see `share_prefixes`). Only training steps are recorded. One step's backward pass has
@@ -97,8 +113,9 @@ def record_layers(model: Any, shapes: set[BatchShape]) -> None:
     plain = layers.forward
     recordings: dict[BatchShape, Callable[[torch.Tensor], torch.Tensor]] = {}
     pool = torch.cuda.graph_pool_handle()
-    # Recordings are made on a stream of their own; PyTorch would wonder at it once.
+    # Recordings are made on a stream of their own, of which PyTorch warns once.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    patches.callback(torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch, True)
 
     def forward(input_ids: torch.Tensor | None = None, **rest: Any) -> Any:
         shape = None if input_ids is None else tuple(input_ids.shape)
@@ -115,7 +132,7 @@ def record_layers(model: Any, shapes: set[BatchShape]) -> None:
                 return plain(input_ids=input_ids, **rest)
         return BaseModelOutputWithPast(last_hidden_state=recordings[shape](input_ids))
 
-    layers.forward = forward
+    patches.replace(layers, "forward", forward)
 
 
 def _recording(layers: nn.Module, plain: Any, input_ids: torch.Tensor, pool: Any) -> Callable:

@@ -1,4 +1,4 @@
-"""Quicker forms of the operations that adapter training spends its time in, with the same results.
+"""Fused forms of the operations that adapter training spends its time in, with the same results.
 
 On a CPU four fifths of a step are matrix products with frozen weights; most of the rest is passes over activations
 that autograd makes because it does not know that the weights are frozen and the adapter small. Each function here
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from fine_tuning.training.acceleration.patches import Patches
 
 HEAD_STRETCH = 1024  # rows of the vocabulary
 PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -123,24 +125,24 @@ def has_plain_head(model: Any) -> bool:
     )
 
 
-def fuse(model: nn.Module) -> int:
-    """Give the modules of a model with LoRA layers their quicker forms; returns how many were changed.
+def fuse(model: nn.Module, patches: Patches) -> int:
+    """Replace the forward passes of LoRA layers and norms by fused ones; returns how many modules were changed.
 
-    A LoRA layer keeps its own form when it has dropout, DoRA, a quantised base or several adapters; a norm when its
-    weight is trained or its form is not plain.
+    A LoRA layer keeps its own when it has dropout, DoRA, a quantised base or several adapters; a norm when its weight
+    is trained or it is none of PLAIN_NORMS.
     """
     changed = 0
-    for group in _that_see_the_same(model, [module for module in model.modules() if _is_plain_lora(module)]):
-        _join(group)
+    for group in _with_same_input(model, [module for module in model.modules() if _is_plain_lora(module)]):
+        _join(group, patches)
         changed += len(group)
     for module in model.modules():
         if type(module).__name__ in PLAIN_NORMS and not module.weight.requires_grad:
-            module.forward = _norm_forward(module)
+            patches.replace(module, "forward", _norm_forward(module))
             changed += 1
     return changed
 
 
-def _that_see_the_same(model: nn.Module, layers: list[nn.Module]) -> list[list[nn.Module]]:
+def _with_same_input(model: nn.Module, layers: list[nn.Module]) -> list[list[nn.Module]]:
     """LoRA layers that are called one after the other with the very same input, such as query, key and value."""
     groups: list[list[nn.Module]] = []
     last: list[torch.Tensor] = []
@@ -166,8 +168,8 @@ def _that_see_the_same(model: nn.Module, layers: list[nn.Module]) -> list[list[n
     return groups if len(set(called)) == len(called) else [[layer] for layer in layers]
 
 
-def _join(layers: list[Any]) -> None:
-    """Let the first of the layers that is called compute all of them; the others hand out what it has left for them."""
+def _join(layers: list[Any], patches: Patches) -> None:
+    """The first of the layers that is called computes all of them; the others return what it kept for them."""
     left = threading.local()
 
     def compute(x: torch.Tensor, some: list[Any]) -> tuple[torch.Tensor, ...]:
@@ -199,7 +201,7 @@ def _join(layers: list[Any]) -> None:
         return forward
 
     for index, layer in enumerate(layers):
-        layer.forward = forward_of(index)
+        patches.replace(layer, "forward", forward_of(index))
 
 
 def _is_plain_lora(module: nn.Module) -> bool:
