@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset(
         "evaluate": "batch_tokens threads quantised_items forgetting other_histories",
         "evaluate.generation": "items max_tokens slots",
         "evaluate.interval": "draws confidence seed",
-        "evaluate.rivals": "system_prompt examples items",
+        "evaluate.prompting_baselines": "system_prompt examples items",
         "evaluate.memory": "conversations",
     }.items()
     for name in names.split()

@@ -5,10 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 PERSON = "person"  # author of what no model wrote
 EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
 UNKNOWN = "unknown"  # author of what a model wrote that nobody named
@@ -125,5 +122,5 @@ class Reply:
 
 
 GIVEN = 8  # tokens of a reply that the model is given beside the prompt
-SHORTEST, LONGEST = 16, 32  # tokens that it has to go on with; shorter ones are guessed too often
-PROMPTED, SHOWN = "base_prompted", "base_few_shot"
+SHORTEST, LONGEST = 16, 32  # tokens that it has to continue; shorter ones are guessed too often
+PROMPTED, FEW_SHOT = "base_prompted", "base_few_shot"

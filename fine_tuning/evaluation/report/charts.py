@@ -47,7 +47,7 @@ def interval_plot(differences: Mapping[str, Mapping[str, Any]]) -> str:
             f'<text x="0" y="{y + 4}">{escape(name)}</text>'
             f'<line class="{kind}" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke-width="3"/>'
             f'<circle class="{kind}" cx="{centre:.1f}" cy="{y}" r="5"/>'
-            f'<text x="500" y="{y + 4}">{number(found["candidate"])} − {number(found["rival"])} = {value:+.3g} '
+            f'<text x="500" y="{y + 4}">{number(found["candidate"])} − {number(found["baseline"])} = {value:+.3g} '
             f"[{low:+.3g}, {high:+.3g}], n {found['n']}</text>"
         )
     height = 28 * len(rows) + 16
