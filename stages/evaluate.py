@@ -13,7 +13,7 @@ from fine_tuning.evaluation.records.champion_records import (
     LEARNED,
     is_champion,
     method_sha256,
-    take_back,
+    restore_records,
     without_learned,
 )
 from fine_tuning.evaluation.records.settings import EvaluateSettings
@@ -42,8 +42,8 @@ def main() -> None:
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     champion, method = find_champion(CHAMPION), method_sha256(settings, chat, people)
     if champion and is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
-        if take_back(CHAMPION, METRICS, method):
-            print("evaluate: the candidate is the champion: the records that it was promoted by are taken back")
+        if restore_records(CHAMPION, METRICS, method):
+            print("evaluate: the candidate is the champion: the records that it was promoted by are restored")
             return
         champion = None  # a model is not compared with itself
     check_references(settings.references, BASE.folder, CHAMPION, read_params("deploy", ProjectName).name)

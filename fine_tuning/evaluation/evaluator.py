@@ -184,7 +184,7 @@ class Evaluator:
         ]
 
     def recall(self, contender: Contender, train: Path) -> list[dict[str, Any]]:
-        """What the contender has kept of the prepared split `train`: lines of memory.jsonl."""
+        """What the contender memorised of the prepared split `train`: lines of memory.jsonl."""
         count, chat = self.settings.memory.conversations, self.chat
         items = memory_items(train, count, self.tokenizer, chat.system_prompt, chat.max_length)
         return recalled(contender.name, items, self.score(contender, items, "memory"))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class LabelTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Loss of a batch and, in the parameters' `grad`, its gradient."""
+        """Summed loss of a batch over the units of the whole step and all devices; the gradient is added to `grad`."""
         if not model.training:  # walking through all modules takes as long as a tenth of a step on a GPU
             model.train()
         inputs = self._prepare_inputs(inputs)
@@ -43,7 +42,8 @@ class LabelTrainer(Trainer):
 
         def loss_of(part: Batch) -> torch.Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                # Each process has its share of the sum and gradients are averaged over processes: undo that.
+                return self.objective.loss(model, part) * self.accelerator.num_processes / num_items_in_batch
 
         if self.micro_batches > 1:
             return add_gradients(loss_of, split(inputs, self.micro_batches), self._trained, self._pool)
@@ -51,27 +51,13 @@ class LabelTrainer(Trainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Summed loss over the number of units in the whole step, on all devices."""
-        if num_items_in_batch is None:
-            num_items_in_batch = self.objective.count(inputs)
-        # Each process has its share of the sum and gradients are averaged over processes: multiply to undo that.
-        loss = self.objective.loss(model, inputs) * self.accelerator.num_processes / num_items_in_batch
-        return (loss, None) if return_outputs else loss
-
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> torch.Tensor:
         """Units of a step's batches, of all processes; transformers would count labels, which not all batches have."""
         count = torch.as_tensor(sum(map(self.objective.count, batch_samples)), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        """Not counted: nobody reads it, and counting the parameters anew takes as long as `model.train()`."""
+        """Not counted: it is not used, and counting parameters takes as long as `model.train()`."""
         return 0
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
@@ -90,14 +76,9 @@ class LabelTrainer(Trainer):
     @torch.no_grad()
     def _measure(self, batch: Sequence[Row]) -> tuple[float, int]:
         inputs = self._prepare_inputs(self.data_collator([batch]))
-        with self.autocast_precision():
+        dtype, mixed = torch.float16 if self.args.fp16 else torch.bfloat16, self.args.bf16 or self.args.fp16
+        with torch.autocast(self.args.device.type, dtype, enabled=mixed):  # as training itself computes
             return self.objective.loss(self.model, inputs).item(), int(self.objective.count(inputs))
-
-    def autocast_precision(self) -> Any:
-        """The number format that training itself computes in."""
-        if not (self.args.bf16 or self.args.fp16):
-            return nullcontext()
-        return torch.autocast(self.args.device.type, torch.bfloat16 if self.args.bf16 else torch.float16)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log the validation loss the way `Trainer.evaluate` does."""

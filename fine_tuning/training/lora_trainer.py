@@ -73,7 +73,7 @@ def train_adapter(
         base_name: what the adapter's configuration calls its base, such as the id on the hub.
         checkpoints: folder of this run's checkpoints, named by `checkpoint_key`; emptied by the caller when done.
         progress: called with each logged step's values (step, loss, learning_rate, grad_norm, eval_loss).
-        start_from: folder of an adapter of the same shape to go on from, instead of a new one.
+        start_from: folder of an adapter of the same shape to continue training, instead of a new one.
 
     Raises:
         UserError: nothing to train, too little memory, a target module that the base lacks, an adapter to start from
@@ -135,7 +135,7 @@ def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
     Raises:
         UserError: the settings ask for what this machine or bitsandbytes cannot do.
     """
-    gc.collect()  # what an earlier training in this process left, which refers to itself
+    gc.collect()  # reference cycles of an earlier training in this process
     check_spreading(settings)
     take_own_gpu()
     hardware = detect_hardware(settings.precision, settings.threads)
@@ -145,7 +145,7 @@ def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
     torch.set_num_threads(hardware.threads // micro_batches)
     if hardware.device == "cuda":
         torch.cuda.empty_cache()
-        # Attention and matrix products add in the same order every time only where they are asked to.
+        # By default attention and matrix products on a GPU do not add in a fixed order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -160,7 +160,10 @@ def first_loss(trainer: LabelTrainer) -> float:
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
-    print("train: this base has no deterministic kernels on a GPU: trained again, it may be other bytes", flush=True)
+    print(
+        "train: this base has no deterministic kernels on a GPU: trained again, another run may give other bytes",
+        flush=True,
+    )
     torch.use_deterministic_algorithms(False)
     return trainer.mean_loss()
 
@@ -178,7 +181,7 @@ def run_steps(trainer: LabelTrainer, guard: RunGuard, checkpoints: Path) -> int:
         print("train: code or packages changed since this run was cut off: training starts anew", flush=True)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if state is not None and is_over(guard.settings, state):
-        # transformers would take one step more.
+        # transformers would take one more step.
         load_adapter(trainer.model, resume / "adapter_model.safetensors")
         trainer.state = state
     else:
@@ -237,10 +240,10 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
 
 
 def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> None:
-    """Refuse to go on from an adapter that would say something else here than where it was trained.
+    """Refuse to continue an adapter on another base or with another scale than it was trained with.
 
     Raises:
-        UserError: its configuration names another base or another scale, which equal shapes would not tell.
+        UserError: its configuration names another base or scale, which its shapes do not show.
     """
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     named, lora = config["base_model_name_or_path"], settings.lora
@@ -248,10 +251,8 @@ def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> Non
         raise UserError(
             f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"
         )
-    for parameter, had, wanted in (
-        ("alpha", config["lora_alpha"], lora.alpha),
-        ("rslora", config["use_rslora"], lora.rslora),
-    ):
+    for parameter, key in (("alpha", "lora_alpha"), ("rslora", "use_rslora")):
+        had, wanted = config[key], getattr(lora, parameter)
         if had != wanted:
             raise UserError(
                 f"the adapter of train.start_from was trained with train.lora.{parameter} = {had}, which is {wanted} "

@@ -9,7 +9,7 @@ from fine_tuning.schema.prepared import Row, count_labels
 
 
 def check_rows(rows: Sequence[Row], split: str) -> None:
-    """Refuse rows that would train nothing, or train something other than their own tokens.
+    """Refuse rows that train no token, or labels that are not the row's own tokens.
 
     Raises:
         UserError: the split is empty, ids and labels do not belong together, or no token is trained.

@@ -98,7 +98,7 @@ class Likelihood:
     turns: list[tuple[float, int, int]]
 
     def as_json(self) -> list[list[float | None]]:
-        """The turns in a form that JSON has; a likelihood that is no number is null."""
+        """The turns in a form that JSON has; a non-finite likelihood is null."""
         return [[finite(nll), tokens, correct] for nll, tokens, correct in self.turns]
 
     @classmethod
@@ -108,7 +108,7 @@ class Likelihood:
 
 
 def finite(number: float) -> float | None:
-    """The number, or None where JSON has no word for it."""
+    """The number, or None where it is not finite, which JSON cannot express."""
     return number if math.isfinite(number) else None
 
 

@@ -1,5 +1,6 @@
 """Drawings as SVG: in the report as part of the page, and as files of their own for `dvc plots`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,15 +14,11 @@ STYLE = (
 def standalone(drawing: str, title: str) -> str:
     """A drawing as a file: with its own colours, a white ground and a title."""
     head, _, rest = drawing.partition(">")
-    box = head.split('viewBox="')[1].split('"')[0].split()
-    width, height = int(box[2]), int(box[3])
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -32 {width} {height + 32}" width="{width}" '
-        f'height="{height + 32}"'
-    )
+    width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', head).groups())
+    size = f'width="{width}" height="{height + 32}"'
     return (
-        f'{head}><style>{STYLE}</style><rect y="-32" width="{width}" height="{height + 32}" fill="white"/>'
-        f'<text x="0" y="-12" font-weight="bold">{escape(title)}</text>{rest}\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -32 {width} {height + 32}" {size}><style>{STYLE}</style>'
+        f'<rect y="-32" {size} fill="white"/><text x="0" y="-12" font-weight="bold">{escape(title)}</text>{rest}\n'
     )
 
 

@@ -6,7 +6,7 @@ PROMOTE        the primary metric beats base and champion, the whole interval be
                against a champion with another tokenizer the likelihood a byte decides instead of metrics that count
                tokens
 INCONCLUSIVE   too few conversations to tell
-HOLD           anything else: a leak and a number that is none however few the conversations
+HOLD           anything else; a leak or an undefined primary metric holds however few the conversations
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.metric_modules.loading import LIKELIHOOD_COLUMNS, REPLY_COLUMNS, load_metric
 from fine_tuning.evaluation.records.champion_records import LEARNED
-from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, likelihood_columns
+from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, by_contender, likelihood_columns
 from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
@@ -295,28 +295,23 @@ def check_same_suite(records: Records) -> None:
     Raises:
         UserError: they were not, or one that is needed is missing.
     """
-    ids: dict[str, set[str]] = {}
-    tokens: dict[str, dict[str, int]] = {}
-    suites: dict[str, set[str]] = {}
-    sizes: dict[str, dict[str, int]] = {}
-    for line in records:
-        name = line["contender"]
-        ids.setdefault(name, set()).add(line["id"])
-        if "bytes" in line:
-            sizes.setdefault(name, {})[line["id"]] = line["bytes"]
-        if "tokens" in line:
-            tokens.setdefault(name, {})[line["id"]] = line["tokens"]
-            suites.setdefault(name, set()).add(line.get("suite"))
-    missing = [name for name in (CANDIDATE, "base") if name not in ids]
-    if missing:
+    lines = by_contender(records)
+    if missing := [name for name in (CANDIDATE, "base") if name not in lines]:
         raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
-    for baseline in (name for name in BASELINES if name in ids):
+
+    def values(contender: str, name: str) -> dict[str, Any]:
+        return {id: line[name] for id, line in lines[contender].items() if name in line}
+
+    def suites(contender: str) -> set[str | None]:
+        return {line.get("suite") for line in lines[contender].values() if "tokens" in line}
+
+    for baseline in (name for name in BASELINES if name in lines):
         # In tokens of its own a champion's suite is another, though the replies are the same.
-        same_tokens = baseline == "base" or tokens.get(baseline) == tokens.get(CANDIDATE)
-        other_suite = same_tokens and suites.get(baseline) != suites.get(CANDIDATE)
-        ours, theirs = sizes.get(CANDIDATE, {}), sizes.get(baseline, {})
+        same_tokens = baseline == "base" or values(baseline, "tokens") == values(CANDIDATE, "tokens")
+        other_suite = same_tokens and suites(baseline) != suites(CANDIDATE)
+        ours, theirs = values(CANDIDATE, "bytes"), values(baseline, "bytes")
         other_replies = any(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
-        if ids[baseline] != ids[CANDIDATE] or other_suite or other_replies:
+        if lines[baseline].keys() != lines[CANDIDATE].keys() or other_suite or other_replies:
             raise UserError("the contenders were not asked the same items: run `dvc repro -f -s evaluate && dvc repro`")
 
 

@@ -57,7 +57,7 @@ def accelerated(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if hardware.precision != "float16":  # which is computed from weights in float32
             fuse(model, patches)
-        if not isinstance(objective, SupervisedFineTuning):
+        if type(objective) is not SupervisedFineTuning:
             yield objective
             return
         random = settings.lora.dropout or settings.neftune_alpha
@@ -102,7 +102,7 @@ class AcceleratedSft(SupervisedFineTuning):
         self.budget = budget
         self.shared_prefixes = shared_prefixes
         self.shapes = shapes
-        self._at = _Positions()
+        self._at = threading.local()  # trained positions of the batch that a thread computes, and hidden states there
         self._head = model.get_output_embeddings()
         self._fused_head = not mixed_precision and has_plain_head(model)
         hook = self._head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
@@ -123,7 +123,7 @@ class AcceleratedSft(SupervisedFineTuning):
         if self.shared_prefixes:
             inputs = lay_out(inputs)
         labels = inputs["labels"]
-        # Looked up before the layers run: afterwards a GPU would have to be through with them first.
+        # Looked up before the layers run: afterwards this would wait for the GPU to finish them.
         rows, columns = (labels[:, 1:] != NOT_TRAINED).nonzero(as_tuple=True)
         targets = labels[rows, columns + 1]
         self._at.trained = rows, columns
@@ -131,22 +131,15 @@ class AcceleratedSft(SupervisedFineTuning):
             logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[0]
         finally:
             self._at.trained = None
-        # Kept until the next step, the hidden states would keep all that they were computed from.
+        # Kept until the next step, the hidden states would keep their whole graph alive.
         hidden, self._at.hidden = self._at.hidden, None
         if self._fused_head:
             return summed_label_loss(hidden, self._head.weight, targets)
         return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _select(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-        # (rows, tokens, hidden) -> (1, trained positions, hidden); the fused head is given them aside.
-        if self._at.trained is None:
+        # (rows, tokens, hidden) -> (1, trained positions, hidden); the fused head gets them separately.
+        if getattr(self._at, "trained", None) is None:
             return (hidden,)
         self._at.hidden = hidden[self._at.trained]
         return (hidden[:1, :1] if self._fused_head else self._at.hidden.unsqueeze(0),)
-
-
-class _Positions(threading.local):
-    """The trained positions of the batch that a thread computes, and the hidden states there."""
-
-    trained: tuple[torch.Tensor, torch.Tensor] | None = None
-    hidden: torch.Tensor | None = None

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fine_tuning.training.acceleration.patches import Patches
 
-HEAD_STRETCH = 1024  # rows of the vocabulary
+HEAD_CHUNK = 1024  # rows of the vocabulary
 PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
@@ -86,11 +86,11 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # By stretches that the cache holds: over all of a large vocabulary the product is a third slower.
+        # In chunks that fit the cache: over all of a large vocabulary the product is a third slower.
         logits = hidden.new_empty(len(hidden), len(weight))
-        for start in range(0, len(weight), HEAD_STRETCH):
-            stretch = slice(start, start + HEAD_STRETCH)
-            logits[:, stretch] = hidden @ weight[stretch].t()
+        for start in range(0, len(weight), HEAD_CHUNK):
+            chunk = slice(start, start + HEAD_CHUNK)
+            logits[:, chunk] = hidden @ weight[chunk].t()
         logits.sub_(logits.amax(-1, keepdim=True))
         chosen = logits.gather(1, targets.unsqueeze(1)).sum()
         total = logits.exp_().sum(-1, keepdim=True)
@@ -164,7 +164,7 @@ def _with_same_input(model: nn.Module, layers: list[nn.Module]) -> list[list[nn.
         for hook in hooks:
             hook.remove()
     called = [layer for group in groups for layer in group]
-    # A layer that stands in several places has no place of its own.
+    # A layer that is called several times belongs to no single group.
     return groups if len(set(called)) == len(called) else [[layer] for layer in layers]
 
 

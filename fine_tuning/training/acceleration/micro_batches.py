@@ -15,17 +15,21 @@ from fine_tuning.training.objectives.objective import Batch
 from fine_tuning.training.settings import TrainSettings
 
 
-def count_micro_batches(settings: TrainSettings, hardware: Hardware) -> int:
-    """How many parts of a batch to compute at once: two on a CPU, one elsewhere.
+def is_plain(settings: TrainSettings) -> bool:
+    """Whether steps may be reordered or recorded.
 
-    One also where parts would draw random numbers from the one generator in no fixed order (dropout, NEFTune), where
-    rows are laid end to end (packing), where activations are recomputed (checkpointing), where weights are dequantised
-    for every product (QLoRA), and where several processes share the batch already.
+    Not where they draw random numbers (dropout, NEFTune), where rows are laid end to end (packing), where activations
+    are recomputed (checkpointing), where weights are dequantised for every product (QLoRA), and in several processes.
     """
-    if settings.acceleration == "off" or settings.lora.dropout or settings.neftune_alpha:
-        return 1
-    plain = not (settings.packing or settings.gradient_checkpointing or settings.method == "qlora")
-    return 2 if process_count() == 1 and plain and hardware.device == "cpu" and hardware.threads > 1 else 1
+    random, packed = settings.lora.dropout or settings.neftune_alpha, settings.packing
+    other = settings.gradient_checkpointing or settings.method == "qlora" or process_count() > 1
+    return not (random or packed or other)
+
+
+def count_micro_batches(settings: TrainSettings, hardware: Hardware) -> int:
+    """How many parts of a batch to compute at once: two on a CPU where steps are plain, one elsewhere."""
+    wanted = settings.acceleration == "auto" and hardware.device == "cpu" and hardware.threads > 1
+    return 2 if wanted and is_plain(settings) else 1
 
 
 def split(inputs: Batch, count: int) -> list[Batch]:

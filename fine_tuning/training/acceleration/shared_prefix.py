@@ -1,4 +1,4 @@
-"""What all rows of a batch begin with is computed once, and every row goes on from it: the same loss, in less time.
+"""The common prefix of a batch's rows is computed once, and every row continues from it: the same loss in less time.
 
 Chats begin with the same system prompt, a third of the tokens of short ones. Keys and values there depend on nothing
 that comes later, so the rows of a batch can share them, as servers do at inference (Yao et al. 2024, "DeFT", for trees
@@ -15,7 +15,7 @@ from fine_tuning.schema.chat_format import NOT_TRAINED
 from fine_tuning.training.acceleration.patches import Patches
 
 NAME = "shared_prefix"
-LARGEST_DIFFERENCE = 1e-3  # of logits in float32; another order of additions makes a few millionths
+LARGEST_DIFFERENCE = 1e-3  # of logits in float32; another order of additions changes a few millionths
 LARGEST_ROUNDING = 8  # units of the last place of the largest logit, in shorter formats
 
 
@@ -23,7 +23,7 @@ def share_prefixes(model: Any, longest: int, patches: Patches) -> bool:
     """Let the attention of a model read batches that `lay_out` made; False, and no change, where it cannot.
 
     Batches that are padded on the right it reads as before, without a mask: attention is causal, so no token sees the
-    padding after it. A model is left as it is that limits attention to a stretch shorter than the `longest` row
+    padding after it. A model is left as it is that limits attention to a window shorter than the `longest` row
     (tokens), whose rows or tokens see others that they should not, or whose logits for two short rows differ by more
     than rounding.
     """
@@ -78,7 +78,7 @@ def _apart(model: Any, shared: bool) -> bool:
 
 
 def lay_out(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A padded batch as one row: what all rows begin with, then the rest of each.
+    """A padded batch as one row: the common prefix, then the rest of each row.
 
     Args:
         inputs: input_ids, attention_mask and labels, each (rows, longest), padded on the right.
@@ -145,7 +145,7 @@ def _attention(
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
         if groups > 1 and q.is_cuda and not (mask is None and _has_flash(q)):
-            # The kernel that is left to a GPU would keep a matrix of all scores.
+            # The only kernel left on a GPU would materialise the matrix of all scores.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             groups = 1
         return functional.scaled_dot_product_attention(

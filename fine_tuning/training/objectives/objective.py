@@ -19,16 +19,12 @@ class Objective(Protocol):
 
     def batches(self, rows: Sequence[Row], budget: int, multiple: int = 1) -> list[list[Row]]:
         """Group rows into batches of at most `budget` padded tokens and of a multiple of `multiple` rows."""
-        ...
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """The tensors of one batch, each with one row a sequence."""
-        ...
 
     def count(self, inputs: Batch) -> torch.Tensor:
         """How many units a collated batch has: one integer, on the device of the batch."""
-        ...
 
     def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Sum of the loss over the units of a collated batch: a tensor of one element, to be differentiated."""
-        ...
