@@ -36,7 +36,8 @@ def trimmed(text: str) -> str:
 
 def run(*command: str, cwd: Path = ROOT) -> str:
     """Output of a command."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True)
     return trimmed(done.stdout)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+from fine_tuning.common.records import write_jsonl
 from tests.project import conversations, new_project
 from tests.reference import BLOCK, PAGES, ROOT, blocks, command_names, filled, help_text, run
 
@@ -166,6 +167,9 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     for page in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", TEXTS[page]):
             assert "://" in target or (ROOT / target).exists(), target
+        for target, anchor in re.findall(r"\]\(([^)#\s]+)#([^)]+)\)", TEXTS[page]):
+            headings = re.findall(r"^#+ (.+)$", TEXTS[target], re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w]+", "-", heading.lower()) for heading in headings], anchor
 
 
 def test_the_tree_in_the_readme_has_the_layers_of_the_library():
@@ -189,10 +193,7 @@ def test_the_security_page_names_tests_that_exist():
 def test_the_site_is_built_without_a_broken_link_and_reads_without_a_network(tmp_path):
     shutil.copy(ROOT / "zensical.toml", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    built = subprocess.run(
-        [shutil.which("zensical") or "zensical", "build", "--strict"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
+    run("zensical", "build", "--strict", cwd=tmp_path)
     pages = {path.stem: path.read_text() for path in (tmp_path / "site").glob("*.html")}
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} <= set(pages)
     loaded = r"<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\"' >]+"
@@ -210,35 +211,42 @@ def test_the_import_that_is_shown_prints_what_is_shown(tmp_path, tiny_base):
     assert shard.sub("SHARD", printed).splitlines() == [shard.sub("SHARD", line) for line in said]
 
 
-def test_without_torch_the_logger_the_commands_and_the_verdict_work(tmp_path):
-    """The distribution in an environment of its own: what is installed is what its metadata asks for."""
+def test_the_differences_between_commits_that_are_shown_are_those_of_the_commits():
+    (block,) = [body for body in code("docs/first-run.md", "console") if "metrics diff" in body]
+    for step in block.removeprefix("$ ").split("\n$ "):
+        command, *said = step.splitlines()
+        if said:
+            printed = run("bash", "-c", command).splitlines()  # DVC orders files by chance
+            assert sorted(line.split() for line in printed) == sorted(line.split() for line in said)
+
+
+def test_without_torch_conversations_are_collected_and_models_compared(tmp_path, tiny_base):
+    """The distribution in an environment of its own: what is there is what its extras ask for."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python = str(environment / "bin/python")
+    python, whetstone = str(environment / "bin/python"), str(environment / "bin/whetstone")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "-q"]
-    installed = subprocess.run(
-        [*pip, "--no-compile", "-c", str(ROOT / "requirements.txt"), f"{ROOT}[gateway,verdict]"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    wanted = [*pip, "--no-compile", "-c", str(ROOT / "requirements.txt"), f"{ROOT}[collect,gateway,verdict]"]
+    installed = subprocess.run(wanted, capture_output=True, text=True)
     assert installed.returncode == 0, installed.stderr
+    project = new_project(tmp_path / "project", tiny_base).folder
 
     def here(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert "None None" in here(python, "-c", "from importlib.util import find_spec as f; print(f('torch'), f('dvc'))")
-    names = here(str(environment / "bin/whetstone"), "--help")
-    assert all(name in names for name in command_names())
+    assert here(python, "-P", "-c", "from importlib.util import find_spec; print(find_spec('torch'))") == "None\n"
+    assert all(name in here(whetstone, "--help") for name in command_names())
     (logged,) = code("docs/architecture.md", "python")
-    here(python, "-c", logged)
-    (line,) = (tmp_path / "inbox/conversations.jsonl").read_text().splitlines()
-    assert json.loads(line)["metadata"]["session_id"] == "s1"
+    here(python, "-P", "-c", logged)
+    assert "1 event sealed" in here(whetstone, "seal")
+    write_jsonl(project / "kitchen.jsonl", conversations()[:2])
+    assert "2 conversations in data/conversations/" in here(whetstone, "import", "kitchen.jsonl")
 
-    shutil.copy(ROOT / "params.yaml", tmp_path)
     for contender, nats, correct in (("base", 60, 10), ("candidate", 40, 12)):
         common = {"contender": contender, "tokens": 20, "correct": correct, "bytes": 80, "turns": []}
         records = [common | {"id": f"c{n}", "cluster": f"c{n}", "nll": nats + n % 7} for n in range(60)]
-        (tmp_path / f"{contender}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        write_jsonl(project / f"{contender}.jsonl", records)
     (compared,) = code("docs/verdict.md", "python")
-    assert here(python, "-c", compared).startswith("PROMOTE\n")
+    assert here(python, "-P", "-c", compared).startswith("PROMOTE\n")
