@@ -9,6 +9,7 @@ from fine_tuning.commands import (
     forget,
     learning_curve,
     models,
+    params,
     summary,
     supply_chain,
     tokenizers,
@@ -20,7 +21,18 @@ from fine_tuning.common.protection import protect
 def main() -> int | None:
     parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    modules = (conversations, models, forget, summary, experiments, supply_chain, tokenizers, learning_curve, budget)
+    modules = (
+        conversations,
+        params,
+        models,
+        forget,
+        summary,
+        experiments,
+        supply_chain,
+        tokenizers,
+        learning_curve,
+        budget,
+    )
     for module in modules:
         module.add_commands(subparsers)
     arguments = parser.parse_args()

@@ -9,8 +9,6 @@ from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import write_json, write_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.personal_data.people import Find, PeopleSettings, people_finder
-from fine_tuning.evaluation.evaluator import Evaluator
-from fine_tuning.evaluation.metric_modules.loading import load_metric, signatures
 from fine_tuning.evaluation.records.champion_records import (
     LEARNED,
     is_champion,
@@ -18,7 +16,6 @@ from fine_tuning.evaluation.records.champion_records import (
     take_back,
     without_learned,
 )
-from fine_tuning.evaluation.records.measurements import GUARDS, guard_metrics, left_out, summarise
 from fine_tuning.evaluation.records.record_types import Reply, conversation_of
 from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.evaluation.scoring.side_by_side import side_by_side
@@ -44,6 +41,11 @@ MODULES = Path("fine_tuning/evaluation/metric_modules")
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     people = read_params("clean", PeopleSettings)
+    # These import PyTorch, which takes seconds: a refused parameter is reported before.
+    from fine_tuning.evaluation.evaluator import Evaluator
+    from fine_tuning.evaluation.metric_modules.loading import load_metric, signatures
+    from fine_tuning.evaluation.records.measurements import GUARDS, guard_metrics, left_out, summarise
+
     find_people = people_finder(people)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     champion, method = find_champion(CHAMPION), method_sha256(settings, chat, people)

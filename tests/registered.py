@@ -45,8 +45,8 @@ import shutil, sys
 from pathlib import Path
 import yaml
 sys.path.insert(0, "ROOT")
-from fine_tuning.evaluation.champion_records import is_champion, take_back
-from fine_tuning.records import write_json
+from fine_tuning.evaluation.records.champion_records import is_champion, take_back
+from fine_tuning.common.records import write_json
 champion, metrics = Path("models/champion.json"), Path("metrics/evaluation.json")
 candidate = Path("models/adapter/adapter_model.safetensors"), Path("models/package/model.gguf")
 if is_champion(champion, *candidate) and take_back(champion, metrics, "trial"):
@@ -61,9 +61,9 @@ JUDGE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "ROOT")
-from fine_tuning.evaluation.champion_records import called_champion, is_champion
-from fine_tuning.project import sha256_file
-from fine_tuning.records import read_json, write_json
+from fine_tuning.evaluation.records.champion_records import called_champion, is_champion
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json, write_json
 adapter, champion = Path("models/adapter/adapter_model.safetensors"), Path("models/champion.json")
 verdicts = {sha256_file(Path("trial", name, "items.jsonl")): name for name in ("PROMOTE", "HOLD", "INCONCLUSIVE")}
 name = verdicts[sha256_file(Path("data/evaluation/items.jsonl"))]
