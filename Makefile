@@ -56,9 +56,10 @@ promote: $(VENV)/installed ## Register the candidate and make it champion
 bench: $(VENV)/installed ## List the benchmarks, which are run by hand
 	@for script in benchmarks/*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
 
-lint: $(VENV)/installed-dev ## Check style, and that git holds no secret
+lint: $(VENV)/installed-dev ## Check style and types, and that git holds no secret
 	@ruff check .
 	@ruff format --check .
+	@python -m mypy
 	@python -m fine_tuning.commands.remote_config
 
 format: $(VENV)/installed-dev ## Put the code in style
@@ -80,4 +81,4 @@ lock: ## Compile requirements.in and requirements-dev.in
 	    | grep -vE '^(nvidia-|cuda-|triton)' > $$name.lock && mv $$name.lock $$name.txt || exit 1; done
 
 clean: ## Remove the environment and scratch files; data and models stay
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

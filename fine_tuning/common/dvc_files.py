@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOCK = Path("dvc.lock")
 
 
-def read_lock(path: Path = LOCK) -> dict[str, dict]:
+def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
     """Stages of a dvc.lock by name.
 
     Raises:
@@ -36,7 +36,7 @@ def read_lock(path: Path = LOCK) -> dict[str, dict]:
         raise UserError(f"{path} is missing: run `dvc repro`") from None
 
 
-def parse_lock(data: bytes) -> dict[str, dict]:
+def parse_lock(data: bytes) -> dict[str, dict[str, Any]]:
     """Stages in the bytes of a dvc.lock."""
     try:
         stages = yaml.safe_load(data)["stages"]
@@ -48,17 +48,18 @@ def parse_lock(data: bytes) -> dict[str, dict]:
 def read_dvc(path: Path) -> str | None:
     """MD5 of what a .dvc file stands for, None if it is missing or damaged."""
     try:
-        return yaml.safe_load(path.read_bytes())["outs"][0]["md5"]
+        return str(yaml.safe_load(path.read_bytes())["outs"][0]["md5"])
     except (OSError, yaml.YAMLError, TypeError, KeyError, IndexError):
         return None
 
 
-def locked_md5(stages: dict[str, dict], path: Path, side: str = "outs") -> str | None:
+def locked_md5(stages: dict[str, dict[str, Any]], path: Path, side: str = "outs") -> str | None:
     """MD5 that some stage recorded for `path` among its outs (or deps); folders end in `.dir`."""
     for stage in stages.values():
         for entry in stage.get(side) or []:
             if entry.get("path") == path.as_posix():
-                return entry.get("md5")
+                md5: str | None = entry.get("md5")
+                return md5
     return None
 
 
@@ -119,7 +120,7 @@ def listing(checkout: Path, md5: str) -> dict[str, str] | None:
     return {entry["relpath"]: entry["md5"] for entry in json.loads(path.read_bytes())}
 
 
-def locate(checkout: Path, stages: dict[str, dict], path: Path) -> Path | None:
+def locate(checkout: Path, stages: dict[str, dict[str, Any]], path: Path) -> Path | None:
     """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache.
 
     `path` is an out or lies directly in an out that is a folder.

@@ -112,7 +112,7 @@ def _expected(problem: Any) -> str:
         return "a date such as 2026-01-31"
     if problem["type"] == "too_short":
         return f"a list of at least {problem['ctx']['min_length']}"
-    return problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
 
 
 def _place(problem: Any) -> list[int | str]:

@@ -36,7 +36,7 @@ CHAMPION_JSON = Path("models/champion.json")
 CHAMPION_FILES = Path("models/champion")
 STAGED = Path("models/.champion.new")
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
-LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".ruff_cache", ".pytest_cache"}
+LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 AGAIN = "`python -m fine_tuning forget --resume`"
 
 

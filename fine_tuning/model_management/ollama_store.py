@@ -39,8 +39,10 @@ def damaged_blobs(host: str, digest: str, uploaded: str) -> tuple[list[Path], in
     """Blobs of a model whose bytes are not those that their names say, and how many bytes were read; None if
     `blobs_of` finds none or one cannot be read."""
     blobs = blobs_of(host, digest, uploaded)
+    if blobs is None:
+        return None
     try:
-        return blobs and (
+        return (
             [blob for blob in blobs if sha256_file(blob) != blob.name.removeprefix("sha256-")],
             sum(blob.stat().st_size for blob in blobs),
         )

@@ -102,7 +102,7 @@ def compare(
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
     """
     check_same_suite(records)
-    files = dict.fromkeys(GUARDS, ()) | (guarded or {})
+    files: Files = {**dict.fromkeys(GUARDS, ()), **(guarded or {})}
     tables, lost, doubts = guard(
         files, settings.golden_lead, settings.text_tolerance, settings.prompt_help or 0, intervals.confidence
     )
@@ -287,7 +287,7 @@ def check_same_suite(records: Records) -> None:
             sizes.setdefault(name, {})[line["id"]] = line["bytes"]
         if "tokens" in line:
             tokens.setdefault(name, {})[line["id"]] = line["tokens"]
-            suites.setdefault(name, set()).add(line.get("suite"))
+            suites.setdefault(name, set()).add(str(line.get("suite")))
     missing = [name for name in (CANDIDATE, "base") if name not in ids]
     if missing:
         raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
