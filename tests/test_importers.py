@@ -360,7 +360,7 @@ def test_a_compressed_file_that_is_cut_off_is_refused(tmp_path, suffix):
 BOMB = """
 import resource, sys
 from fine_tuning.data_collection.importers import import_file
-from fine_tuning.errors import run
+from fine_tuning.common.errors import run
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 run(lambda: sum(1 for _ in import_file(sys.argv[1])) and None)
 """

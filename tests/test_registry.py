@@ -71,7 +71,7 @@ def test_the_same_content_is_the_same_version(registry, files):
 
 def test_a_version_belongs_to_the_run_that_trained_its_adapter(registry, files):
     runs = [
-        registry._client.create_run(registry._store[1], start_time=start, tags={"adapter_sha256": THIRD})
+        registry._client.create_run(registry.store[1], start_time=start, tags={"adapter_sha256": THIRD})
         for start in (2000, 3000, 1000)
     ]
     version, _ = register(registry, files, THIRD)
@@ -473,5 +473,5 @@ def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../models", "Trial", "a b", "a:b", "-x", "x" * 65])
 def test_a_name_outside_the_allow_list_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="no model name"):
+    with pytest.raises(UserError, match="not a model name"):
         open_registry(tmp_path, name)

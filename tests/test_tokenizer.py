@@ -434,7 +434,7 @@ def test_what_a_template_refuses_is_not_called_short(saved):
 HUB = """
 import sys
 from fine_tuning.data_preparation.tokenizer import TokenizerUtils
-from fine_tuning.errors import UserError
+from fine_tuning.common.errors import UserError
 try:
     TokenizerUtils(sys.argv[1])
 except UserError as error:

@@ -3,16 +3,7 @@
 import argparse
 from pathlib import Path
 
-
-def add_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Add `params`."""
-    command = subparsers.add_parser(
-        "params",
-        help="check every parameter in params.yaml",
-        description="DVC removes the outputs of a stage before it runs it, so that a stage that refuses a parameter "
-        "costs them. `make repro` checks all sections first.",
-    )
-    command.set_defaults(func=params)
+from fine_tuning.integration.parameters import check_all_params
 
 
 def params(arguments: argparse.Namespace) -> None:
@@ -21,6 +12,4 @@ def params(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a parameter is wrong; names it.
     """
-    from fine_tuning.integration.parameters import check_all_params
-
     check_all_params(Path("params.yaml"))

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import run_command
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
 
 LOCK = Path("dvc.lock")
+NO_REPOSITORY = "this folder is not a DVC repository: run `dvc init` in a clone of the project"
 
 
 def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,7 @@ def parse_lock(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def read_dvc(path: Path) -> str | None:
-    """MD5 of what a .dvc file stands for, None if it is missing or damaged."""
+    """MD5 that a .dvc file records, None if it is missing or damaged."""
     try:
         return str(yaml.safe_load(path.read_bytes())["outs"][0]["md5"])
     except (OSError, yaml.YAMLError, TypeError, KeyError, IndexError):
@@ -97,13 +97,21 @@ def files_below(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def cache_folder(checkout: Path) -> Path:
-    """DVC's cache of this checkout.
+    """DVC's cache of this checkout, as `dvc cache dir` shows it.
 
     Raises:
-        UserError: it is not a DVC repository.
+        UserError: it is not a DVC repository, or its configuration is damaged.
     """
-    shown = run_command(sys.executable, "-m", "dvc", "cache", "dir", cwd=checkout).strip()
-    return (checkout / shown).resolve()
+    from dvc.config import Config, ConfigError
+
+    folder = checkout / ".dvc"
+    if not folder.is_dir():
+        raise UserError(NO_REPOSITORY)
+    try:
+        return Path(Config(str(folder.resolve()))["cache"].get("dir") or folder / "cache").resolve()
+    except ConfigError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"DVC's configuration is damaged ({reason}): correct {folder}/config") from None
 
 
 def cached(checkout: Path, md5: str) -> Path | None:
@@ -159,7 +167,7 @@ def dvc_add(path: Path) -> None:
 def add_folder(repo: "Repo", folder: Path, known: Container[str] = ()) -> None:
     """`dvc add` of a folder, and see that DVC's cache holds every file: by its hash, or by its size if it is `known`.
 
-    DVC logs a copy that failed, on a full disk say, and goes on; the next `dvc add` finds the listing of the folder in
+    DVC logs a copy that failed, on a full disk say, and continues; the next `dvc add` finds the folder's listing in
     the cache and copies nothing again. So what is missing or damaged is put there here.
 
     Raises:
@@ -210,7 +218,7 @@ def _dvc(what: str) -> Iterator["Repo"]:
     except LockError:
         raise UserError("a pipeline run holds the DVC lock: run the command again when it has ended") from None
     except DvcException as error:
-        raise UserError(f"`{what}` failed ({' '.join(str(error).split())}): mend it, then run again") from None
+        raise UserError(f"`{what}` failed ({' '.join(str(error).split())}): fix the cause, then run again") from None
 
 
 def dvc_objects(checkout: Path) -> Iterator[Path]:
@@ -244,7 +252,7 @@ def pipeline_stands_still() -> Iterator["Repo"]:
     except LockError:
         raise UserError(busy) from None
     except NotDvcRepoError:
-        raise UserError("this folder is no DVC repository: run `dvc init` in a clone of the project") from None
+        raise UserError(NO_REPOSITORY) from None
 
 
 def used_objects(repo: "Repo") -> Iterator[tuple[str, str]]:

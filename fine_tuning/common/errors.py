@@ -1,4 +1,4 @@
-"""Errors that a user can cause, told in one line, and counts in words."""
+"""Errors that a user can cause, reported in one line, and counts in words."""
 
 import errno
 import os
@@ -22,9 +22,9 @@ _NO_MEMORY_FOR_A_MODEL = (
 
 
 class UserError(Exception):
-    """A mistake or a state that the user can mend.
+    """A mistake or a state that the user can correct.
 
-    The message is one line: the cause, then the command or edit that mends it. It never quotes a conversation.
+    The message is one line: the cause, then the command or edit that corrects it. It never quotes a conversation.
     """
 
 

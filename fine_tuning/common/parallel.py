@@ -78,6 +78,5 @@ def _dask_client(address: str) -> Iterator[Any]:
             yield client
         except KilledWorker:
             raise UserError(
-                f"workers of the Dask scheduler at {address} died again and again: look into their logs, then run the "
-                "same again"
+                f"workers of the Dask scheduler at {address} died repeatedly: read their logs, then run the same again"
             ) from None

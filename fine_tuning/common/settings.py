@@ -47,7 +47,7 @@ def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "para
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None
+        raise UserError(f"{path} is not plain YAML{where}: correct it, or `git checkout {path}`") from None
     found = document if isinstance(document, dict) else {}
     if missing := [section for section in models if section not in found]:
         raise UserError(f"{path}: the section {missing[0]!r} is missing: restore it with `git checkout {path}`")

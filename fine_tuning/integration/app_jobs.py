@@ -9,7 +9,7 @@ from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import Job, jobs
 from fine_tuning.integration.parameters import check_all_params
 
-LOOK_SECONDS = 1.0
+REFRESH_SECONDS = 1.0
 SHOWN_LINES = 14
 STAGES = ("base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare")
 
@@ -39,7 +39,7 @@ def show_job(title: str | None = None) -> None:
         st.code("\n".join(job.lines()[-200:]) or "(none)", language=None, wrap_lines=True)
 
 
-@st.fragment(run_every=LOOK_SECONDS)
+@st.fragment(run_every=REFRESH_SECONDS)
 def _live(job: Job) -> None:
     if not job.running:
         st.rerun()

@@ -111,7 +111,7 @@ class ModelDeployer:
     Args:
         say: gets one line for each step.
         progress: gets (bytes sent, all bytes) of the upload.
-        unproven: go on where the answers differ from the GGUF's or cannot be compared.
+        unproven: continue where the answers differ from the GGUF's or cannot be compared.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class ModelDeployer:
             self._say(f"2/9 the file is there\n3/9 {done.model} is there, made of this very file")
         else:
             raise UserError(
-                f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if nobody needs it, "
+                f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if it is not needed, "
                 "then deploy again; or set another deploy.name"
             )
         try:
@@ -227,7 +227,7 @@ class ModelDeployer:
         except UserError as error:
             # Shown prompts and a sent file leave little room for an error: only an answer proves one.
             if not self._unproven and (not done.rendered or isinstance(error, AnswersDiffer)):
-                file = "" if read else f"its file may be damaged, `{heal(done.model)}` makes it anew; "
+                file = "" if read else f"its file may be damaged, `{heal(done.model)}` makes it again; "
                 template = "" if done.rendered else "it may write other prompts than training, a newer one shows them; "
                 raise UserError(
                     f"{error}: {file}{template}`python -m fine_tuning deploy --unproven` goes live all the same"

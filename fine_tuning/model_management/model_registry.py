@@ -8,11 +8,12 @@ import random
 import re
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,7 +47,7 @@ class ModelRegistry:
         artifacts: folder of artifacts for a SQLite store.
         locks: folder of lock files. They serialise this machine's processes; promotions from other machines exclude
             each other by a tag in the registry.
-        patience: seconds to go on trying while the database is locked or another machine promotes.
+        patience: seconds to keep trying while the database is locked or another machine promotes.
 
     Raises:
         UserError: the store does not open.
@@ -62,16 +63,16 @@ class ModelRegistry:
         self.patience = patience
         self._artifacts, self._locks = artifacts, locks
         if read_versions(uri, name, artifacts) is None:
-            self._store  # noqa: B018 (opened now, so that the error comes here)
+            self.store  # noqa: B018 (opened now, so that the error comes here)
 
     @cached_property
-    def _store(self) -> tuple[Any, str]:
+    def store(self) -> tuple[Any, str]:
         """(MlflowClient, experiment id), opened when MLflow is needed: importing it takes seconds."""
         return open_store(self.uri, self._artifacts, self._locks / "mlflow.lock")
 
     @property
     def _client(self) -> Any:
-        return self._store[0]
+        return self.store[0]
 
     # ------------------------------------------------------------------------------------------------------- register
 
@@ -123,7 +124,7 @@ class ModelRegistry:
         if adapter_sha256:
             runs = self._try(
                 lambda: self._client.search_runs(
-                    [self._store[1]],
+                    [self.store[1]],
                     f"tags.{ADAPTER_TAG} = '{_hex(adapter_sha256)}'",
                     order_by=["attributes.start_time DESC"],
                     max_results=1,
@@ -132,7 +133,7 @@ class ModelRegistry:
         if runs:
             return runs[0].info.run_id, runs[0].info.artifact_uri
         tags = {ADAPTER_TAG: adapter_sha256} if adapter_sha256 else {}
-        run = self._try(lambda: self._client.create_run(self._store[1], run_name="promote", tags=tags))
+        run = self._try(lambda: self._client.create_run(self.store[1], run_name="promote", tags=tags))
         self._try(lambda: self._client.set_terminated(run.info.run_id))
         return run.info.run_id, run.info.artifact_uri
 
@@ -214,12 +215,20 @@ class ModelRegistry:
         except (MlflowException, OSError):
             raise UserError(gone) from None
 
+    def read(self, version: ModelVersion, path: str) -> bytes | None:
+        """A file of a version's artifacts, None if the registry does not have it."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        # Where `forget` finds what a killed process leaves: the file may list conversations.
+        with tempfile.TemporaryDirectory(dir=self._locks) as folder, suppress(UserError, OSError):
+            return self.download(version, path, Path(folder)).read_bytes()
+        return None
+
     # --------------------------------------------------------------------------------------------------------- changes
 
     def promote(self, number: int, replaces: int | None) -> ModelVersion | None:
         """Make a version the champion and the champion it replaces `previous`. Doing it again changes nothing.
 
-        `previous` moves first: killed in between, the old champion still stands and a rerun ends at the same place.
+        `previous` moves first: killed in between, the old champion is still there and a rerun has the same result.
 
         Args:
             replaces: number of the champion that this one was compared with; None for none.
@@ -256,7 +265,7 @@ class ModelRegistry:
     def _move(self, alias: str, number: int) -> None:
         self._try(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
         if alias not in self.version(number).aliases:
-            raise UserError(f"another process moved the alias {alias} at the same time: look with `list`, then repeat")
+            raise UserError(f"another process moved the alias {alias} at the same time: check with `list`, then repeat")
 
     def set_tags(self, number: int, tags: dict[str, str]) -> None:
         """Write tags of a version."""
@@ -316,7 +325,7 @@ class ModelRegistry:
             if time.monotonic() > end:
                 raise UserError(
                     f"another machine promotes a version of {self.name}: promote again when it is done (a promotion "
-                    f"that was killed stands in the way for {CLAIM_SECONDS / 60:.0f} minutes)"
+                    f"that was killed blocks others for {CLAIM_SECONDS / 60:.0f} minutes)"
                 )
             time.sleep(random.uniform(0.1, 1.0))
 
@@ -334,7 +343,9 @@ class ModelRegistry:
                     raise
                 if not _is_locked(error):
                     reason = " ".join(str(error).split())[:200]
-                    raise UserError(f"the registry at {self.uri} failed ({reason}): mend it, then run again") from None
+                    raise UserError(
+                        f"the registry at {self.uri} failed ({reason}): fix the cause, then run again"
+                    ) from None
                 if time.monotonic() + wait > end:
                     raise UserError(
                         f"the registry's database stayed locked for {self.patience:.0f} s: end the program that "
@@ -366,11 +377,11 @@ def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:
     )
 
 
-def registry_locks() -> Path:
+def registry_locks(checkout: Path | None = None) -> Path:
     """Where the main checkout keeps lock files."""
-    return main_checkout() / ".whetstone"
+    return main_checkout(checkout) / ".whetstone"
 
 
-def open_registry(name: str) -> ModelRegistry:
-    """The registry of this checkout."""
-    return ModelRegistry(name, tracking_uri(), artifact_root(), registry_locks())
+def open_registry(name: str, checkout: Path | None = None) -> ModelRegistry:
+    """The registry of a checkout, by default of the current folder."""
+    return ModelRegistry(name, tracking_uri(checkout), artifact_root(checkout), registry_locks(checkout))

@@ -84,7 +84,7 @@ def _table(here: App) -> None:
     st.subheader("All runs")
     with st.spinner("Asking DVC and MLflow…"):
         lines = _lines(str(here.checkout), _stamp(here.checkout))
-    if st.button("Look again", icon=":material/refresh:", key="look-again", type="tertiary"):
+    if st.button("Refresh", icon=":material/refresh:", key="refresh", type="tertiary"):
         _lines.clear()
         st.rerun()
     names = runs_view.numeric(lines)

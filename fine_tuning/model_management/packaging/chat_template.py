@@ -93,7 +93,7 @@ def derive_template(render: Render) -> str:
 
 
 def _probe(render: Render, probes: Sequence[str], gaps: dict[tuple[str, str], str]) -> bool:
-    """Add to `gaps` what stands between two messages, for every pair of roles; whether system prompts come last."""
+    """Add to `gaps` the text between two messages, for every pair of roles; whether system prompts come last."""
     system_last = False
     for probe in probes:
         roles = [_ROLES[letter] for letter in probe]
@@ -292,7 +292,7 @@ def prove_template(template: str, render: Render, conversations: Iterable[Messag
     A conversation that the Jinja template refuses is one the model was never trained on: it is not counted.
 
     Raises:
-        UserError: the first difference. With `private` only its place is told.
+        UserError: the first difference. With `private` only its position is reported.
     """
     compared = 0
     for conversation in conversations:
@@ -333,7 +333,7 @@ _CONTENTS = (
 
 
 def conversation_bank() -> list[list[dict[str, str]]]:
-    """Conversations that part templates which look alike: every content in every role, one to three turns."""
+    """Conversations that distinguish similar templates: every content in every role, one to three turns."""
     return _bank(_PROBES)
 
 

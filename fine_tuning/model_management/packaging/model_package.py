@@ -206,7 +206,7 @@ def write_modelfile(request: dict[str, Any]) -> str:
 
 def _modelfile_text(command: str, text: str) -> str:
     if '"""' in text or text.endswith('"'):  # there is no escape for it
-        return f"# {command} holds quotation marks that no Modelfile can: it stands in create.json alone"
+        return f"# {command} holds quotation marks that a Modelfile cannot: it is in create.json only"
     return f'{command} """{text}"""'
 
 
@@ -382,7 +382,7 @@ def prove_stops(
     for number in sorted(trained):
         token = tokenizer.convert_ids_to_tokens(number)
         if token not in stops:
-            raise _unproven(f"the token {token} ends replies in training and is no stop of the Modelfile")
+            raise _unproven(f"the token {token} ends replies in training and is not a stop in the Modelfile")
     return {"stop": stops, "trained_ends": sorted(trained)}
 
 
@@ -452,7 +452,7 @@ def adversarial_strings(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
 
 @dataclass(frozen=True)
 class _Passage:
-    """The beginning of a reply, `ids[start:]`, after all that stands before it."""
+    """The beginning of a reply, `ids[start:]`, after everything before it."""
 
     ids: list[int]
     start: int
