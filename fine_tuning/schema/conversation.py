@@ -310,7 +310,7 @@ def with_feedback_of(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, 
     Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
     """
     merged = copy.deepcopy(newer) | {"feedback": []}
-    said: dict[tuple, list[tuple[int, dict[str, Any]]]] = {}
+    said: dict[tuple[Any, Any], list[tuple[int, dict[str, Any]]]] = {}
     for place, message in enumerate(merged["messages"]):
         for version in _versions(message):
             said.setdefault((version.get("role"), version["content"]), []).append((place, version))
@@ -424,7 +424,7 @@ def fold(events: Iterable[dict[str, Any]], conversations: dict[str, dict[str, An
                 unmatched.append(event)
             continue
         target = event.get("conversation_id")
-        conversation = conversations.get(target) if target else owners.get(event.get("message_id"))
+        conversation = conversations.get(target) if target else owners.get(str(event.get("message_id")))
         if conversation is None:
             unmatched.append(event)
         elif event["event"] == "delete":
@@ -448,7 +448,7 @@ def _add_exchange(
     elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
         return True
     elif event["id"] in (replies := _replies(conversation)):
-        return replies[event["id"]] == event["assistant_response"]
+        return bool(replies[event["id"]] == event["assistant_response"])
     else:
         if not _replace(event, conversation, new["messages"]):
             conversation["messages"].extend(new["messages"])
