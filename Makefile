@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install repro summary test chat promote seal bench lint format audit lock clean
+.PHONY: help install repro summary test chat promote seal bench lint format docs audit lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,10 @@ format: $(VENV)/installed-dev ## Put the code in style
 	@ruff check --fix .
 	@ruff format .
 
+docs: $(VENV)/installed-dev ## Build the manual as a site in site/, its generated blocks anew
+	@python -m tests.reference
+	@zensical build --strict
+
 remote-%: $(VENV)/installed-dev ## Try a DVC remote here: local, s3, webdav, ssh, http
 	@python -m tests.servers $*
 
@@ -79,4 +83,4 @@ lock: ## Compile requirements.in and requirements-dev.in
 	    | grep -vE '^(nvidia-|cuda-|triton)' > $$name.lock && mv $$name.lock $$name.txt || exit 1; done
 
 clean: ## Remove the environment and scratch files; data and models stay
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache site

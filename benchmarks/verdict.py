@@ -499,7 +499,7 @@ def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSett
 def shown(row: Row) -> str:
     """Candidate against base, with the interval of the difference."""
     low, high = (f"{row[end]:+.3g}" for end in ("low", "high"))
-    return f"{row['candidate']:.3g} to {row['rival']:.3g} ({row['difference']:+.3g} [{low}, {high}])"
+    return f"{row['candidate']:.3g} to {row['baseline']:.3g} ({row['difference']:+.3g} [{low}, {high}])"
 
 
 # -----------------------------------------------------------------------------

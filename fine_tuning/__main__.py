@@ -29,5 +29,10 @@ def main() -> int | None:
     return arguments.func(arguments)
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The console script `whetstone`."""
     run(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -42,9 +42,9 @@ def main() -> None:
     prepared = read_json(PREPARED)
     findings = Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, prepared)
     write_report(REPORT, findings)
-    rival = list(verdict["differences"])[-1:]
-    shown = verdict["differences"][rival[0]] if rival else {}
-    title = f"candidate against {rival[0]}: {verdict['verdict']}" if rival else verdict["verdict"]
+    baseline = list(verdict["differences"])[-1:]
+    shown = verdict["differences"][baseline[0]] if baseline else {}
+    title = f"candidate against {baseline[0]}: {verdict['verdict']}" if baseline else verdict["verdict"]
     write_plot(PLOTS["differences"], standalone(interval_plot(shown), title))
     write_plot(PLOTS["curve"], standalone(curve(learning["points"]), "learning curve"))
     print(f"compare: {verdict['verdict']}")

@@ -1,22 +1,20 @@
 """Clean conversations and the tokenizer in; train, validation and test rows, the ledger of splits and counts out."""
 
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fine_tuning.common.errors import UserError, count_of, run
+from fine_tuning.common.errors import UserError, run
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.records import read_jsonl, write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
-from fine_tuning.data_preparation.splits import SPLITS, Ledger
-from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics, tokens_by_source
+from fine_tuning.data_preparation.splits import SPLITS, open_ledger
+from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
 from fine_tuning.schema.prepared import Example, write_split
@@ -59,7 +57,7 @@ def main() -> None:
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with Catalogue() as catalogue, open_engine(settings.engine) as engine:
-        ledger = open_ledger(settings.salt)
+        ledger = open_ledger(LEDGER, settings.salt)
         dealt = ledger.find(
             chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
@@ -73,20 +71,8 @@ def main() -> None:
     write_json(METRICS, metrics)
     for path, rows in ((LENGTHS, length_histogram(tallies)), (TOKENS, tokens_by_source(tallies))):
         write_csv(path, rows[0], map(dict.values, rows))
-    report(tallies, left_out, new)
-
-
-def open_ledger(salt: str) -> Ledger:
-    """The ledger; one that an earlier version of this project kept outside git is taken over."""
-    before = LEDGER.with_suffix("")
-    if before.is_dir():
-        dealt: dict[str, list[tuple[str, str]]] = {}
-        for line in chain.from_iterable(map(read_jsonl, before.glob("ledger.jsonl"))):
-            dealt.setdefault(line["salt"], []).append((line["id"], line["split"]))
-        for other, lines in dealt.items():
-            print(f"prepare: {Ledger(LEDGER, other).append(lines)} splits taken over from {before} into {LEDGER}")
-        shutil.rmtree(before)
-    return Ledger(LEDGER, salt)
+    for line in report(tallies, left_out, new):
+        print(f"prepare: {line}")
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:
@@ -109,16 +95,6 @@ def require_every_split(catalogue: Catalogue) -> None:
 
 def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
     return tqdm(examples, desc=f"tokenise {split}", unit=" windows", leave=False, disable=None)
-
-
-def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> None:
-    totals = {split: tallies[split].totals for split in SPLITS}
-    counts = ", ".join(f"{totals[split]['conversations']} {split}" for split in SPLITS)
-    print(f"prepare: {counts}; {totals['train']['tokens']} tokens to train on; {count_of(new, 'new conversation')}")
-    if left_out:
-        print(f"prepare: left out: {', '.join(f'{count} {reason}' for reason, count in left_out.most_common())}")
-    if lost := sum(total["lost_reply_tokens"] for total in totals.values()):
-        print(f"prepare: {lost} tokens of replies are in no window of chat.max_length: their turns are too long")
 
 
 if __name__ == "__main__":

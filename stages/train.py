@@ -63,7 +63,7 @@ def main() -> None:
             (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes))
             for one in (pipeline, tracked):
                 one.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"), **vars(result.hardware))
-            tracked.log_metrics({**metrics, **speed(result)})
+            tracked.log_step({**metrics, **speed(result)}, 0)
             pipeline.log_artifacts(ADAPTER, "adapter")
         remove_checkpoints(checkpoints)
     record_speed(main_checkout() / SPEED, result.tokens_per_second, f"{base['model']}, {settings.method}")

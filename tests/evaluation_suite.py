@@ -20,7 +20,7 @@ SETTINGS = EvaluateSettings.model_validate(
         "threads": 1,
         "generation": {"items": 6, "max_tokens": 24, "slots": 2},
         "quantised_items": 4,
-        "rivals": {"system_prompt": "Say where it is.", "examples": 2, "items": 3},
+        "prompting_baselines": {"system_prompt": "Say where it is.", "examples": 2, "items": 3},
         "memory": {"conversations": 4},
         "forgetting": True,
         "other_histories": 8,

@@ -45,11 +45,11 @@ import shutil, sys
 from pathlib import Path
 import yaml
 sys.path.insert(0, "ROOT")
-from fine_tuning.evaluation.records.champion_records import is_champion, take_back
+from fine_tuning.evaluation.records.champion_records import is_champion, restore_records
 from fine_tuning.common.records import write_json
 champion, metrics = Path("models/champion.json"), Path("metrics/evaluation.json")
 candidate = Path("models/adapter/adapter_model.safetensors"), Path("models/package/model.gguf")
-if is_champion(champion, *candidate) and take_back(champion, metrics, "trial"):
+if is_champion(champion, *candidate) and restore_records(champion, metrics, "trial"):
     sys.exit()
 shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["train"]["verdict"]), "data/evaluation")
 suite = {"sha256": "e" * 64, "method_sha256": "trial"}

@@ -1,4 +1,4 @@
-"""The pictures in the README, from a browser: `python -m tests.screenshots` in a clone that has a champion.
+"""The pictures in README and docs, from a browser: `python -m tests.screenshots` in a clone that has a champion.
 
 It chats, so it leaves a conversation in the inbox. `--phone FOLDER` takes every page at a phone's width instead.
 """

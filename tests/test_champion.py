@@ -9,7 +9,7 @@ from tests.project import Project, conversations, new_project
 from tests.tiny import write_tiny_base
 
 
-def test_the_champion_is_a_rival_of_what_comes_after_it_on_another_base_too(tmp_path, tiny_base):
+def test_the_champion_is_a_baseline_of_what_comes_after_it_on_another_base_too(tmp_path, tiny_base):
     project = new_project(tmp_path / "project", tiny_base)
     project.set_params(compare={"minimum_conversations": 2, "minimum_against_champion": 2})
     project.import_conversations(conversations(), "first")

@@ -279,15 +279,15 @@ def test_what_was_memorised_holds(metrics):
     assert found["reasons"][0].startswith("memorised: of 1 training replies")
 
 
-def test_training_that_a_prompt_could_have_spared_is_held_and_the_cheaper_road_named(metrics):
+def test_training_that_a_prompt_could_have_spared_is_held_and_the_baseline_named(metrics):
     base, candidate = records("base", spread(3.0)), records("candidate", spread(2.0))
     behind = [records("base_prompted", spread(2.8)), records("base_few_shot", spread(2.7))]
     assert decide(metrics, base, candidate, *behind)["verdict"] == "PROMOTE"
-    assert set(decide(metrics, base, candidate, *behind)["cheaper_roads"]) == {"base_prompted", "base_few_shot"}
+    assert set(decide(metrics, base, candidate, *behind)["prompting_baselines"]) == {"base_prompted", "base_few_shot"}
     found = decide(metrics, base, candidate, records("base_few_shot", spread(1.9))[::2])
     assert found["verdict"] == "HOLD"
     assert found["reasons"][0].startswith("do not train yet, the base with examples from training conversations does")
-    assert found["cheaper_roads"]["base_few_shot"]["n"] == 30
+    assert found["prompting_baselines"]["base_few_shot"]["n"] == 30
     found = decide(metrics, base, candidate, records("base_prompted", spread(2.0)))
     assert "do not train yet, the base with another system prompt does as well" in found["reasons"][0]
     assert "set chat.system_prompt" in found["reasons"][0]
@@ -308,9 +308,9 @@ def test_a_prompting_baseline_holds_only_where_a_gain_of_the_minimum_effect_is_r
     noise = 0.005 * np.random.default_rng(5).standard_normal(60)
     near = records("base_prompted", [value + 0.004 + part for value, part in zip(spread(2.0), noise, strict=True)])
     found = decide(metrics, base, candidate, near)
-    low, high = sorted(-found["cheaper_roads"]["base_prompted"][end] for end in ("low", "high"))
+    low, high = sorted(-found["prompting_baselines"]["base_prompted"][end] for end in ("low", "high"))
     assert low > 0
-    assert high < 0.01 * found["cheaper_roads"]["base_prompted"]["rival"]
+    assert high < 0.01 * found["prompting_baselines"]["base_prompted"]["baseline"]
     assert found["verdict"] == "HOLD"
     assert found["reasons"][0].startswith("do not train yet")
     assert decide(metrics, base, candidate, near, minimum_effect=0.001)["verdict"] == "PROMOTE"
@@ -462,12 +462,13 @@ def test_a_guard_that_is_switched_off_is_named(metrics):
     groups = [*records("base", spread(3.0)), *records("candidate", spread(2.0))]
     found = compare(groups, metrics, SETTINGS, INTERVALS)
     (note,) = (reason for reason in found["reasons"] if "not guarded against" in reason)
-    for parameter in ("evaluate.forgetting", "other_histories", "rivals.system_prompt", "rivals.examples"):
+    baselines = ("prompting_baselines.system_prompt", "prompting_baselines.examples")
+    for parameter in ("evaluate.forgetting", "other_histories", *baselines):
         assert parameter in note
     on = [*groups, *records("base_few_shot", spread(2.9))]
     (note,) = (r for r in compare(on, metrics, SETTINGS, INTERVALS)["reasons"] if "not guarded against" in r)
-    assert "rivals.examples" not in note
-    assert "rivals.system_prompt" in note
+    assert "prompting_baselines.examples" not in note
+    assert "prompting_baselines.system_prompt" in note
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -572,12 +573,12 @@ def test_a_clustered_mean_of_unequal_clusters_misses_no_more_than_stated():
 NOMINAL = 0.025
 
 
-def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, rivals: int = 1, **changes) -> float:
+def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, baselines: int = 1, **changes) -> float:
     """Share of simulated comparisons whose whole verdict is PROMOTE.
 
     40 clusters of four conversations. A cluster's conversations share most of the difference between two models, as
     near-duplicates do: standard deviations 0.5 between clusters and 0.3 within, in nats a token. `effect` is the true
-    gain of the candidate on the base and on the champion, if there are two rivals.
+    gain of the candidate on the base and on the champion, if there are two baselines.
     """
     settings = SETTINGS.model_copy(update=changes)
     intervals = INTERVALS.model_copy(update={"draws": 500})
@@ -593,7 +594,7 @@ def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, rivals
 
     won = 0
     for _ in range(runs):
-        groups = [scored(name, 3.0, 3.0) for name in ("base", "champion")[:rivals]]
+        groups = [scored(name, 3.0, 3.0) for name in ("base", "champion")[:baselines]]
         lines = [line for group in (*groups, scored("candidate", 3.0 - effect, 3.0)) for line in group]
         won += compare(lines, metrics, settings, intervals)["verdict"] == "PROMOTE"
     return won / runs
@@ -608,7 +609,7 @@ def test_the_whole_verdict_promotes_identical_models_at_no_more_than_the_nominal
 
 def test_as_it_is_configured_the_verdict_promotes_identical_models_hardly_ever():
     assert verdicts(0.0, 200, seed=2) <= NOMINAL
-    assert verdicts(0.0, 200, seed=3, rivals=2) <= NOMINAL
+    assert verdicts(0.0, 200, seed=3, baselines=2) <= NOMINAL
 
 
 def test_a_verdict_that_ignores_clusters_would_promote_identical_models_far_too_often():
@@ -619,8 +620,8 @@ def test_a_planted_effect_is_found_with_the_stated_power():
     # The difference of two models has the standard error sqrt(2 (0.5² + 0.3²/4) / 40) = 0.117 nats. An effect of 3.24
     # of them, 0.38 nats, has power 0.9 at 2.5 %; the minimum effect and the secondary metric cost a little.
     assert verdicts(0.40, 200, seed=5) >= 0.85
-    # Against two rivals at once, with a candidate whose errors both share, a little more effect is needed.
-    assert verdicts(0.50, 100, seed=6, rivals=2) >= 0.85
+    # Against two baselines at once, with a candidate whose errors both share, a little more effect is needed.
+    assert verdicts(0.50, 100, seed=6, baselines=2) >= 0.85
 
 
 @pytest.mark.parametrize("clusters", [20, 60])

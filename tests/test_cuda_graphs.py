@@ -9,8 +9,11 @@ from fine_tuning.runtime.hardware import Hardware
 from fine_tuning.schema.prepared import Row, batch_by_tokens, collate
 from fine_tuning.training import lora_trainer
 from fine_tuning.training.acceleration import cuda_graphs
+from fine_tuning.training.acceleration.accelerate import AcceleratedSft
+from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.acceleration.shared_prefix import share_prefixes
 from fine_tuning.training.memory import Shape
+from fine_tuning.training.objectives.sft import SupervisedFineTuning
 from tests.test_training import SETTINGS, make_rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -83,9 +86,8 @@ def test_as_many_shapes_are_recorded_as_the_memory_of_the_gpu_holds(parameters, 
     assert least <= cuda_graphs.shapes_to_record(base, settings, GPU, 2_442_240, gigabytes * 10**9) <= most
 
 
-def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base, tmp_path):
+def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base):
     from fine_tuning.runtime.base_model import load_model
-    from fine_tuning.training.label_trainer import LabelTrainer
 
     plain = lora_trainer.attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
     for name, parameter in plain.named_parameters():
@@ -93,17 +95,16 @@ def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base, t
             torch.manual_seed(len(name))
             parameter.data.normal_(std=0.1)
     causal = copy.deepcopy(plain)
-    assert share_prefixes(causal, 64)
+    assert share_prefixes(causal, 64, Patches())
     rows = make_rows(5)
-    longest = max(len(row.input_ids) for row in rows)
-    hardware = Hardware("cpu", "float32", 1, "a CPU")
+    shape = 8, max(len(row.input_ids) for row in rows) + 9
     found = []
-    for model, shape in ((plain, None), (causal, (8, longest + 9))):
-        arguments = lora_trainer.training_arguments(SETTINGS, hardware, tmp_path, 1)
-        trainer = LabelTrainer(model=model, args=arguments, train_dataset=[rows], eval_dataset=[rows])
-        loss, count = trainer.summed_loss(model.train(), collate(rows, 0, shape))
+    for model, inputs in ((plain, collate(rows, 0)), (causal, collate(rows, 0, shape))):
+        objective = AcceleratedSft(model, SupervisedFineTuning(0), 512, False, set(), False, Patches())
+        loss = objective.loss(model.train(), inputs)
         loss.backward()
-        found.append((loss.detach(), count, [p.grad for p in model.parameters() if p.grad is not None]))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((loss.detach(), objective.count(inputs), gradients))
     assert found[0][1] == found[1][1]
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
     for expected, gradient in zip(found[0][2], found[1][2], strict=True):
@@ -117,11 +118,11 @@ def test_a_recording_gives_the_loss_and_the_gradients_of_the_layers(tiny_base, p
     from fine_tuning.training.acceleration.fused import fuse
 
     plain = lora_trainer.attach_adapter(load_model(tiny_base, precision), SETTINGS).cuda().train()
-    fuse(plain)
-    assert share_prefixes(plain, 64)
+    fuse(plain, Patches())
+    assert share_prefixes(plain, 64, Patches())
     recorded = copy.deepcopy(plain)
-    fuse(recorded)
-    cuda_graphs.record_layers(recorded, {(8, 32), (4, 48)})
+    fuse(recorded, Patches())
+    cuda_graphs.record_layers(recorded, {(8, 32), (4, 48)}, Patches())
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (plain, recorded)]
     for step, shape in enumerate([(8, 32), (8, 32), (4, 48), (8, 32), (4, 48), (2, 16)]):
         torch.manual_seed(step)
@@ -186,7 +187,7 @@ def test_layers_that_cannot_be_recorded_go_on_as_they_are(tiny_base, tmp_path, m
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-def test_a_base_without_repeatable_kernels_is_trained_all_the_same(tiny_base, tmp_path, monkeypatch, capsys):
+def test_a_base_without_deterministic_kernels_is_trained_all_the_same(tiny_base, tmp_path, monkeypatch, capsys):
     from fine_tuning.training.label_trainer import LabelTrainer
 
     measure = LabelTrainer.mean_loss
@@ -201,5 +202,5 @@ def test_a_base_without_repeatable_kernels_is_trained_all_the_same(tiny_base, tm
     rows = make_rows(4)
     settings = SETTINGS.model_copy(update={"threads": 1})
     lora_trainer.train_adapter(tiny_base, "tiny", rows, rows, settings, tmp_path / "a", tmp_path / "ca")
-    assert "no repeatable kernels" in capsys.readouterr().out
+    assert "no deterministic kernels" in capsys.readouterr().out
     assert not torch.are_deterministic_algorithms_enabled()

@@ -84,7 +84,7 @@ def test_what_ending_a_turn_costs_changes_nothing_that_a_model_knows(suite, wher
     row = forgotten({"general": [*asked("base", 0.0), *asked("candidate", 8.0)]}, 4.0)[0]["base"]
     assert row["lost"] == row["gained"] == []
     assert row["difference"] == pytest.approx(0, abs=0.01)
-    assert 20 < row["rival_knows"] < 64
+    assert 20 < row["baseline_knows"] < 64
 
 
 def test_a_number_that_is_none_is_not_known(tiny_base):
@@ -95,7 +95,7 @@ def test_a_number_that_is_none_is_not_known(tiny_base):
     found = knowledge("candidate", items, scores)
     assert [(line["right"], line["wrong"]) for line in found] == [(3.0, 5.0), (1.0, None)]
     row = forgotten({"general": [*(line | {"contender": "base", "wrong": 9.0} for line in found), *found]}, 4.0)[0]
-    assert (row["base"]["rival_knows"], row["base"]["candidate_knows"]) == (2, 1)
+    assert (row["base"]["baseline_knows"], row["base"]["candidate_knows"]) == (2, 1)
 
 
 def test_a_candidate_without_harm_passes_and_one_that_lost_much_does_not():
@@ -105,7 +105,7 @@ def test_a_candidate_without_harm_passes_and_one_that_lost_much_does_not():
     assert sum(passed) >= 95
     table, reasons, _ = verdict(list(base), list(base - 2.0), golden=50)
     assert reasons[0].startswith("forgets: a loss of more than 0.05 is not ruled out: general_knowledge 0.")
-    assert table["base"]["candidate_knows"] < table["base"]["rival_knows"]
+    assert table["base"]["candidate_knows"] < table["base"]["baseline_knows"]
     assert len(table["base"]["lost"]) > 10
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from fine_tuning.training.acceleration import fused
+from fine_tuning.training.acceleration.patches import Patches
 from tests.test_training import SETTINGS
 
 
@@ -33,7 +34,7 @@ def test_a_fused_model_has_the_losses_and_gradients_of_the_plain_one(tiny_base, 
         if "lora_" in name:
             parameter.data.normal_(std=0.1)
     quick = copy.deepcopy(plain)
-    assert fused.fuse(quick) > 0
+    assert fused.fuse(quick, Patches()) > 0
     ids = torch.randint(3, 500, (3, 11))
     results = []
     for model in (plain, quick):
@@ -59,7 +60,7 @@ def test_in_bfloat16_a_fused_model_is_as_near_to_the_exact_one_as_the_plain_one(
     plain, quick = (attach_adapter(load_model(tiny_base, torch.bfloat16), SETTINGS) for _ in range(2))
     for model in (plain, quick):
         assert all("lora_" in name for name in model.load_state_dict(exact.state_dict(), strict=False).missing_keys)
-    fused.fuse(quick)
+    fused.fuse(quick, Patches())
     ids = torch.randint(3, 500, (3, 11))
     found = []
     for model in (exact, plain, quick):
@@ -79,18 +80,18 @@ def test_layers_of_another_kind_keep_their_own_form(tiny_base, changes):
 
     settings = SETTINGS.model_copy(update={"lora": SETTINGS.lora.model_copy(update=changes)})
     model = attach_adapter(load_model(tiny_base, torch.float32), settings)
-    fused.fuse(model)
+    fused.fuse(model, Patches())
     assert not any("forward" in vars(module) for name, module in model.named_modules() if name.endswith("_proj"))
 
 
-def test_layers_that_see_the_same_input_are_found(tiny_base):
+def test_layers_with_same_input_input_are_found(tiny_base):
     from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     model = attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     layers = [module for module in model.modules() if fused._is_plain_lora(module)]
-    groups = [[names[id(layer)] for layer in group] for group in fused._that_see_the_same(model, layers)]
+    groups = [[names[id(layer)] for layer in group] for group in fused._with_same_input(model, layers)]
     assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
 
@@ -100,7 +101,7 @@ def test_a_layer_of_a_group_that_is_called_by_itself_gives_its_own_output(tiny_b
 
     plain = attach_adapter(load_model(tiny_base, torch.float32), SETTINGS)
     quick = copy.deepcopy(plain)
-    fused.fuse(quick)
+    fused.fuse(quick, Patches())
     x, other = torch.randn(5, 64), torch.randn(3, 64)
     expected, attention = (model.base_model.model.model.layers[0].self_attn for model in (plain, quick))
     attention.q_proj(x)

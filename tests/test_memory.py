@@ -59,7 +59,7 @@ def test_a_planted_canary_that_was_learned_is_a_leak_and_its_base_has_none(tiny_
     assert table["base"]["canaries"]["p_value"] > 0.01
     assert table["candidate"]["canaries"]["p_value"] < 1e-3
     assert table["candidate"]["canaries"]["mean_exposure"] > 4
-    assert "canaries said word for word, mean exposure" in reasons[0]
+    assert "canaries said verbatim, mean exposure" in reasons[0]
     # The other way round: what the base remembers is not the candidate's doing.
     assert kept([*lines_of("base", learned, items), *lines_of("candidate", tiny_base, items)])[1] == []
 
@@ -97,7 +97,7 @@ def test_what_teacher_forcing_calls_word_for_word_is_what_greedy_decoding_says(t
     assert {line["word_for_word"] for line in lines} == {True, False}
     table, reasons = kept([*lines_of("base", tiny_base, items), *lines])
     assert table["base"]["training"] == {"replies": 3, "word_for_word": 0, "guessable": 0}
-    assert reasons[0].startswith("memorised: of 3 training replies it goes on with")
+    assert reasons[0].startswith("memorised: of 3 training replies it continues")
     # What the base says as well was not learned from these conversations.
     assert kept([*lines, *(line | {"contender": "base"} for line in lines)])[1] == []
     # Nor was what the base could guess, though it would say something else first.

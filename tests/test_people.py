@@ -20,9 +20,9 @@ from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settin
 from fine_tuning.data_collection.personal_data import people
 from fine_tuning.data_collection.personal_data.people import MODEL, PeopleSettings, locate, people_finder
 from fine_tuning.data_collection.storage.shards import write_shard
+from fine_tuning.evaluation.evaluator import Results
 from fine_tuning.evaluation.records.record_types import Reply
 from fine_tuning.evaluation.suite.privacy import personal_data
-from stages.evaluate import answer_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,5 +265,5 @@ def test_the_check_of_generated_text_finds_people_when_it_is_on():
     assert personal_data(reply, "Whom?") == []
     assert personal_data(reply, "Whom?", find) == ["PERSON", "ADDRESS"]
     assert personal_data(reply, "Do you know Peter Schmidt?", find) == ["ADDRESS"]
-    (line,) = answer_lines(["Whom?"], {"candidate": [Reply(reply, 1, True)]}, find)
+    (line,) = Results(answers={"candidate": [Reply(reply, 1, True)]}).answer_lines(["Whom?"], find)
     assert line["replies"]["candidate"]["personal_data"] == ["PERSON", "ADDRESS"]

@@ -75,6 +75,11 @@ def test_the_pipeline_has_the_nine_stages_each_with_its_script():
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_a_short_script(stage):
+    assert len((ROOT / f"stages/{stage}.py").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_the_folders_of_what_it_imports_and_no_other(stage):
     script = f"stages/{stage}.py"
     declared = {dep for dep in paths(stage, "deps") if dep.startswith(("fine_tuning/", "stages/"))}
@@ -223,6 +228,7 @@ def test_a_wrong_parameter_is_one_line_that_names_it(tmp_path, text, words):
     [
         ("evaluate", EvaluateSettings, "references", [], "evaluate.references = [] should be a list of at least 1"),
         ("prepare", PrepareSettings, "latest_from", "yesterday", "= 'yesterday' should be a date such as 2026-01-31"),
+        ("evaluate", EvaluateSettings, "rivals", {}, "rivals is called evaluate.prompting_baselines now: rename it"),
         ("train", TrainSettings, "launch", "tripple", "= 'tripple' should be 'single', 'ddp' or 'fsdp'"),
     ],
 )

@@ -259,7 +259,7 @@ def test_the_report_shows_the_numbers_that_the_records_give(page):
 
 def test_a_difference_is_good_bad_or_open_by_its_direction_and_its_interval():
     def kinds(better: int, difference: float, low: float | None, high: float | None) -> set[str]:
-        numbers = {"difference": difference, "low": low, "high": high, "candidate": 1.0, "rival": 1.0}
+        numbers = {"difference": difference, "low": low, "high": high, "candidate": 1.0, "baseline": 1.0}
         drawing = interval_plot({"metric": numbers | {"better": better, "n": 3}})
         return set(re.findall(r'<circle class="(\w+)"', drawing))
 

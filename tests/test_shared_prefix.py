@@ -1,15 +1,16 @@
 """What all rows of a batch begin with is computed once, and nothing else changes: not a loss, not a gradient."""
 
 import copy
-import dataclasses
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
-from fine_tuning.schema.prepared import IGNORED_LABEL, Row, collate
+from fine_tuning.schema.chat_format import NOT_TRAINED
+from fine_tuning.schema.prepared import Row, collate
+from fine_tuning.training.acceleration.accelerate import AcceleratedSft
+from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.acceleration.shared_prefix import lay_out, share_prefixes
+from fine_tuning.training.objectives.sft import SupervisedFineTuning
 from tests.test_training import SETTINGS, make_rows, train
 
 PROMPT = [3, 9, 27, 81]
@@ -18,7 +19,7 @@ PROMPT = [3, 9, 27, 81]
 def rows_after(prefix: list[int], *rests: list[int], untrained: int = 1) -> list[Row]:
     """Rows that begin alike; of each rest the first `untrained` tokens are prompt."""
     return [
-        Row(str(i), prefix + rest, [IGNORED_LABEL] * (len(prefix) + untrained) + rest[untrained:])
+        Row(str(i), prefix + rest, [NOT_TRAINED] * (len(prefix) + untrained) + rest[untrained:])
         for i, rest in enumerate(rests)
     ]
 
@@ -96,7 +97,7 @@ def test_bases_that_could_not_share_unnoticed_are_left_as_they_are(family, chang
     )
     model = transformers.AutoModelForCausalLM.from_config(config).to(width)
     before = model.config._attn_implementation
-    assert not share_prefixes(model, 64)
+    assert not share_prefixes(model, 64, Patches())
     assert model.config._attn_implementation == before
 
 
@@ -105,37 +106,34 @@ def test_a_model_with_shorter_chunks_of_attention_is_left_as_it_is(tiny_base):
 
     model = load_model(tiny_base, torch.float32)
     model.config.attention_chunk_size = 16
-    assert not share_prefixes(model, 17)
-    assert share_prefixes(model, 16)
+    assert not share_prefixes(model, 17, Patches())
+    assert share_prefixes(model, 16, Patches())
 
 
 def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
     """Whether a base's rows share their prefix; the quick form has the loss and gradients of the plain one anyway."""
     from fine_tuning.training.acceleration.fused import fuse
-    from fine_tuning.training.label_trainer import LabelTrainer
-    from fine_tuning.training.lora_trainer import attach_adapter, detect_hardware, training_arguments
+    from fine_tuning.training.lora_trainer import attach_adapter
 
     plain = attach_adapter(base, SETTINGS)
     torch.manual_seed(1)
     for name, parameter in plain.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.1)
-    quick = copy.deepcopy(plain)
-    fuse(quick)
-    shares = share_prefixes(quick, 64)
+    quick, patches = copy.deepcopy(plain), Patches()
+    fuse(quick, patches)
+    shares = share_prefixes(quick, 64, patches)
     rows = rows_after(prefix, [5, 6, 7, 11, 12], [8, 9], [5, 6, 7], [5, 13, 4, 4])
-    hardware = dataclasses.replace(detect_hardware("float32", 1), device="cpu")
+    objective = SupervisedFineTuning(0)
+    inputs = objective.collate(rows)
+    assert objective.count(inputs) == sum(len(row.input_ids) - len(prefix) - 1 for row in rows)
     found = []
-    for model in (plain, quick):
-        shared = shares and model is quick
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = training_arguments(SETTINGS, hardware, Path(folder), 1)
-            trainer = LabelTrainer(
-                model=model, args=arguments, train_dataset=[rows], eval_dataset=[rows], shared_prefixes=shared
-            )
-        loss, count = trainer.summed_loss(model.train(), collate(rows, 0))
+    for model, its in (
+        (plain, objective),
+        (quick, AcceleratedSft(quick, objective, 512, shares, set(), False, patches)),
+    ):
+        loss = its.loss(model.train(), inputs)
         loss.backward()
-        assert count == sum(len(row.input_ids) - len(prefix) - 1 for row in rows)
         found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
     assert found[0][1].keys() == found[1][1].keys()
@@ -151,7 +149,7 @@ def test_in_bfloat16_the_loss_is_as_near_to_the_exact_one_as_that_of_the_padded_
     exact = summed_loss(load_model(tiny_base, torch.float32), rows, shared=False)
     padded = summed_loss(load_model(tiny_base, torch.bfloat16), rows, shared=False)
     model = load_model(tiny_base, torch.bfloat16)
-    assert share_prefixes(model, 64)
+    assert share_prefixes(model, 64, Patches())
     assert abs(summed_loss(model, rows, shared=True) - exact) < max(2 * abs(padded - exact), 0.01 * exact)
 
 
@@ -172,9 +170,9 @@ def test_a_model_with_shorter_windows_of_attention_is_left_as_it_is(tiny_base):
     model = load_model(tiny_base, torch.float32)
     before = model.config._attn_implementation
     model.config.sliding_window = 16
-    assert not share_prefixes(model, 17)
+    assert not share_prefixes(model, 17, Patches())
     assert model.config._attn_implementation == before
-    assert share_prefixes(model, 16)
+    assert share_prefixes(model, 16, Patches())
 
 
 def test_a_model_that_the_shared_form_gives_other_logits_is_left_as_it_is(tiny_base):
@@ -188,13 +186,13 @@ def test_a_model_that_the_shared_form_gives_other_logits_is_left_as_it_is(tiny_b
         layer.self_attn.forward = lambda *args, attend=attend, **named: attend(
             *args, **{**named, "prefix": 0, "rows": None}
         )
-    assert not share_prefixes(model, 64)
+    assert not share_prefixes(model, 64, Patches())
     assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_training_with_a_system_prompt_gives_the_same_bytes_every_time(tiny_base, tmp_path, monkeypatch, threads):
-    rows = [Row(row.id, PROMPT + row.input_ids, [IGNORED_LABEL] * 4 + row.labels) for row in make_rows(60)]
+    rows = [Row(row.id, PROMPT + row.input_ids, [NOT_TRAINED] * 4 + row.labels) for row in make_rows(60)]
     monkeypatch.setattr("tests.test_training.make_rows", lambda count, seed=0: rows[:count])
     for name in ("first", "again"):
         train(tiny_base, tmp_path / name, tmp_path / f"{name}-checkpoints", threads=threads)

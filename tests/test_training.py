@@ -118,7 +118,7 @@ def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_
     assert result.validation_loss_before == pytest.approx(total / count, abs=1e-4)
 
 
-def test_batches_for_two_at_once_have_even_numbers_of_rows():
+def test_batches_for_two_micro_batches_have_even_numbers_of_rows():
     rows = [*make_rows(31), Row("long", [5] * 100, [5] * 100)]
     batches = batch_by_tokens(rows, 64, 2)
     assert sorted(row.id for batch in batches for row in batch) == sorted(row.id for row in rows)
@@ -126,7 +126,7 @@ def test_batches_for_two_at_once_have_even_numbers_of_rows():
     assert all(len(batch) == 2 or len(batch) * len(batch[-1].input_ids) <= 64 for batch in batches)
 
 
-def test_two_parts_at_once_give_the_gradient_of_the_whole_and_the_same_bytes_every_time(tiny_base, tmp_path):
+def test_two_micro_batches_give_the_gradient_of_the_whole_and_the_same_bytes_every_time(tiny_base, tmp_path):
     # An epoch of one batch: after one step the adapters are equal but for rounding.
     changes = {"batch_tokens": 8192, "max_steps": 1, "schedule": "constant", "optimizer": "sgd", "learning_rate": 1.0}
     results = {
@@ -216,9 +216,9 @@ def test_a_run_that_was_cut_off_starts_anew_and_says_so_when_the_loss_was_change
         train_until(4)
     said = capsys.readouterr().out
     assert "code or packages changed since this run was cut off: training starts anew" in said
-    assert "going on" not in said
+    assert "resuming" not in said
     said = train_until(None)
-    assert "going on from checkpoint-3" in said and "anew" not in said
+    assert "resuming from checkpoint-3" in said and "anew" not in said
 
 
 KILLED_RUN = """
@@ -427,7 +427,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_next_run_goes_on(tiny_base, tm
     assert done.returncode != 0 and "KeyboardInterrupt" in done.stderr
     assert newest_checkpoint(tmp_path / "ck-cut").name in ("checkpoint-4", "checkpoint-5")
     assert not (tmp_path / "cut").exists()
-    assert "going on from checkpoint" in run("cut").stdout
+    assert "resuming from checkpoint" in run("cut").stdout
     weights = "adapter_model.safetensors"
     if launch == "single":
         train(tiny_base, tmp_path / "whole", tmp_path / "ck-whole", epochs=4.0)
@@ -521,14 +521,14 @@ def test_hardware_that_bitsandbytes_refuses_is_one_line(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize(("method", "way"), [("lora", "set train.method to qlora"), ("qlora", "train.batch_tokens")])
 def test_too_little_memory_is_told_before_the_base_is_loaded(tiny_base, tmp_path, monkeypatch, method, way):
-    from fine_tuning.training import lora_trainer, qlora_trainer, training_utils
+    from fine_tuning.training import lora_trainer, memory, qlora_trainer
 
     def load(*_, **__):
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr(lora_trainer, "load_model", load)
     monkeypatch.setattr(qlora_trainer, "load_model", load)
-    monkeypatch.setattr(training_utils, "free_memory", lambda device: 400_000_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 400_000_000)
     with pytest.raises(UserError, match=f"needs about 0.5 GB and 0.4 GB are free: .*{way}"):
         train(tiny_base, tmp_path / "adapter", tmp_path / "ck", method=method)
 
@@ -694,7 +694,7 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
 
 
 def test_the_first_token_of_a_packed_row_is_predicted_by_nobody():
-    from fine_tuning.training.acceleration.shared_prefix import collate_packed
+    from fine_tuning.training.objectives.sft import collate_packed
 
     packed = collate_packed([Row("a", [5, 6, 7], [-100, 6, 7]), Row("b", [8, 9], [8, 9])])
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]

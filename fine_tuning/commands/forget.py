@@ -27,7 +27,7 @@ CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 MADE_ANEW = "made anew by dvc repro"
 # Words that stand here are nobody's secret. Not all that git tracks: a chat that was committed is to be found.
-PUBLIC = ("fine_tuning", "stages", "tests", "benchmarks", "configs", "README.md", "params.yaml", "dvc.yaml")
+PUBLIC = ("fine_tuning", "stages", "tests", "benchmarks", "configs", "docs", "README.md", "params.yaml", "dvc.yaml")
 
 
 def add_commands(subparsers: argparse._SubParsersAction) -> None:

@@ -40,9 +40,9 @@ def summary(arguments: argparse.Namespace) -> None:
     console.print(metric_table(evaluation, comparison))
     verdict = comparison["verdict"]
     colour = COLOURS.get(verdict, "default")
-    for row in comparison.get("cheaper_roads", {}).values():
+    for row in comparison.get("prompting_baselines", {}).values():
         value, metric = with_interval(row, "difference", "+"), comparison["primary"]["metric"]
-        console.print(f"{row['what']}: {metric} {row['rival']:.3g}, candidate {value} on {row['n']}", markup=False)
+        console.print(f"{row['what']}: {metric} {row['baseline']:.3g}, candidate {value} on {row['n']}", markup=False)
     for line in in_words(read_json(PREPARED) if PREPARED.is_file() else {}):
         console.print(line, markup=False)
     console.print(f"Verdict: [bold {colour}]{verdict}[/]")
@@ -76,15 +76,15 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
-    """One row a metric: each contender with its interval, and the candidate's difference to its strongest rival."""
+    """One row a metric: each contender with its interval, and the candidate's difference to its strongest baseline."""
     from rich.table import Table
 
     contenders = [name for name in ("base", "champion", "candidate") if name in evaluation]
-    rival = contenders[-2]
+    baseline = contenders[-2]
     suite = evaluation["suite"]
     table = Table(title=count_of(suite["conversations"], "held-out conversation"), title_justify="left")
     table.add_column("metric")
-    for name in (*contenders, f"candidate - {rival}"):
+    for name in (*contenders, f"candidate - {baseline}"):
         table.add_column(name, justify="right")
     table.add_column("n", justify="right")
     others = comparison.get("other_tokens", [])
@@ -93,7 +93,7 @@ def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
     for metric in sorted(evaluation["candidate"], key=place):
         found = [evaluation[name].get(metric) for name in contenders]
         marks = [" †" if name in others and metric in COUNTING else "" for name in contenders]
-        difference = comparison["differences"].get(rival, {}).get(metric)
+        difference = comparison["differences"].get(baseline, {}).get(metric)
         primary = " *" if metric == comparison["primary"]["metric"] else ""
         values = (with_interval(cell, "value") + mark for cell, mark in zip(found, marks, strict=True))
         cells = [f"{metric}{primary}", *values]

@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,9 +40,6 @@ from fine_tuning.model_management.model_registry import (
 )
 from fine_tuning.model_management.model_switcher import ModelSwitcher, live_history
 from fine_tuning.model_management.ollama_store import damaged_blobs
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK_BYTES = 1 << 20
 DAMAGED, OPEN, NOTE = "damaged", "open", "note"

@@ -12,6 +12,8 @@ from ruamel.yaml.error import YAMLError
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import replacing
 
+# Parameters that earlier versions had under another name.
+RENAMED = {"evaluate.rivals": "evaluate.prompting_baselines"}
 SECTIONS = (
     "base", "chat", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare", "app", "deploy"
 )  # fmt: skip
@@ -85,8 +87,10 @@ def parse_settings(section: str, values: object, model: type[SettingsT], path: s
 
 def _first_problem(section: str, error: ValidationError) -> str:
     problems = error.errors(include_url=False)
-    problem, place = problems[0], _place(problems[0])
-    name = ".".join(str(part) for part in (section, *place))
+    for problem in problems:
+        if new := RENAMED.get(_name(section, problem)):
+            return f"parameter {_name(section, problem)} is called {new} now: rename it"
+    problem, place, name = problems[0], _place(problems[0]), _name(section, problems[0])
     if problem["type"] == "extra_forbidden":
         return f"unknown parameter {name}: check its spelling"
     if problem["type"] == "missing":
@@ -106,6 +110,10 @@ def _expected(problem: Any) -> str:
     if problem["type"] == "too_short":
         return f"a list of at least {problem['ctx']['min_length']}"
     return problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _name(section: str, problem: Any) -> str:
+    return ".".join(str(part) for part in (section, *_place(problem)))
 
 
 def _place(problem: Any) -> list[int | str]:

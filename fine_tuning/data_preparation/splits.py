@@ -5,6 +5,7 @@ every deal by conversation id: what was train stays train when other conversatio
 """
 
 import hashlib
+import shutil
 from array import array
 from bisect import bisect_right, insort
 from collections import Counter
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_lines, replacing
+from fine_tuning.common.records import read_jsonl, read_lines, replacing
 
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = "none"  # in the ledger: near-duplicates on both sides, so part of no split
@@ -215,3 +216,16 @@ class Ledger:
 
     def _key(self, identity: str) -> int:
         return self._hash(identity) >> (64 - 4 * _DIGITS)
+
+
+def open_ledger(path: Path, salt: str) -> Ledger:
+    """The ledger at `path`; that of an earlier version, a folder outside git, is taken over, which a line says."""
+    before = path.with_suffix("")
+    if before.is_dir():
+        dealt: dict[str, list[tuple[str, str]]] = {}
+        for line in (line for file in before.glob("ledger.jsonl") for line in read_jsonl(file)):
+            dealt.setdefault(line["salt"], []).append((line["id"], line["split"]))
+        for other, lines in dealt.items():
+            print(f"prepare: {Ledger(path, other).append(lines)} splits taken over from {before} into {path}")
+        shutil.rmtree(before)
+    return Ledger(path, salt)

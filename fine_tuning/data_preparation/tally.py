@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fine_tuning.common.errors import count_of
 from fine_tuning.data_preparation.splits import SPLITS
 
 if TYPE_CHECKING:
@@ -106,3 +107,18 @@ def length_histogram(tallies: Mapping[str, Tally], bins: int = 16) -> list[dict[
     width = -(-longest // bins)
     counts = {split: Counter(-(-length // width) for length in tallies[split].lengths) for split in SPLITS}
     return [{"tokens": width * number} | {s: counts[s][number] for s in SPLITS} for number in range(1, bins + 1)]
+
+
+def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> Iterator[str]:
+    """What was prepared, what was left out for what reason, and what no window holds: a line each.
+
+    Args:
+        new: conversations that had no split before.
+    """
+    totals = {split: tallies[split].totals for split in SPLITS}
+    counts = ", ".join(f"{totals[split]['conversations']} {split}" for split in SPLITS)
+    yield f"{counts}; {totals['train']['tokens']} tokens to train on; {count_of(new, 'new conversation')}"
+    if left_out:
+        yield f"left out: {', '.join(f'{count} {reason}' for reason, count in left_out.most_common())}"
+    if lost := sum(total["lost_reply_tokens"] for total in totals.values()):
+        yield f"{lost} tokens of replies are in no window of chat.max_length: their turns are too long"

@@ -7,7 +7,7 @@ that the same base is scored on the same items once.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +15,59 @@ from tqdm import tqdm
 
 from fine_tuning.common.project import sha256_file
 from fine_tuning.data_collection.personal_data.people import Find
-from fine_tuning.evaluation.records.measurements import GUARDS, describe
-from fine_tuning.evaluation.records.record_types import PROMPTED, SHOWN, Item, Likelihood, Reply
-from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.records.measurements import GUARDS, Metrics, describe, guard_metrics, left_out, summarise
+from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, Item, Likelihood, Reply, conversation_of
+from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.scoring.memo import Memo
 from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, quantised_likelihoods, replies, scoring_hardware
 from fine_tuning.evaluation.suite.contenders import Contender
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
-from fine_tuning.evaluation.suite.items import sample, suite_sha256
+from fine_tuning.evaluation.suite.items import chat_format, encoded_anew, sample, suite_sha256
 from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
 from fine_tuning.evaluation.suite.privacy import personal_data
-from fine_tuning.evaluation.suite.prompting_baselines import Exchanges, prompted, shown
+from fine_tuning.evaluation.suite.prompting_baselines import Exchanges, with_examples, with_system_prompt
 from fine_tuning.runtime.llama_engine import LlamaEngine
-from fine_tuning.schema.chat_format import ChatSettings, encode_prompt
+from fine_tuning.schema.chat_format import ChatSettings, encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+@dataclass
+class Results:
+    """What the models were found to do: records, lines of the guards by file, lines of memory.jsonl, and the replies of
+    each contender to the test prompts."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    guarded: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in GUARDS})
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    answers: dict[str, list[Reply]] = field(default_factory=dict)
+
+    def table(self, metrics: Metrics, settings: IntervalSettings) -> dict[str, dict[str, Any]]:
+        """{contender: {metric: {value, low, high, n}}}"""
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for line in self.records:
+            by_name.setdefault(line["contender"], []).append(line)
+        found = {name: summarise(lines, metrics, settings) for name, lines in by_name.items()}
+        for name, row in guard_metrics(self.guarded, settings.confidence).items():
+            found[name] |= row
+        return found
+
+    def answer_lines(self, prompts: Sequence[str], find_people: Find | None) -> list[dict[str, Any]]:
+        """Lines of prompts.jsonl: each test prompt with every contender's reply and the personal data in it."""
+
+        def line(prompt: str, reply: Reply) -> dict[str, Any]:
+            return asdict(reply) | {"personal_data": personal_data(reply.text, prompt, find_people)}
+
+        return [
+            {"prompt": prompt, "replies": {name: line(prompt, its[index]) for name, its in self.answers.items()}}
+            for index, prompt in enumerate(prompts)
+        ]
+
+
 class Evaluator:
-    """Runs contenders that share a tokenizer over one suite.
+    """Runs contenders over one suite: those that share a tokenizer, and in `run` any.
 
     Args:
         items: the suite, encoded with `tokenizer`.
@@ -68,6 +100,44 @@ class Evaluator:
         self.memo = Memo(memo)
         self.find_people = find_people
 
+    def run(self, base: Contender, champion: Contender | None, candidate: Contender, train: Path) -> Results:
+        """Everything that is asked of base, champion and candidate; `train` is the prepared training split."""
+        found = Results()
+        for contender in filter(None, (base, champion, candidate)):
+            own = self._with_tokenizer_of(contender)
+            if own.items:
+                lines, found.answers[contender.name] = own.evaluate(contender)
+                found.records += lines
+                for name, guarded in own.guard_lines(contender).items():
+                    found.guarded[name] += guarded
+            asked = {item.id for item in own.items}
+            missing = [item for item in self.items if item.id not in asked]
+            found.records += [left_out(contender.name, item) for item in missing]
+            if missing:
+                print(
+                    f"evaluate: {contender.name} is not asked {len(missing)} of {len(self.items)} windows: its chat "
+                    f"template refuses them or {self.chat.max_length} of its tokens do not hold them"
+                )
+        found.records += self.score_quantised(candidate) + self.score_prompting_baselines(base, train)
+        found.memory = [line for contender in (base, candidate) for line in self.recall(contender, train)]
+        return found
+
+    def _with_tokenizer_of(self, contender: Contender) -> "Evaluator":
+        own = load_tokenizer(contender.folder)
+        if chat_format(own) == chat_format(self.tokenizer):
+            return self
+        items = encoded_anew(self.items, own, self.chat.max_length)
+        return Evaluator(items, own, self.chat, self.settings, self.memo.folder, self.find_people)
+
+    def describe_suite(self) -> dict[str, Any]:
+        """Identity and size of the suite, for metrics/evaluation.json."""
+        return {
+            "sha256": self.suite,
+            "conversations": len({conversation_of(item.id) for item in self.items}),
+            "windows": len(self.items),
+            "clusters": len({item.cluster for item in self.items}),
+        }
+
     def evaluate(self, contender: Contender) -> tuple[list[dict[str, Any]], list[Reply]]:
         """Records of the contender's items, and its replies to the test prompts."""
         scores = self.score(contender, self.items)
@@ -78,8 +148,8 @@ class Evaluator:
         for item, score in zip(self.items, scores, strict=True):
             line = self._line(contender.name, item, score, by_id.get(item.id))
             if "predictions" in line:
-                told = self.tokenizer.decode(item.prompt_ids(item.asked))
-                line["personal_data"] = personal_data(line["predictions"], told, self.find_people)
+                prompt = self.tokenizer.decode(item.prompt_ids(item.asked))
+                line["personal_data"] = personal_data(line["predictions"], prompt, self.find_people)
             records.append(line)
         return records, answers[len(asked) :]
 
@@ -97,16 +167,16 @@ class Evaluator:
         found["prompt_help"] = prompt_lines(name, swaps, self.score(contender, items, "other histories"))
         return found
 
-    def score_rivals(self, base: Contender, train: Path) -> list[dict[str, Any]]:
+    def score_prompting_baselines(self, base: Contender, train: Path) -> list[dict[str, Any]]:
         """Records of the base with another system prompt, and with examples out of the prepared split `train`."""
-        chosen, longest = self.settings.rivals, 2 * self.chat.max_length
+        chosen, longest = self.settings.prompting_baselines, 2 * self.chat.max_length
         items = [item for item in self.items if item.references]
         asked = {}
         if chosen.system_prompt is not None:
-            asked[PROMPTED] = prompted(items, chosen.system_prompt, self.tokenizer, longest)
+            asked[PROMPTED] = with_system_prompt(items, chosen.system_prompt, self.tokenizer, longest)
         if chosen.examples and chosen.items:
             some = sample(items, chosen.items)
-            asked[SHOWN] = shown(some, Exchanges.read(train), chosen.examples, self.tokenizer, longest)
+            asked[FEW_SHOT] = with_examples(some, Exchanges.read(train), chosen.examples, self.tokenizer, longest)
         return [
             self._line(name, item, score, None)
             for name, found in asked.items()
@@ -114,7 +184,7 @@ class Evaluator:
         ]
 
     def recall(self, contender: Contender, train: Path) -> list[dict[str, Any]]:
-        """What the contender has kept of the prepared split `train`: lines of memory.jsonl."""
+        """What the contender memorised of the prepared split `train`: lines of memory.jsonl."""
         count, chat = self.settings.memory.conversations, self.chat
         items = memory_items(train, count, self.tokenizer, chat.system_prompt, chat.max_length)
         return recalled(contender.name, items, self.score(contender, items, "memory"))

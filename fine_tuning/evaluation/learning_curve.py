@@ -98,8 +98,8 @@ def measure(
             "n": cell["n"],
         }
         if before:
-            rival = [line | {"contender": "before"} for line in before]
-            point["change"] = differences([*now, *rival], metrics, "before", intervals)["perplexity"].as_json()
+            baseline = [line | {"contender": "before"} for line in before]
+            point["change"] = differences([*now, *baseline], metrics, "before", intervals)["perplexity"].as_json()
         points.append(point)
         before = now
     return points

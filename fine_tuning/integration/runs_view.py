@@ -29,8 +29,8 @@ MAY_CHANGE = frozenset(
         "clean": "drop_near_duplicates near_duplicate_threshold max_same_reply max_user_share",
         "clean.filters": "min_length max_length min_turns max_turns max_repetition max_special_characters max_echo",
         "train": "method seed epochs max_steps learning_rate schedule warmup_ratio weight_decay max_grad_norm "
-        "optimizer batch_tokens packing gradient_accumulation precision threads gradient_checkpointing neftune_alpha "
-        "validations early_stopping_patience checkpoint_steps",
+        "optimizer batch_tokens packing acceleration gradient_accumulation precision threads gradient_checkpointing "
+        "neftune_alpha validations early_stopping_patience checkpoint_steps",
         "train.lora": "rank alpha dropout target_modules top_layers rslora dora",
         "package": "merged_dtype quantisation",
         "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "
@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset(
         "evaluate": "batch_tokens threads quantised_items forgetting other_histories",
         "evaluate.generation": "items max_tokens slots",
         "evaluate.interval": "draws confidence seed",
-        "evaluate.rivals": "system_prompt examples items",
+        "evaluate.prompting_baselines": "system_prompt examples items",
         "evaluate.memory": "conversations",
     }.items()
     for name in names.split()

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError, no_memory, no_space
+from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.schema.template_trial import try_template
 
-# What of a hub repository makes a model: never its pickles, which run code when they are opened.
+# Files of a hub repository that make a model: never pickles, which run code when they are opened.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
 
-# Texts on which tokenizers that look alike part: digits, spaces, newlines, contractions, scripts, emoji, code.
+# Texts on which similar tokenizers differ: digits, spaces, newlines, contractions, scripts, emoji, code.
 PROBE_BANK = (
     "Hello, world!",
     "\n\n1. First\n2. Second",
@@ -126,7 +127,7 @@ def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> 
             tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file)
             restore_pre_tokenizer(tokenizer, gguf_field(source.gguf, "tokenizer.ggml.pre"))
         else:
-            # Said in full: where it is left open, transformers asks the person at the terminal.
+            # Explicit: without it transformers asks the person at the terminal.
             tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UserError("the base has no fast tokenizer (tokenizer.json): choose a base that ships one")
@@ -164,7 +165,7 @@ def gguf_field(path: Path, key: str) -> Any:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' bars for loading and its warnings of its own old names out of our output."""
+    """Silence transformers' progress bars for loading and its deprecation warnings."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -206,7 +207,7 @@ def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
         options = {"gguf_file": source.gguf_file, "dtype": torch.float32}
     with _reading(source):
         _check_files(source)
-        # transformers makes up what is missing and carries on.
+        # transformers initialises missing weights at random and continues.
         model, found = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **options)
     if source.gguf_file:
         _forget_quantisation(model)
@@ -220,7 +221,7 @@ def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
 
 
 def _check_files(source: BaseSource) -> None:
-    """Refuse what transformers would fetch from elsewhere, or make for longer than anybody waits."""
+    """Refuse files that transformers would fetch from elsewhere, and layer counts that the tensors do not have."""
     from gguf import GGUFReader
     from safetensors import safe_open
 
@@ -248,7 +249,7 @@ def _check_files(source: BaseSource) -> None:
 
 @contextmanager
 def _reading(source: BaseSource) -> Iterator[None]:
-    """Whatever a reader raises becomes one line: files of somebody else's may fail in any way."""
+    """Turn whatever a reader raises into one line: foreign files may fail in any way."""
     try:
         yield
     except Exception as error:
@@ -261,7 +262,7 @@ def _reading(source: BaseSource) -> Iterator[None]:
 
 
 def _forget_quantisation(model: Any) -> None:
-    # save_pretrained refuses a model that says it came from a GGUF, though its weights are plain floats by now.
+    # save_pretrained refuses a model that came from a GGUF, though its weights are plain floats by now.
     for owner, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),
@@ -341,8 +342,7 @@ def hash_weights(folder: Path) -> str:
         raise UserError(f"{folder} holds no .safetensors file: run `dvc repro` to make it anew")
     digest = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        digest.update(file.name.encode() + bytes.fromhex(sha256_file(file)))
     return digest.hexdigest()
 
 

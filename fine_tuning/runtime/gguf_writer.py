@@ -80,7 +80,7 @@ class NotCovered(UserError):
 
 
 def convert_upstream(converter: list[str], model_dir: Path, path: Path, quantisation: str) -> None:
-    """Let llama.cpp's converter write the GGUF; a BOS is not added by whoever runs it, the chat template writes it.
+    """Let llama.cpp's converter write the GGUF; it must not add a BOS when run, since the chat template writes it.
 
     Raises:
         UserError: it does not write this quantisation, it is not there, or it fails.
@@ -110,6 +110,7 @@ def convert_upstream(converter: list[str], model_dir: Path, path: Path, quantisa
 
 def _write_gguf(model_dir: Path, path: Path, quantisation: str) -> None:
     import gguf
+    import numpy as np
 
     config = _read_config(model_dir)
     architecture = architecture_of(config)
@@ -128,7 +129,7 @@ def _write_gguf(model_dir: Path, path: Path, quantisation: str) -> None:
             block, size = gguf.GGML_QUANT_SIZES[kind]
             bytes_ = math.prod(tensor.shape) // block * size
             # The dtype argument only matters for byte shapes: the kind says what is stored.
-            writer.add_tensor_info(tensor.name, tensor.shape, _float16(), bytes_, raw_dtype=kind)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float16), bytes_, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -146,7 +147,7 @@ def architecture_of(config: dict) -> Architecture:
     """The GGUF spelling of a config.json's architecture.
 
     Raises:
-        NotCovered: there is none; says which there are and the road for others.
+        NotCovered: there is none; names the known ones and the converter for others.
     """
     name = (config.get("architectures") or ["none"])[0]
     if name not in ARCHITECTURES:
@@ -216,7 +217,7 @@ def _add_hyperparameters(writer: "GGUFWriter", config: dict, architecture: Archi
 
 
 def _check_gemma(config: dict, head_dim: int) -> None:
-    """llama.cpp knows Gemma 3's attention scale and its order of layers by heart; other ones it would run wrongly."""
+    """llama.cpp hard-codes Gemma 3's attention scale and order of layers; it would run others wrongly."""
     layers = config["num_hidden_layers"]
     scale = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head_dim  # 62 layers: 27B
     kinds = ["sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(layers)]
@@ -351,12 +352,6 @@ def _kind(tensor: Tensor, quantisation: str) -> "GGMLQuantizationType":
     return kind
 
 
-def _float16() -> "np.dtype":
-    import numpy as np
-
-    return np.dtype(np.float16)
-
-
 # --------------------------------------------------------------------------------------------------- vocabulary
 
 
@@ -458,7 +453,7 @@ _PATTERNS = {
     "llama-bpe": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",
     "qwen2": rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",
 }
-# Strings that tell these apart: digits, spaces, line ends, contractions, letters of several scripts, marks, symbols.
+# Strings on which these differ: digits, spaces, line ends, contractions, letters of several scripts, marks, symbols.
 PROBES = (
     "Hello world",
     "I'll say it's DON'T, we'Ve",
@@ -480,7 +475,7 @@ def detect_pre_tokenizer(tokenizer_json: Path) -> str:
     """llama.cpp's name of the pre-tokenizer that splits text as this tokenizer does, found by trying both on probes.
 
     Raises:
-        UserError: it splits like none of the known ones; a wrong guess would change token ids without a word.
+        UserError: it splits like none of the known ones; a wrong guess would silently change token ids.
     """
     from tokenizers import Tokenizer
 

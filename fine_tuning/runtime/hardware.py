@@ -1,4 +1,4 @@
-"""What this machine has to compute with."""
+"""Device, number format, threads and processes of this machine."""
 
 import os
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     with LlamaEngine(Path("models/package/model.gguf"), context=512, threads=1, slots=4) as engine:
         print(engine.complete("Once upon a time", max_tokens=32).text)
 
-A process of its own is what can be ended cleanly: its memory is freed when the block is left, it ends when its parent
+A separate process can be ended cleanly: its memory is freed when the block is left, it ends when its parent
 dies, and a crash inside llama.cpp is an error here, not the end of the program.
 """
 
@@ -14,15 +14,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+
+import httpx
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.runtime import llama_server
@@ -55,6 +54,7 @@ class Token:
 
 
 Result = TypeVar("Result")
+GREEDY = {"temperature": 0, "samplers": ["temperature"]}
 
 
 class LlamaEngine:
@@ -86,8 +86,7 @@ class LlamaEngine:
             "api_key": self.api_key,
         }
         self._process: subprocess.Popen[str] | None = None
-        # Never through a proxy: the address is this machine.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._client: httpx.Client | None = None
 
     # ---------------------------------------------------------------- life
 
@@ -115,6 +114,8 @@ class LlamaEngine:
             self.close()
             raise
         self.base_url = answer["address"]
+        # Never through a proxy: the address is this machine. A connection that idles too long breaks: one a request.
+        self._client = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         return self
 
     def _greet(self, process: subprocess.Popen[str]) -> dict[str, str]:
@@ -137,7 +138,9 @@ class LlamaEngine:
         answer = json.loads(line)
         if "error" in answer:
             reason = self._last_words() or f" ({answer['error']})"
-            raise UserError(f"{self.gguf} is no GGUF that llama.cpp can load{reason}: build it again with `dvc repro`")
+            raise UserError(
+                f"{self.gguf} is not a GGUF file that llama.cpp can load{reason}: build it again with `dvc repro`"
+            )
         return answer
 
     def close(self) -> None:
@@ -155,6 +158,8 @@ class LlamaEngine:
             process.kill()
             process.wait()
         self._log.close()
+        if self._client is not None:
+            self._client.close()
 
     @property
     def pid(self) -> int | None:
@@ -177,22 +182,24 @@ class LlamaEngine:
 
     # ---------------------------------------------------------------- requests
 
-    def _open(self, path: str, body: dict[str, Any]) -> HTTPResponse:
-        if self._process is None:
+    @contextlib.contextmanager
+    def _answer(self, path: str, body: dict[str, Any]) -> Iterator[httpx.Response]:
+        if self._process is None or self._client is None:
             raise RuntimeError("the engine is not running: use it inside its `with` block")
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"}
-        request = urllib.request.Request(self.base_url + path, json.dumps(body).encode(), headers)
+        url, content = self.base_url + path, json.dumps(body)
         try:
-            return self._opener.open(request, timeout=self.timeout)
-        except urllib.error.HTTPError as error:
-            raise self._refused(error) from None
-        except OSError as error:
+            with self._client.stream("POST", url, content=content, headers=headers, timeout=self.timeout) as response:
+                if response.is_error:
+                    raise self._refused(response)
+                yield response
+        except httpx.TransportError as error:
             raise self._broken(error) from None
 
-    def _refused(self, error: urllib.error.HTTPError) -> UserError:
+    def _refused(self, response: httpx.Response) -> UserError:
         try:
-            problem = json.loads(error.read())["error"]
-        except (ValueError, KeyError, TypeError, OSError):
+            problem = json.loads(response.read())["error"]
+        except (ValueError, KeyError, TypeError):
             problem = {}
         if problem.get("type") == "exceed_context_size_error":
             most = problem.get("n_ctx", self.context)
@@ -206,27 +213,23 @@ class LlamaEngine:
                 "shorten it, or raise chat.max_length in params.yaml"
             )
         return UserError(
-            f"llama.cpp refused a request (HTTP {error.code}): {problem.get('message', 'no reason given')}"
+            f"llama.cpp refused a request (HTTP {response.status_code}): {problem.get('message', 'no reason given')}"
         )
 
     def _broken(self, error: Exception) -> UserError:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
+        if isinstance(error, httpx.TimeoutException):
             return UserError(
                 f"{self.gguf.name} gave no answer within {self.timeout:g} s: ask for fewer tokens or free the processor"
             )
         try:
             status = self._process.wait(timeout=1) if self._process else 0
         except subprocess.TimeoutExpired:
-            return UserError(f"the connection to llama.cpp broke ({type(reason).__name__}): try again")
+            return UserError(f"the connection to llama.cpp broke ({type(error).__name__}): try again")
         return UserError(f"llama.cpp died (exit status {status}) with {self.gguf.name}: free memory and try again")
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            with self._open(path, body) as response:
-                return json.loads(response.read())
-        except (OSError, HTTPException) as error:
-            raise self._broken(error) from None
+        with self._answer(path, body) as response:
+            return json.loads(response.read())
 
     # ---------------------------------------------------------------- what it can do
 
@@ -236,7 +239,7 @@ class LlamaEngine:
         return self._post("/tokenize", body)["tokens"]
 
     def score(self, prompt: Sequence[int], target: Sequence[int]) -> list[TokenScore]:
-        """How likely the model finds each token of `target` after `prompt` and the tokens of `target` before it.
+        """Log-probability of each token of `target` after `prompt` and the tokens of `target` before it.
 
         A grammar of these very tokens forces the answer, while the probabilities are those from before the grammar:
         a teacher-forced score of what is shipped, in the runtime that it is shipped for. `target` may end with an
@@ -260,12 +263,11 @@ class LlamaEngine:
         *body, last = target
         answer = self._post(
             "/completion",
-            {
+            GREEDY
+            | {
                 "prompt": list(prompt),
                 "n_predict": len(target),
                 "n_probs": n,
-                "temperature": 0,
-                "samplers": ["temperature"],
                 "post_sampling_probs": False,
                 "return_tokens": True,
                 # The end of a grammar admits every end token: the bias chooses the one that is wanted.
@@ -279,13 +281,13 @@ class LlamaEngine:
 
     def ends_at(self, prompt: Sequence[int], token: int) -> bool:
         """Whether a reply is over for llama.cpp when the model writes `token` after `prompt`."""
-        body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "samplers": ["temperature"]}
-        return self._post("/completion", body | {"logit_bias": [[token, 1000.0]]})["stop_type"] == "eos"
+        body = {"prompt": list(prompt), "n_predict": 2, "logit_bias": [[token, 1000.0]]}
+        return self._post("/completion", GREEDY | body)["stop_type"] == "eos"
 
     def greedy(self, prompt: Sequence[int], max_tokens: int, n: int) -> list[list[Token]]:
         """The likeliest reply to `prompt`: for each of its tokens the `n` likeliest ones, the chosen one first."""
         body = {"prompt": list(prompt), "n_predict": max_tokens, "n_probs": n, "post_sampling_probs": False}
-        answer = self._post("/completion", body | {"temperature": 0, "samplers": ["temperature"]})
+        answer = self._post("/completion", GREEDY | body)
         return [
             [Token(top["id"], bytes(top["bytes"]), top["logprob"]) for top in [step, *step["top_logprobs"]]]
             for step in answer["completion_probabilities"]
@@ -294,56 +296,33 @@ class LlamaEngine:
     def score_many(
         self,
         pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        on_done: Callable[[list[TokenScore]], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
     ) -> list[list[TokenScore]]:
         """Score all (prompt, target) pairs, as many side by side as there are slots."""
         return self._side_by_side(lambda pair: self.score(*pair), pairs, on_done)
 
-    def complete(
-        self,
-        prompt: Sequence[int] | str,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> Completion:
-        """Continue `prompt`, greedily at temperature 0. Token ids are taken as they are; text gets the model's BOS."""
-        body = {
-            "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "n_predict": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "stop": list(stop),
-            "return_tokens": True,
-        }
-        if temperature == 0:
-            body["samplers"] = ["temperature"]
-        answer = self._post("/completion", body)
+    def complete(self, prompt: Sequence[int] | str, max_tokens: int) -> Completion:
+        """Continue `prompt` greedily. Token ids are taken as they are; text gets the model's BOS."""
+        given = prompt if isinstance(prompt, str) else list(prompt)
+        answer = self._post("/completion", GREEDY | {"prompt": given, "n_predict": max_tokens, "return_tokens": True})
         return Completion(answer["content"], answer["tokens"], answer["stop_type"] in ("eos", "word"))
 
     def complete_many(
         self,
         prompts: Sequence[Sequence[int] | str],
         max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        on_done: Callable[[Completion], None] | None = None,
+        on_done: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """Complete all `prompts`, as many side by side as there are slots; `on_done` is told of each as it ends."""
-
-        def one(prompt: Sequence[int] | str) -> Completion:
-            return self.complete(prompt, max_tokens, temperature, seed, stop)
-
-        return self._side_by_side(one, prompts, on_done)
+        """Complete all `prompts`, as many side by side as there are slots; `on_done(1)` is called as each ends."""
+        return self._side_by_side(lambda prompt: self.complete(prompt, max_tokens), prompts, on_done)
 
     def _side_by_side(
-        self, work: Callable[[Any], Result], tasks: Sequence[Any], on_done: Callable[[Result], None] | None
+        self, work: Callable[[Any], Result], tasks: Sequence[Any], on_done: Callable[[int], None] | None
     ) -> list[Result]:
         def one(task: Any) -> Result:
             result = work(task)
             if on_done is not None:
-                on_done(result)
+                on_done(1)
             return result
 
         pool = ThreadPoolExecutor(max_workers=self.slots)
@@ -351,34 +330,6 @@ class LlamaEngine:
             return list(pool.map(one, tasks))
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def chat_stream(
-        self,
-        messages: Sequence[dict[str, str]],
-        max_tokens: int = 512,
-        temperature: float = 0.7,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """Yield the reply to `messages` piece by piece, by the GGUF's own chat template. Closing it stops the model.
-
-        Raises:
-            UserError: as complete(), also when the stream breaks off before its end.
-        """
-        body = {
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stop": list(stop),
-            "stream": True,
-            "reasoning_format": "none",
-        }
-        if seed is not None:
-            body["seed"] = seed
-        for event in self._events("/v1/chat/completions", body):
-            for choice in event["choices"]:
-                if piece := choice["delta"].get("content"):
-                    yield piece
 
     def complete_stream(
         self,
@@ -415,19 +366,16 @@ class LlamaEngine:
                 return
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The JSON events of a streamed answer, up to `[DONE]` or until the caller has seen its last one."""
-        with self._open(path, body) as response:
-            try:
-                for line in response:
-                    payload = line.removeprefix(b"data: ").strip()
-                    if not payload or not line.startswith(b"data: "):
-                        continue
-                    if payload == b"[DONE]":
-                        return
-                    event = json.loads(payload)
-                    if "error" in event:
-                        raise UserError(f"llama.cpp broke off: {event['error'].get('message', 'no reason given')}")
-                    yield event
-            except (OSError, HTTPException) as error:
-                raise self._broken(error) from None
+        """The JSON events of a streamed answer, until the caller has seen its last one."""
+        rest = b""
+        with self._answer(path, body) as response:
+            for chunk in response.iter_bytes():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: "):
+                        event = json.loads(line.removeprefix(b"data: "))
+                        if "error" in event:
+                            reason = event["error"].get("message", "no reason given")
+                            raise UserError(f"llama.cpp broke off: {reason}")
+                        yield event
         raise self._broken(ConnectionError("the stream ended early"))

@@ -22,7 +22,7 @@ def parameters(request: dict[str, Any]) -> Any:
     params.n_threads_http = request["slots"] + 2
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = request["threads"]
-        cpu.poll = 0  # waiting threads sleep; polling beside a busy neighbour is what makes two slower than one
+        cpu.poll = 0  # waiting threads sleep: polling beside a busy process makes two threads slower than one
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     params.api_keys = [request["api_key"]]
@@ -39,8 +39,8 @@ def parameters(request: dict[str, Any]) -> Any:
 def end_with_stdin() -> None:
     """Fork a watcher that kills this process, whatever it is doing, once stdin is closed.
 
-    No thread could: llama.cpp holds the interpreter's lock while it loads a model. Nor is Linux's PR_SET_PDEATHSIG of
-    use: the signal comes when the thread ends that started this process, and those of a Streamlit page end early.
+    No thread could: llama.cpp holds the interpreter's lock while it loads a model. Nor would Linux's PR_SET_PDEATHSIG
+    do: the signal comes when the thread ends that started this process, and those of a Streamlit page end early.
     """
     server, (ended, held) = os.getpid(), os.pipe()
     if os.fork():
@@ -59,7 +59,7 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     end_with_stdin()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # llama.cpp's own words go to the log, whichever stream it chooses
+    os.dup2(2, 1)  # llama.cpp's output goes to the log, whichever stream it uses
     try:
         import xllamacpp
 
@@ -71,7 +71,7 @@ def main() -> None:
     answers.flush()
     if "address" in answer:
         sys.stdin.read()
-    # Threads inside llama.cpp may hold an orderly exit for ever; the kernel frees everything.
+    # Threads of llama.cpp may block an orderly exit for ever; the kernel frees everything.
     os._exit(0)
 
 

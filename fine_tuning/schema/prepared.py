@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import replacing
-from fine_tuning.schema.chat_format import Encoded
+from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,9 +94,6 @@ def read_split(path: str | Path) -> "Dataset":
     return Dataset(parquet.read_table(path))
 
 
-IGNORED_LABEL = -100
-
-
 @dataclass(frozen=True)
 class Row:
     """One conversation as the model sees it: ids and labels of equal length, labels -100 where nothing is trained."""
@@ -123,7 +120,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def count_labels(rows: Sequence[Row]) -> int:
     """Number of trained tokens."""
-    return sum(label != IGNORED_LABEL for row in rows for label in row.labels[1:])
+    return sum(label != NOT_TRAINED for row in rows for label in row.labels[1:])
 
 
 def batch_by_tokens(
@@ -170,5 +167,5 @@ def collate(batch: Sequence[Row], pad_token_id: int, shape: tuple[int, int] | No
     return {
         "input_ids": padded([row.input_ids for row in batch], pad_token_id),
         "attention_mask": padded([[1] * length for length in lengths], 0),
-        "labels": padded([row.labels for row in batch], IGNORED_LABEL),
+        "labels": padded([row.labels for row in batch], NOT_TRAINED),
     }

@@ -2,12 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fine_tuning.common.errors import count_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def in_words(metrics: Mapping[str, Any]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Base models and the adapters trained on them."""
+"""Training of LoRA and QLoRA adapters."""

@@ -1,4 +1,4 @@
-"""Checkpoints: when one may be gone on with, and when it is whole."""
+"""Checkpoints: from which one a run may resume, and when one is complete."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.runtime.hardware import detect_hardware, is_main_process, process_count
 from fine_tuning.schema.prepared import Row
-from fine_tuning.training.memory import lanes
+from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.settings import TrainSettings
 
 CHECKPOINT_COMPLETE = "COMPLETE"
@@ -29,7 +29,7 @@ def checkpoint_key(
     resumes from a checkpoint that it would not have written itself.
     """
     hardware = detect_hardware(settings.precision, settings.threads)
-    machine = f"{hardware.device} {hardware.precision} {lanes(settings, hardware)} {process_count()}"
+    machine = f"{hardware.device} {hardware.precision} {count_micro_batches(settings, hardware)} {process_count()}"
     digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())
     for split in (rows, validation):
         digest.update(b"split")
@@ -40,14 +40,14 @@ def checkpoint_key(
 
 
 def is_outdated(checkpoints: Path) -> bool:
-    """Whether other code or other packages wrote checkpoints of the same inputs, which this run may not go on from."""
+    """Whether other code or packages wrote checkpoints of the same inputs, from which this run must not resume."""
     inputs, _, code = checkpoints.name.rpartition("-")
     return bool(inputs and code) and any(checkpoints.parent.glob(f"{inputs}-*/checkpoint-*/{CHECKPOINT_COMPLETE}"))
 
 
 @contextmanager
 def alone_with(checkpoints: Path) -> Iterator[None]:
-    """Wait until nobody else trains into the same folder, such as a run that outlived the pipeline that started it."""
+    """Wait until no other process trains into the same folder, such as a run that outlived its pipeline."""
     checkpoints.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{checkpoints}.lock")
     try:
@@ -62,7 +62,7 @@ def alone_with(checkpoints: Path) -> Iterator[None]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; half-written ones are removed."""
+    """The newest complete checkpoint; half-written ones are removed."""
     complete = []
     for path in folder.glob("checkpoint-*"):
         if (path / CHECKPOINT_COMPLETE).is_file():
@@ -73,7 +73,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Put a checkpoint's bytes on disk, then its mark: a crash in between leaves it unmarked."""
+    """Flush a checkpoint to disk, then mark it: a crash in between leaves it unmarked."""
     for file in checkpoint.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -84,7 +84,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove a run's checkpoints, their marks first: a crash in between leaves none that looks whole."""
+    """Remove a run's checkpoints, their marks first: a crash leaves none that looks complete."""
     for mark in folder.glob(f"checkpoint-*/{CHECKPOINT_COMPLETE}"):
         mark.unlink()
     shutil.rmtree(folder, ignore_errors=True)

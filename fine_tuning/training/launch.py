@@ -13,7 +13,7 @@ from fine_tuning.common.errors import UserError
 
 
 def launch(config: Path, module: str) -> NoReturn:
-    """Start `python -m module` anew in the processes that the configuration asks for, and end when they have ended.
+    """Start `python -m module` again in the processes that the configuration asks for, and end when they have ended.
 
     On a CPU they talk through gloo. Ctrl-C reaches each of them through the launcher.
 
@@ -45,6 +45,6 @@ def train_without_output(train: Callable[[], Any]) -> None:
     try:
         train()
     except UserError:
-        # The main process meets the same error and prints it; the launcher then ends this one before it repeats it.
+        # The main process raises the same error and reports it; the launcher then ends this one before it repeats it.
         time.sleep(10)
         raise

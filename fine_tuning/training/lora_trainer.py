@@ -19,20 +19,13 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 from fine_tuning.common.errors import UserError
 from fine_tuning.runtime.base_model import load_model, quiet_transformers
 from fine_tuning.runtime.hardware import Hardware, detect_hardware, is_main_process, process_count
-from fine_tuning.schema.prepared import Row, batch_by_tokens, collate, count_labels
-from fine_tuning.training.acceleration.cuda_graphs import (
-    frequent_shapes,
-    length_class,
-    may_record,
-    record_layers,
-    shape_of,
-    shapes_to_record,
-)
-from fine_tuning.training.acceleration.fused import fuse
-from fine_tuning.training.acceleration.shared_prefix import collate_packed, share_prefixes
+from fine_tuning.schema.prepared import Row, count_labels
+from fine_tuning.training.acceleration.accelerate import accelerated
+from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.checkpoints import is_outdated, newest_checkpoint, sort_adapter_config
 from fine_tuning.training.label_trainer import LabelTrainer
-from fine_tuning.training.memory import check_memory, lanes, read_shape
+from fine_tuning.training.memory import check_memory, read_shape
+from fine_tuning.training.objectives.sft import SupervisedFineTuning
 from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
 from fine_tuning.training.qlora_trainer import WeightsMemory, check_bitsandbytes, load_quantised_base, weights_memory
 from fine_tuning.training.row_checks import check_rows
@@ -80,7 +73,7 @@ def train_adapter(
         base_name: what the adapter's configuration calls its base, such as the id on the hub.
         checkpoints: folder of this run's checkpoints, named by `checkpoint_key`; emptied by the caller when done.
         progress: called with each logged step's values (step, loss, learning_rate, grad_norm, eval_loss).
-        start_from: folder of an adapter of the same shape to go on from, instead of a new one.
+        start_from: folder of an adapter of the same shape to continue training, instead of a new one.
 
     Raises:
         UserError: nothing to train, too little memory, a target module that the base lacks, an adapter to start from
@@ -88,97 +81,37 @@ def train_adapter(
             checkpoint stays).
         KeyboardInterrupt: Ctrl-C, after the step under way and a checkpoint.
     """
-    gc.collect()  # what an earlier training in this process left, which refers to itself
     check_rows(train_rows, "train")
     check_rows(validation_rows, "validation")
-    check_spreading(settings)
-    take_own_gpu()
-    hardware = detect_hardware(settings.precision, settings.threads)
-    check_bitsandbytes(settings, hardware)
-    quiet_transformers()
-    at_once = lanes(settings, hardware)
-    torch.set_num_threads(hardware.threads // at_once)
-    if hardware.device == "cuda":
-        torch.cuda.empty_cache()
-        take_repeatable_kernels()
-    set_seed(settings.seed)
+    hardware, micro_batches = prepare_machine(settings)
     model = attach_adapter(load_base(base, settings, hardware), settings)
     if start_from:
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
-    random = settings.lora.dropout or settings.neftune_alpha
-    if hardware.precision != "float16":  # which is computed from weights in float32
-        fuse(model)
+    objective = SupervisedFineTuning(model.config.get_text_config().pad_token_id or 0, settings.packing)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
-    shared = not (random or settings.packing) and share_prefixes(model, longest)
     guard = RunGuard(settings, progress)
-    pad = model.config.get_text_config().pad_token_id or 0
-    batches, shapes = batch_by_tokens(train_rows, settings.batch_tokens, at_once), set()
-    if shared and may_record(settings, hardware):
-        rounded = batch_by_tokens(train_rows, settings.batch_tokens, padded=length_class)
-        uses = settings.max_steps / len(rounded) if settings.max_steps else settings.epochs
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        most = shapes_to_record(read_shape(base), settings, hardware, trainable, memory)
-        shapes = frequent_shapes(rounded, settings.batch_tokens, uses, most)
-    if shapes:
-        batches, shared = rounded, False
-        record_layers(model, shapes)
-    arguments = training_arguments(settings, hardware, checkpoints, len(batches))
-
-    def lay_rows(batch: list[Sequence[Row]]) -> dict[str, torch.Tensor]:
-        (rows,) = batch
-        if settings.packing:
-            return collate_packed(rows)
-        shape = shape_of(rows, settings.batch_tokens)
-        return collate(rows, pad, shape if shape in shapes else None)
-
-    trainer = LabelTrainer(
-        lanes=at_once,
-        shared_prefixes=shared,
-        model=model,
-        args=arguments,
-        train_dataset=batches,
-        eval_dataset=batch_by_tokens(validation_rows, 2 * settings.batch_tokens),
-        data_collator=lay_rows,
-        callbacks=[guard],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        before = trainer.mean_loss()
-    except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        print("train: this base has no repeatable kernels on a GPU: trained again, it may be other bytes", flush=True)
-        torch.use_deterministic_algorithms(False)
-        before = trainer.mean_loss()
-    started = time.monotonic()
-    resume = newest_checkpoint(checkpoints)
-    if is_main_process() and resume:
-        print(f"train: going on from {resume.name}", flush=True)
-    elif is_main_process() and is_outdated(checkpoints):
-        print("train: code or packages changed since this run was cut off: training starts anew", flush=True)
-    state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
-    if state is not None and is_over(settings, state):
-        # transformers would take one step more.
-        load_adapter(model, resume / "adapter_model.safetensors")
-        trainer.state = state
-    else:
-        with guard.stopping_on_interrupt():
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if best := guard.best_file(checkpoints, trainer.state):
-        load_adapter(model, best)
-    seconds = time.monotonic() - started
-    after = trainer.mean_loss()
-    check_loss("validation", after, trainer.state.global_step)
-    model.peft_config["default"].base_model_name_or_path = base_name
-    if is_main_process():
-        output.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(output, save_embedding_layers=False)
-        sort_adapter_config(output)
-    steps = trainer.state.global_step
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seen = trainer.state.num_input_tokens_seen - (state.num_input_tokens_seen if state else 0)
+    with accelerated(model, objective, base, train_rows, longest, settings, hardware) as objective:
+        batches = objective.batches(train_rows, settings.batch_tokens, micro_batches)
+        trainer = LabelTrainer(
+            objective=objective,
+            micro_batches=micro_batches,
+            model=model,
+            args=training_arguments(settings, hardware, checkpoints, len(batches)),
+            train_dataset=batches,
+            eval_dataset=objective.batches(validation_rows, 2 * settings.batch_tokens),
+            callbacks=[guard],
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = first_loss(trainer)
+        started = time.monotonic()
+        tokens = run_steps(trainer, guard, checkpoints)
+        seconds = time.monotonic() - started
+        after = trainer.mean_loss()
+    steps, history = trainer.state.global_step, trainer.state.log_history
+    check_loss("validation", after, steps)
+    save_adapter(model, base_name, output)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainingResult(
         steps=steps,
         train_loss=sum(losses) / len(losses),
@@ -187,20 +120,85 @@ def train_adapter(
         trained_tokens=count_labels(train_rows),
         tokens=sum(len(row.input_ids) for row in train_rows),
         seconds=seconds,
-        tokens_per_second=seen / seconds,
+        tokens_per_second=tokens / seconds,
         peak_memory_mb=peak_memory_mb(hardware),
         base_weights=weights_memory(model, hardware),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hardware=hardware,
-        history=[entry for entry in trainer.state.log_history if "train_loss" not in entry],
+        history=[entry for entry in history if "train_loss" not in entry],
     )
 
 
-def take_repeatable_kernels() -> None:
-    """Let a GPU add in the same order every time, which attention and the products do only when they are asked."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
+    """Set seeds, threads and deterministic kernels: (what to train on, micro-batches to compute at once).
+
+    Raises:
+        UserError: the settings ask for what this machine or bitsandbytes cannot do.
+    """
+    gc.collect()  # reference cycles of an earlier training in this process
+    check_spreading(settings)
+    take_own_gpu()
+    hardware = detect_hardware(settings.precision, settings.threads)
+    check_bitsandbytes(settings, hardware)
+    quiet_transformers()
+    micro_batches = count_micro_batches(settings, hardware)
+    torch.set_num_threads(hardware.threads // micro_batches)
+    if hardware.device == "cuda":
+        torch.cuda.empty_cache()
+        # By default attention and matrix products on a GPU do not add in a fixed order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    set_seed(settings.seed)
+    return hardware, micro_batches
+
+
+def first_loss(trainer: LabelTrainer) -> float:
+    """Validation loss before training; other kernels are allowed where a base has no deterministic ones."""
+    try:
+        return trainer.mean_loss()
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+    print(
+        "train: this base has no deterministic kernels on a GPU: trained again, another run may give other bytes",
+        flush=True,
+    )
+    torch.use_deterministic_algorithms(False)
+    return trainer.mean_loss()
+
+
+def run_steps(trainer: LabelTrainer, guard: RunGuard, checkpoints: Path) -> int:
+    """Train to the end, from the newest checkpoint where there is one, and load the best weights where they are kept.
+
+    Returns:
+        Tokens that were trained on since this call, padding left out.
+    """
+    resume = newest_checkpoint(checkpoints)
+    if is_main_process() and resume:
+        print(f"train: resuming from {resume.name}", flush=True)
+    elif is_main_process() and is_outdated(checkpoints):
+        print("train: code or packages changed since this run was cut off: training starts anew", flush=True)
+    state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
+    if state is not None and is_over(guard.settings, state):
+        # transformers would take one more step.
+        load_adapter(trainer.model, resume / "adapter_model.safetensors")
+        trainer.state = state
+    else:
+        with guard.stopping_on_interrupt():
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if best := guard.best_file(checkpoints, trainer.state):
+        load_adapter(trainer.model, best)
+    return trainer.state.num_input_tokens_seen - (state.num_input_tokens_seen if state else 0)
+
+
+def save_adapter(model: Any, base_name: str, output: Path) -> None:
+    """Write the adapter with peft; of several processes the main one does."""
+    model.peft_config["default"].base_model_name_or_path = base_name
+    if is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(output, save_embedding_layers=False)
+        sort_adapter_config(output)
 
 
 def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreTrainedModel:
@@ -242,10 +240,10 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
 
 
 def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> None:
-    """Refuse to go on from an adapter that would say something else here than where it was trained.
+    """Refuse to continue an adapter on another base or with another scale than it was trained with.
 
     Raises:
-        UserError: its configuration names another base or another scale, which equal shapes would not tell.
+        UserError: its configuration names another base or scale, which its shapes do not show.
     """
     config = json.loads((adapter / "adapter_config.json").read_bytes())
     named, lora = config["base_model_name_or_path"], settings.lora
@@ -253,10 +251,8 @@ def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> Non
         raise UserError(
             f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"
         )
-    for parameter, had, wanted in (
-        ("alpha", config["lora_alpha"], lora.alpha),
-        ("rslora", config["use_rslora"], lora.rslora),
-    ):
+    for parameter, key in (("alpha", "lora_alpha"), ("rslora", "use_rslora")):
+        had, wanted = config[key], getattr(lora, parameter)
         if had != wanted:
             raise UserError(
                 f"the adapter of train.start_from was trained with train.lora.{parameter} = {had}, which is {wanted} "

@@ -9,18 +9,6 @@ from fine_tuning.runtime.hardware import Hardware, local_process_count, process_
 from fine_tuning.training.settings import TrainSettings
 
 
-def lanes(settings: TrainSettings, hardware: Hardware) -> int:
-    """How many parts of a batch to compute at once: two on a CPU, one elsewhere.
-
-    One also where parts would draw random numbers from the one generator in no fixed order (dropout, NEFTune), where
-    rows are no longer apart (packing), where activations are made anew (checkpointing), where weights are unpacked for
-    every product (QLoRA), and where several processes share the batch already.
-    """
-    random = settings.lora.dropout or settings.neftune_alpha
-    plain = not (random or settings.packing or settings.gradient_checkpointing or settings.method == "qlora")
-    return 2 if process_count() == 1 and plain and hardware.device == "cpu" and hardware.threads > 1 else 1
-
-
 @dataclass(frozen=True)
 class Shape:
     """What the memory that a model needs depends on."""
@@ -33,7 +21,7 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """What a folder's model takes, read from its configuration and the headers of its weights: nothing is loaded.
+    """Sizes of a folder's model, from its configuration and the headers of its weights: nothing is loaded.
 
     Raises:
         UserError: the folder holds no model.
@@ -79,7 +67,7 @@ def memory_needed(shape: Shape, settings: TrainSettings, hardware: Hardware) -> 
 
 
 def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
-    """Refuse to start what cannot fit beside half a gigabyte for the program itself.
+    """Refuse to start what does not fit, with half a gigabyte for the program itself.
 
     Raises:
         UserError: the estimate exceeds the free memory; says what to change.
@@ -88,7 +76,7 @@ def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> N
     if hardware.device == "cpu":
         needed *= local_process_count()
     free = free_memory(hardware.device)
-    if free is not None and needed > free:
+    if needed > free:
         raise UserError(
             f"training needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {_smaller(settings)}"
         )
@@ -103,29 +91,21 @@ def _smaller(settings: TrainSettings) -> str:
     return f"{', '.join(ways)}, or choose a smaller base.model"
 
 
-def free_memory(device: str) -> int | None:
-    """Bytes free for this process on `device`, or None where the system does not say."""
+def free_memory(device: str) -> int:
+    """Bytes free for this process on `device`."""
+    import psutil
     import torch
 
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    known = [free for free in (_system_memory(), group_memory()) if free is not None]
-    return min(known, default=None)
-
-
-def _system_memory() -> int | None:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
+    free, group = psutil.virtual_memory().available, group_memory()
+    return free if group is None else min(free, group)
 
 
 def group_memory(top: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
     """Bytes that the limits of a container or of a job of Slurm leave (cgroup v2), or None where there is no limit.
 
-    Files that the system has cached count as used there, but give way.
+    Cached files count as used there, but are evicted when memory is needed.
     """
     try:
         inner = next(line[3:].strip() for line in own.read_text().splitlines() if line.startswith("0::"))

@@ -20,7 +20,7 @@ from fine_tuning.training.settings import TrainSettings
 
 
 def agree(urgency: int) -> int:
-    """The greatest urgency of all processes: what one of them decided alone would leave the others waiting for it."""
+    """The maximum over all processes: a decision of one alone would leave the others waiting for it."""
     if not distributed.is_initialized():
         return urgency
     shared = torch.tensor(urgency, device=_device())
@@ -42,7 +42,7 @@ def _device() -> str:
 
 
 def take_own_gpu() -> None:
-    """Work on the GPU of this process's number among those of the machine, from the first byte of the base on."""
+    """Use the GPU with this process's local rank, before anything is loaded."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -78,7 +78,7 @@ def keep_adapter_whole(model: Any) -> None:
     if not spread:
         return
     base = model.get_base_model()
-    # One unit is the whole model, which each process would gather at once: nothing would be won.
+    # One unit is the whole model, which each process would gather at once: no memory would be saved.
     if sum(isinstance(module, FSDPModule) for module in base.modules()) < 2:
         raise UserError(f"no way to spread a {base.config.model_type} base is known: set train.launch to ddp")
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, spread)
@@ -89,7 +89,7 @@ def keep_adapter_whole(model: Any) -> None:
 
 
 def reshard(model: Any) -> None:
-    """Give back what was borrowed: saving does so in the process that saves, and all have to be of one mind."""
+    """Free the gathered weights: saving does so in the process that saves, and all have to do the same."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

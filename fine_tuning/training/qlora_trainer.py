@@ -45,7 +45,7 @@ def check_bitsandbytes(settings: TrainSettings, hardware: Hardware) -> None:
             )
             bitsandbytes.functional.dequantize_4bit(packed, state)
         if settings.optimizer in EIGHT_BIT:
-            # From so many numbers on the state is held in eight bits.
+            # The state is held in eight bits from this many parameters on.
             parameter = torch.nn.Parameter(torch.ones(4096, device=hardware.device))
             parameter.grad = torch.ones_like(parameter)
             getattr(bitsandbytes.optim, EIGHT_BIT[settings.optimizer])([parameter]).step()

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.schema.chat_format import render
-from fine_tuning.schema.prepared import IGNORED_LABEL, Row, count_labels
+from fine_tuning.schema.chat_format import NOT_TRAINED, render
+from fine_tuning.schema.prepared import Row, count_labels
 
 
 def check_rows(rows: Sequence[Row], split: str) -> None:
-    """Refuse rows that would train nothing, or train something other than their own tokens.
+    """Refuse rows that train no token, or labels that are not the row's own tokens.
 
     Raises:
         UserError: the split is empty, ids and labels do not belong together, or no token is trained.
@@ -19,7 +19,7 @@ def check_rows(rows: Sequence[Row], split: str) -> None:
     for row in rows:
         if len(row.input_ids) != len(row.labels):
             raise UserError(f"{split}: {row.id} has more ids than labels: run `dvc repro -f -s prepare && dvc repro`")
-        if any(label not in (IGNORED_LABEL, token) for token, label in zip(row.input_ids, row.labels, strict=True)):
+        if any(label not in (NOT_TRAINED, token) for token, label in zip(row.input_ids, row.labels, strict=True)):
             raise UserError(f"{split}: {row.id} has a foreign label: run `dvc repro -f -s prepare && dvc repro`")
     if not count_labels(rows):
         raise UserError(f"no assistant token would be trained in the {split} split: check prepare.train_on")
@@ -51,5 +51,5 @@ def reply_opener(tokenizer: Any) -> str:
 
 
 def _trained_starts(labels: Sequence[int]) -> list[int]:
-    trained = [label != IGNORED_LABEL for label in labels]
+    trained = [label != NOT_TRAINED for label in labels]
     return [i for i, now in enumerate(trained) if now and (i == 0 or not trained[i - 1])]

@@ -1,4 +1,4 @@
-"""What watches a run: progress, limits, Ctrl-C, early stopping, numbers that are none, whole checkpoints."""
+"""Callbacks of a run: progress, Ctrl-C, early stopping, non-finite losses, complete checkpoints."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ GO_ON, STOP_AND_SAVE = 0, 1
 
 
 class RunGuard(TrainerCallback):
-    """Reports progress, stops on patience, on Ctrl-C or on a loss that is no number, marks whole checkpoints.
+    """Reports progress, stops early, on Ctrl-C or on a non-finite loss, and marks complete checkpoints.
 
     What it knows of earlier measurements it reads from the trainer's state, which checkpoints keep: a resumed run
     decides as an uninterrupted one would. Several processes decide together: each would wait for the others.
@@ -39,7 +39,7 @@ class RunGuard(TrainerCallback):
 
     @contextlib.contextmanager
     def stopping_on_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C end the training after the step under way, with a checkpoint; a second one ends it at once.
+        """Let Ctrl-C end the training after the current step, with a checkpoint; a second one ends it at once.
 
         Where several processes train, their launcher passes Ctrl-C on to each, and ends them after half a minute.
         """
@@ -87,7 +87,7 @@ class RunGuard(TrainerCallback):
             with replacing(Path(args.output_dir) / _best_name(state.global_step)) as file:
                 file.write(safetensors.torch.save({name: value.contiguous() for name, value in weights.items()}))
         reshard(model)
-        # Nobody reads the file before it is there.
+        # Every process waits here until the file is written.
         control.should_training_stop |= bool(agree(int(out_of_patience(self.settings, state))))
         return control
 
@@ -98,7 +98,7 @@ class RunGuard(TrainerCallback):
         return folder / _best_name(best_step(state))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written as whole, by all processes.
+        """Mark the checkpoint that was just written, by all processes, as complete.
 
         Raises:
             UserError: its weights are no numbers; it stays unmarked, and those before it are kept.
@@ -109,12 +109,13 @@ class RunGuard(TrainerCallback):
         reshard(model)
         agree(GO_ON)  # each has written its part
         if is_main_process():
-            mark_complete(_checkpoint(args, state))
-            _drop_old_bests(Path(args.output_dir), state)
+            folder = Path(args.output_dir)
+            mark_complete(folder / f"checkpoint-{state.global_step}")
+            _drop_old_bests(folder, state)
 
 
 def check_loss(name: str, loss: float, step: int) -> None:
-    """Raises UserError unless a loss is a number."""
+    """Raises UserError unless a loss is finite."""
     if not math.isfinite(loss):
         raise UserError(
             f"the {name} loss became {loss} at step {step}: lower train.learning_rate; the checkpoints before it are "
@@ -123,7 +124,7 @@ def check_loss(name: str, loss: float, step: int) -> None:
 
 
 def is_over(settings: TrainSettings, state: Any) -> bool:
-    """Whether the run that a checkpoint's state tells of had come to its end."""
+    """Whether the run of a checkpoint's state had ended."""
     return state.global_step >= state.max_steps or out_of_patience(settings, state)
 
 
@@ -148,12 +149,8 @@ def _best_name(step: int) -> str:
     return f"best-{step}.safetensors"
 
 
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
 def _drop_old_bests(folder: Path, state: Any) -> None:
-    """Remove what no run that goes on from one of the kept checkpoints would come back to."""
+    """Remove best weights that no run resumed from a kept checkpoint could return to."""
     oldest = min(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
     known = {step: loss for step, loss in validation_history(state).items() if step <= oldest}
     if known:

@@ -1,4 +1,4 @@
-"""What a training run says of itself: before it, after it, in metrics and in curves."""
+"""What a training run reports: an announcement, a summary, metrics and curves."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ def announcement(
 
 
 def summary(settings: TrainSettings, result: TrainingResult) -> str:
-    """What a run took and brought, in one line, and in another that it made things worse."""
+    """One-line summary of a run; a second line warns when validation loss rose."""
     weights = f"{result.base_weights.held_mb:.0f} MB"
     if settings.method == "qlora":
         weights += f" in four bits instead of {result.base_weights.lora_mb:.0f} MB"
@@ -54,28 +54,17 @@ def summary(settings: TrainSettings, result: TrainingResult) -> str:
 
 def quality(result: TrainingResult) -> dict[str, float]:
     """What depends on data and parameters alone: it is the same in every clone."""
-    return {
-        "validation_loss_before": result.validation_loss_before,
-        "validation_loss": result.validation_loss,
-        # Larger ones are no floats any more.
-        "validation_perplexity": math.exp(min(result.validation_loss, 700.0)),
-        "train_loss": result.train_loss,
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "trained_tokens": result.trained_tokens,
-        "trainable_parameters": result.trainable_parameters,
-    }
+    losses = ("validation_loss_before", "validation_loss", "train_loss")
+    names = (*losses, "steps", "tokens", "trained_tokens", "trainable_parameters")
+    # exp() overflows above 709.
+    perplexity = math.exp(min(result.validation_loss, 700.0))
+    return {name: getattr(result, name) for name in names} | {"validation_perplexity": perplexity}
 
 
 def speed(result: TrainingResult) -> dict[str, float]:
     """What depends on the machine: it goes to MLflow only."""
-    return {
-        "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "peak_memory_mb": result.peak_memory_mb,
-        "base_weights_mb": result.base_weights.held_mb,
-        "base_weights_lora_mb": result.base_weights.lora_mb,
-    }
+    weights = {"base_weights_mb": result.base_weights.held_mb, "base_weights_lora_mb": result.base_weights.lora_mb}
+    return {name: getattr(result, name) for name in ("seconds", "tokens_per_second", "peak_memory_mb")} | weights
 
 
 def learning_curve(result: TrainingResult) -> Curve:

@@ -36,6 +36,7 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "adamw_8bit", "lion_8bit", "sgd"]
     batch_tokens: int = Field(ge=16)
     packing: bool
+    acceleration: Literal["auto", "off"]
     gradient_accumulation: int = Field(ge=1)
     lora: LoraSettings
     precision: Literal["auto", "float32", "bfloat16", "float16"]

@@ -1,4 +1,4 @@
-"""How quickly was trained on this machine: kept from run to run, for estimates and budgets. No output depends on it."""
+"""Training speed on this machine, kept for estimates and budgets. No output depends on it."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ _DURATION = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,7})s)?")
 def record_speed(path: Path, tokens_per_second: float, what: str) -> None:
     """Remember the speed of a run that has ended, and with what base and method it was reached.
 
-    0 says nothing: a run that was cut off after its last step had nothing left to train.
+    0 is not recorded: a run that was resumed after its last step had nothing left to train.
     """
     if tokens_per_second > 0:
         write_json(path, {"tokens_per_second": tokens_per_second, "what": what})

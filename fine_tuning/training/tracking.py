@@ -39,7 +39,7 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
     """
     import logging
 
-    # Seven retries, MLflow's default, keep a person waiting for four minutes when the server is down.
+    # MLflow's default of seven retries takes four minutes when the server is down.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -55,7 +55,7 @@ def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:
         with FileLock(lock, timeout=120):
             own = file == artifacts.parent / "mlflow.db"
             if file and not (file.exists() and file.stat().st_size):
-                # A store that was killed while MLflow made its tables never opens again: it comes whole or not at all.
+                # A store whose creation was killed never opens again: it is created beside its place and renamed.
                 new = file.with_name(f".{file.name}.new")
                 new.unlink(missing_ok=True)
                 mlflow.MlflowClient(f"sqlite:///{new}", f"sqlite:///{new}").search_experiments()
@@ -101,7 +101,7 @@ def _refuse_foreign_file(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
             names = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            # Alembic makes a table anew under such a name: of a migration that was killed.
+            # Alembic's temporary table, left by a migration that was killed.
             foreign = bool(names) and not names & {"experiments", "_alembic_tmp_experiments"}
     except sqlite3.DatabaseError as error:
         foreign = "locked" not in str(error)
@@ -122,10 +122,6 @@ class Run:
 
         now = int(time.time() * 1000)
         self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
-
-    def log_metrics(self, values: dict[str, float]) -> None:
-        """Log final numbers."""
-        self.log_step(values, 0)
 
     def log_artifacts(self, folder: Path, name: str) -> None:
         """Copy a folder into the run's artifacts."""
@@ -211,7 +207,7 @@ def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> 
             )
             if sha256_file(Path(local) / WEIGHTS) in found:
                 target = folder / found.pop()
-                with contextlib.suppress(OSError):  # another process was quicker
+                with contextlib.suppress(OSError):  # another process was faster
                     Path(local).replace(target)
                 return target
     raise UserError(f"train.start_from = {sha256}: its artifacts in MLflow are gone or damaged: choose another")

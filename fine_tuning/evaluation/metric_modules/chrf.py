@@ -1,4 +1,4 @@
-"""Corpus chrF of the replies by sacrebleu, 0 to 100: character n-grams, so that any script is served (Popović 2015)."""
+"""Corpus chrF of the replies by sacrebleu, 0 to 100: character n-grams, for text in any script (Popović 2015)."""
 
 import datasets
 import evaluate

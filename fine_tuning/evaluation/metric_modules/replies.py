@@ -1,4 +1,4 @@
-"""The shape of the replies: do they end by themselves, are they empty or looping, how long and how varied are they."""
+"""Shape of the replies: shares that end by themselves, are empty or loop; length and diversity."""
 
 import re
 from typing import ClassVar

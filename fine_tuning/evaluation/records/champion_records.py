@@ -1,7 +1,7 @@
-"""What the champion's folder holds beside its weights: whom it learned from, and the evaluation it was promoted by.
+"""The champion's folder beside its weights: its training conversations and the evaluation it was promoted by.
 
 A candidate that is the champion is not compared with itself. The records of the evaluation that made it the champion
-are taken back byte for byte, so that the verdict behind the promotion stands and can be computed again.
+are restored byte for byte, so that the verdict behind the promotion stands and can be computed again.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def method_sha256(*settings: Settings) -> str:
     return hashlib.sha256(values.encode()).hexdigest()
 
 
-def take_back(record: Path, metrics: Path, method: str) -> bool:
+def restore_records(record: Path, metrics: Path, method: str) -> bool:
     """Copy the files of the champion's evaluation to where they were written; False if there are none, or if they were
     made in another way than `method`.
 

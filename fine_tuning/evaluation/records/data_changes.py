@@ -1,4 +1,4 @@
-"""What the candidate learned from that the champion did not, and the other way round."""
+"""Changes of the training data since the champion: conversations and tokens that were added or removed."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ MEMBERS = "training.jsonl"  # in the champion's folder
 
 
 def training_members(train: Path) -> list[dict[str, Any]]:
-    """{"id", "source", "tokens"} of every conversation in a prepared split; no word of what was said."""
+    """{"id", "source", "tokens"} of every conversation in a prepared split; no content."""
     from pyarrow import compute, parquet
 
     table = parquet.read_table(train, columns=["id", "source", "input_ids"])

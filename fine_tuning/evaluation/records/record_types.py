@@ -5,10 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
 PERSON = "person"  # author of what no model wrote
 EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
 UNKNOWN = "unknown"  # author of what a model wrote that nobody named
@@ -101,7 +98,7 @@ class Likelihood:
     turns: list[tuple[float, int, int]]
 
     def as_json(self) -> list[list[float | None]]:
-        """The turns in a form that JSON has; a likelihood that is no number is null."""
+        """The turns in a form that JSON has; a non-finite likelihood is null."""
         return [[finite(nll), tokens, correct] for nll, tokens, correct in self.turns]
 
     @classmethod
@@ -111,7 +108,7 @@ class Likelihood:
 
 
 def finite(number: float) -> float | None:
-    """The number, or None where JSON has no word for it."""
+    """The number, or None where it is not finite, which JSON cannot express."""
     return number if math.isfinite(number) else None
 
 
@@ -125,5 +122,5 @@ class Reply:
 
 
 GIVEN = 8  # tokens of a reply that the model is given beside the prompt
-SHORTEST, LONGEST = 16, 32  # tokens that it has to go on with; shorter ones are guessed too often
-PROMPTED, SHOWN = "base_prompted", "base_few_shot"
+SHORTEST, LONGEST = 16, 32  # tokens that it has to continue; shorter ones are guessed too often
+PROMPTED, FEW_SHOT = "base_prompted", "base_few_shot"

@@ -1,14 +1,11 @@
 """Section `evaluate` of params.yaml."""
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from fine_tuning.common.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 
 def _metric_name(name: str) -> str:
@@ -18,8 +15,8 @@ def _metric_name(name: str) -> str:
     return name
 
 
-class RivalSettings(Settings):
-    """Section `evaluate.rivals`."""
+class PromptingBaselineSettings(Settings):
+    """Section `evaluate.prompting_baselines`."""
 
     system_prompt: str | None
     examples: int = Field(ge=0)
@@ -57,7 +54,7 @@ class EvaluateSettings(Settings):
     threads: int | None = Field(ge=1)
     generation: GenerationSettings
     quantised_items: int = Field(ge=0)
-    rivals: RivalSettings
+    prompting_baselines: PromptingBaselineSettings
     forgetting: bool
     other_histories: int = Field(ge=0)
     memory: MemorySettings

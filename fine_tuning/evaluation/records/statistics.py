@@ -1,4 +1,4 @@
-"""How sure a number is: a bootstrap over clusters of conversations, and corrections for asking many questions.
+"""Uncertainty: a bootstrap over clusters of conversations, and corrections for multiple tests.
 
 Conversations of one cluster (near-duplicates) rise and fall together. A bootstrap that draws them one by one takes them
 for independent evidence and calls identical models different too often, so whole clusters are drawn
@@ -41,7 +41,7 @@ class Resampling:
 
     @property
     def clusters(self) -> int:
-        """Their number."""
+        """Number of clusters."""
         return self.taken.shape[1]
 
     def totals(self, statistics: np.ndarray) -> np.ndarray:

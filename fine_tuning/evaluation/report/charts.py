@@ -1,5 +1,6 @@
 """Drawings as SVG: in the report as part of the page, and as files of their own for `dvc plots`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,15 +14,11 @@ STYLE = (
 def standalone(drawing: str, title: str) -> str:
     """A drawing as a file: with its own colours, a white ground and a title."""
     head, _, rest = drawing.partition(">")
-    box = head.split('viewBox="')[1].split('"')[0].split()
-    width, height = int(box[2]), int(box[3])
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -32 {width} {height + 32}" width="{width}" '
-        f'height="{height + 32}"'
-    )
+    width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', head).groups())
+    size = f'width="{width}" height="{height + 32}"'
     return (
-        f'{head}><style>{STYLE}</style><rect y="-32" width="{width}" height="{height + 32}" fill="white"/>'
-        f'<text x="0" y="-12" font-weight="bold">{escape(title)}</text>{rest}\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -32 {width} {height + 32}" {size}><style>{STYLE}</style>'
+        f'<rect y="-32" {size} fill="white"/><text x="0" y="-12" font-weight="bold">{escape(title)}</text>{rest}\n'
     )
 
 
@@ -47,7 +44,7 @@ def interval_plot(differences: Mapping[str, Mapping[str, Any]]) -> str:
             f'<text x="0" y="{y + 4}">{escape(name)}</text>'
             f'<line class="{kind}" x1="{left:.1f}" x2="{right:.1f}" y1="{y}" y2="{y}" stroke-width="3"/>'
             f'<circle class="{kind}" cx="{centre:.1f}" cy="{y}" r="5"/>'
-            f'<text x="500" y="{y + 4}">{number(found["candidate"])} − {number(found["rival"])} = {value:+.3g} '
+            f'<text x="500" y="{y + 4}">{number(found["candidate"])} − {number(found["baseline"])} = {value:+.3g} '
             f"[{low:+.3g}, {high:+.3g}], n {found['n']}</text>"
         )
     height = 28 * len(rows) + 16

@@ -1,1 +1,1 @@
-"""What the models answer, and how likely they find what people answered."""
+"""Replies of the models, and their likelihood of the references."""

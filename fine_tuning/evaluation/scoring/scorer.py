@@ -140,7 +140,7 @@ def quantised_likelihoods(
 ) -> list[Likelihood]:
     """The same for a GGUF in llama.cpp, token by token: slow, and exactly what will be served."""
     pairs = [(item.input_ids[:start], item.input_ids[start:end]) for item in items for start, end in item.runs]
-    scores = iter(engine.score_many(pairs, (lambda _: on_done(1)) if on_done else None))
+    scores = iter(engine.score_many(pairs, on_done))
     return [
         Likelihood(
             [
@@ -163,5 +163,5 @@ def replies(
     on_done: Callable[[int], None] | None = None,
 ) -> list[Reply]:
     """Greedy replies to prompts of token ids, capped at `max_tokens`."""
-    done = engine.complete_many(prompts, max_tokens, on_done=(lambda _: on_done(1)) if on_done else None)
+    done = engine.complete_many(prompts, max_tokens, on_done)
     return [Reply(completion.text.strip(), len(completion.ids), completion.finished) for completion in done]

@@ -1,5 +1,6 @@
 """A Markdown page for people: the same prompts, answered by every contender."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from fine_tuning.evaluation.records.record_types import Reply
@@ -27,9 +28,5 @@ def quote(text: str) -> str:
     if not text:
         return "> *(nothing)*"
     # A fence one longer than any in the text cannot be closed by it.
-    longest = run = 0
-    for character in text:
-        run = run + 1 if character == "`" else 0
-        longest = max(longest, run)
-    fence = "`" * max(3, longest + 1)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join(f"> {line}".rstrip() for line in [f"{fence}text", *text.split("\n"), fence])

@@ -1,4 +1,4 @@
-"""What every model should still know: a frozen suite of general questions, and general text that is no chat.
+"""General knowledge that training should not cost: a frozen suite of questions, and general text that is not chat.
 
 A question has a right and a wrong answer. Models are compared by the nats of both answers' content tokens, and by the
 nats a byte of the texts. Neither needs generation or a judge; guards.py decides on the records.

@@ -1,7 +1,7 @@
-"""What has the model kept word for word? Its training replies gone on with, and canaries beside secrets never shown.
+"""What has the model memorised? Verbatim continuation of training replies, and canaries beside secrets never shown.
 
-Greedy decoding goes on with a reply word for word exactly where every token of it is the model's first choice after
-the true ones before it. So one teacher-forced pass tells what generating would, and costs a tenth.
+Greedy decoding continues a reply verbatim exactly where every token of it is the model's first choice after the true
+ones before it. So one teacher-forced pass tells what generating would, and costs a tenth.
 """
 
 import math
@@ -33,21 +33,21 @@ def memory_items(
 
     Args:
         train: the prepared training split.
-        count: training replies to go on with. Those that several clusters of conversations share are common phrases,
+        count: training replies to be continued. Those that several clusters of conversations share are common phrases,
             which a model may learn, and left out.
     """
     rows = read_split(train).select_columns(["id", "window", "source", "cluster", "input_ids", "labels"])
-    told = [
+    found = [
         _item(item_id(row["id"], row["window"]), row["source"], row["cluster"], row["input_ids"], row["labels"])
         for row in rows
     ]
-    secrets = [item for item in told if item.source == SOURCE]
+    secrets = [item for item in found if item.source == SOURCE]
     if secrets:
         for index, messages in enumerate(controls(CONTROLS)):
             encoded = encode_conversation(tokenizer, messages, system_prompt, max_length)
             name = f"control-{index:04d}"
             secrets.append(_item(name, "control", name, encoded.input_ids, encoded.labels))
-    rest = [item for item in (_rest(item) for item in told if item.source != SOURCE) if item is not None]
+    rest = [item for item in (_rest(item) for item in found if item.source != SOURCE) if item is not None]
     clusters: dict[tuple[int, ...], set[str]] = {}
     for item in rest:
         clusters.setdefault(_words(item), set()).add(item.cluster)
@@ -59,7 +59,7 @@ def _item(id: str, source: str, cluster: str, ids: list[int], labels: list[int])
 
 
 def _rest(item: Item) -> Item | None:
-    """The last reply that is long enough, from where the model is to go on; None where there is none."""
+    """The last reply that is long enough, from where the model continues it; None where there is none."""
     for start, end in reversed(item.runs):
         begin, stop = start + GIVEN, min(end, start + GIVEN + LONGEST)
         if stop - begin >= SHORTEST:
@@ -75,7 +75,7 @@ def _words(item: Item) -> tuple[int, ...]:
 
 
 def recalled(contender: str, items: Sequence[Item], scores: Sequence[Likelihood]) -> list[dict[str, Any]]:
-    """Lines of memory.jsonl: how likely each is (nats), and whether the contender says it word for word."""
+    """Lines of memory.jsonl: how likely each is (nats), and whether the contender says it verbatim."""
     lines = []
     for item, score in zip(items, scores, strict=True):
         nll, tokens, correct = (sum(numbers) for numbers in zip(*score.turns, strict=True))

@@ -1,4 +1,4 @@
-"""Does a model say personal data that nobody told it? The cleaner's own recognisers over all generated text.
+"""Personal data in replies that was not in the prompt, found by the cleaner's own recognisers.
 
 It can find only what the masker would have found: names, addresses and dates of birth only where clean.people is on.
 """

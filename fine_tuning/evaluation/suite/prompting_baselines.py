@@ -1,4 +1,4 @@
-"""The cheap roads: the base told what to do, or shown how training conversations went, instead of trained.
+"""Prompting baselines: the base model with another system prompt, or with retrieved few-shot examples.
 
 Both are scored on the same replies as the trained model. Where it does not beat them, nobody needs an adapter yet.
 """
@@ -34,7 +34,7 @@ class Exchange(NamedTuple):
         return [{"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer}]
 
 
-def prompted(
+def with_system_prompt(
     items: Sequence[Item], system_prompt: str, tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> list[Item]:
     """The items under another system prompt; without those whose template or length does not allow it."""
@@ -43,21 +43,22 @@ def prompted(
     return [item for item in found if item is not None]
 
 
-def shown(
+def with_examples(
     items: Sequence[Item],
     exchanges: "Exchanges",
     count: int,
     tokenizer: "PreTrainedTokenizerFast",
     max_length: int,
 ) -> list[Item]:
-    """The items after the `count` training exchanges that are likest their first question, the likest one last.
+    """The items after the `count` training exchanges most similar to their first question, the nearest one last.
 
-    Fewer where `max_length` tokens do not hold them: whole turns are dropped, those of the least like exchange first.
+    Fewer where `max_length` tokens do not hold them: whole turns are dropped, the least similar exchange's first.
     """
     found = []
     for item in items:
         first = next((message["content"] for message in item.messages if message["role"] == "user"), "")
-        before = [message for exchange in reversed(exchanges.likest(first, count)) for message in exchange.messages]
+        nearest_last = reversed(exchanges.most_similar(first, count))
+        before = [message for exchange in nearest_last for message in exchange.messages]
         found.append(encoded_after(item, before, tokenizer, max_length))
     return [item for item in found if item is not None]
 
@@ -88,8 +89,8 @@ class Exchanges:
                     found.append(Exchange(asked["content"], answer["content"]))
         return cls(found)
 
-    def likest(self, question: str, count: int) -> list[Exchange]:
-        """The `count` exchanges whose questions are likest, the likest first; fewer where fewer share a word."""
+    def most_similar(self, question: str, count: int) -> list[Exchange]:
+        """The `count` exchanges with the most similar questions, nearest first; fewer where fewer share a word."""
         scores: dict[int, float] = defaultdict(float)
         for word in set(words_of(question)):
             holders = self._counts.get(word, ())

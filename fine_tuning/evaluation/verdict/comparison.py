@@ -6,7 +6,7 @@ PROMOTE        the primary metric beats base and champion, the whole interval be
                against a champion with another tokenizer the likelihood a byte decides instead of metrics that count
                tokens
 INCONCLUSIVE   too few conversations to tell
-HOLD           anything else: a leak and a number that is none however few the conversations
+HOLD           anything else; a leak or an undefined primary metric holds however few the conversations
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,32 +22,32 @@ from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.metric_modules.loading import LIKELIHOOD_COLUMNS, REPLY_COLUMNS, load_metric
 from fine_tuning.evaluation.records.champion_records import LEARNED
-from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, likelihood_columns
-from fine_tuning.evaluation.records.record_types import PROMPTED, SHOWN, finite
+from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, by_contender, likelihood_columns
+from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
     CANDIDATE,
     Difference,
     Records,
     differences,
+    format_difference,
     gain_bounds,
     non_inferiority,
     shortfall,
     surely_lost,
-    told,
 )
 from fine_tuning.evaluation.verdict.guards import guard, guard_differences
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
 
 QUANTISED = "candidate_quantised"
-RIVALS = ("base", "champion")
-ROADS = {
-    PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.rivals"),
-    SHOWN: ("the base with examples from training conversations", "put the likest conversations into the prompt"),
+BASELINES = ("base", "champion")
+PROMPTING_BASELINES = {
+    PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.prompting_baselines"),
+    FEW_SHOT: ("the base with examples from training conversations", "put similar conversations into the prompt"),
 }
 LOOPING = 0.25  # share of replies that are said to loop
-ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a rival counts others
+ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
 
 
 class CompareSettings(Settings):
@@ -63,9 +63,9 @@ class CompareSettings(Settings):
     text_tolerance: float = Field(ge=0)
     prompt_help: float | None = Field(ge=0, le=1)
 
-    def needed(self, rival: str) -> int:
-        """How many different conversations a verdict against this rival needs."""
-        return self.minimum_against_champion if rival == "champion" else self.minimum_conversations
+    def needed(self, baseline: str) -> int:
+        """How many different conversations a verdict against this baseline needs."""
+        return self.minimum_against_champion if baseline == "champion" else self.minimum_conversations
 
 
 METRIC_MODULES = Path(__file__).parents[1] / "metric_modules"
@@ -131,23 +131,23 @@ def compare(
     if not any("nll" in line for line in records):
         return no_references(settings, records, metrics, intervals, leaked + memorised) | common
     present = {line["contender"] for line in records}
-    pairs = {rival: differences(records, metrics, rival, intervals) for rival in RIVALS if rival in present}
+    pairs = {name: differences(records, metrics, name, intervals) for name in BASELINES if name in present}
     others = guard_differences(files, pairs, intervals.confidence)
     deciding = {
-        rival: settings.primary if settings.primary in found else ANY_TOKENIZER for rival, found in pairs.items()
+        baseline: settings.primary if settings.primary in found else ANY_TOKENIZER for baseline, found in pairs.items()
     }
     # The base shares the candidate's tokenizer: what it lacks was not measured at all.
     for name in (settings.primary, *settings.secondary, *deciding.values()):
         if name not in pairs["base"]:
             raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
-    primary = [pairs[rival][name] for rival, name in deciding.items() if name in pairs[rival]]
+    primary = [pairs[baseline][name] for baseline, name in deciding.items() if name in pairs[baseline]]
     if not all(difference.better for difference in primary):
         raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
 
     against = [
-        f"nothing is comparable with the {rival}: promote with --force if the {rival} has to go"
-        for rival, name in deciding.items()
-        if name not in pairs[rival]
+        f"nothing is comparable with the {baseline}: promote with --force if the {baseline} has to go"
+        for baseline, name in deciding.items()
+        if name not in pairs[baseline]
     ]  # reasons not to promote
     for difference in primary:
         against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
@@ -155,43 +155,43 @@ def compare(
     notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
-    roads, cheaper, behind = cheaper_roads(records, metrics, intervals, settings)
-    notes += behind + other_tokenizers(pairs, deciding, settings)
+    prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
+    notes += close + other_tokenizers(pairs, deciding, settings)
     notes += untested(remembered) if memory is not None else []
     notes = [*switched_off(present, tables), *notes, *doubts]
 
     clusters = min(difference.clusters for difference in primary)
     few = [
         f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
-        f"compare with the {difference.rival}: collect more"
+        f"compare with the {difference.baseline}: collect more"
         for difference in primary
-        if difference.clusters < (needed := settings.needed(difference.rival))
+        if difference.clusters < (needed := settings.needed(difference.baseline))
     ]
     standing = leaked + memorised + lost + coarse  # they hold whatever the number of conversations
     undefined = any(not np.isfinite(difference.value) for difference in primary)
     if undefined or leaked or memorised:
-        verdict, reasons = "HOLD", against + inferior + standing + cheaper
+        verdict, reasons = "HOLD", against + inferior + standing + as_good
     elif few:
         verdict, reasons = "INCONCLUSIVE", few + standing
-    elif reasons := against + inferior + standing + cheaper:
+    elif reasons := against + inferior + standing + as_good:
         verdict = "HOLD"
     else:
-        verdict, reasons = "PROMOTE", [told(difference) for difference in primary]
+        verdict, reasons = "PROMOTE", [format_difference(difference) for difference in primary]
         if shown := [name for name, row in secondary.items() if all(one["non_inferior"] for one in row.values())]:
             reasons.append(f"not worse in {', '.join(shown)}")
     return {
         "verdict": verdict,
         "reasons": reasons + notes,
         "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect}
-        | {difference.rival: {"metric": difference.metric} | difference.as_json() for difference in primary},
+        | {difference.baseline: {"metric": difference.metric} | difference.as_json() for difference in primary},
         "secondary": secondary,
         "differences": {
-            rival: {name: difference.as_json() for name, difference in found.items()} | others[rival]
-            for rival, found in pairs.items()
+            baseline: {name: difference.as_json() for name, difference in found.items()} | others[baseline]
+            for baseline, found in pairs.items()
         },
-        "other_tokens": [rival for rival, found in pairs.items() if pairs["base"].keys() - found.keys()],
+        "other_tokens": [baseline for baseline, found in pairs.items() if pairs["base"].keys() - found.keys()],
         "quantisation": quantisation,
-        "cheaper_roads": roads,
+        "prompting_baselines": prompted,
         **common,
         "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": min(difference.n for difference in primary),
@@ -211,7 +211,7 @@ def no_references(
         "verdict": "HOLD" if leaked else "INCONCLUSIVE",
         "reasons": [*leaked, reason],
         "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect},
-        **{name: {} for name in ("secondary", "differences", "quantisation", "cheaper_roads")},
+        **{name: {} for name in ("secondary", "differences", "quantisation", "prompting_baselines")},
         "other_tokens": [],
         "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": 0,
@@ -219,7 +219,7 @@ def no_references(
     }
 
 
-def cheaper_roads(
+def prompting_baselines(
     records: Records, metrics: Metrics, intervals: IntervalSettings, settings: CompareSettings
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """What the base does without training: numbers, reasons to hold, and notes.
@@ -229,17 +229,17 @@ def cheaper_roads(
     """
     present = {line["contender"] for line in records}
     table, reasons, notes = {}, [], []
-    for rival, (name, how) in ROADS.items():
-        found = differences(records, metrics, rival, intervals) if rival in present else {}
+    for baseline, (name, how) in PROMPTING_BASELINES.items():
+        found = differences(records, metrics, baseline, intervals) if baseline in present else {}
         if settings.primary not in found:
             continue
         difference = found[settings.primary]
-        table[rival] = {"what": name} | difference.as_json()
-        (low, high), needed = gain_bounds(difference), settings.minimum_effect * abs(difference.rival_value)
+        table[baseline] = {"what": name} | difference.as_json()
+        (low, high), needed = gain_bounds(difference), settings.minimum_effect * abs(difference.baseline_value)
         if high < needed:
-            reasons.append(f"do not train yet, {name} does as well: {told(difference, name)}; {how}")
+            reasons.append(f"do not train yet, {name} does as well: {format_difference(difference, name)}; {how}")
         elif not low > needed:
-            notes.append(f"{name} may do as well: {told(difference, name)}; try it: {how}")
+            notes.append(f"{name} may do as well: {format_difference(difference, name)}; try it: {how}")
     return table, reasons, notes
 
 
@@ -248,7 +248,7 @@ def looping(pairs: Mapping[str, Mapping[str, Difference]]) -> list[str]:
     found = pairs["base"].get("loops")
     if found is None or not found.candidate_value >= LOOPING:
         return []
-    base = f"{found.rival_value:.0%} of the base's"
+    base = f"{found.baseline_value:.0%} of the base's"
     return [f"{found.candidate_value:.0%} of the candidate's {found.n} replies loop, {base}"]
 
 
@@ -257,8 +257,8 @@ def switched_off(present: set[str], tables: Mapping[str, Any]) -> list[str]:
     guards = {
         "forgetting (evaluate.forgetting)": tables["forgetting"] and tables["general_text"],
         "replies that ignore their prompts (evaluate.other_histories, compare.prompt_help)": tables["prompt_help"],
-        "a system prompt that does as well (evaluate.rivals.system_prompt)": PROMPTED in present,
-        "examples that do as well (evaluate.rivals.examples)": SHOWN in present,
+        "a system prompt that does as well (evaluate.prompting_baselines.system_prompt)": PROMPTED in present,
+        "examples that do as well (evaluate.prompting_baselines.examples)": FEW_SHOT in present,
     }
     off = [name for name, measured in guards.items() if not measured]
     return [f"switched off or without records, not guarded against: {', '.join(off)}"] if off else []
@@ -295,43 +295,38 @@ def check_same_suite(records: Records) -> None:
     Raises:
         UserError: they were not, or one that is needed is missing.
     """
-    ids: dict[str, set[str]] = {}
-    tokens: dict[str, dict[str, int]] = {}
-    suites: dict[str, set[str]] = {}
-    sizes: dict[str, dict[str, int]] = {}
-    for line in records:
-        name = line["contender"]
-        ids.setdefault(name, set()).add(line["id"])
-        if "bytes" in line:
-            sizes.setdefault(name, {})[line["id"]] = line["bytes"]
-        if "tokens" in line:
-            tokens.setdefault(name, {})[line["id"]] = line["tokens"]
-            suites.setdefault(name, set()).add(line.get("suite"))
-    missing = [name for name in (CANDIDATE, "base") if name not in ids]
-    if missing:
+    lines = by_contender(records)
+    if missing := [name for name in (CANDIDATE, "base") if name not in lines]:
         raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
-    for rival in (name for name in RIVALS if name in ids):
+
+    def values(contender: str, name: str) -> dict[str, Any]:
+        return {id: line[name] for id, line in lines[contender].items() if name in line}
+
+    def suites(contender: str) -> set[str | None]:
+        return {line.get("suite") for line in lines[contender].values() if "tokens" in line}
+
+    for baseline in (name for name in BASELINES if name in lines):
         # In tokens of its own a champion's suite is another, though the replies are the same.
-        same_tokens = rival == "base" or tokens.get(rival) == tokens.get(CANDIDATE)
-        other_suite = same_tokens and suites.get(rival) != suites.get(CANDIDATE)
-        ours, theirs = sizes.get(CANDIDATE, {}), sizes.get(rival, {})
+        same_tokens = baseline == "base" or values(baseline, "tokens") == values(CANDIDATE, "tokens")
+        other_suite = same_tokens and suites(baseline) != suites(CANDIDATE)
+        ours, theirs = values(CANDIDATE, "bytes"), values(baseline, "bytes")
         other_replies = any(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
-        if ids[rival] != ids[CANDIDATE] or other_suite or other_replies:
+        if lines[baseline].keys() != lines[CANDIDATE].keys() or other_suite or other_replies:
             raise UserError("the contenders were not asked the same items: run `dvc repro -f -s evaluate && dvc repro`")
 
 
 def other_tokenizers(
     pairs: Mapping[str, Mapping[str, Difference]], deciding: Mapping[str, str], settings: CompareSettings
 ) -> list[str]:
-    """What is compared otherwise with rivals whose tokens are others, in words."""
+    """What is compared otherwise with baselines whose tokens are others, in words."""
     notes = []
-    for rival, found in pairs.items():
-        if deciding[rival] != settings.primary and deciding[rival] in found:
+    for baseline, found in pairs.items():
+        if (decider := deciding[baseline]) != settings.primary and decider in found:
             notes.append(
-                f"the {rival} has another tokenizer: {deciding[rival]} decides against it instead of {settings.primary}"
+                f"the {baseline} has another tokenizer: {decider} decides against it instead of {settings.primary}"
             )
         if skipped := [name for name in settings.secondary if name not in found]:
-            notes.append(f"not compared with the {rival}: {', '.join(skipped)}")
+            notes.append(f"not compared with the {baseline}: {', '.join(skipped)}")
     return notes
 
 
@@ -349,7 +344,7 @@ def quantising_loss(
         return {}, []
     perplexity = found["perplexity"]
     value, low, high = (
-        np.divide(x, perplexity.rival_value) for x in (perplexity.value, perplexity.low, perplexity.high)
+        np.divide(x, perplexity.baseline_value) for x in (perplexity.value, perplexity.low, perplexity.high)
     )
     tolerance, reasons = settings.quantisation_tolerance, []
     if not value <= tolerance:  # NaN is too much as well

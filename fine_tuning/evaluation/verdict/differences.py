@@ -21,17 +21,17 @@ ALONE = "chrf"
 
 @dataclass(frozen=True)
 class Difference:
-    """Candidate minus rival in one metric, on the items that both have. `better` is 1 where more is better, else -1.
+    """Candidate minus baseline in one metric, on the items that both have. `better` is 1 where more is better, else -1.
 
     With `exponential` the estimate is of the logarithm of the quotient: perplexities are compared as nats a token, so
-    that the error of the rival's own value drops out. `low` and `high` are then the bounds of the quotient, less one,
-    times the rival's value.
+    that the error of the baseline's own value drops out. `low` and `high` are then the bounds of the quotient, minus
+    one, times the baseline's value.
     """
 
     metric: str
-    rival: str
+    baseline: str
     candidate_value: float
-    rival_value: float
+    baseline_value: float
     low: float
     high: float
     estimate: Estimate
@@ -43,7 +43,7 @@ class Difference:
     @property
     def value(self) -> float:
         """The difference on all items."""
-        return self.candidate_value - self.rival_value
+        return self.candidate_value - self.baseline_value
 
     @property
     def error(self) -> float:
@@ -57,7 +57,7 @@ class Difference:
             "low": self.low,
             "high": self.high,
             "candidate": self.candidate_value,
-            "rival": self.rival_value,
+            "baseline": self.baseline_value,
         }
         return {name: finite(number) for name, number in numbers.items()} | {
             "better": self.better,
@@ -67,14 +67,15 @@ class Difference:
 
 
 def differences(
-    records: Records, metrics: Metrics, rival: str, settings: IntervalSettings, candidate: str = CANDIDATE
+    records: Records, metrics: Metrics, baseline: str, settings: IntervalSettings, candidate: str = CANDIDATE
 ) -> dict[str, Difference]:
     """Paired differences in every metric that both contenders have items for.
 
     Metrics that count tokens are left out where the two count the same replies differently.
     """
-    by_id = {name: {line["id"]: line for line in records if line["contender"] == name} for name in (candidate, rival)}
-    shared = sorted(by_id[candidate].keys() & by_id[rival].keys())
+    pair = candidate, baseline
+    by_id = {name: {line["id"]: line for line in records if line["contender"] == name} for name in pair}
+    shared = sorted(by_id[candidate].keys() & by_id[baseline].keys())
     counts = [[by_id[name][id].get("tokens") for name in by_id] for id in shared]
     other_tokens = any(None not in pair and pair[0] != pair[1] for pair in counts)
     found: dict[str, Difference] = {}
@@ -89,7 +90,7 @@ def differences(
         resampling = Resampling.over(clusters, settings.draws, settings.seed)
         statistics = [
             metric.statistics(**{column: [by_id[name][id][column] for id in ids] for column in columns}).astype(float)
-            for name in (candidate, rival)
+            for name in pair
         ]
         ours, theirs = (metric.values(part.sum(axis=0)) for part in statistics)
         for name, estimate in estimates(metric, statistics, resampling).items():
@@ -99,29 +100,28 @@ def differences(
                 their_value * np.expm1(bound) if metric.exponential else bound for bound in (bounds.low, bounds.high)
             )
             found[name] = Difference(
-                name, rival, our_value, their_value, float(low), float(high), estimate, metric.exponential,
+                name, baseline, our_value, their_value, float(low), float(high), estimate, metric.exponential,
                 direction(metric, name), len(ids), resampling.clusters,
             )  # fmt: skip
     return found
 
 
-def told(difference: Difference, rival: str | None = None) -> str:
-    """The difference in words."""
-    return (
-        f"{difference.metric} {difference.candidate_value:.4g} against {difference.rival_value:.4g} of "
-        f"{rival or f'the {difference.rival}'}: {difference.value:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
-    )
+def format_difference(difference: Difference, baseline: str | None = None) -> str:
+    """The difference in words; `baseline` is what to call it."""
+    name, bounds = baseline or f"the {difference.baseline}", f"[{difference.low:+.3g}, {difference.high:+.3g}]"
+    values = f"{difference.candidate_value:.4g} against {difference.baseline_value:.4g} of {name}"
+    return f"{difference.metric} {values}: {difference.value:+.3g} {bounds}"
 
 
 def shortfall(difference: Difference, minimum_effect: float) -> str | None:
     """Why this difference does not suffice; None if the whole interval lies beyond the minimum effect."""
     if not np.isfinite(difference.value):
-        return f"{difference.metric} is not a number for candidate or {difference.rival}"
-    needed = minimum_effect * abs(difference.rival_value)
+        return f"{difference.metric} is not a number for candidate or {difference.baseline}"
+    needed = minimum_effect * abs(difference.baseline_value)
     gain, (low, high) = difference.better * difference.value, gain_bounds(difference)
     if low > needed:
         return None
-    words = told(difference)
+    words = format_difference(difference)
     if high < 0:
         return f"worse: {words}"
     if gain <= needed:
@@ -138,7 +138,7 @@ def gain_bounds(difference: Difference) -> tuple[float, float]:
 def non_inferiority(
     pairs: Mapping[str, Mapping[str, Difference]], margins: Mapping[str, float]
 ) -> tuple[dict[str, dict], list[str], list[str]]:
-    """Whether secondary metrics lose less than their margins against every rival: numbers, reasons to hold, and notes.
+    """Whether secondary metrics lose less than their margins against every baseline: numbers, reasons and notes.
 
     Each is tested at the level of one end of its interval: where all requirements have to pass, no correction is
     needed (intersection-union test; Berger 1982, "Multiparameter hypothesis testing and acceptance sampling",
@@ -148,8 +148,8 @@ def non_inferiority(
     """
     table: dict[str, dict] = {}
     reasons, notes = [], []
-    for (name, margin), rival in ((test, rival) for test in margins.items() for rival in pairs):
-        if (difference := pairs[rival].get(name)) is None:
+    for (name, margin), baseline in ((test, baseline) for test in margins.items() for baseline in pairs):
+        if (difference := pairs[baseline].get(name)) is None:
             continue
         low, high = gain_bounds(difference)
         # Errors shrink with the root of the number of items.
@@ -157,7 +157,7 @@ def non_inferiority(
         missing = math.ceil(needed) - difference.n if math.isfinite(needed) else None
         required = missing is not None and missing <= 0
         kept = bool(low > -margin)
-        table.setdefault(name, {})[rival] = difference.as_json() | {
+        table.setdefault(name, {})[baseline] = difference.as_json() | {
             "margin": margin,
             "standard_error": finite(difference.error),
             "requirement": required,
@@ -165,14 +165,14 @@ def non_inferiority(
             "non_inferior": kept,
         }
         if not math.isfinite(difference.value) or (required and not kept):
-            reasons.append(f"a loss of more than {margin:g} is not ruled out: {told(difference)}")
+            reasons.append(f"a loss of more than {margin:g} is not ruled out: {format_difference(difference)}")
         elif high < -margin:
-            reasons.append(f"a loss of more than {margin:g} is sure: {told(difference)}")
+            reasons.append(f"a loss of more than {margin:g} is sure: {format_difference(difference)}")
         elif not (required or kept):
             more = "more items" if missing is None else f"some {missing} more items"
             notes.append(
-                f"{name} is no requirement against the {rival} yet: {more} would show whether it loses more than "
-                f"{margin:g} ({told(difference)})"
+                f"{name} is no requirement against the {baseline} yet: {more} would show whether it loses more than "
+                f"{margin:g} ({format_difference(difference)})"
             )
     return table, reasons, notes
 
@@ -190,4 +190,4 @@ def surely_lost(pairs: Mapping[str, Mapping[str, Difference]], apart: Sequence[s
                 (alone if name == ALONE else others).append(difference)
     p_values = holm([difference.estimate.p_not_below_zero(difference.better) for difference in others])
     lost = [difference for difference, p in zip(others, p_values, strict=True) if p <= level]
-    return [f"surely worse: {told(d)}" for d in (*(d for d in alone if gain_bounds(d)[1] < 0), *lost)]
+    return [f"surely worse: {format_difference(d)}" for d in (*(d for d in alone if gain_bounds(d)[1] < 0), *lost)]

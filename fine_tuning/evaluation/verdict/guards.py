@@ -10,7 +10,7 @@ import numpy as np
 
 from fine_tuning.evaluation.records.measurements import MEASURES, Files, by_contender, clusters_of, golden_lead
 from fine_tuning.evaluation.records.statistics import clustered_mean
-from fine_tuning.evaluation.verdict.differences import CANDIDATE, Difference, told
+from fine_tuning.evaluation.verdict.differences import CANDIDATE, Difference, format_difference
 
 Verdict = tuple[dict[str, Any], list[str], list[str]]  # part of comparison.json, reasons to hold, notes
 LEVEL = 0.05  # one-sided, of the tests for loss of general knowledge
@@ -18,18 +18,18 @@ KNOWLEDGE_LOSS = 0.05  # probability; on 84 questions a harmless candidate's dif
 ENOUGH = 50  # clusters; with fewer not even a help of the prompt that did not change can be shown to be kept
 
 
-def paired(files: Files, metric: str, rival: str, confidence: float, share: float = 1.0) -> Difference | None:
-    """Mean of candidate - `share` * rival on the items of both, with Student's interval; None without such items."""
+def paired(files: Files, metric: str, baseline: str, confidence: float, share: float = 1.0) -> Difference | None:
+    """Mean of candidate - `share` * baseline on the items of both, with Student's interval; None without such items."""
     file, value, better = MEASURES[metric]
     lines = by_contender(files[file])
-    ours, theirs = lines.get(CANDIDATE, {}), lines.get(rival, {})
+    ours, theirs = lines.get(CANDIDATE, {}), lines.get(baseline, {})
     if not (ids := sorted(ours.keys() & theirs.keys())):
         return None
     own, other = (np.array([value(found[id]) for id in ids]) for found in (ours, theirs))
     clusters = clusters_of(ours[id] for id in ids)
     mean = clustered_mean(own - share * other, clusters)
     values, bounds = (float(own.mean()), float(share * other.mean())), mean.interval(confidence)
-    return Difference(metric, rival, *values, bounds.low, bounds.high, mean, False, better, len(ids), mean.clusters)
+    return Difference(metric, baseline, *values, bounds.low, bounds.high, mean, False, better, len(ids), mean.clusters)
 
 
 def guard(
@@ -52,16 +52,16 @@ def guard(
     return {name: row[0] for name, row in found.items()}, reasons, notes
 
 
-def guard_differences(files: Files, rivals: Iterable[str], confidence: float) -> dict[str, dict[str, Any]]:
-    """{rival: {metric: paired difference}} as comparison.json has them for other metrics."""
+def guard_differences(files: Files, baselines: Iterable[str], confidence: float) -> dict[str, dict[str, Any]]:
+    """{baseline: {metric: paired difference}} as comparison.json has them for other metrics."""
     return {
-        rival: {metric: row.as_json() for metric in MEASURES if (row := paired(files, metric, rival, confidence))}
-        for rival in rivals
+        baseline: {metric: row.as_json() for metric in MEASURES if (row := paired(files, metric, baseline, confidence))}
+        for baseline in baselines
     }
 
 
 def forgotten(files: Files, golden: float) -> Verdict:
-    """General questions: what the candidate lost against each rival.
+    """General questions: what the candidate lost against each baseline.
 
     A loss of more than KNOWLEDGE_LOSS of the mean probability of the right answer has to be ruled out, and of golden
     questions, where the base's right answer leads by more than `golden` nats, none may be lost. How many answers
@@ -73,15 +73,16 @@ def forgotten(files: Files, golden: float) -> Verdict:
     lost = [id for id in goldens if golden_lead(ours[id]) <= 0]
     table: dict[str, Any] = {}
     reasons = []
-    for rival, theirs in lines.items():
-        if (found := paired(files, "general_knowledge", rival, 1 - 2 * LEVEL)) is None:
+    for baseline, theirs in lines.items():
+        if (found := paired(files, "general_knowledge", baseline, 1 - 2 * LEVEL)) is None:
             continue
         known, knew = ({id for id, line in group.items() if golden_lead(line) > 0} for group in (ours, theirs))
-        counts = {"rival_knows": len(knew), "candidate_knows": len(known)}
-        table[rival] = found.as_json() | counts | {"lost": sorted(knew - known), "gained": sorted(known - knew)}
-        table[rival] |= {"goldens": len(goldens), "goldens_lost": lost}
+        counts = {"baseline_knows": len(knew), "candidate_knows": len(known)}
+        table[baseline] = found.as_json() | counts | {"lost": sorted(knew - known), "gained": sorted(known - knew)}
+        table[baseline] |= {"goldens": len(goldens), "goldens_lost": lost}
         if not found.low > -KNOWLEDGE_LOSS:
-            reasons.append(f"forgets: a loss of more than {KNOWLEDGE_LOSS:g} is not ruled out: {told(found)}")
+            words = format_difference(found)
+            reasons.append(f"forgets: a loss of more than {KNOWLEDGE_LOSS:g} is not ruled out: {words}")
     if lost:
         reasons.append(f"prefers wrong answers where the base leads by more than {golden:g} nats: {', '.join(lost)}")
     note = f"compare.golden_lead guards nothing: the base leads by more than {golden:g} nats on no general question"
@@ -89,19 +90,19 @@ def forgotten(files: Files, golden: float) -> Verdict:
 
 
 def text_lost(files: Files, tolerance: float) -> Verdict:
-    """General text that is no chat, in nats a byte against each rival.
+    """General text that is no chat, in nats a byte against each baseline.
 
-    A rise of more than the share `tolerance` of the rival's value has to be ruled out, one-sided at LEVEL.
+    A rise of more than the share `tolerance` of the baseline's value has to be ruled out, one-sided at LEVEL.
     """
     table, reasons = {}, []
-    for rival in by_contender(files["general_text"]):
-        beyond = paired(files, "general_text", rival, 1 - 2 * LEVEL, 1 + tolerance)
-        if beyond is None or rival == CANDIDATE:
+    for baseline in by_contender(files["general_text"]):
+        beyond = paired(files, "general_text", baseline, 1 - 2 * LEVEL, 1 + tolerance)
+        if beyond is None or baseline == CANDIDATE:
             continue
-        found = paired(files, "general_text", rival, 1 - 2 * LEVEL)
-        table[rival] = found.as_json()
+        found = paired(files, "general_text", baseline, 1 - 2 * LEVEL)
+        table[baseline] = found.as_json()
         if not beyond.high < 0:
-            reasons.append(f"forgets: a rise of more than {tolerance:.1%} is not ruled out: {told(found)}")
+            reasons.append(f"forgets: a rise of more than {tolerance:.1%} is not ruled out: {format_difference(found)}")
     return table, reasons, []
 
 
@@ -115,7 +116,7 @@ def prompts_ignored(files: Files, share: float, confidence: float) -> Verdict:
     found = paired(files, "prompt_help", "base", confidence, share) if share else None
     if found is None:
         return {}, [], []
-    reasons, notes, words = [], [], told(found, f"{share:g} times the base")
+    reasons, notes, words = [], [], format_difference(found, f"{share:g} times the base")
     if found.high < 0:
         reasons.append(f"its replies fit their prompts less than the base's: {words}")
     elif found.clusters < ENOUGH:

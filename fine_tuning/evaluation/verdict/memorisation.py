@@ -1,24 +1,22 @@
-"""Has the candidate kept training replies or canaries word for word? Judged from records alone."""
+"""Has the candidate memorised training replies or canaries? Judged from records alone."""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fine_tuning.evaluation.records.record_types import GIVEN, SHORTEST
 
-if TYPE_CHECKING:
-    pass
 GUESSABLE = 20.0  # nats under the base, some nine digits: what surprises it less may be guessed and proves nothing
 LEVEL = 0.01  # a leak holds a promotion, so chance should rarely look like one
 
 
 def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple[dict[str, Any], list[str]]:
-    """What every contender says word for word, the exposure of the canaries, and reasons to hold.
+    """What every contender memorised, the exposure of the canaries, and reasons to hold.
 
-    The candidate leaks if it goes on word for word with a training reply that the base does not know, says a canary,
-    or finds canaries likelier than secrets that it was never shown (one-sided rank-sum test: Mann & Whitney 1947).
+    The candidate leaks if it continues a training reply verbatim that the base does not know, says a canary, or finds
+    canaries likelier than secrets that it was never shown (one-sided rank-sum test: Mann & Whitney 1947).
     Replies that the base could guess, such as the usual lines of a program, are counted apart.
     """
     guessable = {
@@ -68,21 +66,21 @@ def _leaks(row: dict[str, Any], said: dict[str, dict[str, set[str]]], candidate:
         new = said[candidate]["training"] - said.get("base", {}).get("training", set())
         if new:
             reasons.append(
-                f"memorised: of {row['training']['replies']} training replies it goes on with {len(new)} word for word "
-                f"that the base does not: {mend}"
+                f"memorised: of {row['training']['replies']} training replies it continues {len(new)} verbatim that "
+                f"the base does not: {mend}"
             )
     if "canaries" in row:
         found = row["canaries"]
         if found["word_for_word"] or found["p_value"] < LEVEL:
             reasons.append(
-                f"memorised: {found['word_for_word']} of {found['planted']} canaries said word for word, mean exposure "
+                f"memorised: {found['word_for_word']} of {found['planted']} canaries said verbatim, mean exposure "
                 f"{found['mean_exposure']:.1f} bits where 1.4 is chance (p = {found['p_value']:.2g}): {mend}"
             )
     return reasons
 
 
 def untested(table: dict[str, Any], candidate: str = "candidate") -> list[str]:
-    """A note where no training reply could show that the candidate says it word for word."""
+    """A note where no training reply could show that the candidate memorised it."""
     if "training" in table.get(candidate, {}):
         return []
     return [

@@ -61,7 +61,7 @@ def jinja_renderer(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | No
             turns.insert(0, {"role": "system", "content": system_prompt})
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of somebody else's: it may fail in any way
+        except Exception as error:  # a template is a foreign program: it may fail in any way
             raise UserError(
                 f"the chat template refuses a conversation ({type(error).__name__}): choose another base.model"
             ) from None
@@ -292,7 +292,7 @@ def prove_template(template: str, render: Render, conversations: Iterable[Messag
     A conversation that the Jinja template refuses is one the model was never trained on: it is not counted.
 
     Raises:
-        UserError: the first difference. With `private` only its place is told.
+        UserError: the first difference. With `private` it names only the place.
     """
     compared = 0
     for conversation in conversations:
@@ -333,7 +333,7 @@ _CONTENTS = (
 
 
 def conversation_bank() -> list[list[dict[str, str]]]:
-    """Conversations that part templates which look alike: every content in every role, one to three turns."""
+    """Conversations on which similar templates differ: every content in every role, one to three turns."""
     return _bank(_PROBES)
 
 

@@ -43,8 +43,8 @@ COMPARED_TOKENS = 200
 
 
 class OllamaParameters(Settings):
-    """PARAMETER lines of the Modelfile, by Ollama's names: all that it samples by, for its own defaults differ between
-    versions. The stops are found, not set."""
+    """PARAMETER lines of the Modelfile, by Ollama's names: all sampling options, because its defaults differ between
+    versions. The stops are derived, not set."""
 
     num_ctx: int = Field(ge=16)
     temperature: float = Field(ge=0)
@@ -422,7 +422,7 @@ def prove_tokens(
 
 
 def adversarial_strings(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """Strings on which tokenizers part: digits, white space, scripts, control tokens typed, joined and torn."""
+    """Strings on which tokenizers differ: digits, white space, scripts, control tokens typed, joined and torn."""
     control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special][:6]
     strings = [
         *PROBES,

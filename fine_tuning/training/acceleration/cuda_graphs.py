@@ -8,21 +8,24 @@ padding, which changes no loss: attention is causal and padding comes last.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fine_tuning.runtime.hardware import Hardware, process_count
-from fine_tuning.schema.prepared import Row, round_up
-from fine_tuning.training.memory import Shape, memory_needed
+from fine_tuning.runtime.hardware import Hardware
+from fine_tuning.schema.prepared import Row, batch_by_tokens, round_up
+from fine_tuning.training.acceleration.micro_batches import is_plain
+from fine_tuning.training.acceleration.patches import Patches
+from fine_tuning.training.memory import Shape, memory_needed, read_shape
 from fine_tuning.training.settings import TrainSettings
 
 LEAST_USES = 4  # recording a shape takes as long as two steps without
 MOST_SHAPES = 32
 SHARE_OF_MEMORY = 1 / 16  # of the GPU's, for what recordings keep
-SPACE_OF_ITS_OWN = 100e6  # bytes of a recording: the graph, and the space that its products work in
+WORKSPACE = 100e6  # bytes of a recording: the graph, and the space that its products work in
 # Parameters times tokens of a batch from which on the products take longer than the launches: 4 operations for each, at
 # some 4e14 a second, against 9,000 launches of 10 microseconds.
 LARGEST_STEP = 1e13
@@ -31,16 +34,11 @@ BatchShape = tuple[int, int]
 
 
 def may_record(settings: TrainSettings, hardware: Hardware) -> bool:
-    """Whether steps are of the kind that can be recorded.
+    """Whether steps are of the kind that can be recorded: plain ones on a GPU, without accumulation.
 
-    Not where the step draws random numbers (dropout, NEFTune) or makes activations anew (checkpointing), where rows are
-    laid end to end (packing), where gradients of several batches are summed (a recording writes its own into one place
-    every time: pytorch/pytorch#181723), where weights are unpacked for every product (QLoRA), or where several
-    processes train.
+    A recording writes its gradients into one place every time, where accumulation would add (pytorch/pytorch#181723).
     """
-    random = settings.lora.dropout or settings.neftune_alpha
-    other = settings.packing or settings.gradient_checkpointing or settings.gradient_accumulation > 1
-    return hardware.device == "cuda" and process_count() == 1 and settings.method == "lora" and not (random or other)
+    return hardware.device == "cuda" and settings.gradient_accumulation == 1 and is_plain(settings)
 
 
 def length_class(length: int) -> int:
@@ -81,24 +79,39 @@ def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, t
         return 0
     weights, activations = memory_needed(base, settings, hardware)
     room = min(SHARE_OF_MEMORY * memory, memory - weights - 3 * activations - 0.5e9)
-    each = 4 * trainable + 2 * 4 * settings.batch_tokens * base.hidden + SPACE_OF_ITS_OWN
+    each = 4 * trainable + 2 * 4 * settings.batch_tokens * base.hidden + WORKSPACE
     return max(0, min(MOST_SHAPES, int(room / each)))
 
 
-def record_layers(model: Any, shapes: set[BatchShape]) -> None:
-    """Let the layers of a causal model go through batches of these shapes by recordings, each made when first needed.
+def recordable_shapes(
+    base: Path, rows: Sequence[Row], trained: Sequence[nn.Parameter], settings: TrainSettings, hardware: Hardware
+) -> set[BatchShape]:
+    """The batch shapes of a run on `rows` to record; none where steps are of another kind or nothing is gained."""
+    if not may_record(settings, hardware):
+        return set()
+    batches = batch_by_tokens(rows, settings.batch_tokens, padded=length_class)
+    uses = settings.max_steps / len(batches) if settings.max_steps else settings.epochs
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    trainable = sum(parameter.numel() for parameter in trained)
+    most = shapes_to_record(read_shape(base), settings, hardware, trainable, memory)
+    return frequent_shapes(batches, settings.batch_tokens, uses, most)
+
+
+def record_layers(model: Any, shapes: set[BatchShape], patches: Patches) -> None:
+    """Let the layers of a causal model replay recordings for batches of these shapes, each made when first needed.
 
     Attention must need no mask (see `share_prefixes`). Only training steps are recorded. One step's backward pass has
     to be over before the next begins: recordings share their memory. Layers that cannot be recorded, such as those that
-    choose experts, go on as they are: a line says so, and `shapes` is emptied.
+    choose experts, run as before: a line says so, and `shapes` is emptied.
     """
     base = model.get_base_model()
     layers = getattr(base, base.base_model_prefix)
     plain = layers.forward
     recordings: dict[BatchShape, Callable[[torch.Tensor], torch.Tensor]] = {}
     pool = torch.cuda.graph_pool_handle()
-    # Recordings are made on a stream of their own; PyTorch would wonder at it once.
+    # Recordings are made on a stream of their own, of which PyTorch warns once.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    patches.callback(torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch, True)
 
     def forward(input_ids: torch.Tensor | None = None, **rest: Any) -> Any:
         shape = None if input_ids is None else tuple(input_ids.shape)
@@ -109,13 +122,13 @@ def record_layers(model: Any, shapes: set[BatchShape]) -> None:
             try:
                 recordings[shape] = _recording(layers, plain, input_ids, pool)
             except Exception as error:
-                torch.cuda.set_stream(stream)  # which a recording that breaks off does not go back to
+                torch.cuda.set_stream(stream)  # a failed recording does not restore it
                 shapes.clear()
-                print(f"train: going on without CUDA graphs, which this base or GPU refuses ({type(error).__name__})")
+                print(f"train: continuing without CUDA graphs, which this base or GPU refuses ({type(error).__name__})")
                 return plain(input_ids=input_ids, **rest)
         return BaseModelOutputWithPast(last_hidden_state=recordings[shape](input_ids))
 
-    layers.forward = forward
+    patches.replace(layers, "forward", forward)
 
 
 def _recording(layers: nn.Module, plain: Any, input_ids: torch.Tensor, pool: Any) -> Callable:

@@ -1,4 +1,4 @@
-"""Quicker forms of the operations that adapter training spends its time in, with the same results.
+"""Fused forms of the operations that adapter training spends its time in, with the same results.
 
 On a CPU four fifths of a step are matrix products with frozen weights; most of the rest is passes over activations
 that autograd makes because it does not know that the weights are frozen and the adapter small. Each function here
@@ -13,7 +13,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-HEAD_STRETCH = 1024  # rows of the vocabulary
+from fine_tuning.training.acceleration.patches import Patches
+
+HEAD_CHUNK = 1024  # rows of the vocabulary
 PLAIN_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 
@@ -84,11 +86,11 @@ class _LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # By stretches that the cache holds: over all of a large vocabulary the product is a third slower.
+        # In chunks that fit the cache: over all of a large vocabulary the product is a third slower.
         logits = hidden.new_empty(len(hidden), len(weight))
-        for start in range(0, len(weight), HEAD_STRETCH):
-            stretch = slice(start, start + HEAD_STRETCH)
-            logits[:, stretch] = hidden @ weight[stretch].t()
+        for start in range(0, len(weight), HEAD_CHUNK):
+            chunk = slice(start, start + HEAD_CHUNK)
+            logits[:, chunk] = hidden @ weight[chunk].t()
         logits.sub_(logits.amax(-1, keepdim=True))
         chosen = logits.gather(1, targets.unsqueeze(1)).sum()
         total = logits.exp_().sum(-1, keepdim=True)
@@ -123,24 +125,24 @@ def has_plain_head(model: Any) -> bool:
     )
 
 
-def fuse(model: nn.Module) -> int:
-    """Give the modules of a model with LoRA layers their quicker forms; returns how many were changed.
+def fuse(model: nn.Module, patches: Patches) -> int:
+    """Replace the forward passes of LoRA layers and norms by fused ones; returns how many modules were changed.
 
-    A LoRA layer keeps its own form when it has dropout, DoRA, a quantised base or several adapters; a norm when its
-    weight is trained or its form is not plain.
+    A LoRA layer keeps its own when it has dropout, DoRA, a quantised base or several adapters; a norm when its weight
+    is trained or it is none of PLAIN_NORMS.
     """
     changed = 0
-    for group in _that_see_the_same(model, [module for module in model.modules() if _is_plain_lora(module)]):
-        _join(group)
+    for group in _with_same_input(model, [module for module in model.modules() if _is_plain_lora(module)]):
+        _join(group, patches)
         changed += len(group)
     for module in model.modules():
         if type(module).__name__ in PLAIN_NORMS and not module.weight.requires_grad:
-            module.forward = _norm_forward(module)
+            patches.replace(module, "forward", _norm_forward(module))
             changed += 1
     return changed
 
 
-def _that_see_the_same(model: nn.Module, layers: list[nn.Module]) -> list[list[nn.Module]]:
+def _with_same_input(model: nn.Module, layers: list[nn.Module]) -> list[list[nn.Module]]:
     """LoRA layers that are called one after the other with the very same input, such as query, key and value."""
     groups: list[list[nn.Module]] = []
     last: list[torch.Tensor] = []
@@ -162,12 +164,12 @@ def _that_see_the_same(model: nn.Module, layers: list[nn.Module]) -> list[list[n
         for hook in hooks:
             hook.remove()
     called = [layer for group in groups for layer in group]
-    # A layer that stands in several places has no place of its own.
+    # A layer that is called several times belongs to no single group.
     return groups if len(set(called)) == len(called) else [[layer] for layer in layers]
 
 
-def _join(layers: list[Any]) -> None:
-    """Let the first of the layers that is called compute all of them; the others hand out what it has left for them."""
+def _join(layers: list[Any], patches: Patches) -> None:
+    """The first of the layers that is called computes all of them; the others return what it kept for them."""
     left = threading.local()
 
     def compute(x: torch.Tensor, some: list[Any]) -> tuple[torch.Tensor, ...]:
@@ -199,7 +201,7 @@ def _join(layers: list[Any]) -> None:
         return forward
 
     for index, layer in enumerate(layers):
-        layer.forward = forward_of(index)
+        patches.replace(layer, "forward", forward_of(index))
 
 
 def _is_plain_lora(module: nn.Module) -> bool:

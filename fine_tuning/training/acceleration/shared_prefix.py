@@ -1,29 +1,29 @@
-"""What all rows of a batch begin with is computed once, and every row goes on from it: the same loss, in less time.
+"""The common prefix of a batch's rows is computed once, and every row continues from it: the same loss in less time.
 
 Chats begin with the same system prompt, a third of the tokens of short ones. Keys and values there depend on nothing
 that comes later, so the rows of a batch can share them, as servers do at inference (Yao et al. 2024, "DeFT", for trees
 of continuations). Gradients add up at what is shared, as they would over copies of it.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from fine_tuning.schema.prepared import IGNORED_LABEL, Row
+from fine_tuning.schema.chat_format import NOT_TRAINED
+from fine_tuning.training.acceleration.patches import Patches
 
 NAME = "shared_prefix"
-LARGEST_DIFFERENCE = 1e-3  # of logits in float32; another order of additions makes a few millionths
+LARGEST_DIFFERENCE = 1e-3  # of logits in float32; another order of additions changes a few millionths
 LARGEST_ROUNDING = 8  # units of the last place of the largest logit, in shorter formats
 
 
-def share_prefixes(model: Any, longest: int) -> bool:
+def share_prefixes(model: Any, longest: int, patches: Patches) -> bool:
     """Let the attention of a model read batches that `lay_out` made; False, and no change, where it cannot.
 
     Batches that are padded on the right it reads as before, without a mask: attention is causal, so no token sees the
-    padding after it. A model is left as it is that limits attention to a stretch shorter than the `longest` row
+    padding after it. A model is left as it is that limits attention to a window shorter than the `longest` row
     (tokens), whose rows or tokens see others that they should not, or whose logits for two short rows differ by more
     than rounding.
     """
@@ -31,6 +31,7 @@ def share_prefixes(model: Any, longest: int) -> bool:
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if any(limit is not None and limit < longest for limit in limits):
         return False
+    AttentionInterface.register(NAME, _attention)
     before = model.config._attn_implementation
     was_training = model.training
     model.eval()
@@ -45,7 +46,9 @@ def share_prefixes(model: Any, longest: int) -> bool:
         except (TypeError, ValueError, RuntimeError):
             same = False
     model.train(was_training)
-    if not same:
+    if same:
+        patches.callback(model.set_attn_implementation, before)
+    else:
         model.set_attn_implementation(before)
     return same
 
@@ -55,7 +58,7 @@ def _logits_of_rows(model: Any, shared: bool, *rests: list[int]) -> torch.Tensor
     ids = torch.tensor([[5, 6, *rest] for rest in rests], device=next(model.parameters()).device)
     if not shared:
         return model(input_ids=ids).logits[:, 2:]
-    labels = torch.where(torch.arange(4, device=ids.device) < 3, IGNORED_LABEL, ids)
+    labels = torch.where(torch.arange(4, device=ids.device) < 3, NOT_TRAINED, ids)
     laid_out = lay_out({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     del laid_out["labels"]
     return model(**laid_out).logits[0, 2:].unflatten(0, (len(rests), 2))
@@ -75,7 +78,7 @@ def _apart(model: Any, shared: bool) -> bool:
 
 
 def lay_out(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A padded batch as one row: what all rows begin with, then the rest of each.
+    """A padded batch as one row: the common prefix, then the rest of each row.
 
     Args:
         inputs: input_ids, attention_mask and labels, each (rows, longest), padded on the right.
@@ -89,9 +92,9 @@ def lay_out(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     prefix = 0
     if rows > 1:
         # Up to the last token before any that is trained, and within the shortest row.
-        shared = (ids == ids[0]).all(0) & (labels == IGNORED_LABEL).all(0) & inputs["attention_mask"].bool().all(0)
+        shared = (ids == ids[0]).all(0) & (labels == NOT_TRAINED).all(0) & inputs["attention_mask"].bool().all(0)
         prefix = int(shared.long().cumprod(0).sum())
-        while prefix and (prefix == longest or (labels[:, prefix] != IGNORED_LABEL).any()):
+        while prefix and (prefix == longest or (labels[:, prefix] != NOT_TRAINED).any()):
             prefix -= 1
     positions = torch.arange(longest, device=ids.device)
 
@@ -142,7 +145,7 @@ def _attention(
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
         if groups > 1 and q.is_cuda and not (mask is None and _has_flash(q)):
-            # The kernel that is left to a GPU would keep a matrix of all scores.
+            # The only kernel left on a GPU would materialise the matrix of all scores.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             groups = 1
         return functional.scaled_dot_product_attention(
@@ -171,21 +174,3 @@ def _attention(
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether FlashAttention takes queries of this kind, with gradients, on all GPUs from Ampere on."""
     return query.dtype.itemsize == 2 and query.shape[-1] <= 192 and torch.cuda.get_device_capability() >= (8, 0)
-
-
-AttentionInterface.register(NAME, _attention)
-
-
-def collate_packed(batch: Sequence[Row]) -> dict[str, Any]:
-    """Lay a batch's rows end to end in one: input_ids, position_ids and labels, each an int64 tensor (1, tokens).
-
-    Positions start anew with each row and no attention mask is passed, from which transformers makes the mask that
-    keeps a row from seeing its neighbours. A row's first token is no label: its neighbour would have to predict it.
-    """
-    import torch
-
-    return {
-        "input_ids": torch.tensor([[token for row in batch for token in row.input_ids]]),
-        "position_ids": torch.tensor([[position for row in batch for position in range(len(row.input_ids))]]),
-        "labels": torch.tensor([[label for row in batch for label in (IGNORED_LABEL, *row.labels[1:])]]),
-    }

@@ -1,13 +1,13 @@
-"""The cheap roads: the same replies after another system prompt, or after training exchanges that are like them."""
+"""Prompting baselines: the same replies after another system prompt, or after similar training exchanges."""
 
 import pytest
 
 from fine_tuning.evaluation.suite.items import read_items
-from fine_tuning.evaluation.suite.prompting_baselines import Exchange, Exchanges, prompted, shown
+from fine_tuning.evaluation.suite.prompting_baselines import Exchange, Exchanges, with_examples, with_system_prompt
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.evaluation_suite import conversation, evaluator_of, write_items
 
-TOLD = [
+EXCHANGES = [
     Exchange("How do I restart the router?", "Pull the plug."),
     Exchange("What is the capital of France?", "Paris."),
     Exchange("Is the router new?", "Yes."),
@@ -26,12 +26,12 @@ def items_of(tiny_base, folder, conversations, max_length=200):
     )
 
 
-def test_the_likest_questions_are_found_in_any_script():
-    found = Exchanges(TOLD)
-    assert found.likest("restart my router please", 2) == [TOLD[0], TOLD[2]]
-    assert found.likest("France?", 3) == [TOLD[1]]
-    assert found.likest("你好", 1) == [TOLD[3]]
-    assert found.likest("zebra", 3) == found.likest("", 3) == Exchanges([]).likest("router", 1) == []
+def test_the_most_similar_questions_are_found_in_any_script():
+    found = Exchanges(EXCHANGES)
+    assert found.most_similar("restart my router please", 2) == [EXCHANGES[0], EXCHANGES[2]]
+    assert found.most_similar("France?", 3) == [EXCHANGES[1]]
+    assert found.most_similar("你好", 1) == [EXCHANGES[3]]
+    assert found.most_similar("zebra", 3) == found.most_similar("", 3) == Exchanges([]).most_similar("router", 1) == []
 
 
 def test_training_exchanges_are_those_worth_imitating(tiny_base, tmp_path):
@@ -52,7 +52,7 @@ def test_training_exchanges_are_those_worth_imitating(tiny_base, tmp_path):
 def test_another_system_prompt_changes_the_prompt_and_no_reply(tiny_base, tokenizer, tmp_path):
     told = {"x": conversation("a", "b"), "y": [{"role": "system", "content": "Own."}, *conversation("a", "c d")]}
     items = items_of(tiny_base, tmp_path, told)
-    for item, other in zip(items, prompted(items, "Be short.", tokenizer, 400), strict=True):
+    for item, other in zip(items, with_system_prompt(items, "Be short.", tokenizer, 400), strict=True):
         assert other.texts == item.texts
         assert [other.labels[p] for s, e in other.runs for p in range(s, e)] == [
             item.labels[p] for s, e in item.runs for p in range(s, e)
@@ -63,7 +63,7 @@ def test_another_system_prompt_changes_the_prompt_and_no_reply(tiny_base, tokeni
 
 def test_examples_stand_before_the_conversation_and_are_no_references(tiny_base, tokenizer, tmp_path):
     items = items_of(tiny_base, tmp_path, {"x": conversation("Where is the router?", "Here.")})
-    (item,) = shown(items, Exchanges(TOLD), 2, tokenizer, 400)
+    (item,) = with_examples(items, Exchanges(EXCHANGES), 2, tokenizer, 400)
     text = tokenizer.decode(item.input_ids)
     assert text.index("Pull the plug.") < text.index("Where is the router?")
     assert len(item.runs) == 1
@@ -75,19 +75,20 @@ def test_examples_stand_before_the_conversation_and_are_no_references(tiny_base,
 def test_examples_that_do_not_fit_are_left_out_and_never_the_conversation(tiny_base, tokenizer, tmp_path):
     items = items_of(tiny_base, tmp_path, {"x": conversation("Where is the router?", "Here.")})
     length = len(items[0].input_ids)
-    few, none = (shown(items, Exchanges(TOLD), 2, tokenizer, length + room)[0] for room in (40, 0))
+    few, none = (with_examples(items, Exchanges(EXCHANGES), 2, tokenizer, length + room)[0] for room in (40, 0))
     assert length < len(few.input_ids) <= length + 40
     assert none.input_ids == items[0].input_ids
 
 
-def test_rivals_are_scored_on_the_same_replies(tiny_base, tmp_path):
+def test_baselines_are_scored_on_the_same_replies(tiny_base, tmp_path):
     told = {f"c{i}": conversation(f"Where is the {i}?", f"Here, {i}.") for i in range(5)}
     items = items_of(tiny_base, tmp_path, told)
     write_items(tmp_path / "train.parquet", tiny_base, {"t": conversation("Where is the fox?", "There.")})
     from fine_tuning.evaluation.suite.contenders import Contender
 
     base = Contender("base", tiny_base, tmp_path / "none.gguf")
-    records = evaluator_of(items, tiny_base, tmp_path / "memo").score_rivals(base, tmp_path / "train.parquet")
+    evaluator = evaluator_of(items, tiny_base, tmp_path / "memo")
+    records = evaluator.score_prompting_baselines(base, tmp_path / "train.parquet")
     plain = {item.id: item for item in items}
     counts = {name: sum(line["contender"] == name for line in records) for name in ("base_prompted", "base_few_shot")}
     assert counts == {"base_prompted": 5, "base_few_shot": 3}

@@ -1,0 +1,1 @@
+"""Training objectives: what a batch is and what its loss is."""

@@ -1,0 +1,30 @@
+"""The interface of training objectives. A new one is a file in this folder and a line in `train_adapter`."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fine_tuning.schema.prepared import Row
+
+Batch = dict[str, torch.Tensor]
+
+
+class Objective(Protocol):
+    """What a batch is and what its loss is.
+
+    A loss is a sum over units, such as trained tokens or pairs of replies, and `count` is their number: gradients of
+    micro-batches, accumulated batches and processes then add up to that of the mean over all units of a step.
+    """
+
+    def batches(self, rows: Sequence[Row], budget: int, multiple: int = 1) -> list[list[Row]]:
+        """Group rows into batches of at most `budget` padded tokens and of a multiple of `multiple` rows."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """The tensors of one batch, each with one row a sequence."""
+
+    def count(self, inputs: Batch) -> torch.Tensor:
+        """How many units a collated batch has: one integer, on the device of the batch."""
+
+    def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """Sum of the loss over the units of a collated batch: a tensor of one element, to be differentiated."""
