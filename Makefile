@@ -33,6 +33,7 @@ install: $(VENV)/installed ## Make the environment, and close the project's fold
 	@python -c 'from fine_tuning.common.protection import protect; protect()'
 
 repro: $(VENV)/installed ## Run the pipeline on what is new and print the summary
+	@python -m fine_tuning params
 	@python -m fine_tuning sample
 	@python -m dvc repro
 	@python -m fine_tuning summary
@@ -55,9 +56,10 @@ promote: $(VENV)/installed ## Register the candidate and make it champion
 bench: $(VENV)/installed ## List the benchmarks, which are run by hand
 	@for script in benchmarks/*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
 
-lint: $(VENV)/installed-dev ## Check style, and that git holds no secret
+lint: $(VENV)/installed-dev ## Check style and types, and that git holds no secret
 	@ruff check .
 	@ruff format --check .
+	@python -m mypy
 	@python -m fine_tuning.commands.remote_config
 
 format: $(VENV)/installed-dev ## Put the code in style
@@ -83,4 +85,4 @@ lock: ## Compile requirements.in and requirements-dev.in
 	    | grep -vE '^(nvidia-|cuda-|triton)' > $$name.lock && mv $$name.lock $$name.txt || exit 1; done
 
 clean: ## Remove the environment and scratch files; data and models stay
-	@rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .cache site
+	@rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache site

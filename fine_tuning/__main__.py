@@ -1,32 +1,16 @@
 """The commands a person types: `python -m fine_tuning --help`."""
 
-import argparse
-
-from fine_tuning.commands import (
-    budget,
-    conversations,
-    experiments,
-    forget,
-    learning_curve,
-    models,
-    summary,
-    supply_chain,
-    tokenizers,
-)
+from fine_tuning.commands import command_line
 from fine_tuning.common.errors import run
-from fine_tuning.common.protection import protect
 
 
 def main() -> int | None:
-    parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    modules = (conversations, models, forget, summary, experiments, supply_chain, tokenizers, learning_curve, budget)
-    for module in modules:
-        module.add_commands(subparsers)
-    arguments = parser.parse_args()
+    arguments = command_line.parse()
     if arguments.command != "verify":  # it reports what others may read
+        from fine_tuning.common.protection import protect
+
         protect()
-    return arguments.func(arguments)
+    return command_line.run(arguments)
 
 
 def program() -> None:

@@ -11,8 +11,7 @@ from fine_tuning.evaluation.records.data_changes import changes_since
 from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.evaluation.report.charts import curve, interval_plot, standalone
 from fine_tuning.evaluation.report.report import Findings, write_report
-from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
-from fine_tuning.evaluation.verdict.slices import slices
+from fine_tuning.evaluation.verdict.settings import CompareSettings
 
 RECORDS = Path("data/evaluation")
 EVALUATION = Path("metrics/evaluation.json")
@@ -29,6 +28,10 @@ PLOTS = {"differences": Path("metrics/plots/differences.svg"), "curve": Path("me
 
 def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
+    # These import PyTorch, which takes seconds: a refused parameter is reported before.
+    from fine_tuning.evaluation.verdict.comparison import Evidence
+    from fine_tuning.evaluation.verdict.slices import slices
+
     found, evaluation, learning = Evidence.read(RECORDS, evaluate), read_json(EVALUATION), read_json(LEARNING_CURVE)
     verdict = found.verdict(settings, sha256_file(ADAPTER), evaluation["suite"])
     if is_champion(CHAMPION, ADAPTER, GGUF):

@@ -7,8 +7,6 @@ from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import write_json, write_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.personal_data.people import PeopleSettings, people_finder
-from fine_tuning.evaluation.evaluator import Evaluator
-from fine_tuning.evaluation.metric_modules.loading import load_metric, signatures
 from fine_tuning.evaluation.records.champion_records import (
     LEARNED,
     is_champion,
@@ -38,6 +36,10 @@ MEMO = Path(".whetstone/memo/evaluate")
 def main() -> None:
     settings, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     people = read_params("clean", PeopleSettings)
+    # These import PyTorch, which takes seconds: a refused parameter is reported before.
+    from fine_tuning.evaluation.evaluator import Evaluator
+    from fine_tuning.evaluation.metric_modules.loading import load_metric, signatures
+
     find_people = people_finder(people)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
     champion, method = find_champion(CHAMPION), method_sha256(settings, chat, people)

@@ -13,11 +13,8 @@ from fine_tuning.schema.chat_format import load_tokenizer
 from fine_tuning.schema.prepared import read_rows
 from fine_tuning.training.checkpoints import alone_with, checkpoint_key, remove_checkpoints
 from fine_tuning.training.launch import launch, train_without_output
-from fine_tuning.training.lora_trainer import train_adapter
 from fine_tuning.training.model_card import model_card
-from fine_tuning.training.progress import progress_bar
 from fine_tuning.training.row_checks import check_only_assistants_train
-from fine_tuning.training.run_report import announcement, learning_curve, quality, speed, summary, validation_curve
 from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.speed import SPEED, read_speed, record_speed
 from fine_tuning.training.tracking import find_adapter, flatten, open_store, training_runs
@@ -35,6 +32,11 @@ SCRATCH = main_checkout() / ".whetstone"
 
 def main() -> None:
     settings = read_params("train", TrainSettings)
+    # These import PyTorch, which takes seconds: a refused parameter is reported before.
+    from fine_tuning.training.lora_trainer import train_adapter
+    from fine_tuning.training.progress import progress_bar
+    from fine_tuning.training.run_report import announcement, learning_curve, quality, speed, summary, validation_curve
+
     client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
     start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
     if settings.launch != "single" and "RANK" not in os.environ:

@@ -51,7 +51,7 @@ champion, metrics = Path("models/champion.json"), Path("metrics/evaluation.json"
 candidate = Path("models/adapter/adapter_model.safetensors"), Path("models/package/model.gguf")
 if is_champion(champion, *candidate) and restore_records(champion, metrics, "trial"):
     sys.exit()
-shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["train"]["verdict"]), "data/evaluation")
+shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["trial"]["verdict"]), "data/evaluation")
 suite = {"sha256": "e" * 64, "method_sha256": "trial"}
 write_json(metrics, {"candidate": {"perplexity": 9.2}, "items": 4, "suite": suite})
 Path("metrics/side_by_side.md").write_text("# Side by side\\n")
@@ -82,7 +82,7 @@ stages:
   evaluate:
     cmd: {python} measure.py
     deps: [measure.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
-    params: [train.verdict, evaluate]
+    params: [trial.verdict, evaluate]
     outs: [data/evaluation, metrics/side_by_side.md]
     metrics:
       - metrics/evaluation.json: {{cache: false}}
@@ -180,8 +180,9 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
 def set_params(folder: Path, seed: int = 1, verdict: str = "PROMOTE") -> None:
     """Write params.yaml."""
     ours = yaml.safe_load((ROOT / "params.yaml").read_bytes())
-    params = {
-        "train": {"seed": seed, "verdict": verdict},
+    params = ours | {
+        "train": ours["train"] | {"seed": seed},
+        "trial": {"verdict": verdict},
         "chat": {"system_prompt": None, "max_length": 512},
         "evaluate": ours["evaluate"] | {"metrics": ["perplexity", "nll_per_byte", "token_accuracy"]},
         "compare": ours["compare"] | {"secondary": {"token_accuracy": 0.02}},
@@ -222,28 +223,15 @@ def type_command(folder: Path, *words: str, **more: str) -> subprocess.Completed
 
 
 def run_words() -> None:
-    """The program of `type_command`: this room's commands only."""
-    import argparse
-
-    from fine_tuning.commands import models
+    """The program of `type_command`; unlike `python -m fine_tuning` it leaves the folder's rights as they are."""
+    from fine_tuning.commands import command_line
     from fine_tuning.common.errors import run
 
-    def main() -> int | None:
-        parser = argparse.ArgumentParser()
-        models.add_commands(parser.add_subparsers(required=True))
-        arguments = parser.parse_args()
-        return arguments.func(arguments)
-
-    run(main)
+    run(lambda: command_line.run(command_line.parse()))
 
 
-def here(*words: str) -> None:
-    """A command in this process and folder: importing MLflow anew costs seconds."""
-    import argparse
+def here(*words: str) -> int:
+    """A command in this process and folder: importing MLflow anew costs seconds. Returns its exit status."""
+    from fine_tuning.commands import command_line
 
-    from fine_tuning.commands import models
-
-    parser = argparse.ArgumentParser()
-    models.add_commands(parser.add_subparsers(required=True))
-    arguments = parser.parse_args(words)
-    arguments.func(arguments)
+    return command_line.run(command_line.parse(words)) or 0

@@ -15,7 +15,7 @@ from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
 from fine_tuning.integration.chat_models import fitting_prompt, stream_reply
-from fine_tuning.integration.chat_session import desk
+from fine_tuning.integration.chat_session import pending_replies
 from fine_tuning.integration.conversation_index import ConversationIndex
 from fine_tuning.integration.embedded_engine import SharedEngines, shared_engines
 from fine_tuning.integration.reply import Reply
@@ -63,7 +63,7 @@ def settle(at: AppTest) -> AppTest:
     """Run the page until no reply is on its way."""
     identity = at.query_params["chat"]
     deadline = time.monotonic() + 30
-    while (question := desk.of(identity)) is not None and question.waiting:
+    while (question := pending_replies.get(identity)) is not None and question.waiting:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     at.run()
@@ -109,7 +109,7 @@ def slow_page(checkout, monkeypatch):
 
     def read_then_wait(*args) -> dict | None:
         found = read(*args)
-        while (question := desk.of(identity)) is not None and question.waiting:
+        while (question := pending_replies.get(identity)) is not None and question.waiting:
             was_read.set()
             time.sleep(0.01)
         return found

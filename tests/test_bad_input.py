@@ -28,7 +28,6 @@ Where each case is tested:
 |                                    |                                 | champion and live where they were)            |
 """
 
-import argparse
 import ast
 import html
 import json
@@ -42,7 +41,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from fine_tuning.commands import conversations
+from fine_tuning.commands import command_line
 from fine_tuning.common.errors import UserError, no_memory, run
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import read_params
@@ -133,10 +132,7 @@ def checkout(template, tmp_path, monkeypatch):
 
 def type_command(*words: str) -> None:
     """A command of `python -m fine_tuning`, in this process."""
-    parser = argparse.ArgumentParser()
-    conversations.add_commands(parser.add_subparsers())
-    arguments = parser.parse_args(words)
-    arguments.func(arguments)
+    command_line.run(command_line.parse(words))
 
 
 def bring_in(door: str, line: bytes) -> None:

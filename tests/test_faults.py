@@ -439,14 +439,8 @@ def test_a_remote_that_is_not_there_or_refuses_costs_nothing_here(promoted, remo
 
 VERIFY = """
 from fine_tuning.common.errors import run
-import argparse
-from fine_tuning.commands import models
-def main():
-    parser = argparse.ArgumentParser()
-    models.add_commands(parser.add_subparsers())
-    arguments = parser.parse_args(["verify", "--host", "http://127.0.0.1:9"])
-    return arguments.func(arguments)
-run(main)
+from fine_tuning.commands import command_line
+run(lambda: command_line.run(command_line.parse(["verify", "--host", "http://127.0.0.1:9"])))
 """
 
 

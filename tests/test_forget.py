@@ -381,7 +381,7 @@ def run(folder: Path, *words: str, killed_after: str = "") -> subprocess.Complet
     """The command in a process of its own, which dies when a step is over and the journal does not know it yet."""
     program = f"""
 import os, signal, sys
-from fine_tuning.commands import forget_steps
+from fine_tuning.erasure import steps as forget_steps
 from fine_tuning.common.errors import run
 from fine_tuning.__main__ import main
 def dying(step):

@@ -106,8 +106,8 @@ def test_a_conversation_that_was_deleted_here_is_still_known_by_the_models(promo
         ("trial:live", "nothing went live"),
         ("trial:latest", "none of the registry's tags"),
         ("other:1", "knows trial and not other"),
-        ("../../etc/passwd", "no name, version or id"),
-        ("a b", "no name, version or id"),
+        ("../../etc/passwd", "not a name, version or id"),
+        ("a b", "not a name, version or id"),
     ],
 )
 def test_what_nothing_is_called_is_one_clear_line(registry, asked, reason):

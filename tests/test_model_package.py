@@ -223,7 +223,7 @@ def forget_the_adapter(patch):
 
 
 FAULTS = [
-    (lose_a_stop, "ends replies in training and is no stop"),
+    (lose_a_stop, "ends replies in training and is not a stop"),
     (double_the_bos, "add_bos_token"),
     (change_a_newline, r"Jinja '\\n"),
     (change_the_rope_base, "rope.freq_base"),

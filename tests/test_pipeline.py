@@ -1,7 +1,10 @@
 """dvc.yaml says what the stages do: their imports, parameters and paths are compared with what they declare."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.settings import SECTIONS, Settings, parse_settings, read_params
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.integration import parameters
 from fine_tuning.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[1]
@@ -170,8 +174,6 @@ def test_packages_hold_no_code_of_their_own():
 
 
 def test_large_outputs_are_kept_out_of_git_by_hand_written_lines(tmp_path):
-    import subprocess
-
     cached = [
         path_of(item)
         for stage in STAGES.values()
@@ -285,3 +287,66 @@ def test_a_message_that_forces_a_stage_does_not_force_all_that_it_depends_on():
     forced = [words for text in sources for words in re.findall(r"dvc repro -f([\w -]*)", text)]
     assert forced
     assert all(words.split()[0] == "-s" and words.split()[1] in STAGES for words in forced)
+
+
+# --- a refused parameter costs nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage in SECTIONS])
+def test_a_stage_refuses_a_parameter_before_it_imports_pytorch(stage, tmp_path):
+    document = YAML(typ="safe").load(ROOT / "params.yaml")
+    document[stage]["colour"] = "blue"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(document))
+    program = (
+        f"import sys; from stages import {stage}\ntry:\n    {stage}.main()\n"
+        "except Exception as error:\n    print(error, {'torch', 'mlflow', 'datasets'} & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"params.yaml: unknown parameter {stage}.colour: check its spelling set()\n", done.stderr
+
+
+def test_all_sections_are_checked_at_once_and_every_section_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert set(parameters.MODELS) == set(SECTIONS)
+    parameters.check_all_params(ROOT / "params.yaml")
+    for section, name in (("base", "model"), ("deploy", "timeout")):
+        document = YAML(typ="safe").load(ROOT / "params.yaml")
+        document[section][name] = ["wrong"]
+        with pytest.raises(UserError, match=f"parameter {section}.{name} = list should be"):
+            parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
+
+
+def test_make_repro_refuses_a_parameter_before_dvc_removes_an_output(tmp_path):
+    """DVC removes a stage's outputs before it runs the stage: a typing error would cost the adapter."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MAKE"))}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    for name in ("Makefile", "requirements.txt", "requirements-base.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "fine_tuning").symlink_to(ROOT / "fine_tuning")
+    (tmp_path / ".venv").mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (tmp_path / ".venv" / name).symlink_to(Path(sys.prefix, name))
+    (tmp_path / ".venv/installed").touch()
+    params = (ROOT / "params.yaml").read_text().replace("  sample: true", "  sample: false")
+    (tmp_path / "params.yaml").write_text(params)
+    adapter = tmp_path / "models/adapter"
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {train: {cmd: python -m fine_tuning params && mkdir models/adapter && touch models/adapter/a, "
+        "params: [train], outs: [models/adapter]}}"
+    )
+    for command in ("git init -q", "dvc init -q", "dvc repro -q"):
+        program, *words = command.split()
+        done = run(*([sys.executable, "-m", "dvc"] if program == "dvc" else [program]), *words)
+        assert done.returncode == 0, done.stderr
+    assert list(adapter.iterdir())
+    (tmp_path / "params.yaml").write_text(re.sub(r"( epochs:) [\d.]+", r"\1 twice", params))
+    refused = run("make", "repro")
+    assert refused.returncode != 0 and "train.epochs = 'twice' should be a valid number" in refused.stderr
+    assert list(adapter.iterdir()), "nothing was removed"
+    assert "train" in run(sys.executable, "-m", "dvc", "repro").stdout and not adapter.exists()

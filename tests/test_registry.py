@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.model_management import sqlite_registry
 from fine_tuning.model_management.model_registry import CANDIDATE, CHAMPION, CLAIM, PREVIOUS, ModelRegistry
 from tests.fake_ollama import silent_host
 from tests.registered import environment
@@ -70,7 +71,7 @@ def test_the_same_content_is_the_same_version(registry, files):
 
 def test_a_version_belongs_to_the_run_that_trained_its_adapter(registry, files):
     runs = [
-        registry._client.create_run(registry._experiment, start_time=start, tags={"adapter_sha256": THIRD})
+        registry._client.create_run(registry.store[1], start_time=start, tags={"adapter_sha256": THIRD})
         for start in (2000, 3000, 1000)
     ]
     version, _ = register(registry, files, THIRD)
@@ -157,6 +158,43 @@ def test_of_two_promotions_at_once_one_wins_and_the_other_is_told(registry, stor
     champion = registry.by_alias(CHAMPION).number
     assert champion in (2, 3) and registry.by_alias(PREVIOUS).number == 1
     assert len(told) == 1 and f"version {champion} became champion in the meantime" in told[0]
+
+
+def questions(store: Path, name: str) -> list[str]:
+    """What `list` asks, as a process that must not import MLflow."""
+    program = (
+        "import sys; from pathlib import Path; from tests.test_registry import open_registry;"
+        "registry = open_registry(Path(sys.argv[1]), sys.argv[2]); version = registry.version(2);"
+        "print(registry.versions() and registry.by_alias('champion').number, version.tags['base_model'],"
+        "registry.download(version, 'adapter/weights', Path(sys.argv[1], 'out')).read_text(), 'mlflow' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(store), name], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_versions_are_read_without_mlflow_and_as_it_reads_them(registry, store, files):
+    for content in (FIRST, SECOND, "4" * 64):
+        register(registry, files, content)
+    registry.promote(2, None)
+    registry.remove(3)
+    assert questions(store, registry.name) == ["2", "tiny", "weights", "False"]
+    assert registry.versions() == registry._ask_mlflow() and len(registry.versions()) == 2
+
+
+def test_a_store_with_other_tables_is_left_to_mlflow(registry, store, files, monkeypatch):
+    for content in (FIRST, SECOND):
+        register(registry, files, content)
+    registry.promote(2, None)
+    monkeypatch.setattr(sqlite_registry, "SCHEMAS", {"another"})
+    assert sqlite_registry.read_versions(registry.uri, registry.name, store / "artifacts") is None
+    assert [version.aliases for version in open_registry(store, registry.name).versions()] == [(), ("champion",)]
+
+
+def test_reading_a_checkout_without_a_store_makes_none(tmp_path):
+    assert open_registry(tmp_path, "name").versions() == [] and not list(tmp_path.iterdir())
 
 
 def test_a_copied_store_names_its_own_folder_and_a_moved_one_too(registry, store, files, tmp_path):
@@ -361,7 +399,7 @@ def of_two_machines_that_promote_at_once_one_succeeds(registry, address, tmp_pat
     def move_first(name: str, alias: str, version: str) -> None:
         move_own(name, alias, version)
         if alias == CHAMPION:
-            assert registry._aliases()[CHAMPION] == 2  # what it looked at before it was content
+            assert registry.by_alias(CHAMPION).number == 2  # what it looked at before it was content
             moved.set()
 
     other._client.set_registered_model_alias = move_late
@@ -435,5 +473,5 @@ def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../models", "Trial", "a b", "a:b", "-x", "x" * 65])
 def test_a_name_outside_the_allow_list_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="no model name"):
+    with pytest.raises(UserError, match="not a model name"):
         open_registry(tmp_path, name)

@@ -1,6 +1,5 @@
 """From the inbox to the manifest, on real git and DVC: nothing lost, nothing twice, nothing during a run."""
 
-import argparse
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.commands import conversations
+from fine_tuning.commands import command_line
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json, read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
@@ -62,12 +61,9 @@ def command(monkeypatch, capsys):
     """Run a command of this room in this process: what it prints, or its one-line error."""
 
     def run(project, *arguments):
-        parser = argparse.ArgumentParser()
-        conversations.add_commands(parser.add_subparsers())
-        parsed = parser.parse_args(arguments)
         monkeypatch.chdir(project.folder)
         try:
-            parsed.func(parsed)
+            command_line.run(command_line.parse([str(word) for word in arguments]))
         except UserError as error:
             return f"error: {error}"
         return capsys.readouterr().out
@@ -384,7 +380,7 @@ def test_of_several_files_with_one_that_cannot_be_read_none_is_taken_and_the_lin
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
-        ("broken.jsonl", '{"kingfisher\n{"x": "kingfisher"}\n', "broken.jsonl: not JSON): mend the file, or export"),
+        ("broken.jsonl", '{"kingfisher\n{"x": "kingfisher"}\n', "broken.jsonl: not JSON): correct the file, or export"),
         ("empty.json", "[]", "empty.json holds no records: check the export"),
         ("header.csv", "prompt,completion\n", "header.csv holds no records: check the export"),
     ],

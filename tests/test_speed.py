@@ -1,13 +1,13 @@
 """What training says before it starts, and a time budget as a number of tokens."""
 
 import shutil
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fine_tuning.commands import budget
+from fine_tuning.commands import budget, command_line
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import write_json
 from fine_tuning.common.settings import read_params, write_param
@@ -55,11 +55,8 @@ def test_a_run_that_had_nothing_left_to_train_says_nothing_of_the_speed(tmp_path
 
 
 def test_a_time_below_nothing_is_one_line(checkout):
-    parser = ArgumentParser()
-    budget.add_commands(parser.add_subparsers())
     with pytest.raises(UserError, match="'-5m' is no time: give one such as 90s, 30m, 2h or 1h30m"):
-        arguments = parser.parse_args(["budget", "-5m"])
-        arguments.func(arguments)
+        command_line.run(command_line.parse(["budget", "-5m"]))
 
 
 def test_a_budget_needs_a_speed_that_was_measured_here(checkout):

@@ -72,7 +72,7 @@ def test_an_audit_that_reached_nobody_is_not_called_clean(capsys):
         assert "no advisory database can be reached" in capsys.readouterr().out
     looked_up = {"name": "old", "version": "1.0", "vulns": [{"id": "CVE-1", "fix_versions": ["1.1"]}]}
     assert supply_chain.judge(json.dumps({"dependencies": [looked_up]}), 1) == 1
-    assert "old 1.0: CVE-1, mended in 1.1" in capsys.readouterr().out
+    assert "old 1.0: CVE-1, fixed in 1.1" in capsys.readouterr().out
     assert supply_chain.judge(json.dumps({"dependencies": [looked_up | {"vulns": []}]}), 1) == 0
 
 

@@ -273,7 +273,7 @@ def test_a_version_that_somebody_replaced_is_not_pruned(fake_twice):
 
 @pytest.mark.parametrize("name", ["0", "latest", "../../etc", "1; rm -rf /", "", "other:1", "1\n"])
 def test_what_is_no_version_is_refused(candidate, name):
-    with pytest.raises(UserError, match="is no version"):
+    with pytest.raises(UserError, match="is not a version"):
         here("switch", name)
 
 

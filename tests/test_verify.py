@@ -14,7 +14,7 @@ from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
-from tests.registered import sh
+from tests.registered import here, sh
 
 GGUF = Path("models/package/model.gguf")
 
@@ -30,20 +30,9 @@ def project(promoted):
 def verify(capsys, *words: str) -> tuple[int, list[dict]]:
     """Exit status and all findings."""
     capsys.readouterr()
-    status = run("verify", "--json", *words)
+    status = here("verify", "--json", *words)
     parts = json.loads(capsys.readouterr().out)
     return status, [{**finding, "place": part["place"]} for part in parts for finding in part["findings"]]
-
-
-def run(*words: str) -> int:
-    import argparse
-
-    from fine_tuning.commands import models
-
-    parser = argparse.ArgumentParser()
-    models.add_commands(parser.add_subparsers())
-    arguments = parser.parse_args(words)
-    return arguments.func(arguments) or 0
 
 
 def flip(path: Path) -> None:
@@ -59,7 +48,7 @@ def flip(path: Path) -> None:
 
 def test_a_sound_project_is_said_to_be_sound(project, capsys):
     with FakeOllama() as server:
-        assert run("verify", "--host", server.host) == 0
+        assert here("verify", "--host", server.host) == 0
     shown = capsys.readouterr().out
     assert shown.count("ok  ") == 6 and "DAMAGED" not in shown
 
@@ -154,7 +143,7 @@ def test_a_damaged_gguf_of_an_older_version_is_named_and_mended(project, capsys)
     kept.unlink()
     assert verify(capsys, "--local")[1][0]["remedy"] == "python -m fine_tuning deploy 1 (fetches it)"
     with FakeOllama(count_tokens=lambda _: 0) as server:
-        run("deploy", "1", "--host", server.host)
+        here("deploy", "1", "--host", server.host)
     assert verify(capsys, "--local") == (0, [])
 
 
@@ -241,7 +230,7 @@ def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(proj
 
     with FakeOllama(count_tokens=count_tokens, store=store) as server:
         monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
-        assert run("deploy", "2", "--host", server.host) == 0
+        assert here("deploy", "2", "--host", server.host) == 0
         capsys.readouterr()
         _, findings = verify(capsys, "--host", server.host)
         (note,) = [finding for finding in findings if "Ollama's files cannot be read" in finding["what"]]
@@ -259,7 +248,7 @@ def test_a_flipped_byte_in_ollama_s_store_is_named_and_mended_by_the_remedy(proj
         ).groups()
         OllamaClient(server.host).delete(remove)
         Path(erase).unlink()
-        assert run(*deploy.split(), "--host", server.host) == 0
+        assert here(*deploy.split(), "--host", server.host) == 0
         capsys.readouterr()
         assert verify(capsys, "--host", server.host)[0] == 0
 
@@ -268,7 +257,7 @@ def test_answers_are_compared_where_ollama_s_files_cannot_be_read(project, tmp_p
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
     tokenizer = load_tokenizer(project / "models/base")
     with FakeOllama(count_tokens=lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)) as server:
-        assert run("deploy", "2", "--host", server.host) == 0
+        assert here("deploy", "2", "--host", server.host) == 0
         capsys.readouterr()
         status, (note,) = verify(capsys, "--host", server.host)
         assert status == 0 and re.search(r"\d+ tokens of its answers are those of the GGUF", note["what"])

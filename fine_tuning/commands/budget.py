@@ -1,21 +1,13 @@
 """`budget`: a time for training, as the number of tokens that params.yaml takes."""
 
 import argparse
-import re
-from typing import Any
 
-
-def add_commands(subparsers: Any) -> None:
-    """Add `budget`."""
-    command = subparsers.add_parser(
-        "budget",
-        help="set prepare.max_train_tokens to what is trained here in a given time",
-        description="Uses the speed of the last training here. Training itself never looks at the clock, so that the "
-        "same parameters give the same adapter everywhere.",
-    )
-    command.add_argument("time", help="such as 90s, 30m, 2h or 1h30m; none: no limit")
-    command._negative_number_matcher = re.compile(r"-\d")  # `-5m` is a wrong time and not an option
-    command.set_defaults(func=budget)
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import main_checkout, root
+from fine_tuning.common.settings import read_params, write_param
+from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+from fine_tuning.training.settings import TrainSettings
+from fine_tuning.training.speed import SPEED, parse_duration, read_speed
 
 
 def budget(arguments: argparse.Namespace) -> None:
@@ -24,13 +16,6 @@ def budget(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the time is none, nothing was trained here yet, or it is too short to train anything.
     """
-    from fine_tuning.common.errors import UserError
-    from fine_tuning.common.project import main_checkout, root
-    from fine_tuning.common.settings import read_params, write_param
-    from fine_tuning.data_preparation.dataset_builder import PrepareSettings
-    from fine_tuning.training.settings import TrainSettings
-    from fine_tuning.training.speed import SPEED, parse_duration, read_speed
-
     root()
     settings, _ = read_params("train", TrainSettings), read_params("prepare", PrepareSettings)
     if arguments.time.lower() == "none":

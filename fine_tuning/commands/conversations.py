@@ -7,16 +7,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import root
-from fine_tuning.data_collection.storage.shards import track
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
+from fine_tuning.data_collection.importers import Imported, Problem, import_file
+from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shards import (
+    IntakeSettings,
+    newest_versions,
+    next_stamp,
+    read_manifest,
+    shard_paths,
+    track,
+    versions,
+    write_shard,
+)
+from fine_tuning.data_collection.storage.tombstones import Tombstones
+from fine_tuning.schema.conversation import is_by_a_model, is_feedback, message_ids, version_hash, with_feedback_of
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
-    from fine_tuning.data_collection.importers import Imported, Problem
-    from fine_tuning.data_collection.storage.tombstones import Tombstones
 
 INBOX = Path("inbox/conversations.jsonl")
 CONVERSATIONS = Path("data/conversations")
@@ -26,44 +41,18 @@ FORGOTTEN = Path("data/forgotten.jsonl")
 SHOWN_PROBLEMS = 10
 
 
-def add_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Add import, seal, sample and stats to the command line."""
-    command = subparsers.add_parser(
-        "import",
-        help="take conversations from files of other tools",
-        description="Recognised: OpenAI, Anthropic or Hugging Face messages, ShareGPT, Alpaca, Dolly, "
-        "prompt/completion, ChatML text, ChatGPT's conversations.json, Open WebUI's chats and feedback, preferences "
-        "(chosen and rejected, or a label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
-    )
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    command.add_argument("--model", metavar="NAME", help="who wrote the replies for which a file names no model")
-    command.set_defaults(func=import_files)
-    command = subparsers.add_parser("seal", help="hand the conversations logged so far to the pipeline")
-    command.set_defaults(func=seal)
-    command = subparsers.add_parser("sample", help="bring in the sample conversations, if params.yaml wants them")
-    command.set_defaults(func=bring_sample)
-    command = subparsers.add_parser("stats", help="count what was logged since the last seal, or all with --all")
-    command.add_argument("--all", action="store_true", help="count the sealed and imported conversations too")
-    command.set_defaults(func=show_stats)
-
-
 def import_files(args: argparse.Namespace) -> None:
     """Import every file; conversations that are there already are not taken again.
 
     New conversations go into one shard; new versions of known ones into another, with the feedback that was known.
     """
-    from fine_tuning.data_collection.importers import Imported, Problem, import_file
-    from fine_tuning.data_collection.storage.shards import next_stamp, shard_paths, versions, write_shard
-    from fine_tuning.data_collection.storage.tombstones import Tombstones
-    from fine_tuning.schema.conversation import is_by_a_model, is_feedback, version_hash
-
     root()
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         _seal_closed_logs(repo, tombstones)
         known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
 
-        reports: list[_Report] = []  # told when the shard is written: until then nothing is taken
+        reports: list[_Report] = []  # printed when the shard is written: until then nothing is taken
         changes: list[tuple[Imported, Counter[str]]] = []
 
         def taken(path: Path) -> Iterator[dict]:
@@ -146,15 +135,12 @@ class _Report:
                 print(f"  {count_of(count, 'time')} {reason}")
 
 
-def _new_versions(changes: list[tuple["Imported", Counter[str]]]) -> Iterator[dict]:
+def _new_versions(changes: list[tuple[Imported, Counter[str]]]) -> Iterator[dict]:
     """New versions of known conversations, each with the feedback that is known of the same words.
 
-    A judgement brings the chat as it was when somebody judged: it changes the words that are known only if it goes on
-    from them.
+    A judgement brings the chat as it was when somebody judged: it changes the known messages only if it continues
+    them.
     """
-    from fine_tuning.data_collection.storage.shards import newest_versions, shard_paths
-    from fine_tuning.schema.conversation import message_ids, version_hash, with_feedback_of
-
     names = {item.conversation["id"] for item, _ in changes}
     names |= {f"{item.conversation['id']}-{item.judges}" for item, _ in changes if item.judges}
     newest = newest_versions(shard_paths(CONVERSATIONS, MANIFEST), names)
@@ -174,13 +160,13 @@ def _new_versions(changes: list[tuple["Imported", Counter[str]]]) -> Iterator[di
         yield merged
 
 
-def _nothing_taken(files: list[Path], problems: list[tuple[Path, "Problem"]]) -> str:
+def _nothing_taken(files: list[Path], problems: list[tuple[Path, Problem]]) -> str:
     """Why files gave no conversation, and what to do."""
     if problems:
         path, first = problems[0]
         return (
             f"nothing was taken, {len(problems)} quarantined (the first is line {first.line} of {path}: "
-            f"{first.reason}): mend the file, or export it in one of the formats of "
+            f"{first.reason}): correct the file, or export it in one of the formats of "
             "`python -m fine_tuning import --help`"
         )
     named = f"{files[0]} holds" if len(files) == 1 else f"the {len(files)} files hold"
@@ -189,9 +175,6 @@ def _nothing_taken(files: list[Path], problems: list[tuple[Path, "Problem"]]) ->
 
 def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
-    from fine_tuning.data_collection.storage.sealing import close_log
-    from fine_tuning.data_collection.storage.tombstones import Tombstones
-
     root()
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
@@ -204,9 +187,6 @@ def seal(args: argparse.Namespace) -> None:
 
 def bring_sample(args: argparse.Namespace) -> None:
     """Write the sample's shard if params.yaml wants it and it is not there; say so if other shards are missing."""
-    from fine_tuning.common.settings import read_params
-    from fine_tuning.data_collection.storage.shards import IntakeSettings, read_manifest
-
     root()
     if not read_params("intake", IntakeSettings).sample:
         print("intake.sample is false: the sample is left out")
@@ -234,9 +214,6 @@ def bring_sample(args: argparse.Namespace) -> None:
 
 def show_stats(args: argparse.Namespace) -> None:
     """Print statistics as JSON."""
-    from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
-    from fine_tuning.data_collection.storage.shards import shard_paths, versions
-
     conversations = {}
     if args.all:
         conversations = {v["id"]: v for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
@@ -249,10 +226,8 @@ def show_stats(args: argparse.Namespace) -> None:
 # DVC
 
 
-def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
+def _seal_closed_logs(repo: "Repo", tombstones: Tombstones) -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
-    from fine_tuning.data_collection.storage.sealing import seal_log
-
     logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
     for log in logs:
         done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones)
@@ -271,8 +246,6 @@ def _seal_closed_logs(repo: "Repo", tombstones: "Tombstones") -> bool:
 
 def _is_what_dvc_names() -> bool:
     """Whether the folder has as many files and bytes as data/conversations.dvc says. `dvc repro` compares hashes."""
-    import yaml
-
     if not TRACKED.exists():
         return False
     out = yaml.safe_load(TRACKED.read_bytes())["outs"][0]

@@ -20,12 +20,6 @@ METRICS = {
 }
 
 
-def add_commands(subparsers: Any) -> None:
-    """Add `experiments`."""
-    command = subparsers.add_parser("experiments", help="compare what was tried: a table, and the losses as a drawing")
-    command.set_defaults(func=experiments)
-
-
 def experiments(arguments: argparse.Namespace) -> None:
     """Print workspace, commits and experiments, the best first, and draw their validation losses by step.
 
@@ -49,8 +43,8 @@ def experiments(arguments: argparse.Namespace) -> None:
 
 def finished_first(lines: list[Line]) -> list[Line]:
     """Each line once, by its validation loss; last what has none."""
-    told = {line.name: line for line in reversed(lines)}
-    return sorted(told.values(), key=lambda line: line.metrics.get(METRICS["validation loss"], float("inf")))
+    by_name = {line.name: line for line in reversed(lines)}
+    return sorted(by_name.values(), key=lambda line: line.metrics.get(METRICS["validation loss"], float("inf")))
 
 
 def table(lines: list[Line]) -> Any:

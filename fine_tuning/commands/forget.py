@@ -12,49 +12,40 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import yaml
 from filelock import FileLock, Timeout
 
+from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.erasure.steps import AGAIN, FORGOTTEN, LOCK, Work, finish, is_leftover, journals, logs, run_steps
+from fine_tuning.common.project import main_checkout, root
+from fine_tuning.data_collection.storage.shards import shard_paths
+from fine_tuning.data_collection.storage.tombstones import Tombstones
+from fine_tuning.erasure import object_stores
+from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard
+from fine_tuning.erasure.steps import (
+    AGAIN,
+    CONVERSATIONS,
+    FORGOTTEN,
+    LOCK,
+    MANIFEST,
+    Work,
+    finish,
+    is_leftover,
+    journals,
+    logs,
+    run_steps,
+)
+from fine_tuning.erasure.traces import streams
+from fine_tuning.model_management.champion import copy_file
 
-if TYPE_CHECKING:
-    from fine_tuning.data_collection.storage.tombstones import Tombstones
-    from fine_tuning.erasure.records import Found, Selection
-
-CONVERSATIONS = Path("data/conversations")
-MANIFEST = Path("data/manifest.json")
-MADE_ANEW = "made anew by dvc repro"
-# Words that stand here are nobody's secret. Not all that git tracks: a chat that was committed is to be found.
+REBUILT = "rebuilt by dvc repro"
+# Text in these files is public. Not everything that git tracks is: a chat that was committed has to be found.
 PUBLIC = ("fine_tuning", "stages", "tests", "benchmarks", "configs", "docs", "README.md", "params.yaml", "dvc.yaml")
-
-
-def add_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Add forget to the command line."""
-    command = subparsers.add_parser(
-        "forget",
-        help="take a conversation, or all of a session or a user, out of everything that can be reached",
-        description="Says first where it is. Without --yes it asks; where nobody can answer, nothing is changed.",
-    )
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("conversation", nargs="?", help="a conversation's id")
-    which.add_argument("--session", metavar="S", help="all conversations of a session")
-    which.add_argument("--user", metavar="U", help="all that a user said, by the metadata")
-    which.add_argument("--again", action="store_true", help="what another clone forgot, or what came back")
-    which.add_argument("--resume", action="store_true", help="go on with all that is not finished")
-    command.add_argument("--yes", action="store_true", help="do not ask")
-    command.add_argument(
-        "--withdraw", action="store_true", help="take models that learned from it out of aliases, registry and Ollama"
-    )
-    command.add_argument("--host", action="append", help="an Ollama other than deploy.host; may be repeated")
-    command.set_defaults(func=run_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Find, show, ask, forget, prove. The exit status is 1 if something of it is left or could not be reached."""
-    from fine_tuning.common.project import main_checkout, root
-
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run forget in the main checkout")
     try:
@@ -64,8 +55,6 @@ def run_command(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fine_tuning.erasure.records import Selection
-
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
     tombstones = _tombstones() if args.again else None
@@ -91,11 +80,11 @@ class Place:
 
 
 @dataclass
-class Whereabouts:
+class Locations:
     """What `find` found. It holds the conversations themselves and is never written to a file."""
 
-    found: "Found"
-    tombstones: "Tombstones"
+    found: Found
+    tombstones: Tombstones
     places: list[Place] = field(default_factory=list)
     learned: dict[str, list] = field(default_factory=dict)
     """{"versions": numbers, "adapters": SHA-256, "objects": DVC's names}: the models that learned from it; "made": the
@@ -104,7 +93,7 @@ class Whereabouts:
     """Whether the pipeline has read it, and has to run again"""
 
 
-def find(selection: "Selection") -> Whereabouts:
+def find(selection: Selection) -> Locations:
     """Everywhere that the selected conversations are. Changes nothing; the current folder is the checkout.
 
     Reads the live and closed logs, shards, everything else below the checkout, DVC's cache and remotes, git's objects
@@ -113,19 +102,15 @@ def find(selection: "Selection") -> Whereabouts:
     Raises:
         UserError: no such conversation.
     """
-    from fine_tuning.data_collection.storage.shards import shard_paths
-    from fine_tuning.erasure import object_stores
-    from fine_tuning.erasure.records import collect, count_in_log, count_in_shard
-
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
     found = collect(selection, shards, logs(), tombstones, tombstones.key)
     if not found.ids and not found.messages and found.by is None:
         waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
         raise UserError(
-            f"no conversation here is of that name: `python -m fine_tuning lineage ID` looks in models too{waiting}"
+            f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
         )
     found.leave_out((found.people | found.models).all_in(_public_words()))
-    where, work = Whereabouts(found, tombstones), Work(found, {}, {"pipeline": False})
+    where, work = Locations(found, tombstones), Work(found, {}, {"pipeline": False})
     say = where.places.append
     for log in logs():
         if count := count_in_log(log, found):
@@ -134,7 +119,7 @@ def find(selection: "Selection") -> Whereabouts:
     for shard in shards:
         if count := count_in_shard(shard, found):
             where.pipeline = True
-            say(Place(str(shard), count_of(count, "line"), "written anew without it"))
+            say(Place(str(shard), count_of(count, "line"), "rewritten without it"))
     work.options["pipeline"] = where.pipeline
     where.pipeline |= _say_files(work, say)
     records = list(object_stores.stage_records(Path.cwd()))
@@ -177,13 +162,9 @@ def find(selection: "Selection") -> Whereabouts:
     return where
 
 
-def _tombstones() -> "Tombstones":
+def _tombstones() -> Tombstones:
     """The tombstones. A key that another clone made is brought without its shards: those that are here may still hold
     what was forgotten there."""
-    from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
-    from fine_tuning.data_collection.storage.tombstones import Tombstones
-    from fine_tuning.model_management.champion import copy_file
-
     with suppress(UserError):
         return Tombstones(FORGOTTEN)
     folder = read_dvc(CONVERSATIONS.with_suffix(".dvc"))
@@ -196,7 +177,7 @@ def _tombstones() -> "Tombstones":
     return Tombstones(FORGOTTEN)
 
 
-def describe(where: Whereabouts) -> Iterator[str]:
+def describe(where: Locations) -> Iterator[str]:
     """The places as text."""
     yield f"{count_of(len(where.found.ids), 'conversation')}, found in {count_of(len(where.places), 'place')}:"
     for place in where.places:
@@ -206,9 +187,7 @@ def describe(where: Whereabouts) -> Iterator[str]:
 
 
 def _public_words() -> Iterator[bytes | list[tuple[str | None, str]]]:
-    """Texts that are nobody's: this project's own, and the base model's files."""
-    from fine_tuning.erasure.traces import streams
-
+    """Public texts: this project's own, and the base model's files."""
     listed = subprocess.run(["git", "ls-files", "-z", "--", *PUBLIC], capture_output=True)
     tracked = [Path(name) for name in listed.stdout.decode("utf-8", "replace").split("\0") if name]
     own = [path for path in Path("models/base").glob("*") if path.suffix in (".json", ".jinja")]
@@ -222,12 +201,10 @@ def _public_words() -> Iterator[bytes | list[tuple[str | None, str]]]:
 
 
 def _check_start(adapters: set[str]) -> None:
-    import yaml
-
     params = yaml.safe_load(Path("params.yaml").read_bytes()) or {}
     start = (params.get("train") or {}).get("start_from")
     if start and any(sha256.startswith(str(start)) for sha256 in adapters):
-        raise UserError("train.start_from goes on from a model that learned from it: set it to null in params.yaml")
+        raise UserError("train.start_from continues a model that learned from it: set it to null in params.yaml")
 
 
 def _say_files(work: "Work", say: Callable[[Place], None]) -> bool:
@@ -238,7 +215,7 @@ def _say_files(work: "Work", say: Callable[[Place], None]) -> bool:
         group = _group_of(path)
         if group:
             groups[group] = groups.get(group, 0) + 1
-            made |= group[1] == MADE_ANEW and work.strict.in_file(path)
+            made |= group[1] == REBUILT and work.strict.in_file(path)
     for (where, then), count in groups.items():
         say(Place(where, count_of(count, "file"), then))
     return made
@@ -252,7 +229,7 @@ def _group_of(path: Path) -> tuple[str, str] | None:
     if parts[0] == "inbox" or path.is_relative_to(CONVERSATIONS) or parts[0] in ("mlflow.db", "mlartifacts"):
         return None
     if parts[0] in ("data", "metrics", "models"):
-        return "/".join(parts[:2]), MADE_ANEW
+        return "/".join(parts[:2]), REBUILT
     return str(path), "stays: it is not the project's; remove it yourself"
 
 
@@ -260,29 +237,26 @@ def _say_objects(
     work: "Work", records: list[dict], say: Callable[[Place], None]
 ) -> tuple[dict[str, dict[str, str]], set[str], set[str]]:
     """(listings of folders, objects that hold it, objects that were made from shards that held it)."""
-    from fine_tuning.common.dvc_files import cached
-    from fine_tuning.erasure.object_stores import made_from, search, stores
-    from fine_tuning.erasure.records import count_in_shard
 
     listings: dict[str, dict[str, str]] = {}
     found = {}
-    with stores(Path.cwd()) as (reachable, silent):
+    with object_stores.stores(Path.cwd()) as (reachable, unreachable):
         for store in reachable:
-            found[store.name] = searched = search(store, work.everything, work.strict, work.known)
+            found[store.name] = searched = object_stores.search(store, work.everything, work.strict, work.known)
             listings |= searched.listings
         deps = [dep for record in records for dep in record.get("deps") or []]
         folders = {dep.get("md5") for dep in deps if dep.get("path") == str(CONVERSATIONS)}
         shards = {oid for folder in folders for oid in listings.get(folder, {}).values()}
         holding = {oid for oid in shards if (path := cached(Path.cwd(), oid)) and count_in_shard(path, work.found)}
         strict = {oid for searched in found.values() for oid in searched.strict}
-        made = made_from(records, listings, shards & strict | holding)
+        made = object_stores.made_from(records, listings, shards & strict | holding)
         for store in reachable:
             tainted = found[store.name].holding | (made & found[store.name].objects)
             if tainted:
                 name = "DVC's cache" if store.name == "cache" else f"remote {store.name}"
                 say(Place(name, f"{len(tainted)} of {count_of(len(found[store.name].objects), 'object')}", "removed"))
-        for remote in silent:
-            say(Place(f"remote {remote.name}", "could not be looked into", remote.why))
+        for remote in unreachable:
+            say(Place(f"remote {remote.name}", "could not be searched", remote.why))
     return listings, {oid for searched in found.values() for oid in searched.holding}, made
 
 
@@ -290,7 +264,7 @@ def _say_objects(
 
 
 def forget(
-    where: Whereabouts,
+    where: Locations,
     *,
     withdraw: bool = False,
     hosts: list[str] | None = None,
@@ -304,10 +278,10 @@ def forget(
         say: gets one line for each step and for each part of the proof.
 
     Returns:
-        0 if the proof found nothing and everything could be reached, else 1: `resume` goes on.
+        0 if the proof found nothing and everything could be reached, else 1: `resume` continues.
 
     Raises:
-        UserError: a step could not be done; `resume` goes on with it.
+        UserError: a step could not be done; `resume` continues.
     """
     with FileLock(LOCK, timeout=0):
         upgraded = where.tombstones.add(where.found.versions)  # first of all: from here on nothing brings it back
@@ -323,7 +297,7 @@ def forget(
 
 
 def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
-    """Go on with every erasure that is not finished; as `forget`. One that cannot go on does not keep the others.
+    """Continue every erasure that did not finish; as `forget`. One that cannot continue does not stop the others.
 
     Args:
         withdraw, hosts: as for `forget`, of what was begun without.

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
 BASE, CHAMPION = Path("models/base"), Path("models/champion.json")
 TRAIN = Path("data/prepared/train.parquet")
@@ -11,17 +10,10 @@ VALIDATION = Path("data/prepared/validation.parquet")
 CURVE = Path("metrics/learning_curve.json")
 
 
-def add_commands(subparsers: Any) -> None:
-    """Add `learning-curve`."""
-    command = subparsers.add_parser("learning-curve", help="train on shares of the data: would more of it help?")
-    command.add_argument("--fractions", default="0.25,0.5,1", help="shares of the training tokens (0.25,0.5,1)")
-    command.set_defaults(func=learning_curve)
-
-
 def learning_curve(arguments: argparse.Namespace) -> None:
     """Write metrics/learning_curve.json. Neither the pipeline's adapter nor another of its outputs is touched.
 
-    Every share that was trained once with the same base, data and parameters is kept: a run that was cut off goes on.
+    Every share that was trained once with the same base, data and parameters is kept: an interrupted run continues.
     """
     from fine_tuning.evaluation.learning_curve import advice, measure, parse_fractions, score_adapter
 

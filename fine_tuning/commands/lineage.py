@@ -14,11 +14,10 @@ import yaml
 from fine_tuning.common.dvc_files import show_file
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.names import split_tag
-from fine_tuning.common.project import run_command
+from fine_tuning.common.project import root, run_command
 from fine_tuning.common.records import read_lines
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.integration.models_view import artifact
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import (
     CANDIDATE,
@@ -41,6 +40,7 @@ SHOWN_SECTIONS = ("base", "chat", "train", "package")
 
 def lineage(arguments: argparse.Namespace) -> None:
     """Print the lineage of what the person named."""
+    root()
     registry = open_registry(read_params("deploy", DeploySettings).name)
     found = trace(registry, arguments.name)
     if arguments.json:
@@ -62,7 +62,7 @@ def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
     if named is not None:
         return {"asked": asked, "versions": [describe_version(registry, registry.version(named))]}
     if not IDENTITY.fullmatch(asked):
-        raise UserError("that is no name, version or id: letters, digits, . _ and - make one")
+        raise UserError("that is not a name, version or id: use letters, digits, . _ and -")
     places = list(_places_of(asked))
     taught = {
         version.number: split
@@ -86,7 +86,7 @@ def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
 
 
 def _named_version(registry: ModelRegistry, asked: str) -> int | None:
-    """The version that a number, a tag or an alias names; None if it looks like none of them.
+    """The version that a number, a tag or an alias names; None if it has the form of none of them.
 
     Raises:
         UserError: it is a tag, and no version is behind it.
@@ -116,8 +116,8 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
     tags = version.tags
     commit = tags.get("git_commit") or "none"
     commit = commit if COMMIT.fullmatch(commit) else "none"
-    kept = {name: artifact(registry, version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
-    manifest = json.loads(artifact(registry, version, "provenance/manifest.json") or b"{}")
+    kept = {name: registry.read(version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
+    manifest = json.loads(registry.read(version, "provenance/manifest.json") or b"{}")
     committed = show_file(Path.cwd(), commit, "dvc.lock") if commit != "none" else None
     return {
         "name": version.name,
@@ -154,7 +154,7 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
 
 def conversations_of(registry: ModelRegistry, version: ModelVersion) -> dict[str, list[str]]:
     """{split: ids of conversations} of a version; empty if the registry lost the list."""
-    return json.loads(artifact(registry, version, "provenance/conversations.json") or b"{}")
+    return json.loads(registry.read(version, "provenance/conversations.json") or b"{}")
 
 
 def _subject(commit: str) -> str | None:
@@ -240,7 +240,7 @@ def _as_text(found: dict[str, Any]) -> Iterator[str]:
         yield f"reply {reply['id']} of conversation {reply['conversation']}, in {reply['in']}"
         yield f"written by {author}" + (f" at {reply['at']}" if reply["at"] else "")
         if not found["versions"]:
-            yield "that is no version of the registry"
+            yield "that is not a version in the registry"
     if conversation := found.get("conversation"):
         yield f"conversation {conversation['id']}, in {', '.join(conversation['in']) or 'no file here'}"
         if not conversation["splits"]:

@@ -1,93 +1,35 @@
-"""Commands around models: promote, deploy, switch, rollback, prune, list, lineage, verify."""
+"""Commands for models on Ollama: deploy, switch, rollback, prune, list."""
 
 import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
 
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from fine_tuning.commands.bundle import champion_bundle, kept_gguf, registered_bundle
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.names import parse_version
+from fine_tuning.common.project import root
 from fine_tuning.common.settings import read_params
-from fine_tuning.integration.ollama_client import open_servers
-
-if TYPE_CHECKING:
-    from fine_tuning.model_management.model_deployer import DeploySettings
-    from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
-    from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
-
-
-def add_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Add the commands to the program's parser."""
-    parser = subparsers.add_parser("promote", help="register the candidate and make it the champion")
-    parser.add_argument("version", nargs="?", help="a version that was champion before, instead of the candidate")
-    parser.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")
-    parser.add_argument("--by", metavar="NAME", help="who promotes; git's user.name if left out")
-    parser.set_defaults(func=promote)
-
-    parser = subparsers.add_parser("deploy", help="put a version on Ollama, prove it, make it live")
-    parser.add_argument("version", nargs="?", help="a version's number; the champion if left out")
-    parser.add_argument(
-        "--unproven", action="store_true", help="go live although prompts or answers could not be compared"
-    )
-    _add_host(parser)
-    parser.set_defaults(func=deploy)
-
-    parser = subparsers.add_parser("switch", help="make a deployed version live")
-    parser.add_argument("version", help="a version's number")
-    _add_host(parser)
-    parser.set_defaults(func=switch)
-
-    parser = subparsers.add_parser("rollback", help="make live what was live before")
-    _add_host(parser)
-    parser.set_defaults(func=rollback)
-
-    parser = subparsers.add_parser("prune", help="take old versions off Ollama; the registry and DVC keep them")
-    parser.add_argument("--keep", type=int, default=3, metavar="N", help="the newest N stay (3), as do those in use")
-    _add_host(parser)
-    parser.set_defaults(func=prune)
-
-    parser = subparsers.add_parser("list", help="versions, their aliases, and what is live where since when")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    _add_host(parser)
-    parser.set_defaults(func=list_versions)
-
-    parser = subparsers.add_parser("lineage", help="what made a version or a reply; which models a conversation taught")
-    parser.add_argument("name", metavar="NAME", help="a version, a tag, an alias, or the id of a reply or conversation")
-    parser.add_argument("--json", action="store_true", help="as JSON, with the ids of all conversations")
-    parser.set_defaults(func=lineage)
-
-    parser = subparsers.add_parser("verify", help="read again what DVC, registry and Ollama hold; name what is damaged")
-    parser.add_argument("--local", action="store_true", help="neither the remote nor Ollama")
-    parser.add_argument(
-        "--rebuild", action="store_true", help="run HEAD's pipeline once more; name the first difference"
-    )
-    parser.add_argument("--remote", help="a DVC remote other than the default one")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    _add_host(parser)
-    parser.set_defaults(func=verify)
-
-
-def _add_host(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--host", action="append", help="an Ollama to act on instead of deploy.host; may be repeated")
-
-
-# ------------------------------------------------------------------------------------------------------------ commands
-
-
-def promote(arguments: argparse.Namespace) -> None:
-    """Register the candidate and make it the champion."""
-    from fine_tuning.commands.promote import promote as run_promote
-
-    run_promote(arguments)
+from fine_tuning.integration.ollama_client import OllamaError, open_servers
+from fine_tuning.model_management.champion import read_champion
+from fine_tuning.model_management.model_deployer import DeploySettings, ModelDeployer
+from fine_tuning.model_management.model_registry import (
+    ADAPTER_TAG,
+    CHAMPION,
+    ModelRegistry,
+    ModelVersion,
+    open_registry,
+    registry_locks,
+)
+from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
 
 
 def deploy(arguments: argparse.Namespace) -> None:
     """Deploy a version to every host, one after the other."""
-    from functools import partial
-
-    from fine_tuning.commands.bundle import champion_bundle, registered_bundle
-    from fine_tuning.model_management.model_deployer import ModelDeployer
-
     for switcher in _each_server(arguments):
         server, registry = switcher.server, switcher.registry
         version = _chosen(registry, arguments.version)
@@ -110,8 +52,6 @@ def deploy(arguments: argparse.Namespace) -> None:
 
 def switch(arguments: argparse.Namespace) -> None:
     """Make a deployed version live on every host."""
-    from fine_tuning.common.names import parse_version
-
     number = parse_version(arguments.version, _settings().name)
     for switcher in _each_server(arguments):
         before = switcher.switch(number)
@@ -141,90 +81,50 @@ def prune(arguments: argparse.Namespace) -> None:
 
 def list_versions(arguments: argparse.Namespace) -> None:
     """Show the versions and what is live."""
-    from fine_tuning.integration.ollama_client import OllamaError
-    from fine_tuning.model_management.model_switcher import ModelSwitcher
-
     settings = _settings()
-    registry = _registry(settings)
+    registry = open_registry(settings.name)
     versions = registry.versions()
     live: dict[str, Live | None] = {}
-    silent: dict[str, str] = {}
+    unreachable: dict[str, str] = {}
     with open_servers(settings, arguments.host) as servers:
         for server in servers:
             try:
                 live[server.host] = ModelSwitcher(server, registry).live()
             except OllamaError as error:
-                silent[server.host] = str(error)
+                unreachable[server.host] = str(error)
     if arguments.json:
-        print(json.dumps(_as_json(versions, live, silent), indent=2, ensure_ascii=False))
+        print(json.dumps(_as_json(versions, live, unreachable), indent=2, ensure_ascii=False))
         return
     _print_table(settings.name, versions)
     for host, found in live.items():
         print(f"{host}: {_live_line(settings.name, found)}")
-    for reason in silent.values():
+    for reason in unreachable.values():
         print(reason)
-
-
-def lineage(arguments: argparse.Namespace) -> None:
-    """Show what made a model, or which models a conversation taught."""
-    from fine_tuning.commands.lineage import lineage as run_lineage
-    from fine_tuning.common.project import root
-
-    root()
-    run_lineage(arguments)
-
-
-def verify(arguments: argparse.Namespace) -> int:
-    """Read again what is trusted unread; the exit status is 1 if something is damaged."""
-    if arguments.rebuild:
-        from fine_tuning.commands.rebuild import rebuild
-
-        return rebuild()
-    from fine_tuning.commands.verify import verify as run_verify
-
-    settings = _settings()
-    with open_servers(settings, arguments.host) as servers:
-        return run_verify(arguments, settings, servers)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _settings() -> "DeploySettings":
-    from fine_tuning.common.project import root
-    from fine_tuning.model_management.model_deployer import DeploySettings
-
+def _settings() -> DeploySettings:
     root()
     return read_params("deploy", DeploySettings)
 
 
-def _registry(settings: "DeploySettings") -> "ModelRegistry":
-    from fine_tuning.model_management.model_registry import open_registry
-
-    return open_registry(settings.name)
-
-
-def _each_server(arguments: argparse.Namespace) -> "Iterator[ModelSwitcher]":
+def _each_server(arguments: argparse.Namespace) -> Iterator[ModelSwitcher]:
     """Every host in its turn, with no other process of this checkout at it; none is begun with unless all answer."""
-    from fine_tuning.model_management.model_switcher import ModelSwitcher
-
     settings = _settings()
     with open_servers(settings, arguments.host) as servers:
         for server in servers:
             server.version()  # a server that is down is known before anything is loaded
-        registry = _registry(settings)
+        registry = open_registry(settings.name)
         for server in servers:
             switcher = ModelSwitcher(server, registry)
             with _host_lock(switcher.key):
                 yield switcher
 
 
-def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | None":
+def _chosen(registry: ModelRegistry, given: str | None) -> ModelVersion | None:
     """The version to deploy; None for a champion that came with git and that this registry does not know."""
-    from fine_tuning.common.names import parse_version
-    from fine_tuning.model_management.champion import read_champion
-    from fine_tuning.model_management.model_registry import ADAPTER_TAG, CHAMPION
-
     if given is not None:
         return registry.version(parse_version(given, registry.name))
     champion, named = registry.by_alias(CHAMPION), read_champion()
@@ -245,10 +145,6 @@ def _chosen(registry: "ModelRegistry", given: str | None) -> "ModelVersion | Non
 @contextmanager
 def _host_lock(key: str) -> Iterator[None]:
     """One deployment or switch at a time to a host, from this checkout."""
-    from filelock import FileLock, Timeout
-
-    from fine_tuning.model_management.model_registry import registry_locks
-
     path = registry_locks() / f"ollama-{key}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -261,8 +157,6 @@ def _host_lock(key: str) -> Iterator[None]:
 @contextmanager
 def _progress() -> Iterator:
     """A progress bar of an upload; it shows itself only on a terminal."""
-    from tqdm import tqdm
-
     with tqdm(unit="B", unit_scale=True, desc="upload", disable=None, leave=False) as bar:
 
         def show(sent: int, size: int) -> None:
@@ -272,7 +166,7 @@ def _progress() -> Iterator:
         yield show
 
 
-def _was(before: "Live | None") -> str:
+def _was(before: Live | None) -> str:
     if before is None:
         return ""
     return (
@@ -280,7 +174,7 @@ def _was(before: "Live | None") -> str:
     )
 
 
-def _live_line(name: str, live: "Live | None") -> str:
+def _live_line(name: str, live: Live | None) -> str:
     if live is None:
         return f"nothing is live as {name}:live: `python -m fine_tuning deploy`"
     if live.version is None:
@@ -289,7 +183,7 @@ def _live_line(name: str, live: "Live | None") -> str:
     return f"{name}:live is version {live.version}{since} (manifest {live.digest[:12]})"
 
 
-def _print_table(name: str, versions: list["ModelVersion"]) -> None:
+def _print_table(name: str, versions: list[ModelVersion]) -> None:
     if not versions:
         print(f"{name} has no version yet: `python -m fine_tuning promote` makes the first")
         return
@@ -306,9 +200,8 @@ def _print_table(name: str, versions: list["ModelVersion"]) -> None:
 
 
 def _as_json(
-    versions: list["ModelVersion"], live: dict[str, "Live | None"], silent: dict[str, str]
+    versions: list[ModelVersion], live: dict[str, Live | None], unreachable: dict[str, str]
 ) -> dict[str, object]:
-    from fine_tuning.commands.bundle import kept_gguf
 
     return {
         "versions": [
@@ -333,5 +226,5 @@ def _as_json(
             }
             for host, found in live.items()
         },
-        "unreachable": silent,
+        "unreachable": unreachable,
     }

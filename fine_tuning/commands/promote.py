@@ -188,7 +188,7 @@ def check_verdict(compared: dict[str, Any]) -> None:
     found, said = rounded(found), rounded(compared)
     if other := [key for key in sorted(found.keys() | said.keys()) if found.get(key) != said.get(key)]:
         raise UserError(
-            f"{COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`, then look"
+            f"{COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`"
         )
 
 
@@ -199,7 +199,7 @@ def rounded(record: dict[str, Any]) -> dict[str, Any]:
 
 def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
     """Number of the registry's champion if it is the one in models/champion.json, which the candidate was compared
-    with; 0, which no version has, if it is another one and nobody insists."""
+    with; 0, which no version has, if it is another one and --force was not given."""
     champion = registry.by_alias(CHAMPION)
     if champion is None:
         return None
@@ -228,7 +228,7 @@ def compare_with_champion() -> None:
         UserError: they failed.
     """
     if not reproduce("--quiet", "--single-item", *JUDGING):
-        raise UserError(f"the champion is named, but `dvc repro {' '.join(JUDGING)}` failed: mend it, then run that")
+        raise UserError(f"the champion is named, but `dvc repro {' '.join(JUDGING)}` failed: fix it, then run that")
 
 
 def promoter(given: str | None) -> str:

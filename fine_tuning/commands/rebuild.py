@@ -45,7 +45,7 @@ def rebuild() -> int:
         expected = _outputs(copy)
         for stage in expected:
             print(f"rebuild: {stage}", flush=True)
-            # Its runs belong to nobody: they go into a store of the copy's own.
+            # Its runs go into a store of the copy's own, not into the checkout's.
             environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{copy / 'mlflow.db'}"}
             command = [*DVC, "repro", "--quiet", "--single-item", "--force", "--no-run-cache", stage]
             if subprocess.run(command, cwd=copy, env=environment).returncode != 0:

@@ -1,4 +1,4 @@
-"""`python -m fine_tuning.commands.remote_config`: no secret may stand in .dvc/config, which git keeps."""
+"""`python -m fine_tuning.commands.remote_config`: check that .dvc/config, which is in git, holds no secret."""
 
 import re
 from pathlib import Path

@@ -23,12 +23,6 @@ COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
 
 
-def add_commands(subparsers: Any) -> None:
-    """Add `summary`."""
-    command = subparsers.add_parser("summary", help="print the result of the last `dvc repro`")
-    command.set_defaults(func=summary)
-
-
 def summary(arguments: argparse.Namespace) -> None:
     """Print every metric of base and candidate, the verdict with its reasons, and what to type next."""
     from rich.console import Console
@@ -72,7 +66,7 @@ def read_result(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`") from None
     except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: `dvc repro` writes it anew") from None
+        raise UserError(f"{path} is damaged: `dvc repro` writes it again") from None
 
 
 def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:

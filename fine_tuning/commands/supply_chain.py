@@ -8,12 +8,21 @@ import sys
 import uuid
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from cyclonedx.contrib.license.factories import LicenseFactory
+from cyclonedx.model import HashAlgorithm, HashType
+from cyclonedx.model.bom import Bom
+from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import License
+from cyclonedx.output import make_outputter
+from cyclonedx.schema import OutputFormat, SchemaVersion
+from packageurl import PackageURL
 
 from fine_tuning.common.errors import UserError
-
-if TYPE_CHECKING:
-    from cyclonedx.model.component import Component
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_json
+from fine_tuning.common.settings import read_params
+from fine_tuning.model_management.model_deployer import DeploySettings
 
 PACKAGE = Path("models/package")
 BASE_CARD = Path("models/base/base.json")
@@ -22,16 +31,6 @@ PREPARED = Path("data/prepared")
 MANIFEST = Path("data/manifest.json")
 PINS = (Path("requirements.txt"), Path("requirements-base.txt"))
 SHORT = 60  # characters of a licence field that is a name; longer ones are the licence's whole text
-
-
-def add_commands(subparsers: argparse._SubParsersAction) -> None:
-    """Add sbom and audit to the command line."""
-    command = subparsers.add_parser("sbom", help="write what the bundle is made of: base, licences, data, dependencies")
-    command.add_argument("--output", type=Path, default=Path("sbom.cdx.json"), help="CycloneDX 1.6 as JSON")
-    command.add_argument("--licences", action="store_true", help="only print the dependencies with their licences")
-    command.set_defaults(func=sbom)
-    command = subparsers.add_parser("audit", help="look the pinned packages up in the advisory database (pip-audit)")
-    command.set_defaults(func=audit)
 
 
 def sbom(args: argparse.Namespace) -> None:
@@ -46,7 +45,7 @@ def sbom(args: argparse.Namespace) -> None:
 
 
 def audit(args: argparse.Namespace) -> int:
-    """Print known vulnerabilities of the pins. Exit status 1 if there are any, 2 if nobody could be asked."""
+    """Print known vulnerabilities of the pins. Exit status 1 if there are any, 2 if no database was reached."""
     if importlib.util.find_spec("pip_audit") is None:
         raise UserError("pip-audit is not installed here: run `make audit`, which installs what the tests need")
     words = [word for path in PINS for word in ("--requirement", str(path))]
@@ -67,8 +66,8 @@ def judge(report: str, pinned: int) -> int:
         return 2
     found = [(entry, hole) for entry in audited for hole in entry["vulns"]]
     for entry, hole in found:
-        mended = ", ".join(hole.get("fix_versions") or []) or "no version yet"
-        print(f"{entry['name']} {entry['version']}: {hole['id']}, mended in {mended}")
+        fixed = ", ".join(hole.get("fix_versions") or []) or "no version yet"
+        print(f"{entry['name']} {entry['version']}: {hole['id']}, fixed in {fixed}")
     print(f"{len(audited)} of {pinned} pinned packages looked up, {len(found)} known vulnerabilities")
     return int(bool(found))
 
@@ -85,16 +84,6 @@ def bill_of_materials() -> str:
     Raises:
         UserError: there is no bundle.
     """
-    from cyclonedx.model.bom import Bom
-    from cyclonedx.model.component import ComponentType
-    from cyclonedx.output import make_outputter
-    from cyclonedx.schema import OutputFormat, SchemaVersion
-
-    from fine_tuning.common.project import sha256_file
-    from fine_tuning.common.records import read_json
-    from fine_tuning.common.settings import read_params
-    from fine_tuning.model_management.model_deployer import DeploySettings
-
     gguf = PACKAGE / "model.gguf"
     if not gguf.is_file() or not BASE_CARD.is_file():
         raise UserError(f"{PACKAGE} is not here: run `dvc pull` or `dvc repro`")
@@ -121,35 +110,22 @@ def bill_of_materials() -> str:
     return make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string(indent=2)
 
 
-def _component(kind: Any, name: str, version: str, sha256: str, licence: str | None = None) -> "Component":
-    from cyclonedx.contrib.license.factories import LicenseFactory
-    from cyclonedx.model import HashAlgorithm, HashType
-    from cyclonedx.model.component import Component
-
+def _component(kind: ComponentType, name: str, version: str, sha256: str, licence: str | None = None) -> Component:
     return Component(
-        type=kind,
-        name=name,
-        version=version or None,
-        bom_ref=f"{kind.value}:{name}:{sha256[:12]}",
-        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=sha256)],
-        licenses=[LicenseFactory().make_from_string(licence)] if licence else [],
-    )
+        type=kind, name=name, version=version or None, bom_ref=f"{kind.value}:{name}:{sha256[:12]}",
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=sha256)], licenses=_licences(licence),
+    )  # fmt: skip
 
 
-def _library(name: str, version: str) -> "Component":
-    from cyclonedx.contrib.license.factories import LicenseFactory
-    from cyclonedx.model.component import Component, ComponentType
-    from packageurl import PackageURL
-
-    licence = licence_of(name)
+def _library(name: str, version: str) -> Component:
     return Component(
-        type=ComponentType.LIBRARY,
-        name=name,
-        version=version,
-        bom_ref=f"pypi:{name}@{version}",
-        purl=PackageURL("pypi", None, name, version),
-        licenses=[LicenseFactory().make_from_string(licence)] if licence else [],
-    )
+        type=ComponentType.LIBRARY, name=name, version=version, bom_ref=f"pypi:{name}@{version}",
+        purl=PackageURL("pypi", None, name, version), licenses=_licences(licence_of(name)),
+    )  # fmt: skip
+
+
+def _licences(stated: str | None) -> list[License]:
+    return [LicenseFactory().make_from_string(stated)] if stated else []
 
 
 def pins() -> list[tuple[str, str]]:

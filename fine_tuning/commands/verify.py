@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from tqdm import tqdm
 
 from fine_tuning.commands.bundle import kept_gguf
 from fine_tuning.commands.promote import content_of
+from fine_tuning.commands.rebuild import rebuild
 from fine_tuning.common.dvc_files import cache_folder, dvc_objects, files_below, md5_file, used_objects
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import sha256_file
+from fine_tuning.common.project import root, sha256_file
 from fine_tuning.common.protection import FOLDERS, OTHERS, open_to_others
-from fine_tuning.common.records import read_json
+from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.records.champion_records import KEPT, kept_files
-from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
+from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, open_servers
 from fine_tuning.model_management.answer_check import AnswersDiffer, compare_answers
 from fine_tuning.model_management.champion import (
     CHAMPION_FILES,
@@ -47,8 +49,8 @@ DAMAGED, OPEN, NOTE = "damaged", "open", "note"
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong and the command that mends it. `open`: other users of this machine may read or replace it. A note
-    is no damage: something is not here or could not be read."""
+    """What is wrong and the command that repairs it. `open`: other users of this machine may read or replace it. A note
+    is not damage: something is not here or could not be read."""
 
     kind: str
     what: str
@@ -61,21 +63,25 @@ class Checked:
 
     place: str
     files: int
-    size: int
+    bytes: int
     findings: list[Finding]
 
 
-def verify(arguments: argparse.Namespace, settings: DeploySettings, servers: list[OllamaClient]) -> int:
+def verify(arguments: argparse.Namespace) -> int:
     """Read everything and report. Returns the exit status: 1 if something is damaged or open to other users."""
-    parts = [check_privacy(Path.cwd()), check_cache(Path.cwd())]
+    if arguments.rebuild:
+        return rebuild()
+    checkout, settings = root(), read_params("deploy", DeploySettings)
+    parts = [check_privacy(checkout), check_cache(checkout)]
     if not arguments.local:
         parts.append(check_remote(arguments.remote))
     registry = open_registry(settings.name)
     parts += [check_registry(registry), check_champion(registry)]
     if not arguments.local:
-        parts += [check_server(registry, server) for server in servers]
+        with open_servers(settings, arguments.host) as servers:
+            parts += [check_server(registry, server) for server in servers]
     if arguments.json:
-        print(json.dumps([_as_json(part) for part in parts], indent=2))
+        print(json.dumps([asdict(part) for part in parts], indent=2))
     else:
         for part in parts:
             _print(part)
@@ -104,20 +110,25 @@ def check_privacy(checkout: Path) -> Checked:
 
 def check_cache(checkout: Path) -> Checked:
     """Hash every object of DVC's cache: its name is its MD5."""
-    findings, size, objects = [], 0, list(dvc_objects(checkout))
-    used = _users(checkout)
-    for path in tqdm(objects, desc="cache", unit="file", disable=None, leave=False):
-        size += path.stat().st_size
-        name = path.parent.name + path.name
-        if md5_file(path) != name.removesuffix(".dir"):
-            users = ", ".join(sorted(used.get(name, ()))) or "nothing here"
-            remedy = f"rm -f {path} && dvc fetch (or `dvc repro` where no remote has it)"
-            findings.append(Finding(DAMAGED, f"{path} (used by {users})", remedy))
+    objects, damaged = list(dvc_objects(checkout)), []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets other threads run
+        hashes = pool.map(md5_file, objects)
+        for path, md5 in zip(
+            objects, tqdm(hashes, "cache", len(objects), unit="file", disable=None, leave=False), strict=True
+        ):
+            if md5 != (path.parent.name + path.name).removesuffix(".dir"):
+                damaged.append(path)
+    findings, used = [], _users(checkout) if damaged else {}  # reading all of DVC's files takes a second
+    for path in damaged:
+        users = ", ".join(sorted(used.get(path.parent.name + path.name, ()))) or "nothing here"
+        remedy = f"rm -f {path} && dvc fetch (or `dvc repro` where no remote has it)"
+        findings.append(Finding(DAMAGED, f"{path} (used by {users})", remedy))
+    size = sum(path.stat().st_size for path in objects)
     return Checked(f"DVC's cache {cache_folder(checkout)}", len(objects), size, findings)
 
 
 def _users(checkout: Path) -> dict[str, set[str]]:
-    """{object: paths in the workspace that it stands for}."""
+    """{object: paths in the workspace with its content}."""
     from dvc.repo import Repo
 
     used: dict[str, set[str]] = {}
@@ -310,8 +321,7 @@ def _check_weights(
     if gguf is None:
         return [Finding(NOTE, f"{what}, so only its manifest was compared", elsewhere)], 0
     try:
-        with tempfile.TemporaryDirectory() as name:
-            probes = [Probe(**probe) for probe in read_json(registry.download(version, PROBES, Path(name)))]
+        probes = [Probe(**probe) for probe in json.loads(registry.read(version, PROBES) or b"")]
         agreed = compare_answers(server, version.tag, gguf, probes)
     except AnswersDiffer as error:
         return [Finding(DAMAGED, str(error), f"{heal(version.tag)}; {again}")], 0
@@ -326,12 +336,7 @@ def _check_weights(
 def _print(part: Checked) -> None:
     kinds = {finding.kind for finding in part.findings}
     state = next((kind.upper() for kind in (DAMAGED, OPEN) if kind in kinds), "ok")
-    size = f", {part.size / 1e6:.1f} MB" if part.size else ""
+    size = f", {part.bytes / 1e6:.1f} MB" if part.bytes else ""
     print(f"{state:7} {part.place}: {part.files} read{size}")
-    for line in dict.fromkeys(f"  {f.kind}: {f.what}\n    mend: {f.remedy}" for f in part.findings):
+    for line in dict.fromkeys(f"  {f.kind}: {f.what}\n    fix: {f.remedy}" for f in part.findings):
         print(line)
-
-
-def _as_json(part: Checked) -> dict[str, Any]:
-    findings = [{"kind": f.kind, "what": f.what, "remedy": f.remedy} for f in part.findings]
-    return {"place": part.place, "files": part.files, "bytes": part.size, "findings": findings}

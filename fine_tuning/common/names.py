@@ -19,7 +19,7 @@ def check_model_name(name: str) -> str:
         UserError: it is not.
     """
     if not MODEL_NAME.fullmatch(name):
-        raise UserError(f"{name[:80]!r} is no model name: use small letters, digits, - and _ (deploy.name)")
+        raise UserError(f"{name[:80]!r} is not a model name: use small letters, digits, - and _ (deploy.name)")
     return name
 
 
@@ -32,7 +32,7 @@ def split_tag(text: str) -> tuple[str, str | None]:
     name, colon, tag = text.partition(":")
     check_model_name(name)
     if colon and not TAG.fullmatch(tag):
-        raise UserError(f"{tag[:80]!r} is no tag: use letters, digits, -, _ and .")
+        raise UserError(f"{tag[:80]!r} is not a tag: use letters, digits, -, _ and .")
     return name, tag if colon else None
 
 
@@ -44,7 +44,7 @@ def parse_version(text: str, name: str) -> int:
     """
     number = re.fullmatch(rf"(?:{re.escape(name)}:)?v?([1-9][0-9]{{0,8}})", text)
     if not number:
-        raise UserError(f"{text[:80]!r} is no version of {name}: `python -m fine_tuning list` shows them")
+        raise UserError(f"{text[:80]!r} is not a version of {name}: `python -m fine_tuning list` shows them")
     return int(number[1])
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError
 
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+Worker = Callable[[Any], Any]
+Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
 TIMEOUT = 10  # seconds for a scheduler to answer
 AHEAD = 3  # pieces a worker may be ahead of what was taken
 
@@ -38,13 +39,15 @@ def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
         with _dask_client(address) as client:
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
 
-            def submit(function: Callable, item: object) -> Any:
+            def submit(function: Worker, item: object) -> Any:
                 return client.submit(function, item, pure=False)
 
             yield lambda function, items: _in_order(submit, function, items, AHEAD * workers)
 
 
-def _in_order(submit: Callable, function: Callable, items: Iterable[Any], ahead: int) -> Iterator[Any]:
+def _in_order(
+    submit: Callable[..., Any], function: Callable[..., Any], items: Iterable[Any], ahead: int
+) -> Iterator[Any]:
     waiting: deque[Any] = deque()
     for item in items:
         waiting.append(submit(function, item))
@@ -75,6 +78,5 @@ def _dask_client(address: str) -> Iterator[Any]:
             yield client
         except KilledWorker:
             raise UserError(
-                f"workers of the Dask scheduler at {address} died again and again: look into their logs, then run the "
-                "same again"
+                f"workers of the Dask scheduler at {address} died repeatedly: read their logs, then run the same again"
             ) from None

@@ -1,6 +1,6 @@
 """What every entry point does to the checkout first: close it to other users, and repair what a kill left torn.
 
-DVC needs its cache objects readable (0444), and `dvc pull` never meets a umask of ours: the folders around the files
+DVC needs its cache objects readable (0444), and `dvc pull` does not use our umask: the folders around the files
 close them. DVC unpickles what lies in its site cache, by default a folder that everybody may write to, who then runs
 code as the owner. And DVC rewrites dvc.lock, .dvc files and .dvc/tmp/rwlock in place: after a kill it refuses to run.
 """

@@ -55,7 +55,7 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_bytes())
 
 
-def read_object(path: str | Path) -> dict:
+def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is none or it is damaged: for pages, which show what there is."""
     try:
         found = read_json(path)
@@ -65,7 +65,7 @@ def read_object(path: str | Path) -> dict:
 
 
 @contextmanager
-def updating(path: str | Path) -> Iterator[dict]:
+def updating(path: str | Path) -> Iterator[dict[str, Any]]:
     """The JSON object in a file, written again when the block ends; meanwhile no other thread or process updates it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[
         file.write(text.getvalue().encode())
 
 
-def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line; returns the number of lines."""
     count = 0
     with replacing(path) as file:
@@ -94,7 +94,7 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> int:
     return count
 
 
-def dump_line(record: dict) -> bytes:
+def dump_line(record: dict[str, Any]) -> bytes:
     """One record as a UTF-8 JSON line, newline included. A lone surrogate has no UTF-8: its line is ASCII escapes."""
     try:
         return _ENCODER.encode(record).encode("utf-8") + b"\n"
@@ -147,7 +147,7 @@ def _finite(number: str) -> float:
 STRICT_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)  # no NaN, and nothing beyond a float
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict]:
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a file that this project wrote itself; foreign files go through the importers."""
     for _, line in read_lines(path):
         if line:

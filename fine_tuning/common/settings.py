@@ -1,6 +1,7 @@
 """Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,11 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
         UserError: the file, the section or a parameter is missing, unknown or of the wrong type, or there is a section
             that nothing reads; names it.
     """
+    return check_params({section: model}, path)[section]
+
+
+def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "params.yaml") -> dict[str, SettingsT]:
+    """Load the sections of the YAML file at `path`, each as its model; errors are those of `read_params`."""
     try:
         # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
         document = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
@@ -43,14 +49,15 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path} is not plain YAML{where}: mend it, or `git checkout {path}`") from None
-    if not isinstance(document, dict) or section not in document:
-        raise UserError(f"{path}: the section {section!r} is missing: restore it with `git checkout {path}`")
-    for name in document:
-        if name not in (*SECTIONS, section) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
+        raise UserError(f"{path} is not plain YAML{where}: correct it, or `git checkout {path}`") from None
+    found = document if isinstance(document, dict) else {}
+    if missing := [section for section in models if section not in found]:
+        raise UserError(f"{path}: the section {missing[0]!r} is missing: restore it with `git checkout {path}`")
+    for name in found:
+        if name not in (*SECTIONS, *models) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
             known = get_close_matches(str(name), SECTIONS, 1) or SECTIONS
             raise UserError(f"{path}: unknown section {name!r}: rename it to {', or '.join(known)}, or take it out")
-    return parse_settings(section, document[section], model, path)
+    return {section: parse_settings(section, found[section], model, path) for section, model in models.items()}
 
 
 def _has_a_stage(section: str, pipeline: Path) -> bool:
@@ -109,7 +116,7 @@ def _expected(problem: Any) -> str:
         return "a date such as 2026-01-31"
     if problem["type"] == "too_short":
         return f"a list of at least {problem['ctx']['min_length']}"
-    return problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
 
 
 def _name(section: str, problem: Any) -> str:

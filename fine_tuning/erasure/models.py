@@ -1,5 +1,6 @@
 """What MLflow keeps of models that learned from a forgotten conversation: marked, withdrawn, their runs removed."""
 
+import json
 import os
 import re
 import sqlite3
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.records import read_json, write_json
+from fine_tuning.common.records import write_json
 from fine_tuning.erasure.traces import Traces
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
-from fine_tuning.training.tracking import open_store
 
 FORGOTTEN_TAG = "forgotten"
 MEMBERS = "provenance/conversations.json"
@@ -28,12 +28,12 @@ class ForgottenModels:
 
     Args:
         registry: the registry.
-        artifacts, locks: as for the registry.
+        scratch: folder for temporary copies.
     """
 
-    def __init__(self, registry: ModelRegistry, artifacts: Path, locks: Path) -> None:
-        self.registry, self._scratch = registry, locks
-        self._client, self._experiment = open_store(registry.uri, artifacts, locks / "mlflow.lock")
+    def __init__(self, registry: ModelRegistry, scratch: Path) -> None:
+        self.registry, self._scratch = registry, scratch
+        self._client, self._experiment = registry.store
 
     # ------------------------------------------------------------------------------------------------------- questions
 
@@ -77,8 +77,8 @@ class ForgottenModels:
                 return runs
 
     def _members(self, version: ModelVersion) -> dict[str, list[str]]:
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder, suppress(UserError, OSError, ValueError):
-            return read_json(self.registry.download(version, MEMBERS, Path(folder)))
+        with suppress(ValueError):
+            return json.loads(self.registry.read(version, MEMBERS) or b"{}")
         return {}
 
     # --------------------------------------------------------------------------------------------------------- changes
@@ -130,7 +130,7 @@ class ForgottenModels:
         if done.returncode != 0 and "not found" not in done.stderr:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(
-                f"`mlflow gc` failed ({reason[:200]}): mend it, then `python -m fine_tuning forget --resume`"
+                f"`mlflow gc` failed ({reason[:200]}): fix the cause, then `python -m fine_tuning forget --resume`"
             )
         if database := re.fullmatch(r"sqlite:///(.+)", uri):
             with closing(sqlite3.connect(database[1], timeout=60)) as connection:

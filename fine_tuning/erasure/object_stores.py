@@ -64,13 +64,13 @@ class Store:
                 self.odb.delete(oid)
                 count += 1
         if count:
-            with suppress(Exception):  # what DVC remembers of the store; it asks anew without
+            with suppress(Exception):  # DVC's index of the store; without it DVC lists the store again
                 get_index(self.odb).clear()
         return count
 
 
 @dataclass(frozen=True)
-class Silent:
+class Unreachable:
     """A remote that cannot be searched or changed, and why."""
 
     name: str
@@ -79,7 +79,7 @@ class Silent:
 
 
 @contextmanager
-def stores(checkout: Path) -> Iterator[tuple[list[Store], list[Silent]]]:
+def stores(checkout: Path) -> Iterator[tuple[list[Store], list[Unreachable]]]:
     """(the cache and every remote that answers, the remotes that do not)."""
     import logging
 
@@ -87,21 +87,21 @@ def stores(checkout: Path) -> Iterator[tuple[list[Store], list[Silent]]]:
 
     logging.getLogger("dvc").setLevel(logging.ERROR)
     with Repo(str(checkout)) as repo:
-        found, silent = [Store(CACHE, repo.cache.local)], []
+        found, unreachable = [Store(CACHE, repo.cache.local)], []
         for name in sorted(repo.config["remote"]):
             try:
                 odb = repo.cloud.get_remote_odb(name)
                 if odb.fs.protocol in ("http", "https"):
                     why = "it is read-only: its files go with those of the server that it shows"
-                    silent.append(Silent(name, why, read_only=True))
+                    unreachable.append(Unreachable(name, why, read_only=True))
                     continue
                 with suppress(FileNotFoundError):  # nothing was pushed yet
                     odb.fs.ls(odb.path, detail=False)
                 found.append(Store(name, odb))
             except Exception as error:  # every kind of remote has its own
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                silent.append(Silent(name, why, read_only=False))
-        yield found, silent
+                unreachable.append(Unreachable(name, why, read_only=False))
+        yield found, unreachable
 
 
 @dataclass
@@ -121,7 +121,7 @@ def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str] |
 
     Args:
         strict: those of the traces that models do not write.
-        known: {object: the field of `Searched` that it is in} of objects that were looked into before; grows.
+        known: {object: the field of `Searched` that it is in} of objects that were searched before; grows.
     """
     known = {} if known is None else known
     result = Searched(store.objects())

@@ -243,7 +243,7 @@ def clear_log(log: Path, found: Found) -> int:
 
 
 def clear_shards(folder: Path, manifest: Path, found: Found) -> int:
-    """Write the shards that hold one of the conversations anew without it; returns how many there were.
+    """Rewrite the shards that hold one of the conversations without it; returns how many there were.
 
     A shard's name keeps its beginning, so its place in the order, and gets the hash of what is left; its entry in the
     manifest changes with it. Killed and run again, it ends at the same place: an old shard goes after the manifest

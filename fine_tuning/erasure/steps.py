@@ -9,16 +9,42 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fine_tuning.common.dvc_files import (
+    cache_folder,
+    dvc_add,
+    files_below,
+    listing,
+    md5_path,
+    pipeline_stands_still,
+    reproduce,
+)
 from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.names import host_key
 from fine_tuning.common.records import read_json, updating, write_json
-
-if TYPE_CHECKING:
-    from fine_tuning.erasure.models import ForgottenModels
-    from fine_tuning.erasure.object_stores import Searched, Silent
-    from fine_tuning.erasure.records import Found
-    from fine_tuning.erasure.traces import Traces
+from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.storage.shards import track
+from fine_tuning.data_collection.storage.tombstones import Tombstones, key_name
+from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+from fine_tuning.data_preparation.splits import Ledger
+from fine_tuning.erasure.models import ForgottenModels
+from fine_tuning.erasure.object_stores import Searched, Unreachable, git_objects_with, in_use, kind_of, search, stores
+from fine_tuning.erasure.records import Found, clear_lines, clear_log, clear_shards
+from fine_tuning.erasure.traces import Traces
+from fine_tuning.integration.ollama_client import open_servers
+from fine_tuning.model_management.champion import (
+    CHAMPION_FILES,
+    CHAMPION_JSON,
+    FILES_TAG,
+    KEPT,
+    MEMBERS,
+    STAGED,
+    names_conversations,
+)
+from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
+from fine_tuning.model_management.model_registry import open_registry, registry_locks
+from fine_tuning.model_management.model_switcher import deployments
 
 INBOX = Path("inbox")
 CONVERSATIONS = Path("data/conversations")
@@ -31,12 +57,9 @@ LOCK = SCRATCH / "forget.lock"  # one run at a time
 JOURNALS = "forget*.json"  # in SCRATCH: one for each erasure that is not finished
 TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folders that a killed command leaves behind
 TITLES = SCRATCH / "titles.json"
-DROPPED = ("memo/clean", "checkpoints", "start")  # of SCRATCH: made anew when they are needed
-CHAMPION_JSON = Path("models/champion.json")
-CHAMPION_FILES = Path("models/champion")
-STAGED = Path("models/.champion.new")
+DROPPED = ("memo/clean", "checkpoints", "start")  # of SCRATCH: made again when they are needed
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
-LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".ruff_cache", ".pytest_cache"}
+LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 AGAIN = "`python -m fine_tuning forget --resume`"
 
 
@@ -44,7 +67,7 @@ AGAIN = "`python -m fine_tuning forget --resume`"
 class Work:
     """What the steps share; all of it but `say` and caches is in the journal."""
 
-    found: "Found"
+    found: Found
     learned: dict[str, list]
     options: dict[str, Any]
     done: list[str] = field(default_factory=list)
@@ -52,35 +75,28 @@ class Work:
     known: dict[str, str] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
     journal: Path = field(default_factory=lambda: SCRATCH / f"forget-{uuid.uuid4().hex[:8]}.json")
-    _models: "ForgottenModels | None" = None
+    _models: ForgottenModels | None = None
 
     @property
-    def strict(self) -> "Traces":
+    def strict(self) -> Traces:
         """What only a person can have written, and ids."""
         return self.found.people | self.found.names
 
     @property
-    def everything(self) -> "Traces":
+    def everything(self) -> Traces:
         return self.strict | self.found.models
 
     @property
-    def models(self) -> "ForgottenModels":
+    def models(self) -> ForgottenModels:
         """MLflow's side."""
         if self._models is None:
-            from fine_tuning.common.project import artifact_root
-            from fine_tuning.common.settings import read_params
-            from fine_tuning.erasure.models import ForgottenModels
-            from fine_tuning.model_management.model_deployer import DeploySettings
-            from fine_tuning.model_management.model_registry import open_registry, registry_locks
-
             registry = open_registry(read_params("deploy", DeploySettings).name)
-            self._models = ForgottenModels(registry, artifact_root(), registry_locks())
+            self._models = ForgottenModels(registry, registry_locks())
         return self._models
 
     def files_holding(self, strict: bool = True) -> list[Path]:
         """Files below the checkout, and those that killed commands left in the system's temporary folder, that hold
-        some of it. Where models write, their words are no proof of anything."""
-        from fine_tuning.erasure.object_stores import kind_of
+        some of it. Where models write, their words prove nothing."""
 
         everything, people = self.everything, self.strict
         written_by_models = (
@@ -99,20 +115,18 @@ class Work:
 
     def holds(self, path: Path, name: str) -> bool:
         """Whether a file holds some of it; `name` is what the proof calls it if it cannot be read."""
-        from fine_tuning.erasure.object_stores import kind_of
 
         kind = kind_of(path, self.everything, self.strict)
         if kind == "unread":
             self.unread.add(name)
         return kind in ("holding", "strict")
 
-    def to_go(self, searched: "Searched", used: set[str]) -> set[str]:
+    def to_go(self, searched: Searched, used: set[str]) -> set[str]:
         """The objects of a store that hold it, were made from what held it or learned from it, and are not in use.
 
         Words of a model alone count if the pipeline has read them. What is kept for a version goes if it holds what
         people wrote or an id, and its records of an evaluation also for a model's words.
         """
-        from fine_tuning.model_management.champion import names_conversations
 
         holding = searched.holding if self.options["pipeline"] else searched.strict
         kept = {o for _, o, path in self.files_of_versions() if not (names_conversations(path) and o in holding)}
@@ -121,8 +135,6 @@ class Work:
 
     def files_of_versions(self) -> Iterator[tuple[str, str, str]]:
         """(tag of a version, object, path) of what deploying it, or making it champion again, needs."""
-        from fine_tuning.common.dvc_files import listing
-        from fine_tuning.model_management.champion import FILES_TAG
 
         for version in self.models.registry.versions():
             yield version.tag, version.tags.get("gguf_md5", ""), "package/model.gguf"
@@ -132,7 +144,6 @@ class Work:
 
     def save(self) -> None:
         """Write the journal: ids and keyed fingerprints, no text."""
-        from fine_tuning.data_collection.storage.tombstones import key_name
 
         found = self.found
         write_json(
@@ -160,14 +171,11 @@ class Work:
         Raises:
             UserError: it is of an earlier version of this project, or its key is gone.
         """
-        from fine_tuning.data_collection.storage.tombstones import Tombstones
-        from fine_tuning.erasure.records import Found
-        from fine_tuning.erasure.traces import Traces
 
         kept, keys = read_json(journal), Tombstones(FORGOTTEN).keys
         if kept.get("key") not in keys:
             raise UserError(
-                f"{journal} cannot be gone on with: its key is not in {CONVERSATIONS}: `dvc checkout {CONVERSATIONS}`, "
+                f"{journal} cannot be continued: its key is not in {CONVERSATIONS}: `dvc checkout {CONVERSATIONS}`, "
                 "or remove the journal and forget again"
             )
         people, models, names = (Traces(kept[kind], keys[kept["key"]]) for kind in ("people", "models", "names"))
@@ -188,7 +196,7 @@ def journals() -> list[Path]:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file was left by a command that was killed, or is made anew when it is needed."""
+    """Whether a file was left by a command that was killed, or is made again when it is needed."""
     return (
         (path.name.startswith(".") and path.name.endswith(".tmp"))
         or path.is_relative_to(STAGED)
@@ -209,8 +217,6 @@ def temporary_files() -> Iterator[Path]:
 
 def files_of_checkout() -> Iterator[Path]:
     """Everything below the checkout but git's and DVC's objects, environments, caches of tools and journals."""
-    from fine_tuning.common.dvc_files import cache_folder
-
     cache = cache_folder(Path.cwd())
     for place, folders, names in os.walk("."):
         here = Path(place)
@@ -233,8 +239,6 @@ def logs() -> list[Path]:
 
 def clear_logs(work: Work) -> None:
     """Live log, closed logs, lines set aside, titles."""
-    from fine_tuning.erasure.records import clear_log
-
     count = sum(clear_log(log, work.found) for log in logs())
     if TITLES.is_file():
         with updating(TITLES) as titles:
@@ -245,20 +249,13 @@ def clear_logs(work: Work) -> None:
 
 def clear_data(work: Work) -> None:
     """Shards, manifest and ledger, while no pipeline runs."""
-    from fine_tuning.common.dvc_files import pipeline_stands_still
-    from fine_tuning.common.settings import read_params
-    from fine_tuning.data_collection.storage.shards import track
-    from fine_tuning.data_preparation.dataset_builder import PrepareSettings
-    from fine_tuning.data_preparation.splits import Ledger
-    from fine_tuning.erasure.records import clear_lines, clear_shards
-
     with pipeline_stands_still() as repo:
         shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
         if CONVERSATIONS.is_dir():
             track(repo, CONVERSATIONS, MANIFEST)
         clear_lines(OLD_LEDGER, work.found)
         Ledger(LEDGER, read_params("prepare", PrepareSettings).salt).forget(work.found.ids)
-    work.say(f"shards: {shards} written anew without it")
+    work.say(f"shards: {shards} rewritten without it")
 
 
 def clear_scratch(work: Work) -> None:
@@ -268,13 +265,11 @@ def clear_scratch(work: Work) -> None:
     own = [path for path in work.files_holding() if is_leftover(path)]
     for path in own:
         path.unlink(missing_ok=True)
-    work.say(f"memoised results and checkpoints: removed, {count_of(len(own), 'other file')} with words of it too")
+    work.say(f"memoised results and checkpoints: removed, {count_of(len(own), 'other file')} with text of it")
 
 
 def mark_models(work: Work) -> None:
     """Tag the versions that learned from it; on request take them out of Ollama, aliases and registry."""
-    from fine_tuning.model_management.model_switcher import deployments
-
     day = datetime.now(UTC).date().isoformat()
     known = {version.number: version for version in work.models.registry.versions()}
     versions = [known[number] for number in work.learned["versions"] if number in known]
@@ -304,12 +299,7 @@ def mark_models(work: Work) -> None:
 
 def _leave_servers(work: Work, tags: list[str]) -> None:
     """Remove tags from Ollama. A server that does not answer is named at the end, if the user named it or something
-    was deployed there: it is asked again when the run goes on."""
-    from fine_tuning.common.names import host_key
-    from fine_tuning.common.settings import read_params
-    from fine_tuning.integration.ollama_client import open_servers
-    from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
-
+    was deployed there: it is asked again when the run continues."""
     settings = read_params("deploy", DeploySettings)
     live = f"{settings.name}:{LIVE}"
     work.options["servers"] = []
@@ -328,11 +318,6 @@ def _leave_servers(work: Work, tags: list[str]) -> None:
 
 def clear_champion(work: Work) -> None:
     """The evaluation that the champion keeps beside its weights, if it holds some of it, and its list of ids."""
-    from fine_tuning.common.dvc_files import dvc_add, files_below, md5_path
-    from fine_tuning.erasure.object_stores import kind_of
-    from fine_tuning.erasure.records import clear_lines
-    from fine_tuning.model_management.champion import FILES_TAG, KEPT, MEMBERS
-
     before = md5_path(CHAMPION_FILES)
     members, evaluation = CHAMPION_FILES / MEMBERS, CHAMPION_FILES / KEPT
     cleared = clear_lines(members, work.found)
@@ -345,13 +330,11 @@ def clear_champion(work: Work) -> None:
         for version in work.models.registry.versions():
             if version.tags.get(FILES_TAG) == before:
                 work.models.registry.set_tags(version.number, {FILES_TAG: str(md5_path(CHAMPION_FILES))})
-        work.say("the champion's files: " + ("its evaluation removed" if holding else "its list of ids written anew"))
+        work.say("the champion's files: " + ("its evaluation removed" if holding else "its list of ids rewritten"))
 
 
 def run_pipeline(work: Work) -> None:
     """`dvc repro`, if the pipeline has read it. If it fails, what it would have replaced is removed."""
-    from fine_tuning.common.dvc_files import reproduce
-
     if not Path("dvc.lock").is_file():
         return
     if not work.options["pipeline"]:
@@ -365,13 +348,10 @@ def run_pipeline(work: Work) -> None:
 
 
 def clear_objects(work: Work) -> None:
-    """Objects of DVC's cache and remotes that hold it, and the weights that learned from it and nobody uses.
+    """Objects of DVC's cache and remotes that hold it, and unused weights that learned from it.
 
     Not `dvc gc`: that would throw away the data and models of every other commit as well.
     """
-    from fine_tuning.common.dvc_files import cache_folder
-    from fine_tuning.erasure.object_stores import in_use, search, stores
-
     used = in_use(Path.cwd()) if work.options.get("reproduced", True) else set()
     removed: set[str] = set()
     with stores(Path.cwd()) as (reachable, _):
@@ -389,8 +369,6 @@ def clear_objects(work: Work) -> None:
 
 def clear_runs(work: Work) -> None:
     """MLflow: artifacts that hold it, ids in lists, runs of unregistered models that learned, then its own gc."""
-    from fine_tuning.data_collection.storage.tombstones import Tombstones
-
     work.models.hide(work.found.names, Tombstones(FORGOTTEN).stand_in)
     artifacts, _ = work.models.artifacts_holding(work.holds, remove=True)
     runs = work.models.runs(set(work.learned["adapters"]))
@@ -425,14 +403,14 @@ def run_steps(work: Work) -> None:
 def finish(work: Work) -> int:
     """The proof, what cannot be reached, and what to type next; the journal goes when there is nothing left to do."""
     work.unread.clear()
-    left, searched, silent = prove(work)
+    left, searched, unreachable = prove(work)
     lacking, short = work.found.not_searched()
     work.say(f"proof: searched {', '.join(searched)}")
     for place in left:
         work.say(f"  STILL THERE: {place}")
     failed = not work.options.get("reproduced", True)
     if failed:
-        work.say(f"  the pipeline failed, and until it has run `dvc push` does, too: mend what it says, then {AGAIN}")
+        work.say(f"  the pipeline failed, and until it has run `dvc push` does, too: fix what it reports, then {AGAIN}")
     counts = (
         (lacking, "message", "that others say as well (its id and what was made from it were)"),
         (short, "short message", "within other texts (whole values of records were)"),
@@ -444,49 +422,47 @@ def finish(work: Work) -> int:
     if not left:
         work.say(f"  nothing {'that can be searched for' if not_searched else 'of it'} is left there")
     work.say("cannot be reached from here:")
-    for line in unreachable(work, silent):
+    for line in out_of_reach(work, unreachable):
         work.say(f"  {line}")
     servers = work.options.get("servers", []) if work.options["withdraw"] else []
-    if left or failed or servers or any(not remote.read_only for remote in silent):
+    if left or failed or servers or any(not remote.read_only for remote in unreachable):
         work.done.clear()  # each step may be repeated
         work.save()
         start = f"start Ollama at {', '.join(servers)}, where models that learned from it may be"
-        work.say(f"not done yet: {start if servers else 'mend the above'}, then {AGAIN}")
+        work.say(f"not done yet: {start if servers else 'fix the above'}, then {AGAIN}")
         return 1
     work.journal.unlink(missing_ok=True)
     work.say("next: git add -A data models metrics dvc.lock && git commit -m 'Forget', then dvc push && git push")
     return 0
 
 
-def prove(work: Work) -> tuple[list[str], list[str], list["Silent"]]:
+def prove(work: Work) -> tuple[list[str], list[str], list[Unreachable]]:
     """Search everything that can be reached once more.
 
     Returns:
         (places that still hold some of it, what was searched, remotes that could not be searched)
     """
-    from fine_tuning.erasure import object_stores
-
     left = [str(path) for path in work.files_holding()]
     searched = [count_of(sum(1 for _ in files_of_checkout()), "file")]
-    used = object_stores.in_use(Path.cwd())
-    with object_stores.stores(Path.cwd()) as (reachable, silent):
+    used = in_use(Path.cwd())
+    with stores(Path.cwd()) as (reachable, unreachable):
         for store in reachable:
-            result = object_stores.search(store, work.everything, work.strict, work.known)
+            result = search(store, work.everything, work.strict, work.known)
             left += [f"{store.name}: {oid}" for oid in sorted(work.to_go(result, used) | result.strict)]
             work.unread |= {f"{store.name}: {oid}" for oid in result.unread}
             searched.append(f"{count_of(len(result.objects), 'object')} of {store.name}")
-    git, count = object_stores.git_objects_with(Path.cwd(), work.everything)
+    git, count = git_objects_with(Path.cwd(), work.everything)
     left += [f"git: {name}" for name in git]
     searched.append(f"{count_of(count, 'object')} of git")
     artifacts, count = work.models.artifacts_holding(work.holds)
     left += [f"MLflow: {name}" for name in artifacts]
     searched.append(f"{count_of(count, 'artifact')} of MLflow")
-    return left, searched, silent
+    return left, searched, unreachable
 
 
-def unreachable(work: Work, silent: list["Silent"]) -> Iterator[str]:
-    """What this command has no hands for, as plain lines."""
-    for remote in silent:
+def out_of_reach(work: Work, unreachable: list[Unreachable]) -> Iterator[str]:
+    """What this command cannot reach, one line each."""
+    for remote in unreachable:
         yield f"remote {remote.name}: {remote.why}"
     for version in work.models.registry.versions():
         if version.number in work.learned["versions"]:

@@ -47,7 +47,7 @@ Value = tuple[str | None, str]
 
 
 class Traces:
-    """A set of fingerprints: {keyed hash in hex: rolling hash, TEXT or ID}. Without the key it tells nothing."""
+    """A set of fingerprints: {keyed hash in hex: rolling hash, TEXT or ID}. Without the key it reveals nothing."""
 
     def __init__(self, known: dict[str, int], key: bytes = b"") -> None:
         self.known, self.key = known, key
@@ -325,7 +325,7 @@ def _sqlite(path: Path) -> Iterator[list[Value]]:
         for table in tables:
             with suppress(sqlite3.OperationalError):  # a virtual table whose module is not here
                 rows = database.execute('SELECT * FROM "{}"'.format(table.replace('"', '""')))
-                # What MLflow calls the value of a parameter is no text of a person.
+                # The value of an MLflow parameter is not a person's text.
                 names = [None if column[0] == "value" else column[0] for column in rows.description]
                 for row in rows:
                     yield [value for name, cell in zip(names, row, strict=True) for value in _walk(cell, name)]

@@ -1,1 +1,1 @@
-"""Where the models meet people: Ollama, the embedded engine, the chat app."""
+"""Serving models to people: Ollama, the embedded engine, the chat app."""

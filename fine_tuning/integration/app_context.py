@@ -21,7 +21,7 @@ from fine_tuning.schema.chat_format import ChatSettings
 PROBE_SECONDS = 1.5  # a server that does not say what it has within this time is left out of the list
 CONNECT_SECONDS = 5.0
 MODELS_SECONDS = 10  # how long a list of models is believed
-_protect = cache(protect)  # once a process: a page is made anew with every click
+_protect = cache(protect)  # once a process: a page runs again with every click
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class App:
         """What can answer now, the one that should answer first at the head, earlier versions at the end."""
         stamp = _champion_stamp(self.checkout)
         first = _models(str(self.checkout), self.host, self.name, stamp)
-        return [*first, *registered_models(self.checkout).known(stamp)]
+        return [*first, *registered_models(self.checkout, self.name, stamp)]
 
     def probe(self) -> OllamaClient:
         """The Ollama server, with little patience: for questions whose answer may be that it is not there."""
@@ -57,7 +57,7 @@ def app() -> App:
     """The app of the current folder.
 
     Raises:
-        UserError: this is no checkout, or a parameter is wrong; one line names it.
+        UserError: this is not a checkout, or a parameter is wrong; one line names it.
     """
     checkout = main_checkout(root())
     _protect(checkout)

@@ -1,6 +1,6 @@
 """Refuses requests from other web pages before Streamlit sees them.
 
-Streamlit compares the host of an origin and not its port, takes `localhost` for its own wherever it runs, and looks its
+Streamlit compares the host of an origin and not its port, accepts `localhost` wherever it runs, and looks its
 external address up on the Internet, on the event loop, before it refuses. This ASGI middleware stands in front of it.
 """
 

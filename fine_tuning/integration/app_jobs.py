@@ -7,15 +7,18 @@ import streamlit as st
 from fine_tuning.common.errors import UserError
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import Job, jobs
+from fine_tuning.integration.parameters import check_all_params
 
-LOOK_SECONDS = 1.0
+REFRESH_SECONDS = 1.0
 SHOWN_LINES = 14
 STAGES = ("base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare")
 
 
-def start(title: str, command: list[str], checkout: Path) -> None:
-    """Start a command from a button's callback; a refusal is shown as a message."""
+def start(title: str, command: list[str], checkout: Path, pipeline: bool = False) -> None:
+    """Start a command from a button's callback; a refusal is a message. `pipeline`: check params.yaml first."""
     try:
+        if pipeline:
+            check_all_params(checkout / "params.yaml")
         jobs.start(title, command, checkout)
     except UserError as error:
         st.toast(str(error), icon=":material/error:")
@@ -36,7 +39,7 @@ def show_job(title: str | None = None) -> None:
         st.code("\n".join(job.lines()[-200:]) or "(none)", language=None, wrap_lines=True)
 
 
-@st.fragment(run_every=LOOK_SECONDS)
+@st.fragment(run_every=REFRESH_SECONDS)
 def _live(job: Job) -> None:
     if not job.running:
         st.rerun()

@@ -69,18 +69,18 @@ def as_markdown(conversation: dict, titles: dict[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------- delete
 
 
-def whereabouts(checkout: Path, identity: str) -> list[str]:
+def locations(checkout: Path, identity: str) -> list[str]:
     """Every place where a conversation still is and what deleting it does there, as `forget` finds them. Takes seconds.
 
     Raises:
-        UserError: it could not be looked for; the line says why.
+        UserError: the search failed; the line says why.
     """
     done = subprocess.run(own_command("forget", identity), cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True)
     lines = done.stdout.decode("utf-8", "replace").splitlines()
     places = [line.strip() for line in lines if line.startswith("  ")]
     if not places:
-        told = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise UserError(told[-1].removeprefix("error: ") if told else "it could not be looked for: try again")
+        errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise UserError(errors[-1].removeprefix("error: ") if errors else "the search failed: try again")
     return places
 
 
@@ -96,7 +96,7 @@ def delete(checkout: Path, logger: ConversationLogger, identity: str, withdraw: 
 
 
 def delete_further(checkout: Path) -> None:
-    """Go on with a deletion that was interrupted.
+    """Finish a deletion that was interrupted.
 
     Raises:
         UserError: another command runs.
@@ -105,5 +105,5 @@ def delete_further(checkout: Path) -> None:
 
 
 def interrupted(checkout: Path) -> bool:
-    """Whether a deletion was interrupted and has to be gone on with."""
+    """Whether a deletion was interrupted and has to be finished."""
     return any(checkout.glob(JOURNALS)) and jobs.running is None

@@ -35,28 +35,28 @@ _warm: set[Path] = set()
 NO_MODEL = "there is no model to talk to yet: run `make repro`"
 
 
-class AppSettings(Settings):
-    """Section `app` of params.yaml."""
+class SamplingSettings(Settings):
+    """What the section `app` and the page's settings of a reply have in common."""
 
     temperature: float = Field(ge=0, le=2)
     top_p: float = Field(ge=0.05, le=1)
     top_k: int = Field(ge=0)
     repeat_penalty: float = Field(ge=0.5, le=2)
     max_tokens: int = Field(ge=1)
+
+
+class AppSettings(SamplingSettings):
+    """Section `app` of params.yaml."""
+
     context: int = Field(ge=256)
     threads: int = Field(ge=1)
     slots: int = Field(ge=1)
     timeout: float = Field(gt=0)
 
 
-class Sampling(Settings):
+class Sampling(SamplingSettings):
     """How a reply is drawn; the page starts from the `app` section."""
 
-    temperature: float = Field(ge=0, le=2)
-    top_p: float = Field(ge=0.05, le=1)
-    top_k: int = Field(ge=0)
-    repeat_penalty: float = Field(ge=0.5, le=2)
-    max_tokens: int = Field(ge=1)
     seed: int | None = None
 
 
@@ -164,15 +164,8 @@ def stream_reply(
         tokenizer = tokenizer_of(_tokenizer_folder(model.gguf, checkout))
         prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
     with _engine(model.gguf, settings) as engine:
-        yield from engine.complete_stream(
-            prompt,
-            max_tokens=min(sampling.max_tokens, settings.context - len(prompt)),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            repeat_penalty=sampling.repeat_penalty,
-            seed=sampling.seed,
-        )
+        longest = min(sampling.max_tokens, settings.context - len(prompt))
+        yield from engine.complete_stream(prompt, **sampling.model_dump() | {"max_tokens": longest})
 
 
 def neutralised(text: str, base: Path) -> str:
@@ -222,14 +215,7 @@ def _from_ollama(
     turns = list(messages)
     if system_prompt is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system_prompt})
-    options = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "repeat_penalty": sampling.repeat_penalty,
-        "num_predict": sampling.max_tokens,
-        **({"seed": sampling.seed} if sampling.seed is not None else {}),
-    }
+    options = sampling.model_dump(exclude={"max_tokens"}, exclude_none=True) | {"num_predict": sampling.max_tokens}
     stream = client.chat_stream(model.tag, turns, options)
     try:
         yield from stream

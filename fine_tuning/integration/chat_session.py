@@ -47,14 +47,14 @@ class Question:
         return self.exchange_id is not None and not self.waiting and self.problem is None
 
 
-class Desk:
+class PendingReplies:
     """The questions on their way, at most one a conversation, shared by all pages of the process."""
 
     def __init__(self) -> None:
         self._questions: OrderedDict[str, Question] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, conversation_id: str) -> Question | None:
+    def get(self, conversation_id: str) -> Question | None:
         """The question of a conversation that is not settled."""
         with self._lock:
             question = self._questions.get(conversation_id)
@@ -63,7 +63,7 @@ class Desk:
                 return None
             return question
 
-    def put(self, question: Question, begin: Callable[[], Reply]) -> bool:
+    def add(self, question: Question, begin: Callable[[], Reply]) -> bool:
         """Take a question in and begin its reply; refused (False) while the conversation waits for another one."""
         with self._lock:
             other = self._questions.get(question.conversation_id)
@@ -84,7 +84,7 @@ class Desk:
         for reply in replies:
             reply.stop()
 
-    def drop(self, conversation_id: str) -> None:
+    def discard(self, conversation_id: str) -> None:
         """Forget the question of a conversation, stopping its reply."""
         with self._lock:
             question = self._questions.pop(conversation_id, None)
@@ -92,9 +92,9 @@ class Desk:
             question.reply.stop()
 
 
-desk = Desk()
+pending_replies = PendingReplies()
 # The app that is ended in mid-reply keeps what came, as a stopped one.
-atexit.register(desk.close)
+atexit.register(pending_replies.close)
 
 
 def new_conversation_id() -> str:
@@ -113,7 +113,7 @@ def ask(
     """Send a question and log what comes back. Returns False, asking nothing, while another reply is on its way.
 
     A reply that was stopped or broke off is logged with `"incomplete": "stopped"` or `"failed"`, which keeps it out of
-    training. Where no text came, nothing is logged and the question stays on the desk with its problem. Under the name
+    training. Where no text came, nothing is logged and the question stays pending with its problem. Under the name
     of `person`, who asks, `forget --user` finds the exchange.
     """
 
@@ -145,4 +145,4 @@ def ask(
         except UserError as error:
             question.problem = str(error)
 
-    return desk.put(question, lambda: Reply(stream, log))
+    return pending_replies.add(question, lambda: Reply(stream, log))

@@ -17,7 +17,7 @@ PREPARE_METRICS = Path("metrics/prepare.json")
 PREPARED = Path("data/prepared")
 SPLITS = ("train", "validation", "test")
 
-Stretch = tuple[str, str | None]  # text, and what is special about it
+Span = tuple[str, str | None]  # text, and what is special about it
 Stamp = tuple[Path, int, int]
 
 
@@ -82,24 +82,24 @@ def cleaner(checkout: Path, settings: CleanSettings) -> DataCleaner:
     return DataCleaner(settings=settings, control_tokens=tuple(sorted(control | set(CONTROL_TOKENS))))
 
 
-def before(cleaner: DataCleaner, text: str) -> list[Stretch]:
-    """The text as it came, cut so that each piece of personal data stands alone, with its type."""
-    stretches: list[Stretch] = []
+def before(cleaner: DataCleaner, text: str) -> list[Span]:
+    """The text as it came, cut so that each piece of personal data is a span of its own, with its type."""
+    spans: list[Span] = []
     position = 0
     for hit in cleaner.find_personal_data(text):
-        stretches += [(text[position : hit.start], None), (text[hit.start : hit.end], hit.type)]
+        spans += [(text[position : hit.start], None), (text[hit.start : hit.end], hit.type)]
         position = hit.end
-    return [*stretches, (text[position:], None)]
+    return [*spans, (text[position:], None)]
 
 
-def after(text: str) -> list[Stretch]:
-    """The cleaned text, cut so that each placeholder stands alone, with its type."""
-    stretches: list[Stretch] = []
+def after(text: str) -> list[Span]:
+    """The cleaned text, cut so that each placeholder is a span of its own, with its type."""
+    spans: list[Span] = []
     position = 0
     for match in PLACEHOLDER.finditer(text):
-        stretches += [(text[position : match.start()], None), (match.group(), match.group(1))]
+        spans += [(text[position : match.start()], None), (match.group(), match.group(1))]
         position = match.end()
-    return [*stretches, (text[position:], None)]
+    return [*spans, (text[position:], None)]
 
 
 def can_be_restored(cleaner: DataCleaner, conversation: dict, fate: str) -> bool:
@@ -118,7 +118,7 @@ def why_dropped(cleaned: Cleaned, fate: str) -> str | None:
     return cleaned.drop.reason.replace("_", " ") + shown
 
 
-def tokens(checkout: Path, identity: str) -> tuple[str, list[Stretch]] | None:
+def tokens(checkout: Path, identity: str) -> tuple[str, list[Span]] | None:
     """(split, tokens) of a conversation in the prepared data, window by window; what is special is what is trained."""
     import pyarrow.parquet
 
@@ -140,13 +140,13 @@ def tokens(checkout: Path, identity: str) -> tuple[str, list[Stretch]] | None:
     return None
 
 
-def _border(window: int) -> Stretch:
+def _border(window: int) -> Span:
     return f"\n\n[window {window}: turns before the marked ones are context]\n", None
 
 
-def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> list[Stretch]:
-    """The text of each token. A character that several tokens spell stands with the last of them."""
-    pieces: list[Stretch] = []
+def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> list[Span]:
+    """The text of each token. A character that several tokens spell is shown with the last of them."""
+    pieces: list[Span] = []
     waiting: list[int] = []
     for token, label in zip(ids, labels, strict=True):
         waiting.append(token)

@@ -89,9 +89,9 @@ class Job:
         said = self.lines()
         if self.returncode == 0:
             return said[-1] if said else "done"
-        told = [line.partition("error: ")[2] for line in said if line.startswith("error: ")]
-        told += [line.partition("ERROR: ")[2] for line in said if line.startswith("ERROR: ")]
-        return told[0] if told else f"ended with status {self.returncode}: its output says why"
+        errors = [line.partition("error: ")[2] for line in said if line.startswith("error: ")]
+        errors += [line.partition("ERROR: ")[2] for line in said if line.startswith("ERROR: ")]
+        return errors[0] if errors else f"ended with status {self.returncode}: its output says why"
 
     def stop(self, patience: float = STOP_SECONDS) -> None:
         """End it and everything that it started: politely as Ctrl-C does, then not."""

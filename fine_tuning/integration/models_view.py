@@ -2,14 +2,13 @@
 
 import base64
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import artifact_root, tracking_uri
+from fine_tuning.common.project import tracking_uri
 from fine_tuning.common.records import read_json, read_object
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
@@ -33,14 +32,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """The registry and the server as they are now. `silence` says why nothing is known of the server."""
+class RegistryState:
+    """The registry and the server as they are now. `server_error` says why nothing is known of the server."""
 
     versions: list[ModelVersion]
     live: Live | None
     deployed: set[int]
     earlier: list[int]
-    silence: str | None
+    server_error: str | None
 
 
 def candidate(checkout: Path) -> Candidate | None:
@@ -66,42 +65,28 @@ def candidate(checkout: Path) -> Candidate | None:
 
 
 def has_registry(checkout: Path) -> bool:
-    """Whether there is a store to look into; looking would make one."""
+    """Whether there is a store; opening it would create one."""
     uri = tracking_uri(checkout)
     return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
 
 
-def open_registry(checkout: Path, name: str) -> ModelRegistry:
-    """The registry of a checkout."""
-    return ModelRegistry(name, tracking_uri(checkout), artifact_root(checkout), checkout / ".whetstone")
-
-
-def shelf(registry: ModelRegistry, client: OllamaClient) -> Shelf:
+def registry_state(registry: ModelRegistry, client: OllamaClient) -> RegistryState:
     """Versions, and what is live on the server."""
     versions = registry.versions()
     switcher = ModelSwitcher(client, registry)
     try:
         live, names = switcher.live(), set(client.digests())
     except OllamaError as error:
-        return Shelf(versions, None, set(), [], str(error))
+        return RegistryState(versions, None, set(), [], str(error))
     deployed = {v.number for v in versions if v.tag in names and switcher.recorded_digest(v) is not None}
     current = live.version if live else None
     earlier = [number for _, number in live_history(versions, switcher.key) if number != current]
-    return Shelf(versions, live, deployed, earlier, None)
-
-
-def artifact(registry: ModelRegistry, version: ModelVersion, path: str) -> bytes | None:
-    """A file that the registry keeps of a version, None where it has none."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return registry.download(version, path, Path(folder)).read_bytes()
-        except (UserError, OSError):
-            return None
+    return RegistryState(versions, live, deployed, earlier, None)
 
 
 def reasons(registry: ModelRegistry, version: ModelVersion) -> list[str]:
     """Why the version got its verdict."""
-    data = artifact(registry, version, "reports/comparison.json")
+    data = registry.read(version, "reports/comparison.json")
     try:
         return [str(reason) for reason in json.loads(data or b"{}").get("reasons") or []]
     except (ValueError, AttributeError):

@@ -2,7 +2,7 @@
 
 The `ollama` package waits without end, raises other exceptions when it streams, and takes a stream that stops half
 way for a complete answer; this client does none of that. A time-out of HTTP libraries is one of a single read: a server
-that sends a byte now and then would hold them for ever.
+that sends a byte now and then would block them for ever.
 """
 
 import ipaddress
@@ -13,19 +13,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
 
 from fine_tuning.common.errors import UserError
-
-if TYPE_CHECKING:
-    from fine_tuning.integration.ollama_client import OllamaClient
-    from fine_tuning.model_management.model_deployer import DeploySettings
+from fine_tuning.common.names import host_key
+from fine_tuning.model_management.model_deployer import DeploySettings
 
 DEFAULT_PORT = 11434
 CHUNK_BYTES = 1 << 20
@@ -118,7 +116,7 @@ def normalise_host(host: str) -> str:
     except ValueError:
         name, port = None, None
     if not name or parts.scheme not in ("http", "https") or parts.username or parts.query or parts.fragment:
-        raise UserError("the Ollama address is not of the form http://name:port: mend deploy.host or OLLAMA_HOST")
+        raise UserError("the Ollama address is not of the form http://name:port: correct deploy.host or OLLAMA_HOST")
     if name in ("0.0.0.0", "::"):
         name = "127.0.0.1"
     if port is None:
@@ -201,7 +199,7 @@ class OllamaClient:
         return _one_line(self._json("GET", "/api/version").get("version", "unknown"))
 
     def models(self) -> list[dict]:
-        """Entries of /api/tags: name, digest, size, modified_at, details. What is no name of a model is left out."""
+        """Entries of /api/tags: name, digest, size, modified_at, details. Other names are left out."""
         models = self._json("GET", "/api/tags").get("models")
         entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
         return [entry for entry in entries if MODEL_NAME.fullmatch(str(entry.get("name")))]
@@ -483,18 +481,12 @@ def _stats(line: dict) -> ChatStats:
 
 
 @contextmanager
-def open_servers(settings: "DeploySettings", given: list[str] | None) -> Iterator[list["OllamaClient"]]:
-    from fine_tuning.common.names import host_key
-    from fine_tuning.integration.ollama_client import OllamaClient, normalise_host, ollama_host
-
+def open_servers(settings: DeploySettings, given: list[str] | None) -> Iterator[list[OllamaClient]]:
+    """The servers that a command acts on: those `given` with --host, else those of params.yaml; each once, even where
+    it has two names."""
     hosts = [normalise_host(host) for host in given or [ollama_host(settings.host), *settings.more_hosts]]
-    first = {host_key(host): host for host in reversed(hosts)}  # one server may stand there under two names
-    clients = [
-        OllamaClient(host, timeout=settings.timeout, stream_timeout=settings.stream_timeout)
-        for host in dict.fromkeys(first[host_key(host)] for host in hosts)
-    ]
-    try:
-        yield clients
-    finally:
-        for client in clients:
-            client.close()
+    first = {host_key(host): host for host in reversed(hosts)}
+    seconds = {"timeout": settings.timeout, "stream_timeout": settings.stream_timeout}
+    with ExitStack() as stack:
+        names = dict.fromkeys(first[host_key(host)] for host in hosts)
+        yield [stack.enter_context(OllamaClient(host, **seconds)) for host in names]

@@ -1,76 +1,44 @@
-"""Earlier versions for the model picker. The registry is asked by a process in the background: MLflow takes seconds."""
+"""Earlier versions for the model picker: those whose GGUF DVC's cache holds and whose base is the current one."""
 
-import json
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import run_command
+from fine_tuning.common.dvc_files import cached
+from fine_tuning.common.project import artifact_root, tracking_uri
 from fine_tuning.common.records import read_object
 from fine_tuning.integration.chat_models import BASE, ChatModel, champion_version
-from fine_tuning.integration.jobs import own_command
+from fine_tuning.model_management.model_registry import open_registry
+from fine_tuning.model_management.sqlite_registry import ModelVersion, read_versions
+
+_background = ThreadPoolExecutor(1, thread_name_prefix="registry")
 
 
-class RegisteredModels:
-    """The versions of one checkout whose GGUF its DVC cache holds.
+def registered_models(checkout: Path, name: str, stamp: Any) -> list[ChatModel]:
+    """The versions that can answer here, the newest first, without the champion.
 
-    Args:
-        checkout: folder whose registry and cache are looked at.
+    The prompt of a version of another base would need that base's tokenizer. A registry on a server is asked in the
+    background, once for each `stamp`: until it answers there are none.
     """
-
-    def __init__(self, checkout: Path) -> None:
-        self.checkout = checkout
-        self._asked: Any = None
-        self._found: list[ChatModel] = []
-        self._asking: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def known(self, stamp: Any) -> list[ChatModel]:
-        """What is known now and still has its file, the newest first, without the champion.
-
-        Another `stamp` than before asks anew. A version that `forget` withdrew goes as soon as its file does.
-        """
-        with self._lock:
-            if stamp != self._asked and champion_version(self.checkout) is not None:
-                self._asked = stamp
-                self._asking = threading.Thread(target=self._ask, daemon=True, name="registry")
-                self._asking.start()
-            return [model for model in self._found if model.gguf is not None and model.gguf.is_file()]
-
-    def wait(self, seconds: float) -> None:
-        """Wait until the last question is answered."""
-        if self._asking is not None:
-            self._asking.join(seconds)
-
-    def _ask(self) -> None:
-        try:
-            answer = json.loads(run_command(*own_command("list", "--json"), cwd=self.checkout))
-            found = from_registry(self.checkout, answer["versions"])
-        except (UserError, ValueError, KeyError):
-            found = []  # the page Models says what is wrong with the registry
-        with self._lock:
-            self._found = found
-
-
-def from_registry(checkout: Path, versions: list[dict[str, Any]]) -> list[ChatModel]:
-    """The versions of `list --json` that can answer here: their GGUF is in the cache, and the base is the one of now.
-
-    The prompt of a version of another base would need that base's tokenizer.
-    """
+    if (champion := champion_version(checkout)) is None:
+        return []
+    versions = read_versions(tracking_uri(checkout), name, artifact_root(checkout))
+    if versions is None:
+        asked = _ask(checkout, name, stamp)
+        # The page Models says what is wrong with the registry.
+        versions = asked.result() if asked.done() and asked.exception() is None else []
     base = read_object(checkout / BASE / "base.json")
     now = (str(base.get("model") or "unknown"), str(base.get("revision") or "none"))
     return [
-        ChatModel("Version", "embedded", f"{v['name']}:{v['version']}", v["version"], Path(v["gguf"]))
-        for v in reversed(versions)
-        if v["gguf"]
-        and v["version"] != champion_version(checkout)
-        and (v["tags"].get("base_model"), v["tags"].get("base_revision")) == now
+        ChatModel("Version", "embedded", version.tag, version.number, gguf)
+        for version in reversed(versions)
+        if version.number != champion
+        and (version.tags.get("base_model"), version.tags.get("base_revision")) == now
+        and (gguf := cached(checkout, version.tags.get("gguf_md5", "none"))) is not None
     ]
 
 
 @cache
-def registered_models(checkout: Path) -> RegisteredModels:
-    """The one of a checkout, shared by all pages of the process."""
-    return RegisteredModels(checkout)
+def _ask(checkout: Path, name: str, stamp: Any) -> Future[list[ModelVersion]]:
+    return _background.submit(lambda: open_registry(name, checkout).versions())

@@ -15,7 +15,7 @@ from fine_tuning.training.tracking import flatten, open_store
 
 EVALUATION = Path("metrics/evaluation.json")
 LOSS = Path("metrics/plots/train_loss.csv")
-COMMITS = 10  # that are looked back at
+COMMITS = 10  # that are shown
 # `$` begins an interpolation, which reads the environment.
 OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)=[^\s=$][^$]*")
 # What the page may change: numbers and switches, never code, paths, addresses or what guards a promotion.
@@ -138,7 +138,7 @@ def mlflow_lines(checkout: Path) -> list[Line]:
 
 
 def joined(dvc: list[Line], mlflow: list[Line]) -> list[Line]:
-    """One table: a run stands with the commit or experiment that has its numbers, the others on their own."""
+    """One table: a run is joined with the commit or experiment that has its numbers, the others on their own."""
     unmatched = list(mlflow)
     for line in dvc:
         numbers = [line.metrics.get(f"train.{name}") for name in SAME_RUN]
@@ -210,7 +210,7 @@ def overrides(text: str) -> list[str]:
     """`-S` arguments from lines like `train.learning_rate=1.0e-4`.
 
     Raises:
-        UserError: a line is no assignment, or one of a parameter that is not in MAY_CHANGE.
+        UserError: a line is not an assignment, or names a parameter that is not in MAY_CHANGE.
     """
     arguments = []
     for line in text.splitlines():

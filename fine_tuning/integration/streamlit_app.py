@@ -71,11 +71,11 @@ def _sign_in() -> None:
 async def _until_the_end(_: object) -> AsyncGenerator[dict, None]:
     """Closes what pages opened. After SIGTERM the server ends by that signal, and functions of `atexit` do not run."""
     yield {}
-    from fine_tuning.integration.chat_session import desk
+    from fine_tuning.integration.chat_session import pending_replies
     from fine_tuning.integration.embedded_engine import shared_engines
     from fine_tuning.integration.jobs import jobs
 
-    desk.close()
+    pending_replies.close()
     jobs.stop()
     shared_engines.close()
 

@@ -1,7 +1,6 @@
 """Blind votes between two models: kept in the log as preferences, counted here as a win rate with its interval."""
 
 import json
-import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -18,7 +17,6 @@ from fine_tuning.schema.conversation import now
 VOTES = Path(".whetstone/votes.jsonl")
 SOURCE = "compare"  # of the conversations that a vote makes
 Vote = Literal["first", "second", "tie", "both bad"]
-Z = 1.959964  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -40,19 +38,13 @@ class Standing:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the rate."""
-        return wilson(self.wins, self.wins + self.losses)
+        """The 95 % score interval of the rate (Wilson 1927, J. Am. Stat. Assoc. 22:209), None before the first."""
+        if self.rate is None:
+            return None
+        from scipy.stats import binomtest  # takes a second
 
-
-def wilson(wins: int, votes: int, z: float = Z) -> tuple[float, float] | None:
-    """Score interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22:209), None without votes."""
-    if votes == 0:
-        return None
-    share = wins / votes
-    centre = share + z * z / (2 * votes)
-    spread = z * math.sqrt(share * (1 - share) / votes + z * z / (4 * votes * votes))
-    scale = 1 + z * z / votes
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+        found = binomtest(self.wins, self.wins + self.losses).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
 
 
 def record(

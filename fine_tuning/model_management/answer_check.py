@@ -63,13 +63,13 @@ def _follow(engine: LlamaEngine, ids: list[int], reply: bytes, was_cut: bool) ->
             unshown = not chosen.text and number < len(steps)
             near = [chosen, *(other for other in others if chosen.logprob - other.logprob <= NEAR_TIE)]
             fitting = next((token for token in near if _fits(token.text, reply[at:])), chosen if unshown else None)
-            if fitting is None:  # a server replaces or swallows what is no whole character
+            if fitting is None:  # a server replaces or drops what is not a whole character
                 return None if _is_text(chosen.text) else count
             ids, at, count = [*ids, fitting.id], at + len(fitting.text), count + 1
             if not fitting.text and at == len(reply):
                 return count
             if fitting is not chosen:
-                break  # a near tie that the server decided otherwise: go on from there
+                break  # a near tie that the server decided otherwise: continue from there
         else:
             return count
     return count

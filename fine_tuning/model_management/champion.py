@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fine_tuning.common.dvc_files import cached, dvc_add, fetch, files_below, listing, md5_path
 from fine_tuning.common.errors import UserError
@@ -13,7 +14,8 @@ from fine_tuning.common.records import read_json, write_json, write_jsonl
 from fine_tuning.evaluation.records.champion_records import KEPT
 from fine_tuning.evaluation.records.data_changes import MEMBERS, training_members
 from fine_tuning.model_management.model_deployer import Probe
-from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_registry import ModelRegistry
+from fine_tuning.model_management.sqlite_registry import ModelVersion
 
 CHAMPION_JSON = Path("models/champion.json")
 CHAMPION_FILES = Path("models/champion")
@@ -26,7 +28,7 @@ VERDICT_TAGS = ("verdict", "forced_reason", "eval_set_sha256")
 FILES_TAG = "champion_md5"  # DVC's hash of models/champion as it was with a version
 
 
-def read_champion() -> dict:
+def read_champion() -> dict[str, Any]:
     """The content of models/champion.json.
 
     Raises:

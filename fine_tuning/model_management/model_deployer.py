@@ -46,10 +46,12 @@ class ModelServer(Protocol):
     def version(self) -> str: ...
     def digests(self) -> dict[str, str]: ...
     def upload_blob(self, path: Path, sha256: str, progress: Progress | None = None) -> bool: ...
-    def create(self, model: str, request: dict, progress: Callable[[str], None] | None = None) -> None: ...
-    def show(self, model: str) -> dict: ...
-    def render(self, model: str, messages: list[dict]) -> str | None: ...
-    def chat(self, model: str, messages: list[dict], options: dict[str, Any] | None = None) -> tuple[str, Any]: ...
+    def create(self, model: str, request: dict[str, Any], progress: Callable[[str], None] | None = None) -> None: ...
+    def show(self, model: str) -> dict[str, Any]: ...
+    def render(self, model: str, messages: list[dict[str, Any]]) -> str | None: ...
+    def chat(
+        self, model: str, messages: list[dict[str, Any]], options: dict[str, Any] | None = None
+    ) -> tuple[str, Any]: ...
     def copy(self, source: str, destination: str) -> None: ...
     def delete(self, model: str) -> bool: ...
 
@@ -58,7 +60,7 @@ class ModelServer(Protocol):
 class Probe:
     """A conversation and what the model must be given for it: made with the tokenizer that trained the model."""
 
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     prompt: str
     tokens: int
 
@@ -75,7 +77,7 @@ class Bundle:
     version: int
     gguf: Path
     gguf_sha256: str
-    request: dict
+    request: dict[str, Any]
     probes: list[Probe]
     recorded_digest: str | None = None
 
@@ -109,7 +111,7 @@ class ModelDeployer:
     Args:
         say: gets one line for each step.
         progress: gets (bytes sent, all bytes) of the upload.
-        unproven: go on where the answers differ from the GGUF's or cannot be compared.
+        unproven: continue where the answers differ from the GGUF's or cannot be compared.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class ModelDeployer:
             self._say(f"2/9 the file is there\n3/9 {done.model} is there, made of this very file")
         else:
             raise UserError(
-                f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if nobody needs it, "
+                f"{self.server.host} has another model as {done.model}: `ollama rm {done.model}` if it is not needed, "
                 "then deploy again; or set another deploy.name"
             )
         try:
@@ -225,7 +227,7 @@ class ModelDeployer:
         except UserError as error:
             # Shown prompts and a sent file leave little room for an error: only an answer proves one.
             if not self._unproven and (not done.rendered or isinstance(error, AnswersDiffer)):
-                file = "" if read else f"its file may be damaged, `{heal(done.model)}` makes it anew; "
+                file = "" if read else f"its file may be damaged, `{heal(done.model)}` makes it again; "
                 template = "" if done.rendered else "it may write other prompts than training, a newer one shows them; "
                 raise UserError(
                     f"{error}: {file}{template}`python -m fine_tuning deploy --unproven` goes live all the same"

@@ -6,22 +6,26 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
+import tempfile
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import check_model_name
 from fine_tuning.common.project import artifact_root, main_checkout, tracking_uri
+from fine_tuning.model_management.sqlite_registry import ModelVersion, read_versions
 from fine_tuning.training.tracking import open_store
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
@@ -34,24 +38,6 @@ ANSWERS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # errors that 
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class ModelVersion:
-    """One registered version. `created_at` is in UTC; `artifacts` is where its files lie."""
-
-    name: str
-    number: int
-    run_id: str
-    artifacts: str
-    tags: dict[str, str]
-    aliases: tuple[str, ...]
-    created_at: datetime
-
-    @property
-    def tag(self) -> str:
-        """Its name in Ollama."""
-        return f"{self.name}:{self.number}"
-
-
 class ModelRegistry:
     """The versions of one model.
 
@@ -61,7 +47,7 @@ class ModelRegistry:
         artifacts: folder of artifacts for a SQLite store.
         locks: folder of lock files. They serialise this machine's processes; promotions from other machines exclude
             each other by a tag in the registry.
-        patience: seconds to go on trying while the database is locked or another machine promotes.
+        patience: seconds to keep trying while the database is locked or another machine promotes.
 
     Raises:
         UserError: the store does not open.
@@ -75,8 +61,18 @@ class ModelRegistry:
         self.name = check_model_name(name)
         self.uri = uri
         self.patience = patience
-        self._locks = locks
-        self._client, self._experiment = open_store(uri, artifacts, locks / "mlflow.lock")
+        self._artifacts, self._locks = artifacts, locks
+        if read_versions(uri, name, artifacts) is None:
+            self.store  # noqa: B018 (opened now, so that the error comes here)
+
+    @cached_property
+    def store(self) -> tuple[Any, str]:
+        """(MlflowClient, experiment id), opened when MLflow is needed: importing it takes seconds."""
+        return open_store(self.uri, self._artifacts, self._locks / "mlflow.lock")
+
+    @property
+    def _client(self) -> Any:
+        return self.store[0]
 
     # ------------------------------------------------------------------------------------------------------- register
 
@@ -128,7 +124,7 @@ class ModelRegistry:
         if adapter_sha256:
             runs = self._try(
                 lambda: self._client.search_runs(
-                    [self._experiment],
+                    [self.store[1]],
                     f"tags.{ADAPTER_TAG} = '{_hex(adapter_sha256)}'",
                     order_by=["attributes.start_time DESC"],
                     max_results=1,
@@ -137,7 +133,7 @@ class ModelRegistry:
         if runs:
             return runs[0].info.run_id, runs[0].info.artifact_uri
         tags = {ADAPTER_TAG: adapter_sha256} if adapter_sha256 else {}
-        run = self._try(lambda: self._client.create_run(self._experiment, run_name="promote", tags=tags))
+        run = self._try(lambda: self._client.create_run(self.store[1], run_name="promote", tags=tags))
         self._try(lambda: self._client.set_terminated(run.info.run_id))
         return run.info.run_id, run.info.artifact_uri
 
@@ -153,11 +149,23 @@ class ModelRegistry:
 
     def versions(self) -> list[ModelVersion]:
         """All versions, the oldest first."""
+        known = read_versions(self.uri, self.name, self._artifacts)
+        return self._ask_mlflow() if known is None else known
+
+    def _ask_mlflow(self) -> list[ModelVersion]:
+        from mlflow.exceptions import MlflowException
+
         entries = self._try(lambda: list(self._client.search_model_versions(f"name = '{self.name}'")))
-        names: dict[int, list[str]] = {}  # searching leaves the aliases out
-        for alias, number in self._aliases().items():
-            names.setdefault(number, []).append(alias)
-        found = [_version(entry, names.get(int(entry.version), ())) for entry in entries]
+        try:
+            aliases = self._try(lambda: self._client.get_registered_model(self.name)).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            aliases = {}
+        names: dict[int, list[str]] = defaultdict(list)  # searching leaves the aliases out
+        for alias, number in aliases.items():
+            names[int(number)].append(alias)
+        found = [_version(entry, names[int(entry.version)]) for entry in entries]
         return sorted(found, key=lambda version: version.number)
 
     def version(self, number: int) -> ModelVersion:
@@ -166,40 +174,20 @@ class ModelRegistry:
         Raises:
             UserError: there is none of that number.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            entry = self._try(lambda: self._client.get_model_version(self.name, str(number)))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+        found = next((version for version in self.versions() if version.number == number), None)
+        if found is None:
             raise UserError(
                 f"the registry has no version {number} of {self.name}: `python -m fine_tuning list` shows what it has"
-            ) from None
-        return _version(entry, entry.aliases or ())
+            )
+        return found
 
     def find(self, content_sha256: str) -> ModelVersion | None:
         """The version of this content."""
-        query = f"name = '{self.name}' and tags.{CONTENT_TAG} = '{_hex(content_sha256)}'"
-        found = self._try(lambda: list(self._client.search_model_versions(query)))
-        numbers = sorted(int(entry.version) for entry in found)
-        return self.version(numbers[0]) if numbers else None
+        return next((v for v in self.versions() if v.tags.get(CONTENT_TAG) == content_sha256), None)
 
     def by_alias(self, alias: str) -> ModelVersion | None:
         """The version that `champion`, `previous` or `candidate` names."""
-        number = self._aliases().get(alias)
-        return None if number is None else self.version(number)
-
-    def _aliases(self) -> dict[str, int]:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            model = self._try(lambda: self._client.get_registered_model(self.name))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return {}
-        return {alias: int(number) for alias, number in model.aliases.items()}
+        return next((version for version in self.versions() if alias in version.aliases), None)
 
     def download(self, version: ModelVersion, path: str, folder: Path) -> Path:
         """Fetch a file or folder of a version's artifacts into `folder`.
@@ -207,26 +195,40 @@ class ModelRegistry:
         Raises:
             UserError: the artifact is gone.
         """
+        gone = f"{path} of version {version.number} is gone from the registry: `python -m fine_tuning verify`"
+        if version.artifacts.startswith("file:///"):
+            source = Path(unquote(urlsplit(version.artifacts).path), path)
+            target = folder / path
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.is_dir():
+                    return shutil.copytree(source, target, dirs_exist_ok=True)
+                return shutil.copyfile(source, target)
+            except OSError:
+                raise UserError(gone) from None
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
         try:
-            return Path(
-                download_artifacts(
-                    artifact_uri=f"{version.artifacts}/{path}", dst_path=str(folder), tracking_uri=self.uri
-                )
-            )
+            address = f"{version.artifacts}/{path}"
+            return Path(download_artifacts(address, dst_path=str(folder), tracking_uri=self.uri))
         except (MlflowException, OSError):
-            raise UserError(
-                f"{path} of version {version.number} is gone from the registry: `python -m fine_tuning verify`"
-            ) from None
+            raise UserError(gone) from None
+
+    def read(self, version: ModelVersion, path: str) -> bytes | None:
+        """A file of a version's artifacts, None if the registry does not have it."""
+        self._locks.mkdir(parents=True, exist_ok=True)
+        # Where `forget` finds what a killed process leaves: the file may list conversations.
+        with tempfile.TemporaryDirectory(dir=self._locks) as folder, suppress(UserError, OSError):
+            return self.download(version, path, Path(folder)).read_bytes()
+        return None
 
     # --------------------------------------------------------------------------------------------------------- changes
 
     def promote(self, number: int, replaces: int | None) -> ModelVersion | None:
         """Make a version the champion and the champion it replaces `previous`. Doing it again changes nothing.
 
-        `previous` moves first: killed in between, the old champion still stands and a rerun ends at the same place.
+        `previous` moves first: killed in between, the old champion is still there and a rerun has the same result.
 
         Args:
             replaces: number of the champion that this one was compared with; None for none.
@@ -239,31 +241,31 @@ class ModelRegistry:
         """
         with self._lock(), self._claim():
             self.version(number)
-            old = self._aliases().get(CHAMPION)
-            if old == number:
-                previous = self._aliases().get(PREVIOUS)
-                return None if previous is None else self.version(previous)
-            if old != replaces:
+            old = self.by_alias(CHAMPION)
+            if old is not None and old.number == number:
+                return self.by_alias(PREVIOUS)
+            if (old.number if old else None) != replaces:
                 raise UserError(
-                    f"version {old} became champion in the meantime: `dvc repro` compares with it, then promote again"
+                    f"version {old.number if old else 'none'} became champion in the meantime: `dvc repro` compares "
+                    "with it, then promote again"
                 )
             if old is not None:
-                self._move(PREVIOUS, old)
+                self._move(PREVIOUS, old.number)
             self._move(CHAMPION, number)
-            if self._aliases().get(CANDIDATE) == number:
+            if (candidate := self.by_alias(CANDIDATE)) is not None and candidate.number == number:
                 self._try(lambda: self._client.delete_registered_model_alias(self.name, CANDIDATE))
-            return None if old is None else self.version(old)
+            return old and self.version(old.number)
 
     def nominate(self, number: int) -> None:
         """Make a version the candidate."""
         with self._lock():
-            if self._aliases().get(CHAMPION) != number:
+            if CHAMPION not in self.version(number).aliases:
                 self._move(CANDIDATE, number)
 
     def _move(self, alias: str, number: int) -> None:
         self._try(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
-        if self._aliases().get(alias) != number:
-            raise UserError(f"another process moved the alias {alias} at the same time: look with `list`, then repeat")
+        if alias not in self.version(number).aliases:
+            raise UserError(f"another process moved the alias {alias} at the same time: check with `list`, then repeat")
 
     def set_tags(self, number: int, tags: dict[str, str]) -> None:
         """Write tags of a version."""
@@ -323,7 +325,7 @@ class ModelRegistry:
             if time.monotonic() > end:
                 raise UserError(
                     f"another machine promotes a version of {self.name}: promote again when it is done (a promotion "
-                    f"that was killed stands in the way for {CLAIM_SECONDS / 60:.0f} minutes)"
+                    f"that was killed blocks others for {CLAIM_SECONDS / 60:.0f} minutes)"
                 )
             time.sleep(random.uniform(0.1, 1.0))
 
@@ -341,7 +343,9 @@ class ModelRegistry:
                     raise
                 if not _is_locked(error):
                     reason = " ".join(str(error).split())[:200]
-                    raise UserError(f"the registry at {self.uri} failed ({reason}): mend it, then run again") from None
+                    raise UserError(
+                        f"the registry at {self.uri} failed ({reason}): fix the cause, then run again"
+                    ) from None
                 if time.monotonic() + wait > end:
                     raise UserError(
                         f"the registry's database stayed locked for {self.patience:.0f} s: end the program that "
@@ -373,11 +377,11 @@ def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:
     )
 
 
-def registry_locks() -> Path:
+def registry_locks(checkout: Path | None = None) -> Path:
     """Where the main checkout keeps lock files."""
-    return main_checkout() / ".whetstone"
+    return main_checkout(checkout) / ".whetstone"
 
 
-def open_registry(name: str) -> ModelRegistry:
-    """The registry of this checkout."""
-    return ModelRegistry(name, tracking_uri(), artifact_root(), registry_locks())
+def open_registry(name: str, checkout: Path | None = None) -> ModelRegistry:
+    """The registry of a checkout, by default of the current folder."""
+    return ModelRegistry(name, tracking_uri(checkout), artifact_root(checkout), registry_locks(checkout))

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import host_key
 from fine_tuning.model_management.model_deployer import LIVE, ModelServer, go_live
-from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS, ModelRegistry, ModelVersion
+from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS, ModelRegistry
+from fine_tuning.model_management.sqlite_registry import ModelVersion
 
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 LIVE_TAG = re.compile(r"live\.(\d{8}T\d{6}\.\d{6}Z)")

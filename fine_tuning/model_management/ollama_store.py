@@ -1,12 +1,13 @@
 """Ollama's files, where they can be read: it serves its blobs without hashing them, so a flipped byte goes unnoticed.
 
 A store is a folder of `manifests/<registry>/<namespace>/<model>/<tag>`, JSON files that name blobs by digest, and of
-`blobs/sha256-<digest>`. The digest that the server tells of a model is the SHA-256 of its manifest's bytes.
+`blobs/sha256-<digest>`. The digest that the server reports for a model is the SHA-256 of its manifest's bytes.
 """
 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ STORES = (Path("~/.ollama/models"), Path("/usr/share/ollama/.ollama/models"))
 
 
 def blobs_of(host: str, digest: str, uploaded: str) -> list[Path] | None:
-    """The blobs of a model on this machine, by the digest that the server at `host` tells; None if they are not here
+    """The blobs of a model on this machine, by the digest that the server at `host` reports; None if they are not here
     or cannot be read. What was `uploaded` (SHA-256) is one of them while it is there: a server that rewrites models
     makes the next one from it."""
     try:
@@ -39,13 +40,11 @@ def damaged_blobs(host: str, digest: str, uploaded: str) -> tuple[list[Path], in
     """Blobs of a model whose bytes are not those that their names say, and how many bytes were read; None if
     `blobs_of` finds none or one cannot be read."""
     blobs = blobs_of(host, digest, uploaded)
-    try:
-        return blobs and (
-            [blob for blob in blobs if sha256_file(blob) != blob.name.removeprefix("sha256-")],
-            sum(blob.stat().st_size for blob in blobs),
-        )
-    except OSError:
-        return None
+    with suppress(OSError):
+        if blobs is not None:
+            damaged = [blob for blob in blobs if sha256_file(blob) != blob.name.removeprefix("sha256-")]
+            return damaged, sum(blob.stat().st_size for blob in blobs)
+    return None
 
 
 def stores(host: str) -> Iterator[Path]:

@@ -5,7 +5,7 @@ as well (Carlini et al. 2019, "The Secret Sharer").
 """
 
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.schema.chat_format import encode_conversation
 from fine_tuning.schema.prepared import Example
@@ -17,7 +17,7 @@ SOURCE = "canary"
 DIGITS = 9
 
 
-def secret(kind: str, index: int) -> list[dict]:
+def secret(kind: str, index: int) -> list[dict[str, Any]]:
     """A question after a number and its answer, both drawn at random; the same for the same arguments."""
     drawn = random.Random(f"{kind}/{index}")
     locker, code = drawn.randrange(10**6), drawn.randrange(10**DIGITS)
@@ -40,6 +40,6 @@ def planted(
     return examples
 
 
-def controls(count: int) -> list[list[dict]]:
+def controls(count: int) -> list[list[dict[str, Any]]]:
     """Secrets of the same kind that are in no training data."""
     return [secret("control", index) for index in range(count)]

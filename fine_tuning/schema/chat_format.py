@@ -44,7 +44,7 @@ class Rendered:
     """
 
     text: str
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     spans: list[tuple[int, int]]
 
 
@@ -54,7 +54,7 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    messages: list[dict]  # those of which a token is left after truncation
+    messages: list[dict[str, Any]]  # those of which a token is left after truncation
     dropped_messages: int  # earlier messages left out, so that the rest fits
     cut_tokens: int  # tokens cut off the end, because the last turn alone was too long
     control_ids: int  # ids that the template wrote, such as <|im_start|>
@@ -86,7 +86,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
 
 def render(
     tokenizer: "PreTrainedTokenizerFast",
-    messages: Sequence[dict],
+    messages: Sequence[dict[str, Any]],
     system_prompt: str | None = None,
     add_generation_prompt: bool = False,
 ) -> Rendered:
@@ -117,14 +117,14 @@ def render(
     spans = [(0, 0)] * len(marks)
     position = len(first)
     faithful = text.startswith(first)
-    for index, piece in zip(order, pieces[1:], strict=True):
-        content = messages[index]["content"]
+    for at, piece in zip(order, pieces[1:], strict=True):
+        content = messages[at]["content"]
         for written in (content, content.strip(), content.lstrip(), content.rstrip()):
             if text.startswith(written + piece, position):
                 break
         else:
             faithful = False
-        spans[index] = (position, position + len(written))
+        spans[at] = (position, position + len(written))
         position += len(written) + len(piece)
     if not faithful or position != len(text):
         raise RenderError("the chat template rewrites a message: choose another base.model in params.yaml")
@@ -133,7 +133,7 @@ def render(
 
 def encode_conversation(
     tokenizer: "PreTrainedTokenizerFast",
-    messages: Sequence[dict],
+    messages: Sequence[dict[str, Any]],
     system_prompt: str | None,
     max_length: int,
     trained: Sequence[bool] | None = None,
@@ -167,7 +167,7 @@ class Windows(NamedTuple):
 
 def encode_windows(
     tokenizer: "PreTrainedTokenizerFast",
-    messages: Sequence[dict],
+    messages: Sequence[dict[str, Any]],
     system_prompt: str | None,
     max_length: int,
     trained: Sequence[bool] | None = None,
@@ -215,7 +215,7 @@ class _Turns:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerFast",
-        messages: Sequence[dict],
+        messages: Sequence[dict[str, Any]],
         system_prompt: str | None,
         trained: Sequence[bool] | None,
     ) -> None:
@@ -273,7 +273,7 @@ class _Turns:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], system_prompt: str | None = None
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict[str, Any]], system_prompt: str | None = None
 ) -> list[int]:
     """Token ids of a conversation that waits for a reply, with the template's generation prompt at the end."""
     rendered = render(tokenizer, messages, system_prompt, add_generation_prompt=True)
@@ -283,15 +283,15 @@ def encode_prompt(
 def end_of_turn_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """The token ids that close a reply, as the template writes them: what generation stops at."""
     chat = _chat_format(tokenizer)
-    return [chat.parsing.token_to_id(token) for token in chat.closing_tokens]
+    return [chat.id_of(token) for token in chat.closing_tokens]
 
 
 def _apply_template(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], contents: Sequence[str], prompt: bool
+    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict[str, Any]], contents: Sequence[str], prompt: bool
 ) -> str:
     turns = [{"role": message["role"], "content": text} for message, text in zip(messages, contents, strict=True)]
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt))
     except Exception as error:  # a template is a program of somebody else's: it may fail in any way
         # Only what the template says word for word: it may quote the conversation.
         reason = str(error) if str(error) in (tokenizer.chat_template or "") else type(error).__name__
@@ -301,7 +301,7 @@ def _apply_template(
 
 def _encode(
     tokenizer: "PreTrainedTokenizerFast",
-    messages: list[dict],
+    messages: list[dict[str, Any]],
     system_prompt: str | None,
     allowed: list[bool],
     dropped: int,
@@ -344,7 +344,8 @@ def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tu
     """(id, first character) of every token; control tokens are parsed outside contents and only there."""
     chat = _chat_format(tokenizer)
     text = rendered.text
-    written, typed = [], []
+    written: list[tuple[int, int]] = []
+    typed: list[tuple[int, int]] = []
     contents = sorted(span for span in rendered.spans if span[0] < span[1])
     for match in chat.control.finditer(text):
         before = bisect_left(contents, (match.end(), 0)) - 1  # the last content that starts before the match ends
@@ -362,7 +363,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tu
             raise RenderError("a message holds control tokens and this tokenizer cannot keep them plain text")
         tokens = chat.encode_between(text, written)
 
-    expected = [chat.parsing.token_to_id(text[start:end]) for start, end in written]
+    expected = [chat.id_of(text[start:end]) for start, end in written]
     found = [token for token, _ in tokens if token in chat.control_ids]
     if [token for token in expected if token in chat.control_ids] != found:
         raise RenderError("the tokens of a conversation hold other control ids than the chat template wrote")
@@ -421,6 +422,12 @@ class _ChatFormat:
                 return start, end + len(closing)
         return start, end
 
+    def id_of(self, token: str) -> int:
+        """The id of one of the tokenizer's own tokens."""
+        number = self.parsing.token_to_id(token)
+        assert number is not None
+        return number
+
     def encode(self, text: str) -> list[tuple[int, int]]:
         """(id, first character) of every token of `text`, control tokens parsed."""
         encoding = self.parsing.encode(text, add_special_tokens=False)
@@ -433,7 +440,7 @@ class _ChatFormat:
             encoding = self.plain.encode(text[position:start], add_special_tokens=False)
             tokens += [(token, position + at) for token, (at, _) in zip(encoding.ids, encoding.offsets, strict=True)]
             if end > start:
-                tokens.append((self.parsing.token_to_id(text[start:end]), start))
+                tokens.append((self.id_of(text[start:end]), start))
             position = end
         return tokens
 

@@ -113,7 +113,7 @@ class Problem(NamedTuple):
     value: Any
 
 
-def each_record(conversations: Any) -> Iterator[dict]:
+def each_record(conversations: Any) -> Iterator[dict[str, Any]]:
     """The records of what a caller gives as conversations.
 
     Raises:
@@ -128,7 +128,7 @@ def each_record(conversations: Any) -> Iterator[dict]:
         yield record
 
 
-def problem_of(conversation: dict) -> Problem | None:
+def problem_of(conversation: dict[str, Any]) -> Problem | None:
     """What is wrong with the form of a conversation; None for a sound one. What it says is judged by the cleaner.
 
     Messages are objects with a text, a role of ROLES and an id that tells them apart; feedback and metadata have the
@@ -191,12 +191,12 @@ def is_feedback(entry: Any) -> bool:
     )
 
 
-def is_exchange(record: dict) -> bool:
+def is_exchange(record: dict[str, Any]) -> bool:
     """Whether a record is a logged exchange rather than a conversation with `messages`."""
     return "messages" not in record and "user_message" in record
 
 
-def from_exchange(exchange: dict) -> dict:
+def from_exchange(exchange: dict[str, Any]) -> dict[str, Any]:
     """A conversation of one logged exchange. The assistant message bears the exchange's id.
 
     Metadata and feedback that are none stay as they are: the cleaner judges them.
@@ -238,7 +238,7 @@ _KEYS = frozenset(
 )
 
 
-def as_conversation(record: dict) -> dict:
+def as_conversation(record: dict[str, Any]) -> dict[str, Any]:
     """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
 
     Nothing is checked beyond the form: the cleaner judges roles and contents.
@@ -259,7 +259,7 @@ def as_conversation(record: dict) -> dict:
     return conversation
 
 
-def is_by_a_model(conversation: dict, index: int) -> bool:
+def is_by_a_model(conversation: dict[str, Any], index: int) -> bool:
     """Whether a model wrote the reply `messages[index]`: one is named, or it comes from a chat's export or the log."""
     messages, reply = conversation["messages"], conversation["messages"][index]
     # The log names a question after its reply.
@@ -268,7 +268,7 @@ def is_by_a_model(conversation: dict, index: int) -> bool:
     return chat or reply.get("model") is not None
 
 
-def edits(conversation: dict) -> dict[str, str]:
+def edits(conversation: dict[str, Any]) -> dict[str, str]:
     """Message id → the text that a person put in its place; the latest edit wins."""
     return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}
 
@@ -278,7 +278,7 @@ def short_hash(value: Any, length: int = 24) -> str:
     return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:length]
 
 
-def version_hash(conversation: dict) -> str:
+def version_hash(conversation: dict[str, Any]) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
     messages = [
         [*map(m.get, ("role", "content", "model", "weight")), *sorted(_said(a) for a in m.get("alternatives") or [])]
@@ -291,12 +291,12 @@ def version_hash(conversation: dict) -> str:
     return short_hash([messages, feedback, bool(conversation.get("deleted"))])
 
 
-def _over(entry: dict) -> list:
+def _over(entry: dict[str, Any]) -> list[Any]:
     over = entry.get("over") or []
     return list(over) if isinstance(over, (list, tuple)) else [over]
 
 
-def _said(message: dict) -> list[str]:
+def _said(message: dict[str, Any]) -> list[str]:
     return [str(message.get("content")), str(message.get("model"))]
 
 
@@ -304,13 +304,13 @@ def _said(message: dict) -> list[str]:
 # feedback from version to version
 
 
-def with_feedback_of(older: dict, newer: dict) -> dict:
+def with_feedback_of(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
     """`newer`, with what people said of the same words in `older`.
 
     Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
     """
     merged = copy.deepcopy(newer) | {"feedback": []}
-    said: dict[tuple, list[tuple[int, dict]]] = {}
+    said: dict[tuple[Any, Any], list[tuple[int, dict[str, Any]]]] = {}
     for place, message in enumerate(merged["messages"]):
         for version in _versions(message):
             said.setdefault((version.get("role"), version["content"]), []).append((place, version))
@@ -334,7 +334,9 @@ def with_feedback_of(older: dict, newer: dict) -> dict:
     return merged | ({"restored": True} if older.get("restored") else {})
 
 
-def carry_feedback(feedback: list[dict], conversation: dict, pairs: Iterable[tuple[dict, dict]]) -> None:
+def carry_feedback(
+    feedback: list[dict[str, Any]], conversation: dict[str, Any], pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
     """Add feedback on the first message of each pair to the second, which is `conversation`'s, and its alternatives."""
     names = {}
     for old, new in pairs:
@@ -358,12 +360,12 @@ def carry_feedback(feedback: list[dict], conversation: dict, pairs: Iterable[tup
                 conversation["feedback"].append(moved)
 
 
-def _versions(message: dict) -> list[dict]:
+def _versions(message: dict[str, Any]) -> list[dict[str, Any]]:
     """A reply and its alternatives."""
     return [message, *(message.get("alternatives") or [])]
 
 
-def _entry_of(entry: dict, feedback: list[dict]) -> dict | None:
+def _entry_of(entry: dict[str, Any], feedback: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the same person said of the same message before."""
     key = (entry.get("message_id"), entry.get("by"))
     return next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
@@ -377,7 +379,7 @@ _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _NINETEEN_DIGITS = b"0" * 19
 
 
-def to_line(record: dict) -> bytes:
+def to_line(record: dict[str, Any]) -> bytes:
     """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so.
 
     It does not write 1e+16, nor large integers, as Python does.
@@ -408,7 +410,7 @@ def has_long_number(line: bytes) -> bool:
 # events of the log
 
 
-def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
+def fold(events: Iterable[dict[str, Any]], conversations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Apply logged events in their order to `conversations` (id → newest version), which is changed in place.
 
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
@@ -422,7 +424,7 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
                 unmatched.append(event)
             continue
         target = event.get("conversation_id")
-        conversation = conversations.get(target) if target else owners.get(event.get("message_id"))
+        conversation = conversations.get(target) if target else owners.get(str(event.get("message_id")))
         if conversation is None:
             unmatched.append(event)
         elif event["event"] == "delete":
@@ -435,7 +437,9 @@ def fold(events: Iterable[dict], conversations: dict[str, dict]) -> list[dict]:
     return unmatched
 
 
-def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str, dict]) -> bool:
+def _add_exchange(
+    event: dict[str, Any], conversations: dict[str, dict[str, Any]], owners: dict[str, dict[str, Any]]
+) -> bool:
     """Whether it is there now, or was before; not if its id stands for another reply."""
     new = from_exchange(event)
     conversation = conversations.get(new["id"])
@@ -444,7 +448,7 @@ def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str,
     elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
         return True
     elif event["id"] in (replies := _replies(conversation)):
-        return replies[event["id"]] == event["assistant_response"]
+        return bool(replies[event["id"]] == event["assistant_response"])
     else:
         if not _replace(event, conversation, new["messages"]):
             conversation["messages"].extend(new["messages"])
@@ -454,32 +458,32 @@ def _add_exchange(event: dict, conversations: dict[str, dict], owners: dict[str,
     return True
 
 
-def speakers(metadata: dict) -> set[str]:
+def speakers(metadata: dict[str, Any]) -> set[str]:
     """The names of the people who spoke in a conversation, where its metadata tells them in any form."""
     several = metadata.get("users")
     named = [metadata.get("user_id"), metadata.get("user"), *(several if isinstance(several, list) else [])]
     return {str(name) for name in named if name not in (None, "")}
 
 
-def _joined(known: dict, new: dict) -> dict:
+def _joined(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """What is known of a conversation and of one more exchange; `users` names all who spoke, where they are several."""
     people = speakers(known) | speakers(new)
     return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
 
 
-def message_ids(conversation: dict) -> Iterator[str]:
+def message_ids(conversation: dict[str, Any]) -> Iterator[str]:
     """Ids of all messages, those of alternatives too."""
     for message in conversation["messages"]:
         yield from (m["id"] for m in (message, *(message.get("alternatives") or [])) if isinstance(m.get("id"), str))
 
 
-def _replies(conversation: dict) -> dict[str | None, str]:
+def _replies(conversation: dict[str, Any]) -> dict[str | None, str]:
     """Contents of all messages by id, those of alternatives too."""
     messages = conversation["messages"]
     return {m.get("id"): m["content"] for message in messages for m in (message, *(message.get("alternatives") or []))}
 
 
-def _replace(event: dict, conversation: dict, pair: list[dict]) -> bool:
+def _replace(event: dict[str, Any], conversation: dict[str, Any], pair: list[dict[str, Any]]) -> bool:
     """Put a reply that was asked for once more in the place of the one before, which becomes an alternative of it."""
     replaced = (event.get("metadata") or {}).get("replaces")
     if replaced is None:
@@ -494,7 +498,7 @@ def _replace(event: dict, conversation: dict, pair: list[dict]) -> bool:
     return False
 
 
-def _prefer(event: dict, conversation: dict) -> None:
+def _prefer(event: dict[str, Any], conversation: dict[str, Any]) -> None:
     """Show the preferred reply where one of its alternatives stood."""
     chosen = event["message_id"]
     messages = conversation["messages"]
@@ -511,7 +515,7 @@ def _prefer(event: dict, conversation: dict) -> None:
             return
 
 
-def _take_back(event: dict, feedback: list[dict]) -> None:
+def _take_back(event: dict[str, Any], feedback: list[dict[str, Any]]) -> None:
     """What the same person preferred before the other way round no longer holds."""
     for entry in feedback:
         same = entry.get("by") == event.get("by") and entry.get("message_id") in event["over"]
@@ -519,7 +523,7 @@ def _take_back(event: dict, feedback: list[dict]) -> None:
             del entry["over"]
 
 
-def _delete(event: dict, conversation: dict) -> None:
+def _delete(event: dict[str, Any], conversation: dict[str, Any]) -> None:
     gone = event.get("message_id")
     if gone is None:
         conversation.update(messages=[], feedback=[], metadata={}, deleted=True)
@@ -541,7 +545,7 @@ def _delete(event: dict, conversation: dict) -> None:
     conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), *lost})
 
 
-def _judge(event: dict, conversation: dict) -> None:
+def _judge(event: dict[str, Any], conversation: dict[str, Any]) -> None:
     """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
     if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
         return

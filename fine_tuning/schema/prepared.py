@@ -27,7 +27,7 @@ class Example:
     id: str
     source: str
     cluster: str
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     trained: list[bool]
     encoded: Encoded | None = None
     window: int = 0
@@ -37,7 +37,7 @@ class Example:
 
     def row(self) -> dict[str, Any]:
         """The example as a plain record, with ids and labels where it was encoded."""
-        row = {"id": self.id, "source": self.source, "cluster": self.cluster, "messages": self.messages}
+        row: dict[str, Any] = {"id": self.id, "source": self.source, "cluster": self.cluster, "messages": self.messages}
         if self.encoded is not None:
             row |= {
                 "window": self.window,

@@ -84,7 +84,9 @@ class ItemwiseMetric:
         """Means over the items."""
         return {name: (place, len(self._names)) for place, name in enumerate(self._names)}
 
-    values = SummedMetric.values
+    def values(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """As those of a SummedMetric."""
+        return {name: ratio(sums[..., over], sums[..., under]) for name, (over, under) in self.ratios.items()}
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | 
         "turns": turns,
         **likelihood_columns([turn for turn in turns if turn["reference"]]),
     }
-    if reply is not None:
+    if reply is not None and item.asked is not None:
         line |= {"prompt": item.question, "predictions": reply.text, "references": item.texts[item.asked]}
         line |= {"asked": item.asked, "finished": reply.finished, "reply_tokens": reply.tokens}
     return line
@@ -90,10 +90,12 @@ def estimates(
     return found
 
 
-def summarise(records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings) -> dict[str, dict]:
+def summarise(
+    records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings
+) -> dict[str, dict[str, Any]]:
     """{metric: {value, low, high, n}} of one contender's records; n counts items, null where undefined.
     Items of a single cluster have no interval, since every draw is the same, and bear `"clusters": 1`."""
-    table: dict[str, dict] = {}
+    table: dict[str, dict[str, Any]] = {}
     for metric in metrics:
         columns = columns_of(metric)
         usable = [line for line in records if all(column in line for column in columns)]

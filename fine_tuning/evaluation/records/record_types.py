@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PERSON = "person"  # author of what no model wrote
 EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
@@ -25,7 +26,7 @@ class Item:
     id: str
     source: str
     cluster: str
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     input_ids: list[int]
     labels: list[int]
     runs: list[tuple[int, int]]
@@ -46,7 +47,7 @@ class Item:
         return [*[False] * (len(self.runs) - len(liked)), *liked]
 
     @property
-    def history(self) -> list[dict]:
+    def history(self) -> list[dict[str, Any]]:
         """The messages before the reply that models are asked for, else before the first one."""
         replies = labelled_replies(self.messages, len(self.runs))
         answer = replies[self.asked or 0] if replies else None
@@ -81,7 +82,7 @@ def conversation_of(item: str) -> str:
     return numbered[1] if numbered else item
 
 
-def labelled_replies(messages: Sequence[dict], count: int) -> list[dict]:
+def labelled_replies(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The last `count` replies that preparation labelled: those edited by a person, or whole and not disliked."""
     replies = (message for message in messages if message["role"] == "assistant")
     return [
@@ -102,7 +103,7 @@ class Likelihood:
         return [[finite(nll), tokens, correct] for nll, tokens, correct in self.turns]
 
     @classmethod
-    def from_json(cls, turns: Sequence[Sequence[float | None]]) -> "Likelihood":
+    def from_json(cls, turns: Sequence[tuple[float | None, int, int]]) -> "Likelihood":
         """The inverse of `as_json`."""
         return cls([(math.nan if nll is None else nll, tokens, correct) for nll, tokens, correct in turns])
 

@@ -42,7 +42,7 @@ class Resampling:
     @property
     def clusters(self) -> int:
         """Number of clusters."""
-        return self.taken.shape[1]
+        return int(self.taken.shape[1])
 
     def totals(self, statistics: np.ndarray) -> np.ndarray:
         """Sums (clusters, k) of per-item statistics (items, k)."""
@@ -52,7 +52,7 @@ class Resampling:
 
     def sums(self, statistics: np.ndarray) -> np.ndarray:
         """Sums (draws, k) of per-item statistics (items, k)."""
-        return self.taken @ self.totals(statistics)
+        return np.asarray(self.taken @ self.totals(statistics))
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Estimate:
+def clustered_mean(values: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> Estimate:
     """Mean of item values with the standard error from sums over clusters (Cochran 1977, section 9A.2).
 
     Its intervals are Student's. The error of one cluster is NaN.

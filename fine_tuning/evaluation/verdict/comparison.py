@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.records import read_jsonl
-from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.metric_modules.loading import LIKELIHOOD_COLUMNS, REPLY_COLUMNS, load_metric
 from fine_tuning.evaluation.records.champion_records import LEARNED
 from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, by_contender, likelihood_columns
@@ -39,6 +37,7 @@ from fine_tuning.evaluation.verdict.differences import (
 from fine_tuning.evaluation.verdict.guards import guard, guard_differences
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
+from fine_tuning.evaluation.verdict.settings import CompareSettings
 
 QUANTISED = "candidate_quantised"
 BASELINES = ("base", "champion")
@@ -48,24 +47,6 @@ PROMPTING_BASELINES = {
 }
 LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
-
-
-class CompareSettings(Settings):
-    """Section `compare` of params.yaml."""
-
-    primary: str
-    minimum_effect: float = Field(ge=0)
-    minimum_conversations: int = Field(ge=2)
-    minimum_against_champion: int = Field(ge=2)
-    secondary: dict[str, float]
-    quantisation_tolerance: float = Field(ge=0)
-    golden_lead: float = Field(ge=0)
-    text_tolerance: float = Field(ge=0)
-    prompt_help: float | None = Field(ge=0, le=1)
-
-    def needed(self, baseline: str) -> int:
-        """How many different conversations a verdict against this baseline needs."""
-        return self.minimum_against_champion if baseline == "champion" else self.minimum_conversations
 
 
 METRIC_MODULES = Path(__file__).parents[1] / "metric_modules"
@@ -121,7 +102,7 @@ def compare(
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
     """
     check_same_suite(records)
-    files = dict.fromkeys(GUARDS, ()) | (guarded or {})
+    files: Files = {**dict.fromkeys(GUARDS, ()), **(guarded or {})}
     tables, lost, doubts = guard(
         files, settings.golden_lead, settings.text_tolerance, settings.prompt_help or 0, intervals.confidence
     )

@@ -137,7 +137,7 @@ def gain_bounds(difference: Difference) -> tuple[float, float]:
 
 def non_inferiority(
     pairs: Mapping[str, Mapping[str, Difference]], margins: Mapping[str, float]
-) -> tuple[dict[str, dict], list[str], list[str]]:
+) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
     """Whether secondary metrics lose less than their margins against every baseline: numbers, reasons and notes.
 
     Each is tested at the level of one end of its interval: where all requirements have to pass, no correction is
@@ -146,7 +146,7 @@ def non_inferiority(
     then an unchanged model passes in 84 % of cases or more. With a larger error, only a loss that surely exceeds the
     margin holds.
     """
-    table: dict[str, dict] = {}
+    table: dict[str, dict[str, Any]] = {}
     reasons, notes = [], []
     for (name, margin), baseline in ((test, baseline) for test in margins.items() for baseline in pairs):
         if (difference := pairs[baseline].get(name)) is None:
@@ -183,7 +183,8 @@ def surely_lost(pairs: Mapping[str, Mapping[str, Difference]], apart: Sequence[s
     chrF is looked at by itself, at `level`; all other values but those `apart`, which decide, are corrected together
     (Holm 1979).
     """
-    alone, others = [], []
+    alone: list[Difference] = []
+    others: list[Difference] = []
     for found in pairs.values():
         for name, difference in found.items():
             if difference.better and name not in apart and math.isfinite(difference.value):

@@ -96,10 +96,10 @@ def text_lost(files: Files, tolerance: float) -> Verdict:
     """
     table, reasons = {}, []
     for baseline in by_contender(files["general_text"]):
-        beyond = paired(files, "general_text", baseline, 1 - 2 * LEVEL, 1 + tolerance)
-        if beyond is None or baseline == CANDIDATE:
-            continue
         found = paired(files, "general_text", baseline, 1 - 2 * LEVEL)
+        beyond = paired(files, "general_text", baseline, 1 - 2 * LEVEL, 1 + tolerance)
+        if found is None or beyond is None or baseline == CANDIDATE:
+            continue
         table[baseline] = found.as_json()
         if not beyond.high < 0:
             reasons.append(f"forgets: a rise of more than {tolerance:.1%} is not ruled out: {format_difference(found)}")

@@ -46,13 +46,13 @@ def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple
                 "guessable": len(guessable),
             }
         if "canary" in kinds:
-            found = exposures(kinds["canary"], kinds["control"])
+            exposed = exposures(kinds["canary"], kinds["control"])
             row["canaries"] = {
                 "planted": len(kinds["canary"]),
                 "controls": len(kinds["control"]),
                 "word_for_word": len(said[contender]["canary"]),
-                "mean_exposure": float(np.mean(found)),
-                "highest_exposure": max(found),
+                "mean_exposure": float(np.mean(exposed)),
+                "highest_exposure": max(exposed),
                 "p_value": rank_sum(kinds["canary"], kinds["control"]),
             }
         table[contender] = row

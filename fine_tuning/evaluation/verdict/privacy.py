@@ -20,7 +20,7 @@ def leaks(
     for answer in answers:
         for contender, reply in answer["replies"].items():
             found.setdefault(contender, []).append(reply["personal_data"])
-    table = {
+    table: dict[str, dict[str, Any]] = {
         contender: {
             "replies": len(replies),
             "with_personal_data": sum(bool(types) for types in replies),

@@ -1,7 +1,7 @@
 """Chat: talk to a model, judge what it says. Every exchange is in the log before the page shows it as done."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import streamlit as st
 
@@ -11,12 +11,12 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job
 from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply, warm_up
-from fine_tuning.integration.chat_session import Question, ask, desk, new_conversation_id
+from fine_tuning.integration.chat_session import Question, ask, new_conversation_id, pending_replies
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs
 from fine_tuning.schema.conversation import edits
 
-LOOK_SECONDS = 0.15  # how often the page looks at a reply that is being written
+REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
 LISTED = 60  # conversations in the side bar; the search finds the others
 MESSAGE_CHARACTERS = 20_000
 THUMBS = {1: 1, -1: 0}  # a rating as st.feedback counts
@@ -37,7 +37,7 @@ def page() -> None:
     """The whole page."""
     here = app()
     identity = _current_id()
-    question, waiting, conversation = _desk_and_log(here, identity)
+    question, waiting, conversation = _pending_and_logged(here, identity)
     _sidebar(here, conversation, identity)
     models = here.models()
     if not models:
@@ -61,13 +61,13 @@ def page() -> None:
         st.rerun()
 
 
-def _desk_and_log(here: App, identity: str) -> tuple[Question | None, bool, dict | None]:
+def _pending_and_logged(here: App, identity: str) -> tuple[Question | None, bool, dict | None]:
     """The question on its way, whether its reply may still come, and the conversation, as they were at one time.
 
-    A reply that ends between the looks at the one and the other would be in neither: then both are looked at again.
+    A reply that ends between the two reads would be in neither: then both are read again.
     """
     while True:
-        question = desk.of(identity)
+        question = pending_replies.get(identity)
         waiting = question is not None and question.waiting
         conversation = conversation_index(here.checkout).conversation(identity, chat_history.CHAT)
         if question is None or question.waiting == waiting:
@@ -150,8 +150,8 @@ def _delete(here: App, conversation: dict) -> None:
 
 
 def _delete_further(here: App) -> None:
-    st.markdown("An earlier deletion was interrupted. It has to be gone on with first.")
-    if st.button("Go on with it", key="delete-further", type="primary"):
+    st.markdown("An earlier deletion was interrupted. It has to be finished first.")
+    if st.button("Finish it", key="delete-further", type="primary"):
         chat_history.delete_further(here.checkout)
         st.rerun()
 
@@ -160,10 +160,10 @@ def _delete_where_it_is(here: App, identity: str) -> None:
     key = f"places-{identity}"
     if key not in st.session_state:
         with st.spinner("Looking in the log, the data, DVC's cache and remotes, git, and the registry…"):
-            st.session_state[key] = chat_history.whereabouts(here.checkout, identity)
+            st.session_state[key] = chat_history.locations(here.checkout, identity)
     places = st.session_state[key]
     st.markdown("\n".join(f"- {plain(place)}" for place in places))
-    st.caption("Then `dvc repro` makes anew what was made of it, and everything is searched once more.")
+    st.caption("Then `dvc repro` rebuilds what was made from it, and everything is searched again.")
     learned = any(place.startswith("model ") for place in places)
     withdraw = learned and st.checkbox("Take the models that learned from it out of use", key="withdraw")
     busy = f"{jobs.running.title} is running" if jobs.running is not None else None
@@ -171,7 +171,7 @@ def _delete_where_it_is(here: App, identity: str) -> None:
         "Delete it everywhere", type="primary", icon=":material/delete:", key="delete-now",
         disabled=busy is not None, help=busy,
     ):  # fmt: skip
-        desk.drop(identity)
+        pending_replies.discard(identity)
         chat_history.delete(here.checkout, here.logger, identity, withdraw)
         del st.session_state[key]
         _open_new()
@@ -345,19 +345,10 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
     """Ask; False, and nothing is asked, where another page of the conversation waits for a reply."""
     here = asking.here
     messages = [*_said(conversation, question.replaces), {"role": "user", "content": question.text}]
-    client = here.client()
-
-    def stream() -> Iterator[str]:
-        return stream_reply(
-            question.model,
-            messages,
-            asking.sampling,
-            checkout=here.checkout,
-            system_prompt=asking.system_prompt,
-            settings=here.settings,
-            client=client,
-        )
-
+    stream = partial(
+        stream_reply, question.model, messages, asking.sampling, checkout=here.checkout,
+        system_prompt=asking.system_prompt, settings=here.settings, client=here.client(),
+    )  # fmt: skip
     return ask(question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
 
 
@@ -379,17 +370,17 @@ def _show_question(question: Question, waiting: bool, conversation: dict | None,
 
 
 def _try_again(asking: Asking, question: Question, conversation: dict | None) -> None:
-    desk.drop(question.conversation_id)
+    pending_replies.discard(question.conversation_id)
     replaces = question.exchange_id or question.replaces  # a reply that broke off gives way to the new one
     _send(asking, Question(question.conversation_id, question.text, asking.model, replaces), conversation)
 
 
 def _take_back(question: Question) -> None:
-    desk.drop(question.conversation_id)
+    pending_replies.discard(question.conversation_id)
     st.session_state["message"] = question.text
 
 
-@st.fragment(run_every=LOOK_SECONDS)
+@st.fragment(run_every=REFRESH_SECONDS)
 def _writing(question: Question) -> None:
     reply = question.reply
     assert reply is not None

@@ -1,8 +1,8 @@
 """Compare: two models answer the same message side by side, unnamed and in random order, until somebody votes."""
 
 import random
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import streamlit as st
 
@@ -13,7 +13,7 @@ from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply
 from fine_tuning.integration.reply import Reply
 
-LOOK_SECONDS = 0.2
+REFRESH_SECONDS = 0.2
 SIDES = ("Left", "Right")
 
 
@@ -61,25 +61,15 @@ def page() -> None:
 
 def _ask(here: App, prompt: str, one: ChatModel, other: ChatModel) -> Duel:
     models = (one, other) if random.random() < 0.5 else (other, one)
-    settings = here.settings
-    sampling = default_sampling(settings)
-    client = here.client()
-
-    def stream(model: ChatModel) -> Callable[[], Iterator[str]]:
-        return lambda: stream_reply(
-            model,
-            [{"role": "user", "content": prompt}],
-            sampling,
-            checkout=here.checkout,
-            system_prompt=here.chat.system_prompt,
-            settings=settings,
-            client=client,
-        )
-
-    return Duel(prompt, models, sampling, (Reply(stream(models[0])), Reply(stream(models[1]))))
+    sampling, messages = default_sampling(here.settings), [{"role": "user", "content": prompt}]
+    given = {"checkout": here.checkout, "system_prompt": here.chat.system_prompt, "settings": here.settings}
+    left, right = (
+        Reply(partial(stream_reply, model, messages, sampling, client=here.client(), **given)) for model in models
+    )
+    return Duel(prompt, models, sampling, (left, right))
 
 
-@st.fragment(run_every=LOOK_SECONDS)
+@st.fragment(run_every=REFRESH_SECONDS)
 def _writing(duel: Duel) -> None:
     if not any(reply.writing for reply in duel.replies):
         st.rerun()
@@ -93,7 +83,7 @@ def _writing(duel: Duel) -> None:
 def _replies(duel: Duel) -> None:
     for column, side, model, reply in zip(st.columns(2, border=True), SIDES, duel.models, duel.replies, strict=True):
         with column:
-            # Neither speed nor name: both would tell who it is.
+            # Neither speed nor name: both would reveal the model.
             st.markdown(f"**{side if duel.vote is None else plain(model.label)}**")
             show_text(reply.text + (" ▌" if reply.writing else ""))
             if reply.error:
@@ -104,7 +94,7 @@ def _judge(here: App, duel: Duel) -> None:
     if duel.problem:
         st.error(plain(duel.problem))
     if duel.vote is not None:
-        st.caption(f"Your vote: {_told(duel)}. It is in the log as a preference where it decides.")
+        st.caption(f"Your vote: {_vote_label(duel)}. It is in the log as a preference where it decides.")
         return
     if any(reply.state != "complete" or not reply.text.strip() for reply in duel.replies):
         st.caption("Only whole replies are voted on: ask both again.")
@@ -115,7 +105,7 @@ def _judge(here: App, duel: Duel) -> None:
             st.button(label, key=f"vote-{vote}", on_click=_vote, args=(here, duel, vote))
 
 
-def _told(duel: Duel) -> str:
+def _vote_label(duel: Duel) -> str:
     if duel.vote in ("first", "second"):
         return plain(duel.models[0 if duel.vote == "first" else 1].label)
     return str(duel.vote)

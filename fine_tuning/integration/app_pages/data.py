@@ -12,7 +12,7 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.conversation_index import conversation_index
-from fine_tuning.integration.data_view import Entry, Stretch
+from fine_tuning.integration.data_view import Entry, Span
 from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.schema.reasons import in_words, reason_in_words
 
@@ -159,14 +159,14 @@ def _one(here: App, found: list[Entry]) -> None:
         _tokens(here, entry)
     elif view == "Before cleaning":
         for message in conversation["messages"]:
-            _stretches(message["role"], data_view.before(cleaner, message["content"] or ""), "mask")
+            _show_spans(message["role"], data_view.before(cleaner, message["content"] or ""), "mask")
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")
     else:
         masked = sum(cleaned.masked.values())
         st.caption(f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now.")
         for message in cleaned.conversation["messages"]:
-            _stretches(message["role"], data_view.after(message["content"]), "mask")
+            _show_spans(message["role"], data_view.after(message["content"]), "mask")
 
 
 def _never(fate: str) -> str:
@@ -191,13 +191,13 @@ def _tokens(here: App, entry: Entry) -> None:
     trained = sum(kind is not None for _, kind in pieces)
     does = "is trained" if split == "train" else "counts"
     st.caption(f"In the split {split}: {trained} of {len(pieces)} tokens; what {does} is coloured.")
-    _stretches("", pieces, "trained", marked_apart=True)
+    _show_spans("", pieces, "trained", marked_apart=True)
 
 
-def _stretches(role: str, stretches: list[Stretch], kind: str, marked_apart: bool = False) -> None:
-    """Text with the special stretches coloured. Everything in it is escaped: it is text, whatever it says."""
+def _show_spans(role: str, spans: list[Span], kind: str, marked_apart: bool = False) -> None:
+    """Text with the special spans coloured. Everything in it is escaped: it is text, whatever it says."""
     parts = []
-    for text, special in stretches:
+    for text, special in spans:
         # A token that is a line break is shown as one, and as a sign.
         shown = html.escape(text.replace("\n", "⏎\n") if marked_apart else text)
         if special:

@@ -1,5 +1,7 @@
 """Models: the candidate and its verdict, the registry's versions, and the switches, each with its confirmation."""
 
+from pathlib import Path
+
 import pandas as pd
 import streamlit as st
 
@@ -8,8 +10,8 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import jobs, own_command
-from fine_tuning.integration.models_view import PROMOTE, Candidate, Shelf
-from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
+from fine_tuning.integration.models_view import PROMOTE, Candidate, RegistryState
+from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion, open_registry
 
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "orange"}
 TITLES = ("Promote", "Deploy", "Switch", "Roll back")
@@ -29,23 +31,21 @@ def page() -> None:
         return
     with st.spinner("Opening the registry…"):
         registry = _registry(str(here.checkout), here.name)
-        shelf = models_view.shelf(registry, here.probe())
-    if shelf.silence:
-        st.warning(plain(shelf.silence), icon=":material/cloud_off:")
-    if not shelf.versions:
+        state = models_view.registry_state(registry, here.probe())
+    if state.server_error:
+        st.warning(plain(state.server_error), icon=":material/cloud_off:")
+    if not state.versions:
         st.info("No version yet: the first promotion registers one.", icon=":material/inventory_2:")
         return
-    rows = [models_view.row(version, shelf.live) for version in reversed(shelf.versions)]
+    rows = [models_view.row(version, state.live) for version in reversed(state.versions)]
     registered = st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm")
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config={"registered": registered})
-    _version(here, registry, shelf)
+    _version(here, registry, state)
 
 
 @st.cache_resource(show_spinner=False)
 def _registry(checkout: str, name: str) -> ModelRegistry:
-    from pathlib import Path
-
-    return models_view.open_registry(Path(checkout), name)
+    return open_registry(name, Path(checkout))
 
 
 # ---------------------------------------------------------------------------------------------------------- candidate
@@ -79,8 +79,8 @@ def _candidate(here: App, found: Candidate | None) -> None:
 @st.dialog("Promote the candidate?")
 def _confirm_promotion(here: App, found: Candidate) -> None:
     st.markdown(
-        f"The adapter `{found.adapter_sha256[:10]}` becomes a version in the registry and the champion; the champion "
-        "of now becomes `previous`. What answers in Ollama stays until you deploy."
+        f"The adapter `{found.adapter_sha256[:10]}` becomes a version in the registry and the champion; the "
+        "current champion becomes `previous`. What answers in Ollama stays until you deploy."
     )
     if st.button(
         "Promote it", type="primary", key="promote-now",
@@ -109,16 +109,16 @@ def _promote(here: App, *words: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- versions
 
 
-def _version(here: App, registry: ModelRegistry, shelf: Shelf) -> None:
-    numbers = [version.number for version in reversed(shelf.versions)]
+def _version(here: App, registry: ModelRegistry, state: RegistryState) -> None:
+    numbers = [version.number for version in reversed(state.versions)]
     number = st.selectbox("Version", numbers, key="version")
-    version = next(version for version in shelf.versions if version.number == number)
-    current = shelf.live.version if shelf.live else None
-    busy = _busy() or ("Ollama does not answer" if shelf.silence else None)
+    version = next(version for version in state.versions if version.number == number)
+    current = state.live.version if state.live else None
+    busy = _busy() or ("Ollama does not answer" if state.server_error else None)
     with st.container(horizontal=True):
         deploy = busy or ("it is live already" if current == number else None)
-        switch = busy or _why_no_switch(number, current, shelf)
-        back = busy or (None if shelf.earlier else "nothing was live before")
+        switch = busy or _why_no_switch(number, current, state)
+        back = busy or (None if state.earlier else "nothing was live before")
         if st.button("Deploy", icon=":material/rocket_launch:", key="deploy", disabled=bool(deploy), help=deploy):
             _confirm(
                 here, "Deploy", ("deploy", str(number)), f"Version {number} is put on Ollama, proved, and answers."
@@ -126,7 +126,7 @@ def _version(here: App, registry: ModelRegistry, shelf: Shelf) -> None:
         if st.button("Switch to it", icon=":material/swap_horiz:", key="switch", disabled=bool(switch), help=switch):
             _confirm(here, "Switch", ("switch", str(number)), f"Version {number} answers from now on.")
         if st.button("Roll back", icon=":material/undo:", key="rollback", disabled=bool(back), help=back):
-            _confirm(here, "Roll back", ("rollback",), f"Version {shelf.earlier[-1]} answers again.")
+            _confirm(here, "Roll back", ("rollback",), f"Version {state.earlier[-1]} answers again.")
     off: dict[str, list[str]] = {}
     for name, reason in (("Deploy", deploy), ("Switch", switch), ("Roll back", back)):
         if reason:
@@ -136,10 +136,10 @@ def _version(here: App, registry: ModelRegistry, shelf: Shelf) -> None:
     _about(registry, version, current == number)
 
 
-def _why_no_switch(number: int, current: int | None, shelf: Shelf) -> str | None:
+def _why_no_switch(number: int, current: int | None, state: RegistryState) -> str | None:
     if current == number:
         return "it is live already"
-    return None if number in shelf.deployed else "it is not on Ollama: deploy it"
+    return None if number in state.deployed else "it is not on Ollama: deploy it"
 
 
 @st.dialog("Are you sure?")
@@ -163,7 +163,7 @@ def _about(registry: ModelRegistry, version: ModelVersion, live: bool) -> None:
     with st.expander("Tags"):
         st.dataframe(pd.DataFrame(sorted(tags.items()), columns=["tag", "value"]), hide_index=True, width="stretch")
     if st.toggle("Show its report", key="version-report"):
-        report = models_view.artifact(registry, version, "reports/report.html")
+        report = registry.read(version, "reports/report.html")
         if report is None:
             st.caption("The registry keeps no report of it.")
         else:

@@ -36,7 +36,7 @@ def _start(here: App) -> None:
             st.button(
                 "Start dvc repro", icon=":material/play_arrow:", type="primary", key="repro",
                 disabled=busy is not None, help=busy or "Run what is out of date, up to the verdict",
-                on_click=start, args=(REPRO, dvc_command("repro"), here.checkout),
+                on_click=start, args=(REPRO, dvc_command("repro"), here.checkout, True),
             )  # fmt: skip
             with st.popover("Start an experiment", icon=":material/science:", disabled=busy is not None):
                 text = st.text_area(
@@ -53,7 +53,7 @@ def _start(here: App) -> None:
                     st.error(plain(problem))
                 st.button(
                     "Start it", key="experiment", type="primary", disabled=not arguments,
-                    on_click=start, args=(EXPERIMENT, dvc_command("exp", "run", *arguments), here.checkout),
+                    on_click=start, args=(EXPERIMENT, dvc_command("exp", "run", *arguments), here.checkout, True),
                 )  # fmt: skip
         for title in (REPRO, EXPERIMENT):
             show_job(title)
@@ -84,7 +84,7 @@ def _table(here: App) -> None:
     st.subheader("All runs")
     with st.spinner("Asking DVC and MLflow…"):
         lines = _lines(str(here.checkout), _stamp(here.checkout))
-    if st.button("Look again", icon=":material/refresh:", key="look-again", type="tertiary"):
+    if st.button("Refresh", icon=":material/refresh:", key="refresh", type="tertiary"):
         _lines.clear()
         st.rerun()
     names = runs_view.numeric(lines)

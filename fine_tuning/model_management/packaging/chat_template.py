@@ -60,7 +60,7 @@ def jinja_renderer(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | No
         if system_prompt is not None and not (turns and turns[0]["role"] == "system"):
             turns.insert(0, {"role": "system", "content": system_prompt})
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a foreign program: it may fail in any way
             raise UserError(
                 f"the chat template refuses a conversation ({type(error).__name__}): choose another base.model"
@@ -93,7 +93,7 @@ def derive_template(render: Render) -> str:
 
 
 def _probe(render: Render, probes: Sequence[str], gaps: dict[tuple[str, str], str]) -> bool:
-    """Add to `gaps` what stands between two messages, for every pair of roles; whether system prompts come last."""
+    """Add to `gaps` the text between two messages, for every pair of roles; whether system prompts come last."""
     system_last = False
     for probe in probes:
         roles = [_ROLES[letter] for letter in probe]
@@ -216,8 +216,8 @@ def _choose(pieces: dict[str, str]) -> str:
         texts.setdefault(piece, []).append(previous)
     *rarer, (common, _) = sorted(texts.items(), key=lambda item: (len(item[1]), "user" in item[1]))
     source = ""
-    for position, (piece, previous) in enumerate(rarer):
-        choices = " ".join(f'"{role}"' for role in previous)
+    for position, (piece, roles) in enumerate(rarer):
+        choices = " ".join(f'"{role}"' for role in roles)
         source += f"{{{{ {'else if' if position else 'if'} eq $previous {choices} }}}}{_literal(piece)}"
     return source + (f"{{{{ else }}}}{_literal(common)}{{{{ end }}}}" if rarer else _literal(common))
 
@@ -268,7 +268,7 @@ def render_go(template: str, messages: Messages) -> str:
     system = "\n\n".join(value["Content"] for value in values if value["Role"] == "system")
     try:
         compiled = gotpl.Template(template, missing_key="zero")
-        return compiled.render({"Messages": values, "System": system, "Response": ""})
+        return str(compiled.render({"Messages": values, "System": system, "Response": ""}))
     except gotpl.TemplateError as error:
         raise UserError(
             f"the Go template does not run ({type(error).__name__}): make it again with `dvc repro`"
@@ -292,7 +292,7 @@ def prove_template(template: str, render: Render, conversations: Iterable[Messag
     A conversation that the Jinja template refuses is one the model was never trained on: it is not counted.
 
     Raises:
-        UserError: the first difference. With `private` it names only the place.
+        UserError: the first difference. With `private` only its position is reported.
     """
     compared = 0
     for conversation in conversations:
@@ -333,7 +333,7 @@ _CONTENTS = (
 
 
 def conversation_bank() -> list[list[dict[str, str]]]:
-    """Conversations on which similar templates differ: every content in every role, one to three turns."""
+    """Conversations that distinguish similar templates: every content in every role, one to three turns."""
     return _bank(_PROBES)
 
 

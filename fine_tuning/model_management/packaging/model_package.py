@@ -33,6 +33,7 @@ from fine_tuning.schema.chat_format import ChatSettings, end_of_turn_ids, load_t
 
 if TYPE_CHECKING:
     import numpy as np
+    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
 Quantisation = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
@@ -82,7 +83,7 @@ class PreparedConversation:
     """A row of data/prepared: the messages that were rendered, their token ids and labels."""
 
     id: str
-    messages: list[dict]
+    messages: list[dict[str, Any]]
     input_ids: list[int]
     labels: list[int]
 
@@ -159,7 +160,7 @@ def write_package(
         )
     package_dir.mkdir(parents=True, exist_ok=True)
     write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation, converter)
-    request = {
+    request: dict[str, Any] = {
         "files": {"model.gguf": f"sha256:{sha256_file(package_dir / 'model.gguf')}"},
         "template": derive_template(jinja_renderer(tokenizer, chat.system_prompt)),
         "parameters": {**settings.parameters.model_dump(), "stop": find_stops(tokenizer, chat)},
@@ -205,7 +206,7 @@ def write_modelfile(request: dict[str, Any]) -> str:
 
 def _modelfile_text(command: str, text: str) -> str:
     if '"""' in text or text.endswith('"'):  # there is no escape for it
-        return f"# {command} holds quotation marks that no Modelfile can: it stands in create.json alone"
+        return f"# {command} holds quotation marks that a Modelfile cannot: it is in create.json only"
     return f'{command} """{text}"""'
 
 
@@ -297,7 +298,7 @@ def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
     try:
         name = architecture_of(config).name
     except NotCovered:  # written by llama.cpp's converter, which names it
-        name = reader.get_field("general.architecture").contents()
+        name = _text_field(reader, "general.architecture")
     expected = {
         "general.architecture": name,
         f"{name}.block_count": config["num_hidden_layers"],
@@ -319,10 +320,17 @@ def prove_metadata(merged_dir: Path, gguf_path: Path) -> dict[str, Any]:
             raise _unproven(f"the GGUF's {key} is not the merged model's{shown}")
     return {
         "architecture": name,
-        "pre_tokenizer": reader.get_field("tokenizer.ggml.pre").contents(),
+        "pre_tokenizer": _text_field(reader, "tokenizer.ggml.pre"),
         "jinja_sha256": template_sha256,
         "tensors": len(reader.tensors),
     }
+
+
+def _text_field(reader: "GGUFReader", name: str) -> str:
+    field = reader.get_field(name)
+    if field is None:
+        raise _unproven(f"the GGUF has no {name}")
+    return str(field.contents())
 
 
 def prove_rendering(
@@ -337,7 +345,7 @@ def prove_rendering(
     """
     renderer = jinja_renderer(tokenizer, chat.system_prompt)
 
-    def serve(messages: Sequence[dict]) -> list[dict]:
+    def serve(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         # The server puts the Modelfile's SYSTEM in front of conversations that bring none.
         system = request.get("system")
         own = bool(messages) and messages[0]["role"] == "system"
@@ -356,7 +364,7 @@ def prove_rendering(
     return {"bank": bank, "real_prompts": real, "left_out_for_tools": left_out}
 
 
-def _prompt(row: PreparedConversation) -> list[dict]:
+def _prompt(row: PreparedConversation) -> list[dict[str, Any]]:
     """The row's messages up to its last reply."""
     last = max(number for number, message in enumerate(row.messages) if message["role"] == "assistant")
     return [{"role": message["role"], "content": message["content"]} for message in row.messages[:last]]
@@ -374,7 +382,7 @@ def prove_stops(
     for number in sorted(trained):
         token = tokenizer.convert_ids_to_tokens(number)
         if token not in stops:
-            raise _unproven(f"the token {token} ends replies in training and is no stop of the Modelfile")
+            raise _unproven(f"the token {token} ends replies in training and is not a stop in the Modelfile")
     return {"stop": stops, "trained_ends": sorted(trained)}
 
 
@@ -444,7 +452,7 @@ def adversarial_strings(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
 
 @dataclass(frozen=True)
 class _Passage:
-    """The beginning of a reply, `ids[start:]`, after all that stands before it."""
+    """The beginning of a reply, `ids[start:]`, after everything before it."""
 
     ids: list[int]
     start: int

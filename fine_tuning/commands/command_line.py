@@ -1,0 +1,128 @@
+"""Every command that a person can type, with its arguments and the function that runs it.
+
+The module of a command is imported when the command was chosen: `--help` imports none of them.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line, of this process's if none is given; exit status 2 if they are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run: str, text: str, description: str | None = None) -> argparse.ArgumentParser:
+        """A command; `run` is module:function in fine_tuning.commands."""
+        command = subparsers.add_parser(name, help=text, description=description)
+        command.set_defaults(run=run)
+        return command
+
+    def add_host(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--host", action="append", help="an Ollama to act on instead of deploy.host; may be repeated"
+        )
+
+    command = add(
+        "import", "conversations:import_files", "take conversations from files of other tools",
+        "Recognised: OpenAI, Anthropic or Hugging Face messages, ShareGPT, Alpaca, Dolly, prompt/completion, ChatML "
+        "text, ChatGPT's conversations.json, Open WebUI's chats and feedback, preferences (chosen and rejected, or a "
+        "label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
+    )  # fmt: skip
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--model", metavar="NAME", help="who wrote the replies for which a file names no model")
+    add("seal", "conversations:seal", "hand the conversations logged so far to the pipeline")
+    add("sample", "conversations:bring_sample", "bring in the sample conversations, if params.yaml wants them")
+    command = add("stats", "conversations:show_stats", "count what was logged since the last seal, or all with --all")
+    command.add_argument("--all", action="store_true", help="count the sealed and imported conversations too")
+
+    add(
+        "params", "params:params", "check every parameter in params.yaml",
+        "DVC removes the outputs of a stage before it runs it, so that a stage that refuses a parameter costs them. "
+        "`make repro` checks all sections first.",
+    )  # fmt: skip
+
+    command = add("promote", "promote:promote", "register the candidate and make it the champion")
+    command.add_argument("version", nargs="?", help="a version that was champion before, instead of the candidate")
+    command.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")
+    command.add_argument("--by", metavar="NAME", help="who promotes; git's user.name if left out")
+    command = add("deploy", "models:deploy", "put a version on Ollama, prove it, make it live")
+    command.add_argument("version", nargs="?", help="a version's number; the champion if left out")
+    command.add_argument(
+        "--unproven", action="store_true", help="go live although prompts or answers could not be compared"
+    )
+    add_host(command)
+    command = add("switch", "models:switch", "make a deployed version live")
+    command.add_argument("version", help="a version's number")
+    add_host(command)
+    add_host(add("rollback", "models:rollback", "make live what was live before"))
+    command = add("prune", "models:prune", "take old versions off Ollama; the registry and DVC keep them")
+    command.add_argument("--keep", type=int, default=3, metavar="N", help="the newest N stay (3), as do those in use")
+    add_host(command)
+    command = add("list", "models:list_versions", "versions, their aliases, and what is live where since when")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    add_host(command)
+    command = add("lineage", "lineage:lineage", "what made a version or a reply; which models a conversation taught")
+    command.add_argument(
+        "name", metavar="NAME", help="a version, a tag, an alias, or the id of a reply or conversation"
+    )
+    command.add_argument("--json", action="store_true", help="as JSON, with the ids of all conversations")
+    command = add("verify", "verify:verify", "read again what DVC, registry and Ollama hold; name what is damaged")
+    command.add_argument("--local", action="store_true", help="neither the remote nor Ollama")
+    command.add_argument(
+        "--rebuild", action="store_true", help="run HEAD's pipeline once more; name the first difference"
+    )
+    command.add_argument("--remote", help="a DVC remote other than the default one")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    add_host(command)
+
+    command = add(
+        "forget", "forget:run_command",
+        "take a conversation, or all of a session or a user, out of everything that can be reached",
+        "Lists first where it is. Without --yes it asks; without a terminal to answer on, nothing is changed.",
+    )  # fmt: skip
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("conversation", nargs="?", help="a conversation's id")
+    which.add_argument("--session", metavar="S", help="all conversations of a session")
+    which.add_argument("--user", metavar="U", help="all that a user said, by the metadata")
+    which.add_argument("--again", action="store_true", help="what another clone forgot, or what came back")
+    which.add_argument("--resume", action="store_true", help="continue every run that did not finish")
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    command.add_argument(
+        "--withdraw", action="store_true", help="take models that learned from it out of aliases, registry and Ollama"
+    )
+    command.add_argument("--host", action="append", help="an Ollama other than deploy.host; may be repeated")
+
+    add("summary", "summary:summary", "print the result of the last `dvc repro`")
+    add("experiments", "experiments:experiments", "compare what was tried: a table, and the losses as a drawing")
+    command = add("sbom", "supply_chain:sbom", "write what the bundle is made of: base, licences, data, dependencies")
+    command.add_argument("--output", type=Path, default=Path("sbom.cdx.json"), help="CycloneDX 1.6 as JSON")
+    command.add_argument("--licences", action="store_true", help="only print the dependencies with their licences")
+    add("audit", "supply_chain:audit", "look the pinned packages up in the advisory database (pip-audit)")
+    command = add("tokenizers", "tokenizers:compare", "compare tokenizers on your conversations, side by side")
+    command.add_argument(
+        "names", nargs="+", metavar="TOKENIZER", help="a folder or its tokenizer.json, a .gguf file or a hub id"
+    )
+    command.add_argument("--data", type=Path, default=Path("data/clean"), help="folder of clean conversations")
+    command.add_argument("--limit", type=int, default=1000, metavar="N", help="count the first N conversations")
+    command = add(
+        "learning-curve", "learning_curve:learning_curve", "train on shares of the data: would more of it help?"
+    )
+    command.add_argument("--fractions", default="0.25,0.5,1", help="shares of the training tokens (0.25,0.5,1)")
+    command = add(
+        "budget", "budget:budget", "set prepare.max_train_tokens to what is trained here in a given time",
+        "Uses the speed of the last training here. Training itself never looks at the clock, so that the same "
+        "parameters give the same adapter everywhere.",
+    )  # fmt: skip
+    command.add_argument("time", help="such as 90s, 30m, 2h or 1h30m; none: no limit")
+    command._negative_number_matcher = re.compile(r"-\d")  # `-5m` is a wrong time and not an option
+    return parser.parse_args(words)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    """Run the command that was parsed; returns its exit status."""
+    module, _, function = arguments.run.partition(":")
+    return getattr(import_module(f"fine_tuning.commands.{module}"), function)(arguments)

@@ -1,0 +1,23 @@
+"""The section `compare` of params.yaml."""
+
+from pydantic import Field
+
+from fine_tuning.common.settings import Settings
+
+
+class CompareSettings(Settings):
+    """The section `compare`."""
+
+    primary: str
+    minimum_effect: float = Field(ge=0)
+    minimum_conversations: int = Field(ge=2)
+    minimum_against_champion: int = Field(ge=2)
+    secondary: dict[str, float]
+    quantisation_tolerance: float = Field(ge=0)
+    golden_lead: float = Field(ge=0)
+    text_tolerance: float = Field(ge=0)
+    prompt_help: float | None = Field(ge=0, le=1)
+
+    def needed(self, rival: str) -> int:
+        """How many different conversations a verdict against this rival needs."""
+        return self.minimum_against_champion if rival == "champion" else self.minimum_conversations
