@@ -5,15 +5,47 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from filelock import FileLock
 
 from tests.tiny import write_tiny_base
 
+END_TO_END = "end_to_end: a browser, servers, kills, or whole pipelines; `make test` leaves it out"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", END_TO_END)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left_out := len(terminalreporter.stats.get("deselected", [])):
+        terminalreporter.write_line(f"{left_out} end-to-end tests were left out: `make test-all` runs them")
+
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory):
+def once_a_run(tmp_path_factory):
+    """`once_a_run(name, make)`: the folder that `make(folder)` fills, made by one worker of a run for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = shared / name, shared / f"{name}.whole"
+        with FileLock(shared / f"{name}.lock"):
+            if not whole.exists():
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_base(once_a_run):
     """Folder of a tiny Hugging Face llama with a ChatML template."""
-    return write_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+    return once_a_run("tiny-base", write_tiny_base)
 
 
 @pytest.fixture
@@ -32,27 +64,31 @@ def library(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def trained_project(tmp_path_factory, tiny_base):
+def trained_project(once_a_run, tiny_base):
     """A project whose real pipeline has run once on forty conversations: to be copied."""
-    from tests.project import conversations, new_project
+    from tests.project import Project, conversations, new_project
 
-    project = new_project(tmp_path_factory.mktemp("trained") / "project", tiny_base)
-    project.import_conversations(conversations(), "first")
-    project.run("dvc", "repro")
-    project.commit("First model")
-    return project
+    def make(folder: Path) -> None:
+        project = new_project(folder, tiny_base)
+        project.import_conversations(conversations(), "first")
+        project.run("dvc", "repro")
+        project.commit("First model")
+
+    return Project(once_a_run("trained", make))
 
 
 @pytest.fixture(scope="session")
-def promotable(tmp_path_factory, tiny_base):
+def promotable(once_a_run, tiny_base):
     """A project whose pipeline has run, beside an MLflow store whose tables are made: both to be copied."""
     from mlflow import MlflowClient
 
     from tests.registered import write_project
 
-    folder = write_project(tmp_path_factory.mktemp("promotable") / "project", tiny_base)
-    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
-    return folder
+    def make(folder: Path) -> None:
+        write_project(folder, tiny_base)
+        MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return once_a_run("promotable", make)
 
 
 @pytest.fixture
@@ -62,23 +98,24 @@ def candidate(promotable, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def promoted_twice(promotable, tmp_path_factory):
+def promoted_twice(promotable, once_a_run):
     """The project after two promotions."""
     import contextlib
     import shutil
 
     from tests.registered import here, repro, sh
 
-    folder = tmp_path_factory.mktemp("promoted") / "project"
-    shutil.copytree(promotable, folder, symlinks=True)
-    with contextlib.chdir(folder):
-        here("promote")
-        sh(folder, "git add -A && git commit -qm 'Promote version 1'")
-        repro(folder, seed=2)
-        sh(folder, "git add -A && git commit -qm 'Train again'")
-        here("promote")
-        sh(folder, "git add -A && git commit -qm 'Promote version 2'")
-    return folder
+    def make(folder: Path) -> None:
+        shutil.copytree(promotable, folder, symlinks=True)
+        with contextlib.chdir(folder):
+            here("promote")
+            sh(folder, "git add -A && git commit -qm 'Promote version 1'")
+            repro(folder, seed=2)
+            sh(folder, "git add -A && git commit -qm 'Train again'")
+            here("promote")
+            sh(folder, "git add -A && git commit -qm 'Promote version 2'")
+
+    return once_a_run("promoted", make)
 
 
 @pytest.fixture
