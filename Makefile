@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install repro summary test chat promote seal bench lint format docs audit lock clean
+.PHONY: help install repro summary test test-all chat promote seal bench lint format docs audit lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -41,7 +41,10 @@ repro: $(VENV)/installed ## Run the pipeline on what is new and print the summar
 summary: $(VENV)/installed ## Print the last result again
 	@python -m fine_tuning summary
 
-test: $(VENV)/installed-dev ## Run the tests
+test: $(VENV)/installed-dev ## Run the tests but for the slow end-to-end ones
+	@python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not end_to_end'
+
+test-all: $(VENV)/installed-dev ## Run all tests
 	@python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 chat: $(VENV)/installed ## Open the chat app

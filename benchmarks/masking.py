@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.data_collection.personal_data.finder import TYPES, Hit, find
-from fine_tuning.integration.votes import wilson
 
 CASES = Path(__file__).parents[1] / "tests" / "personal_data_cases.jsonl"
 PHONE_SENTENCES = Path(__file__).parent / "phone_sentences.json"
@@ -160,8 +161,10 @@ def main() -> None:
 
 
 def _share(part: int, whole: int) -> str:
-    interval = wilson(part, whole)
-    return f"{part / whole:.3f} ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "no value"
+    if not whole:
+        return "no value"
+    interval = binomtest(part, whole).proportion_ci(method="wilson")
+    return f"{part / whole:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from scipy.stats import binomtest
+
 from benchmarks.masking import labels
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.data_collection.personal_data import people
 from fine_tuning.data_collection.personal_data.finder import PEOPLE, Hit
 from fine_tuning.data_collection.personal_data.people import MODEL, Find, PeopleSettings
-from fine_tuning.integration.votes import wilson
 
 CASES = Path(__file__).parents[1] / "tests" / "people_cases.jsonl"
 
@@ -90,8 +91,8 @@ def _time(texts: list[str], find: Find) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    low, high = wilson(part, whole) or (0, 1)
-    return f"{part / max(whole, 1):.3f} ({low:.3f} to {high:.3f})"
+    interval = binomtest(part, whole).proportion_ci(method="wilson")
+    return f"{part / whole:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 
 if __name__ == "__main__":

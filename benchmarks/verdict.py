@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import binomtest, t
 
 from fine_tuning.common.errors import UserError, run
 from fine_tuning.common.records import read_jsonl
@@ -46,7 +46,6 @@ from fine_tuning.evaluation.suite.items import label_runs, read_items
 from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
 from fine_tuning.evaluation.verdict.differences import Difference, non_inferiority
 from fine_tuning.evaluation.verdict.guards import forgotten
-from fine_tuning.integration.votes import wilson
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
 from fine_tuning.schema.prepared import Row as TrainRow
 from fine_tuning.schema.prepared import read_rows, read_split
@@ -352,7 +351,7 @@ def coin_toss(context: Context) -> list[Row]:
     for votes in SIZES:
         runs = 20 * context.runs
         wins = rng.binomial(votes, 0.5, runs)
-        bounds = np.array([wilson(won, votes) for won in range(votes + 1)])[wins]
+        bounds = np.array([binomtest(won, votes).proportion_ci(method="wilson") for won in range(votes + 1)])[wins]
         beyond = [(bounds[:, 0] > 0.5).mean(), (bounds[:, 1] < 0.5).mean()]
         row = {"judgements": f"{votes} blind votes", "A surely better": percent(beyond[0])}
         rows.append(row | {"B surely better": percent(beyond[1])})

@@ -13,7 +13,7 @@ from tests.app_checkout import add_repositories, write_checkout
 from tests.browser import app_process, events, needs_chromium, running_app, send, strangers, too_wide, until
 from tests.fake_ollama import FakeOllama, Manifest
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.end_to_end]
 
 EVIL = (
     "Look: ![pixel](http://tracker.example/p.png) <img src=http://tracker.example/q.png> "

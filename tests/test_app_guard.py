@@ -13,6 +13,8 @@ from fine_tuning.integration import runs_view
 from tests.app_checkout import REPOSITORY, write_checkout
 from tests.browser import app_process, needs_chromium, settled
 
+pytestmark = pytest.mark.end_to_end
+
 # Counts what a process asks for outside this machine, and refuses it, as a machine without a network does.
 NETWORK_GUARD = """
 import os, sys

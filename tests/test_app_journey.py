@@ -7,7 +7,7 @@ import pytest
 from tests.browser import events, needs_chromium, running_app, send, settled, strangers, too_wide, until
 from tests.project import Project, conversations, new_project
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.end_to_end]
 
 
 @pytest.fixture(scope="module")

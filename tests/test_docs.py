@@ -220,6 +220,7 @@ def test_the_differences_between_commits_that_are_shown_are_those_of_the_commits
             assert sorted(line.split() for line in printed) == sorted(line.split() for line in said)
 
 
+@pytest.mark.end_to_end
 def test_without_torch_conversations_are_collected_and_models_compared(tmp_path, tiny_base):
     """The distribution in an environment of its own: what is there is what its extras ask for."""
     environment = tmp_path / "environment"

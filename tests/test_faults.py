@@ -51,6 +51,8 @@ from tests.project import ROOT, Project, conversations, new_project, outputs
 from tests.registered import environment, here, sh
 from tests.strike import acknowledged_before_a_kill
 
+pytestmark = pytest.mark.end_to_end
+
 INBOX = Path("inbox/conversations.jsonl")
 DATA = ("intake", "clean", "export", "prepare")
 ALL = (*DATA, "train", "package", "evaluate", "compare")

@@ -20,6 +20,8 @@ from tests.fake_ollama import FakeOllama
 from tests.registered import environment, repro, sh, type_command
 from tests.servers import SECRET, Remote
 
+pytestmark = pytest.mark.end_to_end
+
 ROOT = Path(__file__).parents[1]
 WRITABLE = ("local", "s3", "webdav", "ssh")
 SHARD = Path("data/conversations/first.jsonl")
