@@ -181,8 +181,9 @@ class FakeOllama:
             return shown, len(shown) == len(words)
         weights = next(layer["digest"] for layer in manifest.layers if layer["mediaType"].endswith("model"))
         stops = manifest.parameters.get("stop") or []
-        said = _engine(self.blobs[weights]).complete(prompt, 64 if limit < 0 else limit, stop=stops)
-        return [said.text], said.finished
+        said = _engine(self.blobs[weights]).complete(prompt, 64 if limit < 0 else limit)
+        cuts = [place for stop in stops if (place := said.text.find(stop)) >= 0]
+        return [said.text[: min(cuts, default=None)]], said.finished or bool(cuts)
 
     def taken(self) -> int:
         """Bytes that its blobs take."""

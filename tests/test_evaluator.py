@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,8 +138,6 @@ def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(l
 
 
 def test_the_champions_records_are_of_another_method_only_where_code_that_evaluates_has_changed(library):
-    shutil.copytree(ROOT / "stages", library.parent / "stages", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", library.parent)
     program = "from stages.evaluate import method_sha256; print(method_sha256())"
 
     def method_after(*edited: str) -> str:

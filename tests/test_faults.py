@@ -147,7 +147,7 @@ def test_a_seal_that_is_killed_at_any_write_loses_nothing(checkout):
 def test_an_import_that_is_killed_at_any_write_is_finished_by_the_next(checkout):
     questions = [f"What is number {number}?" for number in range(5)]
     write_jsonl("../more.jsonl", [{"prompt": question, "completion": "A number."} for question in questions])
-    kills, status, _ = strike("kill", "tests.test_faults:type_import", 2)
+    kills, status, _ = strike("kill", "tests.test_faults:type_import", 1)
     assert kills > 3 and status == 0
     asked = [record["messages"][0]["content"] for p in shard_paths("data/conversations") for record in read_jsonl(p)]
     assert [question for question in asked if question in questions] == questions
@@ -266,7 +266,7 @@ def seal_up_to_the_shard() -> None:
     """A seal that is killed when the shard is written and DVC does not know it."""
     from fine_tuning.commands import conversations
 
-    conversations.track = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    conversations.track = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     type_seal()
 
 

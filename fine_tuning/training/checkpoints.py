@@ -13,7 +13,6 @@ from filelock import FileLock, Timeout
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.runtime.hardware import detect_hardware, is_main_process, process_count
 from fine_tuning.schema.prepared import Row
-from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.settings import TrainSettings
 
 CHECKPOINT_COMPLETE = "COMPLETE"
@@ -28,6 +27,8 @@ def checkpoint_key(
     own ways. Code is that of the training folder, with the versions of the packages that it calls. Hence a run never
     resumes from a checkpoint that it would not have written itself.
     """
+    from fine_tuning.training.acceleration.micro_batches import count_micro_batches  # imports PyTorch
+
     hardware = detect_hardware(settings.precision, settings.threads)
     machine = f"{hardware.device} {hardware.precision} {count_micro_batches(settings, hardware)} {process_count()}"
     digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())

@@ -35,6 +35,9 @@ class Tombstones:
         self.path = Path(path)
         self.folder = self.path.parent / "conversations"
         self.keys = {file.stem.rpartition("-")[2]: file.read_bytes() for file in self.folder.glob("forgotten-*.key")}
+        if damaged := [name for name, key in self.keys.items() if key_name(key) != name]:
+            damaged_key = self.folder / f"forgotten-{damaged[0]}.key"
+            raise UserError(f"{damaged_key} is damaged: remove it, then `dvc pull {self.folder}`")
         self._known: set[tuple[str | None, str, str]] = set()
         self._lines: dict[tuple[str | None, str], dict] = {}
         for number, line in read_lines(self.path) if self.path.exists() else ():
