@@ -147,7 +147,7 @@ def test_a_seal_that_is_killed_at_any_write_loses_nothing(checkout):
 def test_an_import_that_is_killed_at_any_write_is_finished_by_the_next(checkout):
     questions = [f"What is number {number}?" for number in range(5)]
     write_jsonl("../more.jsonl", [{"prompt": question, "completion": "A number."} for question in questions])
-    kills, status, _ = strike("kill", "tests.test_faults:type_import", 1)
+    kills, status, _ = strike("kill", "tests.test_faults:type_import", 3)
     assert kills > 3 and status == 0
     asked = [record["messages"][0]["content"] for p in shard_paths("data/conversations") for record in read_jsonl(p)]
     assert [question for question in asked if question in questions] == questions
@@ -155,10 +155,12 @@ def test_an_import_that_is_killed_at_any_write_is_finished_by_the_next(checkout)
 
 
 def type_import() -> None:
-    """`python -m fine_tuning import ../more.jsonl`."""
+    """`python -m fine_tuning import ../more.jsonl`, which first repairs what a kill tore."""
     from fine_tuning.commands.conversations import import_files
+    from fine_tuning.common.protection import protect
 
-    import_files(SimpleNamespace(files=[Path("../more.jsonl")]))
+    protect()
+    import_files(SimpleNamespace(files=[Path("../more.jsonl")], model=None))
 
 
 def type_seal() -> None:
