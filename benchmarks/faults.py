@@ -202,7 +202,7 @@ class Import(Forked):
         questions = [f"What is {draw.getrandbits(64)}?" for _ in range(20)]
         write_jsonl("../imported.jsonl", [{"prompt": question, "completion": "A number."} for question in questions])
         self.told.update(questions)
-        files = argparse.Namespace(files=[Path("../imported.jsonl")])
+        files = argparse.Namespace(files=[Path("../imported.jsonl")], model=None)
         killed = self.killed(draw, lambda: import_files(files))
         self.check_shards()
         return killed
