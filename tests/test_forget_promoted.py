@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import yaml
 
 from fine_tuning.commands import forget as forgetting
 from fine_tuning.common.project import sha256_file
@@ -17,7 +16,7 @@ from fine_tuning.erasure.records import Selection
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.model_management.model_registry import open_registry
 from tests.fake_ollama import FakeOllama
-from tests.registered import ROOT, here, sh
+from tests.registered import here, sh
 
 ID = "zoe-7"
 SECRET = "Is Tom gay? Ann (his ex) says so! PIN 4921?"
@@ -44,9 +43,6 @@ def promoted_with_it(promotable, tmp_path_factory) -> Path:
     (folder / "make.py").write_text(head + FROM_SHARDS + line + rest)
     pipeline = (folder / "dvc.yaml").read_text()
     (folder / "dvc.yaml").write_text(pipeline.replace("data/prepared]", "data/prepared, data/clean]"))
-    params = (folder / "params.yaml").read_text()
-    prepare = yaml.safe_load((ROOT / "params.yaml").read_bytes())["prepare"]
-    (folder / "params.yaml").write_text(params + yaml.safe_dump({"prepare": prepare}))
     shard = folder / "data/conversations/first.jsonl"
     shard.chmod(0o644)
     messages = [
