@@ -319,6 +319,21 @@ def test_all_sections_are_checked_at_once_and_every_section_is(tmp_path, monkeyp
             parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("evaluate", "metrics", ["perplexity", "perplexityy"], "evaluate.metrics names 'perplexityy': choose"),
+        ("evaluate", "metrics", ["loading"], "evaluate.metrics names 'loading': choose among bleu"),
+        ("base", "model", "package:llm-smollm3", "the package llm-smollm3, which is not installed: check its spelling"),
+    ],
+)
+def test_what_a_parameter_names_is_looked_for_before_anything_runs(tmp_path, section, name, value, said):
+    document = YAML(typ="safe").load(ROOT / "params.yaml")
+    document[section][name] = value
+    with pytest.raises(UserError, match=said):
+        parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
+
+
 def test_make_repro_refuses_a_parameter_before_dvc_removes_an_output(tmp_path):
     """DVC removes a stage's outputs before it runs the stage: a typing error would cost the adapter."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MAKE"))}

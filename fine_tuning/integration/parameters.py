@@ -1,7 +1,10 @@
 """params.yaml as a whole, checked before a pipeline starts: DVC removes a stage's outputs before it runs the stage."""
 
+from importlib import metadata
 from pathlib import Path
 
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import LIBRARY
 from fine_tuning.common.settings import Settings, check_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_collection.data_export import ExportSettings
@@ -16,6 +19,7 @@ from fine_tuning.runtime.base_model import BaseSettings
 from fine_tuning.schema.chat_format import ChatSettings
 from fine_tuning.training.settings import TrainSettings
 
+METRICS = LIBRARY / "evaluation/metric_modules"
 MODELS: dict[str, type[Settings]] = {
     "base": BaseSettings,
     "chat": ChatSettings,
@@ -33,9 +37,23 @@ MODELS: dict[str, type[Settings]] = {
 
 
 def check_all_params(path: Path) -> None:
-    """See that every section of params.yaml can be read.
+    """See that every section of params.yaml can be read, and that the metrics and the package that it names are there.
 
     Raises:
-        UserError: one cannot; names the parameter.
+        UserError: one cannot, or is not; names the parameter.
     """
-    check_params(MODELS, path)
+    found = check_params(MODELS, path)
+    metrics = sorted({file.stem for file in METRICS.glob("*.py")} - {"__init__", "loading"})
+    for name in found["evaluate"].metrics:
+        if name not in metrics:
+            raise UserError(f"{path}: evaluate.metrics names {name!r}: choose among {', '.join(metrics)}")
+    package = found["base"].model.partition("package:")[2]
+    if package and not _is_installed(package):
+        raise UserError(f"{path}: base.model names the package {package}, which is not installed: check its spelling")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(metadata.distribution(package))
+    except (metadata.PackageNotFoundError, ValueError):
+        return False
