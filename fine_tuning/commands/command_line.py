@@ -12,7 +12,9 @@ from pathlib import Path
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line, of this process's if none is given; exit status 2 if they are wrong."""
-    parser = argparse.ArgumentParser(prog="python -m fine_tuning", description="Sharpen a chatbot on its own talk.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fine_tuning", description="Fine-tune a local chatbot on its own conversations."
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, run: str, text: str, description: str | None = None) -> argparse.ArgumentParser:

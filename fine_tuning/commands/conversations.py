@@ -235,7 +235,9 @@ def _seal_closed_logs(repo: "Repo", tombstones: Tombstones) -> bool:
             track(repo, CONVERSATIONS, MANIFEST)
         log.unlink()
         changed = count_of(done["conversations"], "conversation")
-        print(f"{count_of(done['events'], 'event')} sealed, {changed} new or changed")
+        known = done["events"] and not any(done[name] for name in ("conversations", "forgotten", "unmatched"))
+        before = ": the shards have them already" if known else ""  # an earlier run was interrupted after it wrote them
+        print(f"{count_of(done['events'], 'event')} sealed, {changed} new or changed{before}")
         if done["forgotten"]:
             print(f"{count_of(done['forgotten'], 'conversation')} left out: forgotten ({FORGOTTEN})")
         for kind in ("torn", "unmatched"):

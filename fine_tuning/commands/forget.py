@@ -106,6 +106,8 @@ def find(selection: Selection) -> Locations:
     found = collect(selection, shards, logs(), tombstones, tombstones.key)
     if not found.ids and not found.messages and found.by is None:
         waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
+        if selection.tombstones is not None:
+            raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
         raise UserError(
             f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
         )
