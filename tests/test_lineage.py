@@ -38,7 +38,8 @@ def test_a_version_is_traced_to_run_commit_lock_parameters_and_data(promoted, re
     assert version["adapter_commit"] == {"id": version["commit"]["id"], "subject": "Train again"}
     lock = hashlib.sha256(sh(promoted, "git show HEAD~1:dvc.lock").encode()).hexdigest()
     assert version["dvc_lock"] == {"sha256": lock, "kept": True, "in_commit": True}
-    assert version["parameters"]["train"] == {"seed": 2, "verdict": "PROMOTE"}
+    assert version["parameters"]["train"]["seed"] == 2
+    assert version["parameters"]["trial"] == {"verdict": "PROMOTE"}
     assert version["data"]["shards"][0]["name"] == "first.jsonl"
     assert version["conversations"] == {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}
     assert version["base"] == {"model": "tiny", "revision": "r1"}
@@ -74,12 +75,12 @@ def test_live_is_the_version_that_went_live_last(registry):
 )
 def test_a_reply_is_traced_to_the_version_that_wrote_it(registry, log, metadata, number):
     went_live(registry, 1, timedelta(hours=1))
-    identity = log.log_conversation("Where is it?", "SECRET", {"session_id": "s1", **metadata})
+    identity = log.log_conversation("Where is it?", "In the drawer", {"session_id": "s1", **metadata})
     went_live(registry, 2, timedelta(hours=-1))
     found = trace(registry, identity)
     assert found["reply"]["conversation"] == "s1"
     assert [version["version"] for version in found["versions"]] == ([number] if number else [])
-    assert "SECRET" not in json.dumps(found) and "Where is it" not in json.dumps(found)
+    assert "In the drawer" not in json.dumps(found) and "Where is it" not in json.dumps(found)
 
 
 def test_a_conversation_is_traced_to_the_models_it_taught(registry):

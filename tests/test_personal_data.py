@@ -176,11 +176,8 @@ def test_what_stands_around_a_value_stays(text, masked):
      "邮箱", "１２", "：１", "（１２）", "A1a1", "password: (1", "((((", "$a", "“a", "PIN: 1", "senhaaaaaa", "12-"],
 )  # fmt: skip
 def test_a_long_text_of_one_part_takes_no_longer_than_its_length(part):
-    def seconds(length):
-        text = (part * length)[:length]
-        start = time.process_time()
-        find(text)
-        return time.process_time() - start
-
-    seconds(1000)
-    assert seconds(50_000) < max(0.5, 40 * seconds(5_000))
+    """A search that begins again at every place takes minutes here, the one there is some tenths of a second."""
+    text = (part * 200_000)[:200_000]
+    start = time.process_time()
+    find(text)
+    assert time.process_time() - start < 10

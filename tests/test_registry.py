@@ -438,8 +438,12 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_by_the_next(tmp_path)
     for tenths in range(3, 13):
         folder = tmp_path / str(tenths)
         folder.mkdir()
-        killed += os.WIFSIGNALED(in_child(lambda: None, lambda f=folder: open_registry(f, "name")._client, tenths / 10))
-        assert in_child(lambda: None, lambda f=folder: open_registry(f, "name")._client and None) == 0
+
+        def opened(folder=folder):
+            assert open_registry(folder, "name")._client
+
+        killed += os.WIFSIGNALED(in_child(lambda: None, opened, tenths / 10))
+        assert in_child(lambda: None, opened) == 0
         assert {path.name for path in folder.iterdir()} <= {"mlflow.db", "artifacts", "locks"}
     assert killed > 3
 
