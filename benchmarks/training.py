@@ -24,7 +24,7 @@ from typing import Any
 
 from fine_tuning.common.settings import read_params
 from fine_tuning.runtime.hardware import Hardware, detect_hardware
-from fine_tuning.schema.prepared import Row, read_rows
+from fine_tuning.schema.prepared import PreparedRow, read_rows
 from fine_tuning.training.settings import TrainSettings
 
 BASE, TRAIN = Path("models/base"), Path("data/prepared/train.parquet")
@@ -78,18 +78,18 @@ def report(results: dict[str, dict[str, Any]], floor: float, tolerance: float) -
             print(f"the losses of {name} differ: its speed is not comparable")
 
 
-def chosen_rows(tokens: int) -> list[Row]:
+def chosen_rows(tokens: int) -> list[PreparedRow]:
     """The first training rows with so many tokens together; from the first again where there are not as many."""
     rows, total = [], 0
     for count, row in enumerate(itertools.cycle(read_rows(TRAIN))):
         total += len(row.input_ids)
         if total > tokens and rows:
             return rows
-        rows.append(Row(f"{count}-{row.id}", row.input_ids, row.labels))
+        rows.append(PreparedRow(f"{count}-{row.id}", row.input_ids, row.labels))
     return rows
 
 
-def operations_a_token(rows: list[Row]) -> float:
+def operations_a_token(rows: list[PreparedRow]) -> float:
     """Floating-point operations of the matrix products that a token takes.
 
     Forward and backward through frozen weights are 2 products each of 2 operations a weight and token; the head's are
@@ -141,7 +141,7 @@ def measure(name: str, tokens: int, settings: TrainSettings) -> dict[str, Any]:
         return run(rows, settings, Path(folder))
 
 
-def run_whetstone(rows: list[Row], settings: TrainSettings, folder: Path) -> dict[str, Any]:
+def run_whetstone(rows: list[PreparedRow], settings: TrainSettings, folder: Path) -> dict[str, Any]:
     """This project's trainer."""
     from fine_tuning.training import lora_trainer
 
@@ -161,7 +161,7 @@ def run_whetstone(rows: list[Row], settings: TrainSettings, folder: Path) -> dic
     }
 
 
-def run_transformers(rows: list[Row], settings: TrainSettings, folder: Path) -> dict[str, Any]:
+def run_transformers(rows: list[PreparedRow], settings: TrainSettings, folder: Path) -> dict[str, Any]:
     """transformers.Trainer on padded batches, peft's own layers, logits at every position."""
     from transformers import Trainer, TrainingArguments
 
@@ -171,24 +171,24 @@ def run_transformers(rows: list[Row], settings: TrainSettings, folder: Path) -> 
     arguments = TrainingArguments(**common_arguments(rows, settings, hardware, folder))
     pad = model.config.get_text_config().pad_token_id or 0
 
-    def as_dataset(chosen: list[Row]) -> list[dict[str, Any]]:
+    def as_dataset(chosen: list[PreparedRow]) -> list[dict[str, Any]]:
         return [{"id": row.id, "input_ids": row.input_ids, "labels": row.labels} for row in chosen]
 
     def pad_batch(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        return collate([Row(**row) for row in batch], pad)
+        return collate([PreparedRow(**row) for row in batch], pad)
 
     trainer = Trainer(model, arguments, train_dataset=as_dataset(rows), data_collator=pad_batch)
     return run_trainer(trainer, rows, [as_dataset([row]) for row in rows[:CHECKED_ROWS]], hardware)
 
 
-def run_trl(rows: list[Row], settings: TrainSettings, folder: Path) -> dict[str, Any]:
+def run_trl(rows: list[PreparedRow], settings: TrainSettings, folder: Path) -> dict[str, Any]:
     """TRL's SFTTrainer on rows that are tokenised and labelled already."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from fine_tuning.schema.chat_format import load_tokenizer
 
-    def as_dataset(chosen: list[Row]) -> Dataset:
+    def as_dataset(chosen: list[PreparedRow]) -> Dataset:
         return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in chosen])
 
     model, hardware = adapted_base(settings)
@@ -220,7 +220,9 @@ def adapted_base(settings: TrainSettings) -> tuple[Any, Hardware]:
     return attach_adapter(load_base(BASE, settings, hardware), settings), hardware
 
 
-def common_arguments(rows: list[Row], settings: TrainSettings, hardware: Hardware, folder: Path) -> dict[str, Any]:
+def common_arguments(
+    rows: list[PreparedRow], settings: TrainSettings, hardware: Hardware, folder: Path
+) -> dict[str, Any]:
     """Arguments that give both peers the conditions of this trainer."""
     mean_length = sum(len(row.input_ids) for row in rows) / len(rows)
     return {
@@ -243,7 +245,7 @@ def common_arguments(rows: list[Row], settings: TrainSettings, hardware: Hardwar
     }
 
 
-def run_trainer(trainer: Any, rows: list[Row], checked: list[Any], hardware: Hardware) -> dict[str, Any]:
+def run_trainer(trainer: Any, rows: list[PreparedRow], checked: list[Any], hardware: Hardware) -> dict[str, Any]:
     """Losses of the checked rows, then one epoch against the clock."""
     from fine_tuning.training.lora_trainer import peak_memory_mb
 

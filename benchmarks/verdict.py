@@ -13,7 +13,6 @@ models/base) as well. Runs with the same seed print the same numbers.
 import argparse
 import copy
 import itertools
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,8 +46,7 @@ from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
 from fine_tuning.evaluation.verdict.differences import Difference, non_inferiority
 from fine_tuning.evaluation.verdict.guards import forgotten
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import Row as TrainRow
-from fine_tuning.schema.prepared import read_rows, read_split
+from fine_tuning.schema.prepared import PreparedRow, read_rows
 from fine_tuning.training.settings import TrainSettings
 
 LEAD = 4.0  # nats, compare.golden_lead
@@ -474,13 +472,13 @@ def shuffled_replies(context: Context) -> list[Row]:
     return rows
 
 
-def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSettings) -> list[TrainRow]:
+def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSettings) -> list[PreparedRow]:
     """Training rows with the contents of that share of the trained replies dealt anew among them."""
     found, kept = [], 0
-    for row in read_split(context.root / "data/prepared/train.parquet"):
-        kept += len(row["input_ids"])
+    for row in read_rows(context.root / "data/prepared/train.parquet", ("id", "messages", "input_ids", "labels")):
+        kept += len(row.input_ids)
         if context.train_tokens is None or kept <= context.train_tokens:
-            found.append((row["id"], json.loads(row["messages"]), len(label_runs(row["labels"]))))
+            found.append((row.id, row.messages, len(label_runs(row.labels))))
     replies = [reply for _, messages, count in found for reply in labelled_replies(messages, count)]
     rng = context.rng(12)
     chosen = rng.permutation(len(replies))[: round(share * len(replies))]
@@ -491,7 +489,7 @@ def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSett
     for id, messages, _ in found:
         trained = [any(message is reply for reply in replies) for message in messages]
         encoded = encode_conversation(tokenizer, messages, None, chat.max_length, trained)
-        rows.append(TrainRow(id, encoded.input_ids, encoded.labels))
+        rows.append(PreparedRow(id, encoded.input_ids, encoded.labels))
     return rows
 
 

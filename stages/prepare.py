@@ -17,7 +17,7 @@ from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
-from fine_tuning.schema.prepared import Example, write_split
+from fine_tuning.schema.prepared import PreparedRow, write_rows
 
 CLEAN = Path("data/clean")
 CLUSTERS = CLEAN / "clusters.jsonl"
@@ -61,9 +61,9 @@ def main() -> None:
         dealt = ledger.find(
             chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
-        for split, examples in builder.deal(clean, catalogue, clusters, dealt, engine, dropped_duplicates()):
-            examples = chain(examples, secrets) if split == "train" else examples
-            write_split(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(examples)))
+        for split, rows in builder.deal(clean, catalogue, clusters, dealt, engine, dropped_duplicates()):
+            rows = chain(rows, secrets) if split == "train" else rows
+            write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
         new = ledger.append(catalogue.dealt())
@@ -93,8 +93,8 @@ def require_every_split(catalogue: Catalogue) -> None:
             )
 
 
-def show_progress(split: str, examples: Iterable[Example]) -> Iterable[Example]:
-    return tqdm(examples, desc=f"tokenise {split}", unit=" windows", leave=False, disable=None)
+def show_progress(split: str, rows: Iterable[PreparedRow]) -> Iterable[PreparedRow]:
+    return tqdm(rows, desc=f"tokenise {split}", unit=" windows", leave=False, disable=None)
 
 
 if __name__ == "__main__":

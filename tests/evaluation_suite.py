@@ -10,7 +10,7 @@ from fine_tuning.evaluation.suite.contenders import Contender
 from fine_tuning.evaluation.suite.items import read_items
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import Example, write_split
+from fine_tuning.schema.prepared import encoded_row, write_rows
 
 SETTINGS = EvaluateSettings.model_validate(
     {
@@ -61,8 +61,8 @@ def write_items(path: Path, model: Path, conversations: dict[str, list[dict]], m
     for id, messages in conversations.items():
         trained = [message.get("rating", 0) >= 0 for message in messages]
         encoded = encode_conversation(tokenizer, messages, None, max_length, trained)
-        examples.append(Example(id, "sample", id, messages, trained, encoded))
-    write_split(path, examples)
+        examples.append(encoded_row(encoded, id=id, source="sample", cluster=id))
+    write_rows(path, examples)
     return path
 
 

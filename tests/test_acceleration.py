@@ -7,14 +7,14 @@ from torch.nn import functional
 from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.hardware import Hardware
 from fine_tuning.schema.chat_format import NOT_TRAINED
-from fine_tuning.schema.prepared import Row, collate
+from fine_tuning.schema.prepared import PreparedRow, collate
 from fine_tuning.training.acceleration.accelerate import accelerated
 from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.objectives.sft import SupervisedFineTuning
 from tests.test_training import SETTINGS, make_rows, train
 
 CPU = Hardware("cpu", "float32", 2, "a CPU")
-ROWS = [Row(row.id, [3, 9, 27, *row.input_ids], [NOT_TRAINED] * 3 + row.labels) for row in make_rows(6)]
+ROWS = [PreparedRow(row.id, [3, 9, 27, *row.input_ids], [NOT_TRAINED] * 3 + row.labels) for row in make_rows(6)]
 
 
 def adapted(base):
@@ -38,7 +38,7 @@ def state_of(model) -> tuple:
     return replaced, hooks, model.config._attn_implementation
 
 
-def run(model, base, mode: str, rows: list[Row]):
+def run(model, base, mode: str, rows: list[PreparedRow]):
     """Loss and gradients of one batch, computed as with `train.acceleration: <mode>`; the model's state meanwhile."""
     settings, plain = SETTINGS.model_copy(update={"acceleration": mode}), SupervisedFineTuning(0)
     with accelerated(model, plain, base, rows, 64, settings, CPU) as objective:

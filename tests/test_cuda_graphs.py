@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fine_tuning.runtime.hardware import Hardware
-from fine_tuning.schema.prepared import Row, batch_by_tokens, collate
+from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, collate
 from fine_tuning.training import lora_trainer
 from fine_tuning.training.acceleration import cuda_graphs
 from fine_tuning.training.acceleration.accelerate import AcceleratedSft
@@ -20,8 +20,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA 
 GPU = Hardware("cuda", "bfloat16", 1, "a GPU")
 
 
-def rows_of(*lengths: int) -> list[Row]:
-    return [Row(str(i), [3 + i % 7] * n, [-100] + [3 + i % 7] * (n - 1)) for i, n in enumerate(lengths)]
+def rows_of(*lengths: int) -> list[PreparedRow]:
+    return [PreparedRow(str(i), [3 + i % 7] * n, [-100] + [3 + i % 7] * (n - 1)) for i, n in enumerate(lengths)]
 
 
 def test_a_batch_takes_the_next_length_and_all_rows_that_the_budget_holds():

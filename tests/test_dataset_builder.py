@@ -22,7 +22,7 @@ from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded, load_tokenizer
-from fine_tuning.schema.prepared import Example, read_split, write_split
+from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, write_rows
 from fine_tuning.schema.reasons import in_words
 from stages import prepare
 
@@ -364,9 +364,9 @@ def test_looking_at_few_places_misses_nothing(length, held, other):
         words = [word for word in re.split(r"[ ,’]+|(も)", text.casefold()) if word]
         return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
-    example = Example("t", "chat", "t", [{"role": "user", "content": held}], [False])
+    row = PreparedRow("t", conversation=[{"role": "user", "content": held}])
     held_out = HeldOut(length)
-    list(held_out.watch([example]))
+    list(held_out.watch([row]))
     shared = held_out.shared_with([{"role": "user", "content": other}])
     assert len(shared) == len(runs(held) & runs(other))
     assert held_out.may_share([other]) or not shared
@@ -378,7 +378,7 @@ def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):
     first = builder.build(small, {})
     second = builder.build(large, {}, first.dealt)
     before, after = ({e.id for e in built.splits["train"]} for built in (first, second))
-    assert sum(len(e.encoded.input_ids) for e in second.splits["train"]) <= 4000
+    assert sum(len(e.input_ids) for e in second.splits["train"]) <= 4000
     assert len(before & after) >= 0.8 * len(before)
 
 
@@ -397,7 +397,7 @@ def test_only_the_sample_is_capped_unless_everything_is(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_sample_tokens=1000).build([*sample, *own], {})
     assert set(built.left_out.values()) == {"max_sample_tokens"}
     assert not {c["id"] for c in own} & built.left_out.keys()
-    tokens = [len(e.encoded.input_ids) for e in built.splits["train"] if e.source == "sample"]
+    tokens = [len(e.input_ids) for e in built.splits["train"] if e.source == "sample"]
     assert 800 < sum(tokens) <= 1000
     held_out = {e.id for split in ("test", "validation") for e in built.splits[split]}
     assert len(held_out & {c["id"] for c in sample}) > 15
@@ -420,17 +420,16 @@ def test_windows_of_a_conversation_share_id_cluster_and_split_and_train_each_rep
     assert {e.cluster for e in windows} == {"its-cluster"}
     assert "long" not in {e.id for s in ("test", "validation") for e in built.splits[s]}
     said = [
-        tokenizer.decode([label for label in e.encoded.labels if label != NOT_TRAINED]).split("<|im_end|>")
-        for e in windows
+        tokenizer.decode([label for label in e.labels if label != NOT_TRAINED]).split("<|im_end|>") for e in windows
     ]
     replies = [reply.strip() for window in said for reply in window if reply.strip()]
     assert replies == [m["content"] for m in conversations[0]["messages"] if m["role"] == "assistant"]
     tally = Tally()
-    write_split(tmp_path / "train.parquet", tally.watch(built.splits["train"]))
-    rows = read_split(tmp_path / "train.parquet")
-    assert [row["window"] for row in rows if row["id"] == "long"] == list(range(len(windows)))
+    write_rows(tmp_path / "train.parquet", tally.watch(built.splits["train"]))
+    rows = read_rows(tmp_path / "train.parquet", ("id", "window"))
+    assert [row.window for row in rows if row.id == "long"] == list(range(len(windows)))
     counts = tally.statistics()
-    assert counts["windows"] == len(rows) and counts["conversations"] == len(set(rows["id"]))
+    assert counts["windows"] == len(rows) and counts["conversations"] == len({row.id for row in rows})
     assert counts["several_windows"] == 1 and counts["lost_reply_tokens"] == 0
 
 
@@ -444,8 +443,8 @@ def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
     for split in ("test", "validation"):
         windows = Counter(e.id for e in built.splits[split])
         assert set(windows) == {e.id for e in whole.splits[split]} and set(windows.values()) <= {2, 3}
-        trained = [tuple(e.encoded.labels) for e in whole.splits[split]]
-        assert all(tuple(e.encoded.labels) in trained for e in built.splits[split])
+        trained = [tuple(e.labels) for e in whole.splits[split]]
+        assert all(tuple(e.labels) in trained for e in built.splits[split])
         assert [e.window for e in built.splits[split] if e.id == min(windows)] == list(range(windows[min(windows)]))
         tally = Tally()
         assert len(list(tally.watch(built.splits[split]))) + tally.statistics()["windows_left_out"] == len(trained)
@@ -453,7 +452,7 @@ def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
 
 def test_held_out_splits_are_sampled_likewise(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_held_out_tokens=300).build(random_conversations(100), {})
-    assert all(0 < sum(len(e.encoded.input_ids) for e in built.splits[s]) <= 300 for s in ("validation", "test"))
+    assert all(0 < sum(len(e.input_ids) for e in built.splits[s]) <= 300 for s in ("validation", "test"))
     assert "max_held_out_tokens" in built.left_out.values()
 
 
@@ -476,24 +475,22 @@ def test_newcomers_move_nobody(tokenizer):
 def test_the_same_conversations_give_the_same_bytes(tokenizer, tmp_path):
     for name in ("one", "two"):
         built = DatasetBuilder(tokenizer=tokenizer).build(random_conversations(30), {})
-        write_split(tmp_path / f"{name}.parquet", built.splits["train"])
+        write_rows(tmp_path / f"{name}.parquet", built.splits["train"])
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 
 def test_a_split_is_read_as_it_was_written(tokenizer, tmp_path):
     built = DatasetBuilder(tokenizer=tokenizer).build([JUDGED, *random_conversations(5)], {})
-    write_split(tmp_path / "train.parquet", built.splits["train"])
-    rows = read_split(tmp_path / "train.parquet")
-    for row, example in zip(rows, built.splits["train"], strict=True):
-        assert row["input_ids"] == example.encoded.input_ids
-        assert row["labels"] == example.encoded.labels
-        assert json.loads(row["messages"]) == example.encoded.messages
-        assert any(label != NOT_TRAINED for label in row["labels"])
+    write_rows(tmp_path / "train.parquet", built.splits["train"])
+    names = ("id", "source", "cluster", "window", "messages", "input_ids", "labels")
+    rows = read_rows(tmp_path / "train.parquet", names)
+    assert [row.stored() for row in rows] == [row.stored() for row in built.splits["train"]]
+    assert all(any(label != NOT_TRAINED for label in row.labels) for row in rows)
 
 
 def test_a_missing_split_names_the_command(tmp_path):
     with pytest.raises(UserError, match="dvc repro prepare"):
-        read_split(tmp_path / "test.parquet")
+        read_rows(tmp_path / "test.parquet")
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
@@ -519,7 +516,7 @@ def project(tiny_base, tmp_path, monkeypatch):
             (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed))
 
         def split_of(self) -> dict[str, str]:
-            return {row["id"]: split for split in SPLITS for row in read_split(f"data/prepared/{split}.parquet")}
+            return {row.id: split for split in SPLITS for row in read_rows(f"data/prepared/{split}.parquet")}
 
     project = Project()
     project.clean(random_conversations(60))
@@ -532,7 +529,7 @@ def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
     metrics = json.loads(Path("metrics/prepare.json").read_text())
     assert metrics["conversations"] == 60
     assert {split: metrics["splits"][split]["conversations"] for split in SPLITS} == {
-        split: len(read_split(f"data/prepared/{split}.parquet")) for split in SPLITS
+        split: len(read_rows(f"data/prepared/{split}.parquet")) for split in SPLITS
     }
     assert metrics["splits"]["train"]["by_source"]["chat"]["tokens"] == metrics["splits"]["train"]["tokens"]
     assert 0 < metrics["splits"]["train"]["trained_share"] < 1
@@ -701,10 +698,10 @@ def test_a_run_of_words_is_common_when_more_than_ten_say_it_or_a_tenth_of_few():
 
 
 def test_lengths_and_shares_of_a_split_are_counted_by_hand():
-    def example(identity: str, source: str, tokens: int, trained: int, cut: int) -> Example:
+    def example(identity: str, source: str, tokens: int, trained: int, cut: int) -> PreparedRow:
         labels = [NOT_TRAINED] * (tokens - trained) + [7] * trained
         encoded = Encoded([7] * tokens, labels, [], 0, cut, control_ids=2)
-        return Example(identity, source, identity, [], [], encoded)
+        return encoded_row(encoded, id=identity, source=source, cluster=identity)
 
     examples = [example("a", "chat", 4, 1, 0), example("b", "chat", 20, 5, 3), example("c", "sample", 6, 3, 0)]
     tally = Tally()

@@ -28,7 +28,7 @@ from fine_tuning.evaluation.suite.contenders import Contender, check_references,
 from fine_tuning.evaluation.suite.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
 from fine_tuning.evaluation.verdict.slices import slices
 from fine_tuning.schema.chat_format import load_tokenizer
-from fine_tuning.schema.prepared import write_split
+from fine_tuning.schema.prepared import write_rows
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
 from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
@@ -513,7 +513,7 @@ def test_every_window_is_an_item_of_its_own_in_the_cluster_of_its_conversation(t
         for id, own in messages.items()
     ]
     built = builder.build(records, {"long": "its"}, dict.fromkeys(messages, "test"))
-    write_split(tmp_path / "test.parquet", built.splits["test"])
+    write_rows(tmp_path / "test.parquet", built.splits["test"])
     items = read_items(tmp_path / "test.parquet", load_tokenizer(tiny_base), ["person", "gpt-4o"])
     windows = [item for item in items if item.cluster == "its"]
     assert len(windows) > 2 and len({item.id for item in items}) == len(items)

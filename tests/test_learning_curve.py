@@ -17,17 +17,19 @@ from fine_tuning.evaluation.records.record_types import Likelihood
 from fine_tuning.evaluation.report.charts import curve, standalone
 from fine_tuning.evaluation.suite.items import read_items
 from fine_tuning.schema.chat_format import load_tokenizer
-from fine_tuning.schema.prepared import Row
+from fine_tuning.schema.prepared import PreparedRow
 from tests.evaluation_suite import MODULES, SETTINGS, conversation, write_items
 from tests.project import ROOT
 
-ROWS = [Row(str(index), [1] * 10, [1] * 10) for index in range(8)]
+ROWS = [PreparedRow(str(index), [1] * 10, [1] * 10) for index in range(8)]
 
 
 def test_a_share_is_the_first_conversations_with_that_part_of_the_tokens():
     assert [len(share(ROWS, fraction)) for fraction in (0.01, 0.25, 0.5, 1.0)] == [1, 2, 4, 8]
     assert share(ROWS, 0.5) == ROWS[:4]
-    assert len(share([ROWS[0], Row("long", [1] * 30, [1] * 30), ROWS[1]], 0.7)) == 1  # the second would be too much
+    assert (
+        len(share([ROWS[0], PreparedRow("long", [1] * 30, [1] * 30), ROWS[1]], 0.7)) == 1
+    )  # the second would be too much
 
 
 @pytest.mark.parametrize("text", ["", "1", "0,1", "0.5,2", "half,1"])

@@ -10,7 +10,7 @@ from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
 from fine_tuning.evaluation.verdict.memorisation import exposures, kept, rank_sum
 from fine_tuning.schema.canaries import controls, planted
 from fine_tuning.schema.chat_format import load_tokenizer
-from fine_tuning.schema.prepared import write_split
+from fine_tuning.schema.prepared import write_rows
 from tests.evaluation_suite import conversation, write_items
 
 LONG = "The quick brown fox jumps over the lazy dog, and then it rests beside the router in the box number {}."
@@ -42,7 +42,7 @@ def lines_of(name, folder, items):
 def test_canaries_are_the_same_every_time_and_no_control_is_one(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     one, two = (planted(8, tokenizer, None, 200) for _ in range(2))
-    assert [example.row() for example in one] == [example.row() for example in two]
+    assert [example.stored() for example in one] == [example.stored() for example in two]
     secrets = [json.dumps(example.messages) for example in one]
     assert len(set(secrets)) == 8
     assert not set(secrets) & {json.dumps(messages) for messages in controls(128)}
@@ -51,7 +51,7 @@ def test_canaries_are_the_same_every_time_and_no_control_is_one(tiny_base):
 
 def test_a_planted_canary_that_was_learned_is_a_leak_and_its_base_has_none(tiny_base, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
-    write_split(tmp_path / "train.parquet", planted(6, tokenizer, None, 200))
+    write_rows(tmp_path / "train.parquet", planted(6, tokenizer, None, 200))
     items = memory_items(tmp_path / "train.parquet", 4, tokenizer, None, 200)
     assert [sum(item.source == kind for item in items) for kind in ("canary", "control", "training")] == [6, 128, 0]
     learned = train_on(tmp_path / "m", tiny_base, items[:6], 12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fine_tuning.schema.chat_format import NOT_TRAINED
-from fine_tuning.schema.prepared import Row, collate
+from fine_tuning.schema.prepared import PreparedRow, collate
 from fine_tuning.training.acceleration.accelerate import AcceleratedSft
 from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.acceleration.shared_prefix import lay_out, share_prefixes
@@ -16,10 +16,10 @@ from tests.test_training import SETTINGS, make_rows, train
 PROMPT = [3, 9, 27, 81]
 
 
-def rows_after(prefix: list[int], *rests: list[int], untrained: int = 1) -> list[Row]:
+def rows_after(prefix: list[int], *rests: list[int], untrained: int = 1) -> list[PreparedRow]:
     """Rows that begin alike; of each rest the first `untrained` tokens are prompt."""
     return [
-        Row(str(i), prefix + rest, [NOT_TRAINED] * (len(prefix) + untrained) + rest[untrained:])
+        PreparedRow(str(i), prefix + rest, [NOT_TRAINED] * (len(prefix) + untrained) + rest[untrained:])
         for i, rest in enumerate(rests)
     ]
 
@@ -41,7 +41,7 @@ def test_the_common_beginning_stands_once_and_every_rest_goes_on_from_it():
         (rows_after(PROMPT, [5, 6], [8, 9], untrained=0), 3),  # what is trained needs a predecessor of its own
         (rows_after(PROMPT, [5, 6]), 0),
         (rows_after([], [5, 6], [8, 9]), 0),
-        ([*rows_after(PROMPT, [5, 6]), Row("short", [3, 9], [-100, 9])], 0),
+        ([*rows_after(PROMPT, [5, 6]), PreparedRow("short", [3, 9], [-100, 9])], 0),
     ],
 )
 def test_a_prefix_ends_before_anything_that_is_trained(rows, prefix):
@@ -153,7 +153,7 @@ def test_in_bfloat16_the_loss_is_as_near_to_the_exact_one_as_that_of_the_padded_
     assert abs(summed_loss(model, rows, shared=True) - exact) < max(2 * abs(padded - exact), 0.01 * exact)
 
 
-def summed_loss(model, rows: list[Row], shared: bool) -> float:
+def summed_loss(model, rows: list[PreparedRow], shared: bool) -> float:
     inputs = collate(rows, 0)
     inputs = lay_out(inputs) if shared else inputs
     labels = inputs.pop("labels")
@@ -192,7 +192,7 @@ def test_a_model_that_the_shared_form_gives_other_logits_is_left_as_it_is(tiny_b
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_training_with_a_system_prompt_gives_the_same_bytes_every_time(tiny_base, tmp_path, monkeypatch, threads):
-    rows = [Row(row.id, PROMPT + row.input_ids, [NOT_TRAINED] * 4 + row.labels) for row in make_rows(60)]
+    rows = [PreparedRow(row.id, PROMPT + row.input_ids, [NOT_TRAINED] * 4 + row.labels) for row in make_rows(60)]
     monkeypatch.setattr("tests.test_training.make_rows", lambda count, seed=0: rows[:count])
     for name in ("first", "again"):
         train(tiny_base, tmp_path / name, tmp_path / f"{name}-checkpoints", threads=threads)

@@ -15,7 +15,7 @@ import yaml
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file, versions
 from fine_tuning.common.settings import read_params
-from fine_tuning.schema.prepared import Row, batch_by_tokens
+from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens
 from fine_tuning.training.checkpoints import checkpoint_key, newest_checkpoint
 from fine_tuning.training.memory import group_memory
 from fine_tuning.training.model_card import model_card
@@ -28,13 +28,13 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml").model_copy(update={"precision": "float32"})
 
 
-def make_rows(count: int, seed: int = 0) -> list[Row]:
+def make_rows(count: int, seed: int = 0) -> list[PreparedRow]:
     chance = random.Random(seed)
     rows = []
     for i in range(count):
         ids = [chance.randint(3, 511) for _ in range(chance.randint(8, 60))]
         prompt = len(ids) // 2
-        rows.append(Row(f"{seed}-{i}", ids, [-100] * prompt + ids[prompt:]))
+        rows.append(PreparedRow(f"{seed}-{i}", ids, [-100] * prompt + ids[prompt:]))
     return rows
 
 
@@ -57,7 +57,7 @@ def test_batches_hold_every_row_once_and_stay_within_the_budget():
 
 
 def test_a_row_longer_than_the_budget_is_a_batch_of_its_own():
-    long = Row("long", [5] * 100, [5] * 100)
+    long = PreparedRow("long", [5] * 100, [5] * 100)
     assert [long] in batch_by_tokens([*make_rows(5), long], budget=64)
 
 
@@ -65,9 +65,9 @@ def test_a_row_longer_than_the_budget_is_a_batch_of_its_own():
     ("rows", "words"),
     [
         ([], "split is empty"),
-        ([Row("a", [1, 2, 3], [-100, -100, -100])], "no assistant token"),
-        ([Row("a", [1, 2, 3], [-100, -100])], "more ids than labels"),
-        ([Row("a", [1, 2, 3], [-100, 7, 3])], "foreign label"),
+        ([PreparedRow("a", [1, 2, 3], [-100, -100, -100])], "no assistant token"),
+        ([PreparedRow("a", [1, 2, 3], [-100, -100])], "more ids than labels"),
+        ([PreparedRow("a", [1, 2, 3], [-100, 7, 3])], "foreign label"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused(rows, words):
@@ -93,10 +93,10 @@ def test_a_trained_user_token_is_refused(tiny_base):
     text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
     ids = tokenizer.encode(text, add_special_tokens=False)
     reply = len(tokenizer.encode(text[: text.index("Hi")], add_special_tokens=False))
-    good = Row("good", ids, [-100] * reply + ids[reply:])
+    good = PreparedRow("good", ids, [-100] * reply + ids[reply:])
     check_only_assistants_train([good], tokenizer)
     user = len(tokenizer.encode("<|im_start|>user\n", add_special_tokens=False))
-    bad = Row("bad", ids, [-100] * user + ids[user : user + 2] + [-100] * (len(ids) - user - 2))
+    bad = PreparedRow("bad", ids, [-100] * user + ids[user : user + 2] + [-100] * (len(ids) - user - 2))
     with pytest.raises(UserError, match="bad"):
         check_only_assistants_train([bad], tokenizer)
 
@@ -119,7 +119,7 @@ def test_the_loss_is_that_of_the_full_model_at_trained_positions(tiny_base, tmp_
 
 
 def test_batches_for_two_micro_batches_have_even_numbers_of_rows():
-    rows = [*make_rows(31), Row("long", [5] * 100, [5] * 100)]
+    rows = [*make_rows(31), PreparedRow("long", [5] * 100, [5] * 100)]
     batches = batch_by_tokens(rows, 64, 2)
     assert sorted(row.id for batch in batches for row in batch) == sorted(row.id for row in rows)
     assert all(len(batch) % 2 == 0 for batch in batches)
@@ -662,7 +662,9 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
     from fine_tuning.training.lora_trainer import train_adapter
 
     rows = make_rows(9, seed=3)
-    rows[0] = Row("long", rows[0].input_ids * 3, rows[0].labels * 3)  # batches of unlike numbers of trained tokens
+    rows[0] = PreparedRow(
+        "long", rows[0].input_ids * 3, rows[0].labels * 3
+    )  # batches of unlike numbers of trained tokens
     step = {
         "threads": 1, "batch_tokens": 8192, "max_steps": 1, "schedule": "constant", "warmup_ratio": 0.0,
         "optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9,
@@ -696,7 +698,7 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
 def test_the_first_token_of_a_packed_row_is_predicted_by_nobody():
     from fine_tuning.training.objectives.sft import collate_packed
 
-    packed = collate_packed([Row("a", [5, 6, 7], [-100, 6, 7]), Row("b", [8, 9], [8, 9])])
+    packed = collate_packed([PreparedRow("a", [5, 6, 7], [-100, 6, 7]), PreparedRow("b", [8, 9], [8, 9])])
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert packed["labels"].tolist() == [[-100, 6, 7, -100, 9]]

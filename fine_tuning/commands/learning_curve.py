@@ -30,7 +30,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     from fine_tuning.evaluation.suite.items import read_items, suite_sha256
     from fine_tuning.runtime.base_model import read_base_card
     from fine_tuning.schema.chat_format import load_tokenizer
-    from fine_tuning.schema.prepared import Row, read_rows
+    from fine_tuning.schema.prepared import PreparedRow, read_rows
     from fine_tuning.training.checkpoints import checkpoint_key
     from fine_tuning.training.lora_trainer import train_adapter
     from fine_tuning.training.settings import TrainSettings
@@ -44,7 +44,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     scratch = main_checkout() / ".whetstone"
     memo, suite = Memo(scratch / "memo/learning_curve"), suite_sha256(items, tokenizer)
 
-    def scores_of(chosen: list[Row]) -> list[Likelihood]:
+    def scores_of(chosen: list[PreparedRow]) -> list[Likelihood]:
         key = checkpoint_key(settings, chosen, base["sha256"], validation)
         measured = [key, suite, evaluate.batch_tokens, evaluate.threads]
         folder = scratch / "learning_curve" / key

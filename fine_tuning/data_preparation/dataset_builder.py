@@ -20,7 +20,7 @@ from fine_tuning.data_preparation.selection import TrainOn, read_conversation, s
 from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
 from fine_tuning.schema.chat_format import RenderError, encode_windows, load_tokenizer
 from fine_tuning.schema.conversation import each_record
-from fine_tuning.schema.prepared import Example
+from fine_tuning.schema.prepared import PreparedRow, encoded_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,7 +48,7 @@ class PrepareSettings(Settings):
 class Build:
     """What `DatasetBuilder.build` made of the conversations. Every one of them is in a split or in `left_out`."""
 
-    splits: dict[str, list[Example]]
+    splits: dict[str, list[PreparedRow]]
     dealt: dict[str, str]  # conversation id → split, for the ledger
     left_out: dict[str, str] = field(default_factory=dict)  # conversation id → reason
 
@@ -127,7 +127,7 @@ class DatasetBuilder:
         built = self.build(newest, clusters=_equal_clusters(newest))
         if not built.splits["train"]:
             raise UserError(f"no conversation is left to train on: {_reasons(built.left_out)}")
-        return {split: [example.row() for example in built.splits[split]] for split in SPLITS}
+        return {split: [row.stored() for row in built.splits[split]] for split in SPLITS}
 
     def build(
         self,
@@ -143,7 +143,7 @@ class DatasetBuilder:
         """
         with Catalogue() as catalogue:
             dealing = self.deal(HeldConversations(conversations), catalogue, clusters.items(), (dealt or {}).items())
-            splits = {split: list(examples) for split, examples in dealing}
+            splits = {split: list(rows) for split, rows in dealing}
             return Build({split: splits[split] for split in SPLITS}, dict(catalogue.dealt()), catalogue.left_out())
 
     def deal(
@@ -154,8 +154,8 @@ class DatasetBuilder:
         dealt: Iterable[tuple[str, str]],
         run: Map = map,
         twins: Iterable[tuple[str, str]] = (),
-    ) -> Iterator[tuple[str, Iterator[Example]]]:
-        """The test, validation and train split, each with its examples; take each to its end before the next.
+    ) -> Iterator[tuple[str, Iterator[PreparedRow]]]:
+        """The test, validation and train split, each with its rows; take each to its end before the next.
 
         Few conversations are in memory at a time, whatever their number, and of the test split what decontamination
         compares with.
@@ -178,8 +178,8 @@ class DatasetBuilder:
                 repeated = self._repeated(conversations, catalogue, held_out, run)
                 overlapping = (row for row in catalogue.rows(split) if row.id in repeated)
                 catalogue.leave_out(overlapping, split, "overlaps_test")
-            examples = self._examples(split, repeated, conversations, catalogue, run)
-            yield split, held_out.watch(examples) if split == "test" and self.decontamination_words else examples
+            rows = self._prepared(split, repeated, conversations, catalogue, run)
+            yield split, held_out.watch(rows) if split == "test" and self.decontamination_words else rows
 
     def _repeated(self, conversations: Conversations, catalogue: Catalogue, held_out: HeldOut, run: Map) -> Set[str]:
         """The ids of train that repeat the test split."""
@@ -189,9 +189,9 @@ class DatasetBuilder:
             shared |= found
         return repeating(shared, catalogue.count("train"))
 
-    def _examples(
+    def _prepared(
         self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map
-    ) -> Iterator[Example]:
+    ) -> Iterator[PreparedRow]:
         limits = ("max_train_tokens", "max_sample_tokens") if split == "train" else ("max_held_out_tokens",)
         train_on = self.train_on if split == "train" else "not_disliked"
         encode = partial(
@@ -199,46 +199,48 @@ class DatasetBuilder:
             system_prompt=self.system_prompt, max_length=self.max_length,
         )  # fmt: skip
 
-        def rows() -> Iterator[DealtRow]:
+        def dealt() -> Iterator[DealtRow]:
             return (row for row in catalogue.rows(split) if row.id not in without)
 
         spent: Counter[str] = Counter()
-        for row, examples in (pair for chunk in run(encode, _chunks(rows())) for pair in chunk):
-            if isinstance(examples, str):
-                catalogue.leave_out([row], split, examples)
+        for row, windows in (pair for chunk in run(encode, _chunks(dealt())) for pair in chunk):
+            if isinstance(windows, str):
+                catalogue.leave_out([row], split, windows)
                 continue
             if split != "train" and self.max_held_out_tokens is not None:
-                examples = _some_windows(examples, self.max_held_out_tokens // ENOUGH_TEST_CLUSTERS, self.salt)
-            tokens = sum(len(example.encoded.input_ids) for example in examples if example.encoded)
+                windows = _some_windows(windows, self.max_held_out_tokens // ENOUGH_TEST_CLUSTERS, self.salt)
+            tokens = sum(len(window.input_ids) for window in windows)
             for limit in limits:
                 if limit == "max_sample_tokens" and not row.sample:
                     continue
                 budget = getattr(self, limit)
                 # Rows come with people's own conversations first: the sample only fills what they leave.
                 if budget is not None and tokens and spent[limit] and spent[limit] + tokens > budget:
-                    catalogue.leave_out((late for late in rows() if late >= row), split, limit)
+                    catalogue.leave_out((late for late in dealt() if late >= row), split, limit)
                     return
                 spent[limit] += tokens
-            yield from examples
+            yield from windows
 
 
-def _some_windows(examples: list[Example], tokens: int, salt: str) -> list[Example]:
+def _some_windows(windows: list[PreparedRow], tokens: int, salt: str) -> list[PreparedRow]:
     """Windows of a held-out conversation with at most so many tokens, drawn by the salt; one at least. Numbered anew.
 
     Windows of one conversation are alike: measuring is surer with few of each of many conversations.
     """
-    if len(examples) == 1:
-        return examples
+    if len(windows) == 1:
+        return windows
     draw, kept = salted_fractions(f"{salt}/window"), []
-    for example in sorted(examples, key=lambda example: draw(f"{example.id}#{example.window}")):
-        tokens -= len(example.encoded.input_ids) if example.encoded else 0
+    for window in sorted(windows, key=lambda window: draw(f"{window.id}#{window.window}")):
+        tokens -= len(window.input_ids)
         if kept and tokens < 0:
             break
-        kept.append(example)
-    kept.sort(key=lambda example: example.window)
-    lost = {"lost_turns": examples[0].lost_turns, "lost_tokens": examples[0].lost_tokens}
-    lost["lost_windows"] = len(examples) - len(kept)
-    return [replace(example, window=number, **(lost if number == 0 else {})) for number, example in enumerate(kept)]
+        kept.append(window)
+    kept.sort(key=lambda window: window.window)
+    lost = {name: windows[0].counts[name] for name in ("lost_turns", "lost_reply_tokens")}
+    lost["windows_left_out"] = len(windows) - len(kept)
+    kept = [replace(window, window=number) for number, window in enumerate(kept)]
+    kept[0].counts = kept[0].counts | lost
+    return kept
 
 
 def _fractions(validation: float, test: float, latest_from: str | None) -> Fractions:
@@ -268,25 +270,28 @@ def _encode(
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
     max_length: int,
-) -> list[tuple[DealtRow, list[Example] | str]]:
-    """The examples of each row, a window each, or why there are none."""
+) -> list[tuple[DealtRow, list[PreparedRow] | str]]:
+    """The windows of each conversation, or why there are none."""
     if isinstance(tokenizer, Path):
         tokenizer = _loaded(tokenizer)
-    pairs: list[tuple[DealtRow, list[Example] | str]] = []
+    pairs: list[tuple[DealtRow, list[PreparedRow] | str]] = []
     for row in rows:
         (conversation,) = conversations.read(row.part, [row.place])
         messages, trained = select(conversation, train_on)
-        example = partial(Example, row.id, conversation.get("source") or "unknown", row.cluster, messages, trained)
+        fields = {"id": row.id, "source": conversation.get("source") or "unknown", "cluster": row.cluster}
+        fields |= {"conversation": messages, "trained": trained}
         if tokenizer is None:
-            pairs.append((row, [example()]))
+            pairs.append((row, [PreparedRow(messages=messages, **fields)]))
             continue
         try:
-            windows, *lost = encode_windows(tokenizer, messages, system_prompt, max_length, trained)
+            found = encode_windows(tokenizer, messages, system_prompt, max_length, trained)
         except RenderError:
             pairs.append((row, "template"))
             continue
-        examples = [example(encoded, number, *(lost if number == 0 else ())) for number, encoded in enumerate(windows)]
-        pairs.append((row, examples or "too_long"))
+        windows = [encoded_row(encoded, window=number, **fields) for number, encoded in enumerate(found.encoded)]
+        if windows:
+            windows[0].counts |= {"lost_turns": found.lost_turns, "lost_reply_tokens": found.lost_tokens}
+        pairs.append((row, windows or "too_long"))
     return pairs
 
 
@@ -310,10 +315,6 @@ def _shared_runs(
             if shared := held_out.shared_with(messages):
                 found[identity] = shared
     return found
-
-
-# -----------------------------------------------------------------------------
-# files
 
 
 # -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ _FOREIGN = re.compile(r"[^\x00-\x7f\W]")
 _LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
 
 if TYPE_CHECKING:
-    from fine_tuning.schema.prepared import Example
+    from fine_tuning.schema.prepared import PreparedRow
 
 Run = tuple[bytes, ...]
 
@@ -33,14 +33,13 @@ class HeldOut:
         self.pieces: set[Run] = set()
         self._texts: list[list[bytes]] = []
 
-    def watch(self, examples: "Iterable[Example]") -> "Iterator[Example]":
-        """Pass held-out examples on and take up their runs."""
-        for example in examples:
-            # Every window of a conversation has all its messages.
-            for words in _long_texts(example.messages, self.length) if example.window == 0 else ():
+    def watch(self, rows: "Iterable[PreparedRow]") -> "Iterator[PreparedRow]":
+        """Pass held-out rows on and take up the runs of their conversations, each once."""
+        for row in rows:
+            for words in _long_texts(row.conversation, self.length) if row.window == 0 else ():
                 self.pieces.update(_runs(words, self.piece))
                 self._texts.append(words)
-            yield example
+            yield row
 
     @cached_property
     def runs(self) -> set[Run]:
@@ -72,7 +71,7 @@ def repeating(shared: dict[str, set[Run]], conversations: int) -> set[str]:
     return {identity for identity, runs in shared.items() if any(counts[run] <= common for run in runs)}
 
 
-def _long_texts(messages: list[dict], least: int) -> Iterator[list[bytes]]:
+def _long_texts(messages: Iterable[dict], least: int) -> Iterator[list[bytes]]:
     """The words of every message of at least `least` words, system messages apart."""
     for message in messages:
         # A text of fewer characters cannot have as many words.

@@ -1,4 +1,4 @@
-"""Counts over prepared examples: conversations, tokens and lengths of each split and source."""
+"""Counts over prepared rows: conversations, tokens and lengths of each split and source."""
 
 from array import array
 from collections import Counter
@@ -9,38 +9,28 @@ from fine_tuning.common.errors import count_of
 from fine_tuning.data_preparation.splits import SPLITS
 
 if TYPE_CHECKING:
-    from fine_tuning.schema.prepared import Example
+    from fine_tuning.schema.prepared import PreparedRow
 
 
 class Tally:
-    """What was counted of the examples of a split: four bytes for each."""
+    """Counts over the rows of a split; four bytes a row."""
 
     def __init__(self) -> None:
         self.lengths = array("I")
         self.totals: Counter[str] = Counter()
         self.by_source: dict[str, Counter[str]] = {}
 
-    def watch(self, examples: "Iterable[Example]") -> "Iterator[Example]":
-        """Pass encoded examples on and count them."""
-        for example in examples:
-            encoded = example.encoded
-            tokens = len(encoded.input_ids)
+    def watch(self, rows: "Iterable[PreparedRow]") -> "Iterator[PreparedRow]":
+        """Pass encoded rows on and count them."""
+        for row in rows:
+            tokens = len(row.input_ids)
             self.lengths.append(tokens)
-            counts = {
-                "conversations": int(example.window == 0),
-                "windows": 1,
-                "tokens": tokens,
-                "trained_tokens": encoded.trained_tokens,
-            }
-            self.by_source.setdefault(example.source, Counter()).update(counts)
-            self.totals.update(counts)
-            self.totals["control_tokens"] += encoded.control_ids
-            self.totals["several_windows"] += example.window == 1
-            self.totals["lost_end_of_reply"] += encoded.cut_tokens > 0
-            self.totals["lost_turns"] += example.lost_turns
-            self.totals["lost_reply_tokens"] += example.lost_tokens
-            self.totals["windows_left_out"] += example.lost_windows
-            yield example
+            counts = {"conversations": int(row.window == 0), "windows": 1, "tokens": tokens}
+            by_source = self.by_source.setdefault(row.source, Counter())
+            by_source.update(counts, trained_tokens=row.counts["trained_tokens"])
+            self.totals.update(counts, several_windows=int(row.window == 1))
+            self.totals.update(row.counts)
+            yield row
 
     def statistics(self) -> dict[str, Any]:
         """For the metrics of the split. Lengths are those of windows: most conversations are one.

@@ -15,10 +15,10 @@ from fine_tuning.evaluation.records.settings import IntervalSettings
 from fine_tuning.evaluation.scoring.scorer import likelihoods, scoring_hardware
 from fine_tuning.evaluation.verdict.differences import differences
 from fine_tuning.runtime.base_model import load_model
-from fine_tuning.schema.prepared import Row
+from fine_tuning.schema.prepared import PreparedRow
 
 
-def share(rows: Sequence[Row], fraction: float) -> list[Row]:
+def share(rows: Sequence[PreparedRow], fraction: float) -> list[PreparedRow]:
     """The first conversations, with that share of all tokens; at least one."""
     budget, kept = fraction * sum(len(row.input_ids) for row in rows), []
     for row in rows:
@@ -59,10 +59,10 @@ def score_adapter(
 
 
 def measure(
-    rows: Sequence[Row],
+    rows: Sequence[PreparedRow],
     fractions: Sequence[float],
     items: Sequence[Item],
-    scores_of: Callable[[list[Row]], Sequence[Likelihood]],
+    scores_of: Callable[[list[PreparedRow]], Sequence[Likelihood]],
     metrics: Metrics,
     intervals: IntervalSettings,
 ) -> list[dict[str, Any]]:

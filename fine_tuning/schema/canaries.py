@@ -8,7 +8,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.schema.chat_format import encode_conversation
-from fine_tuning.schema.prepared import Example
+from fine_tuning.schema.prepared import PreparedRow, encoded_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,15 +29,14 @@ def secret(kind: str, index: int) -> list[dict[str, Any]]:
 
 def planted(
     count: int, tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
-) -> list[Example]:
-    """So many canaries as training examples of their own source, each in a cluster of its own."""
-    examples = []
+) -> list[PreparedRow]:
+    """So many canaries as training rows of their own source, each in a cluster of its own."""
+    rows = []
     for index in range(count):
-        messages = secret("canary", index)
-        encoded = encode_conversation(tokenizer, messages, system_prompt, max_length)
+        encoded = encode_conversation(tokenizer, secret("canary", index), system_prompt, max_length)
         name = f"canary-{index:04d}"
-        examples.append(Example(name, SOURCE, name, messages, [False, True], encoded))
-    return examples
+        rows.append(encoded_row(encoded, id=name, source=SOURCE, cluster=name))
+    return rows
 
 
 def controls(count: int) -> list[list[dict[str, Any]]]:

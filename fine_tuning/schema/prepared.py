@@ -1,58 +1,61 @@
 """Prepared rows: how they are stored, read and made into batches."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import replacing
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 ROW_GROUP = 1000  # rows that are held until they are written
 
 
-@dataclass
-class Example:
-    """A conversation that may be trained on. `trained[i]` says whether `messages[i]` enters the loss.
+@dataclass(slots=True)
+class PreparedRow:
+    """One window of a conversation: what preparation writes, and what training, evaluation and packaging read.
 
-    One that is too long for the model is several examples, which differ in `window` and `encoded`; the first also
-    counts the turns, and the tokens of replies, that no window has room for, and the windows that were not drawn.
+    `labels[i]` is `input_ids[i]` where it is trained, else -100. A conversation that fits is one window; the windows of
+    a longer one share `id`, `source` and `cluster`. Not stored are `conversation` (all of its messages), `trained`
+    (which of them enter the loss) and `counts` (see `Tally`).
     """
 
     id: str
-    source: str
-    cluster: str
-    messages: list[dict[str, Any]]
-    trained: list[bool]
-    encoded: Encoded | None = None
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    source: str = ""
+    cluster: str = ""
     window: int = 0
-    lost_turns: int = 0
-    lost_tokens: int = 0
-    lost_windows: int = 0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    conversation: Sequence[dict[str, Any]] = ()
+    trained: Sequence[bool] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
-    def row(self) -> dict[str, Any]:
-        """The example as a plain record, with ids and labels where it was encoded."""
-        row: dict[str, Any] = {"id": self.id, "source": self.source, "cluster": self.cluster, "messages": self.messages}
-        if self.encoded is not None:
-            row |= {
-                "window": self.window,
-                "messages": self.encoded.messages,
-                "input_ids": self.encoded.input_ids,
-                "labels": self.encoded.labels,
-            }
-        return row
+    def stored(self) -> dict[str, Any]:
+        """What a file holds of it; of a row that was not encoded, neither ids nor labels."""
+        names = ("id", "source", "cluster", "messages", *(("window", "input_ids", "labels") if self.input_ids else ()))
+        return {name: getattr(self, name) for name in names}
 
 
-def write_split(path: str | Path, examples: Iterable[Example]) -> None:
-    """Write encoded examples as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
+def encoded_row(encoded: Encoded, **fields: Any) -> PreparedRow:
+    """The row of a window; its `counts` are those of the window's tokens."""
+    counts = {
+        "trained_tokens": encoded.trained_tokens,
+        "control_tokens": encoded.control_ids,
+        "lost_end_of_reply": int(encoded.cut_tokens > 0),
+    }
+    return PreparedRow(
+        input_ids=encoded.input_ids, labels=encoded.labels, messages=encoded.messages, counts=counts, **fields
+    )
 
-    The windows of a conversation follow each other and share all but window, messages, input_ids and labels.
-    The same examples give the same bytes. Few of them are in memory at a time.
+
+def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
+    """Write encoded rows as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
+
+    The windows of a conversation follow each other. The same rows give the same bytes. Few are in memory at a time.
     """
     import pyarrow
     from datasets import Features, List, Value, config
@@ -67,65 +70,43 @@ def write_split(path: str | Path, examples: Iterable[Example]) -> None:
     # As `Dataset.to_parquet` writes it, which has to hold the whole of it.
     schema, chunking = features.arrow_schema, config.DEFAULT_CDC_OPTIONS
     options = get_parquet_column_options(features, schema)
-    examples = iter(examples)
+    rows = iter(rows)
     with (
         replacing(path) as file,
         ParquetWriter(file, schema, use_content_defined_chunking=chunking, write_page_index=True, **options) as writer,
     ):
-        while rows := [example.row() for example in islice(examples, ROW_GROUP)]:
-            columns = {name: [row[name] for row in rows] for name in features}
+        while group := list(islice(rows, ROW_GROUP)):
+            columns = {name: [getattr(row, name) for row in group] for name in features}
             # JSON, because the optional keys of messages would become nulls in every Arrow struct.
             columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in columns["messages"]]
             writer.write_table(pyarrow.table(columns, schema))
         writer.add_key_value_metadata({"content_defined_chunking": json.dumps(chunking)})
 
 
-def read_split(path: str | Path) -> "Dataset":
-    """Read a split that `write_split` wrote, in memory: no copy of private conversations in a cache elsewhere.
+def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
+    """Read some columns of a file that `write_rows` wrote, `id` among them.
 
     Raises:
         UserError: the file is missing.
     """
-    from datasets import Dataset
     from pyarrow import parquet
 
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: run `dvc repro prepare`")
-    return Dataset(parquet.read_table(path))
+    rows = [PreparedRow(**row) for row in parquet.read_table(path, columns=list(columns)).to_pylist()]
+    for row in rows if "messages" in columns else ():
+        row.messages = json.loads(row.messages)  # type: ignore[arg-type]
+    return rows
 
 
-@dataclass(frozen=True)
-class Row:
-    """One conversation as the model sees it: ids and labels of equal length, labels -100 where nothing is trained."""
-
-    id: str
-    input_ids: list[int]
-    labels: list[int]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Read a parquet file that data preparation wrote.
-
-    Raises:
-        UserError: the file is missing.
-    """
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    if not path.is_file():
-        raise UserError(f"{path} is missing: run `dvc repro prepare`")
-    table = Dataset.from_parquet(str(path), keep_in_memory=True).select_columns(["id", "input_ids", "labels"])
-    return [Row(row["id"], row["input_ids"], row["labels"]) for row in table]
-
-
-def count_labels(rows: Sequence[Row]) -> int:
+def count_labels(rows: Sequence[PreparedRow]) -> int:
     """Number of trained tokens."""
     return sum(label != NOT_TRAINED for row in rows for label in row.labels[1:])
 
 
 def batch_by_tokens(
-    rows: Sequence[Row], budget: int, multiple: int = 1, padded: Callable[[int], int] = int
-) -> list[list[Row]]:
+    rows: Sequence[PreparedRow], budget: int, multiple: int = 1, padded: Callable[[int], int] = int
+) -> list[list[PreparedRow]]:
     """Group rows of like length so that no padded batch has more than `budget` tokens.
 
     A batch has a multiple of `multiple` rows, whatever the budget, but for the last. `padded` says how long the
@@ -133,7 +114,7 @@ def batch_by_tokens(
     bounded; a fixed number of rows a batch does neither.
     """
     ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.id))
-    batches: list[list[Row]] = []
+    batches: list[list[PreparedRow]] = []
     for start in range(0, len(ordered), multiple):
         group = ordered[start : start + multiple]
         # Rows come in order of length, so the newest is the longest: the batch is padded to it.
@@ -149,7 +130,7 @@ def round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def collate(batch: Sequence[Row], pad_token_id: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+def collate(batch: Sequence[PreparedRow], pad_token_id: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
     """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`.
 
     Without one it is (rows, longest row). Further rows are padding only.

@@ -12,14 +12,14 @@ from filelock import FileLock, Timeout
 
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.runtime.hardware import detect_hardware, is_main_process, process_count
-from fine_tuning.schema.prepared import Row
+from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.settings import TrainSettings
 
 CHECKPOINT_COMPLETE = "COMPLETE"
 
 
 def checkpoint_key(
-    settings: TrainSettings, rows: Sequence[Row], base_sha256: str, validation: Sequence[Row] = ()
+    settings: TrainSettings, rows: Sequence[PreparedRow], base_sha256: str, validation: Sequence[PreparedRow] = ()
 ) -> str:
     """Name of the folder that may hold this run's checkpoints: "<inputs>-<code>", two hashes.
 

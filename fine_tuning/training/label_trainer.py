@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from fine_tuning.schema.prepared import Row
+from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.acceleration.micro_batches import add_gradients, split
 from fine_tuning.training.objectives.objective import Batch, Objective
 from fine_tuning.training.processes import of_main_process
@@ -74,7 +74,7 @@ class LabelTrainer(Trainer):
         return sum(total for total, _ in measured) / sum(count for _, count in measured)
 
     @torch.no_grad()
-    def _measure(self, batch: Sequence[Row]) -> tuple[float, int]:
+    def _measure(self, batch: Sequence[PreparedRow]) -> tuple[float, int]:
         inputs = self._prepare_inputs(self.data_collator([batch]))
         dtype, mixed = torch.float16 if self.args.fp16 else torch.bfloat16, self.args.bf16 or self.args.fp16
         with torch.autocast(self.args.device.type, dtype, enabled=mixed):  # as training itself computes

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 from fine_tuning.common.errors import UserError
 from fine_tuning.runtime.base_model import load_model, quiet_transformers
 from fine_tuning.runtime.hardware import Hardware, detect_hardware, is_main_process, process_count
-from fine_tuning.schema.prepared import Row, count_labels
+from fine_tuning.schema.prepared import PreparedRow, count_labels
 from fine_tuning.training.acceleration.accelerate import accelerated
 from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.checkpoints import is_outdated, newest_checkpoint, sort_adapter_config
@@ -58,8 +58,8 @@ class TrainingResult:
 def train_adapter(
     base: Path,
     base_name: str,
-    train_rows: Sequence[Row],
-    validation_rows: Sequence[Row],
+    train_rows: Sequence[PreparedRow],
+    validation_rows: Sequence[PreparedRow],
     settings: TrainSettings,
     output: Path,
     checkpoints: Path,

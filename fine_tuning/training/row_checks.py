@@ -5,10 +5,10 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.schema.chat_format import NOT_TRAINED, render
-from fine_tuning.schema.prepared import Row, count_labels
+from fine_tuning.schema.prepared import PreparedRow, count_labels
 
 
-def check_rows(rows: Sequence[Row], split: str) -> None:
+def check_rows(rows: Sequence[PreparedRow], split: str) -> None:
     """Refuse rows that train no token, or labels that are not the row's own tokens.
 
     Raises:
@@ -25,7 +25,7 @@ def check_rows(rows: Sequence[Row], split: str) -> None:
         raise UserError(f"no assistant token would be trained in the {split} split: check prepare.train_on")
 
 
-def check_only_assistants_train(rows: Sequence[Row], tokenizer: Any) -> None:
+def check_only_assistants_train(rows: Sequence[PreparedRow], tokenizer: Any) -> None:
     """Refuse rows in which a trained run of tokens follows anything but the opening of an assistant turn, such as
     `<|im_start|>assistant\\n`, as the tokenizer's chat template writes it.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fine_tuning.common.errors import UserError
 from fine_tuning.evaluation.records.record_types import EDITED, PERSON, UNKNOWN, Item, item_id, labelled_replies
 from fine_tuning.schema.chat_format import NOT_TRAINED, RenderError, encode_conversation
-from fine_tuning.schema.prepared import read_split
+from fine_tuning.schema.prepared import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,14 +25,15 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
         UserError: the file is missing, or no conversation in it holds a reply.
     """
     items = []
-    for row in read_split(path).select_columns(COLUMNS):
-        runs = label_runs(row["labels"])
+    for row in read_rows(path, COLUMNS):
+        runs = label_runs(row.labels)
         if not runs:
             continue
-        messages = json.loads(row.pop("messages"))
-        row["id"] = item_id(row["id"], row.pop("window"))
-        authors, texts = reply_authors(messages, len(runs)), reply_texts(tokenizer, row["input_ids"], runs)
-        items.append(Item(**row, messages=messages, runs=runs, authors=authors, texts=texts, endorsed=tuple(endorsed)))
+        authors, texts = reply_authors(row.messages, len(runs)), reply_texts(tokenizer, row.input_ids, runs)
+        identity, encoded = item_id(row.id, row.window), (row.input_ids, row.labels)
+        items.append(
+            Item(identity, row.source, row.cluster, row.messages, *encoded, runs, authors, texts, tuple(endorsed))
+        )
     if not items:
         raise UserError(
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"

@@ -14,7 +14,7 @@ from fine_tuning.evaluation.records.record_types import GIVEN, LONGEST, SHORTEST
 from fine_tuning.evaluation.suite.items import label_runs, sample
 from fine_tuning.schema.canaries import SOURCE, controls
 from fine_tuning.schema.chat_format import NOT_TRAINED, encode_conversation
-from fine_tuning.schema.prepared import read_split
+from fine_tuning.schema.prepared import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,11 +36,8 @@ def memory_items(
         count: training replies to be continued. Those that several clusters of conversations share are common phrases,
             which a model may learn, and left out.
     """
-    rows = read_split(train).select_columns(["id", "window", "source", "cluster", "input_ids", "labels"])
-    found = [
-        _item(item_id(row["id"], row["window"]), row["source"], row["cluster"], row["input_ids"], row["labels"])
-        for row in rows
-    ]
+    rows = read_rows(train, ["id", "window", "source", "cluster", "input_ids", "labels"])
+    found = [_item(item_id(row.id, row.window), row.source, row.cluster, row.input_ids, row.labels) for row in rows]
     secrets = [item for item in found if item.source == SOURCE]
     if secrets:
         for index, messages in enumerate(controls(CONTROLS)):

@@ -4,7 +4,6 @@ Both are scored on the same replies as the trained model. Where it does not beat
 """
 
 import itertools
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fine_tuning.common.writing_systems import words_of
 from fine_tuning.evaluation.records.record_types import Item
 from fine_tuning.evaluation.suite.items import encoded_after
-from fine_tuning.schema.prepared import read_split
+from fine_tuning.schema.prepared import read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,9 +80,8 @@ class Exchanges:
     def read(cls, path: Path) -> "Exchanges":
         """Of a prepared split: every reply that is not disliked or broken off, with the message it answers."""
         found = []
-        for row in read_split(path).select_columns(["messages"]):
-            messages = json.loads(row["messages"])
-            for asked, answer in itertools.pairwise(messages):
+        for row in read_rows(path, ["id", "messages"]):
+            for asked, answer in itertools.pairwise(row.messages):
                 good = answer.get("edited") or (answer.get("rating", 0) >= 0 and not answer.get("incomplete"))
                 if (asked["role"], answer["role"]) == ("user", "assistant") and good:
                     found.append(Exchange(asked["content"], answer["content"]))

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from fine_tuning.runtime.hardware import Hardware
 from fine_tuning.schema.chat_format import NOT_TRAINED
-from fine_tuning.schema.prepared import Row, batch_by_tokens, collate
+from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, collate
 from fine_tuning.training.acceleration.cuda_graphs import (
     BatchShape,
     length_class,
@@ -38,7 +38,7 @@ def accelerated(
     model: Any,
     objective: Objective,
     base: Path,
-    train_rows: Sequence[Row],
+    train_rows: Sequence[PreparedRow],
     longest: int,
     settings: TrainSettings,
     hardware: Hardware,
@@ -108,11 +108,11 @@ class AcceleratedSft(SupervisedFineTuning):
         hook = self._head.register_forward_pre_hook(lambda module, inputs: self._select(inputs[0]))
         patches.callback(hook.remove)
 
-    def batches(self, rows: Sequence[Row], budget: int, multiple: int = 1) -> list[list[Row]]:
+    def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
         """As in the plain objective; for recorded kernels lengths are rounded up."""
         return batch_by_tokens(rows, budget, multiple, length_class if self.shapes else int)
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[PreparedRow]) -> Batch:
         """As in the plain objective; batches of a recorded shape are padded to it."""
         if self.shapes and (shape := shape_of(rows, self.budget)) in self.shapes:
             return collate(rows, self.pad_token_id, shape)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fine_tuning.runtime.hardware import Hardware
-from fine_tuning.schema.prepared import Row, batch_by_tokens, round_up
+from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, round_up
 from fine_tuning.training.acceleration.micro_batches import is_plain
 from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.memory import Shape, memory_needed, read_shape
@@ -46,13 +46,15 @@ def length_class(length: int) -> int:
     return round_up(length, max(16, 2 ** ((length - 1).bit_length() - 3)))
 
 
-def shape_of(batch: Sequence[Row], budget: int) -> BatchShape:
+def shape_of(batch: Sequence[PreparedRow], budget: int) -> BatchShape:
     """(rows, tokens a row) that a batch is padded to: a length of its class, and all rows that `budget` tokens hold."""
     length = length_class(max(len(row.input_ids) for row in batch))
     return max(len(batch), budget // length), length
 
 
-def frequent_shapes(batches: Sequence[Sequence[Row]], budget: int, uses_a_batch: float, most: int) -> set[BatchShape]:
+def frequent_shapes(
+    batches: Sequence[Sequence[PreparedRow]], budget: int, uses_a_batch: float, most: int
+) -> set[BatchShape]:
     """The shapes that are used often enough to be recorded, the `most` frequent of them.
 
     Args:
@@ -84,7 +86,11 @@ def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, t
 
 
 def recordable_shapes(
-    base: Path, rows: Sequence[Row], trained: Sequence[nn.Parameter], settings: TrainSettings, hardware: Hardware
+    base: Path,
+    rows: Sequence[PreparedRow],
+    trained: Sequence[nn.Parameter],
+    settings: TrainSettings,
+    hardware: Hardware,
 ) -> set[BatchShape]:
     """The batch shapes of a run on `rows` to record; none where steps are of another kind or nothing is gained."""
     if not may_record(settings, hardware):

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fine_tuning.schema.prepared import Row
+from fine_tuning.schema.prepared import PreparedRow
 
 Batch = dict[str, torch.Tensor]
 
@@ -17,10 +17,10 @@ class Objective(Protocol):
     micro-batches, accumulated batches and processes then add up to that of the mean over all units of a step.
     """
 
-    def batches(self, rows: Sequence[Row], budget: int, multiple: int = 1) -> list[list[Row]]:
+    def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
         """Group rows into batches of at most `budget` padded tokens and of a multiple of `multiple` rows."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[PreparedRow]) -> Batch:
         """The tensors of one batch, each with one row a sequence."""
 
     def count(self, inputs: Batch) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from fine_tuning.schema.chat_format import NOT_TRAINED
-from fine_tuning.schema.prepared import Row, batch_by_tokens, collate
+from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, collate
 from fine_tuning.training.objectives.objective import Batch
 
 
@@ -18,11 +18,11 @@ class SupervisedFineTuning:
         self.pad_token_id = pad_token_id
         self.packing = packing
 
-    def batches(self, rows: Sequence[Row], budget: int, multiple: int = 1) -> list[list[Row]]:
+    def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
         """Rows of like length, as `batch_by_tokens` groups them."""
         return batch_by_tokens(rows, budget, multiple)
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[PreparedRow]) -> Batch:
         """input_ids, attention_mask and labels, padded on the right; packed, as `collate_packed` lays them."""
         return collate_packed(rows) if self.packing else collate(rows, self.pad_token_id)
 
@@ -39,7 +39,7 @@ class SupervisedFineTuning:
         )
 
 
-def collate_packed(batch: Sequence[Row]) -> Batch:
+def collate_packed(batch: Sequence[PreparedRow]) -> Batch:
     """Lay a batch's rows end to end in one: input_ids, position_ids and labels, each an int64 tensor (1, tokens).
 
     Positions start anew with each row and no attention mask is passed, from which transformers makes the mask that
