@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from fine_tuning.common.writing_systems import JOINED, OTHER_NUMBERS, WORD
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
 
 _NO_DIGITS = re.compile(r"\D+")
 
@@ -27,83 +28,24 @@ _CARD_GROUPS = re.compile(
 )
 _DOTTED_CARD = re.compile(rf"\d(?<!{WORD}\d)(?<![.,-]\d)\d{{3}}(?:\.\d{{4}}){{3}}(?!{WORD}|-|[.,]\d)")
 _NOT_A_CARD = re.compile(
-    r"(?<![A-Za-z])(?:order|invoice|tracking|isbn|issn|ean|upc|gtin|sku|serial|imei|parcel|shipment|ticket|case|ref|id|"
-    r"reference|timestamp|part|hash|(?:bestell|auftrag|rechnung|sendung|kunden)\w{0,8}|commande|facture|pedido|factura|"
-    r"ordine|fattura|zam[oó]wieni\w{0,3}|bestelling|factuur|encomenda|fatura)\b"
+    rf"(?<![A-Za-z]){any_of('card', 'otherwise')}\b"
     r"(?:[\s_.-]{0,2}(?:number|no|num|nr|n|id|code|is|was|ist|est)\b){0,3}[\s.:#=º°\"'-]{0,5}$"
     rf"|{OTHER_NUMBERS}{JOINED}$",
     re.IGNORECASE,
 )
-_CALLED_A_CARD = re.compile(
-    r"(?:cards?|kart[eay]|kaart|\bcarte|tarjeta|\bcarta|cart[aã]o|visa|master ?card|amex|american express|\bdiners|"
-    r"maestro|discover|カード|信用卡|卡[号號]|카드|"
-    r"\bjcb|union ?pay|rupay|\btroy|\bmir)\b[^\d\n]{0,20}$",
-    re.IGNORECASE,
-)
+_CALLED_A_CARD = re.compile(rf"{any_of('card', 'called')}\b[^\d\n]{{0,20}}$", re.IGNORECASE)
 _SSN = re.compile(rf"\d(?<!{WORD}\d)(?<!-\d)\d\d([- .])\d{{2}}\1\d{{4}}(?!{WORD}|-|\.\d)")
 _BARE_SSN = re.compile(
     r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
 )
+_FORMS = PATTERNS["national_id"]["forms"]
 _NATIONAL = re.compile(
     rf"(?=[A-Z0-9])(?<!{WORD})(?<![.-])(?:"
-    r"(?P<cpf>\d{3}\.\d{3}\.\d{3}-\d{2})"  # Brazil
-    r"|(?P<nino>[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?\d{2} ?\d{2} ?\d{2} ?[A-D])"  # United Kingdom
-    r"|(?P<codice>[A-Z]{6}\d{2}[A-EHLMPRST]\d{2}[A-Z]\d{3}[A-Z])"  # Italy
-    r"|(?P<dni>(?:\d{8}|[XYZ]-?\d{7})-?[A-Z])"  # Spain
-    r"|(?P<nir>[12] ?\d{2} ?\d{2} ?\d{2} ?\d{3} ?\d{3} ?\d{2})"  # France
-    r"|(?P<sin>\d{3}[ -]\d{3}[ -]\d{3})"  # Canada
-    r"|(?P<aadhaar>[2-9]\d{3} \d{4} \d{4})"  # India
-    r"|(?P<pan>[A-Z]{3}[PCHFATBLJG][A-Z]\d{4}[A-Z])"  # India, tax
-    r"|(?P<curp>[A-Z]{4}\d{6}[HM][A-Z]{5}[A-Z0-9]\d)"  # Mexico
-    r"|(?P<ahv>756\.\d{4}\.\d{4}\.\d{2})"  # Switzerland
-    r"|(?P<nn>\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2})"  # Belgium
-    r"|(?P<hetu>\d{6}[+A-FU-Y-]\d{3}[0-9A-Y])"  # Finland
-    r"|(?P<rrn>\d{6}-\d{7})"  # South Korea
-    r"|(?P<ric>[1-9]\d{16}[0-9X])"  # China
-    r"|(?P<called>\d(?:[ ./+-]?\d){6,17}+(?:-?[A-Z]{1,2})?)"
-    rf")(?!{WORD}|-|\.\d)"
+    + "".join(f"(?P<{name}>{form})|" for name, (form, *_) in _FORMS.items())
+    + rf"(?P<called>\d(?:[ ./+-]?\d){{6,17}}+(?:-?[A-Z]{{1,2}})?))(?!{WORD}|-|\.\d)"
 )
-# what each of them is checked by in python-stdnum
-_CHECKS = {
-    "cpf": ("br.cpf",),
-    "codice": ("it.codicefiscale",),
-    "dni": ("es.dni", "es.nie"),
-    "nir": ("fr.nir",),
-    "sin": ("ca.sin",),
-    "aadhaar": ("in_.aadhaar",),
-    "curp": ("mx.curp",),
-    "ahv": ("ch.ssn",),
-    "nn": ("be.nn",),
-    "hetu": ("fi.hetu",),
-    "rrn": ("kr.rrn",),
-    "ric": ("cn.ric",),
-}
-# numbers that look like many others count only behind one of these words
-# fmt: off
-_CALLED = {
-    word: checks
-    for words, *checks in (
-        ("pesel", "pl.pesel"), ("bsn burgerservicenummer sofinummer", "nl.bsn"), ("cpf", "br.cpf"), ("nhs", "gb.nhs"),
-        ("steuer steueridentifikationsnummer identifikationsnummer idnr", "de.idnr"), ("pps ppsn", "ie.pps"),
-        ("personnummer personnumret", "se.personnummer", "no.fodselsnummer"),
-        ("fødselsnummer fodselsnummer", "no.fodselsnummer"), ("cpr", "dk.cpr"),
-        ("nif contribuinte", "pt.nif", "es.nif"), ("itin", "us.itin"), ("tfn", "au.tfn"), ("cnp", "ro.cnp"),
-        ("rodné rodne", "cz.rc"), ("oib", "hr.oib"), ("isikukood", "ee.ik"), ("asmens", "lt.asmens"),
-        ("егн egn", "bg.egn"), ("αμκα amka", "gr.amka"), ("svnr sozialversicherungsnummer", "at.vnr"),
-        ("kimlik tckn", "tr.tckimlik"), ("rut", "cl.rut", "uy.rut"), ("aadhaar aadhar", "in_.aadhaar"),
-        ("sin insurance", "ca.sin"), ("ird", "nz.ird"), ("sécurité securite sécu nir", "fr.nir"),
-        ("african sa id", "za.idnr"), ("инн", "ru.inn"), ("іпн рнокпп", "ua.rntrc"), ("nik ktp", "id.nik"),
-        ("nric ic mykad", "my.nric"), ("cnic", "pk.cnic"), ("cuil cuit", "ar.cuit"),
-        ("cédula cedula", "do.cedula", "ec.ci"), ("kennitala", "is_.kennitala"), ("emšo emso", "si.emso"),
-    )
-    for word in words.split()
-}
-# in scripts without spaces, or with marks within their words
-_CALLED_WITHIN = {
-    "マイナンバー": ["jp.in_"], "個人番号": ["jp.in_"], "주민": ["kr.rrn"], "ประชาชน": ["th.pin"],
-    "आधार": ["in_.aadhaar"], "ת.ז": ["il.idnr"], "תעודת זהות": ["il.idnr"],
-}
-# fmt: on
+_CALLED = {word: checks for words, checks in PATTERNS["national_id"]["called"].items() for word in words.split()}
+_CALLED_WITHIN = PATTERNS["national_id"]["called_within"]
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -112,7 +54,8 @@ def find_ibans(text: str) -> Iterator[tuple[int, int]]:
     for head in _IBAN_HEAD.finditer(text):
         length = _iban_lengths().get(head.group()[:2].upper())
         rest = _iban_rest(length).match(text, head.end()) if length else None
-        if rest and _iban_checksum(head.group() + rest.group()):
+        value = "".join(filter(str.isalnum, head.group() + rest.group())) if rest else ""
+        if rest and _stdnum("iso7064.mod_97_10").is_valid(value[4:] + value[:4]):
             yield head.start(), rest.end()
 
 
@@ -130,13 +73,6 @@ def _iban_lengths() -> dict[str, int]:
         country: 4 + sum(int(count) for count in re.findall(r"(\d+)!", properties["bban"]))
         for _, country, _, properties, _ in numdb.get("iban").prefixes
     }
-
-
-def _iban_checksum(value: str) -> bool:
-    """ISO 13616: the first four characters go to the end, letters count from 10, and the number is 1 modulo 97."""
-    value = "".join(filter(str.isalnum, value))
-    moved = value[4:] + value[:4]
-    return int("".join(str(int(character, 36)) for character in moved)) % 97 == 1
 
 
 def find_cards(text: str) -> Iterator[tuple[int, int]]:
@@ -168,22 +104,12 @@ def _is_card(digits: str, called: bool) -> bool:
         or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
         or ((2200 <= four <= 2205 or four in (8600, 9792, 9860) or two == 82) and length == 16)  # Mir, Troy, RuPay
     )
-    return (scheme or called) and len(set(digits)) > 1 and luhn(digits)
-
-
-def luhn(digits: str) -> bool:
-    """ISO/IEC 7812-1, annex B."""
-    total = 0
-    for index, digit in enumerate(reversed(digits)):
-        value = int(digit) * (1 + index % 2)
-        total += value - 9 if value > 9 else value
-    return total % 10 == 0
+    return (scheme or called) and len(set(digits)) > 1 and _stdnum("luhn").is_valid(digits)
 
 
 def find_ssns(text: str) -> Iterator[tuple[int, int]]:
     """Spans of US social security numbers that were given out."""
-    from stdnum.us import ssn
-
+    ssn = _stdnum("us.ssn")
     for match in _SSN.finditer(text):
         if ssn.is_valid(_digits(match.group())):
             yield match.span()
@@ -207,7 +133,8 @@ def find_national_ids(text: str) -> Iterator[tuple[int, int]]:
 def _national_check(kind: str, value: str, before: str) -> bool:
     if kind in ("sin", "aadhaar", "pan") and not _NAMED_ID.search(before):
         return False
-    return kind in ("nino", "pan") or _is_valid(_CHECKS[kind], value)
+    checks = _FORMS[kind][1:]
+    return not checks or _is_valid(checks, value)
 
 
 def _called_number(value: str, before: str) -> str:

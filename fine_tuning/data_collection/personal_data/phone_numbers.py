@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING
 from zoneinfo import available_timezones
 
 from fine_tuning.common.writing_systems import JOINED, OTHER_NUMBERS, WORD
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
 
 if TYPE_CHECKING:
     from phonenumbers import PhoneNumber
 
+_WORDS = PATTERNS["phone"]
+_any = partial(any_of, "phone")
 _BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011\u2212\uff0d] ?\(?|[ .\u00a0]\(?)"  # digits of a number
 _INTERNATIONAL = re.compile(rf"(?<!{WORD})(?<!\+)(?<!\d[.,])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
 _NATIONAL_PHONE = re.compile(
@@ -23,102 +26,29 @@ _MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$|\b(?:is|ist|est|es|[èé]|[�
 _EXTENSION = re.compile(
     r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
 )
-_CALLED_A_PHONE = re.compile(
-    r"\b(?:phone|tel|telephone|mobile|cell|cellphone|call|text|sms|whatsapp|signal|fax|dial|ring|reach|contact|hotline|"
-    r"telefon\w{0,9}|handy\w{0,8}|mobilnummer|rufnummer|ruf|rufen|anrufen|durchwahl|t[ée]l[ée]phone|portable|"
-    r"appele[zr]|"
-    r"appelle|joindre|tel[ée]fono|m[óo]vil|celular|telem[óo]vel|telefone|cellulare|telefoon\w{0,7}|kom[óo]rk[aię]|"
-    r"(?:my|his|her|our|their|your) (?:new )?number|(?:meine|deine|seine|ihre|unsere) (?:neue )?nummer|"
-    r"(?:mon|ton|son|notre|votre) num[ée]ro)\b[^\d\n]{0,24}$",
-    re.IGNORECASE,
-)
-# what stands on cards, in forms and in code right before a number: unlike a verb it says phone in any country
+# The lists of patterns.toml that end before a number, and what may stand between.
+_CALLED_A_PHONE = re.compile(rf"\b{_any('called')}\b[^\d\n]{{0,24}}$", re.IGNORECASE)
 _LABELLED_A_PHONE = re.compile(
-    r"(?:(?:(?<![^\W_])(?:(?:phone|telephone|telefon|t[ée]l[ée]phone|tel[ée]fono|telefone|telefoon|telem[óo]ve[li]|"
-    r"mobiltelefon|"
-    r"handy|cell ?phone|whatsapp|celular|cellulare|rufnummer|телефон|puhelin|τηλέφωνο)[^\W\d]{0,12}|"
-    r"tel|tél|telf|tfno|landline|kom|t[ée]l[ée]f|tlf|tlfn|tfn|ph|mob|mobile?|mobiel|mobilnummer|mobilnr|cell?|fone|fax|"
-    r"gsm|natel|puh|моб|тел|(?:по)?звоните|τηλ|κιν|טלפון|נייד|הטלפון|هاتف|جوال|الهاتف)|(?<=[a-z])(?-i:Phone|Mobile|"
-    r"Tel|Fax)(?:Number|No|Nr)?)"
-    r"\.?(?:[\s_/-]{0,2}(?:number|no|num|nr|numer|n[úu]mero|num[ée]ro|nummer|n[º°]|phone|mobile|m[óo]vil|kom[óo]rkowy|"
-    r"work|home|office|priv(?:at|é)|celular)\b\.?){0,3}(?:\s?\([^()\d\n]{1,16}\)|\s(?:para|de|di|per)\s[^\W\d_]{3,10})?"
+    rf"(?:(?:(?<![^\W_])(?:{_any('label_stems')}[^\W\d]{{0,12}}|{'|'.join(_WORDS['labels'])})"
+    r"|(?<=[a-z])(?-i:Phone|Mobile|Tel|Fax)(?:Number|No|Nr)?)"
+    rf"\.?(?:[\s_/-]{{0,2}}{_any('label_kinds')}\b\.?){{0,3}}"
+    r"(?:\s?\([^()\d\n]{1,16}\)|\s(?:para|de|di|per)\s[^\W\d_]{3,10})?"
     r"(?:\s(?:is|ist|est|es|is|è|é|to|er|är|lautet))?[\s\"'*`:=.：#(\[|-]{0,8}"
-    r"|(?:電話|电话|手机|手機|携帯|ファックス|ケータイ|전화|휴대폰|휴대전화|핸드폰|연락처)(?:番号|號碼|号码|号|\s?번호)?[はのは是為为은는:：\s]{0,4})$",
+    rf"|{_any('unspaced_labels')}(?:番号|號碼|号码|号|\s?번호)?[はのは是為为은는:：\s]{{0,4}})$",
     re.IGNORECASE,
 )
-# Somebody's number in a sentence, which may be one of any country too: whose it is, ...
-_WHOSE = (
-    r"(?:(?:mio|tuo|suo|nostro|vostro)(?: nuovo)? numero|(?:mi|tu|su|nuestro)(?: nuevo)? n[úu]mero|"
-    r"(?:meu|teu|seu|nosso)(?: novo)? (?:n[úu]mero|zap|whats)|"
-    r"(?:mijn|jouw|zijn|haar|ons|onze)(?: nieuwe)? (?:06-?)?nummer|(?:m[óo]j|tw[óo]j|jego|jej|nasz)(?: nowy)? numer|"
-    r"(?:mitt|ditt|mit|dit|hans|hennes|hendes|vårt)(?: ny[ae])? (?:mobil)?nummer|"
-    r"(?:moje|tvoje|jeho|její|naše)(?: nov[ée])? [čc][íi]slo|(?:m[ůu]j|m[ôo]j|tv[ůu]j|její|jeho) mobil|"
-    r"(?:benim )?(?:cep )?numara(?:m|mız|sı)|hatt[ıi]m(?:[ıi]z)?|(?-i:[Cc]ep)|(?:мой|мій|его|её|наш|"
-    r"твой)(?: новый)? номер|"
-    r"номер (?:мам|пап|муж|жен|сын|доч|брат|сестр|бабушк|дедушк)\w{1,3}|αριθμός μου|számom|numărul meu|numeroni|"
-    r"(?:mon|ton|son|notre|votre)(?: nouveau)? num[ée]ro|(?:n[úu]mero d(?:[eiao]|el|ella) (?:m[ií][aeo]? |meu |"
-    r"minha )?|"
-    r"n[úu]mero del|num[ée]ro d(?:e |')|nummer v[ao]n |numer do |číslo na )(?-i:[A-ZÀ-ÞŁŚŻ])?[^\W\d_]{1,20})"
-    r"(?:\s(?:[èé]|es|est|is|ist|to|je|[äe]r|on|este|είναι|le|el|il|o|c'est|jest)){0,2}"
-)
-# ... or a word for calling and reaching, and what stands between it and the number
-_REACHED = (
-    r"(?:joignables?|(?:r?appel|contact|t[ée]l[ée]phon)(?:e|es|er|ez)|joindre|raggiungibil[ei]|(?:ri)?chiam\w{1,6}|"
-    r"telefon(?:a|ami|are|ate|eer|ere)|contatt\w{1,6}|recapit\w{1,8}|scriv(?:i|e|ete|er)(?:mi|ci)|ll[áa]m\w{1,6}|"
-    r"locali[zc]\w{0,4}(?:me|nos|le)|"
-    r"cont[áa]ct\w{1,7}|m[áa]nd[ae](?:me|nos|le|n)|escr[íi]b[aei]r?(?:me|nos|le)|ligu?[ea]r?|fal[ea]r? (?:com|"
-    r"conosco)|chamar?|bel(?:len|t)?|"
-    r"bereik\w{1,5}|app(?= (?:me|mij|ons))|(?:za|od)?dzwo[nń]\w{0,4}|dost[ęe]pn[yai]|kontakt\w{0,4}|"
-    r"(?:napi[sš]\w{0,2}|пиши(?:те)?)(?= (?:sms|do|mi|mu|мне|в|на)\b)|"
-    r"ring(?:a|er)?|n[åa]r?s?(?= (?:mig|meg|oss|på))|f[åa] fat i|zavol\w{1,6}|vol(?:ej|at)\w{0,3}|"
-    r"(?:по)?(?:звон|дзвон)\w{1,5}|связаться|aray[ıi]n\w{0,4}|ula[şs]\w{1,12}|whats ?app|в[оа]тсап\w{0,2}|sms|"
-    r"erreich\w{1,5}|anruf\w{0,4}|bell|voicemail|get hold of|soit[at]\w{0,4}|hívj\w{0,3}|sun[aă]\w{0,4}|gọi|hubungi|"
-    r"telpon)"
-    r"(?:[\s,-]{1,2}(?:me|moi|mi|mij|mig|meg|mnie|mn[eě]|mir|mich|n?ous|nos|noi|ons|oss|uns|him|her|them|con|nosotros|"
-    r"conosco|"
-    r"au|aux|[ao]l?|ao|à|op|på|sur|pel[oa]|n[oa]|em|en|para|por|pod|naar|til|till|do|k|к|на|по|в|мне|нам|через|unter|"
-    r"at|on|"
-    r"le|la|el|il|het|numer\w{0,2}|n[úu]mero|num[ée]ro|nummer|[čc][íi]slo|номер\w?|numara\w{0,4}|whatsapp|вотсап\w?|"
-    r"sms|een|"
-    r"ett?|une?|uma|gerne|g[äa]rna|можно|telefon\w{0,4}|i|mit|nu|even)){0,4}"
-)
-_UNSPACED_WORDS = (
-    r"(?:(?:[拨撥致]|请打|給我打|请|来)[打电電]?[话話]?|[联聯][系繫络絡](?:方式|人|我)?|微信(?:同[号號])?|連絡先|"
-    r"問い合わせ|"
-    r"(?:的|(?<![\u4e00-\u9fff]))(?:[号號][码碼]|番号)|(?:내|제|우리|엄마) 번호|문의|연락)"
-)
+# Somebody's number in a sentence may be one of any country too.
+_WHOSE = rf"{_any('whose')}(?:\s{_any('is')}){{0,2}}"
+_REACHED = rf"{_any('reached')}(?:[\s,-]{{1,2}}{_any('reached_by')}){{0,4}}"
 _SAID_TO_BE_A_PHONE = re.compile(
-    rf"(?<![^\W_])(?:{_WHOSE}|{_REACHED})[\s:：\"'*(-]{{1,4}}$|{_UNSPACED_WORDS}{JOINED}$", re.IGNORECASE
+    rf"(?<![^\W_])(?:{_WHOSE}|{_REACHED})[\s:：\"'*(-]{{1,4}}$|{_any('reached_unspaced')}{JOINED}$", re.IGNORECASE
 )
 _WORD_BEFORE = re.compile(r"[^\W\d_][\s:：\"'*(-]{0,4}$")
-_SAID_AFTER = re.compile(
-    r"\s?(?:[にへ](?:お)?電話|まで(?:お|ご)?(?:電話|連絡|問)|(?:으)?로 (?:전화|연락|문자|카톡)|numara(?:s[ıi]n)?dan|"
-    r"找我|联系我|anrufen|zurückrufen|is (?:my|his|her|their|our|the) (?:new )?(?:phone|cell|mobile|number))"
-)
-# "Anna: 4156667777"; Chinese names begin with one of the usual surnames, and these words are no names
-_PERSON = re.compile(r"(?:^|[\n,;(•*-])\s{0,3}([^\W\d_]{2,20})(?: [^\W\d_]{2,20})?\s?[:：]\s{0,2}$")
-_SURNAMES = "王李张張刘劉陈陳杨楊赵趙黄周吴吳徐孙孫胡朱高林何郭马馬罗羅梁宋郑鄭谢謝韩韓唐冯于董萧程曹袁邓許沈曾彭蘇"
-_NO_PERSONS = (
-    " number numbers nummer numero número numéro numer номер num nr no total totale count sum summe somma suma сумма "
-    "gesamt amount betrag montant importe importo price preis prix precio prezzo cost kosten revenue sales profit "
-    "income salary budget balance account konto compte cuenta conto population users followers subscribers views "
-    "likes downloads votes max min maximum minimum average mean median seed timestamp epoch time date datum year size "
-    "length width height weight distance area volume speed offset limit index key value wert valeur valor id ids uid "
-    "pid code hash checksum bytes memory version build serial barcode isbn ean upc sku model part lot batch order "
-    "invoice ticket tracking reference ref case item product result results resultat résultat resultado risultato "
-    "ergebnis wynik answer antwort réponse respuesta solution output input expected actual example test score points "
-    "rank rate range start end first last next step page line row column prime random integer data status error "
-    "address port patent license licence registration passport policy contract claim customer client kunde employee "
-    "student member quantity anzahl nombre cantidad zahl factor difference capacity energy "
-)
-_ALSO_PEOPLE = set("Adelaide Casey Chad Davis Georgia Israel Jordan Regina Santiago Sofia Sydney".split())  # noqa: SIM905
-# fmt: off
-_ANY_COUNTRY = (
-    "US", "GB", "DE", "FR", "IN", "AU", "NZ", "IE", "CA", "ZA", "BR", "PT", "ES", "MX", "AR", "CO", "IT", "NL", "BE",
-    "CH", "AT", "PL", "CZ", "HU", "RO", "GR", "SE", "NO", "DK", "FI", "RU", "UA", "TR", "IL", "AE", "SA", "JP", "CN",
-    "KR", "TW", "HK", "SG",
-)
-# fmt: on
+_SAID_AFTER = re.compile(rf"\s?{_any('said_after')}")
+_PERSON = re.compile(
+    r"(?:^|[\n,;(•*-])\s{0,3}([^\W\d_]{2,20})(?: [^\W\d_]{2,20})?\s?[:：]\s{0,2}$"
+)  # "Anna: 4156667777"
+_NO_PERSONS = frozenset(_WORDS["no_person"].split())
 # Kept free for fiction or given to nobody: invalid, but written for numbers in examples (NANPA, Ofcom, ARCEP)
 _FICTION = {
     1: re.compile(r"555\d{7}"),
@@ -126,22 +56,8 @@ _FICTION = {
     44: re.compile(r"(?:7700900|1632960|3069990)\d{3}"),
 }
 _CALLED_OTHERWISE = re.compile(
-    r"\b(?:order|invoice|tracking|isbn(?:-1[03])?|issn|ean|upc|sku|serial|model|part|case|ticket|ref(?:erence)?|id|"
-    r"imei|version|"
-    r"account|page|pages|pp|doi|rfc|iso|figure|timestamp|port|zip|code|error|bug|issue|build|date|patent|"
-    r"card|social security|bestell\w{0,8}|auftrag\w{0,8}|rechnung\w{0,8}|sendung\w{0,8}|kunden\w{0,8}|konto\w{0,8}|"
-    r"aktenzeichen|vorgang\w{0,8}|artikel\w{0,8}|serien\w{0,8}|commande|facture|dossier|siret|siren|pedido|factura|"
-    r"ordine|"
-    r"fattura|zam[oó]wieni\w{0,3}|faktur[ay]|bestelling|factuur|encomenda|ordem|fatura|r[ée]f[ée]rence|r[ée]f|"
-    r"(?:order|bestel|klant|factuur|ordre|kunde|faktura)nummer|(?:buchungs|mitglieds|vertrags|versicherungs|"
-    r"ticket)-?nummer|"
-    r"batch|lot|flight|room|zimmer|quote|confirmation|claim|item|licen[cs]e|reservation|booking|policy|transaction|"
-    r"n[uú]m[eé]ro\s(?:d[eo]s?\s|d[ia]\s|d')(?!t[eé]l|portable|mobile|cel|m[óo]v|whats|contac|m[ií][aeo]?\b|meu|minha|"
-    r"(?-i:[A-ZÀ-Þ]))\w{2,20}|(?:sipariş|müşteri|fatura|takip|dosya|hesap|kimlik) num\w{3,8}|has|hat|tiene|"
-    r"(?:func?[tc]i[oó]n|fonction|funktion|funzione)(?: \w{3,4})?|"
-    r"barcode|asin|s/n|sn|p/n|vin|cat|catalog(?:ue)?|"
-    r"(?:customer|member(?:ship)?|employee|student|contract|meter)\s?(?=number|no\b|nr|id|#))"
-    r"(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?(?:\s(?:is|was|ist|est|lautet|es|[èé]|[äe]r|to|je))?\.?[^\w\n]{0,4}$"
+    rf"\b{_any('otherwise')}(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?"
+    r"(?:\s(?:is|was|ist|est|lautet|es|[èé]|[äe]r|to|je))?\.?[^\w\n]{0,4}$"
     rf"|{OTHER_NUMBERS}{JOINED}$",
     re.IGNORECASE,
 )
@@ -263,7 +179,7 @@ def _can_be_phone(value: str, before: str, after: str) -> bool:
     count = sum(map(str.isdigit, value))
     if value.isdigit() and count < 9 and called != "said" and not _MARK_BEFORE.search(before):  # cell 12345678
         return False
-    return labelled and any(count in _numbering(region)[1] and _parse(value, region) for region in _ANY_COUNTRY)
+    return labelled and any(count in _numbering(region)[1] and _parse(value, region) for region in _WORDS["countries"])
 
 
 @lru_cache(maxsize=4)  # the sequences of a run stand behind the same
@@ -286,9 +202,9 @@ def _is_persons(before: str) -> bool:
     if name is None:
         return False
     word = name.group(1)
-    if word[0] in _SURNAMES:
+    if word[0] in _WORDS["surnames"]:
         return len(word) <= 3
-    return word.istitle() and f" {word.lower()} " not in _NO_PERSONS and word not in _places()
+    return word.istitle() and word.lower() not in _NO_PERSONS and word not in _places()
 
 
 @cache
@@ -298,7 +214,7 @@ def _places() -> frozenset[str]:
 
     cities = {zone.rpartition("/")[2] for zone in available_timezones() if "/" in zone}
     countries = {name for names in LOCALE_DATA.values() for name in names.values()}
-    return frozenset(cities | countries) - _ALSO_PEOPLE
+    return frozenset(cities | countries) - {*_WORDS["also_people"]}
 
 
 def _is_no_phone(value: str) -> bool:

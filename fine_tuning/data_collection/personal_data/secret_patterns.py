@@ -9,78 +9,18 @@ from collections.abc import Iterator
 from functools import cache
 
 from fine_tuning.common.writing_systems import ENDS_VALUE, WORDLIKE
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
 
 _DIGIT = re.compile(r"\d")
 _SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
-# The formats are those of the issuers' documentation. A publishable key (Stripe's pk_) is no secret.
-_TOKENS = re.compile(
-    r"(?<![A-Za-z0-9_])(?=[A-Za-z0-9_.:~+/-]{15})(?:"  # most words are too short for any of them
-    r"A(?:BIA|CCA|GPA|IDA|IPA|KIA|NPA|NVA|PKA|ROA|SCA|SIA)[A-Z0-9]{16}"  # AWS
-    r"|gh[pousr]_[A-Za-z0-9]{30,255}|github_pat_[A-Za-z0-9_]{40,100}"  # GitHub
-    r"|gl(?:pat|dt|rtr?|cbt|ptt|ft|imt|agent|soat|ffct)-[A-Za-z0-9_-]{20,300}(?:\.[a-z0-9]{2}\.[a-z0-9]{9})?"  # GitLab
-    r"|gloas-[a-f0-9]{64}"
-    r"|sk-(?=[A-Za-z_-]{0,60}[0-9])[A-Za-z0-9_-]{16,250}"  # OpenAI, Anthropic, OpenRouter, DeepSeek
-    r"|(?:xoxe\.)?xox[a-z]-(?=[A-Za-z-]{0,20}[0-9])[A-Za-z0-9-]{10,250}|xapp-[A-Za-z0-9-]{10,200}"  # Slack
-    r"|AIza[A-Za-z0-9_-]{30,40}|ya29\.[A-Za-z0-9_-]{20,500}|GOCSPX-[A-Za-z0-9_-]{20,40}"  # Google
-    r"|(?:sk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,128}|whsec_[A-Za-z0-9+/]{24,64}={0,2}"  # Stripe
-    r"|SG\.[A-Za-z0-9_-]{16,32}\.[A-Za-z0-9_-]{32,64}|xkeysib-[a-f0-9]{64}-[A-Za-z0-9]{16}"  # SendGrid, Brevo
-    r"|npm_[A-Za-z0-9]{30,40}|pypi-[A-Za-z0-9_-]{30,300}|rubygems_[a-f0-9]{48}|CLOJARS_[a-z0-9]{60}"  # registries
-    r"|hf_[A-Za-z0-9]{30,40}|api_org_[A-Za-z0-9]{34}"  # Hugging Face
-    r"|dckr_(?:pat|oat)_[A-Za-z0-9_-]{20,40}|do[opr]_v1_[a-f0-9]{64}|dapi[a-f0-9]{32}(?:-\d)?"
-    r"|shp(?:at|ca|pa|ss|tka)_[a-fA-F0-9]{32}|sq0(?:atp|csp)-[A-Za-z0-9_-]{22,43}|EAA[A-Za-z0-9_-]{40,300}"
-    r"|(?:AC|SK)[0-9a-f]{32}|key-[0-9a-z]{32}|[0-9a-f]{32}-us[0-9]{1,2}"  # Twilio, Mailgun, Mailchimp
-    r"|[0-9]{6,10}:[A-Za-z0-9_-]{34,35}"  # Telegram
-    r"|[MNO][A-Za-z0-9_-]{23,27}\.[A-Za-z0-9_-]{6}\.[A-Za-z0-9_-]{27,40}"  # Discord
-    r"|eyJ[A-Za-z0-9_-]{8,2000}\.eyJ[A-Za-z0-9_-]{8,4000}\.[A-Za-z0-9_-]{8,1000}"  # JSON Web Token
-    r"|AGE-SECRET-KEY-1[A-Z0-9]{58}|hv[sbr]\.[A-Za-z0-9_-]{24,300}|[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_=-]{60,70}"
-    r"|lin_api_[A-Za-z0-9]{40}|(?:secret_|ntn_)[A-Za-z0-9]{40,50}|pat[A-Za-z0-9]{14}\.[a-f0-9]{64}"  # Airtable
-    r"|gsk_[A-Za-z0-9]{40,64}|r8_[A-Za-z0-9]{37,40}|xai-[A-Za-z0-9]{60,90}|pplx-[A-Za-z0-9]{40,60}"
-    r"|lsv2_(?:pt|sk)_[a-f0-9]{32}_[a-f0-9]{10}|gls?[ac]_[A-Za-z0-9]{32,400}(?:_[A-Fa-f0-9]{8})?"
-    r"|AT[AC]TT3[A-Za-z0-9_=-]{60,250}|ATBB[A-Za-z0-9]{32}|sntry[su]_[A-Za-z0-9_=+/-]{40,400}|NRAK-[A-Z0-9]{27}"
-    r"|PMAK-[a-f0-9]{24}-[a-f0-9]{34}|pul-[a-f0-9]{40}|HRKU-[A-Za-z0-9_-]{36,64}|fig[dou]_[A-Za-z0-9_-]{40,60}"
-    r"|pscale_(?:tkn|pw|oauth)_[A-Za-z0-9=._-]{32,64}|dp\.(?:pt|st|ct|sa|scim|audit)\.[A-Za-z0-9.]{40,60}"
-    r"|dt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}|tskey-[a-z]{2,10}-[A-Za-z0-9-]{20,64}|LTAI[A-Za-z0-9]{12,24}"
-    r"|sbp_[a-f0-9]{40}|sb_secret_[A-Za-z0-9_-]{20,50}|nfp_[A-Za-z0-9]{36,40}|EZ[AT]K[A-Za-z0-9]{54}"
-    r"|NRII-[A-Za-z0-9-]{32}|NRJS-[a-f0-9]{19}|aio_[A-Za-z0-9]{28}|p8e-[a-z0-9]{32}|AKCp[A-Za-z0-9]{64,80}"
-    r"|cmVmdGtu[A-Za-z0-9]{56}|v1\.0-[a-f0-9]{24}-[a-f0-9]{146}|dnkey-[A-Za-z0-9=_-]{26}-[A-Za-z0-9=_-]{52}"
-    r"|duffel_(?:test|live)_[A-Za-z0-9_=-]{43}|FLWSECK(?:_TEST)?-[a-f0-9]{12,32}(?:-X)?|fo1_[A-Za-z0-9_-]{43}"
-    r"|fm[12][ar]?_[A-Za-z0-9+/]{100,800}={0,3}|fio-u-[A-Za-z0-9_=-]{64}|GR1348941[A-Za-z0-9_-]{20}"
-    r"|eyJrIjoi[A-Za-z0-9]{70,400}={0,3}|pat\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}|ico-[A-Za-z0-9]{32}"
-    r"|s-s4t2(?:ud|af)-[a-f0-9]{64}|sk\.eyJ[A-Za-z0-9_-]{40,120}\.[A-Za-z0-9_-]{22}|[A-Za-z0-9]{6}_[A-Za-z0-9]{29}_mmk"
-    r"|API-[A-Z0-9]{26}|sha256~[A-Za-z0-9_-]{43}|pnu_[A-Za-z0-9]{36}|rdme_[a-z0-9]{70}|tk-us-[A-Za-z0-9_-]{48}"
-    r"|sm_[aps]at_[A-Za-z0-9]{16}|sgp_(?:(?:[a-f0-9]{16}|local)_)?[a-f0-9]{40}|tfp_[A-Za-z0-9_.=-]{59}"
-    r"|AQVN[A-Za-z0-9_-]{35,38}|y0_[A-Za-z0-9_-]{50,64}|ops_eyJ[A-Za-z0-9+/_-]{200,1500}={0,3}"
-    r"|A3-[A-Z0-9]{6}-(?:[A-Z0-9]{11}|[A-Z0-9]{6}-[A-Z0-9]{5})(?:-[A-Z0-9]{5}){3}|sk_[a-f0-9]{48}|"
-    r"nvapi-[A-Za-z0-9_-]{60,70}"
-    r"|pcsk_[A-Za-z0-9_]{50,80}|ph[xc]_[A-Za-z0-9]{40,50}|re_[A-Za-z0-9]{8}_[A-Za-z0-9]{20,24}|sq[aup]_[a-f0-9]{40}"
-    r"|vc[pika]_[A-Za-z0-9]{50,60}|tgp_v1_[A-Za-z0-9_-]{43}|tvly-[A-Za-z0-9-]{32,64}|bkua_[a-f0-9]{40}"
-    r"|CCIPAT_[A-Za-z0-9]{22}_[a-f0-9]{40}|CFPAT-[A-Za-z0-9_-]{43}|[01]/[0-9]{16}:[a-f0-9]{32}|rnd_[A-Za-z0-9]{28,32}"
-    r"|1//0[A-Za-z0-9_-]{40,120}|sl\.[A-Za-z0-9_=-]{130,1500}|ddp_[A-Za-z0-9]{36}|napi_[a-z0-9]{60,70}"
-    r"|(?:access-(?:sandbox|development|production)|pat-(?:na|eu)\d|"
-    r"ovsxat)[_-][a-f0-9]{8}(?:-[a-f0-9]{4}){3}-[a-f0-9]{12}"
-    r"|pk_[0-9]{6,9}_[A-Z0-9]{32}|ABSK[A-Za-z0-9+/]{109,269}={0,2}|shpua_[a-f0-9]{32}|oy2[a-z0-9]{43}|"
-    r"cio[A-Za-z0-9]{32}"
-    r"|shippo_(?:live|test)_[a-f0-9]{40}|[A-Za-z0-9_~.]{3}[0-9]Q~[A-Za-z0-9_~.-]{31,34}"  # Azure
-    r")(?![A-Za-z0-9_])"
-)
+_SECRET = PATTERNS["secret"]
+# Most words are too short for any of the formats.
+_TOKENS = re.compile(rf"(?<![A-Za-z0-9_])(?=[A-Za-z0-9_.:~+/-]{{15}}){any_of('secret', 'tokens')}(?![A-Za-z0-9_])")
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_WITHOUT_END = re.compile(r"(?:(?:\s|\\[rn]){1,4}[A-Za-z0-9+/=]{16,2000}+)++")
-# what a password is called, by the beginning that its forms share
-_WORDS = (
-    "kennwort", "mot de passe", "contraseña", "contrasena", "senha", "wachtwoord", "hasło", "haslo", "hasła",
-    "heslo", "heslem", "palavra-passe", "parola d'ordine", "parola", "parolă", "parolo", "clave", "lösenord",
-    "losenord", "adgangskode", "kodeord", "passord", "salasana", "şifre", "sifre", "jelsz", "lozink", "geslo",
-    "kata sandi", "sandi", "mật khẩu", "slaptažodis", "парол", "κωδικός", "κωδικό", "συνθηματικό", "كلمة المرور",
-    "كلمة السر", "סיסמ", "पासवर्ड", "รหัสผ่าน", "密码", "密碼", "口令", "パスワード", "비밀번호", "비번", "암호",
-    "패스워드",
-)  # fmt: skip
-_COMMON_NAMES = (
-    r"pass(?:word|wd|phrase|code|wort)|(?<=[_-])pass|pwd|(?<![\w.-])pw(?=\s?[:=])|(?<![A-Za-z])mdp(?=\s)|"
-    r"secret(?:[_ -]?(?:access[_ -]?)?key(?:[_-]base)?)?|client[_ -]?secret|"
-    r"(?:api|access|auth|app|account|shared[_ -]?access|private|encryption|signing|master|service|ssh)[_ -]?key|"
-    r"(?:api|access|auth|refresh|session|bot)?[_ -]?token|api[_ -]?secret"
-)
+_WORDS = _SECRET["words"]
+_COMMON_NAMES = "|".join(_SECRET["names"])
 _OTHER_NAMES = rf"(?:{'|'.join(_WORDS)})[^\W\d_{ENDS_VALUE}]{{0,6}}"
 _BARE = rf"([^\s\"'`<>,;“”„«»{ENDS_VALUE}]{{6,256}})"
 _QUOTED = r"\"([^\"\s]{4,256})\"|'([^'\s]{4,256})'|`([^`\s]{4,256})`|[“„«「『]([^\s“”„«»」』]{4,256})[“”»」』]"
@@ -88,10 +28,7 @@ _VALUE = f"(?:{_QUOTED}|{_BARE})"
 # what assigns: a sign, a word of the language, or a particle without spaces
 _ASSIGNS = (
     r"(?:\s{0,3}(=>|:=|==|=|:|：)\*{0,2}\s{0,3}(?:b(?=[\"']))?"
-    r"|\s{1,3}(?:is|was|ist|lautet|war|c'est|est|es|era|è|é|jest|(?<=[oaiN]\s)to|je|är|er|(?<=[ai]\s)on|este|"
-    r"(?<=mea\s)e|"
-    r"adalah|ialah|là|это|це|είναι|هي|هو|היא|הוא|है|[—–])\s{0,3}:?\s{1,3}"
-    r"|\s?(?:是|为|為|は|が|은|는|이|คือ)[:：]?\s{0,2})"
+    rf"|\s{{1,3}}{any_of('secret', 'is')}\s{{0,3}}:?\s{{1,3}}|\s?(?:是|为|為|は|が|은|는|이|คือ)[:：]?\s{{0,2}})"
 )
 # right behind the name, without a sign: in quotes with a digit, or digits and letters with a sign or in turns; behind a
 # name in a script without spaces also with four digits, which the names of ciphers do not have
