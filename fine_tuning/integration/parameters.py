@@ -64,8 +64,8 @@ def check_all_params(path: Path) -> None:
 
 
 def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) -> None:
-    """See that each metric by which `compare` decides is a value of one of the modules. Loading them takes five seconds,
-    so they are loaded only where none has the name in quotes."""
+    """See that each metric by which `compare` decides is a value of one of the modules. Loading them takes five
+    seconds, so that is done only where none of them has the name in quotes."""
     texts = [(METRIC_MODULES / f"{name}.py").read_text(encoding="utf-8") for name in metrics]
     deciding = (("primary", compare.primary), *(("secondary", name) for name in compare.secondary))
     unknown = [(key, name) for key, name in deciding if not any(f'"{name}"' in text for text in texts)]
@@ -77,7 +77,7 @@ def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) ->
     for key, name in unknown:
         if name not in values:
             raise UserError(
-                f"{path}: compare.{key} names {name!r}, which no module of evaluate.metrics measures: add its module, or "
+                f"{path}: compare.{key} names {name!r}, which no module of evaluate.metrics measures: add it, or "
                 f"choose among {', '.join(values)}"
             )
 

@@ -49,8 +49,6 @@ LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
 
 
-
-
 @dataclass(frozen=True)
 class Evidence:
     """What the stage evaluate left in its folder, and the metrics to judge it by."""
