@@ -33,7 +33,6 @@ install: $(VENV)/installed ## Make the environment, and close the project's fold
 	@python -c 'from fine_tuning.common.protection import protect; protect()'
 
 repro: $(VENV)/installed ## Run the pipeline on what is new and print the summary
-	@python -m fine_tuning params
 	@python -m fine_tuning sample
 	@python -m dvc repro
 	@python -m fine_tuning summary

@@ -29,6 +29,7 @@ Where each case is tested:
 """
 
 import ast
+import errno
 import html
 import json
 import os
@@ -36,6 +37,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -505,6 +508,27 @@ def test_output_to_a_full_disk_is_one_line_and_without_any_output_a_command_ends
     full = subprocess.run(f"{script} > /dev/full", **shell)
     assert full.returncode == 1 and full.stderr.startswith("error: the disk is full") and full.stderr.count("\n") == 1
     assert subprocess.run(f"{script} >&-", **shell).returncode == 0
+
+
+def test_a_full_disk_is_named_by_the_folder_that_is_full(tmp_path, monkeypatch, capsys):
+    """shutil names source and target of a copy; other writes name nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text(f"[cache]\n    dir = {tmp_path}/cache\n")
+
+    def copy():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "source", None, "/dev/copies/target")
+
+    def said(write) -> str:
+        with pytest.raises(SystemExit):
+            run(write)
+        return capsys.readouterr().err
+
+    assert "full: free some space (`df -h /dev` shows it)" in said(copy)
+    rooms = {str(tmp_path): 3 << 30, str(tmp_path / "cache"): 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=rooms.get(str(place), 9 << 30)))
+    assert f"(`df -h {tmp_path}/cache` shows it)" in said(lambda: Path("/dev/full").write_text("text"))
 
 
 def test_a_connection_that_breaks_is_no_reader_that_goes_away():

@@ -91,13 +91,20 @@ def test_a_stop_string_finishes_a_reply(engine):
     assert cut == whole.text[: whole.text.index(whole.text[3:5])]
 
 
-def test_forced_scores_equal_the_probabilities_of_each_next_token(engine):
-    ids, target = engine.tokenize(PROMPT), engine.tokenize("the dog.<|im_end|>")
+@pytest.mark.parametrize("cut", [0, 1, 2])
+@pytest.mark.parametrize("text", ["the dog.<|im_end|>", "日本 é<|im_end|>", "e\u0301"])
+def test_forced_scores_equal_the_probabilities_of_each_next_token(engine, text, cut):
+    """Also of tokens that are half a character, and where the target ends with one."""
+    ids, target = engine.tokenize(PROMPT), engine.tokenize(text)
+    target = target[: len(target) - cut]
     scores = engine.score(ids, target)
+    steps = engine.forced_logprobs(ids, target, 3)
     for position, (token, score) in enumerate(zip(target, scores, strict=True)):
         likeliest = next_token_logprobs(engine, [*ids, *target[:position]], 512)
         assert score.logprob == pytest.approx(dict(likeliest)[token], abs=2e-3)
         assert score.first == (likeliest[0][0] == token)
+        assert [number for number, _ in steps[position]] == [number for number, _ in likeliest[:3]]
+        assert steps[position][2][1] == pytest.approx(likeliest[2][1], abs=2e-3)
 
 
 def test_a_reply_is_streamed_in_pieces_and_can_be_broken_off(engine):

@@ -15,6 +15,7 @@ from rouge_score import rouge_scorer
 from fine_tuning.common.errors import UserError
 from fine_tuning.evaluation.metric_modules.loading import ItemwiseMetric, columns_of, direction, load_metric
 from fine_tuning.evaluation.records.measurements import summarise
+from fine_tuning.evaluation.records.settings import metric_names
 from tests.evaluation_suite import MODULES, SETTINGS
 
 PREDICTIONS = ["the cat sat on the mat", "", "Der Fluss ist lang und breit und tief.", "日本語のテキストです"]
@@ -144,7 +145,7 @@ def test_every_metric_also_loads_through_evaluate_itself_without_a_hub(tmp_path)
 
 
 def test_every_file_of_the_folder_is_a_metric(metrics):
-    assert {path.stem for path in MODULES.glob("*.py")} - {"__init__"} == set(metrics)
+    assert set(metric_names()) == set(metrics) == {path.stem for path in MODULES.glob("*.py")} - {"__init__", "loading"}
     assert all(columns_of(metric) for metric in metrics.values())
 
 
@@ -195,8 +196,8 @@ def test_the_pipeline_runs_again_when_a_metric_or_a_general_question_changes():
     stages = yaml.safe_load((MODULES.parents[2] / "dvc.yaml").read_text())["stages"]
     assert "fine_tuning/evaluation/metric_modules" in stages["evaluate"]["deps"]
     assert "fine_tuning/evaluation/metric_modules" in stages["compare"]["deps"]
-    for name in ("items", "texts"):
-        assert f"fine_tuning/evaluation/general_{name}.jsonl" in stages["evaluate"]["deps"]
+    assert "fine_tuning/evaluation/suite" in stages["evaluate"]["deps"]
+    assert len(list((MODULES.parent / "suite").glob("general_*.jsonl"))) == 2
 
 
 def test_no_interval_of_a_share_reaches_beyond_all_or_none(metrics):

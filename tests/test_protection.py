@@ -1,10 +1,12 @@
 """A checkout is closed to other users of the machine, and usable after a kill: as another uid tries it, where the suite
 is root and can be one; by the modes elsewhere."""
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -196,7 +198,7 @@ def test_a_torn_file_is_known_as_dvc_knows_it(project):
                 repo._reset()
                 list(repo.index.stages)
                 accepted = True
-            except DvcException:
+            except (DvcException, AttributeError):  # half a hash may be a number
                 accepted, refused = False, refused + 1
             torn = protection._is_torn(lock)
             # DVC takes one without any stage, and half a word at the end, for whole.
@@ -232,6 +234,18 @@ def test_what_a_kill_tore_is_put_back_by_the_next_command(project, name):
     shards = shard_paths(project.folder / "data/conversations")
     found = [record["id"] for shard in shards for record in read_jsonl(shard)]
     assert "late" in found and len(found) == 42
+
+
+@pytest.mark.parametrize("content", ['{"write": 5}', '{"read": {"a": {}}}', "[]", '{"write": {"a": {"pid": "1"}}}'])
+def test_a_rwlock_that_dvc_refuses_is_removed(project, content):
+    noted = project.folder / RWLOCK
+    noted.write_text(content)
+    assert "ERROR" in project.run("dvc", "repro", "-s", "clean", check=False)
+    protect(project.folder)
+    assert not noted.exists()
+    noted.write_text('{"write": {"data/clean": {"pid": 1, "cmd": "dvc repro"}}, "read": {}}')
+    protect(project.folder)
+    assert noted.exists()
 
 
 def test_a_file_that_is_just_being_written_is_left_alone(project):
@@ -292,7 +306,6 @@ def test_a_killed_pipeline_is_gone_on_with_wherever_its_whole_tree_was_killed(pr
 def test_a_copy_a_moved_folder_and_a_second_clone_keep_to_their_own_registry(promoted, tmp_path, monkeypatch):
     from fine_tuning.model_management.model_registry import open_registry
     from tests.registered import here, repro
-    from tests.test_verify import run
 
     def kept() -> dict[str, bytes]:
         files = [promoted / "mlflow.db", *(path for path in (promoted / "mlartifacts").rglob("*") if path.is_file())]
@@ -306,11 +319,14 @@ def test_a_copy_a_moved_folder_and_a_second_clone_keep_to_their_own_registry(pro
     repro(copy.folder, seed=3)
     here("promote")
     assert open_registry("trial").version(3).artifacts.startswith((copy.folder / "mlartifacts").as_uri())
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as store:
+        places = [place for (place,) in store.execute("SELECT artifact_location FROM experiments")]
+    assert len(places) == 2 and all(str(copy.folder) in place for place in places)
     assert kept() == before
     moved = copy.folder.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
     protect()
-    assert run("verify", "--local") == 0
+    assert here("verify", "--local") == 0
     Project(tmp_path).run("git", "clone", "-q", str(promoted), "clone")
     monkeypatch.chdir(tmp_path / "clone")
     assert open_registry("trial").versions() == []

@@ -44,7 +44,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "params", "params:params", "check every parameter in params.yaml",
         "DVC removes the outputs of a stage before it runs it, so that a stage that refuses a parameter costs them. "
-        "`make repro` checks all sections first.",
+        "`dvc repro` without a stage's name checks all sections first.",
     )  # fmt: skip
 
     command = add("promote", "promote:promote", "register the candidate and make it the champion")

@@ -3,8 +3,13 @@
 import errno
 import os
 import select
+import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 _DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -13,7 +18,6 @@ _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too 
 # As PyTorch says it, of a GPU, of its products and of a CPU.
 _NO_MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
-_FULL = "error: the disk is full: free some space (`df -h .` shows it), then run the same again"
 _NO_MEMORY = "error: the memory of this machine is full: end what else uses it (`free -h`), then run the same again"
 _NO_MEMORY_FOR_A_MODEL = (
     "error: the memory of this machine or of its GPU is full: end what else uses it (`free -h`, `nvidia-smi`) or lower "
@@ -52,7 +56,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
         if not gone:
-            print(_FULL, file=sys.stderr)
+            print(_full(error), file=sys.stderr)
         sys.exit(141 if gone else 1)
 
 
@@ -85,7 +89,7 @@ def _run(main: Callable[[], int | None]) -> None:
 def _line(error: BaseException | None) -> str | None:
     """What to say of an error that the machine made, None of any other."""
     if no_space(error):
-        return _FULL
+        return _full(error)
     if no_memory(error):
         return _NO_MEMORY_FOR_A_MODEL if "torch" in sys.modules else _NO_MEMORY
     while error is not None:
@@ -95,6 +99,28 @@ def _line(error: BaseException | None) -> str | None:
             return f"error: {what} may not be read or written: run this as its owner, on a disk that is not read-only"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _full(error: BaseException | None) -> str:
+    """The line for a full disk, with the folder that it is known by: that of the file that could not be written, else
+    the one with the least room of those that commands write to."""
+    named = None
+    while error is not None and not named:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            named = error.filename2 or error.filename  # of a copy, the second is the one that is written
+        error = error.__cause__ or error.__context__
+    if isinstance(named, (str, bytes)):
+        folder = Path(os.fsdecode(named)).absolute().parent
+        places = [next(place for place in (folder, *folder.parents) if place.is_dir())]
+    else:
+        from fine_tuning.common.dvc_files import cache_folder
+
+        places = [Path.cwd(), Path(tempfile.gettempdir())]
+        with suppress(UserError):  # not a DVC repository
+            places.append(cache_folder(Path.cwd()))
+    where = min((place for place in places if place.is_dir()), key=lambda place: shutil.disk_usage(place).free)
+    shown = f"`df -h {shlex.quote(str(where))}`"
+    return f"error: the disk is full: free some space ({shown} shows it), then run the same again"
 
 
 def no_space(error: BaseException | None) -> bool:

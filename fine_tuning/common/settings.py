@@ -51,12 +51,15 @@ def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "para
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not plain YAML{where}: correct it, or `git checkout {path}`") from None
     found = document if isinstance(document, dict) else {}
-    if missing := [section for section in models if section not in found]:
-        raise UserError(f"{path}: the section {missing[0]!r} is missing: restore it with `git checkout {path}`")
+    missing = [section for section in models if section not in found]
     for name in found:
         if name not in (*SECTIONS, *models) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
-            known = get_close_matches(str(name), SECTIONS, 1) or SECTIONS
-            raise UserError(f"{path}: unknown section {name!r}: rename it to {', or '.join(known)}, or take it out")
+            close = get_close_matches(str(name), SECTIONS, 1)
+            if close or not missing:  # what is missing may be what is misspelt
+                known = ", or ".join(close or SECTIONS)
+                raise UserError(f"{path}: unknown section {name!r}: rename it to {known}, or take it out")
+    if missing:
+        raise UserError(f"{path}: the section {missing[0]!r} is missing: restore it with `git checkout {path}`")
     return {section: parse_settings(section, found[section], model, path) for section, model in models.items()}
 
 

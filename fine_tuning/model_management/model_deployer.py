@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import check_model_name
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 class DeploySettings(Settings):
     """Section `deploy` of params.yaml."""
 
-    name: str
+    name: Annotated[str, AfterValidator(check_model_name)]
     host: str
     more_hosts: list[str]
     timeout: float = Field(gt=0)

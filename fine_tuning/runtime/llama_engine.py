@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -241,8 +242,7 @@ class LlamaEngine:
     def score(self, prompt: Sequence[int], target: Sequence[int]) -> list[TokenScore]:
         """Log-probability of each token of `target` after `prompt` and the tokens of `target` before it.
 
-        A grammar of these very tokens forces the answer, while the probabilities are those from before the grammar:
-        a teacher-forced score of what is shipped, in the runtime that it is shipped for. `target` may end with an
+        A teacher-forced score of what is shipped, in the runtime that it is shipped for. `target` may end with an
         end-of-turn token; one in its middle is refused by llama.cpp.
         """
         return [
@@ -251,33 +251,52 @@ class LlamaEngine:
         ]
 
     def forced_logprobs(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[list[tuple[int, float]]]:
-        """The `n` likeliest tokens with natural-log probabilities before each token of `target`, which is forced.
-
-        `target` must not end inside a character.
-        """
+        """The `n` likeliest tokens with natural-log probabilities before each token of `target`, which is forced."""
         return [
             [(top["id"], top["logprob"]) for top in step["top_logprobs"]] for step in self._forced(prompt, target, n)
         ]
 
     def _forced(self, prompt: Sequence[int], target: Sequence[int], n: int) -> list[dict[str, Any]]:
+        """A step for each token of `target`: its id, its logprob and the `n` top_logprobs.
+
+        A grammar of these very tokens forces the answer, and the probabilities are those from before the grammar.
+        llama.cpp's grammars refuse a token that ends inside a character, or its server leaves the token out of the
+        answer: then every token is asked for alone.
+        """
         *body, last = target
-        answer = self._post(
-            "/completion",
-            GREEDY
-            | {
-                "prompt": list(prompt),
-                "n_predict": len(target),
-                "n_probs": n,
-                "post_sampling_probs": False,
-                "return_tokens": True,
-                # The end of a grammar admits every end token: the bias chooses the one that is wanted.
-                "grammar": "root ::= " + " ".join(f"<[{token}]>" for token in body) + f" <[{last}]>?",
-                "logit_bias": [[last, 1000.0]],
-            },
-        )
-        if answer["tokens"] != list(target):
-            raise UserError(f"llama.cpp could not be made to say a reference with {self.gguf.name}: report this bug")
-        return answer["completion_probabilities"]
+        forced = {
+            "prompt": list(prompt),
+            "n_predict": len(target),
+            "n_probs": n,
+            "post_sampling_probs": False,
+            "return_tokens": True,
+            # The end of a grammar admits every end token: the bias chooses the one that is wanted.
+            "grammar": "root ::= " + " ".join(f"<[{token}]>" for token in body) + f" <[{last}]>?",
+            "logit_bias": [[last, 1000.0]],
+        }
+        try:
+            answer = self._post("/completion", GREEDY | forced)
+        except UserError as error:
+            if "grammar" not in str(error):
+                raise
+        else:
+            if answer["tokens"] == list(target) and len(answer["completion_probabilities"]) == len(target):
+                return answer["completion_probabilities"]
+        return [self._next([*prompt, *target[:place]], token, n) for place, token in enumerate(target)]
+
+    def _next(self, prompt: list[int], token: int, n: int) -> dict[str, Any]:
+        """One step of `_forced`. The answer is a whole character, since half of one would be held back."""
+        body = {"prompt": prompt, "n_predict": 1, "post_sampling_probs": False, "logit_bias": [[self._letter, 1000.0]]}
+        for wanted in (max(n, 200), 1 << 20):  # nearly always among the likeliest, else among all
+            answer = self._post("/completion", GREEDY | body | {"n_probs": wanted})
+            tops = answer["completion_probabilities"][0]["top_logprobs"]
+            if found := [top["logprob"] for top in tops if top["id"] == token]:
+                break
+        return {"id": token, "logprob": found[0], "top_logprobs": tops[:n]}
+
+    @cached_property
+    def _letter(self) -> int:
+        return self.tokenize("a")[-1]
 
     def ends_at(self, prompt: Sequence[int], token: int) -> bool:
         """Whether a reply is over for llama.cpp when the model writes `token` after `prompt`."""

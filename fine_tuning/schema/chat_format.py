@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a hub's repository: neither weights nor code
 _MARK = "\ue000\ue001"  # private-use characters: they stand where the template puts a content
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatSettings(Settings):

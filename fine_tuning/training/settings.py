@@ -25,7 +25,7 @@ class TrainSettings(Settings):
     method: Literal["lora", "qlora"]
     start_from: str | None = Field(pattern="^[0-9a-f]{8,64}$")
     launch: Literal["single", "ddp", "fsdp"]
-    seed: int
+    seed: int = Field(ge=0, lt=2**32)
     epochs: float = Field(gt=0)
     max_steps: int | None = Field(ge=1)
     learning_rate: float = Field(gt=0)

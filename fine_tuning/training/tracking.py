@@ -94,6 +94,11 @@ def _own_store(database: Path, artifacts: Path) -> None:
             for table, column in (address.split(".") for address in ADDRESSES):
                 change = f"UPDATE {table} SET {column} = ?1 || substr({column}, ?2) WHERE substr({column}, 1, ?2)"
                 connection.execute(f"{change} IN (?3, ?3 || '/')", [new, len(old) + 1, old])
+        # MLflow's experiment 0 would keep its files below the folder in which the store was created.
+        default = (artifacts.resolve() / "default").as_uri()
+        query = "SELECT 1 FROM experiments WHERE experiment_id = 0 AND artifact_location <> ?"
+        if connection.execute(query, [default]).fetchall():
+            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", [default])
 
 
 def _refuse_foreign_file(path: Path) -> None:

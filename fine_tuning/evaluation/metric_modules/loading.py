@@ -24,6 +24,7 @@ import evaluate
 import numpy as np
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.evaluation.records.settings import metric_names
 
 LIKELIHOOD_COLUMNS = ("nll", "tokens", "correct", "bytes")
 REPLY_COLUMNS = ("predictions", "references", "finished", "reply_tokens")
@@ -101,10 +102,9 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
     Raises:
         UserError: there is no such file, it does not load, or it holds no metric.
     """
-    path = Path(folder) / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in Path(folder).glob("*.py") if file.stem != "__init__"))
-        raise UserError(f"evaluate.metrics names {name!r}, but {path} does not exist: choose among {known}")
+    path, known = Path(folder) / f"{name}.py", metric_names(Path(folder))
+    if name not in known:
+        raise UserError(f"evaluate.metrics names {name!r}, but {path} does not exist: choose among {', '.join(known)}")
     spec = importlib.util.spec_from_file_location(f"metric_modules.{name}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -131,6 +131,13 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
 def columns_of(metric: SummedMetric | ItemwiseMetric) -> list[str]:
     """Names of the columns that a metric wants."""
     return list((metric.metric if isinstance(metric, ItemwiseMetric) else metric).features)
+
+
+def values_of(metric: SummedMetric | ItemwiseMetric) -> list[str]:
+    """Names of a metric's values, found by computing it on one item."""
+    item = {name: 1 for name in ("nll", "tokens", "correct", "bytes", "finished", "reply_tokens")}
+    item |= {"predictions": "a", "references": "a"}
+    return list(metric.values(metric.statistics(**{name: [item[name]] for name in columns_of(metric)})))
 
 
 def signatures(metrics: Sequence[SummedMetric | ItemwiseMetric]) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """Section `evaluate` of params.yaml."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from fine_tuning.common.settings import Settings
+
+METRIC_MODULES = Path(__file__).parents[1] / "metric_modules"
 
 
 def _metric_name(name: str) -> str:
@@ -13,6 +16,11 @@ def _metric_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise ValueError("a name of letters, digits and _, the file's without .py")
     return name
+
+
+def metric_names(folder: Path = METRIC_MODULES) -> list[str]:
+    """Names of the metrics in a folder: each is a file, but for what loads them."""
+    return sorted({file.stem for file in folder.glob("*.py")} - {"__init__", "loading"})
 
 
 class PromptingBaselineSettings(Settings):
@@ -42,7 +50,7 @@ class IntervalSettings(Settings):
 
     draws: int = Field(ge=100)
     confidence: float = Field(gt=0.5, lt=1)
-    seed: int
+    seed: int = Field(ge=0)
 
 
 class EvaluateSettings(Settings):

@@ -22,7 +22,7 @@ from fine_tuning.evaluation.metric_modules.loading import LIKELIHOOD_COLUMNS, RE
 from fine_tuning.evaluation.records.champion_records import LEARNED
 from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, by_contender, likelihood_columns
 from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, finite
-from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
+from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
     CANDIDATE,
     Difference,
@@ -47,9 +47,6 @@ PROMPTING_BASELINES = {
 }
 LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
-
-
-METRIC_MODULES = Path(__file__).parents[1] / "metric_modules"
 
 
 @dataclass(frozen=True)

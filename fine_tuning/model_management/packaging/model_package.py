@@ -259,7 +259,7 @@ def prove_package(
     report["metadata"] = prove_metadata(merged_dir, package_dir / "model.gguf")
     report["template"] = prove_rendering(tokenizer, request, sample, chat)
     report["stops"] = prove_stops(tokenizer, request, conversations)
-    passages = _passages(tokenizer, sample, settings.parity.positions)
+    passages = _passages(sample, settings.parity.positions)
     adapted = _log_probabilities(_load_adapted(base_dir, adapter_dir), passages)
     merged = _log_probabilities(_load(merged_dir), passages)
     report["merge"] = prove_merge(adapted, merged, settings.parity)
@@ -458,9 +458,7 @@ class _Passage:
     start: int
 
 
-def _passages(
-    tokenizer: "PreTrainedTokenizerFast", sample: Sequence[PreparedConversation], positions: int
-) -> list[_Passage]:
+def _passages(sample: Sequence[PreparedConversation], positions: int) -> list[_Passage]:
     """Beginnings of last replies, spread over the sample, with about `positions` tokens in all."""
     each = max(8, -(-positions // len(sample)))
     passages = []
@@ -469,11 +467,7 @@ def _passages(
         start = end
         while start > 1 and row.labels[start - 1] >= 0:
             start -= 1
-        end = min(end, start + each)
-        # Inside a character llama.cpp holds its answer back.
-        while end > start + 1 and tokenizer.decode(row.input_ids[start:end]).endswith("\ufffd"):
-            end -= 1
-        passages.append(_Passage(row.input_ids[:end], start))
+        passages.append(_Passage(row.input_ids[: min(end, start + each)], start))
     return passages
 
 
