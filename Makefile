@@ -46,8 +46,8 @@ test: $(VENV)/installed-dev ## Run the tests but for the slow end-to-end ones
 test-all: $(VENV)/installed-dev ## Run all tests
 	@python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-chat: $(VENV)/installed ## Open the chat app
-	@python -m streamlit run fine_tuning/integration/streamlit_app.py
+chat: $(VENV)/installed ## Open the chat app; MODEL=base, candidate, live or a version answers new chats
+	@WHETSTONE_MODEL="$(MODEL)" python -m streamlit run fine_tuning/integration/streamlit_app.py
 
 seal: $(VENV)/installed ## Move logged conversations into the data
 	@python -m fine_tuning seal

@@ -187,6 +187,93 @@ def test_the_sampling_settings_reach_the_engine_and_the_log(checkout):
     assert settings["top_k"] == 5 and settings["repeat_penalty"] == 2.0 and settings["seed"] == 1
 
 
+def chosen(at: AppTest) -> tuple:
+    """(model, temperature, system prompt) as the page shows them."""
+    return at.selectbox(key="model").value, at.slider(key="temperature").value, at.text_area(key="system_prompt").value
+
+
+def opened_again(at: AppTest, conversation: str) -> AppTest:
+    """The page of a conversation in another browser, after a restart."""
+    again = AppTest.from_file(str(APP), default_timeout=60)
+    again.query_params["chat"] = conversation
+    again.run()
+    assert not again.exception
+    return again
+
+
+def with_candidate(checkout: Path, verdict: str) -> None:
+    (checkout / "models/package").mkdir(exist_ok=True)
+    (checkout / "models/package/model.gguf").write_bytes((checkout / "models/base/base-Q8_0.gguf").read_bytes())
+    (checkout / "metrics").mkdir(exist_ok=True)
+    (checkout / "metrics/comparison.json").write_text(
+        json.dumps({"verdict": verdict, "reasons": [], "adapter_sha256": "ab" * 32})
+    )
+
+
+def test_settings_belong_to_the_conversation_and_survive_reloads_other_pages_and_restarts(checkout):
+    with_candidate(checkout, "HOLD")
+    at = open_chat()
+    first, usual = at.query_params["chat"], chosen(at)
+    candidate = next(option for option in at.selectbox(key="model").options if option.startswith("Candidate"))
+    at.selectbox(key="model").set_value(candidate)
+    at.slider(key="temperature").set_value(0.3)
+    at.text_area(key="system_prompt").set_value("Answer in verse.").run()
+    wanted = (candidate, 0.3, "Answer in verse.")
+    assert chosen(at.run()) == chosen(opened_again(at, first)) == wanted
+
+    at.button(key="new").click().run()
+    assert chosen(at) == usual, "another conversation has the person's defaults"
+    at.query_params["chat"] = first
+    assert chosen(at.run()) == wanted
+    say(at, "Hello?")
+    assert logged(checkout)[0]["metadata"]["settings"]["system_prompt"] == "Answer in verse."
+    assert any("temperature 0\\.3 · another system prompt" in caption.value for caption in at.caption)
+    (checkout / ".whetstone/chat_settings.json").unlink()
+    assert chosen(opened_again(at, first)) == wanted, "the log alone says how the conversation was held"
+
+
+def test_a_person_has_defaults_for_new_chats(checkout):
+    at = open_chat()
+    at.slider(key="temperature").set_value(1.2).run()
+    at.button(key="keep-default").click().run()
+    assert chosen(open_chat())[1] == 1.2
+    ann = open_with_sign_in({"is_logged_in": True, "email": "ann@example.org"}, AUTH | PROVIDER)
+    assert chosen(ann)[1] == 0.7, "somebody else's are not hers"
+
+
+@pytest.mark.parametrize("damage", ["{", '{"default": {"temperature": 9}}', '{"default": [1]}'])
+def test_damaged_settings_are_passed_over(checkout, damage):
+    (checkout / ".whetstone").mkdir(exist_ok=True)
+    (checkout / ".whetstone/chat_settings.json").write_text(damage)
+    assert chosen(open_chat())[1] == 0.7
+
+
+@pytest.mark.parametrize(("verdict", "first"), [("PROMOTE", "Candidate"), ("HOLD", "Base")])
+def test_the_app_opens_on_a_candidate_that_may_be_promoted_and_says_why(checkout, verdict, first):
+    with_candidate(checkout, verdict)
+    at = open_chat()
+    assert chosen(at)[0].startswith(first)
+    assert any(caption.value.startswith("Answers: ") and "PROMOTE" in caption.value for caption in at.caption)
+
+
+def test_what_is_live_answers_before_a_candidate(checkout):
+    with_candidate(checkout, "PROMOTE")
+    with FakeOllama(reply="Restart it.") as ollama:
+        live_version(ollama, 7)
+        served(ollama.host, checkout)
+        assert chosen(open_chat())[0].startswith("Live")
+
+
+def test_the_command_chooses_who_answers_new_chats(checkout, monkeypatch):
+    with_candidate(checkout, "PROMOTE")
+    monkeypatch.setenv("WHETSTONE_MODEL", "base")
+    assert chosen(open_chat())[0].startswith("Base")
+    monkeypatch.setenv("WHETSTONE_MODEL", "version 9")
+    at = open_chat()
+    assert chosen(at)[0].startswith("Candidate")
+    assert at.warning[0].value.startswith("version 9 is not here: the candidate")
+
+
 def test_thumbs_and_their_reason_are_logged(checkout):
     at = say(open_chat(), "Hello?")
     identity = logged(checkout)[0]["id"]
@@ -238,12 +325,12 @@ def test_an_edited_reply_is_what_the_model_is_told_it_said(checkout):
 
 
 def test_conversations_are_listed_found_and_renamed(checkout):
-    at = say(open_chat(), "How do I reset the router?")
+    at = say(open_chat(), "How do I tune a xylophone?")
     first = at.query_params["chat"]
     at = say(at.button(key="new").click().run(), "What is an embedding?")
     assert at.query_params["chat"] != first
 
-    at.text_input(key="search").set_value("ROUTER").run()
+    at.text_input(key="search").set_value("XYLOPHONE").run()
     assert [b.key for b in at.button if (b.key or "").startswith("open-")] == [f"open-{first}"]
 
     at = at.button(key=f"open-{first}").click().run()

@@ -56,7 +56,7 @@ SCRATCH = Path(".whetstone")
 LOCK = SCRATCH / "forget.lock"  # one run at a time
 JOURNALS = "forget*.json"  # in SCRATCH: one for each erasure that is not finished
 TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folders that a killed command leaves behind
-TITLES = SCRATCH / "titles.json"
+BY_CONVERSATION = (SCRATCH / "titles.json", SCRATCH / "chat_settings.json")  # what the app keeps, by conversation id
 DROPPED = ("memo/clean", "checkpoints", "start")  # of SCRATCH: made again when they are needed
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
 LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
@@ -238,12 +238,12 @@ def logs() -> list[Path]:
 
 
 def clear_logs(work: Work) -> None:
-    """Live log, closed logs, lines set aside, titles."""
+    """Live log, closed logs, lines set aside, titles, settings."""
     count = sum(clear_log(log, work.found) for log in logs())
-    if TITLES.is_file():
-        with updating(TITLES) as titles:
-            for identity in work.found.ids:
-                titles.pop(identity, None)
+    for path in filter(Path.is_file, BY_CONVERSATION):
+        with updating(path) as kept:
+            for key in (*work.found.ids, f"default of {work.found.by}"):
+                kept.pop(key, None)
     work.say(f"logs: {count_of(count, 'event')} taken out")
 
 

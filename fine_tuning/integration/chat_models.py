@@ -32,6 +32,12 @@ CANDIDATE_GGUF = Path("models/package/model.gguf")
 # transformers imports its parts when they are first used, and two threads that do so at once fail.
 _one_at_a_time = threading.Lock()
 _warm: set[Path] = set()
+WHY_FIRST = {
+    "Candidate": "the candidate: its verdict is PROMOTE, and nothing is live yet",
+    "Live": "the version that is live",
+    "Champion": "the champion: nothing is live on Ollama",
+    "Base": "the base model: no model is live or champion, and no candidate has the verdict PROMOTE",
+}
 NO_MODEL = "there is no model to talk to yet: run `make repro`"
 
 
@@ -80,6 +86,11 @@ class ChatModel:
     gguf: Path | None = None
 
     @property
+    def key(self) -> str:
+        """What tells it from the other models."""
+        return f"{self.engine} {self.tag}"
+
+    @property
     def label(self) -> str:
         """What the page shows."""
         version = f" · version {self.version}" if self.version is not None else ""
@@ -88,13 +99,20 @@ class ChatModel:
 
 
 def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[ChatModel]:
-    """All models that can answer now, the one that should answer first.
+    """All models that can answer now. The one at the head is the candidate where its verdict is PROMOTE and nothing is
+    live yet, otherwise the live version, the champion or the base: `WHY_FIRST` says so.
 
     Args:
         client: the Ollama server, None to leave it out.
         name: the deployed model's name there; `name:live` is the switch, `name:<version>` what it points at.
     """
-    return [*_served_models(client, name), *_local_models(checkout)]
+    models = [*_served_models(client, name), *_local_models(checkout)]
+    names = {model.name: model for model in reversed(models)}
+    good = "Live" not in names and read_object(checkout / COMPARISON).get("verdict") == "PROMOTE"
+    first = next(
+        (names[n] for n in (("Candidate",) if good else ()) + ("Live", "Champion", "Base") if n in names), None
+    )
+    return sorted(models, key=lambda model: model is not first)
 
 
 def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:

@@ -50,6 +50,8 @@ class Message(TypedDict, total=False):
     """ISO 8601 in UTC."""
     tokens: int
     """How many tokens the reply has, as the server counted."""
+    settings: dict[str, Any]
+    """How a reply was drawn: temperature and the like, and the system prompt."""
     incomplete: str | bool
     """Why a reply was not finished: it is not trained on."""
     weight: int
@@ -214,7 +216,7 @@ def from_exchange(exchange: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokens := metadata.get("tokens"), int) and tokens > 0:
         reply["tokens"] = metadata.pop("tokens")
     metadata.pop("replaces", None)  # for `fold`: alone, an exchange has nothing to replace
-    for key in ("version", "incomplete"):
+    for key in ("version", "incomplete", "settings"):
         if (value := metadata.pop(key, None)) is not None:
             reply[key] = value
     if at is not None:

@@ -1,5 +1,6 @@
 """Chat: talk to a model, judge what it says. Every exchange is in the log before the page shows it as done."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,14 +11,24 @@ from fine_tuning.integration import chat_history
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job
 from fine_tuning.integration.app_text import plain, show_text
-from fine_tuning.integration.chat_models import NO_MODEL, ChatModel, Sampling, stream_reply, warm_up
+from fine_tuning.integration.chat_models import (
+    NO_MODEL,
+    WHY_FIRST,
+    ChatModel,
+    Sampling,
+    default_sampling,
+    stream_reply,
+    warm_up,
+)
 from fine_tuning.integration.chat_session import Question, ask, new_conversation_id, pending_replies
+from fine_tuning.integration.chat_settings import Choice, find_model, keep_choice, read_choice
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs
 from fine_tuning.schema.conversation import edits
 
 REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
 LISTED = 60  # conversations in the side bar; the search finds the others
+MODEL_VARIABLE = "WHETSTONE_MODEL"  # set by `make chat MODEL=…`: who answers new chats
 MESSAGE_CHARACTERS = 20_000
 THUMBS = {1: 1, -1: 0}  # a rating as st.feedback counts
 INCOMPLETE = {"stopped": "stopped, not trained on", "failed": "broke off, not trained on"}
@@ -42,7 +53,7 @@ def page() -> None:
     models = here.models()
     if not models:
         st.info(NO_MODEL, icon=":material/construction:")
-    asking = _choose_model(here, models) if models else None
+    asking = _choose_model(here, models, identity, conversation) if models else None
     _show_conversation(here, conversation, question, asking)
     if asking is None:
         return
@@ -178,35 +189,56 @@ def _delete_where_it_is(here: App, identity: str) -> None:
         st.rerun()
 
 
-def _choose_model(here: App, models: list[ChatModel]) -> Asking:
+def _choose_model(here: App, models: list[ChatModel], identity: str, conversation: dict | None) -> Asking:
+    """Model and settings of this conversation. What the widgets show is what is kept on disk, with every run."""
+    usual = Choice(**default_sampling(here.settings).model_dump())
+    choice = read_choice(
+        here.checkout, identity, conversation, here.person, usual, os.environ.get(MODEL_VARIABLE) or None
+    )
+    model = find_model(models, choice.model) or models[0]
+    labels = {model.label: model for model in models}
+    shown = choice.model_dump() | {
+        "model": model.label,
+        "system_prompt": choice.system_prompt or here.chat.system_prompt,
+    }
+    for name, value in shown.items():
+        st.session_state[name] = value if name != "system_prompt" else value or ""
+
+    def keep(default: bool = False) -> None:
+        values = {name: st.session_state[name] for name in shown}
+        given = values["system_prompt"].strip()
+        values["system_prompt"] = given if given != (here.chat.system_prompt or "") else None
+        # A model that nobody chose stays that: another one may be first tomorrow.
+        chosen = labels[values["model"]]
+        values["model"] = chosen.key if chosen is not model or choice.model else None
+        keep_choice(here.checkout, Choice(**values), **({"person": here.person} if default else {"identity": identity}))
+
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        labels = {model.label: model for model in models}
-        label = st.selectbox("Model that answers", list(labels), key="model", width="stretch", format_func=str)
+        st.selectbox("Model that answers", list(labels), key="model", width="stretch", format_func=str, on_change=keep)
         with st.popover("Settings", icon=":material/tune:"):
-            defaults = here.settings
-            temperature = st.slider("Temperature", 0.0, 2.0, defaults.temperature, 0.05, key="temperature")
-            top_p = st.slider("Top p", 0.05, 1.0, defaults.top_p, 0.05, key="top_p")
-            top_k = st.number_input("Top k", 0, None, defaults.top_k, key="top_k", help="0: all tokens")
-            penalty = st.slider(
-                "Repeat penalty", 0.5, 2.0, defaults.repeat_penalty, 0.05, key="repeat_penalty",
+            st.slider("Temperature", 0.0, 2.0, step=0.05, key="temperature", on_change=keep)
+            st.slider("Top p", 0.05, 1.0, step=0.05, key="top_p", on_change=keep)
+            st.number_input("Top k", 0, step=1, key="top_k", help="0: all tokens", on_change=keep)
+            st.slider(
+                "Repeat penalty", 0.5, 2.0, step=0.05, key="repeat_penalty", on_change=keep,
                 help="Above 1 keeps a small model from repeating itself.",
             )  # fmt: skip
-            longest = st.number_input("Longest reply, tokens", 1, None, defaults.max_tokens, key="max_tokens")
-            seed = st.number_input(
-                "Seed", 0, 2**31 - 1, None, key="seed", placeholder="another one each time",
+            st.number_input("Longest reply, tokens", 1, step=1, key="max_tokens", on_change=keep)
+            st.number_input(
+                "Seed", 0, 2**31 - 1, None, step=1, key="seed", placeholder="another one each time", on_change=keep,
                 help="The same seed, settings and conversation give the same reply.",
             )  # fmt: skip
-            given = st.text_area(
-                "System prompt", here.chat.system_prompt or "", key="system_prompt",
-                placeholder="the model's own, as in training",
+            st.text_area(
+                "System prompt", key="system_prompt", placeholder="the model's own, as in training", on_change=keep,
                 help="The model was trained with chat.system_prompt of params.yaml: with another one it answers worse.",
             )  # fmt: skip
-    sampling = Sampling(
-        temperature=float(temperature), top_p=float(top_p), top_k=int(top_k), repeat_penalty=float(penalty),
-        max_tokens=int(longest), seed=seed,
-    )  # fmt: skip
-    warm_up(labels[label], here.checkout, here.settings)
-    return Asking(here, labels[label], sampling, given.strip() or here.chat.system_prompt)
+            st.button("Use for new chats", key="keep-default", on_click=keep, args=(True,), width="stretch")
+    if choice.model and find_model(models, choice.model) is None:
+        st.warning(f"{plain(choice.model)} is not here: {plain(WHY_FIRST.get(model.name, model.label))} answers.")
+    elif not choice.model and not conversation:
+        st.caption(f"Answers: {WHY_FIRST.get(model.name, plain(model.label))}.")
+    warm_up(model, here.checkout, here.settings)
+    return Asking(here, model, choice.sampling, choice.system_prompt or here.chat.system_prompt)
 
 
 # ------------------------------------------------------------------------------------------------- what was said
@@ -252,7 +284,7 @@ def _below_reply(
             )  # fmt: skip
         if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
             _edit(here, conversation["id"], identity, text)
-        st.caption(plain(_origin(message, any(e.get("edited") for e in judged))))
+        st.caption(plain(_origin(here, message, any(e.get("edited") for e in judged))))
     if rating is not None:
         st.text_input(
             "Why?", entry.get("comment") or "", key=f"why-{identity}", placeholder="Why? (optional)",
@@ -263,11 +295,17 @@ def _below_reply(
         _alternatives(here, conversation, message, others)
 
 
-def _origin(message: dict, edited: bool) -> str:
-    """Who wrote a reply."""
+def _origin(here: App, message: dict, edited: bool) -> str:
+    """Who wrote a reply, at which temperature, and what else was not as in params.yaml."""
     parts = [message.get("model") or "unknown model"]
     if message.get("version") is not None:
         parts.append(f"version {message['version']}")
+    usual = default_sampling(here.settings).model_dump() | {"system_prompt": here.chat.system_prompt}
+    for name, value in (message.get("settings") or {}).items():
+        if name == "system_prompt" and value != usual[name]:
+            parts.append("another system prompt")
+        elif name == "temperature" or value != usual.get(name):
+            parts.append(f"{name.replace('_', ' ')} {value}")
     if edited:
         parts.append("edited, the edit is trained on")
     elif message.get("incomplete"):
