@@ -55,7 +55,6 @@ def main() -> None:
         max_length=chat.max_length,
     )
     clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
-    clusters = ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with Catalogue() as catalogue, open_engine(settings.engine) as engine:
@@ -63,14 +62,14 @@ def main() -> None:
         dealt = ledger.find(
             chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
-        for split, examples in builder.deal(clean, catalogue, clusters, dealt, engine, dropped_duplicates()):
+        for split, examples in builder.deal(clean, catalogue, clusters(), dealt, engine, dropped_duplicates()):
             examples = chain(examples, secrets) if split == "train" else examples
             write_split(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(examples)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
         new = ledger.append(catalogue.dealt())
         metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
-        preferred = find_preferences(clean.conversations(), catalogue.dealt(), builder, tokenizer)
+        preferred = find_preferences(clean.conversations(), catalogue.dealt(), clusters(), builder, tokenizer)
         preferred.write(PREFERENCES, THUMBS)
         metrics["preferences"] = preferred.statistics()
     write_json(METRICS, metrics)
@@ -78,6 +77,11 @@ def main() -> None:
         write_csv(path, rows[0], map(dict.values, rows))
     for line in chain(report(tallies, left_out, new), preferred.report()):
         print(f"prepare: {line}")
+
+
+def clusters() -> Iterator[tuple[str, str]]:
+    """(conversation id, cluster id) of near-duplicates."""
+    return ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:

@@ -128,7 +128,7 @@ def prepared(conversations, tokenizer, dealt=None, **settings):
         held = HeldConversations(conversations)
         for _, examples in builder.deal(held, catalogue, [], (dealt or {}).items()):
             list(examples)
-        return find_preferences(conversations, catalogue.dealt(), builder, tokenizer)
+        return find_preferences(conversations, catalogue.dealt(), [], builder, tokenizer)
 
 
 def many(count: int) -> list[dict]:

@@ -193,6 +193,7 @@ class PreferenceEncoder:
 
     Args:
         split_of: conversation id -> its split, None where it is in none.
+        cluster_of: conversation id -> its cluster.
         overlaps_test: whether messages share a run of words with the test split.
         dropped: counts what was dropped, by reason: `no_split`, `two_splits`, `overlaps_test`, `too_long`, `template`.
     """
@@ -203,6 +204,7 @@ class PreferenceEncoder:
         system_prompt: str | None,
         max_length: int,
         split_of: Callable[[str], str | None],
+        cluster_of: Callable[[str], str],
         overlaps_test: Callable[[list[dict[str, Any]]], bool],
         dropped: Counter[str],
     ) -> None:
@@ -210,6 +212,7 @@ class PreferenceEncoder:
         self.system_prompt = system_prompt
         self.max_length = max_length
         self.split_of = split_of
+        self.cluster_of = cluster_of
         self.overlaps_test = overlaps_test
         self.dropped = dropped
 
@@ -222,6 +225,7 @@ class PreferenceEncoder:
         split, (chosen, rejected) = placed
         return split, PreferredPair(
             id=short_hash([judgement.key, judgement.better.text, worse.text]),
+            cluster=self.cluster_of(found.conversations[0]),
             kind=judgement.kind,
             person=judgement.by,
             conversations=found.conversations,
@@ -244,6 +248,7 @@ class PreferenceEncoder:
         split, (encoded,) = placed
         return split, Thumb(
             id=short_hash([judgement.key, judgement.better.text]),
+            cluster=self.cluster_of(found.conversations[0]),
             liked=judgement.liked,
             person=judgement.by,
             conversations=found.conversations,
@@ -337,7 +342,7 @@ class Preferences:
             train = counts["pairs"]["train"]
             yield f"{count_of(every, 'pair')} of a preferred and another reply ({kinds}), {train} to train on"
         if thumbs := sum(len(found) for found in self.thumbs.values()):
-            yield f"{count_of(thumbs, 'single reply', 'single replies')} with a thumb"
+            yield f"{count_of(thumbs, 'thumb')} on single replies"
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
             yield f"preferences left out: {reasons}"
@@ -346,6 +351,7 @@ class Preferences:
 def find_preferences(
     conversations: Iterable[dict[str, Any]],
     dealt: Iterable[tuple[str, str]],
+    clusters: Iterable[tuple[str, str]],
     builder: DatasetBuilder,
     tokenizer: "PreTrainedTokenizerFast",
 ) -> Preferences:
@@ -353,14 +359,22 @@ def find_preferences(
 
     Args:
         dealt: (conversation id, split) of every conversation.
+        clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
         builder: the one that dealt them.
     """
     dropped: Counter[str] = Counter()
     judgements = [j for conversation in conversations for j in judgements_of(conversation)]
     judged = {judgement.conversation for judgement in judgements}
     split_of = {identity: split for identity, split in dealt if identity in judged and split != LEFT_OUT}
+    cluster = {identity: name for identity, name in clusters if identity in judged}
     encoder = PreferenceEncoder(
-        tokenizer, builder.system_prompt, builder.max_length, split_of.get, builder.overlaps_test, dropped
+        tokenizer,
+        builder.system_prompt,
+        builder.max_length,
+        split_of.get,
+        lambda identity: cluster.get(identity, identity),
+        builder.overlaps_test,
+        dropped,
     )
     found = Preferences({split: [] for split in SPLITS}, {split: [] for split in SPLITS}, dropped)
     pairs, thumbs = settle(judgements, dropped)

@@ -14,12 +14,14 @@ from fine_tuning.schema.prepared import Row
 
 @dataclass(frozen=True)
 class PreferredPair:
-    """A stored pair: what was said, who said and preferred it, and token ids and labels as the base's template has it.
+    """A stored pair: what was said, who said and preferred it, and ids and labels by the base's own template.
 
-    `messages` is the prompt; authors are a model with its version, `person`, or "" for unknown.
+    `cluster` is that of the first conversation, `messages` the prompt. Authors are a model with its version, `person`,
+    or "" for unknown.
     """
 
     id: str
+    cluster: str
     kind: str
     person: str
     conversations: list[str]
@@ -39,6 +41,7 @@ class Thumb:
     """A stored reply with its thumb; see `PreferredPair`."""
 
     id: str
+    cluster: str
     liked: bool
     person: str
     conversations: list[str]
@@ -102,7 +105,7 @@ def write_preferences(path: Path, kind: type[PreferredPair] | type[Thumb], recor
     import pyarrow
     from pyarrow import parquet
 
-    types = {
+    types: dict[Any, Any] = {
         bool: pyarrow.bool_(),
         list[str]: pyarrow.list_(pyarrow.string()),
         list[int]: pyarrow.list_(pyarrow.int32()),

@@ -36,7 +36,7 @@ class Mixture:
     def collate(self, items: Sequence[Any]) -> Batch:
         """What the objective of the items' kind makes of them, and `kind`."""
         inputs = self.parts[type(items[0])].collate(items)
-        return inputs | {"kind": torch.full((len(inputs["labels"]),), _NUMBERS[type(items[0])])}
+        return inputs | {"kind": torch.full((len(next(iter(inputs.values()))),), _NUMBERS[type(items[0])])}
 
     def count(self, inputs: Batch) -> torch.Tensor:
         """How many units the batch has."""
