@@ -4,10 +4,14 @@ from collections import Counter
 
 import pytest
 
+from fine_tuning.common.records import read_jsonl
+from fine_tuning.data_collection.data_export import DataExporter
+from fine_tuning.data_collection.importers import import_records
 from fine_tuning.data_preparation.catalogue import Catalogue, HeldConversations
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
-from fine_tuning.data_preparation.preferences import find_preferences, judgements_of, settle
+from fine_tuning.data_preparation.preferences import find_preferences, settle
 from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.schema.judgements import judgements_of
 from fine_tuning.schema.preferences import PreferredPair, read_pairs, read_preferences, read_thumbs, write_preferences
 
 
@@ -208,3 +212,31 @@ def test_lengths_of_chosen_and_rejected_replies_are_reported(tokenizer):
     assert counts["chosen_longer_share"] == 1.0
     assert counts["chosen_tokens_mean"] > counts["rejected_tokens_mean"] > 0
     assert counts["pairs_by_kind"] == {"edit": 12}
+
+
+# --- exports ---------------------------------------------------------------------------------------------------------
+
+
+def test_exported_preferences_are_imported_to_the_same_pairs_and_thumbs(tmp_path):
+    conversations = [
+        chat("a", "Hello?", "Good day.", {"over": ["a-0"]}, others=("Hi",)),
+        chat("b", "How are you?", "Fine", {"edited": "Well, thank you."}),
+        chat("c", "Is it late?", "Yes", {"rating": 1}),
+        chat("d", "Is it early?", "No", {"rating": -1}),
+    ]
+    files = DataExporter(tmp_path).export_all_formats(conversations, ["dpo", "kto"])
+    again = []
+    for path in files.values():
+        rows = list(read_jsonl(path))
+        assert len(rows) == 2 and all(row["prompt"][-1]["role"] == "user" for row in rows)
+        imported = import_records(enumerate(rows), "import", "2026-01-01T00:00:00Z")
+        again += [item.conversation for item in imported]
+    said = [
+        sorted(
+            (j.prompt[-1]["content"], j.better.text, j.worse and j.worse.text, j.liked)
+            for c in found
+            for j in judgements_of(c)
+        )
+        for found in (conversations, again)
+    ]
+    assert said[0] == said[1]

@@ -9,114 +9,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import count_of
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
-from fine_tuning.data_preparation.selection import structure_problem
 from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS
 from fine_tuning.schema.chat_format import Encoded, RenderError, encode_conversation
-from fine_tuning.schema.conversation import is_by_a_model, short_hash
+from fine_tuning.schema.conversation import short_hash
+from fine_tuning.schema.judgements import Judgement, Reply, folded, judgements_of
 from fine_tuning.schema.preferences import PreferredPair, Thumb, write_preferences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-Kind = Literal["edit", "vote", "preferred", "thumbs"]
-VOTES = "compare"  # source of the conversations that a blind vote makes
-PERSON = "person"  # author of a text that somebody wrote in a model's place
-
-
-class Reply(NamedTuple):
-    """A reply as it was said: its text, and the model that wrote it, `person`, or "" where nobody is named."""
-
-    text: str
-    author: str
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What one person said of one or two replies to a prompt.
-
-    `better` was preferred to `worse`; without `worse` it got a thumb, `liked` or not.
-    """
-
-    prompt: list[dict[str, Any]]
-    better: Reply
-    worse: Reply | None
-    liked: bool
-    kind: Kind
-    by: str
-    at: str
-    conversation: str
-
-    @property
-    def key(self) -> str:
-        """Equal for prompts that differ in case and white space only."""
-        return short_hash([[message["role"], _folded(message["content"])] for message in self.prompt])
-
-
-def judgements_of(conversation: dict[str, Any]) -> Iterator[Judgement]:
-    """Every judgement of a conversation; none of an unsound one, nor of replies that broke off or are only context."""
-    said: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for entry in conversation.get("feedback") or ():
-        said[entry.get("message_id")].append(entry)
-    if not said or structure_problem(conversation):
-        return
-    prompt: list[dict[str, Any]] = []
-    for index, message in enumerate(conversation["messages"]):
-        if message.get("gap"):
-            prompt = []
-        shown = message["content"]
-        if message["role"] == "assistant":
-            versions = [v for v in (message, *(message.get("alternatives") or ())) if _is_whole(v)]
-            by_id = {version.get("id"): version for version in versions}
-            named = is_by_a_model(conversation, index)
-            for version in versions:
-                for entry in said[version.get("id")]:
-                    yield from _judgements(conversation, list(prompt), version, by_id, entry, named)
-            shown = next((e["edited"] for e in said[message.get("id")] if (e.get("edited") or "").strip()), shown)
-        prompt.append({"role": message["role"], "content": shown})
-
-
-def _judgements(
-    conversation: dict[str, Any],
-    prompt: list[dict[str, Any]],
-    version: dict[str, Any],
-    by_id: dict[Any, dict[str, Any]],
-    entry: dict[str, Any],
-    by_a_model: bool,
-) -> Iterator[Judgement]:
-    if not any(message["role"] == "user" for message in prompt):
-        return
-    rest = {
-        "by": str(entry.get("by") or ""),
-        "at": str(version.get("at") or conversation.get("started_at") or ""),
-        "conversation": conversation["id"],
-    }
-    reply = _reply(version, by_a_model)
-    if (entry.get("edited") or "").strip():
-        yield Judgement(prompt, Reply(entry["edited"], PERSON), reply, True, "edit", **rest)
-    for other in entry.get("over") or ():
-        if other in by_id:
-            kind: Kind = "vote" if conversation.get("source") == VOTES else "preferred"
-            yield Judgement(prompt, reply, _reply(by_id[other], by_a_model), True, kind, **rest)
-    if entry.get("rating"):
-        yield Judgement(prompt, reply, None, entry["rating"] > 0, "thumbs", **rest)
-
-
-def _is_whole(version: dict[str, Any]) -> bool:
-    return not version.get("incomplete") and version.get("weight") != 0 and bool(version["content"].strip())
-
-
-def _reply(version: dict[str, Any], by_a_model: bool) -> Reply:
-    model = version.get("model")
-    number = f"@{version['version']}" if model and version.get("version") is not None else ""
-    return Reply(version["content"], f"{model}{number}" if model else "" if by_a_model else PERSON)
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 @dataclass
@@ -136,18 +40,16 @@ def settle(judgements: Iterable[Judgement], dropped: Counter[str]) -> tuple[list
     direct: dict[tuple[str, frozenset[str]], list[Judgement]] = defaultdict(list)
     thumbs: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
     for judgement in judgements:
-        texts = [_folded(reply.text) for reply in (judgement.better, judgement.worse) if reply]
+        texts = [folded(reply.text) for reply in (judgement.better, judgement.worse) if reply]
         if len(texts) == 1:
             thumbs[judgement.key, texts[0]].append(judgement)
         elif texts[0] == texts[1]:
             dropped["equal_replies"] += 1
         else:
             direct[judgement.key, frozenset(texts)].append(judgement)
-    pairs = [
-        _decided(said, lambda j: _folded(j.better.text), dropped) for _, said in sorted(direct.items(), key=_order)
-    ]
+    pairs = [_decided(said, lambda j: folded(j.better.text), dropped) for _, said in sorted(direct.items(), key=_order)]
     found = [pair for pair in pairs if pair]
-    judged = {(pair.judgement.key, _folded(r.text)) for pair in found for r in _replies(pair.judgement)}
+    judged = {(pair.judgement.key, folded(r.text)) for pair in found for r in _replies(pair.judgement)}
     sides: dict[str, dict[bool, list[Found]]] = defaultdict(lambda: {True: [], False: []})
     for _, said in sorted(thumbs.items(), key=_order):
         if decided := _decided(said, lambda j: j.liked, dropped):
@@ -157,12 +59,12 @@ def settle(judgements: Iterable[Judgement], dropped: Counter[str]) -> tuple[list
         taken = min(map(len, side.values()))
         for liked, disliked in zip(side[True], side[False], strict=False):
             first, second = liked.judgement, disliked.judgement
-            if (key, frozenset(_folded(j.better.text) for j in (first, second))) in direct:
+            if (key, frozenset(folded(j.better.text) for j in (first, second))) in direct:
                 continue  # they were compared directly
             pair = Judgement(first.prompt, first.better, second.better, True, "thumbs", first.by, first.at, "")
             found.append(Found(pair, sorted({*liked.conversations, *disliked.conversations})))
         left = [*side[True][taken:], *side[False][taken:]]
-        single += [thumb for thumb in left if (key, _folded(thumb.judgement.better.text)) not in judged]
+        single += [thumb for thumb in left if (key, folded(thumb.judgement.better.text)) not in judged]
     return found, single
 
 
