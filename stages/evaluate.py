@@ -16,12 +16,19 @@ from fine_tuning.evaluation.records.champion_records import (
 )
 from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.evaluation.scoring.side_by_side import side_by_side
-from fine_tuning.evaluation.suite.contenders import Contender, ProjectName, check_references, find_champion
+from fine_tuning.evaluation.suite.contenders import (
+    Contender,
+    ProjectName,
+    check_references,
+    compared_models,
+    find_champion,
+)
 from fine_tuning.evaluation.suite.items import read_items
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
+from fine_tuning.schema.preferences import read_preferences
 
 TRAIN = Path("data/prepared/train.parquet")
-TEST = Path("data/prepared/test.parquet")
+TEST, PAIRS = Path("data/prepared/test.parquet"), Path("data/preferences/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
@@ -48,13 +55,15 @@ def main() -> None:
             print("evaluate: the candidate is the champion: the records that it was promoted by are restored")
             return
         champion = None  # a model is not compared with itself
-    check_references(settings.references, BASE.folder, CHAMPION, read_params("deploy", ProjectName).name)
+    name = read_params("deploy", ProjectName).name
+    check_references(settings.references, BASE.folder, CHAMPION, name)
     tokenizer = load_tokenizer(BASE.folder)
     items, learned = without_learned(read_items(TEST, tokenizer, settings.references), CHAMPION)
     if learned:
         print(f"evaluate: {count_of(learned, 'held-out conversation')} {LEARNED}")
 
-    evaluator = Evaluator(items, tokenizer, chat, settings, main_checkout() / MEMO, find_people)
+    memo, is_compared = main_checkout() / MEMO, compared_models(BASE.folder, CHAMPION, name)
+    evaluator = Evaluator(items, tokenizer, chat, settings, memo, find_people, read_preferences(PAIRS), is_compared)
     found = evaluator.run(BASE, champion, CANDIDATE, TRAIN)
     write_jsonl(RECORDS / "items.jsonl", found.records)
     for name, lines in found.guarded.items():

@@ -1,4 +1,4 @@
-"""Clean conversations and the tokenizer in; train, validation and test rows, the ledger of splits and counts out."""
+"""Clean conversations and the tokenizer in; rows, pairs and thumbs of each split, the ledger and counts out."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -13,6 +13,7 @@ from fine_tuning.common.records import read_jsonl, write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
+from fine_tuning.data_preparation.preferences import find_preferences
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
@@ -28,6 +29,7 @@ TOKENIZER = (
     Path("models/base/chat_template.jinja"),
 )
 PREPARED = Path("data/prepared")
+PREFERENCES, THUMBS = Path("data/preferences"), Path("data/thumbs")
 LEDGER = Path("data/splits.txt")
 METRICS = Path("metrics/prepare.json")
 LENGTHS = Path("metrics/plots/prepare_lengths.csv")
@@ -53,7 +55,6 @@ def main() -> None:
         max_length=chat.max_length,
     )
     clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
-    clusters = ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with Catalogue() as catalogue, open_engine(settings.engine) as engine:
@@ -61,18 +62,26 @@ def main() -> None:
         dealt = ledger.find(
             chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
-        for split, rows in builder.deal(clean, catalogue, clusters, dealt, engine, dropped_duplicates()):
+        for split, rows in builder.deal(clean, catalogue, clusters(), dealt, engine, dropped_duplicates()):
             rows = chain(rows, secrets) if split == "train" else rows
             write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
         new = ledger.append(catalogue.dealt())
         metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
+        preferred = find_preferences(clean.conversations(), catalogue.dealt(), clusters(), builder, tokenizer)
+        preferred.write(PREFERENCES, THUMBS)
+        metrics["preferences"] = preferred.statistics()
     write_json(METRICS, metrics)
     for path, rows in ((LENGTHS, length_histogram(tallies)), (TOKENS, tokens_by_source(tallies))):
         write_csv(path, rows[0], map(dict.values, rows))
-    for line in report(tallies, left_out, new):
+    for line in chain(report(tallies, left_out, new), preferred.report()):
         print(f"prepare: {line}")
+
+
+def clusters() -> Iterator[tuple[str, str]]:
+    """(conversation id, cluster id) of near-duplicates."""
+    return ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:

@@ -10,8 +10,10 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.runtime.hardware import is_main_process
 from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.schema.preferences import read_pairs, read_thumbs, rows_of
 from fine_tuning.schema.prepared import read_rows
 from fine_tuning.training.checkpoints import alone_with, checkpoint_key, remove_checkpoints
+from fine_tuning.training.items import Prepared, choose_items
 from fine_tuning.training.launch import launch, train_without_output
 from fine_tuning.training.model_card import model_card
 from fine_tuning.training.row_checks import check_only_assistants_train
@@ -20,8 +22,8 @@ from fine_tuning.training.speed import SPEED, read_speed, record_speed
 from fine_tuning.training.tracking import find_adapter, flatten, open_store, training_runs
 
 BASE = Path("models/base")
-TRAIN = Path("data/prepared/train.parquet")
-VALIDATION = Path("data/prepared/validation.parquet")
+PREPARED_ROWS, PAIRS, THUMBS = Path("data/prepared"), Path("data/preferences"), Path("data/thumbs")
+TRAIN, VALIDATION = (PREPARED_ROWS / f"{split}.parquet" for split in ("train", "validation"))
 PREPARED = Path("metrics/prepare.json")  # printed only: what is trained depends on the rows alone
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
@@ -41,22 +43,25 @@ def main() -> None:
     start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
     if settings.launch != "single" and "RANK" not in os.environ:
         launch(Path(f"configs/accelerate/{settings.launch}.yaml"), "stages.train")
-    rows, validation, base = read_rows(TRAIN), read_rows(VALIDATION), read_base_card(BASE)
-    check_only_assistants_train([*rows, *validation], load_tokenizer(BASE))
-    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, rows, base["sha256"], validation)
-    what = (BASE, base["model"], rows, validation, settings, ADAPTER, checkpoints)
+    base, prepared = read_base_card(BASE), [read_prepared(split) for split in ("train", "validation")]
+    items, validation, learning_from = choose_items(settings, *prepared)
+    rows = rows_of(items)
+    check_only_assistants_train([*rows, *rows_of(validation)], load_tokenizer(BASE))
+    checkpoints = SCRATCH / "checkpoints" / checkpoint_key(settings, items, base["sha256"], validation)
+    what = (BASE, base["model"], items, validation, settings, ADAPTER, checkpoints)
     if not is_main_process():
-        train_without_output(lambda: train_adapter(*what, None, start))
+        train_without_output(lambda: train_adapter(*what, None, start, SCRATCH / "references"))
         return
     left_out = read_json(PREPARED).get("left_out", {}) if PREPARED.is_file() else {}
     size = len({row.id for row in rows}), sum(len(row.input_ids) for row in rows)
     for line in announcement(settings, *size, left_out, read_speed(main_checkout() / SPEED)):
         print(f"train: {line}", flush=True)
+    print(f"train: {learning_from}", flush=True)
     parameters, tags = flatten(settings.model_dump()), run_tags(base["model"])
     with alone_with(checkpoints):
         with training_runs(client, experiment, parameters, tags) as (pipeline, tracked):
             with progress_bar(tracked) as progress:
-                result = train_adapter(*what, progress, start)
+                result = train_adapter(*what, progress, start, SCRATCH / "references")
             metrics = quality(result)
             write_json(METRICS, metrics)
             write_csv(LOSS_CURVE, *learning_curve(result))
@@ -70,6 +75,11 @@ def main() -> None:
         remove_checkpoints(checkpoints)
     record_speed(main_checkout() / SPEED, result.tokens_per_second, f"{base['model']}, {settings.method}")
     print(summary(settings, result))
+
+
+def read_prepared(split: str) -> Prepared:
+    files = (folder / f"{split}.parquet" for folder in (PREPARED_ROWS, PAIRS, THUMBS))
+    return Prepared(*(read(file) for read, file in zip((read_rows, read_pairs, read_thumbs), files, strict=True)))
 
 
 def run_tags(base: str) -> dict[str, str]:

@@ -10,7 +10,9 @@ from fine_tuning.schema.chat_format import NOT_TRAINED
 from fine_tuning.schema.prepared import PreparedRow, collate
 from fine_tuning.training.acceleration.accelerate import accelerated
 from fine_tuning.training.acceleration.micro_batches import count_micro_batches
+from fine_tuning.training.objectives.mixture import Mixture
 from fine_tuning.training.objectives.sft import SupervisedFineTuning
+from fine_tuning.training.objectives.token_losses import TokenLosses
 from tests.test_training import SETTINGS, make_rows, train
 
 CPU = Hardware("cpu", "float32", 2, "a CPU")
@@ -40,8 +42,9 @@ def state_of(model) -> tuple:
 
 def run(model, base, mode: str, rows: list[PreparedRow]):
     """Loss and gradients of one batch, computed as with `train.acceleration: <mode>`; the model's state meanwhile."""
-    settings, plain = SETTINGS.model_copy(update={"acceleration": mode}), SupervisedFineTuning(0)
-    with accelerated(model, plain, base, rows, 64, settings, CPU) as objective:
+    settings, plain = SETTINGS.model_copy(update={"acceleration": mode}), TokenLosses(0)
+    with accelerated(model, plain, base, rows, 64, settings, CPU) as token_losses:
+        objective = SupervisedFineTuning(token_losses)
         meanwhile = state_of(model)
         loss = objective.loss(model.train(), objective.collate(rows))
         loss.backward()
@@ -118,6 +121,9 @@ class MeanOfRows:
         trained = labels != NOT_TRAINED
         return -((chosen * trained).sum(1) / trained.sum(1)).sum()
 
+    def measure(self, model, inputs):
+        return {"loss": self.loss(model, inputs)}
+
 
 def test_another_objective_is_trained_by_the_same_loop_and_weighs_its_own_units(tiny_base, tmp_path):
     from fine_tuning.training.label_trainer import LabelTrainer
@@ -130,7 +136,8 @@ def test_another_objective_is_trained_by_the_same_loop_and_weighs_its_own_units(
     # Four rows in two batches of one step: each row weighs a quarter, however many of its tokens are trained.
     expected = sum(MeanOfRows().loss(model, MeanOfRows().collate([row])) for row in ROWS[:4]) / 4
     gradients = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
-    with accelerated(model, MeanOfRows(), tiny_base, ROWS, 64, settings, CPU) as objective:
+    with accelerated(model, TokenLosses(0), tiny_base, ROWS, 64, settings, CPU):
+        objective = Mixture({PreparedRow: MeanOfRows()})
         batches = objective.batches(ROWS[:4], 64)
         trainer = LabelTrainer(
             objective=objective,
@@ -139,7 +146,7 @@ def test_another_objective_is_trained_by_the_same_loop_and_weighs_its_own_units(
             train_dataset=batches,
             eval_dataset=batches,
         )
-        assert trainer.mean_loss() == pytest.approx(expected.item(), abs=1e-5)
+        assert trainer.validate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
         trainer.train()
     for (name, old), gradient in zip(before.items(), gradients, strict=True):
         torch.testing.assert_close(old - model.get_parameter(name), gradient, rtol=1e-3, atol=1e-5)

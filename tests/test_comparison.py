@@ -644,3 +644,52 @@ def test_intervals_of_skewed_ratios_miss_no_more_than_stated_at_either_end(clust
     # Skew this strong costs the bootstrap-t some of its upper end; the lower one, which promotes, is as stated.
     assert missed[0] / runs <= NOMINAL + 3 * 0.0029
     assert missed[1] < 0.7 * percentile[1]
+
+
+# --- held-out pairs --------------------------------------------------------------------------------------------------
+
+
+def pair_lines(contender: str, right: int, count: int, apart: bool = False) -> dict[str, list[dict]]:
+    """Lines of pairs of which a model finds the chosen reply likelier in the first `right`."""
+    lines = [
+        {"contender": contender, "id": f"p{n}", "cluster": f"k{n}", "kind": "preferred", "person": ""}
+        | {"chosen": 10.0 if n < right else 30.0, "rejected": 20.0, "chosen_tokens": 10, "rejected_tokens": 10}
+        for n in range(count)
+    ]
+    return {"preferences_apart" if apart else "preferences": lines}
+
+
+def decide_pairs(metrics, base: int, candidate: int, count: int = 400, apart: bool = False, **changes) -> dict:
+    lines = records("base", spread(3.0)) + records("candidate", spread(2.0, seed=1), correct=0.6)
+    found = [pair_lines(name, right, count, apart) for name, right in (("base", base), ("candidate", candidate))]
+    guarded = {file: [line for one in found for line in one[file]] for file in found[0]}
+    settings = SETTINGS.model_copy(update={"secondary": {"preference_accuracy": 0.1}} | changes)
+    return compare(lines, metrics, settings, INTERVALS, guarded)
+
+
+def test_a_candidate_that_finds_preferred_replies_less_likely_is_held(metrics):
+    assert decide_pairs(metrics, 200, 200)["verdict"] == "PROMOTE"
+    found = decide_pairs(metrics, 280, 200)
+    assert found["verdict"] == "HOLD"
+    assert any("preference_accuracy 0.5 against 0.7" in reason for reason in found["reasons"])
+
+
+def test_few_pairs_decide_nothing_and_pairs_of_a_compared_model_never(metrics):
+    assert decide_pairs(metrics, 2, 1, count=3)["verdict"] == "PROMOTE"
+    found = decide_pairs(metrics, 400, 0, apart=True)
+    assert found["verdict"] == "PROMOTE"
+    assert found["differences"]["base"]["preference_accuracy_apart"]["difference"] == -1.0
+
+
+def test_preferences_can_be_the_primary_metric_also_without_any_reference(metrics):
+    changes = {"primary": "preference_accuracy", "secondary": {}}
+    assert decide_pairs(metrics, 200, 300, **changes)["verdict"] == "PROMOTE"
+    assert decide_pairs(metrics, 200, 204, **changes)["verdict"] == "HOLD"
+    lines = [{"contender": name, "id": "a", "cluster": "a", "turns": []} for name in ("base", "candidate")]
+    guarded = {
+        "preferences": pair_lines("base", 200, 400)["preferences"] + pair_lines("candidate", 300, 400)["preferences"]
+    }
+    settings = SETTINGS.model_copy(update=changes)
+    assert compare(lines, metrics, settings, INTERVALS, guarded)["verdict"] == "PROMOTE"
+    with pytest.raises(UserError, match="preference_accuracy, which was not measured"):
+        compare(lines, metrics, settings, INTERVALS, {})

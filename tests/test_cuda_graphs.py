@@ -9,11 +9,12 @@ from fine_tuning.runtime.hardware import Hardware
 from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, collate
 from fine_tuning.training import lora_trainer
 from fine_tuning.training.acceleration import cuda_graphs
-from fine_tuning.training.acceleration.accelerate import AcceleratedSft
+from fine_tuning.training.acceleration.accelerate import AcceleratedTokenLosses
 from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.acceleration.shared_prefix import share_prefixes
 from fine_tuning.training.memory import Shape
 from fine_tuning.training.objectives.sft import SupervisedFineTuning
+from fine_tuning.training.objectives.token_losses import TokenLosses
 from tests.test_training import SETTINGS, make_rows
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
@@ -100,7 +101,9 @@ def test_rows_and_columns_of_padding_change_no_loss_and_no_gradient(tiny_base):
     shape = 8, max(len(row.input_ids) for row in rows) + 9
     found = []
     for model, inputs in ((plain, collate(rows, 0)), (causal, collate(rows, 0, shape))):
-        objective = AcceleratedSft(model, SupervisedFineTuning(0), 512, False, set(), False, Patches())
+        objective = SupervisedFineTuning(
+            AcceleratedTokenLosses(model, TokenLosses(0), 512, False, set(), False, Patches())
+        )
         loss = objective.loss(model.train(), inputs)
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -190,7 +193,7 @@ def test_layers_that_cannot_be_recorded_go_on_as_they_are(tiny_base, tmp_path, m
 def test_a_base_without_deterministic_kernels_is_trained_all_the_same(tiny_base, tmp_path, monkeypatch, capsys):
     from fine_tuning.training.label_trainer import LabelTrainer
 
-    measure = LabelTrainer.mean_loss
+    measure = LabelTrainer.validate
     errors = [RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")]
 
     def refuse_once(self):
@@ -198,7 +201,7 @@ def test_a_base_without_deterministic_kernels_is_trained_all_the_same(tiny_base,
             raise errors.pop()
         return measure(self)
 
-    monkeypatch.setattr(LabelTrainer, "mean_loss", refuse_once)
+    monkeypatch.setattr(LabelTrainer, "validate", refuse_once)
     rows = make_rows(4)
     settings = SETTINGS.model_copy(update={"threads": 1})
     lora_trainer.train_adapter(tiny_base, "tiny", rows, rows, settings, tmp_path / "a", tmp_path / "ca")

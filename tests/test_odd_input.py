@@ -20,7 +20,7 @@ from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
 from fine_tuning.evaluation.verdict.slices import slices
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import Example, write_split
+from fine_tuning.schema.prepared import encoded_row, write_rows
 from tests.evaluation_suite import MODULES, SETTINGS, conversation, evaluator_of, write_items
 
 COMPARE = CompareSettings(
@@ -146,12 +146,12 @@ def endless(base, folder):
 
 def test_empty_references_cost_their_end_and_leave_what_has_no_meaning_open(base, silent, metrics, tmp_path):
     tokenizer = load_tokenizer(base.folder)
-    examples = []
+    rows = []
     for index in range(3):
         messages = conversation(f"Say nothing, {index}.", "")
         encoded = encode_conversation(tokenizer, messages, None, 200)
-        examples.append(Example(f"c{index}", "test", f"c{index}", messages, [False, True], encoded))
-    write_split(tmp_path / "t.parquet", examples)
+        rows.append(encoded_row(encoded, id=f"c{index}", source="test", cluster=f"c{index}"))
+    write_rows(tmp_path / "t.parquet", rows)
     items = read_items(tmp_path / "t.parquet", tokenizer)
     assert [item.texts for item in items] == [[""]] * 3
     with warnings.catch_warnings():

@@ -7,10 +7,11 @@ import torch
 
 from fine_tuning.schema.chat_format import NOT_TRAINED
 from fine_tuning.schema.prepared import PreparedRow, collate
-from fine_tuning.training.acceleration.accelerate import AcceleratedSft
+from fine_tuning.training.acceleration.accelerate import AcceleratedTokenLosses
 from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.acceleration.shared_prefix import lay_out, share_prefixes
 from fine_tuning.training.objectives.sft import SupervisedFineTuning
+from fine_tuning.training.objectives.token_losses import TokenLosses
 from tests.test_training import SETTINGS, make_rows, train
 
 PROMPT = [3, 9, 27, 81]
@@ -26,7 +27,7 @@ def rows_after(prefix: list[int], *rests: list[int], untrained: int = 1) -> list
 
 def test_the_common_beginning_stands_once_and_every_rest_goes_on_from_it():
     laid_out = lay_out(collate(rows_after(PROMPT, [5, 6, 7], [8, 9]), 0))
-    assert (laid_out["prefix"], laid_out["rows"]) == (4, 2)
+    assert laid_out["segments"] == [(4, 2, 3)]
     assert laid_out["input_ids"].tolist() == [[3, 9, 27, 81, 5, 6, 7, 8, 9, 0]]
     assert laid_out["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6]]
     assert laid_out["labels"].tolist() == [[-100] * 5 + [6, 7] + [-100, 9, -100]]
@@ -45,7 +46,7 @@ def test_the_common_beginning_stands_once_and_every_rest_goes_on_from_it():
     ],
 )
 def test_a_prefix_ends_before_anything_that_is_trained(rows, prefix):
-    assert lay_out(collate(rows, 0))["prefix"] == prefix
+    assert lay_out(collate(rows, 0))["segments"][0][0] == prefix
 
 
 @pytest.mark.parametrize("prefix", [PROMPT, []])
@@ -124,13 +125,16 @@ def shares_with_the_same_gradients(base, prefix: list[int]) -> bool:
     fuse(quick, patches)
     shares = share_prefixes(quick, 64, patches)
     rows = rows_after(prefix, [5, 6, 7, 11, 12], [8, 9], [5, 6, 7], [5, 13, 4, 4])
-    objective = SupervisedFineTuning(0)
+    objective = SupervisedFineTuning(TokenLosses(0))
     inputs = objective.collate(rows)
     assert objective.count(inputs) == sum(len(row.input_ids) - len(prefix) - 1 for row in rows)
     found = []
     for model, its in (
         (plain, objective),
-        (quick, AcceleratedSft(quick, objective, 512, shares, set(), False, patches)),
+        (
+            quick,
+            SupervisedFineTuning(AcceleratedTokenLosses(quick, TokenLosses(0), 512, shares, set(), False, patches)),
+        ),
     ):
         loss = its.loss(model.train(), inputs)
         loss.backward()
@@ -156,7 +160,7 @@ def test_in_bfloat16_the_loss_is_as_near_to_the_exact_one_as_that_of_the_padded_
 def summed_loss(model, rows: list[PreparedRow], shared: bool) -> float:
     inputs = collate(rows, 0)
     inputs = lay_out(inputs) if shared else inputs
-    labels = inputs.pop("labels")
+    labels, _ = inputs.pop("labels"), inputs.pop("row_of", None)
     with torch.no_grad():
         logits = model(**inputs).logits.float()
     return float(
@@ -183,9 +187,7 @@ def test_a_model_that_the_shared_form_gives_other_logits_is_left_as_it_is(tiny_b
     # An attention of the model's own kind, which knows nothing of prefixes.
     for layer in model.model.layers:
         attend = layer.self_attn.forward
-        layer.self_attn.forward = lambda *args, attend=attend, **named: attend(
-            *args, **{**named, "prefix": 0, "rows": None}
-        )
+        layer.self_attn.forward = lambda *args, attend=attend, **named: attend(*args, **{**named, "segments": None})
     assert not share_prefixes(model, 64, Patches())
     assert model.config._attn_implementation == before
 

@@ -26,8 +26,9 @@ from fine_tuning.schema.conversation import (
     problem_of,
     to_line,
 )
+from fine_tuning.schema.judgements import PERSON, Judgement, judgements_of
 
-ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt"]
+ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt", "dpo", "kto"]
 FILES: dict[str, str] = {
     "json": "conversations.json",
     "csv": "conversations.csv",
@@ -37,6 +38,7 @@ FILES: dict[str, str] = {
     "openai": "openai.jsonl",
     "sharegpt": "sharegpt.json",
 }
+JUDGED: dict[str, str] = {"dpo": "dpo.jsonl", "kto": "kto.jsonl"}  # what people preferred, not conversations
 SUFFIXES = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 CSV_COLUMNS = (
     "conversation_id",
@@ -84,7 +86,7 @@ class DataExporter:
     def export_all_formats(
         self, conversations: Iterable[dict], formats: Iterable[ExportFormat] | ExportFormat = tuple(FILES)
     ) -> dict[str, Path]:
-        """Write every format and return its file. `counts` says how many conversations each could take.
+        """Write every format, or those given, and return its file. `counts` says how many conversations each took.
 
         Conversations that a format has no place for (tool messages in question-answer formats, ChatML's own marks
         within a message in ChatML) are left out of that format and counted as skipped; so is what is no conversation.
@@ -93,10 +95,11 @@ class DataExporter:
             UserError: a format is unknown, the folder cannot be made, or these are no conversations.
         """
         formats = (formats,) if isinstance(formats, str) else tuple(formats)
-        if unknown := [name for name in formats if name not in FILES]:
-            raise UserError(f"unknown export format {unknown[0]!r}: choose from {', '.join(FILES)}")
+        files = FILES | JUDGED
+        if unknown := [name for name in formats if name not in files]:
+            raise UserError(f"unknown export format {unknown[0]!r}: choose from {', '.join(files)}")
         self._make_folder()
-        paths = {name: self.folder / (FILES[name] + SUFFIXES[self.compression]) for name in formats}
+        paths = {name: self.folder / (files[name] + SUFFIXES[self.compression]) for name in formats}
         self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
         with ExitStack() as stack:
             writers = {name: stack.enter_context(self._writer(name, path)) for name, path in paths.items()}
@@ -105,7 +108,7 @@ class DataExporter:
                 sound = problem_of(conversation) is None
                 final = unbroken(with_edits(conversation)) if sound else []
                 for name, write in writers.items():
-                    parts = [conversation] if sound and name == "json" else final
+                    parts = [conversation] if sound and (name == "json" or name in JUDGED) else final
                     taken = any([write(part) for part in parts])
                     self.counts[name]["exported" if taken else "skipped"] += 1
         return paths
@@ -183,6 +186,22 @@ def _lines(convert: Callable[[dict], dict | None]) -> Callable:
             if record is not None:
                 file.write(to_line(record))
             return record is not None
+
+        yield write
+
+    return container
+
+
+def _judgements(convert: Callable[[Judgement], dict | None]) -> Callable:
+    """A line for each judgement that has a place in the format."""
+
+    @contextmanager
+    def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
+        def write(conversation: dict) -> bool:
+            records = [record for j in judgements_of(conversation) if (record := convert(j))]
+            for record in records:
+                file.write(to_line(record))
+            return bool(records)
 
         yield write
 
@@ -336,6 +355,26 @@ def to_sharegpt(conversation: dict) -> dict:
     return {"id": conversation["id"], "conversations": turns} | _models(conversation)
 
 
+def to_dpo(judgement: Judgement) -> dict | None:
+    """{"prompt", "chosen", "rejected", "models"}, TRL's conversational preferences; None for a thumb alone."""
+    if judgement.worse is None:
+        return None
+    return _judged(judgement, "chosen") | {"rejected": [{"role": "assistant", "content": judgement.worse.text}]}
+
+
+def to_kto(judgement: Judgement) -> dict | None:
+    """{"prompt", "completion", "label", "models"}, TRL's conversational unpaired preferences; None for a pair."""
+    return None if judgement.worse else _judged(judgement, "completion") | {"label": judgement.liked}
+
+
+def _judged(judgement: Judgement, name: str) -> dict:
+    replies = [message for message in judgement.prompt if message["role"] == "assistant"]
+    author = judgement.better.author or "unknown"
+    models = [*["unknown"] * len(replies), None if author == PERSON else author]
+    reply = {"role": "assistant", "content": judgement.better.text}
+    return {"prompt": judgement.prompt, name: [reply], "models": models}
+
+
 _CONTAINERS: dict[str, Callable] = {
     "json": _array(lambda conversation: conversation),
     "csv": _csv,
@@ -344,6 +383,8 @@ _CONTAINERS: dict[str, Callable] = {
     "instruction": _lines(to_instruction),
     "openai": _lines(to_openai),
     "sharegpt": _array(to_sharegpt),
+    "dpo": _judgements(to_dpo),
+    "kto": _judgements(to_kto),
 }
 
 

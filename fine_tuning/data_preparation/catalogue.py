@@ -74,6 +74,12 @@ class ConversationFiles:
     def __init__(self, paths: Iterable[Path], part_bytes: int = PART_BYTES) -> None:
         self.parts = [(path.resolve(), *ends) for path in paths for ends in line_ranges(path, part_bytes)]
 
+    def conversations(self) -> Iterator[dict]:
+        """All of them, in order."""
+        for path in dict.fromkeys(path for path, *_ in self.parts):
+            with open(path, "rb") as file:
+                yield from (read_conversation(orjson.loads(line)) for line in file)
+
     def look(self, part: int, train_on: TrainOn) -> list[Look]:
         """See `Conversations`."""
         path, place, end = self.parts[part]

@@ -113,6 +113,7 @@ class DatasetBuilder:
         self.tokenizer = Path(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.system_prompt = system_prompt
         self.max_length = max_length
+        self.held_out = HeldOut(decontamination_words)
 
     def build_dataset(self, conversations: Iterable[dict]) -> dict[str, list[dict]]:
         """Train, validation and test rows of logged exchanges or conversations with `messages`.
@@ -172,7 +173,8 @@ class DatasetBuilder:
         for looks in run(look, range(len(conversations.parts))):
             catalogue.note(looks)
         catalogue.deal(clusters, dealt, self.fractions, self.salt, twins)
-        held_out, repeated = HeldOut(self.decontamination_words), frozenset()
+        self.held_out = held_out = HeldOut(self.decontamination_words)
+        repeated: Set[str] = frozenset()
         for split in ("test", "validation", "train"):
             if split == "train" and self.decontamination_words:
                 repeated = self._repeated(conversations, catalogue, held_out, run)
@@ -180,6 +182,10 @@ class DatasetBuilder:
                 catalogue.leave_out(overlapping, split, "overlaps_test")
             rows = self._prepared(split, repeated, conversations, catalogue, run)
             yield split, held_out.watch(rows) if split == "test" and self.decontamination_words else rows
+
+    def overlaps_test(self, messages: list[dict]) -> bool:
+        """Whether messages share a run of words with the test split that was dealt last."""
+        return bool(self.decontamination_words and self.held_out.shared_with(messages))
 
     def _repeated(self, conversations: Conversations, catalogue: Catalogue, held_out: HeldOut, run: Map) -> Set[str]:
         """The ids of train that repeat the test split."""

@@ -25,6 +25,7 @@ from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, re
 from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
 from fine_tuning.evaluation.suite.items import chat_format, encoded_anew, sample, suite_sha256
 from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
+from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.evaluation.suite.privacy import personal_data
 from fine_tuning.evaluation.suite.prompting_baselines import Exchanges, with_examples, with_system_prompt
 from fine_tuning.runtime.llama_engine import LlamaEngine
@@ -74,6 +75,8 @@ class Evaluator:
         chat: the system prompt, and the tokens of the longest item; replies come on top.
         memo: folder of earlier results.
         find_people: finds names, addresses and dates of birth in replies.
+        pairs: held-out pairs of a preferred and another reply.
+        is_compared: whether a reply's author is one of the models that are compared.
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Evaluator:
         settings: EvaluateSettings,
         memo: Path,
         find_people: Find | None = None,
+        pairs: Sequence[dict[str, Any]] = (),
+        is_compared: Callable[[str], bool] = bool,
     ) -> None:
         self.items = items
         self.tokenizer = tokenizer
@@ -99,6 +104,8 @@ class Evaluator:
         self.hardware = scoring_hardware(settings.threads)
         self.memo = Memo(memo)
         self.find_people = find_people
+        self.pairs = pairs
+        self.is_compared = is_compared
 
     def run(self, base: Contender, champion: Contender | None, candidate: Contender, train: Path) -> Results:
         """Everything that is asked of base, champion and candidate; `train` is the prepared training split."""
@@ -127,7 +134,8 @@ class Evaluator:
         if chat_format(own) == chat_format(self.tokenizer):
             return self
         items = encoded_anew(self.items, own, self.chat.max_length)
-        return Evaluator(items, own, self.chat, self.settings, self.memo.folder, self.find_people)
+        more = self.memo.folder, self.find_people, self.pairs, self.is_compared
+        return Evaluator(items, own, self.chat, self.settings, *more)
 
     def describe_suite(self) -> dict[str, Any]:
         """Identity and size of the suite, for metrics/evaluation.json."""
@@ -154,7 +162,7 @@ class Evaluator:
         return records, answers[len(asked) :]
 
     def guard_lines(self, contender: Contender) -> dict[str, list[dict[str, Any]]]:
-        """Lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem; none of what is switched off."""
+        """Lines of the file of each of MEASURES, by its stem; none of what is switched off."""
         name, found = contender.name, {guard: [] for guard in GUARDS}
         if self.settings.forgetting:
             items = general_items(self.tokenizer, self.chat.system_prompt, self.chat.max_length)
@@ -165,6 +173,8 @@ class Evaluator:
         swaps = swapped_histories(self.items, count, self.tokenizer, longest)
         items = [item for swap in swaps for item in swap.variants]
         found["prompt_help"] = prompt_lines(name, swaps, self.score(contender, items, "other histories"))
+        items = preference_items(self.pairs, self.tokenizer, self.chat.system_prompt, self.chat.max_length)
+        found |= preference_lines(name, self.pairs, items, self.score(contender, items, "pairs"), self.is_compared)
         return found
 
     def score_prompting_baselines(self, base: Contender, train: Path) -> list[dict[str, Any]]:

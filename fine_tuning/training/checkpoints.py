@@ -12,14 +12,14 @@ from filelock import FileLock, Timeout
 
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.runtime.hardware import detect_hardware, is_main_process, process_count
-from fine_tuning.schema.prepared import PreparedRow
+from fine_tuning.schema.preferences import Item, JudgedReply, rows_of
 from fine_tuning.training.settings import TrainSettings
 
 CHECKPOINT_COMPLETE = "COMPLETE"
 
 
 def checkpoint_key(
-    settings: TrainSettings, rows: Sequence[PreparedRow], base_sha256: str, validation: Sequence[PreparedRow] = ()
+    settings: TrainSettings, items: Sequence[Item], base_sha256: str, validation: Sequence[Item] = ()
 ) -> str:
     """Name of the folder that may hold this run's checkpoints: "<inputs>-<code>", two hashes.
 
@@ -32,10 +32,13 @@ def checkpoint_key(
     hardware = detect_hardware(settings.precision, settings.threads)
     machine = f"{hardware.device} {hardware.precision} {count_micro_batches(settings, hardware)} {process_count()}"
     digest = hashlib.sha256(settings.model_dump_json().encode() + base_sha256.encode() + machine.encode())
-    for split in (rows, validation):
+    for split in (items, validation):
         digest.update(b"split")
-        for row in split:
-            digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
+        for item in split:
+            if isinstance(item, JudgedReply):
+                digest.update(str(item.liked).encode())
+            for row in rows_of([item]):
+                digest.update(json.dumps([row.id, row.input_ids, row.labels]).encode())
     code = hashlib.sha256(json.dumps([code_sha256("train"), versions()]).encode())
     return f"{digest.hexdigest()[:24]}-{code.hexdigest()[:16]}"
 

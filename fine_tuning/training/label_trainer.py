@@ -1,28 +1,30 @@
-"""A transformers.Trainer for any `Objective`: whole batches as items, losses that are sums over counted units."""
+"""A transformers.Trainer for objectives: whole batches as items, losses that are sums over counted units."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.acceleration.micro_batches import add_gradients, split
-from fine_tuning.training.objectives.objective import Batch, Objective
+from fine_tuning.training.objectives.mixture import Mixture
+from fine_tuning.training.objectives.objective import Batch
+from fine_tuning.training.objectives.preference import Referenced
 from fine_tuning.training.processes import of_main_process
 
 
 class LabelTrainer(Trainer):
     """A Trainer that gets its batches and losses from an objective.
 
-    The datasets' items are whole batches of rows, so that any sampler shuffles them and any launcher shards them.
+    The datasets' items are whole batches of items, so that any sampler shuffles them and any launcher shards them.
 
     Args:
         micro_batches: parts of a batch that are computed at the same time; see `count_micro_batches`.
     """
 
-    def __init__(self, objective: Objective, micro_batches: int = 1, **arguments: Any) -> None:
+    def __init__(self, objective: Mixture, micro_batches: int = 1, **arguments: Any) -> None:
         super().__init__(data_collator=lambda batch: objective.collate(*batch), **arguments)
         self.loss_is_scaled_for_ga = True
         self.objective = objective
@@ -65,24 +67,55 @@ class LabelTrainer(Trainer):
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
-    def mean_loss(self) -> float:
-        """Mean loss a unit, such as a trained token, over the validation rows."""
+    def note_references(self, known: dict[str, tuple[float, float]]) -> None:
+        """Measure the log-likelihoods of preference items under the model as it is now, where `known` lacks them."""
+        for batch in (*self.train_dataset, *self.eval_dataset):
+            part = self.objective.parts[type(batch[0])]
+            if isinstance(part, Referenced):
+                if any(item.id not in known for item in batch):
+                    found = self._without_gradients(part.log_likelihoods, part.collate(batch)).tolist()
+                    known |= {item.id: tuple(values) for item, values in zip(batch, found, strict=True)}
+                part.references |= {item.id: known[item.id] for item in batch}
+
+    def validate(self) -> dict[str, float]:
+        """Means over the validation items: `eval_loss` over all units, and of each objective what it measures.
+
+        `eval_sft_loss` is in nats a trained token; the names of others begin with `eval_pairs_` and `eval_thumbs_`.
+        """
         was_training = self.model.training
         self.model.eval()
         measured = list(self._pool.map(self._measure, self.eval_dataset))
         self.model.train(was_training)
-        return sum(total for total, _ in measured) / sum(count for _, count in measured)
+        total: Counter[str] = Counter()
+        units: Counter[str] = Counter()
+        for name, items, count, sums in measured:
+            units[name] += count
+            units["all"] += count
+            total["all"] += sums["loss"]
+            units[f"{name} items"] += items
+            for what, value in sums.items():
+                total[f"{name}_{what}"] += value
+        means = {"eval_loss": total.pop("all") / units["all"]}
+        for key, value in total.items():
+            name, _, what = key.partition("_")
+            means[f"eval_{key}"] = value / units[name if what == "loss" else f"{name} items"]
+        return means
+
+    def _measure(self, batch: Sequence[Any]) -> tuple[str, int, float, dict[str, float]]:
+        inputs = self.data_collator([batch])
+        sums = self._without_gradients(self.objective.measure, inputs)
+        name = self.objective.name_of(batch)
+        return name, len(batch), float(self.objective.count(inputs)), {key: value.item() for key, value in sums.items()}
 
     @torch.no_grad()
-    def _measure(self, batch: Sequence[PreparedRow]) -> tuple[float, int]:
-        inputs = self._prepare_inputs(self.data_collator([batch]))
+    def _without_gradients(self, function: Callable[[Any, Batch], Any], inputs: Batch) -> Any:
         dtype, mixed = torch.float16 if self.args.fp16 else torch.bfloat16, self.args.bf16 or self.args.fp16
         with torch.autocast(self.args.device.type, dtype, enabled=mixed):  # as training itself computes
-            return self.objective.loss(self.model, inputs).item(), int(self.objective.count(inputs))
+            return function(self.model, self._prepare_inputs(inputs))
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log the validation loss the way `Trainer.evaluate` does."""
-        metrics = {"eval_loss": of_main_process(self.mean_loss())}
+        metrics = {name: of_main_process(value) for name, value in self.validate().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

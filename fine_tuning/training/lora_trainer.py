@@ -1,6 +1,7 @@
 """Train a LoRA adapter (Hu et al. 2021) on assistant tokens: sorted batches, logits at trained positions only."""
 
 import gc
+import hashlib
 import json
 import math
 import os
@@ -17,15 +18,19 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments, set_seed
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import code_sha256, sha256_file, versions
+from fine_tuning.common.records import read_json, write_json
 from fine_tuning.runtime.base_model import load_model, quiet_transformers
 from fine_tuning.runtime.hardware import Hardware, detect_hardware, is_main_process, process_count
+from fine_tuning.schema.preferences import Item, JudgedReply, Pair, rows_of
 from fine_tuning.schema.prepared import PreparedRow, count_labels
 from fine_tuning.training.acceleration.accelerate import accelerated
 from fine_tuning.training.acceleration.micro_batches import count_micro_batches
 from fine_tuning.training.checkpoints import is_outdated, newest_checkpoint, sort_adapter_config
 from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.memory import check_memory, read_shape
-from fine_tuning.training.objectives.sft import SupervisedFineTuning
+from fine_tuning.training.objectives.mixture import objective_for
+from fine_tuning.training.objectives.token_losses import TokenLosses
 from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
 from fine_tuning.training.qlora_trainer import WeightsMemory, check_bitsandbytes, load_quantised_base, weights_memory
 from fine_tuning.training.row_checks import check_rows
@@ -38,7 +43,8 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "lio
 
 @dataclass
 class TrainingResult:
-    """What a run measured. Losses are mean negative log-likelihoods a trained token, in nats."""
+    """What a run measured. Losses are mean negative log-likelihoods a trained token, in nats; without supervised rows
+    those of the preference objective. `validation` has what every objective measured, by name."""
 
     steps: int
     train_loss: float
@@ -52,28 +58,32 @@ class TrainingResult:
     base_weights: WeightsMemory
     trainable_parameters: int
     hardware: Hardware
+    validation: dict[str, float]
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 def train_adapter(
     base: Path,
     base_name: str,
-    train_rows: Sequence[PreparedRow],
-    validation_rows: Sequence[PreparedRow],
+    train_items: Sequence[Item],
+    validation_items: Sequence[Item],
     settings: TrainSettings,
     output: Path,
     checkpoints: Path,
     progress: Progress | None = None,
     start_from: Path | None = None,
+    references: Path | None = None,
 ) -> TrainingResult:
     """Train an adapter on `base` and write it to `output`; resume from `checkpoints` if a run was cut off.
 
     Args:
         base: Hugging Face folder.
+        train_items, validation_items: prepared rows, pairs and judged replies; each kind has its own batches.
         base_name: what the adapter's configuration calls its base, such as the id on the hub.
         checkpoints: folder of this run's checkpoints, named by `checkpoint_key`; emptied by the caller when done.
         progress: called with each logged step's values (step, loss, learning_rate, grad_norm, eval_loss).
         start_from: folder of an adapter of the same shape to continue training, instead of a new one.
+        references: folder where log-likelihoods of preference items under the model before training are kept.
 
     Raises:
         UserError: nothing to train, too little memory, a target module that the base lacks, an adapter to start from
@@ -81,6 +91,7 @@ def train_adapter(
             checkpoint stays).
         KeyboardInterrupt: Ctrl-C, after the step under way and a checkpoint.
     """
+    train_rows, validation_rows = rows_of(train_items), rows_of(validation_items)
     check_rows(train_rows, "train")
     check_rows(validation_rows, "validation")
     hardware, micro_batches = prepare_machine(settings)
@@ -88,35 +99,39 @@ def train_adapter(
     if start_from:
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
-    objective = SupervisedFineTuning(model.config.get_text_config().pad_token_id or 0, settings.packing)
+    token_losses = TokenLosses(model.config.get_text_config().pad_token_id or 0, settings.packing)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     guard = RunGuard(settings, progress)
-    with accelerated(model, objective, base, train_rows, longest, settings, hardware) as objective:
-        batches = objective.batches(train_rows, settings.batch_tokens, micro_batches)
+    supervised = [item for item in train_items if isinstance(item, PreparedRow)]
+    with accelerated(model, token_losses, base, supervised, longest, settings, hardware) as token_losses:
+        objective = objective_for([*train_items, *validation_items], token_losses, settings.preference)
+        batches = objective.batches(train_items, settings.batch_tokens, micro_batches)
         trainer = LabelTrainer(
             objective=objective,
             micro_batches=micro_batches,
             model=model,
             args=training_arguments(settings, hardware, checkpoints, len(batches)),
             train_dataset=batches,
-            eval_dataset=objective.batches(validation_rows, 2 * settings.batch_tokens),
+            eval_dataset=objective.batches(validation_items, 2 * settings.batch_tokens),
             callbacks=[guard],
         )
         trainer.remove_callback(PrinterCallback)
         before = first_loss(trainer)
+        note_references(trainer, base, start_from, references)
         started = time.monotonic()
         tokens = run_steps(trainer, guard, checkpoints)
         seconds = time.monotonic() - started
-        after = trainer.mean_loss()
+        after = trainer.validate()
     steps, history = trainer.state.global_step, trainer.state.log_history
-    check_loss("validation", after, steps)
+    loss = supervised_loss(after)
+    check_loss("validation", loss, steps)
     save_adapter(model, base_name, output)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainingResult(
         steps=steps,
         train_loss=sum(losses) / len(losses),
         validation_loss_before=before,
-        validation_loss=after,
+        validation_loss=loss,
         trained_tokens=count_labels(train_rows),
         tokens=sum(len(row.input_ids) for row in train_rows),
         seconds=seconds,
@@ -125,6 +140,7 @@ def train_adapter(
         base_weights=weights_memory(model, hardware),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         hardware=hardware,
+        validation=after,
         history=[entry for entry in history if "train_loss" not in entry],
     )
 
@@ -153,10 +169,37 @@ def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
     return hardware, micro_batches
 
 
+def note_references(trainer: LabelTrainer, base: Path, start_from: Path | None, folder: Path | None) -> None:
+    """Give the trainer's preference items their log-likelihoods under the model before training.
+
+    They are kept in `folder`, in a file of their model's, number format's and item's hashes, and computed once.
+    """
+    items = [item for batch in (*trainer.train_dataset, *trainer.eval_dataset) for item in batch]
+    if not any(isinstance(item, (Pair, JudgedReply)) for item in items):
+        return
+    adapter = start_from and start_from / "adapter_model.safetensors"
+    files = [path for path in (*sorted(base.glob("*.safetensors")), adapter) if path]
+    named = [*map(sha256_file, files), str(trainer.args.bf16), str(trainer.args.fp16), versions(), code_sha256("train")]
+    digest = hashlib.sha256(json.dumps(named).encode())
+    for item in items:
+        digest.update(json.dumps([item.id, *([row.input_ids, row.labels] for row in rows_of([item]))]).encode())
+    kept = folder and folder / f"{digest.hexdigest()}.json"
+    known = {name: tuple(values) for name, values in read_json(kept).items()} if kept and kept.is_file() else {}
+    trainer.note_references(known)
+    if kept and is_main_process():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, known)
+
+
+def supervised_loss(measured: dict[str, float]) -> float:
+    """Mean loss a trained token of the supervised rows, without them of all units."""
+    return measured.get("eval_sft_loss", measured["eval_loss"])
+
+
 def first_loss(trainer: LabelTrainer) -> float:
     """Validation loss before training; other kernels are allowed where a base has no deterministic ones."""
     try:
-        return trainer.mean_loss()
+        return supervised_loss(trainer.validate())
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
@@ -165,7 +208,7 @@ def first_loss(trainer: LabelTrainer) -> float:
         flush=True,
     )
     torch.use_deterministic_algorithms(False)
-    return trainer.mean_loss()
+    return supervised_loss(trainer.validate())
 
 
 def run_steps(trainer: LabelTrainer, guard: RunGuard, checkpoints: Path) -> int:

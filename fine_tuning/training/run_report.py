@@ -58,7 +58,10 @@ def quality(result: TrainingResult) -> dict[str, float]:
     names = (*losses, "steps", "tokens", "trained_tokens", "trainable_parameters")
     # exp() overflows above 709.
     perplexity = math.exp(min(result.validation_loss, 700.0))
-    return {name: getattr(result, name) for name in names} | {"validation_perplexity": perplexity}
+    measured = {
+        name.removeprefix("eval_"): v for name, v in result.validation.items() if "pairs" in name or "thumbs" in name
+    }
+    return {name: getattr(result, name) for name in names} | {"validation_perplexity": perplexity} | measured
 
 
 def speed(result: TrainingResult) -> dict[str, float]:

@@ -19,9 +19,21 @@ class LoraSettings(Settings):
     dora: bool
 
 
+class PreferenceSettings(Settings):
+    """The section `train.preference`."""
+
+    minimum: int = Field(ge=1)
+    loss: Literal["sigmoid", "ipo", "hinge"]
+    beta: float = Field(gt=0)
+    label_smoothing: float = Field(ge=0, lt=0.5)
+    sft_weight: float = Field(ge=0)
+
+
 class TrainSettings(Settings):
     """The section `train`."""
 
+    objective: Literal["sft", "dpo", "kto", "auto"]
+    preference: PreferenceSettings
     method: Literal["lora", "qlora"]
     start_from: str | None = Field(pattern="^[0-9a-f]{8,64}$")
     launch: Literal["single", "ddp", "fsdp"]

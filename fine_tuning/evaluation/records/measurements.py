@@ -138,14 +138,25 @@ def help_of_prompt(line: Line) -> float:
     return np.nan if None in (line["own"], *line["others"]) else float(np.mean(line["others"]) - line["own"])
 
 
+def prefers_chosen(line: Line) -> float:
+    """1 where the chosen reply of a pair has more likelihood a token than the rejected one, 0 less, 0.5 the same."""
+    if None in (line["chosen"], line["rejected"]):
+        return np.nan
+    chosen, rejected = (line[side] / line[f"{side}_tokens"] for side in ("chosen", "rejected"))
+    return 0.5 * (1 + float(np.sign(rejected - chosen)))
+
+
+PREFERENCES, PREFERENCES_APART = "preferences", "preferences_apart"
 # Metric → the stem of the file that holds its lines, its value on a line, and 1 where more is better, else -1.
 MEASURES: dict[str, tuple[str, Callable[[Line], float], int]] = {
     "general_knowledge": ("general", right_probability, 1),
     "general_text": ("general_text", nats_per_byte, -1),
     "prompt_help": ("prompt_help", help_of_prompt, 1),
+    "preference_accuracy": (PREFERENCES, prefers_chosen, 1),
+    "preference_accuracy_apart": (PREFERENCES_APART, prefers_chosen, 0),  # one side is a compared model's own
 }
 GUARDS = tuple(file for file, _, _ in MEASURES.values())
-Files = Mapping[str, Sequence[Line]]  # lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem
+Files = Mapping[str, Sequence[Line]]  # lines of the file of each of MEASURES, by its stem
 
 
 def by_contender(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:

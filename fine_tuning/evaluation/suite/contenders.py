@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,24 +83,30 @@ def check_references(references: Sequence[str], base: Path, record: Path, name: 
             f"evaluate.references names {', '.join(old)}, which do not say who wrote a reply: write [person] in "
             "params.yaml, and beside it the names of models that are worth learning from"
         )
+    is_compared = compared_models(base, record, name)
+    if own := [author for author in references if is_compared(author)]:
+        raise UserError(
+            f"evaluate.references names {', '.join(own)}, which is itself compared or was made here, and its own words "
+            "favour it: take it out in params.yaml"
+        )
+
+
+def compared_models(base: Path, record: Path, name: str) -> Callable[[str], bool]:
+    """Whether an author's name is that of a model which is compared, or was made here; see `check_references`."""
     card, champion = (read_json(path) if path.is_file() else {} for path in (base / "base.json", record))
     families, bases = {name, champion.get("name")}, [str(card.get("model"))]
     if bases[0].startswith("package:"):
         with suppress(UserError):
             bases.append(str(locate_base(bases[0], None).gguf_file))
-    own = [
-        author
-        for author in references
+
+    def is_compared(author: str) -> bool:
         # name:3 and name:live, a registry's models:/name/3, the files that the app runs
-        if families & set(re.split("[:/@]", author))
-        or author.startswith("models/")
-        or any(_words(author) and _words(base)[: len(_words(author))] == _words(author) for base in bases)
-    ]
-    if own:
-        raise UserError(
-            f"evaluate.references names {', '.join(own)}, which is itself compared or was made here, and its own words "
-            "favour it: take it out in params.yaml"
-        )
+        if families & set(re.split("[:/@]", author)) or author.startswith("models/"):
+            return True
+        words = _words(author)
+        return bool(words) and any(_words(one)[: len(words)] == words for one in bases)
+
+    return is_compared
 
 
 def _words(model: str) -> list[str]:

@@ -20,7 +20,14 @@ from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.evaluation.metric_modules.loading import LIKELIHOOD_COLUMNS, REPLY_COLUMNS, load_metric
 from fine_tuning.evaluation.records.champion_records import LEARNED
-from fine_tuning.evaluation.records.measurements import GUARDS, Files, Metrics, by_contender, likelihood_columns
+from fine_tuning.evaluation.records.measurements import (
+    GUARDS,
+    MEASURES,
+    Files,
+    Metrics,
+    by_contender,
+    likelihood_columns,
+)
 from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
@@ -34,7 +41,7 @@ from fine_tuning.evaluation.verdict.differences import (
     shortfall,
     surely_lost,
 )
-from fine_tuning.evaluation.verdict.guards import guard, guard_differences
+from fine_tuning.evaluation.verdict.guards import guard, guard_differences, paired
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
 from fine_tuning.evaluation.verdict.settings import CompareSettings
@@ -45,6 +52,7 @@ PROMPTING_BASELINES = {
     PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.prompting_baselines"),
     FEW_SHOT: ("the base with examples from training conversations", "put similar conversations into the prompt"),
 }
+PREFERENCE = "preference_accuracy"  # of MEASURES; with too few pairs it decides nothing
 LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
 
@@ -91,7 +99,7 @@ def compare(
 
     Args:
         records: lines of items.jsonl, all contenders.
-        guarded: lines of general.jsonl, general_text.jsonl and prompt_help.jsonl by stem.
+        guarded: lines of the file of each of MEASURES, by its stem.
         answers: lines of prompts.jsonl, the answers to the test prompts.
         memory: lines of memory.jsonl, what was kept of the training data; None: of no concern here.
 
@@ -106,17 +114,20 @@ def compare(
     privacy, leaked = leaks(records, answers)
     remembered, memorised = kept(memory or ())
     common = tables | {"privacy": privacy, "memory": remembered}
-    if not any("nll" in line for line in records):
+    if settings.primary not in MEASURES and not any("nll" in line for line in records):
         return no_references(settings, records, metrics, intervals, leaked + memorised) | common
     present = {line["contender"] for line in records}
     pairs = {name: differences(records, metrics, name, intervals) for name in BASELINES if name in present}
+    for baseline, rows in pairs.items():
+        if preferred := paired(files, PREFERENCE, baseline, intervals.confidence):
+            rows[PREFERENCE] = preferred
     others = guard_differences(files, pairs, intervals.confidence)
     deciding = {
         baseline: settings.primary if settings.primary in found else ANY_TOKENIZER for baseline, found in pairs.items()
     }
     # The base shares the candidate's tokenizer: what it lacks was not measured at all.
     for name in (settings.primary, *settings.secondary, *deciding.values()):
-        if name not in pairs["base"]:
+        if name not in pairs["base"] and not (name == PREFERENCE and name in settings.secondary):
             raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
     primary = [pairs[baseline][name] for baseline, name in deciding.items() if name in pairs[baseline]]
     if not all(difference.better for difference in primary):

@@ -25,25 +25,25 @@ from fine_tuning.training.acceleration.cuda_graphs import (
     recordable_shapes,
     shape_of,
 )
-from fine_tuning.training.acceleration.fused import fuse, has_plain_head, summed_label_loss
+from fine_tuning.training.acceleration.fused import fuse, has_plain_head, label_losses
 from fine_tuning.training.acceleration.patches import Patches
 from fine_tuning.training.acceleration.shared_prefix import lay_out, share_prefixes
-from fine_tuning.training.objectives.objective import Batch, Objective
-from fine_tuning.training.objectives.sft import SupervisedFineTuning
+from fine_tuning.training.objectives.objective import Batch
+from fine_tuning.training.objectives.token_losses import TokenLosses
 from fine_tuning.training.settings import TrainSettings
 
 
 @contextmanager
 def accelerated(
     model: Any,
-    objective: Objective,
+    plain: TokenLosses,
     base: Path,
     train_rows: Sequence[PreparedRow],
     longest: int,
     settings: TrainSettings,
     hardware: Hardware,
-) -> Iterator[Objective]:
-    """Yield the objective to train with: the one given, or a faster form of it on a model that is patched meanwhile.
+) -> Iterator[TokenLosses]:
+    """Yield what computes losses: `plain`, or a faster form of it on a model that is patched meanwhile.
 
     Args:
         model: with its adapter.
@@ -52,14 +52,11 @@ def accelerated(
     """
     with Patches() as patches:
         if settings.acceleration == "off":
-            yield objective
+            yield plain
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if hardware.precision != "float16":  # which is computed from weights in float32
             fuse(model, patches)
-        if type(objective) is not SupervisedFineTuning:
-            yield objective
-            return
         random = settings.lora.dropout or settings.neftune_alpha
         shared = not (random or settings.packing) and share_prefixes(model, longest, patches)
         shapes = recordable_shapes(base, train_rows, trained, settings, hardware) if shared else set()
@@ -73,11 +70,11 @@ def accelerated(
 
         patches.replace(model, "zero_grad", drop_gradients)
         mixed = hardware.precision != "float32"
-        yield AcceleratedSft(model, objective, settings.batch_tokens, shared and not shapes, shapes, mixed, patches)
+        yield AcceleratedTokenLosses(model, plain, settings.batch_tokens, shared and not shapes, shapes, mixed, patches)
 
 
-class AcceleratedSft(SupervisedFineTuning):
-    """The same loss with less work: the output head sees only the positions that carry a label.
+class AcceleratedTokenLosses(TokenLosses):
+    """The same losses with less work: the output head sees only the positions that carry a label.
 
     The head of a small model with a large vocabulary costs a fifth of the work, most of it for prompts and padding.
 
@@ -91,7 +88,7 @@ class AcceleratedSft(SupervisedFineTuning):
     def __init__(
         self,
         model: Any,
-        plain: SupervisedFineTuning,
+        plain: TokenLosses,
         budget: int,
         shared_prefixes: bool,
         shapes: set[BatchShape],
@@ -109,19 +106,21 @@ class AcceleratedSft(SupervisedFineTuning):
         patches.callback(hook.remove)
 
     def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
-        """As in the plain objective; for recorded kernels lengths are rounded up."""
+        """As in the plain form; for recorded kernels lengths are rounded up."""
         return batch_by_tokens(rows, budget, multiple, length_class if self.shapes else int)
 
     def collate(self, rows: Sequence[PreparedRow]) -> Batch:
-        """As in the plain objective; batches of a recorded shape are padded to it."""
+        """As in the plain form; batches of a recorded shape are padded to it."""
         if self.shapes and (shape := shape_of(rows, self.budget)) in self.shapes:
             return collate(rows, self.pad_token_id, shape)
         return super().collate(rows)
 
-    def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
-        """Summed negative log-likelihood of the trained tokens."""
+    def __call__(self, model: Any, inputs: Batch, together: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in the plain form."""
+        row_of = None
         if self.shared_prefixes:
-            inputs = lay_out(inputs)
+            inputs = lay_out(inputs, together)
+            row_of = inputs.pop("row_of")
         labels = inputs["labels"]
         # Looked up before the layers run: afterwards this would wait for the GPU to finish them.
         rows, columns = (labels[:, 1:] != NOT_TRAINED).nonzero(as_tuple=True)
@@ -134,8 +133,10 @@ class AcceleratedSft(SupervisedFineTuning):
         # Kept until the next step, the hidden states would keep their whole graph alive.
         hidden, self._at.hidden = self._at.hidden, None
         if self._fused_head:
-            return summed_label_loss(hidden, self._head.weight, targets)
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+            losses = label_losses(hidden, self._head.weight, targets)
+        else:
+            losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+        return losses, rows if row_of is None else row_of[0, columns + 1]
 
     def _select(self, hidden: torch.Tensor) -> tuple[torch.Tensor]:
         # (rows, tokens, hidden) -> (1, trained positions, hidden); the fused head gets them separately.

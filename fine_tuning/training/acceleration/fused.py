@@ -82,7 +82,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _LabelLoss(torch.autograd.Function):
-    """Summed cross-entropy of a frozen head, its gradient made in the forward pass in the logits' own memory."""
+    """Cross-entropy of a frozen head, its gradient made in the forward pass in the logits' own memory."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -92,24 +92,24 @@ class _LabelLoss(torch.autograd.Function):
             chunk = slice(start, start + HEAD_CHUNK)
             logits[:, chunk] = hidden @ weight[chunk].t()
         logits.sub_(logits.amax(-1, keepdim=True))
-        chosen = logits.gather(1, targets.unsqueeze(1)).sum()
+        chosen = logits.gather(1, targets.unsqueeze(1))
         total = logits.exp_().sum(-1, keepdim=True)
-        loss = total.log().sum() - chosen
+        losses = (total.log() - chosen).squeeze(1)
         if ctx.needs_input_grad[0]:
             logits.div_(total)
             # The gradient of the logits is softmax - one_hot; its product with the frozen head is all that is needed.
             ctx.save_for_backward((logits @ weight).sub_(weight[targets]))
-        return loss
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple:
+    def backward(ctx: Any, dlosses: torch.Tensor) -> tuple:
         (gradient,) = ctx.saved_tensors
-        return gradient * dloss, None, None
+        return gradient * dlosses.unsqueeze(1), None, None
 
 
-def summed_label_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the negative log-likelihoods (nats) of `targets` (n) under logits `hidden` (n, h) @ `weight` (v, h)'."""
+def label_losses(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods (n, nats) of `targets` (n) under logits `hidden` (n, h) @ `weight` (v, h)'."""
     return _LabelLoss.apply(hidden, weight, targets)
 
 

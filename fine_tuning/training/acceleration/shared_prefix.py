@@ -1,8 +1,8 @@
-"""The common prefix of a batch's rows is computed once, and every row continues from it: the same loss in less time.
+"""The common prefix of rows is computed once, and every row continues from it: the same loss in less time.
 
-Chats begin with the same system prompt, a third of the tokens of short ones. Keys and values there depend on nothing
-that comes later, so the rows of a batch can share them, as servers do at inference (Yao et al. 2024, "DeFT", for trees
-of continuations). Gradients add up at what is shared, as they would over copies of it.
+Chats begin with the same system prompt, a third of the tokens of short ones, and the two replies of a pair answer one
+prompt. Keys and values there depend on nothing that comes later, so rows can share them, as servers do at inference
+(Yao et al. 2024, "DeFT", for trees of continuations). Gradients add up at what is shared, as they would over copies.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def _logits_of_rows(model: Any, shared: bool, *rests: list[int]) -> torch.Tensor
         return model(input_ids=ids).logits[:, 2:]
     labels = torch.where(torch.arange(4, device=ids.device) < 3, NOT_TRAINED, ids)
     laid_out = lay_out({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    del laid_out["labels"]
+    del laid_out["labels"], laid_out["row_of"]
     return model(**laid_out).logits[0, 2:].unflatten(0, (len(rests), 2))
 
 
@@ -77,37 +77,52 @@ def _apart(model: Any, shared: bool) -> bool:
     return torch.equal(found[1], first[1]) and torch.equal(found[0], second[0]) and torch.equal(found[0, 0], end[0, 0])
 
 
-def lay_out(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """A padded batch as one row: the common prefix, then the rest of each row.
+def lay_out(inputs: dict[str, torch.Tensor], together: int | None = None) -> dict[str, Any]:
+    """A padded batch as one row: of each group of rows their common prefix, then the rest of each row.
 
     Args:
         inputs: input_ids, attention_mask and labels, each (rows, longest), padded on the right.
+        together: rows of a group, such as the 2 of a pair; None: all rows are one group.
 
     Returns:
-        input_ids, position_ids and labels, each (1, prefix + rows * (longest - prefix)), `prefix` and `rows`. A label
-        stands where its token does; the first token of a rest bears none: what stands before it is another row's.
+        input_ids, position_ids, labels and row_of, each (1, tokens); `row_of` is the number of the row that a token
+        belongs to. A label stands where its token does; the first token of a rest bears none: what stands before it is
+        another row's. `segments` is for the attention: (tokens of the prefix, rows, tokens of each rest) of a group.
     """
-    ids, labels = inputs["input_ids"], inputs["labels"]
-    rows, longest = ids.shape
-    prefix = 0
-    if rows > 1:
-        # Up to the last token before any that is trained, and within the shortest row.
-        shared = (ids == ids[0]).all(0) & (labels == NOT_TRAINED).all(0) & inputs["attention_mask"].bool().all(0)
-        prefix = int(shared.long().cumprod(0).sum())
-        while prefix and (prefix == longest or (labels[:, prefix] != NOT_TRAINED).any()):
-            prefix -= 1
-    positions = torch.arange(longest, device=ids.device)
+    parts: dict[str, list[torch.Tensor]] = {"input_ids": [], "position_ids": [], "labels": [], "row_of": []}
+    segments = []
+    rows = len(inputs["input_ids"])
+    for start in range(0, rows, together or rows):
+        ids, mask, labels = (
+            inputs[name][start : start + (together or rows)] for name in ("input_ids", "attention_mask", "labels")
+        )
+        if together:  # of like length, but not as long as the batch
+            longest = int(mask.sum(1).max())
+            ids, mask, labels = ids[:, :longest], mask[:, :longest], labels[:, :longest]
+        prefix = _common_prefix(ids, mask, labels)
+        count, longest = ids.shape
+        positions = torch.arange(longest, device=ids.device)
+        numbers = torch.arange(start, start + count, device=ids.device)
+        for name, first, rest in (
+            ("input_ids", ids[0, :prefix], ids[:, prefix:]),
+            ("position_ids", positions[:prefix], positions[prefix:].repeat(count, 1)),
+            ("labels", labels[0, :prefix], labels[:, prefix:]),
+            ("row_of", numbers[:1].repeat(prefix), numbers.unsqueeze(1).repeat(1, longest - prefix)),
+        ):
+            parts[name] += [first, rest.flatten()]
+        segments.append((prefix, count, longest - prefix))
+    return {name: torch.cat(tensors).unsqueeze(0) for name, tensors in parts.items()} | {"segments": segments}
 
-    def joined(first: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        return torch.cat((first, rest.flatten())).unsqueeze(0)
 
-    return {
-        "input_ids": joined(ids[0, :prefix], ids[:, prefix:]),
-        "position_ids": joined(positions[:prefix], positions[prefix:].repeat(rows, 1)),
-        "labels": joined(labels[0, :prefix], labels[:, prefix:]),
-        "prefix": prefix,
-        "rows": rows,
-    }
+def _common_prefix(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> int:
+    """Tokens that all rows begin with, up to the last before any that is trained, and within the shortest row."""
+    if len(ids) < 2:
+        return 0
+    shared = (ids == ids[0]).all(0) & (labels == NOT_TRAINED).all(0) & mask.bool().all(0)
+    prefix = int(shared.long().cumprod(0).sum())
+    while prefix and (prefix == ids.shape[1] or (labels[:, prefix] != NOT_TRAINED).any()):
+        prefix -= 1
+    return prefix
 
 
 def _attention(
@@ -118,17 +133,15 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    prefix: int = 0,
-    rows: int | None = None,
+    segments: list[tuple[int, int, int]] | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within a prefix, and of each rest to the prefix and to itself.
+    """Causal attention within a prefix, and of each rest to its prefix and to itself.
 
     Args:
-        query: (1, heads, tokens, width); key and value: (1, heads or a divisor of them, tokens, width). Without `rows`
-            there may be several in the place of the 1.
-        prefix: tokens that all rows begin with.
-        rows: how many rests of one length follow them. None: rows padded on the right, no batch that `lay_out` made.
+        query: (1, heads, tokens, width); key and value: (1, heads or a divisor of them, tokens, width). Without
+            `segments` there may be several in the place of the 1.
+        segments: as `lay_out` gives them. None: rows padded on the right, no batch that `lay_out` made.
 
     Returns:
         (1, tokens, heads, width), and no weights.
@@ -152,23 +165,26 @@ def _attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout, enable_gqa=groups > 1
         )
 
-    if rows is None:
+    if segments is None:
         return attend(query, key, value).transpose(1, 2).contiguous(), None
-
-    def rests(states: torch.Tensor) -> torch.Tensor:
-        return states[0, :, prefix:].unflatten(1, (rows, -1)).transpose(0, 1)
-
-    q, k, v = rests(query), rests(key), rests(value)
-    if not prefix:
-        return attend(q, k, v).transpose(1, 2).flatten(0, 1).unsqueeze(0), None
-    first = [states[:, :, :prefix] for states in (query, key, value)]
-    own = attend(*first)
-    k, v = (
-        torch.cat((shared.expand(rows, -1, -1, -1), rest), 2) for shared, rest in zip(first[1:], (k, v), strict=True)
-    )
-    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
-    found = attend(q, k, v, seen)
-    return torch.cat((own[0].transpose(0, 1), found.transpose(1, 2).flatten(0, 1))).unsqueeze(0), None
+    found, start = [], 0
+    for prefix, rows, rest in segments:
+        end = start + prefix + rows * rest
+        own = [states[:, :, start : start + prefix] for states in (query, key, value)]
+        q, k, v = (
+            states[0, :, start + prefix : end].unflatten(1, (rows, rest)).transpose(0, 1)
+            for states in (query, key, value)
+        )
+        start, mask = end, None
+        if prefix:
+            found.append(attend(*own)[0].transpose(0, 1))
+            k, v = (
+                torch.cat((shared.expand(rows, -1, -1, -1), states), 2)
+                for shared, states in zip(own[1:], (k, v), strict=True)
+            )
+            mask = torch.ones(rest, prefix + rest, dtype=torch.bool, device=q.device).tril(prefix)
+        found.append(attend(q, k, v, mask).transpose(1, 2).flatten(0, 1))
+    return torch.cat(found).unsqueeze(0), None
 
 
 def _has_flash(query: torch.Tensor) -> bool:

@@ -1,11 +1,9 @@
-"""The interface of training objectives. A new one is a file in this folder and a line in `train_adapter`."""
+"""The interface of training objectives. A new one is a file in this folder and a line in `objective_for`."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-
-from fine_tuning.schema.prepared import PreparedRow
 
 Batch = dict[str, torch.Tensor]
 
@@ -17,14 +15,17 @@ class Objective(Protocol):
     micro-batches, accumulated batches and processes then add up to that of the mean over all units of a step.
     """
 
-    def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
-        """Group rows into batches of at most `budget` padded tokens and of a multiple of `multiple` rows."""
+    def batches(self, items: Sequence[Any], budget: int, multiple: int = 1) -> list[list[Any]]:
+        """Group items into batches of at most `budget` padded tokens and of a multiple of `multiple` items."""
 
-    def collate(self, rows: Sequence[PreparedRow]) -> Batch:
-        """The tensors of one batch, each with one row a sequence."""
+    def collate(self, items: Sequence[Any]) -> Batch:
+        """The tensors of one batch, each with one row an item."""
 
     def count(self, inputs: Batch) -> torch.Tensor:
-        """How many units a collated batch has: one integer, on the device of the batch."""
+        """How many units a collated batch has: one number, on the device of the batch."""
 
     def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Sum of the loss over the units of a collated batch: a tensor of one element, to be differentiated."""
+
+    def measure(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
+        """`loss`, and sums over the batch's items of what describes it beside the loss."""

@@ -1,30 +1,29 @@
-"""Supervised fine-tuning: cross-entropy of the trained tokens, with transformers' own forward pass."""
+"""Supervised fine-tuning: cross-entropy of the trained tokens."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from fine_tuning.schema.chat_format import NOT_TRAINED
-from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, collate
+from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.objectives.objective import Batch
+from fine_tuning.training.objectives.token_losses import TokenLosses
 
 
 class SupervisedFineTuning:
     """Negative log-likelihood (nats) of the trained tokens, summed over them; see `Objective`."""
 
-    def __init__(self, pad_token_id: int, packing: bool = False) -> None:
-        self.pad_token_id = pad_token_id
-        self.packing = packing
+    def __init__(self, token_losses: TokenLosses) -> None:
+        self.token_losses = token_losses
 
     def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
-        """Rows of like length, as `batch_by_tokens` groups them."""
-        return batch_by_tokens(rows, budget, multiple)
+        """Rows of like length."""
+        return self.token_losses.batches(rows, budget, multiple)
 
     def collate(self, rows: Sequence[PreparedRow]) -> Batch:
-        """input_ids, attention_mask and labels, padded on the right; packed, as `collate_packed` lays them."""
-        return collate_packed(rows) if self.packing else collate(rows, self.pad_token_id)
+        """input_ids, labels and what the model needs beside them."""
+        return self.token_losses.collate(rows)
 
     def count(self, inputs: Batch) -> torch.Tensor:
         """Number of trained tokens."""
@@ -32,21 +31,8 @@ class SupervisedFineTuning:
 
     def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Summed negative log-likelihood of the trained tokens."""
-        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1]
-        targets = inputs["labels"][:, 1:]
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=NOT_TRAINED, reduction="sum"
-        )
+        return self.token_losses(model, inputs)[0].sum()
 
-
-def collate_packed(batch: Sequence[PreparedRow]) -> Batch:
-    """Lay a batch's rows end to end in one: input_ids, position_ids and labels, each an int64 tensor (1, tokens).
-
-    Positions start anew with each row and no attention mask is passed, from which transformers makes the mask that
-    keeps a row from seeing its neighbours. A row's first token is no label: its neighbour would have to predict it.
-    """
-    return {
-        "input_ids": torch.tensor([[token for row in batch for token in row.input_ids]]),
-        "position_ids": torch.tensor([[position for row in batch for position in range(len(row.input_ids))]]),
-        "labels": torch.tensor([[label for row in batch for label in (NOT_TRAINED, *row.labels[1:])]]),
-    }
+    def measure(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
+        """The loss alone."""
+        return {"loss": self.loss(model, inputs)}

@@ -1,0 +1,224 @@
+"""Preference objectives: their losses by the papers' formulas, the same with and without acceleration, and training."""
+
+import random
+import shutil
+
+import pytest
+import torch
+from torch.nn import functional
+
+from fine_tuning.common.records import read_json
+from fine_tuning.runtime.hardware import detect_hardware
+from fine_tuning.schema.chat_format import NOT_TRAINED
+from fine_tuning.schema.preferences import JudgedReply, Pair
+from fine_tuning.schema.prepared import PreparedRow
+from fine_tuning.training.acceleration.accelerate import accelerated
+from fine_tuning.training.objectives.mixture import objective_for
+from fine_tuning.training.objectives.token_losses import TokenLosses
+from tests.test_training import SETTINGS, make_rows
+
+CPU = detect_hardware("float32", 2)
+PREFERENCE = SETTINGS.preference.model_copy(update={"sft_weight": 0.0})
+
+
+def reply(name: str, prompt: list[int], said: list[int]) -> PreparedRow:
+    return PreparedRow(name, prompt + said, [NOT_TRAINED] * len(prompt) + said)
+
+
+def make_pairs(count: int, seed: int = 0) -> list[Pair]:
+    """Prompts of many lengths; the chosen reply ends with 7s, the rejected one with 8s."""
+    chance, pairs = random.Random(seed), []
+    for number in range(count):
+        prompt = [3, 9, 27, *(chance.randint(9, 511) for _ in range(chance.randint(2, 30)))]
+        said = [chance.randint(9, 511) for _ in range(chance.randint(1, 6))]
+        chosen, rejected = (said + [end] * chance.randint(2, 8) for end in (7, 8))
+        name = f"{seed}-{number}"
+        pairs.append(Pair(name, reply(f"{name}/chosen", prompt, chosen), reply(f"{name}/rejected", prompt, rejected)))
+    return pairs
+
+
+def make_thumbs(count: int, seed: int = 0) -> list[JudgedReply]:
+    """Every third one is liked."""
+    pairs = make_pairs(count, seed)
+    thumbs = []
+    for number, (pair, other) in enumerate(zip(pairs, pairs[1:] + pairs[:1], strict=True)):
+        liked = number % 3 == 0
+        row = pair.chosen if liked else pair.rejected
+        prompt = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label == NOT_TRAINED]
+        said = [label for label in other.chosen.labels if label != NOT_TRAINED]
+        thumbs.append(JudgedReply(f"t{pair.id}", row, reply(f"t{pair.id}/other", prompt, said), liked))
+    return thumbs
+
+
+def adapted(base, seed: int):
+    from fine_tuning.runtime.base_model import load_model
+    from fine_tuning.training.lora_trainer import attach_adapter
+
+    model = attach_adapter(load_model(base, torch.float32), SETTINGS)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def log_likelihood(model, row: PreparedRow) -> torch.Tensor:
+    """Of the trained tokens, by a forward pass of one row."""
+    logits = model(torch.tensor([row.input_ids])).logits[0, :-1].log_softmax(-1)
+    labels = torch.tensor(row.labels[1:])
+    at = (labels != NOT_TRAINED).nonzero().flatten()
+    return logits[at, labels[at]].sum()
+
+
+def trained(row: PreparedRow) -> int:
+    return sum(label != NOT_TRAINED for label in row.labels)
+
+
+def loss_of_pairs(model, reference, pairs, settings) -> torch.Tensor:
+    total = torch.zeros(())
+    for pair in pairs:
+        policy = [log_likelihood(model, row) for row in (pair.chosen, pair.rejected)]
+        with torch.no_grad():
+            before = [log_likelihood(reference, row) for row in (pair.chosen, pair.rejected)]
+        up, down = (now - then for now, then in zip(policy, before, strict=True))
+        if settings.loss == "sigmoid":
+            z = settings.beta * (up - down)
+            smooth = settings.label_smoothing
+            loss = -(1 - smooth) * torch.log(torch.sigmoid(z)) - smooth * torch.log(torch.sigmoid(-z))
+        elif settings.loss == "hinge":
+            loss = torch.clamp(1 - settings.beta * (up - down), min=0)
+        else:
+            loss = (up / trained(pair.chosen) - down / trained(pair.rejected) - 1 / (2 * settings.beta)).square()
+        total = total + loss - settings.sft_weight * policy[0] / trained(pair.chosen)
+    return total / len(pairs)
+
+
+def loss_of_thumbs(model, reference, thumbs, settings) -> torch.Tensor:
+    def ratio(row):
+        with torch.no_grad():
+            before = log_likelihood(reference, row)
+        return log_likelihood(model, row) - before
+
+    with torch.no_grad():
+        kl = torch.stack([ratio(thumb.mismatched) for thumb in thumbs]).mean().clamp(min=0)
+    liked = [thumb for thumb in thumbs if thumb.liked]
+    weight = (len(thumbs) - len(liked)) / len(liked)
+    total = torch.zeros(())
+    for thumb in thumbs:
+        value = settings.beta * (ratio(thumb.reply) - kl)
+        total = total + (weight * (1 - torch.sigmoid(value)) if thumb.liked else 1 - torch.sigmoid(-value))
+    return total / len(thumbs)
+
+
+CASES = [
+    (make_pairs, {}),
+    (make_pairs, {"label_smoothing": 0.2, "sft_weight": 0.5}),
+    (make_pairs, {"loss": "hinge"}),
+    (make_pairs, {"loss": "ipo", "beta": 0.3}),
+    (make_thumbs, {}),
+]
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+@pytest.mark.parametrize(("make", "changes"), CASES)
+def test_losses_and_gradients_are_those_of_the_formulas(tiny_base, make, changes, mode):
+    settings = PREFERENCE.model_copy(update=changes)
+    model, reference, items = adapted(tiny_base, 1), adapted(tiny_base, 2), make(6)
+    expected = (loss_of_pairs if make is make_pairs else loss_of_thumbs)(model, reference, items, settings)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    run = SETTINGS.model_copy(update={"acceleration": mode})
+    with accelerated(reference, TokenLosses(0), tiny_base, make_rows(2), 64, run, CPU) as token_losses:
+        (part,) = objective_for(items, token_losses, settings).parts.values()
+        with torch.no_grad():
+            values = part.log_likelihoods(reference, part.collate(items)).tolist()
+    with accelerated(model, TokenLosses(0), tiny_base, make_rows(2), 64, run, CPU) as token_losses:
+        objective = objective_for(items, token_losses, settings)
+        (part,) = objective.parts.values()
+        part.references = {item.id: tuple(pair) for item, pair in zip(items, values, strict=True)}
+        inputs = objective.collate(items)
+        loss = objective.loss(model.train(), inputs) / objective.count(inputs)
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert found.keys() == gradients.keys() and len(found) == 28
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def train(base, folder, items, validation, stop=None, **changes):
+    from fine_tuning.training.lora_trainer import train_adapter
+
+    settings = SETTINGS.model_copy(update={"threads": 1, "checkpoint_steps": 5} | changes)
+    return train_adapter(
+        base, "tiny", items, validation, settings, folder / "adapter", folder / "ck", stop, None, folder / "references"
+    )
+
+
+@pytest.mark.parametrize("make", [make_pairs, make_thumbs])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_was_preferred_becomes_likelier_on_prompts_that_were_not_trained(tiny_base, tmp_path, make, threads):
+    result = train(tiny_base, tmp_path, make(60), make(20, seed=1), threads=threads, epochs=6.0)
+    name = "pairs" if make is make_pairs else "thumbs"
+    assert result.validation[f"eval_{name}_accuracy"] > 0.8
+    assert result.validation[f"eval_{name}_margin"] > 0
+    assert result.validation_loss < result.validation_loss_before
+
+
+def test_one_run_learns_from_rows_pairs_and_thumbs_and_says_what_each_measured(tiny_base, tmp_path):
+    items = [*make_rows(30), *make_pairs(30), *make_thumbs(30)]
+    result = train(tiny_base, tmp_path, items, [*make_rows(6, seed=1), *make_pairs(6, seed=1)], epochs=2.0)
+    measured = result.validation
+    assert {"eval_loss", "eval_sft_loss", "eval_pairs_loss", "eval_pairs_accuracy", "eval_pairs_chosen"} < set(measured)
+    assert result.validation_loss == measured["eval_sft_loss"] < result.validation_loss_before
+
+
+def test_a_run_that_was_cut_off_ends_with_the_bytes_of_one_that_was_not(tiny_base, tmp_path):
+    items, validation = [*make_rows(30), *make_pairs(20), *make_thumbs(20)], make_rows(6, seed=1)
+    train(tiny_base, tmp_path / "whole", items, validation)
+
+    class CutOff(Exception):
+        pass
+
+    def stop(values):
+        if values["step"] == 8 and "loss" in values:
+            raise CutOff
+
+    with pytest.raises(CutOff):
+        train(tiny_base, tmp_path / "cut", items, validation, stop)
+    train(tiny_base, tmp_path / "cut", items, validation)
+    whole, cut = ((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_reference_log_likelihoods_are_computed_once_and_kept_by_hash(tiny_base, tmp_path, monkeypatch):
+    from fine_tuning.training.objectives.preference import Referenced
+
+    calls, measure = [], Referenced.log_likelihoods
+
+    def note(*arguments, **named):
+        calls.append(torch.is_grad_enabled())
+        return measure(*arguments, **named)
+
+    monkeypatch.setattr(Referenced, "log_likelihoods", note)
+    pairs, validation = make_pairs(10), make_rows(4, seed=1)
+    train(tiny_base, tmp_path, pairs, validation, max_steps=1)
+    (kept,) = (tmp_path / "references").glob("*.json")
+    assert set(read_json(kept)) == {pair.id for pair in pairs}
+    assert calls.count(False) > 0
+    calls.clear()
+    shutil.rmtree(tmp_path / "ck")
+    other = PREFERENCE.model_copy(update={"beta": 0.5})
+    train(tiny_base, tmp_path, pairs, validation, max_steps=1, preference=other)
+    assert calls and calls.count(False) == 0
+    shutil.rmtree(tmp_path / "ck")
+    train(tiny_base, tmp_path, make_pairs(10, seed=4), validation, max_steps=1)
+    assert len(list((tmp_path / "references").glob("*.json"))) == 2
+
+
+def test_the_loss_starts_at_log_2_because_the_reference_is_the_model_before_training(tiny_base, tmp_path):
+    seen = []
+    pairs = make_pairs(8)
+    train(tiny_base, tmp_path, pairs, make_pairs(4, seed=1), seen.append, max_steps=1, preference=PREFERENCE)
+    assert seen[0]["loss"] == pytest.approx(float(-functional.logsigmoid(torch.zeros(()))), abs=1e-6)
