@@ -693,3 +693,18 @@ def test_preferences_can_be_the_primary_metric_also_without_any_reference(metric
     assert compare(lines, metrics, settings, INTERVALS, guarded)["verdict"] == "PROMOTE"
     with pytest.raises(UserError, match="preference_accuracy, which was not measured"):
         compare(lines, metrics, settings, INTERVALS, {})
+
+
+def test_judgements_by_coin_toss_promote_no_more_often_than_the_interval_allows(metrics):
+    draw = np.random.default_rng(7)
+    lines = [{"contender": name, "id": "a", "cluster": "a", "turns": []} for name in ("base", "candidate")]
+    settings = SETTINGS.model_copy(update={"primary": "preference_accuracy", "secondary": {}, "minimum_effect": 0.0})
+    promoted = 0
+    for _ in range(400):
+        found = []
+        for name in ("base", "candidate"):
+            pairs = pair_lines(name, 0, 60)["preferences"]
+            found += [pair | {"chosen": float(draw.choice((10.0, 30.0)))} for pair in pairs]
+        promoted += compare(lines, metrics, settings, INTERVALS, {"preferences": found})["verdict"] == "PROMOTE"
+    # One-sided 2.5 %: 10 of 400 are expected, 20 or more come up in a quarter of a per cent of such tests.
+    assert promoted < 20
