@@ -1,6 +1,7 @@
 """Fixtures shared by the whole suite: a tiny real base model, built once."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +18,8 @@ END_TO_END = "end_to_end: a browser, servers, kills, or whole pipelines; `make t
 
 
 def pytest_configure(config):
+    # `dvc` and what its stages call are found without an activated environment.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     config.addinivalue_line("markers", END_TO_END)
 
 

@@ -3,10 +3,13 @@
 import json
 
 import pyarrow.parquet
+import pytest
 
 from fine_tuning.common.errors import count_of
 from tests.project import Project, conversations, new_project
 from tests.tiny import write_tiny_base
+
+pytestmark = pytest.mark.end_to_end
 
 
 def test_the_champion_is_a_baseline_of_what_comes_after_it_on_another_base_too(tmp_path, tiny_base):

@@ -37,6 +37,8 @@ from tests.fake_ollama import FakeOllama
 from tests.project import Project
 from tests.registered import environment, sh
 
+pytestmark = pytest.mark.end_to_end
+
 ROOT = Path(__file__).parents[1]
 CANARY = "My grandmother keeps a violet parrot named Quetzalina in the attic, what does it eat?"
 ANSWER = "A violet parrot such as Quetzalina likes fresh pomegranate seeds and toasted buckwheat."

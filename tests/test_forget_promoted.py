@@ -18,6 +18,8 @@ from fine_tuning.model_management.model_registry import open_registry
 from tests.fake_ollama import FakeOllama
 from tests.registered import here, sh
 
+pytestmark = pytest.mark.end_to_end
+
 ID = "zoe-7"
 SECRET = "Is Tom gay? Ann (his ex) says so! PIN 4921?"
 SPLITS = '{"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}'

@@ -20,6 +20,8 @@ from fine_tuning.model_management.model_registry import CHAMPION, PREVIOUS, open
 from tests.check_lock import check, this_machine
 from tests.registered import environment, here, repro, set_params, sh, type_command
 
+pytestmark = pytest.mark.end_to_end
+
 WEIGHTS = Path("models/adapter/adapter_model.safetensors")
 COMPARISON = Path("metrics/comparison.json")
 

@@ -78,6 +78,7 @@ def test_a_version_belongs_to_the_run_that_trained_its_adapter(registry, files):
     assert version.run_id == runs[1].info.run_id, "the newest of those that trained it"
 
 
+@pytest.mark.end_to_end
 def test_three_processes_that_register_at_once_make_one_version(store, files):
     program = (
         "import sys; from pathlib import Path; from tests.test_registry import open_registry, register;"
@@ -369,6 +370,7 @@ def mlflow_server(tmp_path):
         server.wait()
 
 
+@pytest.mark.end_to_end
 def test_an_mlflow_server_serves_as_well(tmp_path, files):
     with mlflow_server(tmp_path) as address:
         registry = ModelRegistry("served", address, tmp_path / "unused", tmp_path / "locks")
@@ -430,6 +432,7 @@ def test_an_address_of_something_else_is_one_clear_line_and_leaves_it_as_it_was(
     assert before is None or other.read_bytes() == before
 
 
+@pytest.mark.end_to_end
 def test_a_store_that_was_killed_while_it_was_made_is_made_by_the_next(tmp_path):
     import mlflow.store.model_registry.sqlalchemy_store
     import mlflow.store.tracking.sqlalchemy_store  # noqa: F401 (a forked child need not import it)

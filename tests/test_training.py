@@ -254,6 +254,7 @@ def launcher(name: str) -> list[str]:
     return ["env", "CUDA_VISIBLE_DEVICES=", program, "launch", "--config_file", configuration]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "changes",
     [
@@ -411,6 +412,7 @@ train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), epochs=4.0, **jso
 """
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("launch", ["single", "ddp"])
 def test_ctrl_c_saves_a_checkpoint_from_which_the_next_run_goes_on(tiny_base, tmp_path, launch):
     script = tmp_path / "run.py"
@@ -449,6 +451,7 @@ if is_main_process():
 """
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(("launch", "share"), [("ddp", 1.0), ("fsdp", 0.5)])
 def test_two_processes_train_what_one_trains(tiny_base, tmp_path, launch, share):
     script = tmp_path / "run.py"

@@ -14,6 +14,8 @@ import yaml
 from fine_tuning.common.project import sha256_file
 from tests.project import Project
 
+pytestmark = pytest.mark.end_to_end
+
 WEIGHTS = "models/adapter/adapter_model.safetensors"
 
 

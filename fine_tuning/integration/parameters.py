@@ -12,7 +12,7 @@ from fine_tuning.data_collection.data_export import ExportSettings
 from fine_tuning.data_collection.storage.shards import IntakeSettings
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, metric_names
-from fine_tuning.evaluation.verdict.settings import CompareSettings
+from fine_tuning.evaluation.verdict.settings import PREFERENCE, CompareSettings
 from fine_tuning.integration.chat_models import AppSettings
 from fine_tuning.integration.ollama_client import normalise_host
 from fine_tuning.model_management.model_deployer import DeploySettings
@@ -68,7 +68,8 @@ def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) ->
     seconds, so that is done only where none of them has the name in quotes."""
     texts = [(METRIC_MODULES / f"{name}.py").read_text(encoding="utf-8") for name in metrics]
     deciding = (("primary", compare.primary), *(("secondary", name) for name in compare.secondary))
-    unknown = [(key, name) for key, name in deciding if not any(f'"{name}"' in text for text in texts)]
+    asked = [(key, name) for key, name in deciding if name != PREFERENCE]
+    unknown = [(key, name) for key, name in asked if not any(f'"{name}"' in text for text in texts)]
     if not unknown:
         return
     from fine_tuning.evaluation.metric_modules.loading import load_metric, values_of

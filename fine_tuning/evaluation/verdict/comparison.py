@@ -44,7 +44,7 @@ from fine_tuning.evaluation.verdict.differences import (
 from fine_tuning.evaluation.verdict.guards import guard, guard_differences, paired
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
-from fine_tuning.evaluation.verdict.settings import CompareSettings
+from fine_tuning.evaluation.verdict.settings import PREFERENCE, CompareSettings
 
 QUANTISED = "candidate_quantised"
 BASELINES = ("base", "champion")
@@ -52,7 +52,6 @@ PROMPTING_BASELINES = {
     PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.prompting_baselines"),
     FEW_SHOT: ("the base with examples from training conversations", "put similar conversations into the prompt"),
 }
-PREFERENCE = "preference_accuracy"  # of MEASURES; with too few pairs it decides nothing
 LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
 

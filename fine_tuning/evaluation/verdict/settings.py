@@ -4,6 +4,8 @@ from pydantic import Field
 
 from fine_tuning.common.settings import Settings
 
+PREFERENCE = "preference_accuracy"  # measured on held-out pairs, by no metric module
+
 
 class CompareSettings(Settings):
     """The section `compare`."""
@@ -18,6 +20,6 @@ class CompareSettings(Settings):
     text_tolerance: float = Field(ge=0)
     prompt_help: float | None = Field(ge=0, le=1)
 
-    def needed(self, rival: str) -> int:
-        """How many different conversations a verdict against this rival needs."""
-        return self.minimum_against_champion if rival == "champion" else self.minimum_conversations
+    def needed(self, baseline: str) -> int:
+        """How many different conversations a verdict against this baseline needs."""
+        return self.minimum_against_champion if baseline == "champion" else self.minimum_conversations
