@@ -40,36 +40,24 @@ def main() -> None:
     settings, chat = read_params("prepare", PrepareSettings), read_params("chat", ChatSettings)
     base = TOKENIZER[0].parent.resolve()
     tokenizer = load_tokenizer(base)
-    builder = DatasetBuilder(
-        train_on=settings.train_on,
-        validation_fraction=settings.validation_fraction,
-        test_fraction=settings.test_fraction,
-        salt=settings.salt,
-        latest_from=settings.latest_from and settings.latest_from.isoformat(),
-        decontamination_words=settings.decontamination_words,
-        max_train_tokens=settings.max_train_tokens,
-        max_sample_tokens=settings.max_sample_tokens,
-        max_held_out_tokens=settings.max_held_out_tokens,
-        tokenizer=base,
-        system_prompt=chat.system_prompt,
-        max_length=chat.max_length,
-    )
+    dealing = settings.model_dump(mode="json", exclude={"engine", "canaries"})
+    builder = DatasetBuilder(**dealing, tokenizer=base, **chat.model_dump())
     clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with Catalogue() as catalogue, open_engine(settings.engine) as engine:
         ledger = open_ledger(LEDGER, settings.salt)
-        dealt = ledger.find(
+        assigned = ledger.find(
             chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
-        for split, rows in builder.deal(clean, catalogue, clusters(), dealt, engine, dropped_duplicates()):
+        for split, rows in builder.assign(clean, catalogue, clusters(), assigned, engine, dropped_duplicates()):
             rows = chain(rows, secrets) if split == "train" else rows
             write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
-        new = ledger.append(catalogue.dealt())
+        new = ledger.append(catalogue.assigned())
         metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
-        preferred = find_preferences(clean.conversations(), catalogue.dealt(), clusters(), builder, tokenizer)
+        preferred = find_preferences(clean.conversations(), catalogue.assigned(), clusters(), builder, tokenizer)
         preferred.write(PREFERENCES, THUMBS)
         metrics["preferences"] = preferred.statistics()
     write_json(METRICS, metrics)

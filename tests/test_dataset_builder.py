@@ -321,7 +321,7 @@ def test_train_conversations_that_quote_the_test_split_are_left_out():
     dealt = {"t": "test", "copy": "train", "shorter": "train"}
     built = DatasetBuilder().build([*clean, held_out, copies, shorter], {}, dealt)
     assert built.left_out == {"copy": "overlaps_test"}
-    assert built.dealt["copy"] == "train"
+    assert built.assigned["copy"] == "train"
     assert not DatasetBuilder(decontamination_words=0).build([*clean, held_out, copies], {}, dealt).left_out
 
 
@@ -376,7 +376,7 @@ def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):
     builder = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=4000)
     small, large = random_conversations(100), random_conversations(110)
     first = builder.build(small, {})
-    second = builder.build(large, {}, first.dealt)
+    second = builder.build(large, {}, first.assigned)
     before, after = ({e.id for e in built.splits["train"]} for built in (first, second))
     assert sum(len(e.input_ids) for e in second.splits["train"]) <= 4000
     assert len(before & after) >= 0.8 * len(before)
@@ -464,7 +464,7 @@ def test_the_sample_is_never_empty(tokenizer):
 def test_newcomers_move_nobody(tokenizer):
     conversations = random_conversations(120)
     first = DatasetBuilder().build(conversations[:60], {})
-    second = DatasetBuilder().build(conversations, {}, first.dealt)
+    second = DatasetBuilder().build(conversations, {}, first.assigned)
     where = everything(second)
     assert all(where[key] == split for key, split in everything(first).items())
 
@@ -670,11 +670,11 @@ def test_what_was_held_out_stays_held_out_when_a_better_duplicate_takes_its_plac
         clean = ConversationFiles([prepare.CLEAN / path for path in shards[:count]])
         clusters = [(line["id"], line["cluster"]) for line in read_jsonl(prepare.CLUSTERS)]
         with Catalogue() as catalogue:
-            dealing = DatasetBuilder().deal(
-                clean, catalogue, clusters, ledger.items(), twins=prepare.dropped_duplicates()
+            dealing = DatasetBuilder().assign(
+                clean, catalogue, clusters, ledger.items(), dropped_duplicates=prepare.dropped_duplicates()
             )
             splits = {e.messages[0]["content"]: split for split, examples in dealing for e in examples}
-            return splits, dict(catalogue.dealt())
+            return splits, dict(catalogue.assigned())
 
     write_jsonl(shards[0], (conversation(f"first{n}", *text) for n, text in enumerate(texts)))
     first, ledger = build(1, {})

@@ -72,10 +72,10 @@ def test_conversations_are_looked_through_in_parts(single):
     (path, *_) = sorted(p for p in (single / "data/clean").glob("2026*"))
     whole = ConversationFiles([path])
     assert len(whole.parts) == 1
-    looks = whole.look(0, "all")
+    looks = whole.scan(0, "all")
     cut = ConversationFiles([path], part_bytes=3000)
     assert len(cut.parts) > 10
-    pieces = [look for part in range(len(cut.parts)) for look in cut.look(part, "all")]
+    pieces = [look for part in range(len(cut.parts)) for look in cut.scan(part, "all")]
     assert [(look[0], look[2]) for look in pieces] == [(look[0], look[2]) for look in looks]
     for look in pieces[::50]:
         assert [conversation["id"] for conversation in cut.read(look[1], [look[2]])] == [look[0]]

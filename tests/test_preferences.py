@@ -130,9 +130,9 @@ def prepared(conversations, tokenizer, dealt=None, **settings):
     builder = DatasetBuilder(tokenizer=tokenizer, **settings)
     with Catalogue() as catalogue:
         held = HeldConversations(conversations)
-        for _, examples in builder.deal(held, catalogue, [], (dealt or {}).items()):
+        for _, examples in builder.assign(held, catalogue, [], (dealt or {}).items()):
             list(examples)
-        return find_preferences(conversations, catalogue.dealt(), [], builder, tokenizer)
+        return find_preferences(conversations, catalogue.assigned(), [], builder, tokenizer)
 
 
 def many(count: int) -> list[dict]:

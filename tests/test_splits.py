@@ -35,10 +35,10 @@ class Member(NamedTuple):
 def assign_splits(members: list[Member], dealt: dict[str, str], fractions: Fractions, salt: str) -> dict[str, str]:
     """Split of every member as `prepare` deals them: by the catalogue."""
     with Catalogue() as catalogue:
-        catalogue.note(HeldConversations(member.conversation for member in members).look(0, "all"))
+        catalogue.note(HeldConversations(member.conversation for member in members).scan(0, "all"))
         clusters = ((member.id, member.cluster) for member in members)
-        catalogue.deal(clusters, dealt.items(), fractions, salt)
-        splits = dict(catalogue.dealt())
+        catalogue.assign(clusters, dealt.items(), fractions, salt)
+        splits = dict(catalogue.assigned())
     return {member.id: splits[member.id] for member in members}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import session_name
-from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync_folder
+from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync
 from fine_tuning.schema.conversation import fold, now
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
@@ -195,9 +195,7 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
         "exchanges_per_model": dict(sorted(models.items())),
         "average_user_length": _mean(totals["user_characters"], totals["user_messages"]),
         "average_assistant_length": _mean(totals["assistant_characters"], replies),
-        "liked": totals["liked"],
-        "disliked": totals["disliked"],
-        "edited": totals["edited"],
+        **{name: totals[name] for name in ("liked", "disliked", "edited")},
         "feedback_share": _mean(totals["judged"], replies),
     }
 
@@ -242,8 +240,8 @@ def rename_log(path: Path, target: Path) -> bool:
         os.fsync(descriptor)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(path, target)
-        sync_folder(path.parent)
-        sync_folder(target.parent)
+        sync(path.parent)
+        sync(target.parent)
     return True
 
 
@@ -258,7 +256,7 @@ def rewrite_log(path: Path, keeps: Callable[[bytes, dict | None], bool]) -> int:
             with replacing(path) as file:
                 os.fchmod(file.fileno(), os.fstat(descriptor).st_mode & 0o777)
                 file.writelines(line + b"\n" for line in kept)
-            sync_folder(path.parent)
+            sync(path.parent)
     return len(lines) - len(kept)
 
 
@@ -283,7 +281,7 @@ def _open(path: Path) -> int:
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, flags | os.O_CREAT, 0o600)
-        sync_folder(path.parent)
+        sync(path.parent)
         return descriptor
 
 

@@ -18,7 +18,6 @@ from pydantic import AfterValidator, Field
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.settings import parse_settings
 from fine_tuning.data_collection.cleaning.filters import (
-    Drop,
     FilterSettings,
     check_content,
     check_roles,
@@ -32,12 +31,14 @@ from fine_tuning.data_collection.personal_data import finder as personal_data
 from fine_tuning.data_collection.personal_data.finder import Hit, Masker, PersonalDataType, may_hold, without_overlaps
 from fine_tuning.data_collection.personal_data.people import MODEL, PeopleSettings, people_finder
 from fine_tuning.schema.conversation import (
+    Problem,
     as_conversation,
     can_be_id,
     carry_feedback,
     each_record,
     is_exchange,
     problem_of,
+    versions_of,
 )
 
 MESSAGE_KEYS = ("id", "role", "content", "model", "at", "version", "incomplete", "weight", "gap")
@@ -68,7 +69,7 @@ class CleanSettings(PeopleSettings, extra="forbid"):
 
 
 def default_settings(**filters: Any) -> CleanSettings:
-    """What a DataCleaner does when it is told nothing else; `filters` replaces thresholds."""
+    """The settings of a DataCleaner that is given none; `filters` replaces thresholds."""
     thresholds = {
         "min_length": 1,
         "max_length": 8000,
@@ -106,7 +107,7 @@ class Cleaned(NamedTuple):
     """
 
     conversation: dict | None
-    drop: Drop | None
+    drop: Problem | None
     masked: dict[str, int]
     flagged: Mapping[str, int] = MappingProxyType({})
     gone: int = 0
@@ -147,7 +148,7 @@ class DataCleaner:
     def clean_text(self, text: str) -> str:
         """The repaired text with its personal data masked. Cleaning it again changes nothing."""
         _require_text(text)
-        masker = self._masker()
+        masker = Masker(self._types, self._regions)
         text = self._repair(text)
         masker.reserve(text)
         masker.find_people = self._find_people if self.settings.people == "mask" else None
@@ -165,14 +166,14 @@ class DataCleaner:
         One that a person restored passes all filters but those of form; its personal data is masked as any other's.
         """
         if record.get("deleted"):
-            return Cleaned(None, Drop("deleted", True), {})
+            return Cleaned(None, Problem("deleted", True), {})
         conversation = as_conversation(record)
         if problem := problem_of(conversation):
-            return Cleaned(None, Drop(*problem), {})
+            return Cleaned(None, problem, {})
         messages = trim_end(conversation["messages"])
         if drop := check_roles(messages):
             return Cleaned(None, drop, {})
-        masker = self._masker()
+        masker = Masker(self._types, self._regions)
         messages = [self._repaired_message(message) for message in messages]
         messages = [m for m in messages if m["content"] or m["role"] != "tool"]
         feedback = [self._repaired(entry) for entry in conversation["feedback"]]
@@ -187,7 +188,7 @@ class DataCleaner:
             drop = None if restored else check_turns(messages, filters) or check_content(messages, filters)
         if drop:
             return Cleaned(None, drop, masker.counts)
-        ids = {version.get("id") for message in messages for version in (message, *message.get("alternatives", ()))}
+        ids = {version.get("id") for message in messages for version in versions_of(message)}
         flagged: Counter[str] = Counter()
         if self.settings.people == "flag":
             flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
@@ -233,9 +234,6 @@ class DataCleaner:
             kept.append(cleaned)
         return kept
 
-    def _masker(self) -> Masker:
-        return Masker(self._types, self._regions)
-
     def _repaired_message(self, message: dict) -> dict:
         kept = {key: value for key in MESSAGE_KEYS if (value := message.get(key)) is not None}
         kept["content"] = self._repair(message["content"])
@@ -255,24 +253,21 @@ class DataCleaner:
 
     @staticmethod
     def _texts(messages: list[dict], feedback: list[dict]) -> list[str]:
-        versions = (version for m in messages for version in (m, *m.get("alternatives", ())))
-        return [version["content"] for version in versions] + [
-            e[k] for e in feedback for k in ("comment", "edited") if k in e
-        ]
+        said = [entry[key] for entry in feedback for key in ("comment", "edited") if key in entry]
+        return [version["content"] for message in messages for version in versions_of(message)] + said
 
     def _clean_metadata(self, metadata: dict, masker: Masker) -> dict:
         """Flat values that say nothing about the person."""
-        kept: dict[str, Any] = {}
-        for key, value in metadata.items():
-            if key in PRIVATE_METADATA or not isinstance(value, (str, int, float, bool)):
-                continue
-            kept[key] = masker.mask(self._repair(value)) if isinstance(value, str) else value
-        return kept
+        return {
+            key: masker.mask(self._repair(value)) if isinstance(value, str) else value
+            for key, value in metadata.items()
+            if key not in PRIVATE_METADATA and isinstance(value, (str, int, float, bool))
+        }
 
 
 def _mask(messages: list[dict], feedback: list[dict], masker: Masker) -> None:
     for message in messages:
-        for version in (message, *message.get("alternatives", ())):
+        for version in versions_of(message):
             version["content"] = masker.mask(version["content"])
     for entry in feedback:
         entry |= {key: masker.mask(entry[key]) for key in ("comment", "edited") if key in entry}

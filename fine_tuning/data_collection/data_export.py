@@ -9,10 +9,10 @@ import gzip
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from fine_tuning.common.errors import UserError, no_space
 from fine_tuning.common.records import replacing
@@ -41,21 +41,11 @@ FILES: dict[str, str] = {
 JUDGED: dict[str, str] = {"dpo": "dpo.jsonl", "kto": "kto.jsonl"}  # what people preferred, not conversations
 SUFFIXES = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 CSV_COLUMNS = (
-    "conversation_id",
-    "turn",
-    "started_at",
-    "source",
-    "model",
-    "system",
-    "user_message",
-    "assistant_response",
-    "rating",
-)
+    "conversation_id", "turn", "started_at", "source", "model", "system", "user_message", "assistant_response", "rating"
+)  # fmt: skip
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _FORMULA_STARTS = frozenset("'=+-@\t\r")
-
-Write = Callable[[bytes], Any]
 
 
 class ExportSettings(Settings):
@@ -102,7 +92,7 @@ class DataExporter:
         paths = {name: self.folder / (files[name] + SUFFIXES[self.compression]) for name in formats}
         self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
         with ExitStack() as stack:
-            writers = {name: stack.enter_context(self._writer(name, path)) for name, path in paths.items()}
+            writers = {name: self._open(stack, name, path) for name, path in paths.items()}
             for record in each_record(conversations):
                 conversation = as_conversation(record)
                 sound = problem_of(conversation) is None
@@ -125,14 +115,9 @@ class DataExporter:
                 raise
             raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another folder") from None
 
-    @contextmanager
-    def _writer(self, name: str, path: Path) -> Iterator[Callable[[dict], bool]]:
-        with (
-            replacing(path) as raw,
-            _compressed(raw, self.compression) as file,
-            _CONTAINERS[name](file) as write,
-        ):
-            yield write
+    def _open(self, stack: ExitStack, name: str, path: Path) -> Callable[[dict], bool]:
+        file = stack.enter_context(_compressed(stack.enter_context(replacing(path)), self.compression))
+        return stack.enter_context(_CONTAINERS[name](file))
 
 
 def unbroken(conversation: dict) -> list[dict]:
@@ -160,40 +145,46 @@ def with_edits(conversation: dict) -> dict:
     return conversation | {"messages": messages}
 
 
-@contextmanager
-def _compressed(raw: BinaryIO, compression: str) -> Iterator[BinaryIO]:
+def _compressed(raw: BinaryIO, compression: str) -> AbstractContextManager[BinaryIO]:
     if compression == "gzip":
-        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as file:
-            yield file
-    elif compression == "zstd":
+        return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)
+    if compression == "zstd":
         import zstandard
 
-        with zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False) as file:
-            yield file
-    else:
-        yield raw
+        return zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False)
+    return nullcontext(raw)
 
 
 # -----------------------------------------------------------------------------
 # containers: a context that gives a function which writes one conversation and says whether it could
 
 
-def _lines(convert: Callable[[dict], dict | None]) -> Callable:
+def _json(convert: Callable[[dict], dict | None], array: bool = False) -> Callable:
+    """JSON Lines, or one array of all."""
+
     @contextmanager
     def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
+        count = 0
+
         def write(conversation: dict) -> bool:
+            nonlocal count
             record = convert(conversation)
-            if record is not None:
-                file.write(to_line(record))
-            return record is not None
+            if record is None:
+                return False
+            line = to_line(record)
+            file.write((b",\n" if count else b"[\n") + line.rstrip(b"\n") if array else line)
+            count += 1
+            return True
 
         yield write
+        if array:
+            file.write(b"\n]\n" if count else b"[]\n")
 
     return container
 
 
 def _judgements(convert: Callable[[Judgement], dict | None]) -> Callable:
-    """A line for each judgement that has a place in the format."""
+    """JSON Lines, one for each judgement that has a place in the format."""
 
     @contextmanager
     def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
@@ -204,25 +195,6 @@ def _judgements(convert: Callable[[Judgement], dict | None]) -> Callable:
             return bool(records)
 
         yield write
-
-    return container
-
-
-def _array(convert: Callable[[dict], dict | None]) -> Callable:
-    @contextmanager
-    def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
-        separator = b"[\n"
-
-        def write(conversation: dict) -> bool:
-            nonlocal separator
-            record = convert(conversation)
-            if record is not None:
-                file.write(separator + to_line(record).rstrip(b"\n"))
-                separator = b",\n"
-            return record is not None
-
-        yield write
-        file.write(b"[]\n" if separator == b"[\n" else b"\n]\n")
 
     return container
 
@@ -376,13 +348,13 @@ def _judged(judgement: Judgement, name: str) -> dict:
 
 
 _CONTAINERS: dict[str, Callable] = {
-    "json": _array(lambda conversation: conversation),
+    "json": _json(lambda conversation: conversation, array=True),
     "csv": _csv,
-    "chatml": _lines(_chatml_line),
-    "alpaca": _array(to_alpaca),
-    "instruction": _lines(to_instruction),
-    "openai": _lines(to_openai),
-    "sharegpt": _array(to_sharegpt),
+    "chatml": _json(_chatml_line),
+    "alpaca": _json(to_alpaca, array=True),
+    "instruction": _json(to_instruction),
+    "openai": _json(to_openai),
+    "sharegpt": _json(to_sharegpt, array=True),
     "dpo": _judgements(to_dpo),
     "kto": _judgements(to_kto),
 }

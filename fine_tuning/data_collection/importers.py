@@ -35,7 +35,7 @@ from fine_tuning.data_collection.importing.record_formats import (
     from_chatml,
     recognise,
 )
-from fine_tuning.schema.conversation import short_hash
+from fine_tuning.schema.conversation import short_hash, time_stamp, versions_of
 
 CHUNK = 1 << 20
 LONGEST_LINE = 64 << 20
@@ -119,7 +119,7 @@ def import_records(
         identity = found.id or short_hash([content, seen[content]])
         seen[content] += 1
         for reply in found.messages if model else ():
-            for version in (reply, *reply.get("alternatives", ())) if reply["role"] == "assistant" else ():
+            for version in versions_of(reply) if reply["role"] == "assistant" else ():
                 version["model"] = version.get("model") or model
         conversation = _conversation(found, identity, source, started_at)
         yield Imported(line, found.format, conversation, tuple(found.left_out), found.judges)
@@ -173,7 +173,7 @@ def _timestamp(value: Any) -> str | None:
             moment = value.replace(tzinfo=value.tzinfo or UTC)
         else:
             return None
-        return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return time_stamp(moment)
     except (ValueError, OverflowError, OSError):
         return None
 

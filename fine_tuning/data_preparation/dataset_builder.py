@@ -14,7 +14,7 @@ from pydantic import Field
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.settings import Settings
-from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, DealtRow, HeldConversations
+from fine_tuning.data_preparation.catalogue import AssignedRow, Catalogue, Conversations, HeldConversations
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
 from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
@@ -49,10 +49,11 @@ class Build:
     """What `DatasetBuilder.build` made of the conversations. Every one of them is in a split or in `left_out`."""
 
     splits: dict[str, list[PreparedRow]]
-    dealt: dict[str, str]  # conversation id → split, for the ledger
+    assigned: dict[str, str]  # conversation id → split, for the ledger
     left_out: dict[str, str] = field(default_factory=dict)  # conversation id → reason
 
 
+@dataclass
 class DatasetBuilder:
     """Deals conversations into splits and, given a tokenizer, into token ids and labels.
 
@@ -75,45 +76,33 @@ class DatasetBuilder:
         UserError: an argument is none that `prepare` in params.yaml could have.
     """
 
-    def __init__(
-        self,
-        train_on: TrainOn = "all",
-        validation_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        salt: str = "whetstone",
-        latest_from: str | None = None,
-        decontamination_words: int = 12,
-        max_train_tokens: int | None = None,
-        max_sample_tokens: int | None = None,
-        max_held_out_tokens: int | None = None,
-        tokenizer: "PreTrainedTokenizerFast | str | Path | None" = None,
-        system_prompt: str | None = None,
-        max_length: int = 512,
-    ) -> None:
-        if train_on not in get_args(TrainOn):
-            raise UserError(f"train_on = {train_on!r} is unknown: choose one of {', '.join(get_args(TrainOn))}")
-        if not isinstance(salt, str) or not salt:
+    train_on: TrainOn = "all"
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    salt: str = "whetstone"
+    latest_from: str | None = None
+    decontamination_words: int = 12
+    max_train_tokens: int | None = None
+    max_sample_tokens: int | None = None
+    max_held_out_tokens: int | None = None
+    tokenizer: "PreTrainedTokenizerFast | str | Path | None" = None
+    system_prompt: str | None = None
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.train_on not in get_args(TrainOn):
+            raise UserError(f"train_on = {self.train_on!r} is unknown: choose one of {', '.join(get_args(TrainOn))}")
+        if not isinstance(self.salt, str) or not self.salt:
             raise UserError("the salt is no text or empty: give one, and keep it")
-        for name, number in (
-            ("decontamination_words", decontamination_words),
-            ("max_train_tokens", max_train_tokens),
-            ("max_sample_tokens", max_sample_tokens),
-            ("max_held_out_tokens", max_held_out_tokens),
-            ("max_length", max_length),
-        ):
+        limits = ("max_train_tokens", "max_sample_tokens", "max_held_out_tokens")
+        for name in ("decontamination_words", *limits, "max_length"):
+            number = getattr(self, name)
             if number is not None and (not isinstance(number, int) or number < 0):
                 raise UserError(f"{name} = {number!r} is no whole number from 0: give one")
-        self.train_on = train_on
-        self.fractions = _fractions(validation_fraction, test_fraction, latest_from)
-        self.salt = salt
-        self.decontamination_words = decontamination_words
-        self.max_train_tokens = max_train_tokens
-        self.max_sample_tokens = max_sample_tokens
-        self.max_held_out_tokens = max_held_out_tokens
-        self.tokenizer = Path(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.system_prompt = system_prompt
-        self.max_length = max_length
-        self.held_out = HeldOut(decontamination_words)
+        self.fractions = _fractions(self.validation_fraction, self.test_fraction, self.latest_from)
+        if isinstance(self.tokenizer, str):
+            self.tokenizer = Path(self.tokenizer)
+        self.held_out = HeldOut(self.decontamination_words)
 
     def build_dataset(self, conversations: Iterable[dict]) -> dict[str, list[dict]]:
         """Train, validation and test rows of logged exchanges or conversations with `messages`.
@@ -134,27 +123,29 @@ class DatasetBuilder:
         self,
         conversations: Iterable[dict],
         clusters: Mapping[str, str],
-        dealt: Mapping[str, str] | None = None,
+        assigned: Mapping[str, str] | None = None,
     ) -> Build:
         """Deal, select and encode.
 
         Args:
             clusters: conversation id → cluster id of its near-duplicates; ids that are missing stand alone.
-            dealt: conversation id → split of earlier builds (the ledger).
+            assigned: conversation id → split of earlier builds (the ledger).
         """
         with Catalogue() as catalogue:
-            dealing = self.deal(HeldConversations(conversations), catalogue, clusters.items(), (dealt or {}).items())
+            dealing = self.assign(
+                HeldConversations(conversations), catalogue, clusters.items(), (assigned or {}).items()
+            )
             splits = {split: list(rows) for split, rows in dealing}
-            return Build({split: splits[split] for split in SPLITS}, dict(catalogue.dealt()), catalogue.left_out())
+            return Build({split: splits[split] for split in SPLITS}, dict(catalogue.assigned()), catalogue.left_out())
 
-    def deal(
+    def assign(
         self,
         conversations: Conversations,
         catalogue: Catalogue,
         clusters: Iterable[tuple[str, str]],
-        dealt: Iterable[tuple[str, str]],
+        assigned: Iterable[tuple[str, str]],
         run: Map = map,
-        twins: Iterable[tuple[str, str]] = (),
+        dropped_duplicates: Iterable[tuple[str, str]] = (),
     ) -> Iterator[tuple[str, Iterator[PreparedRow]]]:
         """The test, validation and train split, each with its rows; take each to its end before the next.
 
@@ -162,17 +153,16 @@ class DatasetBuilder:
         compares with.
 
         Args:
-            catalogue: an empty one; it then knows who was dealt where, and who was left out.
+            catalogue: an empty one; it then knows who was assigned where, and who was left out.
             clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
-            dealt: (conversation id, split) of earlier builds (the ledger).
+            assigned: (conversation id, split) of earlier builds (the ledger).
             run: what maps a function over pieces of work, in order: `map`, or an engine's.
-            twins: (id of a duplicate that was dropped, id of the conversation that stays for it), which has the split
-                that the other was dealt to.
+            dropped_duplicates: (id of one, id of the conversation that stays for it), which inherits the other's split.
         """
-        look = partial(conversations.look, train_on=self.train_on)
-        for looks in run(look, range(len(conversations.parts))):
-            catalogue.note(looks)
-        catalogue.deal(clusters, dealt, self.fractions, self.salt, twins)
+        scan = partial(conversations.scan, train_on=self.train_on)
+        for scans in run(scan, range(len(conversations.parts))):
+            catalogue.note(scans)
+        catalogue.assign(clusters, assigned, self.fractions, self.salt, dropped_duplicates)
         self.held_out = held_out = HeldOut(self.decontamination_words)
         repeated: Set[str] = frozenset()
         for split in ("test", "validation", "train"):
@@ -205,11 +195,11 @@ class DatasetBuilder:
             system_prompt=self.system_prompt, max_length=self.max_length,
         )  # fmt: skip
 
-        def dealt() -> Iterator[DealtRow]:
+        def assigned() -> Iterator[AssignedRow]:
             return (row for row in catalogue.rows(split) if row.id not in without)
 
         spent: Counter[str] = Counter()
-        for row, windows in (pair for chunk in run(encode, _chunks(dealt())) for pair in chunk):
+        for row, windows in (pair for chunk in run(encode, _chunks(assigned())) for pair in chunk):
             if isinstance(windows, str):
                 catalogue.leave_out([row], split, windows)
                 continue
@@ -222,7 +212,7 @@ class DatasetBuilder:
                 budget = getattr(self, limit)
                 # Rows come with people's own conversations first: the sample only fills what they leave.
                 if budget is not None and tokens and spent[limit] and spent[limit] + tokens > budget:
-                    catalogue.leave_out((late for late in dealt() if late >= row), split, limit)
+                    catalogue.leave_out((late for late in assigned() if late >= row), split, limit)
                     return
                 spent[limit] += tokens
             yield from windows
@@ -264,23 +254,23 @@ def _fractions(validation: float, test: float, latest_from: str | None) -> Fract
         raise UserError(f"latest_from = {latest_from!r} is no date: give one such as 2026-01-31") from None
 
 
-def _chunks(rows: Iterator[DealtRow]) -> Iterator[list[DealtRow]]:
+def _chunks(rows: Iterator[AssignedRow]) -> Iterator[list[AssignedRow]]:
     while chunk := list(islice(rows, CHUNK)):
         yield chunk
 
 
 def _encode(
-    rows: list[DealtRow],
+    rows: list[AssignedRow],
     conversations: Conversations,
     train_on: TrainOn,
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
     max_length: int,
-) -> list[tuple[DealtRow, list[PreparedRow] | str]]:
+) -> list[tuple[AssignedRow, list[PreparedRow] | str]]:
     """The windows of each conversation, or why there are none."""
     if isinstance(tokenizer, Path):
         tokenizer = _loaded(tokenizer)
-    pairs: list[tuple[DealtRow, list[PreparedRow] | str]] = []
+    pairs: list[tuple[AssignedRow, list[PreparedRow] | str]] = []
     for row in rows:
         (conversation,) = conversations.read(row.part, [row.place])
         messages, trained = select(conversation, train_on)
@@ -321,10 +311,6 @@ def _shared_runs(
             if shared := held_out.shared_with(messages):
                 found[identity] = shared
     return found
-
-
-# -----------------------------------------------------------------------------
-# records
 
 
 def _newest(records: Iterable[dict]) -> list[dict]:

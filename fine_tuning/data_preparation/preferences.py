@@ -252,7 +252,7 @@ class Preferences:
 
 def find_preferences(
     conversations: Iterable[dict[str, Any]],
-    dealt: Iterable[tuple[str, str]],
+    assigned: Iterable[tuple[str, str]],
     clusters: Iterable[tuple[str, str]],
     builder: DatasetBuilder,
     tokenizer: "PreTrainedTokenizerFast",
@@ -260,14 +260,14 @@ def find_preferences(
     """The pairs and thumbs of clean conversations. What was judged is in memory, not the conversations.
 
     Args:
-        dealt: (conversation id, split) of every conversation.
+        assigned: (conversation id, split) of every conversation.
         clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
-        builder: the one that dealt them.
+        builder: the one that assigned them.
     """
     dropped: Counter[str] = Counter()
     judgements = [j for conversation in conversations for j in judgements_of(conversation)]
     judged = {judgement.conversation for judgement in judgements}
-    split_of = {identity: split for identity, split in dealt if identity in judged and split != LEFT_OUT}
+    split_of = {identity: split for identity, split in assigned if identity in judged and split != LEFT_OUT}
     cluster = {identity: name for identity, name in clusters if identity in judged}
     encoder = PreferenceEncoder(
         tokenizer,

@@ -26,7 +26,7 @@ SMALL_TEST_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Fractions:
-    """How newcomers are dealt. Fractions are of clusters; what is left is train.
+    """How newcomers are assigned. Fractions are of clusters; what is left is train.
 
     With `latest_from` (an ISO date), test is what started on or after it instead of a random fraction. Otherwise test
     gets a fraction of SMALL_TEST_FRACTION, if that is more, while fewer than ENOUGH_TEST_CLUSTERS are held out; a test
@@ -38,18 +38,18 @@ class Fractions:
     latest_from: str | None = None
 
 
-class Deal:
+class SplitAssignment:
     """Deals clusters one by one, in any order and each once; `moved` then says which have to move after all.
 
-    A conversation that was dealt keeps its split, whatever happened to its cluster. The newcomers of a cluster join
+    A conversation that was assigned keeps its split, whatever happened to its cluster. The newcomers of a cluster join
     the split of its earlier members; if those are in different splits, the newcomer links what must stay apart, and is
     left out. A cluster of newcomers goes where the salted hash of its id says, a number in [0, 1): test below the test
     fraction, then validation, then train.
 
-    After all were dealt, test is topped up: while fewer than ENOUGH_TEST_CLUSTERS are in it, earlier ones included, it
-    takes newcomers that would be train, the smallest hash first, from the next stretch of hashes above validation's, as
-    wide as SMALL_TEST_FRACTION exceeds the test fraction. It depends on the ledger and on which clusters there are, not
-    on their order; what the ledger remembers is never moved again. So that little data works too, an empty split then
+    Then test is topped up: while fewer than ENOUGH_TEST_CLUSTERS are in it, earlier ones included, it takes newcomers
+    that would be train, the smallest hash first, from the next stretch of hashes above validation's, as wide as
+    SMALL_TEST_FRACTION exceeds the test fraction. It depends on the ledger and on which clusters there are, not on
+    their order; what the ledger remembers is never moved again. So that little data works too, an empty split then
     takes a cluster of newcomers from one that has others: train first, then test, then validation.
     """
 
@@ -62,21 +62,21 @@ class Deal:
         random_test = fractions.test > 0 and fractions.latest_from is None
         self._spare_below = fractions.validation + SMALL_TEST_FRACTION if random_test else 0.0
 
-    def newcomers(self, cluster: str, oldest: str, dealt: Collection[str | None]) -> str:
+    def newcomers(self, cluster: str, oldest: str, assigned: Collection[str | None]) -> str:
         """The split of a cluster's newcomers: one of SPLITS or LEFT_OUT.
 
         Args:
             oldest: date of its oldest member, of all the first 10 characters of `started_at`; "" for unknown.
-            dealt: the splits that its members were dealt to; with None if there are newcomers.
+            assigned: the splits that its members were assigned to; with None if there are newcomers.
         """
-        if known := set(dealt) - _NO_SPLIT:
+        if known := set(assigned) - _NO_SPLIT:
             self._filled.update(known)
             return known.pop() if len(known) == 1 else LEFT_OUT
-        # Members that were left out earlier stay so; only a cluster with newcomers is dealt.
-        if None not in dealt:
+        # Members that were left out earlier stay so; only a cluster with newcomers is assigned.
+        if None not in assigned:
             return LEFT_OUT
         draw = self._draw(cluster)
-        split = _deal(draw, oldest, self._fractions)
+        split = _random_split(draw, oldest, self._fractions)
         self._filled[split] += 1
         _keep_smallest(self._donors[split], (draw, cluster), len(SPLITS))
         if split == "train" and draw < self._spare_below:
@@ -117,7 +117,7 @@ def salted_hashes(salt: str) -> Callable[[str], int]:
     return salted_hash
 
 
-def _deal(draw: float, oldest: str, fractions: Fractions) -> str:
+def _random_split(draw: float, oldest: str, fractions: Fractions) -> str:
     if fractions.latest_from is not None:
         if oldest >= fractions.latest_from:
             return "test"
@@ -161,7 +161,7 @@ _DIGITS = 15  # of an id's hash: 60 bits, of a million ids two are the same with
 
 
 class Ledger:
-    """The file that remembers which conversation was dealt to which split, whatever became of the others.
+    """The file that remembers which conversation was assigned to which split, whatever became of the others.
 
     It stays in git. A line is `HASH SPLIT`: 15 hex digits of the conversation's id, keyed with the salt, and one of
     SPLITS or `none`, for those that are part of no split. Lines are only appended, so that git joins the lines of two
@@ -186,12 +186,12 @@ class Ledger:
         self._known = array("Q", sorted(known))
 
     def find(self, identities: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """(id, split) of those that were dealt before."""
+        """(id, split) of those that were assigned before."""
         return ((identity, split) for identity in identities if (split := self._split_of(self._key(identity))))
 
-    def append(self, dealt: Iterable[tuple[str, str]]) -> int:
+    def append(self, assigned: Iterable[tuple[str, str]]) -> int:
         """Add (id, split) of those that are not in it; returns how many. The file is replaced whole or not at all."""
-        keys = ((self._key(identity), split) for identity, split in dealt)
+        keys = ((self._key(identity), split) for identity, split in assigned)
         new = sorted(key << 2 | _STRICTNESS.index(split) for key, split in keys if not self._split_of(key))
         if new or not self.path.is_file():
             before = self.path.read_bytes() if self.path.is_file() else b""
@@ -222,10 +222,10 @@ def open_ledger(path: Path, salt: str) -> Ledger:
     """The ledger at `path`; that of an earlier version, a folder outside git, is taken over, which a line says."""
     before = path.with_suffix("")
     if before.is_dir():
-        dealt: dict[str, list[tuple[str, str]]] = {}
+        assigned: dict[str, list[tuple[str, str]]] = {}
         for line in (line for file in before.glob("ledger.jsonl") for line in read_jsonl(file)):
-            dealt.setdefault(line["salt"], []).append((line["id"], line["split"]))
-        for other, lines in dealt.items():
+            assigned.setdefault(line["salt"], []).append((line["id"], line["split"]))
+        for other, lines in assigned.items():
             print(f"prepare: {Ledger(path, other).append(lines)} splits taken over from {before} into {path}")
         shutil.rmtree(before)
     return Ledger(path, salt)

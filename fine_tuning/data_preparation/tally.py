@@ -40,22 +40,15 @@ class Tally:
         no room for a reply, `lost_reply_tokens` what of their and of other replies no window has room for.
         """
         totals, lengths = self.totals, sorted(self.lengths)
-        tokens, trained = totals["tokens"], totals["trained_tokens"]
-        return {
-            "conversations": totals["conversations"],
+        tokens = totals["tokens"]
+        counted = ("conversations", "windows_left_out", "several_windows", "tokens", "trained_tokens", "control_tokens")
+        lost = ("lost_end_of_reply", "lost_turns", "lost_reply_tokens")
+        return {name: totals[name] for name in counted + lost} | {
             "windows": len(lengths),
-            "windows_left_out": totals["windows_left_out"],
-            "several_windows": totals["several_windows"],
-            "tokens": tokens,
-            "trained_tokens": trained,
-            "control_tokens": totals["control_tokens"],
-            "trained_share": round(trained / tokens, 4) if tokens else 0.0,
+            "trained_share": round(totals["trained_tokens"] / tokens, 4) if tokens else 0.0,
             "tokens_mean": round(tokens / len(lengths), 1) if lengths else 0.0,
             "tokens_median": lengths[len(lengths) // 2] if lengths else 0,
             "tokens_max": lengths[-1] if lengths else 0,
-            "lost_end_of_reply": totals["lost_end_of_reply"],
-            "lost_turns": totals["lost_turns"],
-            "lost_reply_tokens": totals["lost_reply_tokens"],
             "by_source": {source: dict(counts) for source, counts in sorted(self.by_source.items())},
         }
 

@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.schema.chat_format import _TOKENIZER_FILES, _chat_format, _tokens, end_of_turn_ids, render
+from fine_tuning.schema.chat_format import _chat_format, _tokens, end_of_turn_ids, render
 from fine_tuning.schema.conversation import as_conversation, problem_of
 from fine_tuning.schema.template_trial import try_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-# -----------------------------------------------------------------------------
-# comparing tokenizers
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a hub's repository: neither weights nor code
 
 
 @dataclass(frozen=True)

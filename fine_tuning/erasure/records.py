@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.names import session_name
-from fine_tuning.common.records import dump_line, read_line, read_lines, sync_folder, write_json, write_jsonl
+from fine_tuning.common.records import dump_line, read_line, read_lines, sync, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import read_log, rewrite_log
 from fine_tuning.data_collection.storage.shards import describe_shard, read_manifest, write_lines
 from fine_tuning.data_collection.storage.tombstones import Tombstones
@@ -256,7 +256,7 @@ def clear_shards(folder: Path, manifest: Path, found: Found) -> int:
         successor, _ = write_lines(folder, _HASH_ENDING.sub("", shard.stem), _lines_that_stay(shard, found))
         _rename_in_manifest(manifest, shard.name, successor)
         shard.unlink()
-        sync_folder(folder)
+        sync(folder)
         cleared += 1
     return cleared
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
-_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]  # of a hub's repository: neither weights nor code
 _MARK = "\ue000\ue001"  # private-use characters: they stand where the template puts a content
 
 
@@ -381,23 +380,15 @@ class _ChatFormat:
         self.parsing.no_truncation()
         self.parsing.no_padding()
 
-        added = backend.get_added_tokens_decoder()
-        special = {index: token.content for index, token in added.items() if token.special and token.content}
+        own = backend.get_added_tokens_decoder()
+        special = {index: token.content for index, token in own.items() if token.special and token.content}
         self.control = _any_of(special.values())
         # Gemma's tokenizer holds line breaks and runs of blanks among its added tokens: they end no reply.
-        self._added = _any_of(token.content for token in added.values() if token.content.strip())
+        added = _any_of(token.content for token in own.values() if token.content.strip())
         # Tokenizers without byte fallback write the unknown token for characters that users type.
         self.control_ids = set(special) - {tokenizer.unk_token_id}
 
-    @cached_property
-    def plain(self) -> "Tokenizer":
-        """Like `parsing`, but control tokens are ordinary text."""
-        plain = copy.deepcopy(self.parsing)
-        plain.encode_special_tokens = True
-        return plain
-
-    def learn(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        """Take `lead`, `closing` and `closing_tokens` from a probe of two messages."""
+        # How replies open and close, from a probe of two messages.
         question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         prompt = render(tokenizer, [question], add_generation_prompt=True).text
         whole = render(tokenizer, [question, answer])
@@ -405,9 +396,16 @@ class _ChatFormat:
         # What stands before a reply and is not part of the prompt has to be generated, so it is trained.
         before = whole.text[:start]
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        match = re.match(rf"(\s*)((?:{self._added.pattern})+)", whole.text[end:])
+        match = re.match(rf"(\s*)((?:{added.pattern})+)", whole.text[end:])
         self.closing = match.group() if match else ""
-        self.closing_tokens = self._added.findall(match.group(2)) if match else []
+        self.closing_tokens = added.findall(match.group(2)) if match else []
+
+    @cached_property
+    def plain(self) -> "Tokenizer":
+        """Like `parsing`, but control tokens are ordinary text."""
+        plain = copy.deepcopy(self.parsing)
+        plain.encode_special_tokens = True
+        return plain
 
     def trained_region(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         """Character range of a reply with what the model has to write before it and the tokens that end it."""
@@ -451,9 +449,7 @@ def _chat_format(tokenizer: "PreTrainedTokenizerFast") -> _ChatFormat:
     """The learned format; kept as long as the tokenizer lives and its template is the same."""
     known = _formats.get(tokenizer)
     if known is None or known.template != tokenizer.chat_template:
-        known = _ChatFormat(tokenizer)
-        known.learn(tokenizer)
-        _formats[tokenizer] = known
+        known = _formats[tokenizer] = _ChatFormat(tokenizer)
     return known
 
 

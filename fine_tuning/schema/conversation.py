@@ -30,62 +30,49 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(","
 
 
 def now() -> str:
-    """The current time as ISO 8601 in UTC with milliseconds: it sorts as text."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """The current time; see `time_stamp`."""
+    return time_stamp(datetime.now(UTC))
+
+
+def time_stamp(moment: datetime) -> str:
+    """ISO 8601 in UTC with milliseconds: it sorts as text."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 class Message(TypedDict, total=False):
     """One turn. `role` and `content` are there in every message."""
 
     id: str
-    role: str
-    """One of ROLES."""
-    content: str
-    """What was said, without the reasoning of a model."""
-    model: str
-    """Who wrote a reply, where a model did; none is named for a person's."""
-    version: int | str
-    """The version of this project's model that wrote it."""
-    at: str
-    """ISO 8601 in UTC."""
-    tokens: int
-    """How many tokens the reply has, as the server counted."""
-    settings: dict[str, Any]
-    """How a reply was drawn: temperature and the like, and the system prompt."""
-    incomplete: str | bool
-    """Why a reply was not finished: it is not trained on."""
-    weight: int
-    """0 (OpenAI's): context only, not trained on, whatever its ratings."""
+    role: str  # one of ROLES
+    content: str  # what was said, without the reasoning of a model
+    model: str  # who wrote a reply, where a model did; none is named for a person's
+    version: int | str  # the version of this project's model that wrote it
+    at: str  # ISO 8601 in UTC
+    tokens: int  # of the reply, as the server counted
+    settings: dict[str, Any]  # how a reply was drawn: temperature and the like, and the system prompt
+    incomplete: str | bool  # why a reply was not finished: it is not trained on
+    weight: int  # 0 (OpenAI's): context only, not trained on, whatever its ratings
+    # It followed something that was taken out (by cleaning, a deletion, a row that cannot be read): nothing before it
+    # may be shown as its context.
     gap: bool
-    """It followed something that was taken out (by cleaning, a deletion, a row that cannot be read): nothing before it
-    may be shown as its context."""
-    alternatives: list["Message"]
-    """Other replies to the same question."""
-    reasoning: str
-    """A model's thoughts. Recorded, not trained on."""
-    tool_calls: list[dict[str, Any]]
-    """Calls of a reply: {"id", "name", "arguments"}. Recorded, not trained on."""
-    tool_call_id: str
-    """Of a tool's message: the call that it answers."""
-    parts: list[dict[str, Any]]
-    """Content of several parts as the client sent it, where it is more than text."""
-    attachments: list[dict[str, Any]]
-    """References to files, {"type", "name", "sha256"}: their bytes are not recorded."""
+    alternatives: list["Message"]  # other replies to the same question
+    reasoning: str  # a model's thoughts: recorded, not trained on
+    tool_calls: list[dict[str, Any]]  # {"id", "name", "arguments"} of a reply: recorded, not trained on
+    tool_call_id: str  # of a tool's message: the call that it answers
+    parts: list[dict[str, Any]]  # the content as the client sent it, where it is more than text
+    attachments: list[dict[str, Any]]  # references to files, {"type", "name", "sha256"}: their bytes are not recorded
+    # Where text that was put into the content came from: {"source", "start", "end"}, characters of the content.
     retrieved: list[dict[str, Any]]
-    """Where text that was put into the content came from: {"source", "start", "end"}, characters of the content."""
 
 
 class Feedback(TypedDict, total=False):
     """What one person said of one message: the newest rating, comment, edit and preference."""
 
     message_id: str
-    rating: int | None
-    """1 liked, -1 disliked, None neither."""
+    rating: int | None  # 1 liked, -1 disliked, None neither
     comment: str
-    edited: str
-    """The text that the person put in its place."""
-    over: list[str]
-    """Ids of the alternatives that the message was preferred to."""
+    edited: str  # the text that the person put in its place
+    over: list[str]  # ids of the alternatives that the message was preferred to
     by: str
 
 
@@ -102,14 +89,12 @@ class Conversation(TypedDict, total=False):
     metadata: dict[str, Any]
     deleted: bool
     deleted_messages: list[str]
-    restored: bool
-    """A filter dropped it and a person wanted it back: it is masked as any other and filtered no more."""
-    tools: list[dict[str, Any]]
-    """Tools that the client offered, as JSON schemas."""
+    restored: bool  # a filter dropped it and a person wanted it back: it is masked as any other and filtered no more
+    tools: list[dict[str, Any]]  # that the client offered, as JSON schemas
 
 
 class Problem(NamedTuple):
-    """Why a record is no sound conversation, and the value that says so."""
+    """Why a record is no sound conversation or is dropped, and the value that decided it."""
 
     reason: str
     value: Any
@@ -314,11 +299,11 @@ def with_feedback_of(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, 
     merged = copy.deepcopy(newer) | {"feedback": []}
     said: dict[tuple[Any, Any], list[tuple[int, dict[str, Any]]]] = {}
     for place, message in enumerate(merged["messages"]):
-        for version in _versions(message):
+        for version in versions_of(message):
             said.setdefault((version.get("role"), version["content"]), []).append((place, version))
     pairs = []
     for place, message in enumerate(older["messages"]):
-        for old in _versions(message):
+        for old in versions_of(message):
             same = said.get((old.get("role"), old["content"]), ())
             ranked = [(new.get("id") != old.get("id"), abs(there - place), n) for n, (there, new) in enumerate(same)]
             pairs += [(old, same[min(ranked)[-1]][1])] if same else []
@@ -343,7 +328,7 @@ def carry_feedback(
     names = {}
     for old, new in pairs:
         names[old.get("id")] = new.get("id")
-        known = {version["content"]: version.get("id") for version in _versions(new)}
+        known = {version["content"]: version.get("id") for version in versions_of(new)}
         shown = any(new is message for message in conversation["messages"])
         for other in (old.get("alternatives") or []) if shown else ():
             name = known.get(other["content"])
@@ -362,9 +347,13 @@ def carry_feedback(
                 conversation["feedback"].append(moved)
 
 
-def _versions(message: dict[str, Any]) -> list[dict[str, Any]]:
+def versions_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     """A reply and its alternatives."""
     return [message, *(message.get("alternatives") or [])]
+
+
+def _alone(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "alternatives"}
 
 
 def _entry_of(entry: dict[str, Any], feedback: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -476,13 +465,12 @@ def _joined(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def message_ids(conversation: dict[str, Any]) -> Iterator[str]:
     """Ids of all messages, those of alternatives too."""
     for message in conversation["messages"]:
-        yield from (m["id"] for m in (message, *(message.get("alternatives") or [])) if isinstance(m.get("id"), str))
+        yield from (m["id"] for m in versions_of(message) if isinstance(m.get("id"), str))
 
 
 def _replies(conversation: dict[str, Any]) -> dict[str | None, str]:
     """Contents of all messages by id, those of alternatives too."""
-    messages = conversation["messages"]
-    return {m.get("id"): m["content"] for message in messages for m in (message, *(message.get("alternatives") or []))}
+    return {m.get("id"): m["content"] for message in conversation["messages"] for m in versions_of(message)}
 
 
 def _replace(event: dict[str, Any], conversation: dict[str, Any], pair: list[dict[str, Any]]) -> bool:
@@ -494,8 +482,7 @@ def _replace(event: dict[str, Any], conversation: dict[str, Any], pair: list[dic
     for index, message in enumerate(messages):
         others = message.get("alternatives") or []
         if index and replaced in (message.get("id"), *(other.get("id") for other in others)):
-            earlier = {key: value for key, value in message.items() if key != "alternatives"}
-            messages[index - 1 : index + 1] = [pair[0], pair[1] | {"alternatives": [*others, earlier]}]
+            messages[index - 1 : index + 1] = [pair[0], pair[1] | {"alternatives": [*others, _alone(message)]}]
             return True
     return False
 
@@ -506,14 +493,12 @@ def _prefer(event: dict[str, Any], conversation: dict[str, Any]) -> None:
     messages = conversation["messages"]
     for index, message in enumerate(messages):
         others = message.get("alternatives") or []
-        if any(other.get("id") == chosen for other in others):
+        preferred = next((other for other in others if other.get("id") == chosen), None)
+        if preferred is not None:
             if index and messages[index - 1]["role"] == "user":
                 messages[index - 1]["id"] = f"{chosen}-user"
-            earlier = {key: value for key, value in message.items() if key != "alternatives"}
             kept = [other for other in others if other.get("id") != chosen]
-            preferred = next(other for other in others if other.get("id") == chosen)
-            message.clear()
-            message.update(preferred | {"alternatives": [*kept, earlier]})
+            messages[index] = preferred | {"alternatives": [*kept, _alone(message)]}
             return
 
 

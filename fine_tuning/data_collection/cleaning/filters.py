@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from pydantic import Field
 
 from fine_tuning.common.languages import CODE_BLOCK, SHORT_TEXT, detect_language
 from fine_tuning.common.settings import Settings
 from fine_tuning.common.writing_systems import NO_SPACES
+from fine_tuning.schema.conversation import Problem
 
 
 class FilterSettings(Settings):
@@ -31,40 +32,34 @@ class FilterSettings(Settings):
     max_echo: float = Field(ge=0, le=1)
 
 
-class Drop(NamedTuple):
-    """Why a conversation is dropped, and the value that decided it."""
-
-    reason: str
-    value: Any
-
-
 # -----------------------------------------------------------------------------
 # structure
 
 
-def check_roles(messages: list[dict]) -> Drop | None:
+_MISPLACED = {("user", "user"), ("assistant", "assistant"), ("tool", "user"), ("user", "tool")}
+
+
+def check_roles(messages: list[dict]) -> Problem | None:
     """Apart from system and tool messages, user and assistant take turns and the user begins."""
     turns = []
     for index, message in enumerate(messages):
         role = message["role"]
         if role == "system" and index > 0:
-            return Drop("late_system_message", index)
+            return Problem("late_system_message", index)
         if role in ("user", "assistant"):
             turns.append(role)
         elif role == "tool" and "assistant" not in turns:
-            return Drop("tool_before_assistant", index)
+            return Problem("tool_before_assistant", index)
     if "user" not in turns:
-        return Drop("no_user_message", 0)
+        return Problem("no_user_message", 0)
     if "assistant" not in turns:
-        return Drop("no_assistant_message", 0)
+        return Problem("no_assistant_message", 0)
     if turns[0] != "user":
-        return Drop("assistant_begins", 0)
+        return Problem("assistant_begins", 0)
     spoken = [m["role"] for m in messages if m["role"] != "system"]
-    for index, (first, second) in enumerate(pairwise(spoken)):
-        if first == second and first != "tool":
-            return Drop("roles_do_not_alternate", index + 1)
-        if (first, second) in (("tool", "user"), ("user", "tool")):
-            return Drop("roles_do_not_alternate", index + 1)
+    for index, pair in enumerate(pairwise(spoken), start=1):
+        if pair in _MISPLACED:
+            return Problem("roles_do_not_alternate", index)
     return None
 
 
@@ -74,7 +69,7 @@ def trim_end(messages: list[dict]) -> list[dict]:
     return messages[: last + 1] if last >= 0 else messages
 
 
-def without_unusable(messages: list[dict], shortest: int, longest: float) -> tuple[list[dict], Drop | None, int]:
+def without_unusable(messages: list[dict], shortest: int, longest: float) -> tuple[list[dict], Problem | None, int]:
     """The conversation without exchanges in which a message of user or assistant is empty, too short or too long.
 
     An exchange is a user message with all up to the next one. Of the messages that stay, one that followed an exchange
@@ -99,24 +94,24 @@ def without_unusable(messages: list[dict], shortest: int, longest: float) -> tup
     return messages[:head] + kept, drop, gone
 
 
-def _length_problem(messages: list[dict], shortest: int, longest: float) -> Drop | None:
+def _length_problem(messages: list[dict], shortest: int, longest: float) -> Problem | None:
     for length in (len(m["content"]) for m in messages if m["role"] in ("user", "assistant")):
         if length == 0:
-            return Drop("empty_message", 0)
+            return Problem("empty_message", 0)
         if length < shortest:
-            return Drop("too_short", length)
+            return Problem("too_short", length)
         if length > longest:
-            return Drop("too_long", length)
+            return Problem("too_long", length)
     return None
 
 
-def check_turns(messages: list[dict], settings: FilterSettings) -> Drop | None:
+def check_turns(messages: list[dict], settings: FilterSettings) -> Problem | None:
     """The number of messages of user and assistant."""
     turns = sum(message["role"] in ("user", "assistant") for message in messages)
     if turns < settings.min_turns:
-        return Drop("too_few_turns", turns)
+        return Problem("too_few_turns", turns)
     if settings.max_turns is not None and turns > settings.max_turns:
-        return Drop("too_many_turns", turns)
+        return Problem("too_many_turns", turns)
     return None
 
 
@@ -143,7 +138,7 @@ DUPLICATE_LINE_SHARE = 0.30
 CHARACTERS_A_WORD = 15  # more on average: the script puts no spaces between words, and a word is counted as two
 
 
-def check_content(messages: list[dict], settings: FilterSettings) -> Drop | None:
+def check_content(messages: list[dict], settings: FilterSettings) -> Problem | None:
     """Template fields, echo, special characters, repetition and language, the quick rules first."""
     previous = ""
     for message in messages:
@@ -154,21 +149,21 @@ def check_content(messages: list[dict], settings: FilterSettings) -> Drop | None
         if "$" in prose or "\\" in prose:
             prose = _FORMULA.sub(" ", prose)
         if ("{" in prose or "<%" in prose or "[" in prose or "orem" in prose) and (found := _TEMPLATE.search(prose)):
-            return Drop("template_field", found.start())
+            return Problem("template_field", found.start())
         if (share := _special_share(prose)) > settings.max_special_characters and len(prose) >= SHORT_TEXT:
-            return Drop("special_characters", share)
+            return Problem("special_characters", share)
         if role == "assistant":
             if (share := _echo(previous, text)) > settings.max_echo:
-                return Drop("echo", share)
+                return Problem("echo", share)
             if (share := repetition(prose)) > settings.max_repetition:
-                return Drop("repetition", share)
+                return Problem("repetition", share)
         previous = text
     if settings.inappropriate == "drop" and (found := inappropriate(messages, settings.inappropriate_words)):
-        return Drop("inappropriate", found)
+        return Problem("inappropriate", found)
     if settings.languages:
         language, confidence = detect_language(messages)
         if language not in settings.languages and confidence >= settings.min_language_confidence:
-            return Drop("language", language)
+            return Problem("language", language)
     return None
 
 
@@ -291,7 +286,3 @@ def inappropriate(messages: list[dict], words: list[str]) -> int:
     """How many of the listed words the user and the assistant say."""
     pattern = _word_pattern(tuple(words))
     return sum(len(pattern.findall(m["content"])) for m in messages if m["role"] != "system") if pattern else 0
-
-
-# -----------------------------------------------------------------------------
-# language

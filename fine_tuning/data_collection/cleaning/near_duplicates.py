@@ -78,11 +78,11 @@ class Clusters:
     def _read_signature(self, row: int) -> int:
         return int.from_bytes(os.pread(self._signatures, SIGNATURE_BYTES, row * SIGNATURE_BYTES), "little")
 
-    def add(self, rows: Iterable[tuple[bytes | None, list[str]]], twins: bool = True) -> list[int | None]:
+    def add(self, rows: Iterable[tuple[bytes | None, list[str]]], duplicates: bool = True) -> list[int | None]:
         """Add the next rows, each a signature and keys in hexadecimal digits; without a signature, the keys only.
 
         Args:
-            twins: without them, what is in the cluster of a row already is not compared with it any more.
+            duplicates: whether they are wanted; without them, rows of one cluster are not compared again.
 
         Returns:
             For each the first earlier row that it nearly duplicates, or None.
@@ -102,7 +102,7 @@ class Clusters:
             for key in shared:
                 if key in found:
                     self._join(found[key], row)
-            nearest.append(self._join_similar(row, signature, bands, found, twins) if bands else None)
+            nearest.append(self._join_similar(row, signature, bands, found, duplicates) if bands else None)
             for key in (*shared, *bands):
                 if key not in found:
                     found[key] = new[key] = row
@@ -118,18 +118,18 @@ class Clusters:
         return [(int.from_bytes(signature[at : at + _WIDTH], "little") + at) % _PRIME for at in _BAND_STARTS]
 
     def _join_similar(
-        self, row: int, signature: bytes, bands: list[int], found: dict[int, int], twins: bool
+        self, row: int, signature: bytes, bands: list[int], found: dict[int, int], duplicates: bool
     ) -> int | None:
-        twin, own, root = None, int.from_bytes(signature, "little"), self.cluster(row)
+        first_alike, own, root = None, int.from_bytes(signature, "little"), self.cluster(row)
         for first in sorted({found[key] for key in bands if key in found}):
-            if not twins and self.cluster(first) == root:
+            if not duplicates and self.cluster(first) == root:
                 continue
             if 1 - _differing(own ^ self._signature_of(first)) / PERMUTATIONS >= self._threshold:
                 self._join(first, row)
                 root = self.cluster(row)
-                twin = first if twin is None else twin
+                first_alike = first if first_alike is None else first_alike
         os.pwrite(self._signatures, signature, row * SIGNATURE_BYTES)
-        return twin
+        return first_alike
 
     def cluster(self, row: int) -> int:
         """The first row of the cluster that a row is in."""

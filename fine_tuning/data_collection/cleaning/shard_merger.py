@@ -7,7 +7,6 @@ with the number of conversations, but for eight bytes each.
 """
 
 import fcntl
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -25,13 +24,13 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from fine_tuning.common.records import read_json, replacing, write_json
+from fine_tuning.common.records import read_json, read_object, replacing, sync, write_json
 from fine_tuning.data_collection.cleaning.near_duplicates import SIGNATURE_BYTES, Clusters, index_key
 from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgements
-from fine_tuning.schema.conversation import from_line, to_line
+from fine_tuning.schema.conversation import Problem, from_line, to_line
 
 BATCH = 256  # conversations that are decided at a time
-LARGEST = 5  # clusters whose sizes are told
+LARGEST = 5  # clusters whose sizes are reported
 
 
 class CleanPiece(NamedTuple):
@@ -39,13 +38,6 @@ class CleanPiece(NamedTuple):
 
     shard: str
     folder: Path
-
-
-class Verdict(NamedTuple):
-    """Why a conversation is dropped, None if it stays, and the value that decided it."""
-
-    reason: str | None
-    value: Any
 
 
 def merge(pieces: list[CleanPiece], folder: Path, output: Path, settings: CleanSettings) -> dict[str, Any]:
@@ -60,7 +52,7 @@ def merge(pieces: list[CleanPiece], folder: Path, output: Path, settings: CleanS
     """
     with _alone(folder) as folder:
         merge = _Merge(folder, settings)
-        if not merge.covers_beginning_of(pieces) or not merge.note(pieces[merge.covered :]):
+        if not merge.go_on(pieces):
             merge.close()
             _empty(folder)
             merge = _Merge(folder, settings)
@@ -114,16 +106,6 @@ def _read_index(folder: Path) -> Iterator[list[dict]]:
             yield entries
 
 
-def _on_disk(*paths: Path) -> None:
-    """Wait until files, or renames in folders, are on disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 # -----------------------------------------------------------------------------
 # the decisions
 
@@ -142,6 +124,7 @@ class _Merge:
             _empty(folder)
             (folder / "kept").mkdir()
         self._covered: list[list[str]] = known.get("pieces", [])
+        self.covered = len(self._covered)  # pieces that are decided
         self.seen, self.kept, self.gone, self._candidates = (
             known.get(name, 0) for name in ("seen", "kept", "exchanges_dropped", "candidates")
         )
@@ -167,18 +150,14 @@ class _Merge:
         """Leave the folder, which is closed, for a run that goes on from these pieces."""
         folder = self._folder
         (folder / "parents").write_bytes(self._clusters.parents.tobytes())
-        _on_disk(*(path for path in folder.rglob("*") if path.name != "lock"), folder)
+        for path in (*folder.rglob("*"), folder):
+            sync(path)
         state = self.counts() | {"pieces": _names(pieces), "candidates": self._candidates}
         write_json(folder / "state.json", state)
 
-    @property
-    def covered(self) -> int:
-        """How many pieces are decided."""
-        return len(self._covered)
-
-    def covers_beginning_of(self, pieces: list[CleanPiece]) -> bool:
-        """Whether the pieces that are decided are the first of these."""
-        return _names(pieces[: self.covered]) == self._covered
+    def go_on(self, pieces: list[CleanPiece]) -> bool:
+        """Take up what comes behind the pieces that are decided; False where it all has to be decided anew."""
+        return _names(pieces[: self.covered]) == self._covered and self.note(pieces[self.covered :])
 
     def counts(self) -> dict[str, Any]:
         """What was seen, kept, dropped and masked, and flagged if anything was.
@@ -273,24 +252,30 @@ class _Merge:
             for entries in _read_index(piece.folder):
                 judged = self._judged(entries)
                 for entry, verdict in zip(entries, self._verdicts(entries, signatures), strict=True):
-                    line, reason = entry["line"], verdict.reason
+                    line = entry["line"]
                     text = b"" if "reason" in entry else cleaned.readline()
                     self.seen += 1
-                    if reason is None:
+                    if verdict is None:
                         self.kept += 1
                         self.gone += entry.get("gone", 0)
                         said = judged.get(entry["content"][-1], {}) if judged else {}
                         others = [said[row] for row in said if row != self.seen - 1]
                         keep(to_line(add_judgements(from_line(text), others)) if others else text)
                         continue
+                    reason, value = verdict
                     self.reasons[reason] += 1
-                    place = {"id": entry.get("id"), "shard": piece.shard, "line": lines_before + line}
-                    told = {"feedback": entry["feedback"]} if reason != "superseded" and entry.get("feedback") else {}
-                    reject(to_line(place | verdict._asdict() | told))
+                    rejected = {"id": entry.get("id"), "shard": piece.shard, "line": lines_before + line}
+                    rejected |= {"reason": reason, "value": value}
+                    if reason != "superseded" and entry.get("feedback"):
+                        rejected["feedback"] = entry["feedback"]
+                    reject(to_line(rejected))
         return line
 
-    def _verdicts(self, entries: list[dict], signatures: Iterator[bytes]) -> list[Verdict]:
-        """The verdicts on the next conversations; `signatures` has the next of those that passed the first pass."""
+    def _verdicts(self, entries: list[dict], signatures: Iterator[bytes]) -> list[Problem | None]:
+        """Why each of the next conversations is dropped, None where it stays.
+
+        `signatures` has the next of those that passed the first pass.
+        """
         first = self.seen
         signed = [next(signatures) if "reason" not in entry else None for entry in entries]
         newest = self._newest[first - self._start : first - self._start + len(entries)]
@@ -302,16 +287,16 @@ class _Merge:
             stays = best[contents[place]][0] == first + place
             keys = [key for key in (entry["content"][-1], entry["question"]) if key]
             rows.append((signed[place] if stays else None, keys))
-        twins = iter(self._clusters.add(rows, self._settings.drop_near_duplicates))
+        near_duplicates = iter(self._clusters.add(rows, self._settings.drop_near_duplicates))
         verdicts = []
         for place, entry in enumerate(entries):
             if not newest[place]:
-                verdicts.append(Verdict("superseded", None))
+                verdicts.append(Problem("superseded", None))
             elif "reason" in entry:
-                verdicts.append(Verdict(entry["reason"], entry["value"]))
+                verdicts.append(Problem(entry["reason"], entry["value"]))
             else:
                 row, identity = best[contents[place]]
-                verdicts.append(self._verdict(entry, None if row == first + place else identity, next(twins)))
+                verdicts.append(self._verdict(entry, None if row == first + place else identity, next(near_duplicates)))
         return verdicts
 
     def _judged(self, entries: list[dict]) -> dict[str, dict[int, dict]]:
@@ -322,36 +307,36 @@ class _Merge:
             judged.setdefault(contents[key], {})[row] = orjson.loads(said)
         return judged
 
-    def _verdict(self, entry: dict, better: str | None, twin: int | None) -> Verdict:
+    def _verdict(self, entry: dict, better: str | None, near_duplicate: int | None) -> Problem | None:
         """The verdict on the next candidate, given the id of a better duplicate and the row of a near-duplicate."""
         candidate = self._candidates
         self._candidates += 1
-        verdict = Verdict("duplicate", better) if better is not None else self._judge(entry, twin)
+        verdict = Problem("duplicate", better) if better is not None else self._judge(entry, near_duplicate)
         if better is None and entry.get("restored"):  # of a duplicate the other one is kept
-            verdict = Verdict(None, None)
+            verdict = None
         self._database.execute(
             "INSERT INTO member VALUES (?, ?, ?, ?)",
-            (candidate, entry["id"], entry["started_at"], verdict.reason is None),
+            (candidate, entry["id"], entry["started_at"], verdict is None),
         )
         return verdict
 
-    def _judge(self, entry: dict, twin: int | None) -> Verdict:
+    def _judge(self, entry: dict, near_duplicate: int | None) -> Problem | None:
         # What somebody liked or edited stays, whichever came first.
-        if twin is not None and self._settings.drop_near_duplicates and entry.get("standing", 0) <= 0:
-            return Verdict("near_duplicate", self._id_of(twin))
+        if near_duplicate is not None and self._settings.drop_near_duplicates and entry.get("standing", 0) <= 0:
+            return Problem("near_duplicate", self._id_of(near_duplicate))
         if self._settings.max_same_reply:
             (count,) = self._database.execute(
                 "INSERT INTO reply VALUES (?, 1) ON CONFLICT (reply) DO UPDATE SET count = count + 1 RETURNING count",
                 (entry["reply"],),
             ).fetchone()
             if count > self._settings.max_same_reply:
-                return Verdict("same_reply", count)
+                return Problem("same_reply", count)
         if self._settings.max_user_share < 1 and "person" in entry:
             self._persons[entry["person"]] += 1
             count = self._persons[entry["person"]]
             if count > max(1, int(self._settings.max_user_share * self._passed)):
-                return Verdict("user_share", count)
-        return Verdict(None, None)
+                return Problem("user_share", count)
+        return None
 
     def _id_of(self, candidate: int) -> str:
         return self._database.execute("SELECT id FROM member WHERE row = ?", (candidate,)).fetchone()[0]
@@ -413,12 +398,9 @@ def _open_database(path: Path) -> sqlite3.Connection:
 
 def _take(path: Path) -> dict[str, Any]:
     """What a folder's last run left in it, which is taken off before anything in the folder changes; {} for nothing."""
-    try:
-        known = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    path.unlink()
-    _on_disk(path.parent)
+    known = read_object(path)
+    path.unlink(missing_ok=True)
+    sync(path.parent)
     return known
 
 

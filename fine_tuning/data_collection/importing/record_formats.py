@@ -16,36 +16,27 @@ from typing import Any
 from fine_tuning.schema.conversation import from_exchange
 
 ROLE_NAMES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "customer": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "chatbot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+    name: role
+    for role, names in (
+        ("system", "system developer"),
+        ("user", "user human prompter customer"),
+        ("assistant", "assistant gpt chatgpt bot model ai chatbot function_call"),
+        ("tool", "tool function observation function_response"),
+    )
+    for name in names.split()
 }
-# (question, answer) columns of flat records
-PAIRS = (
-    ("user_message", "assistant_response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("query", "response"),
-    ("input", "output"),
-    ("user", "assistant"),
-)
+# (question, answer) columns of flat records, and what the format is called
+PAIRS = {
+    ("instruction", "output"): "alpaca",
+    ("user_message", "assistant_response"): "exchange",
+    ("prompt", "completion"): "prompt-completion",
+    ("prompt", "response"): "prompt-response",
+    ("instruction", "response"): "instruction-response",
+    ("question", "answer"): "question-answer",
+    ("query", "response"): "query-response",
+    ("input", "output"): "input-output",
+    ("user", "assistant"): "user-assistant",
+}
 # Kinds of content parts: of chat completions and Responses (OpenAI), of Messages (Anthropic), and of ChatGPT
 _CALLS = ("tool_use", "function_call")
 _RESULTS = ("tool_result", "function_call_output")
@@ -59,22 +50,14 @@ _SHOWN_THOUGHTS = re.compile(
 _SHOWN_CALLS = re.compile(r'<details\s[^<>]*type="(?:tool_calls|code_interpreter)".*?(?:</details>|\Z)\s*', re.DOTALL)
 _PLAIN = frozenset(("role", "content", "from", "value", "id"))
 _NOTHING = (None, "", "[]", [])
-_GOOD = ("true", "1", "1.0", "yes", "good", "desirable", "chosen", "liked", "positive", "thumbs_up", "up")
-_BAD = (
-    "false",
-    "0",
-    "0.0",
-    "-1",
-    "-1.0",
-    "no",
-    "bad",
-    "undesirable",
-    "rejected",
-    "disliked",
-    "negative",
-    "thumbs_down",
-)
-_LABELS = dict.fromkeys(_GOOD, 1) | dict.fromkeys((*_BAD, "thumbs_down", "down"), -1)
+_LABELS = {
+    label: rating
+    for rating, labels in (
+        (1, "true 1 1.0 yes good desirable chosen liked positive thumbs_up up"),
+        (-1, "false 0 0.0 -1 -1.0 no bad undesirable rejected disliked negative thumbs_down down"),
+    )
+    for label in labels.split()
+}
 _WEIGHTS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
 # columns that CSV and Parquet files hold as JSON text
 _NESTED = ("messages", "conversations", "conversation")
@@ -131,7 +114,7 @@ def recognise(record: Any) -> Found:
     record = record | {key: _unpacked(key, record[key]) for key in _NESTED if isinstance(record.get(key), str)}
     for applies, read in _FORMS:
         if applies(record):
-            return _with_text(_whole(read(record)))
+            return _whole(read(record))
     raise NotRecognised("none of the known forms")
 
 
@@ -153,11 +136,7 @@ def _whole(found: Found) -> Found:
                 raise NotRecognised(f"{found.format}: a question has {lost}, which is not text")
             found.left_out.append(f"the conversation ends before {lost}, which is not text")
             break
-    return found
-
-
-def _with_text(found: Found) -> Found:
-    if not any(m["content"].strip() for m in found.messages):
+    if not any(message["content"].strip() for message in messages):
         raise NotRecognised(f"{found.format}: no message has text")
     return found
 
@@ -197,23 +176,21 @@ def _own_message(original: dict) -> dict:
 def _messages(record: dict) -> Found:
     """Turns with `role` and `content`, or ShareGPT's with `from` and `value`."""
     rows = next(record[key] for key in _NESTED if _has_turns(record.get(key)))
-    return _found("sharegpt" if rows and "from" in rows[0] else "messages", record, _any_turns(rows))
-
-
-def _alpaca(record: dict) -> Found:
-    return _flat("alpaca", record, _question(record, "instruction"), _text(record["output"]))
+    return _found("sharegpt" if rows and "from" in rows[0] else "messages", record, _turns(rows))
 
 
 def _pair(record: dict) -> Found:
-    asked, answered = next(pair for pair in PAIRS if pair[0] in record and pair[1] in record)
-    name = {"completion": "prompt-completion", "assistant_response": "exchange"}.get(answered, f"{asked}-{answered}")
+    (asked, answered), name = _pair_of(record)
     question, answer = record[asked], record[answered]
-    if answered == "assistant_response" and isinstance(question, str) and isinstance(answer, str):
+    if name == "exchange" and isinstance(question, str) and isinstance(answer, str):
         return _exchange(record, name)
-    if isinstance(question, list) or isinstance(answer, list):
-        rows = [*_as_turns(question, "user"), *_as_turns(answer, "assistant")]
-        return _found(name, record, _any_turns(rows))
+    if name != "alpaca" and (isinstance(question, list) or isinstance(answer, list)):
+        return _found(name, record, _turns([*_as_turns(question, "user"), *_as_turns(answer, "assistant")]))
     return _flat(name, record, _question(record, asked), _text(answer))
+
+
+def _pair_of(record: dict) -> tuple[tuple[str, str], str] | None:
+    return next((pair for pair in PAIRS.items() if pair[0][0] in record and pair[0][1] in record), None)
 
 
 def _exchange(record: dict, name: str) -> Found:
@@ -231,13 +208,13 @@ def _exchange(record: dict, name: str) -> Found:
 
 def _preference(record: dict) -> Found:
     """Two replies to one question (TRL, LLaMA-Factory): the chosen one, and the rejected one as its alternative."""
-    chosen, rejected = (_any_turns(_as_turns(record[key], "assistant")) for key in ("chosen", "rejected"))
+    chosen, rejected = (_turns(_as_turns(record[key], "assistant")) for key in ("chosen", "rejected"))
     before = chosen[:-1]
     if not any(message["role"] == "user" for message in before):
         names = ("instruction", "prompt", "question", "conversations", "messages")
         asked = next((key for key in names if key in record), "")
         whole = isinstance(record.get(asked), list)
-        before = (_any_turns(record[asked]) if whole else _asked(record, _question(record, asked))) + before
+        before = (_turns(record[asked]) if whole else _asked(record, _question(record, asked))) + before
     if not chosen or not rejected or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise NotRecognised("preference: `chosen` and `rejected` do not end with a reply")
     if not any(message["role"] == "user" and message["content"].strip() for message in before):
@@ -253,10 +230,8 @@ def _preference(record: dict) -> Found:
 
 def _asked(record: dict, question: str) -> list[dict]:
     """A question, after the turns under `history`."""
-    messages = []
-    for pair in _history(record.get("history")):
-        messages += [{"role": "user", "content": _text(pair[0])}, {"role": "assistant", "content": _text(pair[1])}]
-    return [*messages, {"role": "user", "content": question}]
+    earlier = [_text(text) for pair in _history(record.get("history")) for text in pair]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate([*earlier, question])]
 
 
 def _question(record: dict, asked: str) -> str:
@@ -332,7 +307,7 @@ def _chatml(record: dict) -> Found:
 def _chatml_turns(turns: list[dict]) -> list[dict]:
     if any(turn["role"] is None for turn in turns):
         raise NotRecognised("chatml: a turn has no end, or text stands outside of the turns")
-    return _turns(turns, "role", "content")
+    return _turns(turns)
 
 
 def from_chatml(text: str) -> Iterator[list[dict]]:
@@ -502,7 +477,7 @@ def _of_csv(rows: list[dict]) -> Found:
     """Rows of one conversation in a CSV file: a message a row (role, content) or an exchange a row."""
     first, identity = rows[0], _unique({"id": rows[0].get("conversation_id")})
     if {"role", "content"} <= first.keys():
-        return _with_text(_whole(replace(_found("csv", {}, _rows(rows)), id=identity, started_at=_started(first))))
+        return _whole(replace(_found("csv", {}, _rows(rows)), id=identity, started_at=_started(first)))
     whole = None
     for row in rows:
         part = _recognise_row(row)
@@ -525,7 +500,7 @@ def _rows(rows: list[dict]) -> list[dict]:
     """
     messages: list[dict] = []
     for row in rows:
-        (message,) = _turns([row], "role", "content")
+        (message,) = _turn(row, _role(row.get("role")), row.get("content"))
         if row.get("gap") is True:
             if messages[-1]["role"] == "user":
                 messages.append({"role": "assistant", "content": ""})
@@ -554,23 +529,19 @@ def _recognise_row(row: dict) -> Found:
 # pieces
 
 
-def _any_turns(rows: Any) -> list[dict]:
-    """Turns with `role` and `content`, or ShareGPT's with `from` and `value`."""
-    shares = isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "from" in rows[0]
-    return _turns(rows, *(("from", "value") if shares else ("role", "content")))
-
-
-def _turns(rows: Any, role_key: str, text_key: str) -> list[dict]:
+def _turns(rows: Any) -> list[dict]:
+    """The messages of turns with `role` and `content`, or ShareGPT's with `from` and `value`."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise NotRecognised("the turns are no list of objects")
-    messages = []
-    for row in rows:
-        name = row.get(role_key)
-        role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
-        if role is None:
-            raise NotRecognised("a turn has an unknown role")
-        messages += _turn(row, role, row.get(text_key))
-    return messages
+    role_key, text_key = ("from", "value") if rows and "from" in rows[0] else ("role", "content")
+    return [message for row in rows for message in _turn(row, _role(row.get(role_key)), row.get(text_key))]
+
+
+def _role(name: Any) -> str:
+    role = ROLE_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise NotRecognised("a turn has an unknown role")
+    return role
 
 
 def _turn(row: dict, role: str, content: Any) -> list[dict]:
@@ -683,8 +654,10 @@ def _as_turns(value: Any, role: str) -> list[Any]:
 
 def _unpacked(key: str, text: str) -> Any:
     """Turns that a CSV or Parquet file holds as JSON text; other text as it is."""
-    if not text.lstrip().startswith("[{"):
-        return text
+    return _loads(key, text) if text.lstrip().startswith("[{") else text
+
+
+def _loads(key: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -711,10 +684,7 @@ def _created(node: dict) -> float:
 def _history(value: Any) -> list[Any]:
     """Pairs of earlier turns; CSV has them as JSON text."""
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise NotRecognised("`history` is not JSON") from None
+        value = _loads("history", value)
     pairs = value or []
     if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         raise NotRecognised("`history` is no list of pairs")
@@ -768,8 +738,7 @@ _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
     (_has("chosen", "rejected"), _preference),
     (lambda r: _has("id", "source", "started_at", "feedback")(r) and _has_turns(r.get("messages")), _own),
     (lambda record: any(_has_turns(record.get(key)) for key in _NESTED), _messages),
-    (_has("instruction", "output"), _alpaca),
-    (lambda record: any(a in record and b in record for a, b in PAIRS), _pair),
+    (_pair_of, _pair),
     (
         lambda record: _has_turns(record.get("chatml")),
         lambda record: _found("chatml", {}, _chatml_turns(record["chatml"])),

@@ -26,7 +26,6 @@ from fine_tuning.data_collection.personal_data.net_addresses import (
     find_macs,
     find_urls,
 )
-from fine_tuning.data_collection.personal_data.phone_numbers import find_phones
 from fine_tuning.data_collection.personal_data.secret_patterns import find_secrets, names_a_secret
 
 PersonalDataType = Literal[
@@ -68,6 +67,8 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
         if kind in wanted:
             hits += [Hit(kind, start, end) for start, end in finder(text)]
     if "PHONE" in wanted and digits >= 7:
+        from fine_tuning.data_collection.personal_data.phone_numbers import find_phones  # libphonenumber is large
+
         spans = [(start, end) for _, start, end in hits]
         hits += [Hit("PHONE", start, end) for start, end in find_phones(text, regions, spans)]
     return without_overlaps(hits) if len(hits) > 1 else hits

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterator
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING
 from zoneinfo import available_timezones
+
+import phonenumbers
+from phonenumbers import PhoneMetadata, PhoneNumber, PhoneNumberFormat, PhoneNumberType
+from phonenumbers.geodata.locale import LOCALE_DATA
 
 from fine_tuning.common.writing_systems import JOINED, OTHER_NUMBERS, WORD
 from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
-
-if TYPE_CHECKING:
-    from phonenumbers import PhoneNumber
 
 _WORDS = PATTERNS["phone"]
 _any = partial(any_of, "phone")
@@ -153,7 +153,11 @@ def _is_phone(value: str, before: str, after: str, regions: tuple[str, ...]) -> 
         if called:
             return True
         national = str(number.national_number)
-        groups = [national[:3]] if prefix == "1" else _GROUP.findall(_national_format(number))
+        groups = (
+            [national[:3]]
+            if prefix == "1"
+            else _GROUP.findall(phonenumbers.format_number(number, PhoneNumberFormat.NATIONAL))
+        )
         written = _GROUP.findall(value)
         if prefix == "0" and len(groups) == 2 and groups[1][0] == "0":
             continue  # no number after the area code starts with the prefix of long-distance calls
@@ -210,8 +214,6 @@ def _is_persons(before: str) -> bool:
 @cache
 def _places() -> frozenset[str]:
     """Countries, in many languages, and cities that name a time zone, without those that are names of people."""
-    from phonenumbers.geodata.locale import LOCALE_DATA
-
     cities = {zone.rpartition("/")[2] for zone in available_timezones() if "/" in zone}
     countries = {name for names in LOCALE_DATA.values() for name in names.values()}
     return frozenset(cities | countries) - {*_WORDS["also_people"]}
@@ -222,11 +224,9 @@ def _is_no_phone(value: str) -> bool:
     return value.count("(") != value.count(")") or _DATE_ISBN_OR_SUM.match(value) is not None
 
 
-def _is_mobile_code(written: str, area: str, number: "PhoneNumber") -> bool:
+def _is_mobile_code(written: str, area: str, number: PhoneNumber) -> bool:
     """Whether people write the code of a mobile network shorter than it is formatted: 0151 for the German 01512."""
-    from phonenumbers import PhoneNumberType, number_type
-
-    return len(written) >= 4 and area.startswith(written) and number_type(number) == PhoneNumberType.MOBILE
+    return len(written) >= 4 and area.startswith(written) and phonenumbers.number_type(number) == PhoneNumberType.MOBILE
 
 
 _GROUP = re.compile(r"\d+")
@@ -237,8 +237,6 @@ _NO_PHONE_BEFORE = re.compile(r"[%°€$£_]|-[A-Za-z]")
 @cache
 def _numbering(region: str) -> tuple[str, frozenset[int]]:
     """(trunk prefix, how many digits a number dialled within the region can have) by libphonenumber's metadata."""
-    from phonenumbers import PhoneMetadata
-
     metadata = PhoneMetadata.metadata_for_region(region, None)
     if metadata is None:
         return "", frozenset()
@@ -247,10 +245,8 @@ def _numbering(region: str) -> tuple[str, frozenset[int]]:
     return prefix, frozenset(lengths) | frozenset(length + len(prefix) for length in lengths)
 
 
-def _parse(value: str, region: str | None) -> "PhoneNumber | None":
+def _parse(value: str, region: str | None) -> PhoneNumber | None:
     """The number, if it is a valid one, or one for fiction."""
-    import phonenumbers
-
     try:
         number = phonenumbers.parse(value, region)
     except phonenumbers.NumberParseException:
@@ -263,8 +259,6 @@ def _parse(value: str, region: str | None) -> "PhoneNumber | None":
 
 def _is_possible(value: str) -> bool:
     """Whether a number has a country's code, a length that is usual there, and no row of zeros like a sum."""
-    import phonenumbers
-
     try:
         number = phonenumbers.parse(value)
     except phonenumbers.NumberParseException:
@@ -272,10 +266,3 @@ def _is_possible(value: str) -> bool:
     digits = str(number.national_number)
     usual = 8 <= len(digits) <= 11 and not number.italian_leading_zero and (number.country_code != 1 or digits[0] > "1")
     return usual and len(set(digits)) > 2 and phonenumbers.is_possible_number(number)
-
-
-def _national_format(number: "PhoneNumber") -> str:
-    """How its own country writes the number."""
-    from phonenumbers import PhoneNumberFormat, format_number
-
-    return format_number(number, PhoneNumberFormat.NATIONAL)

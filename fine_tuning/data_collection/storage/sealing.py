@@ -56,8 +56,8 @@ def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones 
         unmatched = [event for event in unmatched if not tombstones.concern(event)]
     _set_aside(closed, ".torn", (_line(closed, *place) for place in torn))
     _set_aside(closed, ".unmatched", map(dump_line, unmatched))
-    told = {name: counts[name] for name in ("events", "torn", "forgotten")}
-    return {"shard": path, "conversations": count, "unmatched": len(unmatched)} | told
+    counted = {name: counts[name] for name in ("events", "torn", "forgotten")}
+    return {"shard": path, "conversations": count, "unmatched": len(unmatched)} | counted
 
 
 def _set_aside(closed: Path, suffix: str, lines: Iterable[bytes]) -> None:

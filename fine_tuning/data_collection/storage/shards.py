@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync_folder
+from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync
 from fine_tuning.common.settings import Settings
 from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded
 
@@ -65,7 +65,7 @@ def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tupl
         if not path.exists():
             os.chmod(temporary, 0o444)
             os.rename(temporary, path)
-            sync_folder(folder)
+            sync(folder)
         return path, count
     finally:
         temporary.unlink(missing_ok=True)
