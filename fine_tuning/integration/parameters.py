@@ -13,6 +13,7 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.evaluation.verdict.settings import CompareSettings
 from fine_tuning.integration.chat_models import AppSettings
+from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 from fine_tuning.runtime.base_model import BaseSettings
@@ -32,6 +33,7 @@ MODELS: dict[str, type[Settings]] = {
     "evaluate": EvaluateSettings,
     "compare": CompareSettings,
     "app": AppSettings,
+    "gateway": GatewaySettings,
     "deploy": DeploySettings,
 }
 
