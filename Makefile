@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install repro summary test test-all chat promote seal bench lint format docs audit lock clean
+.PHONY: help install repro summary test test-all chat gateway promote seal bench lint format docs audit lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ test-all: $(VENV)/installed-dev ## Run all tests
 
 chat: $(VENV)/installed ## Open the chat app; MODEL=base, candidate, live or a version answers new chats
 	@WHETSTONE_MODEL="$(MODEL)" python -m streamlit run fine_tuning/integration/streamlit_app.py
+
+gateway: $(VENV)/installed ## Record what other chat clients say
+	@python -m fine_tuning gateway
 
 seal: $(VENV)/installed ## Move logged conversations into the data
 	@python -m fine_tuning seal

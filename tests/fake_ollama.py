@@ -93,7 +93,7 @@ class FakeOllama:
     """Use as a context manager.
 
     `faults["POST /api/create"] = "cut"` makes that call fail, once: hang, 500, 507, reset; and where the answer is a
-    stream, after its first line: cut, error line, full disk, reset in stream, hang in stream.
+    stream, after its first line: cut, error line, full disk, reset in stream, hang in stream, short, broken chunk.
 
     Args:
         profile: the version that it is.
@@ -128,11 +128,14 @@ class FakeOllama:
         self.own_template = own_template
         self.reply = reply
         self.ignores_template = False
+        self.pace = 0.0  # seconds between the lines of a stream
+        self.broken_off = 0  # streams whose reader left
         self.store = store
         self.blobs: MutableMapping[str, bytes] = {} if store is None else _Blobs(store / "blobs")
         self.manifests: dict[str, Manifest] = {}
         self.faults: dict[str, str] = {}
         self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.prompts: list[str] = []
         self.received_bytes = 0
         self.released = threading.Event()
@@ -273,6 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         call = re.sub(r"/sha256:.*", "", f"{self.command} {self.path}")
         with self.ollama.lock:
             self.ollama.requests.append(call)
+            self.ollama.headers.append(dict(self.headers))
             fault = self.ollama.faults.get(call)
             if fault in BEFORE_AN_ANSWER:
                 del self.ollama.faults[call]
@@ -293,6 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._answer({"error": str(refusal)}, refusal.status)
         except (BrokenPipeError, ConnectionResetError):
+            self.ollama.broken_off += 1
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_DELETE = _serve
@@ -319,6 +324,20 @@ class _Handler(BaseHTTPRequestHandler):
                 self._delete(self._body())
             case "POST /api/chat":
                 self._chat(self._body())
+            case "POST /api/generate":
+                self._chat(self._body(), generate=True)
+            case "POST /v1/chat/completions":
+                self._chat_completion(self._body())
+            case "POST /v1/responses":
+                self._response(self._body())
+            case "POST /v1/messages":
+                self._anthropic_message(self._body())
+            case "GET /api/ps":
+                self._answer({"models": []})
+            case "GET /v1/models":
+                self._answer({"object": "list", "data": [{"id": n, "object": "model"} for n in self.ollama.manifests]})
+            case "POST /api/embed":
+                self._answer({"model": self._body()["model"], "embeddings": [[0.5, 0.25]]})
             case _ if self.path in (
                 "/",
                 "/api/version",
@@ -327,6 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "/api/show",
                 "/api/copy",
                 "/api/chat",
+                "/api/generate",
             ):
                 self._send(405, b"405 method not allowed")
             case _:
@@ -462,18 +482,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.ollama.keep_manifests()
         self._send(200)
 
-    def _chat(self, body: dict) -> None:
+    def _chat(self, body: dict, generate: bool = False) -> None:
         manifest = self._manifest(body.get("model"))
-        prompt = self.ollama.render(manifest, body.get("messages") or [])
+        asked = [{"role": "user", "content": body["prompt"]}] if generate else body.get("messages") or []
+        prompt = self.ollama.render(manifest, asked)
         self.ollama.prompts.append(prompt)
         stamp = {"model": body["model"], "created_at": datetime.now(UTC).isoformat()}
         if body.get("_debug_render_only") and self.ollama.offers_render:
             self._answer({**stamp, "_debug_info": {"rendered_template": prompt}})
             return
         shown, whole = self.ollama.answer(manifest, prompt, (body.get("options") or {}).get("num_predict", -1))
+
+        def said(text: str, **more: object) -> dict:
+            return {"response": text} if generate else {"message": {"role": "assistant", "content": text, **more}}
+
+        if calls := self._tool_calls(body):
+            shown = []
         last = {
             **stamp,
-            "message": {"role": "assistant", "content": ""},
+            **said("", **({"tool_calls": [{"function": call} for call in calls]} if calls else {})),
             "done": True,
             "done_reason": "stop" if whole else "length",
             "total_duration": 2_000_000_000,
@@ -484,10 +511,99 @@ class _Handler(BaseHTTPRequestHandler):
             "eval_duration": 600_000_000,
         }
         if body.get("stream") is False:
-            self._answer({**last, "message": {"role": "assistant", "content": "".join(shown)}})
+            self._answer({**last, **(said("".join(shown)) if shown else {})})
             return
-        pieces = ({**stamp, "message": {"role": "assistant", "content": word}, "done": False} for word in shown)
+        pieces = ({**stamp, **said(word), "done": False} for word in shown)
         self._stream(line for part in (pieces, [last]) for line in part)
+
+    def _tool_calls(self, body: dict) -> list[dict]:
+        """The first tool that is offered, until its result is there."""
+        offered = [tool.get("function", tool) for tool in body.get("tools") or []]
+        last = (body.get("messages") or [{}])[-1]
+        return [{"name": offered[0]["name"], "arguments": {}}] if offered and last.get("role") == "user" else []
+
+    def _said(self, body: dict, messages: list[dict]) -> tuple[list[str], bool]:
+        """Pieces of the reply and whether it is whole, for the APIs of others."""
+        manifest = self._manifest(body.get("model"))
+        texts = [
+            m | {"content": "".join(p.get("text", "") for p in m["content"])}
+            if isinstance(m.get("content"), list)
+            else m
+            for m in messages
+        ]
+        prompt = self.ollama.render(manifest, texts)
+        self.ollama.prompts.append(prompt)
+        limit = body.get("max_tokens") or body.get("max_completion_tokens") or body.get("max_output_tokens") or -1
+        return self.ollama.answer(manifest, prompt, limit)
+
+    def _chat_completion(self, body: dict) -> None:
+        shown, whole = self._said(body, body["messages"])
+        calls = [
+            {"id": "call_1", "type": "function", "function": {"name": call["name"], "arguments": "{}"}, "index": 0}
+            for call in self._tool_calls(body)
+        ]
+        reason = "tool_calls" if calls else "stop" if whole else "length"
+        stamp = {"id": "chatcmpl-7", "created": 1, "model": body["model"]}
+        usage = {"prompt_tokens": 3, "completion_tokens": len(shown), "total_tokens": 3 + len(shown)}
+        if not body.get("stream"):
+            message = {"role": "assistant", "content": "".join(shown)} | (
+                {"content": "", "tool_calls": calls} if calls else {}
+            )
+            choice = {"index": 0, "message": message, "finish_reason": reason}
+            self._answer({**stamp, "object": "chat.completion", "choices": [choice], "usage": usage})
+            return
+        deltas = [{"tool_calls": calls}] if calls else [{"role": "assistant", "content": word} for word in shown]
+        chunks = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+        chunks.append({"index": 0, "delta": {}, "finish_reason": reason})
+        lines = [{**stamp, "object": "chat.completion.chunk", "choices": [chunk]} for chunk in chunks]
+        if (body.get("stream_options") or {}).get("include_usage"):
+            lines.append({**stamp, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+        self._events(iter([*lines, "[DONE]"]))
+
+    def _response(self, body: dict) -> None:
+        given = body["input"]
+        shown, whole = self._said(body, [{"role": "user", "content": given}] if isinstance(given, str) else given)
+        part = {"type": "output_text", "text": "".join(shown), "annotations": []}
+        item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
+        response = {"id": "resp_1", "object": "response", "created_at": 1, "model": body["model"], "output": []}
+        response |= {"parallel_tool_calls": False, "tool_choice": "auto", "tools": [], "status": "in_progress"}
+        done = response | {"status": "completed" if whole else "incomplete", "output": [item]}
+        if not body.get("stream"):
+            self._answer(done)
+            return
+        place = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        events = [
+            {"type": "response.created", "response": response},
+            {"type": "response.output_item.added", "output_index": 0, "item": item | {"content": []}},
+            {"type": "response.content_part.added", **place, "part": part | {"text": ""}},
+            *({"type": "response.output_text.delta", **place, "delta": word, "logprobs": []} for word in shown),
+            {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": []},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": "response.completed" if whole else "response.incomplete", "response": done},
+        ]
+        self._events(event | {"sequence_number": number} for number, event in enumerate(events))
+
+    def _anthropic_message(self, body: dict) -> None:
+        shown, whole = self._said(body, body["messages"])
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"], "content": []}
+        usage, reason = {"input_tokens": 3, "output_tokens": len(shown)}, "end_turn" if whole else "max_tokens"
+        if not body.get("stream"):
+            text = [{"type": "text", "text": "".join(shown)}]
+            self._answer(message | {"content": text, "stop_reason": reason, "usage": usage})
+            return
+        deltas = ({"type": "text_delta", "text": word} for word in shown)
+        events = [
+            {
+                "type": "message_start",
+                "message": message | {"stop_reason": None, "usage": usage | {"output_tokens": 0}},
+            },
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            *({"type": "content_block_delta", "index": 0, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": 0},
+            {"type": "message_delta", "delta": {"stop_reason": reason}, "usage": usage},
+            {"type": "message_stop"},
+        ]
+        self._events(iter(events))
 
     def _manifest(self, name: object) -> Manifest:
         manifest = self.ollama.manifests.get(_name(name))
@@ -519,19 +635,42 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _stream(self, lines: Iterator[dict]) -> None:
-        """NDJSON in chunks; a fault strikes after the first line, when the status 200 is long sent."""
+    def _events(self, events: Iterator[dict | str]) -> None:
+        """Server-sent events, named as the data says, which may be a text."""
+        lines = []
+        for event in events:
+            kind = event.get("type") if isinstance(event, dict) else None
+            data = json.dumps(event) if isinstance(event, dict) else event
+            lines.append((f"event: {kind}\n" if kind else "") + f"data: {data}\n\n")
+        self._stream(iter(lines), "text/event-stream")
+
+    def _stream(self, lines: Iterator[dict | str], kind: str = "application/x-ndjson") -> None:
+        """Lines in chunks; a fault strikes after the first line, when the status 200 is long sent."""
         fault = self.ollama.faults.pop(f"{self.command} {self.path}", None)
         self.send_response(200)
-        self.send_header("Content-Type", "application/x-ndjson")
-        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("Content-Type", kind)
+        if fault == "short":  # it says that more comes than does
+            self.send_header("Content-Length", "9999999")
+            self.close_connection = True
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for line in lines:
-            self._chunk(json.dumps(line).encode() + b"\n")
+            data = line.encode() if isinstance(line, str) else json.dumps(line).encode() + b"\n"
+            if fault == "short":
+                self.wfile.write(data)
+                return
+            self._chunk(data)
+            if self.ollama.pace:
+                self.ollama.released.wait(self.ollama.pace)
             if fault in ERROR_LINES:
                 self._chunk(json.dumps({"error": ERROR_LINES[fault]}).encode() + b"\n")
             if fault == "reset in stream":
                 self._reset()
+                return
+            if fault == "broken chunk":
+                self.wfile.write(b"nonsense")
+                self.close_connection = True
                 return
             if fault == "cut" or fault in ERROR_LINES:
                 break

@@ -47,6 +47,20 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "`dvc repro` without a stage's name checks all sections first.",
     )  # fmt: skip
 
+    command = add(
+        "gateway", "gateway:serve", "record what other chat clients say to a model, between them and its server",
+        "Speaks the API of Ollama, OpenAI or Anthropic, whichever the model's server does. See docs/gateway.md.",
+    )  # fmt: skip
+    command.add_argument(
+        "--upstream",
+        metavar="URL",
+        help="the model's server, or `champion` for llama.cpp in here; deploy.host if left out",
+    )
+    command.add_argument("--port", type=int, metavar="N", help="where to listen; gateway.port if left out")
+    command.add_argument(
+        "--bind", default="127.0.0.1", metavar="ADDRESS", help="other than this machine only with a token (127.0.0.1)"
+    )
+
     command = add("promote", "promote:promote", "register the candidate and make it the champion")
     command.add_argument("version", nargs="?", help="a version that was champion before, instead of the candidate")
     command.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")

@@ -16,7 +16,8 @@ from fine_tuning.common.records import replacing
 # Parameters that earlier versions had under another name.
 RENAMED = {"evaluate.rivals": "evaluate.prompting_baselines"}
 SECTIONS = (
-    "base", "chat", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare", "app", "deploy"
+    "base", "chat", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare", "app", "gateway",
+    "deploy",
 )  # fmt: skip
 
 

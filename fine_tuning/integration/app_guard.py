@@ -8,6 +8,8 @@ import streamlit as st
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fine_tuning.integration.request_guard import is_own
+
 LOOPBACK = ("localhost", "127.0.0.1")
 # Vega compiles its expressions, Graphviz is WebAssembly; nothing is loaded from, sent to or framed by another origin.
 POLICY = (
@@ -61,15 +63,6 @@ class AppGuard:
 
 def _is_own(scope: Scope) -> bool:
     """Whether the request was sent to a name of the app, from a page of the app or from no page."""
-    headers = [(name, value.decode("latin-1").lower()) for name, value in scope["headers"]]
-    hosts = [value for name, value in headers if name == b"host"]
-    origins = [value for name, value in headers if name == b"origin"]
-    port = int(st.get_option("browser.serverPort"))
-    secure = scope["scheme"] in ("https", "wss") or port == 443
-    suffix = "" if port == (443 if secure else 80) else f":{port}"
-    names = [name.strip().lower() for name in st.get_option("server.allowedHosts") or LOOPBACK]
-    if len(hosts) != 1 or hosts[0] not in {f"[{name}]{suffix}" if ":" in name else name + suffix for name in names}:
-        return False
-    if not origins:
-        return scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
-    return origins == [f"{'https' if secure else 'http'}://{hosts[0]}"]
+    names = st.get_option("server.allowedHosts") or LOOPBACK
+    reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
+    return is_own(scope, names, int(st.get_option("browser.serverPort")), needs_origin=not reads)

@@ -106,7 +106,7 @@ def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[
         client: the Ollama server, None to leave it out.
         name: the deployed model's name there; `name:live` is the switch, `name:<version>` what it points at.
     """
-    models = [*_served_models(client, name), *_local_models(checkout)]
+    models = [*_served_models(client, name), *local_models(checkout)]
     names = {model.name: model for model in reversed(models)}
     good = "Live" not in names and read_object(checkout / COMPARISON).get("verdict") == "PROMOTE"
     first = next(
@@ -131,7 +131,7 @@ def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
     return models
 
 
-def _local_models(checkout: Path) -> list[ChatModel]:
+def local_models(checkout: Path) -> list[ChatModel]:
     models = []
     version = champion_version(checkout)
     if version is not None and (checkout / CHAMPION_GGUF).is_file():

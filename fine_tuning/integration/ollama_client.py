@@ -173,7 +173,7 @@ class OllamaClient:
         # A proxy for the outside world must not be asked for a server on this machine.
         self._http = httpx.Client(
             base_url=self.host,
-            trust_env=not _is_local(self.host),
+            trust_env=not is_local(self.host),
             # What is compressed can be any size. Ollama compresses nothing; a proxy in front is asked not to.
             headers={"Accept-Encoding": "identity"},
             # Loading certificates takes a tenth of a second; plain HTTP needs none.
@@ -415,7 +415,7 @@ def full_name(model: str) -> str:
     return model if ":" in model.rsplit("/", 1)[-1] else f"{model}:latest"
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
     name = urlsplit(host).hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback

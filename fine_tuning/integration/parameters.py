@@ -14,6 +14,7 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, metric_names
 from fine_tuning.evaluation.verdict.settings import PREFERENCE, CompareSettings
 from fine_tuning.integration.chat_models import AppSettings
+from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.ollama_client import normalise_host
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
@@ -33,6 +34,7 @@ MODELS: dict[str, type[Settings]] = {
     "evaluate": EvaluateSettings,
     "compare": CompareSettings,
     "app": AppSettings,
+    "gateway": GatewaySettings,
     "deploy": DeploySettings,
 }
 

@@ -184,7 +184,8 @@ def is_exchange(record: dict[str, Any]) -> bool:
 
 
 def from_exchange(exchange: dict[str, Any]) -> dict[str, Any]:
-    """A conversation of one logged exchange. The assistant message bears the exchange's id.
+    """A conversation of one logged exchange. The assistant message bears the exchange's id. `metadata["history"]` is
+    what stands before it: {"role", "content"} of each message.
 
     Metadata and feedback that are none stay as they are: the cleaner judges them.
     """
@@ -201,19 +202,28 @@ def from_exchange(exchange: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tokens := metadata.get("tokens"), int) and tokens > 0:
         reply["tokens"] = metadata.pop("tokens")
     metadata.pop("replaces", None)  # for `fold`: alone, an exchange has nothing to replace
-    for key in ("version", "incomplete", "settings"):
+    for key in ("version", "incomplete", "settings", "weight", "reasoning", "tool_calls"):
         if (value := metadata.pop(key, None)) is not None:
             reply[key] = value
+    if files := metadata.pop("attachments", None):
+        question["attachments"] = files
     if at is not None:
         question["at"] = reply["at"] = at
     return {
         "id": str(exchange.get("conversation_id") or session or identity),
         "source": str(source or "chat"),
         "started_at": at,
-        "messages": [question, reply],
+        "messages": [*_context(identity, metadata.pop("history", None)), question, reply],
         "feedback": list(feedback) if isinstance(feedback, (list, tuple)) else feedback,
         "metadata": metadata if isinstance(given, dict) else given,
     }
+
+
+def _context(identity: str, history: Any) -> Iterator[dict[str, Any]]:
+    """What a client sent before a logged question and the log does not have: context only, replies by nobody known."""
+    for place, message in enumerate(history if isinstance(history, list) else ()):
+        known = {"id": f"{identity}-{place}", "role": message["role"], "content": message["content"]}
+        yield known | ({"model": "unknown", "weight": 0} if message["role"] == "assistant" else {})
 
 
 def _time(value: Any) -> str | None:

@@ -1,0 +1,331 @@
+"""The ASGI application of the gateway: bytes go through as they come, and what clients and models say is recorded.
+
+What can go wrong has one outcome each. Before the model's server has answered: 502 where it cannot be reached or breaks
+off, 504 where it is silent. After that the connection to the client is cut, so that no client takes half a reply for a
+whole one, and the exchange is logged as incomplete: `failed`, or `stopped` where the client left, for whom the model
+stops.
+"""
+
+import asyncio
+import hmac
+import posixpath
+import re
+import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fine_tuning.integration.gateway.recorder import Outcome, Recorder, Ticket
+from fine_tuning.integration.gateway.wire_formats import READERS, ReplyReader
+from fine_tuning.integration.ollama_client import full_name, is_local
+from fine_tuning.integration.request_guard import is_own
+
+MOST_BYTES = 64 << 20  # of a request, images included
+TAGS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
+OF_ONE_CONNECTION = {
+    *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host"),
+}
+CHANGES = re.compile(r"/api/(create|delete|push|pull|copy|blobs)(/|$)")
+TOKEN_HEADERS = (b"x-whetstone-token", b"authorization", b"x-api-key")
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The model's server.
+
+    Args:
+        url: its address, without a path such as /v1.
+        connect_seconds, silent_seconds: how long connecting may take, and a server be silent.
+        key: sent as a bearer token instead of what the client sends.
+        name: the deployed model's name; its replies are logged under the version that the name stands for.
+        model: what is logged of the model whatever the server calls it: `model`, `version`, `engine`.
+    """
+
+    url: str
+    connect_seconds: float
+    silent_seconds: float
+    key: str | None = None
+    name: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+class GatewayGuard:
+    """ASGI middleware: lets in what is sent to an allowed host, by no foreign page, with the token if one is set."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str], port: int, token: str | None) -> None:
+        self.app, self.names, self.port, self.token = app, names, port, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on without the token."""
+        if scope["type"] == "http":
+            if not is_own(scope, self.names, self.port):
+                why = "this host or web page is not allowed: add the name to gateway.allowed_hosts in params.yaml"
+                await refusal(scope, 403, why)(scope, receive, send)
+                return
+            if self.token is not None:
+                given = [(name, value) for name, value in scope["headers"] if name in TOKEN_HEADERS]
+                valid = [name for name, value in given if self._is_token(value)]
+                if not valid:
+                    await refusal(scope, 401, "send the token as Authorization: Bearer")(scope, receive, send)
+                    return
+                scope = {**scope, "headers": [header for header in scope["headers"] if header[0] not in valid]}
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        await self.app(scope, receive, send)
+
+    def _is_token(self, value: bytes) -> bool:
+        given = value[7:] if value[:7].lower() == b"bearer " else value
+        return hmac.compare_digest(given.strip(), (self.token or "").encode())
+
+
+def refusal(scope: Scope, status: int, why: str) -> JSONResponse:
+    """An error in the form of the API that was asked."""
+    error: Any = {"message": why, "type": "gateway_error", "code": status}
+    if scope["path"].startswith("/v1/messages"):
+        return JSONResponse({"type": "error", "error": error}, status)
+    return JSONResponse({"error": error if scope["path"].startswith("/v1/") else why}, status)
+
+
+class Proxy:
+    """Passes requests to the model's server."""
+
+    def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool) -> None:
+        self.upstream, self.recorder, self._manage = upstream, recorder, manage_models
+        self._base = httpx.URL(upstream.url)
+        local = is_local(upstream.url)
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None),
+            # A kept connection that the server has just closed looks like a server that went down.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            trust_env=not local,
+            verify=upstream.url.startswith("https:"),
+        )
+        self._tags: tuple[float, dict[str, str]] = (0.0, {})
+        self.streams = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        path = posixpath.normpath(scope["path"])
+        writes = CHANGES.match(path.replace("//", "/").lower()) or scope["method"] not in ("GET", "HEAD", "POST")
+        if writes and not self._manage:
+            why = "the gateway changes no models: talk to the model's server itself, or set gateway.manage_models"
+            await refusal(scope, 403, why)(scope, receive, send)
+            return
+        body = await _body(receive)
+        if body is None:
+            return
+        if len(body) > MOST_BYTES:
+            await refusal(scope, 413, f"the request has more than {MOST_BYTES >> 20} MiB")(scope, receive, send)
+            return
+        known = scope["method"] == "POST" and path in READERS
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        ticket = self.recorder.begin(path, body, headers) if known else None
+        relay = _Relay(self, path, ticket)
+        passing = asyncio.create_task(relay.run(self._request(scope, body, bool(ticket)), scope, receive, send))
+        leaving = asyncio.create_task(_gone(receive))
+        self.streams += 1
+        try:
+            await asyncio.wait({passing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.streams -= 1
+            leaving.cancel()
+            passing.cancel()  # nothing where it is done
+            await asyncio.wait({passing})
+            await relay.end("stopped")
+        if not passing.cancelled():
+            passing.result()
+
+    def _request(self, scope: Scope, body: bytes, read: bool) -> httpx.Request:
+        path = self._base.raw_path.rstrip(b"/") + scope["raw_path"]
+        query = b"?" + scope["query_string"] if scope["query_string"] else b""
+        replaced = {b"content-length", *({b"accept-encoding"} if read else ()), *TOKEN_HEADERS[:1]}
+        replaced |= {b"authorization"} if self.upstream.key else set()
+        headers = [(name, value) for name, value in scope["headers"] if name not in OF_ONE_CONNECTION | replaced]
+        headers += [(b"accept-encoding", b"identity")] if read else []
+        headers += [(b"authorization", f"Bearer {self.upstream.key}".encode())] if self.upstream.key else []
+        url = self._base.copy_with(raw_path=path + query)
+        content = body if body or scope["method"] == "POST" else None
+        return self.client.build_request(scope["method"], url, headers=headers, content=content)
+
+    async def model_of(self, said: str) -> dict[str, Any]:
+        """What is logged of the model that a reply names: `whetstone:live` is a version, which moves on."""
+        name, known = self.upstream.name, self.upstream.model
+        if known or name is None or not full_name(said).startswith(f"{name}:"):
+            return known
+        with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+            if time.monotonic() - self._tags[0] > TAGS_SECONDS:
+                tags = (await self.client.get(self._base.join("/api/tags"), timeout=2.0)).json()["models"]
+                self._tags = time.monotonic(), {str(tag["name"]): str(tag["digest"]) for tag in tags}
+            digest = self._tags[1][full_name(said)]
+            version = re.compile(rf"{re.escape(name)}:([1-9][0-9]{{0,8}})")
+            same = [
+                match for tag, other in self._tags[1].items() if other == digest and (match := version.fullmatch(tag))
+            ]
+            return {"model": same[0][0], "version": int(same[0][1])} if same else {}
+        return {}
+
+
+class _Relay:
+    """One request on its way to the server, and its answer on the way back."""
+
+    def __init__(self, proxy: Proxy, path: str, ticket: Ticket | None) -> None:
+        self._proxy, self._path, self._ticket = proxy, path, ticket
+        self._reply: ReplyReader | None = None
+
+    async def run(self, request: httpx.Request, scope: Scope, receive: Receive, send: Send) -> None:
+        client, response = self._proxy.client, None
+        try:
+            response = await client.send(request, stream=True)
+            await self._pass(response, send)
+        except httpx.HTTPError as error:
+            if response is None:
+                late = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
+                server = f"the model's server at {self._proxy.upstream.url}"
+                why = f"{server} is silent: look at its log" if late else f"{server} cannot be reached: is it running?"
+                await refusal(scope, 504 if late else 502, why)(scope, receive, send)
+            else:
+                await self.end("failed")
+        finally:
+            if response is not None:
+                await response.aclose()
+
+    async def _pass(self, response: httpx.Response, send: Send) -> None:
+        headers = [(name.lower(), value) for name, value in response.headers.raw]
+        headers = [header for header in headers if header[0] not in OF_ONE_CONNECTION]
+        if self._ticket is not None and response.status_code == 200:
+            self._reply = self._reader(response)
+        if self._reply is not None and self._ticket is not None:
+            self._ticket.request_id = response.headers.get("x-request-id")
+            own = {"x-whetstone-message-id": self._ticket.id}
+            own["x-whetstone-conversation-id"] = self._ticket.place.conversation
+            own |= {} if self._ticket.request_id else {"x-request-id": self._ticket.id}
+            headers += [(name.encode(), value.encode("latin-1", "replace")) for name, value in own.items()]
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        held = b""
+        async for chunk in response.aiter_raw():
+            place = self._feed(chunk)
+            if self._reply is not None and not self._reply.streamed:
+                chunk, held, place = held, chunk, None  # the last bytes wait for the disk
+            if place is not None:
+                if place:
+                    await send(_body_part(chunk[:place]))
+                await self.end("complete")
+                chunk = chunk[place:]
+            if chunk:
+                await send(_body_part(chunk))
+        await self.end("complete")
+        await send({"type": "http.response.body", "body": held})
+
+    def _reader(self, response: httpx.Response) -> ReplyReader | None:
+        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        reader = ReplyReader(self._path, kind)
+        if not reader.readable or response.headers.get("content-encoding", "identity") != "identity":
+            self._proxy.recorder.left_out["unreadable"] += 1
+            return None
+        return reader
+
+    def _feed(self, chunk: bytes) -> int | None:
+        if self._reply is None:
+            return None
+        try:
+            return self._reply.feed(chunk)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        self._proxy.recorder.failed(error)
+        self._reply.readable = False
+
+    async def end(self, outcome: Outcome) -> None:
+        """Log the exchange, once; the rest is passed on when the disk has it."""
+        reply, ticket, self._ticket = self._reply, self._ticket, None
+        if reply is None or ticket is None or not reply.readable:
+            return
+        try:
+            reply.end()
+            model = await self._proxy.model_of(reply.model or ticket.asked.model)
+        except Exception as error:
+            self._proxy.recorder.failed(error)
+            return
+        await self._proxy.recorder.finish(ticket, reply, outcome, model)
+
+
+def _body_part(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The body of a request, MOST_BYTES and a little more of it at most; None where the client left before its end."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body") or len(body) > MOST_BYTES:
+            return bytes(body)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def application(
+    upstream: Upstream, recorder: Recorder, names: Collection[str], port: int, token: str | None, manage_models: bool
+) -> Starlette:
+    """The gateway as an ASGI application.
+
+    Args:
+        names: the hosts that it is asked for, see `request_guard.is_own`; `port`, where it listens.
+    """
+    proxy = Proxy(upstream, recorder, manage_models)
+    address = urlsplit(upstream.url).netloc
+
+    async def health(_: Request) -> JSONResponse:
+        return JSONResponse({"upstream": address, "streams": proxy.streams, "recording": recorder.statistics()})
+
+    async def feedback(request: Request) -> JSONResponse:
+        status, answer = await recorder.judge(await request.body(), request.headers)
+        return refusal(request.scope, status, answer["error"]) if "error" in answer else JSONResponse(answer, status)
+
+    async def recording(request: Request) -> JSONResponse:
+        with suppress(ValueError):
+            said = await request.json()
+            if isinstance(said, dict) and isinstance(said.get("user"), str) and isinstance(said.get("record"), bool):
+                recorder.agree(said["user"], said["record"])
+                return JSONResponse({"record": said["record"]})
+        return refusal(request.scope, 400, 'send {"user": the name that the client sends, "record": true or false}')
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        retrying = asyncio.create_task(recorder.retry())
+        try:
+            yield
+        finally:
+            retrying.cancel()
+            await proxy.client.aclose()
+            recorder.close()
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/feedback", feedback, methods=["POST"]),
+            Route("/v1/recording", recording, methods=["POST"]),
+            Mount("/", proxy),
+        ],
+        middleware=[Middleware(GatewayGuard, names=names, port=port, token=token)],
+        lifespan=lifespan,
+    )

@@ -1,0 +1,333 @@
+"""What the gateway logs, for whom, and how: nothing in here may break or hold up a chat.
+
+A finished exchange goes to the inbox through one thread, in order. What the disk refuses waits in memory, within
+bounds, and is tried again; what is lost is counted.
+"""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+from pydantic import Field
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_object, updating
+from fine_tuning.common.settings import Settings
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.integration.conversation_index import INBOX
+from fine_tuning.integration.gateway.message_chain import SOURCE, MessageChain, Place, node_after, nodes_of
+from fine_tuning.integration.gateway.wire_formats import Asked, ReplyReader, read_request
+
+ACKNOWLEDGED_WITHIN = 5.0  # seconds that the end of a stream waits for a slow disk
+RETRY_SECONDS = 5.0
+WAITING_BYTES = 64 << 20  # of exchanges in memory that the disk did not take
+REMEMBERED = 100_000  # ids of requests, and of replies that were logged before, for feedback
+AGREED = Path("inbox/recording.json")  # hash of a person → whether they may be recorded
+NOT_RECORDED = Path("inbox/not-recorded")  # nodes of questions that their senders kept out, one a line
+# How Open WebUI's own requests begin, where no header names their task. The first line alone also begins the template
+# that puts retrieved text into a person's question.
+TASKS = (
+    "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.",
+    "### Task:\nGenerate 1-3 broad tags categorizing the main themes of the chat history,",
+    "### Task:\nSuggest 3-5 relevant follow-up questions or prompts that the user might naturally ask next",
+    "### Task:\nAnalyze the chat history to determine the necessity of generating search queries,",
+    "### Task:\nGenerate a detailed prompt for am image generation task based on the given language and context.",
+    "### Task:\nYou are an autocompletion system. Continue the text in `<text>`",
+    "Your task is to reflect the speaker's likely facial expression through a fitting emoji.",
+    "You have been provided with a set of responses from various models to the latest user query:",
+    "Available Tools: ",
+)
+NAMES = ("conversation_id", "chat_id", "session_id", "thread_id", "conversation")
+
+Outcome = Literal["complete", "stopped", "failed"]
+Headers = Mapping[str, str]
+
+
+class GatewaySettings(Settings):
+    """Section `gateway` of params.yaml."""
+
+    port: int = Field(ge=0, lt=65536)
+    allowed_hosts: list[str]
+    token: str | None = Field(min_length=16)
+    record: Literal["everyone", "those_who_agreed"]
+    manage_models: bool
+
+
+@dataclass
+class Ticket:
+    """A request that is recorded when its reply has ended. `id` is the exchange's, in the reply's headers too."""
+
+    asked: Asked
+    person: str | None
+    name: str | None
+    place: Place
+    id: str
+    started: float = field(default_factory=time.monotonic)
+    request_id: str | None = None
+
+
+class Recorder:
+    """Recognises, logs and counts exchanges. All methods belong to one event loop.
+
+    Args:
+        checkout: where the inbox and the sealed conversations are.
+        record: everyone, or those who agreed.
+    """
+
+    def __init__(self, checkout: Path, record: str = "everyone") -> None:
+        self.checkout, self._record = checkout, record
+        self.logger = ConversationLogger(checkout / INBOX)
+        self.counts: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
+        self.problem: str | None = None
+        self._chain = MessageChain()
+        self._chain.load(checkout)
+        self._names: OrderedDict[str, str] = OrderedDict()
+        self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
+        self._writer = ThreadPoolExecutor(1, "recorder")
+        self._agreed = read_object(checkout / AGREED)
+        with suppress(FileNotFoundError):
+            self.not_recorded = set((checkout / NOT_RECORDED).read_text().split())
+            return
+        self.not_recorded = set()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def begin(self, path: str, body: bytes, headers: Headers) -> Ticket | None:
+        """What a request asks and where it belongs; None where it is not recorded, which is counted."""
+        try:
+            asked = read_request(path, body)
+            if asked is None:
+                return self._leave_out("no JSON")
+            task = headers.get("x-openwebui-task", "").strip()
+            if task and task.lower() not in ("none", "{{task}}"):
+                return self._leave_out("task")
+            beginning = [asked.question, *(m["content"] for m in asked.history[:1] if m["role"] == "system")]
+            if any(text.lstrip().startswith(TASKS) for text in beginning):
+                return self._leave_out("task")
+            if asked.problem:
+                return self._leave_out(asked.problem)
+            return self._placed(asked, headers)
+        except Exception as error:
+            return self.failed(error)
+
+    def _placed(self, asked: Asked, headers: Headers) -> Ticket | None:
+        said = asked.names
+        person = headers.get("x-openwebui-user-email") or headers.get("x-openwebui-user-id")
+        person = person or next((str(said[key]) for key in ("user", "user_id") if said.get(key)), None)
+        name = headers.get("x-whetstone-conversation-id") or headers.get("x-openwebui-chat-id")
+        for key in NAMES:
+            value = said.get(key)
+            name = name or str(value.get("id") if isinstance(value, dict) else value or "") or None
+        nodes = nodes_of(person, asked.history)
+        if not self._may_record(person, name, nodes, headers, said.get("store") is not False):
+            self._keep_out([_digest(name)] if name else [node_after(nodes[-1], "user", asked.question).hex()])
+            return self._leave_out("not wanted")
+        identity = uuid.uuid4().hex
+        place = self._chain.place(nodes, asked.history, asked.question, name, identity)
+        given = headers.get("x-openwebui-message-id", "")
+        if given and "{{" not in given and self._chain.conversation_of(given) is None:
+            identity = given
+        return Ticket(asked, person, name, place, identity)
+
+    def _may_record(
+        self, person: str | None, name: str | None, nodes: list[bytes], headers: Headers, stored: bool
+    ) -> bool:
+        wanted, agreed = headers.get("x-whetstone-record", "").lower(), self._agreed.get(_digest(person))
+        if wanted == "off" or not stored or (person and agreed is False):
+            return False
+        if self.not_recorded and not self.not_recorded.isdisjoint([_digest(name), *(node.hex() for node in nodes)]):
+            return False  # a part of it was kept out
+        return self._record == "everyone" or wanted == "on" or bool(person and agreed)
+
+    def _keep_out(self, marks: list[str]) -> None:
+        """Remember, without its words, what may not be recorded as the history of a later request either."""
+        new = [mark for mark in marks if mark not in self.not_recorded]
+        self.not_recorded.update(new)
+        path = self.checkout / NOT_RECORDED
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.writelines(f"{mark}\n" for mark in new)
+
+    def agree(self, person: str, record: bool) -> None:
+        """Remember whether a person may be recorded.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with updating(self.checkout / AGREED) as agreed:
+            agreed[_digest(person)] = record
+        self._agreed = agreed
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    async def finish(self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: Mapping[str, Any]) -> None:
+        """Log the exchange, and wait until the disk has it; no longer than a chat may be held up.
+
+        Args:
+            model: what is known of the model that replied: `model`, `version`, `engine`.
+        """
+        try:
+            write = self._exchange(ticket, reply, outcome, model)
+        except Exception as error:
+            self.failed(error)
+            return
+        if write is not None:
+            await self._acknowledged(write, len(reply.text) + len(ticket.asked.question))
+
+    def _exchange(
+        self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: Mapping[str, Any]
+    ) -> Callable[[], object] | None:
+        asked, text = ticket.asked, reply.text
+        if reply.calls or not text.strip():
+            return self._leave_out("tool call" if reply.calls else "no reply")
+        if outcome == "complete":
+            outcome = "complete" if reply.finished else "failed"
+        # Again: another request may have asked the same meanwhile.
+        nodes = nodes_of(ticket.person, asked.history)
+        place = self._chain.place(nodes, asked.history, asked.question, ticket.name, ticket.place.conversation)
+        if outcome == "complete" and (known := self._chain.same(place, text)):
+            self._remember(ticket, known)
+            return self._leave_out("logged before")
+        metadata: dict[str, Any] = {
+            "session_id": place.conversation,
+            "source": SOURCE,
+            "model": reply.model or asked.model,
+            "settings": asked.sampling,
+            "seconds": round(time.monotonic() - ticket.started, 2),
+            "tokens": reply.tokens,
+            "user_id": ticket.person,
+            "replaces": place.replaces,
+            "branch_of": place.root if place.root != place.conversation else None,
+            "history": list(place.history),
+            "incomplete": outcome if outcome != "complete" else "length" if reply.cut else None,
+            "reasoning": reply.reasoning,
+            # The text does not say what these replies rest on: context only.
+            "weight": 0 if asked.attachments or asked.tool_calls else None,
+            "attachments": asked.attachments,
+            "tool_calls": asked.tool_calls,
+        }
+        metadata = {key: value for key, value in (metadata | dict(model)).items() if value not in (None, "", [], {})}
+        self._chain.add(ticket.id, place, text)
+        self._remember(ticket, ticket.id)
+        self.counts["recorded"] += 1
+        self.counts["incomplete"] += "incomplete" in metadata
+        return partial(self.logger.log_conversation, asked.question, text, metadata, id=ticket.id)
+
+    def _remember(self, ticket: Ticket, exchange: str) -> None:
+        for name in {ticket.id, ticket.request_id} - {exchange, None}:
+            self._names[str(name)] = exchange
+        while len(self._names) > REMEMBERED:
+            self._names.popitem(last=False)
+
+    async def _acknowledged(self, write: Callable[[], object], size: int) -> bool:
+        """Whether the disk has it now."""
+        if sum(waiting for waiting, _ in self._waiting) + size > WAITING_BYTES:
+            self.counts["lost"] += 1
+            return False
+        self._waiting.append((size, write))
+        written = asyncio.get_running_loop().run_in_executor(self._writer, self._write_waiting)
+        try:
+            return await asyncio.wait_for(asyncio.shield(written), ACKNOWLEDGED_WITHIN)
+        except TimeoutError:
+            self.counts["not acknowledged in time"] += 1
+            return False
+
+    def _write_waiting(self) -> bool:
+        """Write what waits, in its order; whether nothing waits any more."""
+        while self._waiting:
+            try:
+                self._waiting[0][1]()
+            except Exception as error:
+                if isinstance(error, UserError) and isinstance(error.__context__, OSError):
+                    self.counts["writing failed"] += 1
+                    self.problem = str(error)
+                    return False
+                self.failed(error)
+            self._waiting.popleft()
+        self.problem = None
+        return True
+
+    async def retry(self) -> None:
+        """Write what waits, again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            if self._waiting:
+                await asyncio.get_running_loop().run_in_executor(self._writer, self._write_waiting)
+
+    def close(self) -> None:
+        """Write what waits a last time."""
+        self._writer.submit(self._write_waiting)
+        self._writer.shutdown()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    async def judge(self, body: bytes, headers: Headers) -> tuple[int, dict[str, Any]]:
+        """(status, answer) to feedback: {"message_id" or "request_id", "rating"?, "comment"?, "correction"?,
+        "preferred_over"?, "user"?}."""
+        try:
+            said = orjson.loads(body)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            return 400, {"error": "send a JSON object with message_id and rating, correction or preferred_over"}
+        person = said.get("user") or headers.get("x-openwebui-user-email") or headers.get("x-openwebui-user-id")
+        exchange = self._named(said.get("message_id") or said.get("request_id"))
+        over = said.get("preferred_over") or []
+        others = [self._named(name) for name in ([over] if isinstance(over, str) else over)]
+        if exchange is None or None in others:
+            return 404, {"error": "no reply with this id was recorded: take it from the header x-whetstone-message-id"}
+        rating = {"up": 1, "down": -1}.get(str(said.get("rating")), said.get("rating"))
+        about = {"by": person, "conversation_id": self._chain.conversation_of(exchange)}
+        writes = []
+        if "rating" in said:
+            writes.append(partial(self.logger.log_feedback, exchange, rating, said.get("comment"), **about))
+        if said.get("correction"):
+            writes.append(partial(self.logger.log_edit, exchange, said["correction"], **about))
+        if others:
+            writes.append(partial(self.logger.log_preference, exchange, others, **about))
+        texts = [said[key] for key in ("comment", "correction", "user") if said.get(key) is not None]
+        if rating not in (1, -1, None) or not writes or not all(isinstance(text, str) for text in texts):
+            return 400, {
+                "error": "feedback is a rating (1, -1, up, down or null), alone or with a comment, a correction or "
+                "preferred_over; comment, correction and user are texts"
+            }
+        written = [await self._acknowledged(write, len(body)) for write in writes]
+        self.counts["feedback"] += 1
+        return (200 if all(written) else 202), {"message_id": exchange, "recorded": all(written)}
+
+    def _named(self, name: Any) -> str | None:
+        exchange = self._names.get(name, name) if isinstance(name, str) else None
+        return exchange if exchange and self._chain.conversation_of(exchange) else None
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts without content."""
+        return {
+            **{name: self.counts[name] for name in ("recorded", "incomplete", "feedback", "errors", "lost")},
+            **self.counts,
+            "left_out": dict(self.left_out),
+            "waiting": len(self._waiting),
+            "problem": self.problem,
+        }
+
+    def _leave_out(self, reason: str) -> None:
+        self.left_out[reason] += 1
+
+    def failed(self, error: Exception) -> None:
+        self.counts["errors"] += 1
+        self.problem = f"{type(error).__name__} in recording"
+
+
+def _digest(name: str | None) -> str:
+    """What stands for a name in a file that is to hold none."""
+    return hashlib.sha256((name or "").encode("utf-8", "surrogatepass")).hexdigest()[:32]

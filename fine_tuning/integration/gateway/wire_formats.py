@@ -1,0 +1,294 @@
+"""What a request asks and what a reply says, in Ollama's API, OpenAI's (three forms) and Anthropic's.
+
+Only text is read. `/api/chat`, `/api/generate`, `/v1/chat/completions`, `/v1/completions`, `/v1/responses` and
+`/v1/messages` are known, streamed (NDJSON or server-sent events) and whole.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+ROLES = {"developer": "system", "function": "tool", "model": "assistant"}
+CALLS = ("tool_use", "function_call", "custom_tool_call")
+RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
+SAMPLING = ("temperature", "top_p", "top_k", "seed", "max_tokens", "max_completion_tokens", "max_output_tokens")
+CUT = ("length", "max_tokens", "max_output_tokens")
+THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
+MOST_BYTES = 32 << 20  # of a reply that is read; a longer one is passed on unread
+
+
+@dataclass
+class Turn:
+    """One message of a request: its text, and whether it has more than text."""
+
+    role: str
+    content: str
+    calls: list[Any] = field(default_factory=list)
+    attachments: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Asked:
+    """What a request asks.
+
+    Args:
+        history: what stands before the question, tool calls and their results left out.
+        tool_calls: the calls since the question, where the reply rests on their results.
+        sampling: the sampling options that the client set.
+        names: what the client says of the conversation and the person: `metadata`, `user` and the like.
+        problem: why this is no exchange of a question and a reply; None for one.
+    """
+
+    model: str
+    question: str = ""
+    history: list[dict[str, str]] = field(default_factory=list)
+    attachments: list[dict[str, str]] = field(default_factory=list)
+    tool_calls: list[Any] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    names: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def read_request(path: str, body: bytes) -> Asked | None:
+    """What the body of a request to one of READERS asks; None where it is no JSON object."""
+    try:
+        request = orjson.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(request, dict):
+        return None
+    options = request | _object(request.get("options"))
+    asked = Asked(
+        model=str(request.get("model") or ""),
+        sampling={key: options[key] for key in SAMPLING if isinstance(options.get(key), (int, float))},
+        names={**_object(request.get("metadata")), "user": request.get("user"), "store": request.get("store")}
+        | {key: request[key] for key in ("conversation", "previous_response_id") if request.get(key)},
+    )
+    turns = list(_turns(path, request))
+    last = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=None)
+    if request.get("suffix") or request.get("raw"):
+        asked.problem = "autocompletion"
+    elif last is None or not turns[last].content.strip():
+        asked.problem = "no question"
+    elif turns[-1].role == "assistant" and not turns[-1].calls:
+        asked.problem = "continued reply"
+    else:
+        asked.question, asked.attachments = turns[last].content, turns[last].attachments
+        asked.history = [
+            {"role": turn.role, "content": turn.content}
+            for turn in turns[:last]
+            if turn.role != "tool" and not turn.calls and turn.content.strip()
+        ]
+        asked.tool_calls = [call for turn in turns[last:] for call in turn.calls]
+    return asked
+
+
+def _turns(path: str, request: dict[str, Any]) -> Iterator[Turn]:
+    system = request.get("instructions" if path == "/v1/responses" else "system")
+    if path in ("/api/generate", "/v1/responses", "/v1/messages") and (text := _text(system)):
+        yield Turn("system", text)
+    if path in ("/api/generate", "/v1/completions"):
+        yield Turn("user", _text(request.get("prompt")), attachments=_files(request.get("images")))
+        return
+    rows = request.get("input" if path == "/v1/responses" else "messages")
+    for row in [{"role": "user", "content": rows}] if isinstance(rows, str) else _list(rows):
+        row, content = _object(row), _object(row).get("content")
+        kinds = [_kind(row), *map(_kind, _list(content))]
+        calls = [*_list(row.get("tool_calls")), *(part for part in [row, *_list(content)] if _kind(part) in CALLS)]
+        role = "assistant" if calls else str(row.get("role"))
+        if _kind(row) in RESULTS or (set(kinds) & set(RESULTS) and not _text(content)):
+            role = "tool"
+        if _kind(row) != "reasoning":
+            files = [*_files(row.get("images")), *_files(part for part in _list(content) if _is_file(part))]
+            yield Turn(ROLES.get(role, role), _text(content), calls, files)
+
+
+def _text(content: Any) -> str:
+    """A string, or the text parts of a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") if isinstance(part, dict) else part for part in _list(content)]
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+def _files(parts: Any) -> list[dict[str, str]]:
+    """References to what is no text: a type and a hash, never the bytes."""
+    found = []
+    for part in parts or ():
+        digest = hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        found.append({"type": str(_kind(part) or "image"), "sha256": digest})
+    return found
+
+
+def _is_file(part: Any) -> bool:
+    return isinstance(part, dict) and _kind(part) not in (*CALLS, *RESULTS) and not isinstance(part.get("text"), str)
+
+
+def _kind(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else None
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+# -----------------------------------------------------------------------------
+# replies
+
+
+class ReplyReader:
+    """Reads a reply beside the stream. `feed` gets its bytes as they pass; the attributes say what it holds.
+
+    Args:
+        path: the route that was asked.
+        content_type: of the answer. NDJSON and events are read line by line, JSON as a whole in `end`.
+
+    Attributes:
+        text, reasoning: what has arrived.
+        finished: whether the model ended it, and `cut` whether a limit of tokens did.
+        calls: whether it calls tools instead of ending the turn.
+    """
+
+    def __init__(self, path: str, content_type: str) -> None:
+        self._read = READERS[path]
+        self.streamed = content_type in ("application/x-ndjson", "text/event-stream")
+        self.readable = self.streamed or content_type == "application/json"
+        self._rest, self._size = bytearray(), 0
+        self._pieces: list[str] = []
+        self._thoughts: list[str] = []
+        self.model: str | None = None
+        self.id: str | None = None
+        self.tokens: int | None = None
+        self.finished = self.cut = self.calls = False
+
+    def feed(self, chunk: bytes) -> int | None:
+        """Byte of the chunk where the line that ends the reply begins; None while it goes on."""
+        self._size += len(chunk)
+        if self._size > MOST_BYTES:
+            self.readable = False
+        start = 0
+        while self.streamed and self.readable and (end := chunk.find(b"\n", start)) >= 0:
+            line = bytes(self._rest) + chunk[start:end]
+            self._rest.clear()
+            if self._line(line):
+                return start
+            start = end + 1
+        if self.readable:
+            self._rest += chunk[start:]
+        return None
+
+    def end(self) -> None:
+        """The answer has ended: read what ends with no newline."""
+        if self.readable and self._rest:
+            self._line(bytes(self._rest))
+            self._rest.clear()
+
+    def _line(self, line: bytes) -> bool:
+        """Read one line; whether it is the last one of the reply."""
+        data = line.strip()
+        if data.startswith(b"data:"):
+            data = data[5:].strip()
+        if data == b"[DONE]":
+            return True
+        if not data.startswith(b"{"):
+            return False
+        return self._read(self, orjson.loads(data))
+
+    @property
+    def text(self) -> str:
+        return THOUGHTS.sub("", "".join(self._pieces))
+
+    @property
+    def reasoning(self) -> str:
+        inline = THOUGHTS.match("".join(self._pieces))
+        return "".join(self._thoughts) or (inline[1].strip() if inline else "")
+
+    def add(self, text: Any = None, thoughts: Any = None, calls: Any = None) -> None:
+        """Take in a piece; what is no text is passed over."""
+        self._pieces += [text] if isinstance(text, str) else []
+        self._thoughts += [thoughts] if isinstance(thoughts, str) else []
+        self.calls |= bool(calls)
+
+    def name(self, source: dict[str, Any], tokens: Any = None, reason: Any = None) -> None:
+        """Take in what a message says of itself, and the reason why it ended."""
+        self.model, self.id = source.get("model") or self.model, source.get("id") or self.id
+        self.tokens = tokens if isinstance(tokens, int) else self.tokens
+        if reason:
+            self.finished, self.cut = True, reason in CUT
+
+    def replace(self, output: Any) -> None:
+        """Take the text of finished output items, OpenAI's or Anthropic's, instead of the pieces."""
+        self._pieces.clear()
+        self._thoughts.clear()
+        for item in _list(output):
+            kind = _kind(item)
+            if kind == "reasoning":
+                self.add(thoughts=_text(item.get("content")) or _text(item.get("summary")))
+            elif kind == "message":
+                self.add(_text(item.get("content")))
+            else:
+                self.add(item.get("text"), item.get("thinking"), kind in CALLS)
+
+
+def _ollama(reply: ReplyReader, line: dict[str, Any]) -> bool:
+    message = _object(line.get("message"))
+    reply.add(message.get("content", line.get("response")), message.get("thinking", line.get("thinking")))
+    reply.add(calls=message.get("tool_calls"))
+    done = line.get("done") is True
+    reply.name(line, line.get("eval_count"), (line.get("done_reason") or "stop") if done else None)
+    return done
+
+
+def _chat_completion(reply: ReplyReader, line: dict[str, Any]) -> bool:
+    reply.name(line, _object(line.get("usage")).get("completion_tokens"))
+    for choice in _list(line.get("choices")):
+        if choice.get("index", 0) == 0:
+            said = _object(choice.get("delta")) or _object(choice.get("message")) or choice
+            reply.add(said.get("content", said.get("text")), said.get("reasoning_content", said.get("reasoning")))
+            reply.add(calls=said.get("tool_calls") or said.get("function_call"))
+            reply.name({}, reason=choice.get("finish_reason"))
+    return not reply.streamed
+
+
+def _response(reply: ReplyReader, line: dict[str, Any]) -> bool:
+    kind = line.get("type")
+    if kind in ("response.output_text.delta", "response.reasoning_text.delta"):
+        reply.add(**{"text" if "output" in kind else "thoughts": line.get("delta")})
+    whole = _object(line.get("response")) if kind else line
+    if kind and kind not in ("response.completed", "response.incomplete", "response.failed"):
+        reply.name(whole)
+        return False
+    if output := whole.get("output"):
+        reply.replace(output)
+    ended = {"completed": "stop", "incomplete": "length"}.get(str(whole.get("status")))
+    reply.name(whole, _object(whole.get("usage")).get("output_tokens"), ended)
+    return True
+
+
+def _anthropic(reply: ReplyReader, line: dict[str, Any]) -> bool:
+    kind, delta = line.get("type"), _object(line.get("delta"))
+    if kind == "message":
+        reply.replace(line.get("content"))
+    whole = _object(line.get("message")) or (line if kind == "message" else {})
+    reply.add(delta.get("text"), delta.get("thinking"), _kind(line.get("content_block")) in CALLS)
+    reason = delta.get("stop_reason") or whole.get("stop_reason")
+    reply.name(whole, _object(line.get("usage")).get("output_tokens"), reason)
+    return kind in ("message", "message_stop")
+
+
+READERS: dict[str, Callable[[ReplyReader, dict[str, Any]], bool]] = {
+    "/api/chat": _ollama,
+    "/api/generate": _ollama,
+    "/v1/chat/completions": _chat_completion,
+    "/v1/completions": _chat_completion,
+    "/v1/responses": _response,
+    "/v1/messages": _anthropic,
+}
