@@ -22,8 +22,9 @@ from fine_tuning.training.speed import SPEED, read_speed, record_speed
 from fine_tuning.training.tracking import find_adapter, flatten, open_store, training_runs
 
 BASE = Path("models/base")
-PREPARED_ROWS, PAIRS, THUMBS = Path("data/prepared"), Path("data/preferences"), Path("data/thumbs")
-TRAIN, VALIDATION = (PREPARED_ROWS / f"{split}.parquet" for split in ("train", "validation"))
+TRAIN = Path("data/prepared/train.parquet")
+VALIDATION = Path("data/prepared/validation.parquet")
+PAIRS, THUMBS = Path("data/preferences"), Path("data/thumbs")  # with files of the same names
 PREPARED = Path("metrics/prepare.json")  # printed only: what is trained depends on the rows alone
 ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
@@ -43,7 +44,7 @@ def main() -> None:
     start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
     if settings.launch != "single" and "RANK" not in os.environ:
         launch(Path(f"configs/accelerate/{settings.launch}.yaml"), "stages.train")
-    base, prepared = read_base_card(BASE), [read_prepared(split) for split in ("train", "validation")]
+    base, prepared = read_base_card(BASE), [read_prepared(path) for path in (TRAIN, VALIDATION)]
     items, validation, learning_from = choose_items(settings, *prepared)
     rows = rows_of(items)
     check_only_assistants_train([*rows, *rows_of(validation)], load_tokenizer(BASE))
@@ -77,9 +78,8 @@ def main() -> None:
     print(summary(settings, result))
 
 
-def read_prepared(split: str) -> Prepared:
-    files = (folder / f"{split}.parquet" for folder in (PREPARED_ROWS, PAIRS, THUMBS))
-    return Prepared(*(read(file) for read, file in zip((read_rows, read_pairs, read_thumbs), files, strict=True)))
+def read_prepared(rows: Path) -> Prepared:
+    return Prepared(read_rows(rows), read_pairs(PAIRS / rows.name), read_thumbs(THUMBS / rows.name))
 
 
 def run_tags(base: str) -> dict[str, str]:
