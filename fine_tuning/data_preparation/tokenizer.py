@@ -61,7 +61,7 @@ class TokenizerUtils:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens shown."""
+        """Decode token ids, keeping special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def count(self, text: str) -> int:

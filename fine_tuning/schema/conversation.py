@@ -356,7 +356,7 @@ def _alone(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entry_of(entry: dict[str, Any], feedback: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the same person said of the same message before."""
+    """The earlier feedback of the same person on the same message."""
     key = (entry.get("message_id"), entry.get("by"))
     return next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
 
