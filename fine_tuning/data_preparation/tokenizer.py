@@ -42,15 +42,14 @@ class TokenizerUtils:
 
     Args:
         name: a folder, a tokenizer.json, a .gguf file or a hub id.
-        revision: of a hub id.
 
     Raises:
         UserError: there is no such tokenizer, it has no fast form, or its chat template does not end.
     """
 
-    def __init__(self, name: str | Path, revision: str | None = None) -> None:
+    def __init__(self, name: str | Path) -> None:
         self.name = str(name)
-        self.tokenizer = _load_any(self.name, revision)
+        self.tokenizer = _load_any(self.name)
         if isinstance(self.tokenizer.chat_template, str):
             try_template(self.tokenizer)
 
@@ -190,7 +189,7 @@ def _messages_of(record: dict) -> list[dict]:
     return conversation["messages"]
 
 
-def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
+def _load_any(name: str) -> "PreTrainedTokenizerFast":
     path = Path(name).expanduser()
     if path.name == "tokenizer.json" and path.is_file():
         path = path.parent
@@ -208,7 +207,7 @@ def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
         else:  # in one request: transformers itself asks for file after file, each time with retries
             from huggingface_hub import snapshot_download
 
-            files = snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES)
+            files = snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(files, use_fast=True, trust_remote_code=False)
     except Exception as error:  # files of somebody else's: a damaged one may fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -259,9 +259,9 @@ def edits(conversation: dict[str, Any]) -> dict[str, str]:
     return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}
 
 
-def short_hash(value: Any, length: int = 24) -> str:
-    """A hex digest of any JSON value that does not depend on key order."""
-    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:length]
+def short_hash(value: Any) -> str:
+    """A hex digest of 24 digits of any JSON value that does not depend on key order."""
+    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:24]
 
 
 def version_hash(conversation: dict[str, Any]) -> str:
