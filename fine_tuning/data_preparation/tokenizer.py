@@ -4,6 +4,7 @@ The ids are those that llama.cpp and Ollama compute from the rendered text, with
 control token typed by a user, such as `<|im_start|>`, stays ordinary text.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,40 +76,34 @@ class TokenizerUtils:
         Raises:
             UserError: one is neither.
         """
-        total = turns = characters = tokens = unknown = lossy = truncated = refused = written = carried = 0
+        counts: Counter[str] = Counter()
+        unknown = self.tokenizer.unk_token_id
         for conversation in conversations:
             messages = _messages_of(conversation)
             contents = [message["content"] for message in messages]
-            total += 1
-            turns += len(contents)
-            characters += sum(map(len, contents))
-            here = 0
-            for content in contents:
-                ids = self._encode_plain(content)
-                here += len(ids)
-                unknown += ids.count(self.tokenizer.unk_token_id) if self.tokenizer.unk_token_id is not None else 0
-                lossy += self.decode(ids) != content
-            tokens += here
+            encoded = [self._encode_plain(content) for content in contents]
+            tokens = sum(map(len, encoded))
+            counts.update(conversations=1, turns=len(contents), characters=sum(map(len, contents)), tokens=tokens)
+            counts["unknown"] += sum(ids.count(unknown) for ids in encoded)
+            counts["lossy"] += sum(self.decode(ids) != content for ids, content in zip(encoded, contents, strict=True))
             try:
                 length = len(_tokens(self.tokenizer, render(self.tokenizer, messages, system_prompt)))
             except UserError:
-                refused += 1
+                counts["refused"] += 1
                 continue
-            written += length
-            carried += here
-            truncated += length > max_length
+            counts.update(rendered=1, written=length, carried=tokens, truncated=int(length > max_length))
         return TokenizerReport(
             name=self.name,
             vocabulary=len(self.tokenizer),
-            conversations=total,
-            turns=turns,
-            tokens_per_turn=tokens / max(turns, 1),
-            tokens_per_character=tokens / max(characters, 1),
-            template_share=max(0.0, 1 - carried / written) if written else None,
-            truncated_share=truncated / (total - refused) if total > refused else None,
-            refused_share=refused / max(total, 1),
-            unknown_share=unknown / max(tokens, 1),
-            lossy_share=lossy / max(turns, 1),
+            conversations=counts["conversations"],
+            turns=counts["turns"],
+            tokens_per_turn=counts["tokens"] / max(counts["turns"], 1),
+            tokens_per_character=counts["tokens"] / max(counts["characters"], 1),
+            template_share=max(0.0, 1 - counts["carried"] / counts["written"]) if counts["written"] else None,
+            truncated_share=counts["truncated"] / counts["rendered"] if counts["rendered"] else None,
+            refused_share=counts["refused"] / max(counts["conversations"], 1),
+            unknown_share=counts["unknown"] / max(counts["tokens"], 1),
+            lossy_share=counts["lossy"] / max(counts["turns"], 1),
             problems=tuple(self.special_token_problems()),
         )
 
