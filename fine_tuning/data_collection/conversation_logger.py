@@ -101,11 +101,11 @@ class ConversationLogger:
         return self._log("feedback", message_id, conversation_id, over=over, by=by)
 
     def log_edit(self, message_id: str, content: str, by: str | None = None, conversation_id: str | None = None) -> str:
-        """Log what a person would have answered instead. Returns the event's id."""
+        """Log a person's edit of a reply. Returns the event's id."""
         return self._log("edit", message_id, conversation_id, content=content, by=by)
 
     def log_delete(self, conversation_id: str | None = None, message_id: str | None = None) -> str:
-        """Log that a conversation, or one exchange of it, is to go. Returns the event's id."""
+        """Log the deletion of a conversation, or of one exchange of it. Returns the event's id."""
         if conversation_id is None and message_id is None:
             raise ValueError("name a conversation or a message to delete")
         return self._log("delete", message_id, conversation_id)
@@ -154,7 +154,7 @@ class ConversationLogger:
             yield from (event for _, event in read_log(self.path) if event is not None)
 
     def read_conversations(self) -> list[dict]:
-        """The conversations that the log's events amount to, without the deleted ones."""
+        """The conversations of the log, deleted ones left out."""
         conversations: dict[str, dict] = {}
         fold(self.read_events(), conversations)
         return [c for c in conversations.values() if c["messages"]]

@@ -208,7 +208,7 @@ class DataCleaner:
         return Cleaned(conversation, None, masker.counts, flagged, gone)
 
     def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
-        """The conversations that are worth keeping, cleaned, each once, in the form in which they came."""
+        """Clean conversations and drop what the filters reject and exact duplicates; exchanges stay exchanges."""
         passed = []
         best: dict[str, tuple[int, int]] = {}
         judged: dict[str, list[tuple[int, dict]]] = defaultdict(list)
@@ -345,7 +345,7 @@ def add_judgements(conversation: dict, others: Iterable[dict]) -> dict:
 
 
 def feedback_counts(conversation: dict) -> dict[str, int]:
-    """How much of which feedback a conversation bears, for the line that says that it was dropped."""
+    """Counts of feedback by kind, for the record of a dropped conversation."""
     feedback = conversation["feedback"]
     counts = {
         "liked": sum((entry.get("rating") or 0) > 0 for entry in feedback),

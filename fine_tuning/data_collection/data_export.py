@@ -361,7 +361,7 @@ _CONTAINERS: dict[str, Callable] = {
 
 
 def read_clean(folder: str | Path) -> Iterator[dict]:
-    """The conversations of a folder of clean shards, in the order of its clusters file's making."""
+    """The conversations of a folder of clean shards, shard by shard."""
     for path in sorted(Path(folder).glob("*.jsonl")):
         if path.name in ("rejected.jsonl", "clusters.jsonl"):
             continue

@@ -1,4 +1,4 @@
-"""The conversations of a build, each a few rows that a scratch file takes over: memory does not grow with their number.
+"""The conversations of a build as rows in a scratch file, so that memory does not grow with their number.
 
 A first scan of every conversation notes where it stands and whether it can be used; the texts are read again only
 where they are wanted.
@@ -48,7 +48,7 @@ class HeldConversations:
         self._held = list(map(read_conversation, conversations))
 
     def scan(self, part: int, train_on: TrainOn) -> list[Scan]:
-        """What is to be known of every conversation of a part."""
+        """Scan every conversation of a part."""
         return [scan_conversation(conversation, part, place, train_on) for place, conversation in enumerate(self._held)]
 
     def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
@@ -69,7 +69,7 @@ class ConversationFiles:
                 yield from (read_conversation(orjson.loads(line)) for line in file)
 
     def scan(self, part: int, train_on: TrainOn) -> list[Scan]:
-        """What is to be known of every conversation of a part."""
+        """Scan every conversation of a part."""
         path, place, end = self.parts[part]
         scans = []
         with open(path, "rb") as file:
@@ -92,7 +92,7 @@ Conversations = HeldConversations | ConversationFiles
 
 
 def scan_conversation(conversation: dict, part: int, place: int, train_on: TrainOn) -> Scan:
-    """What is to be known of a conversation before any is assigned."""
+    """What the assignment of splits needs to know of a conversation."""
     problem = "deleted" if conversation.get("deleted") else structure_problem(conversation)
     sound = problem is None
     held_out = unused_because(conversation, "not_disliked") if sound else None
@@ -173,7 +173,7 @@ class Catalogue:
                 self._put(scan, cluster, earlier or moved.get(cluster, split), turn)
 
     def _inherit(self, dropped_duplicates: Iterable[tuple[str, str]]) -> None:
-        """A dropped duplicate's split is that of what stays for it, and was said under its id: held out stays so."""
+        """Pass the earlier split of a dropped duplicate on to the conversation that stays for it."""
         any_dropped = False
         for dropped, kept in dropped_duplicates:
             self._facts.add((dropped, _DUPLICATE_OF, kept))
@@ -232,7 +232,7 @@ class Catalogue:
             yield part, [(place, identity) for _, place, identity in rows]
 
     def leave_out(self, rows: Iterable[AssignedRow], split: str, reason: str) -> None:
-        """Count conversations that were assigned to a split as out of it; `rows` has them still."""
+        """Count conversations as left out of their split; `rows` still yields them."""
         for row in rows:
             self._leave_out(row.id, reason, row.characters)
             self._sizes[split] -= 1

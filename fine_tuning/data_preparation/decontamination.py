@@ -43,15 +43,15 @@ class HeldOut:
 
     @cached_property
     def runs(self) -> set[Run]:
-        """Every run; most often nobody asks for them."""
+        """Every run; computed when first needed."""
         return {run for words in self._texts for run in _runs(words, self.length)}
 
     def may_share(self, texts: Iterable[str]) -> bool:
-        """Whether a conversation of these texts could share a run; for most it is seen that it cannot."""
+        """Whether a conversation of these texts could share a run: a quick test that most fail."""
         return self._holds_piece(_words(" ".join(texts)))
 
     def shared_with(self, messages: list[dict]) -> set[Run]:
-        """The runs that a conversation has too."""
+        """The runs that a conversation shares."""
         texts = filter(self._holds_piece, _long_texts(messages, self.length))
         return self.runs.intersection(run for words in texts for run in _runs(words, self.length))
 

@@ -4,6 +4,7 @@ The ids are those that llama.cpp and Ollama compute from the rendered text, with
 control token typed by a user, such as `<|im_start|>`, stays ordinary text.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +43,14 @@ class TokenizerUtils:
 
     Args:
         name: a folder, a tokenizer.json, a .gguf file or a hub id.
-        revision: of a hub id.
 
     Raises:
         UserError: there is no such tokenizer, it has no fast form, or its chat template does not end.
     """
 
-    def __init__(self, name: str | Path, revision: str | None = None) -> None:
+    def __init__(self, name: str | Path) -> None:
         self.name = str(name)
-        self.tokenizer = _load_any(self.name, revision)
+        self.tokenizer = _load_any(self.name)
         if isinstance(self.tokenizer.chat_template, str):
             try_template(self.tokenizer)
 
@@ -61,7 +61,7 @@ class TokenizerUtils:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens shown."""
+        """Decode token ids, keeping special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def count(self, text: str) -> int:
@@ -76,40 +76,34 @@ class TokenizerUtils:
         Raises:
             UserError: one is neither.
         """
-        total = turns = characters = tokens = unknown = lossy = truncated = refused = written = carried = 0
+        counts: Counter[str] = Counter()
+        unknown = self.tokenizer.unk_token_id
         for conversation in conversations:
             messages = _messages_of(conversation)
             contents = [message["content"] for message in messages]
-            total += 1
-            turns += len(contents)
-            characters += sum(map(len, contents))
-            here = 0
-            for content in contents:
-                ids = self._encode_plain(content)
-                here += len(ids)
-                unknown += ids.count(self.tokenizer.unk_token_id) if self.tokenizer.unk_token_id is not None else 0
-                lossy += self.decode(ids) != content
-            tokens += here
+            encoded = [self._encode_plain(content) for content in contents]
+            tokens = sum(map(len, encoded))
+            counts.update(conversations=1, turns=len(contents), characters=sum(map(len, contents)), tokens=tokens)
+            counts["unknown"] += sum(ids.count(unknown) for ids in encoded)
+            counts["lossy"] += sum(self.decode(ids) != content for ids, content in zip(encoded, contents, strict=True))
             try:
                 length = len(_tokens(self.tokenizer, render(self.tokenizer, messages, system_prompt)))
             except UserError:
-                refused += 1
+                counts["refused"] += 1
                 continue
-            written += length
-            carried += here
-            truncated += length > max_length
+            counts.update(rendered=1, written=length, carried=tokens, truncated=int(length > max_length))
         return TokenizerReport(
             name=self.name,
             vocabulary=len(self.tokenizer),
-            conversations=total,
-            turns=turns,
-            tokens_per_turn=tokens / max(turns, 1),
-            tokens_per_character=tokens / max(characters, 1),
-            template_share=max(0.0, 1 - carried / written) if written else None,
-            truncated_share=truncated / (total - refused) if total > refused else None,
-            refused_share=refused / max(total, 1),
-            unknown_share=unknown / max(tokens, 1),
-            lossy_share=lossy / max(turns, 1),
+            conversations=counts["conversations"],
+            turns=counts["turns"],
+            tokens_per_turn=counts["tokens"] / max(counts["turns"], 1),
+            tokens_per_character=counts["tokens"] / max(counts["characters"], 1),
+            template_share=max(0.0, 1 - counts["carried"] / counts["written"]) if counts["written"] else None,
+            truncated_share=counts["truncated"] / counts["rendered"] if counts["rendered"] else None,
+            refused_share=counts["refused"] / max(counts["conversations"], 1),
+            unknown_share=counts["unknown"] / max(counts["tokens"], 1),
+            lossy_share=counts["lossy"] / max(counts["turns"], 1),
             problems=tuple(self.special_token_problems()),
         )
 
@@ -190,7 +184,7 @@ def _messages_of(record: dict) -> list[dict]:
     return conversation["messages"]
 
 
-def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
+def _load_any(name: str) -> "PreTrainedTokenizerFast":
     path = Path(name).expanduser()
     if path.name == "tokenizer.json" and path.is_file():
         path = path.parent
@@ -208,7 +202,7 @@ def _load_any(name: str, revision: str | None) -> "PreTrainedTokenizerFast":
         else:  # in one request: transformers itself asks for file after file, each time with retries
             from huggingface_hub import snapshot_download
 
-            files = snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES)
+            files = snapshot_download(name, allow_patterns=_TOKENIZER_FILES)
             tokenizer = AutoTokenizer.from_pretrained(files, use_fast=True, trust_remote_code=False)
     except Exception as error:  # files of somebody else's: a damaged one may fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -230,7 +230,7 @@ class _Turns:
 
     @cached_property
     def whole(self) -> Encoded:
-        """All of it."""
+        """The whole conversation, encoded."""
         return self.encode(0, 0, len(self.starts) - 1)
 
     def encode(self, begin: int, first: int, last: int) -> Encoded:
@@ -329,7 +329,7 @@ def _encode(
 
 
 def _cut(encoded: Encoded, max_length: int) -> Encoded:
-    """What is too long without its end, and without the messages that stood there alone."""
+    """Cut to `max_length` tokens; messages without a token left are removed."""
     if len(encoded.input_ids) <= max_length:
         return encoded
     ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
@@ -369,7 +369,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tu
 
 
 class _ChatFormat:
-    """What is learned once about a tokenizer and its template: how replies open and close, and two encoders."""
+    """A tokenizer and its template: how replies open and close, and two encoders."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self.template = tokenizer.chat_template
@@ -446,7 +446,7 @@ _formats: "WeakKeyDictionary[Any, _ChatFormat]" = WeakKeyDictionary()
 
 
 def _chat_format(tokenizer: "PreTrainedTokenizerFast") -> _ChatFormat:
-    """The learned format; kept as long as the tokenizer lives and its template is the same."""
+    """The format of a tokenizer, cached as long as its template is the same."""
     known = _formats.get(tokenizer)
     if known is None or known.template != tokenizer.chat_template:
         known = _formats[tokenizer] = _ChatFormat(tokenizer)

@@ -270,9 +270,9 @@ def edits(conversation: dict[str, Any]) -> dict[str, str]:
     return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}
 
 
-def short_hash(value: Any, length: int = 24) -> str:
-    """A hex digest of any JSON value that does not depend on key order."""
-    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:length]
+def short_hash(value: Any) -> str:
+    """A hex digest of 24 digits of any JSON value that does not depend on key order."""
+    return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:24]
 
 
 def version_hash(conversation: dict[str, Any]) -> str:
@@ -367,7 +367,7 @@ def _alone(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _entry_of(entry: dict[str, Any], feedback: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the same person said of the same message before."""
+    """The earlier feedback of the same person on the same message."""
     key = (entry.get("message_id"), entry.get("by"))
     return next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
 

@@ -16,7 +16,7 @@ ROW_GROUP = 1000  # rows that are held until they are written
 
 @dataclass(slots=True)
 class PreparedRow:
-    """One window of a conversation: what preparation writes, and what training, evaluation and packaging read.
+    """One window of a conversation, as preparation writes it and training and evaluation read it.
 
     `labels[i]` is `input_ids[i]` where it is trained, else -100. A conversation that fits is one window; the windows of
     a longer one share `id`, `source` and `cluster`. Not stored are `conversation` (all of its messages), `trained`

@@ -253,9 +253,8 @@ def _spoken(conversation: dict) -> Iterator[str]:
 def _question_key(conversation: dict) -> str:
     """Conversations that begin with the same question belong together, or the answer to a test question is trained.
 
-    Where a conversation goes on, what its user says next is part of the key: at least the second message, and more
-    until SAYS_SOMETHING words are said. So whoever always begins with "hi, can you help me?" is tied by what comes
-    then. What conversations share that only begin alike, decontamination finds where it is as many words in a row.
+    The key also has the user's second message, and more until it has SAYS_SOMETHING words, so that a shared greeting
+    joins nothing. Longer runs of words that conversations share are found by decontamination.
     """
     words: list[str] = []
     turns = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
@@ -271,10 +270,9 @@ def _short_digest(text: str) -> str:
 
 
 def _forget_unused(memo: Path, used: set[str], merged: str) -> None:
-    """Keep the results of this run and of the runs before it with other parameters, but of no other conversations.
+    """Remove cached results that no shard needs, since they hold conversations; keep some of other parameters.
 
-    Old results hold conversations: what no shard needs any more goes after the next run that does not need it. What
-    was merged is as large as all that was cleaned, so of that the last other one is kept.
+    A merge result is as large as all that was cleaned: besides this run's only the newest is kept.
     """
     entries = sorted((p for p in memo.iterdir() if p.name not in used), key=lambda p: p.stat().st_mtime, reverse=True)
     others = [path for path in entries if path.name.startswith(MERGED) and path.name != merged]

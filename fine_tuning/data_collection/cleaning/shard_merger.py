@@ -34,7 +34,7 @@ LARGEST = 5  # clusters whose sizes are reported
 
 
 class CleanPiece(NamedTuple):
-    """Where the first pass put a piece of a shard; the folder's name stands for everything that it depends on."""
+    """Output of the first pass for a piece of a shard; the folder's name is a hash of all that it depends on."""
 
     shard: str
     folder: Path
@@ -52,7 +52,7 @@ def merge(pieces: list[CleanPiece], folder: Path, output: Path, settings: CleanS
     """
     with _alone(folder) as folder:
         merge = _Merge(folder, settings)
-        if not merge.go_on(pieces):
+        if not merge.resume(pieces):
             merge.close()
             _empty(folder)
             merge = _Merge(folder, settings)
@@ -111,10 +111,9 @@ def _read_index(folder: Path) -> Iterator[list[dict]]:
 
 
 class _Merge:
-    """Decides, conversation by conversation in their order, what concerns more than one of them.
+    """Decides what depends on more than one conversation, in their order.
 
-    It goes on from what is in the folder. From here until `save`, nobody else believes the folder: a run that is
-    killed costs the next one only time.
+    It resumes from the state in the folder, which is valid again only after `save`: a killed run costs time only.
     """
 
     def __init__(self, folder: Path, settings: CleanSettings) -> None:
@@ -141,13 +140,13 @@ class _Merge:
         self._clusters = Clusters(self._database, self._signatures, settings.near_duplicate_threshold, parents)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._database.execute("COMMIT")
         self._database.close()
         self._signatures.close()
 
     def save(self, pieces: list[CleanPiece]) -> None:
-        """Leave the folder, which is closed, for a run that goes on from these pieces."""
+        """Write the state, so that a later run resumes after these pieces."""
         folder = self._folder
         (folder / "parents").write_bytes(self._clusters.parents.tobytes())
         for path in (*folder.rglob("*"), folder):
@@ -155,8 +154,8 @@ class _Merge:
         state = self.counts() | {"pieces": _names(pieces), "candidates": self._candidates}
         write_json(folder / "state.json", state)
 
-    def go_on(self, pieces: list[CleanPiece]) -> bool:
-        """Take up what comes behind the pieces that are decided; False where it all has to be decided anew."""
+    def resume(self, pieces: list[CleanPiece]) -> bool:
+        """Add the pieces after those that are decided; False if all has to be decided anew."""
         return _names(pieces[: self.covered]) == self._covered and self.note(pieces[self.covered :])
 
     def counts(self) -> dict[str, Any]:
@@ -177,7 +176,7 @@ class _Merge:
     # what comes with the pieces, before any is decided
 
     def note(self, pieces: list[CleanPiece]) -> bool:
-        """Take up more pieces; False if one of them changes what was decided before, and so it has to be anew."""
+        """Add pieces; False if one of them changes an earlier decision."""
         return self._note_newest(pieces) and self._note_best(pieces)
 
     def _note_newest(self, pieces: list[CleanPiece]) -> bool:
@@ -194,10 +193,7 @@ class _Merge:
         return True
 
     def _note_best(self, pieces: list[CleanPiece]) -> bool:
-        """Of each set of exact duplicates the one that stays: by its feedback, then the oldest, then the first.
-
-        What people said of the others is kept for it.
-        """
+        """Of exact duplicates note the one that stays (by feedback, then age, then order), and the others' feedback."""
         row = self._start
         for entries in (entries for piece in pieces for entries in _read_index(piece.folder)):
             best: dict[int, tuple] = {}
@@ -308,7 +304,7 @@ class _Merge:
         return judged
 
     def _verdict(self, entry: dict, better: str | None, near_duplicate: int | None) -> Problem | None:
-        """The verdict on the next candidate, given the id of a better duplicate and the row of a near-duplicate."""
+        """Why the next candidate is dropped, given the id of a better duplicate and the row of a near-duplicate."""
         candidate = self._candidates
         self._candidates += 1
         verdict = Problem("duplicate", better) if better is not None else self._judge(entry, near_duplicate)
@@ -397,7 +393,7 @@ def _open_database(path: Path) -> sqlite3.Connection:
 
 
 def _take(path: Path) -> dict[str, Any]:
-    """What a folder's last run left in it, which is taken off before anything in the folder changes; {} for nothing."""
+    """The state that the last run saved, removed before anything in the folder changes; {} where there is none."""
     known = read_object(path)
     path.unlink(missing_ok=True)
     sync(path.parent)

@@ -12,21 +12,7 @@ from operator import itemgetter
 from typing import Literal, NamedTuple, get_args
 
 from fine_tuning.common.writing_systems import ascii_forms
-from fine_tuning.data_collection.personal_data.account_numbers import (
-    find_cards,
-    find_ibans,
-    find_national_ids,
-    find_ssns,
-)
-from fine_tuning.data_collection.personal_data.net_addresses import (
-    INNER_DOT,
-    MAC_NAME,
-    find_emails,
-    find_ips,
-    find_macs,
-    find_urls,
-)
-from fine_tuning.data_collection.personal_data.secret_patterns import find_secrets, names_a_secret
+from fine_tuning.data_collection.personal_data import account_numbers, net_addresses, secret_patterns
 
 PersonalDataType = Literal[
     "SECRET", "URL", "EMAIL", "IP", "MAC", "IBAN", "CREDIT_CARD", "US_SSN", "NATIONAL_ID", "PHONE"
@@ -82,9 +68,9 @@ def may_hold(text: str) -> bool:
 def _may_hold(text: str) -> bool:
     if "@" in text or "://" in text or "hf_" in text or "api_org_" in text:
         return True
-    if _count_digits(text) or INNER_DOT.search(text):
+    if _count_digits(text) or net_addresses.INNER_DOT.search(text):
         return True
-    return names_a_secret(text.lower()) or text.count(":") >= 5 or text.count("-") >= 5
+    return secret_patterns.names_a_secret(text.lower()) or text.count(":") >= 5 or text.count("-") >= 5
 
 
 _NO_DIGITS = bytes(code for code in range(128) if not chr(code).isdigit())
@@ -97,26 +83,26 @@ def _count_digits(text: str) -> int:
 
 def _finders(text: str, digits: int) -> Iterator[tuple[str, Callable[[str], Iterator[tuple[int, int]]]]]:
     """The finders that the characters of the text leave possible: most texts have neither @ nor many digits."""
-    yield "SECRET", find_secrets
+    yield "SECRET", secret_patterns.find_secrets
     dots, colons = text.count("."), text.count(":")
     if dots or "://" in text:
-        yield "URL", find_urls
+        yield "URL", net_addresses.find_urls
     if "@" in text:
-        yield "EMAIL", find_emails
-    if colons >= 5 or dots >= 2 or text.count("-") >= 5 or (digits and MAC_NAME.search(text)):
-        yield "MAC", find_macs
+        yield "EMAIL", net_addresses.find_emails
+    if colons >= 5 or dots >= 2 or text.count("-") >= 5 or (digits and net_addresses.MAC_NAME.search(text)):
+        yield "MAC", net_addresses.find_macs
     if digits == 0:
         return
     if dots >= 3 or colons >= 2:
-        yield "IP", find_ips
+        yield "IP", net_addresses.find_ips
     if digits >= 4:
-        yield "NATIONAL_ID", find_national_ids
+        yield "NATIONAL_ID", account_numbers.find_national_ids
     if digits >= 6:
-        yield "IBAN", find_ibans
+        yield "IBAN", account_numbers.find_ibans
     if digits >= 9:
-        yield "US_SSN", find_ssns
+        yield "US_SSN", account_numbers.find_ssns
     if digits >= 12:
-        yield "CREDIT_CARD", find_cards
+        yield "CREDIT_CARD", account_numbers.find_cards
 
 
 def without_overlaps(hits: list[Hit]) -> list[Hit]:

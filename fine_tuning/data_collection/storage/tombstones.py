@@ -128,16 +128,16 @@ class Tombstones:
 
 
 def key_name(key: bytes) -> str:
-    """What tells a key from others, and nothing else."""
+    """Fingerprint of a key."""
     return hashlib.sha256(key).hexdigest()[:12]
 
 
 def id_hash(identity: str) -> str:
-    """What stands for an id, before it is keyed."""
+    """Hash of an id, before it is keyed."""
     return hashlib.sha256(b"conversation\0" + identity.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def content_hash(conversation: dict) -> str:
-    """What stands for the messages of one version, before it is keyed."""
+    """Hash of the messages of one version, before it is keyed."""
     said = [[message.get("role"), message.get("content")] for message in conversation["messages"]]
     return hashlib.sha256(b"messages\0" + json.dumps(said).encode("ascii")).hexdigest()

@@ -30,10 +30,8 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
         if not runs:
             continue
         authors, texts = reply_authors(row.messages, len(runs)), reply_texts(tokenizer, row.input_ids, runs)
-        identity, encoded = item_id(row.id, row.window), (row.input_ids, row.labels)
-        items.append(
-            Item(identity, row.source, row.cluster, row.messages, *encoded, runs, authors, texts, tuple(endorsed))
-        )
+        stored = (row.source, row.cluster, row.messages, row.input_ids, row.labels)
+        items.append(Item(item_id(row.id, row.window), *stored, runs, authors, texts, tuple(endorsed)))
     if not items:
         raise UserError(
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
