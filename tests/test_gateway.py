@@ -20,6 +20,7 @@ import uvicorn
 from benchmarks.gateway import kill_and_compare
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.gateway.proxy import Upstream, application
 from fine_tuning.integration.gateway.recorder import Recorder
 from tests.fake_ollama import FakeOllama, Manifest, silent_host
@@ -298,6 +299,17 @@ def test_an_edited_earlier_question_is_a_branch_with_its_history(gateway):
     assert [message.get("weight") for message in branch["messages"]] == [None, 0, None, None, None, None]
 
 
+def test_a_conversation_is_forgotten_with_its_branches(gateway):
+    gateway.chat(QUESTION)
+    gateway.chat(QUESTION, ANSWER, {"role": "user", "content": "And then?"})
+    gateway.chat(QUESTION, ANSWER, {"role": "user", "content": "How long?"})
+    gateway.chat({"role": "user", "content": "Something else"})
+    main, branch, _ = (conversation["id"] for conversation in gateway.conversations())
+    log = gateway.folder / "inbox/conversations.jsonl"
+    assert collect(Selection(conversation=main), [], [log]).ids == {main, branch}
+    assert collect(Selection(conversation=branch), [], [log]).ids == {branch}
+
+
 def test_history_that_nobody_recorded_is_context_and_not_trained_on(gateway):
     gateway.chat({"role": "system", "content": "Be brief."}, QUESTION, ANSWER, {"role": "user", "content": "And then?"})
     [conversation] = gateway.conversations()
@@ -378,8 +390,19 @@ def test_what_open_webui_asks_for_itself_is_left_out(gateway, prompt):
     gateway.chat({"role": "user", "content": prompt})
     gateway.chat(QUESTION, headers=OPEN_WEBUI | {"X-OpenWebUI-Task": "title_generation"})
     assert (gateway.events(), gateway.health()["left_out"]) == ([], {"task": 2})
-    gateway.chat(QUESTION, headers=OPEN_WEBUI | {"X-OpenWebUI-Task": ""})
-    assert len(gateway.events()) == 1
+    for number, task in enumerate(("", "None", "{{TASK}}")):
+        gateway.chat({**QUESTION, "content": f"Question {number}"}, headers={"X-OpenWebUI-Task": task})
+    assert len(gateway.events()) == 3
+
+
+def test_a_choice_of_tools_is_left_out_and_a_question_about_tools_is_not(gateway):
+    chooses = (
+        "Available Tools: []\n\nYour task is to choose and return the correct tool(s) from the list of available tools "
+        "based on the query. Follow these guidelines:"
+    )
+    gateway.chat({"role": "system", "content": chooses}, QUESTION)
+    gateway.chat({"role": "user", "content": "Available Tools: which ones are there?"})
+    assert [event["user_message"] for event in gateway.events()] == ["Available Tools: which ones are there?"]
 
 
 def test_an_editor_s_completion_is_left_out(gateway):

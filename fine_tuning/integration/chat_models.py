@@ -94,10 +94,11 @@ def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[
         client: the Ollama server, None to leave it out.
         name: the deployed model's name there; `name:live` is the switch, `name:<version>` what it points at.
     """
-    return [*_served_models(client, name), *local_models(checkout)]
+    return [*served_models(client, name), *local_models(checkout)]
 
 
-def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
+def served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
+    """The live model and the versions that a server has."""
     if client is None:
         return []
     try:
@@ -114,6 +115,7 @@ def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
 
 
 def local_models(checkout: Path) -> list[ChatModel]:
+    """The models whose files the checkout has: champion, base, candidate."""
     models = []
     version = champion_version(checkout)
     if version is not None and (checkout / CHAMPION_GGUF).is_file():
