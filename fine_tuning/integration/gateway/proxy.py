@@ -31,6 +31,7 @@ from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_lo
 from fine_tuning.integration.request_guard import is_own
 
 MOST_BYTES = 64 << 20  # of a request, images included
+KEPT_CONNECTIONS = 64  # connecting is the largest part of what a request would wait for in here
 VERSIONS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
 OF_ONE_CONNECTION = {
     *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host"),
@@ -113,8 +114,7 @@ class Proxy:
         local = is_local(upstream.url)
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None),
-            # A kept connection that the server has just closed looks like a server that went down.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS),
             trust_env=not local,
             verify=upstream.url.startswith("https:"),
         )
@@ -191,7 +191,11 @@ class _Relay:
     async def run(self, request: httpx.Request, scope: Scope, receive: Receive, send: Send) -> None:
         client, response = self._proxy.client, None
         try:
-            response = await client.send(request, stream=True)
+            try:
+                response = await client.send(request, stream=True)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # A kept connection that the server has just closed looks like a server that hangs up.
+                response = await client.send(request, stream=True)
             await self._pass(response, send)
         except httpx.HTTPError as error:
             if response is None:
