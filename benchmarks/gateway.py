@@ -45,6 +45,7 @@ DONE = {"done": True, "done_reason": "stop", "eval_count": 1}
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tokens: int, rate: float) -> None:
+    """Answer one request on a connection that is kept."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(head.partition("content-length:")[2].split("\r\n")[0])
     asked = json.loads(await reader.readexactly(length))
@@ -61,14 +62,16 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to
             await asyncio.sleep(1 / rate)
     writer.write(b"0\r\n\r\n")
     await writer.drain()
-    writer.close()
+    if "connection: close" in head:
+        writer.close()
 
 
 def _serve_model(port: int, tokens: int, rate: float) -> None:
     async def serve() -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                await _answer(reader, writer, tokens, rate)
+                while not writer.is_closing():
+                    await _answer(reader, writer, tokens, rate)
             except (ConnectionError, asyncio.IncompleteReadError):
                 writer.close()
 

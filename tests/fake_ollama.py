@@ -348,8 +348,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "/api/chat",
                 "/api/generate",
             ):
+                self.close_connection = True  # the body was not read
                 self._send(405, b"405 method not allowed")
             case _:
+                self.close_connection = True
                 self._send(404, b"404 page not found")
 
     # ---------------------------------------------------------------------------------------------------------- calls

@@ -1,6 +1,7 @@
 """The gateway between real clients and a model server: what passes, what is recorded, what happens when it breaks."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import uvicorn
 from benchmarks.gateway import kill_and_compare
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.gateway.proxy import Upstream, application
 from fine_tuning.integration.gateway.recorder import Recorder
 from tests.fake_ollama import FakeOllama, Manifest, silent_host
@@ -298,6 +300,17 @@ def test_an_edited_earlier_question_is_a_branch_with_its_history(gateway):
     assert [message.get("weight") for message in branch["messages"]] == [None, 0, None, None, None, None]
 
 
+def test_a_conversation_is_forgotten_with_its_branches(gateway):
+    gateway.chat(QUESTION)
+    gateway.chat(QUESTION, ANSWER, {"role": "user", "content": "And then?"})
+    gateway.chat(QUESTION, ANSWER, {"role": "user", "content": "How long?"})
+    gateway.chat({"role": "user", "content": "Something else"})
+    main, branch, _ = (conversation["id"] for conversation in gateway.conversations())
+    log = gateway.folder / "inbox/conversations.jsonl"
+    assert collect(Selection(conversation=main), [], [log]).ids == {main, branch}
+    assert collect(Selection(conversation=branch), [], [log]).ids == {branch}
+
+
 def test_history_that_nobody_recorded_is_context_and_not_trained_on(gateway):
     gateway.chat({"role": "system", "content": "Be brief."}, QUESTION, ANSWER, {"role": "user", "content": "And then?"})
     [conversation] = gateway.conversations()
@@ -378,8 +391,19 @@ def test_what_open_webui_asks_for_itself_is_left_out(gateway, prompt):
     gateway.chat({"role": "user", "content": prompt})
     gateway.chat(QUESTION, headers=OPEN_WEBUI | {"X-OpenWebUI-Task": "title_generation"})
     assert (gateway.events(), gateway.health()["left_out"]) == ([], {"task": 2})
-    gateway.chat(QUESTION, headers=OPEN_WEBUI | {"X-OpenWebUI-Task": ""})
-    assert len(gateway.events()) == 1
+    for number, task in enumerate(("", "None", "{{TASK}}")):
+        gateway.chat({**QUESTION, "content": f"Question {number}"}, headers={"X-OpenWebUI-Task": task})
+    assert len(gateway.events()) == 3
+
+
+def test_a_choice_of_tools_is_left_out_and_a_question_about_tools_is_not(gateway):
+    chooses = (
+        "Available Tools: []\n\nYour task is to choose and return the correct tool(s) from the list of available tools "
+        "based on the query. Follow these guidelines:"
+    )
+    gateway.chat({"role": "system", "content": chooses}, QUESTION)
+    gateway.chat({"role": "user", "content": "Available Tools: which ones are there?"})
+    assert [event["user_message"] for event in gateway.events()] == ["Available Tools: which ones are there?"]
 
 
 def test_an_editor_s_completion_is_left_out(gateway):
@@ -553,6 +577,28 @@ def test_a_silent_server_is_504_and_a_dead_one_502(tmp_path, ollama):
             assert answer.status_code == 502 and isinstance(answer.json()["error"], kind)
 
 
+def test_a_kept_connection_that_the_server_closed_costs_nobody_an_answer(gateway, ollama):
+    assert gateway.chat(QUESTION).status_code == 200
+    ollama.faults["POST /api/chat"] = "reset"
+    assert gateway.chat({"role": "user", "content": "And rolls?"}).status_code == 200
+    assert ollama.requests == 3 * ["POST /api/chat"]
+    assert len(gateway.events()) == 2
+
+
+def test_a_server_that_always_hangs_up_is_502(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        with running(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}") as gateway:
+            assert gateway.chat(QUESTION).status_code == 502
+        server.shutdown(socket.SHUT_RDWR)
+
+
 def test_what_the_server_refuses_passes_and_is_not_recorded(gateway, ollama):
     ollama.faults["POST /api/chat"] = "500"
     answer = gateway.chat(QUESTION)
@@ -572,7 +618,7 @@ def test_a_client_that_says_more_than_it_sends_reaches_no_server(gateway, ollama
 @pytest.mark.parametrize("body", [b"", b"no", b"[]", b'{"model": "baker", "messages": [1, null, {"content": 7}]}'])
 def test_a_request_that_nobody_understands_passes(gateway, ollama, body):
     assert gateway.http.post("/api/chat", content=body).status_code in (400, 200, 502)
-    assert ollama.requests == ["POST /api/chat"]
+    assert set(ollama.requests) == {"POST /api/chat"}
     assert gateway.health()["errors"] == 0
 
 

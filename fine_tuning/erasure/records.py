@@ -35,7 +35,7 @@ class Selection:
         if self.tombstones is not None:
             return self.tombstones.names(identity)
         if self.conversation is not None:
-            return identity == self.conversation
+            return self.conversation in (identity, metadata.get("branch_of"))
         if self.session is not None:
             named = (metadata.get("session_id"), metadata.get("session"))
             return self.session in named or identity in (self.session, session_name(self.session))

@@ -106,7 +106,7 @@ def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[
         client: the Ollama server, None to leave it out.
         name: the deployed model's name there; `name:live` is the switch, `name:<version>` what it points at.
     """
-    models = [*_served_models(client, name), *local_models(checkout)]
+    models = [*served_models(client, name), *local_models(checkout)]
     names = {model.name: model for model in reversed(models)}
     good = "Live" not in names and read_object(checkout / COMPARISON).get("verdict") == "PROMOTE"
     first = next(
@@ -115,7 +115,8 @@ def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[
     return sorted(models, key=lambda model: model is not first)
 
 
-def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
+def served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
+    """The live model and the versions that a server has."""
     if client is None:
         return []
     try:
@@ -132,6 +133,7 @@ def _served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
 
 
 def local_models(checkout: Path) -> list[ChatModel]:
+    """The models whose files the checkout has: champion, base, candidate."""
     models = []
     version = champion_version(checkout)
     if version is not None and (checkout / CHAMPION_GGUF).is_file():

@@ -19,22 +19,24 @@ from urllib.parse import urlsplit
 
 import httpx
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fine_tuning.integration.chat_models import served_models
 from fine_tuning.integration.gateway.recorder import Outcome, Recorder, Ticket
 from fine_tuning.integration.gateway.wire_formats import READERS, ReplyReader
-from fine_tuning.integration.ollama_client import full_name, is_local
+from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_local
 from fine_tuning.integration.request_guard import is_own
 
 MOST_BYTES = 64 << 20  # of a request, images included
-TAGS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
+KEPT_CONNECTIONS = 64  # connecting is the largest part of what a request would wait for in here
+VERSIONS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
 OF_ONE_CONNECTION = {
     *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host"),
 }
+OWN = ("/health", "/v1/feedback", "/v1/recording")
 CHANGES = re.compile(r"/api/(create|delete|push|pull|copy|blobs)(/|$)")
 TOKEN_HEADERS = (b"x-whetstone-token", b"authorization", b"x-api-key")
 
@@ -59,11 +61,16 @@ class Upstream:
     model: dict[str, Any] = field(default_factory=dict)
 
 
-class GatewayGuard:
-    """ASGI middleware: lets in what is sent to an allowed host, by no foreign page, with the token if one is set."""
+class Gateway:
+    """The ASGI application: lets in what is sent to an allowed host, by no foreign page, with the token if one is set.
 
-    def __init__(self, app: ASGIApp, names: Collection[str], port: int, token: str | None) -> None:
-        self.app, self.names, self.port, self.token = app, names, port, token
+    Args:
+        own: answers the routes in OWN; `proxy` the others.
+        names: the hosts that it is asked for, see `request_guard.is_own`; `port`, where it listens.
+    """
+
+    def __init__(self, own: ASGIApp, proxy: ASGIApp, names: Collection[str], port: int, token: str | None) -> None:
+        self.own, self.proxy, self.names, self.port, self.token = own, proxy, names, port, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on without the token."""
@@ -82,7 +89,8 @@ class GatewayGuard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        await self.app(scope, receive, send)
+        app = self.own if scope["type"] == "lifespan" or scope["path"] in OWN else self.proxy
+        await app(scope, receive, send)
 
     def _is_token(self, value: bytes) -> bool:
         given = value[7:] if value[:7].lower() == b"bearer " else value
@@ -106,12 +114,11 @@ class Proxy:
         local = is_local(upstream.url)
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None),
-            # A kept connection that the server has just closed looks like a server that went down.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS),
             trust_env=not local,
             verify=upstream.url.startswith("https:"),
         )
-        self._tags: tuple[float, dict[str, str]] = (0.0, {})
+        self._versions: tuple[float, dict[str, int | None]] = (-VERSIONS_SECONDS, {})
         self.streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,20 +167,18 @@ class Proxy:
 
     async def model_of(self, said: str) -> dict[str, Any]:
         """What is logged of the model that a reply names: `whetstone:live` is a version, which moves on."""
-        name, known = self.upstream.name, self.upstream.model
-        if known or name is None or not full_name(said).startswith(f"{name}:"):
-            return known
-        with suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
-            if time.monotonic() - self._tags[0] > TAGS_SECONDS:
-                tags = (await self.client.get(self._base.join("/api/tags"), timeout=2.0)).json()["models"]
-                self._tags = time.monotonic(), {str(tag["name"]): str(tag["digest"]) for tag in tags}
-            digest = self._tags[1][full_name(said)]
-            version = re.compile(rf"{re.escape(name)}:([1-9][0-9]{{0,8}})")
-            same = [
-                match for tag, other in self._tags[1].items() if other == digest and (match := version.fullmatch(tag))
-            ]
-            return {"model": same[0][0], "version": int(same[0][1])} if same else {}
-        return {}
+        name = self.upstream.name
+        if name is None or not full_name(said).startswith(f"{name}:"):
+            return self.upstream.model
+        if time.monotonic() - self._versions[0] > VERSIONS_SECONDS:
+            self._versions = time.monotonic(), await asyncio.to_thread(_versions, self.upstream)
+        version = self._versions[1].get(full_name(said))
+        return {"model": f"{name}:{version}", "version": version} if version else {}
+
+
+def _versions(upstream: Upstream) -> dict[str, int | None]:
+    with OllamaClient(upstream.url, timeout=2.0) as client:
+        return {model.tag: model.version for model in served_models(client, upstream.name or "")}
 
 
 class _Relay:
@@ -186,7 +191,11 @@ class _Relay:
     async def run(self, request: httpx.Request, scope: Scope, receive: Receive, send: Send) -> None:
         client, response = self._proxy.client, None
         try:
-            response = await client.send(request, stream=True)
+            try:
+                response = await client.send(request, stream=True)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # A kept connection that the server has just closed looks like a server that hangs up.
+                response = await client.send(request, stream=True)
             await self._pass(response, send)
         except httpx.HTTPError as error:
             if response is None:
@@ -285,16 +294,12 @@ async def _gone(receive: Receive) -> None:
 
 def application(
     upstream: Upstream, recorder: Recorder, names: Collection[str], port: int, token: str | None, manage_models: bool
-) -> Starlette:
-    """The gateway as an ASGI application.
-
-    Args:
-        names: the hosts that it is asked for, see `request_guard.is_own`; `port`, where it listens.
-    """
+) -> Gateway:
+    """The gateway with what it consists of."""
     proxy = Proxy(upstream, recorder, manage_models)
-    address = urlsplit(upstream.url).netloc
 
     async def health(_: Request) -> JSONResponse:
+        address = urlsplit(upstream.url).netloc
         return JSONResponse({"upstream": address, "streams": proxy.streams, "recording": recorder.statistics()})
 
     async def feedback(request: Request) -> JSONResponse:
@@ -319,13 +324,6 @@ def application(
             await proxy.client.aclose()
             recorder.close()
 
-    return Starlette(
-        routes=[
-            Route("/health", health),
-            Route("/v1/feedback", feedback, methods=["POST"]),
-            Route("/v1/recording", recording, methods=["POST"]),
-            Mount("/", proxy),
-        ],
-        middleware=[Middleware(GatewayGuard, names=names, port=port, token=token)],
-        lifespan=lifespan,
-    )
+    answers = zip(OWN, (health, feedback, recording), (["GET"], ["POST"], ["POST"]), strict=True)
+    routes = [Route(path, answer, methods=methods) for path, answer, methods in answers]
+    return Gateway(Starlette(routes=routes, lifespan=lifespan), proxy, names, port, token)

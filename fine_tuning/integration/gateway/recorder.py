@@ -45,8 +45,8 @@ TASKS = (
     "### Task:\nYou are an autocompletion system. Continue the text in `<text>`",
     "Your task is to reflect the speaker's likely facial expression through a fitting emoji.",
     "You have been provided with a set of responses from various models to the latest user query:",
-    "Available Tools: ",
 )
+CHOOSES_TOOLS = "\n\nYour task is to choose and return the correct tool(s) from the list of available tools"
 NAMES = ("conversation_id", "chat_id", "session_id", "thread_id", "conversation")
 
 Outcome = Literal["complete", "stopped", "failed"]
@@ -109,15 +109,13 @@ class Recorder:
             asked = read_request(path, body)
             if asked is None:
                 return self._leave_out("no JSON")
-            task = headers.get("x-openwebui-task", "").strip()
-            if task and task.lower() not in ("none", "{{task}}"):
+            # A placeholder that Open WebUI does not know stays as it is.
+            headers = {name: value for name, value in headers.items() if "{{" not in value}
+            system = asked.history[0]["content"] if asked.history else ""
+            task = headers.get("x-openwebui-task", "").strip().lower() not in ("", "none")
+            if task or asked.question.startswith(TASKS) or CHOOSES_TOOLS in system:
                 return self._leave_out("task")
-            beginning = [asked.question, *(m["content"] for m in asked.history[:1] if m["role"] == "system")]
-            if any(text.lstrip().startswith(TASKS) for text in beginning):
-                return self._leave_out("task")
-            if asked.problem:
-                return self._leave_out(asked.problem)
-            return self._placed(asked, headers)
+            return self._leave_out(asked.problem) if asked.problem else self._placed(asked, headers)
         except Exception as error:
             return self.failed(error)
 
@@ -136,7 +134,7 @@ class Recorder:
         identity = uuid.uuid4().hex
         place = self._chain.place(nodes, asked.history, asked.question, name, identity)
         given = headers.get("x-openwebui-message-id", "")
-        if given and "{{" not in given and self._chain.conversation_of(given) is None:
+        if given and self._chain.conversation_of(given) is None:
             identity = given
         return Ticket(asked, person, name, place, identity)
 

@@ -6,9 +6,9 @@ Only text is read. `/api/chat`, `/api/generate`, `/v1/chat/completions`, `/v1/co
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -16,19 +16,19 @@ ROLES = {"developer": "system", "function": "tool", "model": "assistant"}
 CALLS = ("tool_use", "function_call", "custom_tool_call")
 RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "max_tokens", "max_completion_tokens", "max_output_tokens")
+NAMES = ("user", "store", "conversation")
 CUT = ("length", "max_tokens", "max_output_tokens")
 THOUGHTS = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 MOST_BYTES = 32 << 20  # of a reply that is read; a longer one is passed on unread
 
 
-@dataclass
-class Turn:
-    """One message of a request: its text, and whether it has more than text."""
+class _Turn(NamedTuple):
+    """A message of a request: its text, the tools that it calls, and its parts that are no text."""
 
     role: str
     content: str
-    calls: list[Any] = field(default_factory=list)
-    attachments: list[dict[str, str]] = field(default_factory=list)
+    calls: Sequence[Any] = ()
+    files: Sequence[Any] = ()
 
 
 @dataclass
@@ -65,8 +65,7 @@ def read_request(path: str, body: bytes) -> Asked | None:
     asked = Asked(
         model=str(request.get("model") or ""),
         sampling={key: options[key] for key in SAMPLING if isinstance(options.get(key), (int, float))},
-        names={**_object(request.get("metadata")), "user": request.get("user"), "store": request.get("store")}
-        | {key: request[key] for key in ("conversation", "previous_response_id") if request.get(key)},
+        names={**_object(request.get("metadata")), **{key: request.get(key) for key in NAMES}},
     )
     turns = list(_turns(path, request))
     last = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=None)
@@ -77,22 +76,22 @@ def read_request(path: str, body: bytes) -> Asked | None:
     elif turns[-1].role == "assistant" and not turns[-1].calls:
         asked.problem = "continued reply"
     else:
-        asked.question, asked.attachments = turns[last].content, turns[last].attachments
+        asked.question, asked.attachments = turns[last].content, [_reference(part) for part in turns[last].files]
         asked.history = [
             {"role": turn.role, "content": turn.content}
             for turn in turns[:last]
-            if turn.role != "tool" and not turn.calls and turn.content.strip()
+            if turn.role in ("system", "user", "assistant") and not turn.calls and turn.content.strip()
         ]
         asked.tool_calls = [call for turn in turns[last:] for call in turn.calls]
     return asked
 
 
-def _turns(path: str, request: dict[str, Any]) -> Iterator[Turn]:
+def _turns(path: str, request: dict[str, Any]) -> Iterator[_Turn]:
     system = request.get("instructions" if path == "/v1/responses" else "system")
     if path in ("/api/generate", "/v1/responses", "/v1/messages") and (text := _text(system)):
-        yield Turn("system", text)
+        yield _Turn("system", text)
     if path in ("/api/generate", "/v1/completions"):
-        yield Turn("user", _text(request.get("prompt")), attachments=_files(request.get("images")))
+        yield _Turn("user", _text(request.get("prompt")), files=_list(request.get("images")))
         return
     rows = request.get("input" if path == "/v1/responses" else "messages")
     for row in [{"role": "user", "content": rows}] if isinstance(rows, str) else _list(rows):
@@ -103,8 +102,8 @@ def _turns(path: str, request: dict[str, Any]) -> Iterator[Turn]:
         if _kind(row) in RESULTS or (set(kinds) & set(RESULTS) and not _text(content)):
             role = "tool"
         if _kind(row) != "reasoning":
-            files = [*_files(row.get("images")), *_files(part for part in _list(content) if _is_file(part))]
-            yield Turn(ROLES.get(role, role), _text(content), calls, files)
+            files = [*_list(row.get("images")), *filter(_is_file, _list(content))]
+            yield _Turn(ROLES.get(role, role), _text(content), calls, files)
 
 
 def _text(content: Any) -> str:
@@ -115,13 +114,10 @@ def _text(content: Any) -> str:
     return "\n".join(part for part in parts if isinstance(part, str))
 
 
-def _files(parts: Any) -> list[dict[str, str]]:
-    """References to what is no text: a type and a hash, never the bytes."""
-    found = []
-    for part in parts or ():
-        digest = hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
-        found.append({"type": str(_kind(part) or "image"), "sha256": digest})
-    return found
+def _reference(part: Any) -> dict[str, str]:
+    """The type and a hash of what is no text, without its bytes."""
+    digest = hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return {"type": str(_kind(part) or "image"), "sha256": digest}
 
 
 def _is_file(part: Any) -> bool:
@@ -145,16 +141,15 @@ def _list(value: Any) -> list[Any]:
 
 
 class ReplyReader:
-    """Reads a reply beside the stream. `feed` gets its bytes as they pass; the attributes say what it holds.
+    """Reads a reply beside the stream: `feed` gets its bytes as they pass.
 
     Args:
         path: the route that was asked.
         content_type: of the answer. NDJSON and events are read line by line, JSON as a whole in `end`.
 
     Attributes:
-        text, reasoning: what has arrived.
-        finished: whether the model ended it, and `cut` whether a limit of tokens did.
-        calls: whether it calls tools instead of ending the turn.
+        finished: whether the model ended the reply, `cut` whether a limit of tokens did.
+        calls: whether it calls tools.
     """
 
     def __init__(self, path: str, content_type: str) -> None:
@@ -165,7 +160,6 @@ class ReplyReader:
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
         self.model: str | None = None
-        self.id: str | None = None
         self.tokens: int | None = None
         self.finished = self.cut = self.calls = False
 
@@ -204,10 +198,12 @@ class ReplyReader:
 
     @property
     def text(self) -> str:
+        """What has arrived, without the model's thoughts."""
         return THOUGHTS.sub("", "".join(self._pieces))
 
     @property
     def reasoning(self) -> str:
+        """The model's thoughts."""
         inline = THOUGHTS.match("".join(self._pieces))
         return "".join(self._thoughts) or (inline[1].strip() if inline else "")
 
@@ -219,7 +215,7 @@ class ReplyReader:
 
     def name(self, source: dict[str, Any], tokens: Any = None, reason: Any = None) -> None:
         """Take in what a message says of itself, and the reason why it ended."""
-        self.model, self.id = source.get("model") or self.model, source.get("id") or self.id
+        self.model = source.get("model") or self.model
         self.tokens = tokens if isinstance(tokens, int) else self.tokens
         if reason:
             self.finished, self.cut = True, reason in CUT
