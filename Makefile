@@ -59,7 +59,7 @@ promote: $(VENV)/installed ## Register the candidate and make it champion
 	@python -m fine_tuning promote
 
 bench: $(VENV)/installed ## List the benchmarks, which are run by hand
-	@for script in benchmarks/*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
+	@for script in benchmarks/[!_]*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
 
 lint: $(VENV)/installed-dev ## Check style and types, and that git holds no secret
 	@ruff check .

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from fine_tuning.common.errors import UserError, run
+from fine_tuning.common.errors import UserError
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.runtime.base_model import PROBE_BANK, BaseSettings, locate_base, write_base
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.runtime.llama_engine import LlamaEngine
@@ -42,4 +43,4 @@ def prove_tokenizer(gguf: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

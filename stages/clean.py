@@ -6,10 +6,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fine_tuning.common.errors import UserError, run
+from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import CleanSettings
@@ -56,4 +57,4 @@ def control_tokens() -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from fine_tuning.common.errors import run
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, replacing, write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.evaluation.records.champion_records import called_champion, champion_folder, is_champion
 from fine_tuning.evaluation.records.data_changes import changes_since
 from fine_tuning.evaluation.records.settings import EvaluateSettings
@@ -61,4 +61,4 @@ def write_plot(path: Path, drawing: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

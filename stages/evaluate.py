@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from fine_tuning.common.errors import count_of, run
+from fine_tuning.common.errors import count_of
 from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import write_json, write_jsonl
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.personal_data.people import PeopleSettings, people_finder
 from fine_tuning.evaluation.records.champion_records import (
     LEARNED,
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fine_tuning.common.errors import run
 from fine_tuning.common.records import write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.data_export import DataExporter, ExportSettings, read_clean
 
 CLEAN = Path("data/clean")
@@ -24,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

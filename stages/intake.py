@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from fine_tuning.common.errors import UserError, count_of, run
+from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.records import write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
     check_append_only,
@@ -44,4 +45,4 @@ def refuse_forgotten(paths: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fine_tuning.common.errors import run
 from fine_tuning.common.records import write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.model_management.packaging.model_package import (
     PackageSettings,
     merge_adapter,
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fine_tuning.common.errors import UserError, run
+from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.records import read_jsonl, write_csv, write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
 from fine_tuning.data_preparation.preferences import find_preferences
@@ -95,4 +96,4 @@ def show_progress(split: str, rows: Iterable[PreparedRow]) -> Iterable[PreparedR
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

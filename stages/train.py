@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from fine_tuning.common.errors import run
 from fine_tuning.common.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri, versions
 from fine_tuning.common.records import read_json, write_csv, write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.common.stage_times import run_stage
 from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.runtime.hardware import is_main_process
 from fine_tuning.schema.chat_format import load_tokenizer
@@ -90,4 +90,4 @@ def run_tags(base: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_stage(main)

@@ -9,6 +9,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -38,13 +39,16 @@ class Remote:
     secrets: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def add_to(self, checkout: Path, name: str) -> None:
+    def add_to(self, checkout: Path, name: str, level: str = "repo") -> None:
         """Make it the remote `name` of a checkout, as `dvc remote add` and `dvc remote modify` do."""
         from dvc.repo import Repo
 
-        with Repo(str(checkout)) as repo, repo.config.edit("repo") as config:
+        with Repo(str(checkout)) as repo, repo.config.edit(level) as config:
             config["remote"][name] = {"url": self.url, "verify": "true", **self.settings}
-        self.unlock(checkout, name)
+            if level == "local":
+                config["remote"][name] |= self.secrets
+        if level == "repo":
+            self.unlock(checkout, name)
 
     def unlock(self, checkout: Path, name: str, **other: str) -> None:
         """Put the secrets where git does not see them: `dvc remote modify --local`."""
@@ -307,9 +311,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=REMOTES)
     kind = parser.parse_args().kind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with this process, however that ends
     checkout = Path.cwd()
     with REMOTES[kind](checkout / ".whetstone" / "remotes" / kind) as remote:
-        remote.add_to(checkout, kind)
+        remote.add_to(checkout, kind, "local")  # a port and a path of this machine are nothing for git
         print(f"the remote {kind!r} is {remote.url}: `dvc push -r {kind}`, `dvc pull -r {kind}`")
         if kind == "local":
             return

@@ -11,6 +11,7 @@ from streamlit.testing.v1 import AppTest
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
@@ -18,6 +19,7 @@ from fine_tuning.integration.chat_models import fitting_prompt, stream_reply
 from fine_tuning.integration.chat_session import pending_replies
 from fine_tuning.integration.conversation_index import ConversationIndex
 from fine_tuning.integration.embedded_engine import SharedEngines, shared_engines
+from fine_tuning.integration.jobs import jobs
 from fine_tuning.integration.reply import Reply
 from fine_tuning.integration.reply_markdown import pieces
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
@@ -312,6 +314,19 @@ def test_a_reply_asked_for_again_keeps_the_first_and_the_choice_between_them(che
     assert [(e["message_id"], e["over"]) for e in after["feedback"]] == [(first, [second])]
 
 
+def test_an_earlier_reply_is_offered_as_it_was_edited(checkout):
+    at = say(open_chat(), "Hello?")
+    first = logged(checkout)[0]["id"]
+    at.button(key=f"edit-{first}").click().run()
+    at.text_area(key=f"edited-{first}").set_value("Good morning.")
+    at.button(key="save-edit").click().run()
+    at = settle(at.button(key=f"again-{first}").click().run())
+    offered = [markdown.value for markdown in at.expander[-1].markdown]
+    assert offered == ["Good morning."]
+    at.button(key=f"prefer-{first}").click().run()
+    assert "Good morning." in [markdown.value for markdown in at.markdown]
+
+
 def test_an_edited_reply_is_what_the_model_is_told_it_said(checkout):
     at = say(open_chat(), "Hello?")
     identity = logged(checkout)[0]["id"]
@@ -338,6 +353,35 @@ def test_conversations_are_listed_found_and_renamed(checkout):
     assert at.button(key=f"open-{first}").label == "The box in the hall"
     at.button(key=f"open-{first}").click().run()
     assert at.text_input(key=f"name-{first}").value == "The box in the hall"
+
+
+def test_deleting_is_instant_starts_nothing_and_can_be_undone(checkout):
+    at = say(open_chat(), "How do I tune a xylophone?")
+    identity, before = at.query_params["chat"], conversation(checkout)
+    at.button(key="delete").click().run()
+    assert jobs.latest is None or not jobs.latest.running
+    logger, index = ConversationLogger(checkout / "inbox/conversations.jsonl"), ConversationIndex(checkout)
+    assert f"open-{identity}" not in [button.key for button in at.button]
+    assert logger.read_conversations() == [] and logger.get_conversation_stats()["total_conversations"] == 0
+    assert index.all() == [] and index.conversation(identity) is None
+
+    at.button(key=f"undo-{identity}").click().run()
+    assert at.query_params["chat"] == identity and at.button(key=f"open-{identity}")
+    assert conversation(checkout) == before == index.conversation(identity)
+    assert not [button for button in at.button if (button.key or "").startswith("undo-")]
+
+
+def test_what_was_deleted_is_not_sealed(checkout):
+    at = say(open_chat(), "How do I tune a xylophone?")
+    at.button(key="delete").click().run()
+    (log,) = close_log(checkout / "inbox/conversations.jsonl", checkout / "data/conversations")
+    seal_log(log, checkout / "data/conversations", checkout / "data/manifest.json")
+    log.unlink()
+    (shard,) = (checkout / "data/conversations").glob("*.jsonl")
+    assert "xylophone" not in shard.read_text() and json.loads(shard.read_text())["deleted"]
+    at.run()
+    assert not [button for button in at.button if (button.key or "").startswith("undo-")]
+    assert "1 more: sealed as deleted." in [caption.value for caption in at.caption]
 
 
 def test_without_any_model_the_page_says_what_to_run(checkout):
@@ -389,12 +433,12 @@ def test_only_owners_get_the_pages_that_start_commands(checkout, monkeypatch):
         if owners:
             at.secrets["roles"] = {"owners": owners}
         say(at.run(), "Hello?")
-        assert ("Delete…" in [button.label for button in at.button]) == (name in ("ann", "her sub")), name
+        assert ("Delete" in [button.label for button in at.button]) == (name in ("ann", "her sub")), name
         titles = ["Chat", "Compare"] + ["Data", "Runs", "Models"] * (name in ("ann", "her sub"))
         assert [page.title for page in offered[-1]] == titles, name
     at.user = ann | {"email_verified": False}
     at.secrets["roles"] = {"owners": ["ann@example.org"]}
-    assert "Delete…" not in [button.label for button in at.run().button]
+    assert "Delete" not in [button.label for button in at.run().button]
 
 
 def test_a_judgement_bears_the_name_of_whoever_is_signed_in(checkout):
@@ -646,6 +690,8 @@ def test_an_unforeseen_failure_is_told_by_its_kind_only():
         (":red[alarm] :material/bolt: :smile:", "\\:red[alarm] \\:material/bolt: \\:smile:"),
         ("at 12:30:45 `$HOME :a[b]`", "at 12:30:45 `$HOME :a[b]`"),
         ("lone \ud800 surrogate\x00", "lone ? surrogate"),
+        ("<b>Hi</b> costs $5", "\\<b>Hi\\</b> costs \\$5"),
+        ("`<b>` 2 < 3", "`<b>` 2 < 3"),
         ("> ```mermaid\n> a\n> ```", "> ```text mermaid\n> a\n> ```"),
         ("- ~~~ &#109;ermaid `\n  a", "- ~~~text  &#109;ermaid `\n  a"),
         ("[^1]: ~~~mermaid", "[\u200b^1]: ~~~mermaid"),

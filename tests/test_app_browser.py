@@ -147,7 +147,7 @@ def test_another_web_page_cannot_talk_to_the_app(served):
     assert httpx.put(f"{address}/_stcore/upload_file/a/b", content=b"x", trust_env=False).status_code == 403
 
 
-def test_a_conversation_is_deleted_after_it_said_where_it_is(served, page):
+def test_a_conversation_is_deleted_at_once_and_erased_after_it_was_said_where_it_is(served, page):
     address, checkout, _ = served
     page.set_viewport_size({"width": 1000, "height": 800})
     page.goto(address)
@@ -155,11 +155,15 @@ def test_a_conversation_is_deleted_after_it_said_where_it_is(served, page):
     page.get_by_role("radio", name="Thumbs up").wait_for()
     said = of_this_chat(page, checkout)
     page.get_by_role("button", name="This chat").click()
-    page.get_by_role("button", name="Delete…").click()
-    page.get_by_text("inbox/conversations.jsonl: 1 event → taken out").wait_for()
-    page.get_by_role("button", name="Delete it everywhere").click()
-    page.get_by_role("button", name="Forget this").wait_for(state="detached")
-    page.get_by_text("Delete: next: git add").wait_for()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_role("button", name="Forget this", exact=True).wait_for(state="detached")
+    page.get_by_text("Deleted (1)").click()
+    page.get_by_role("button", name="Undo: Forget this").wait_for()
+    page.get_by_role("button", name="Erase for good…").click()
+    page.get_by_text("inbox/conversations.jsonl: 2 events → taken out").wait_for()
+    page.get_by_text("no stage has to run").wait_for()
+    page.get_by_role("button", name="Erase it").click()
+    page.get_by_text("Erase: next: git add").wait_for()
     page.get_by_text("Its output").click()
     page.get_by_text("nothing of it is left there").wait_for()
     identity = said[0]["conversation_id"]
@@ -225,6 +229,40 @@ def test_the_engine_ends_with_the_app(tmp_path, tiny_base, page, end):
                 return True
 
         until(ended)
+
+
+def test_a_long_message_is_sent_whole(served, page):
+    address, checkout, _ = served
+    page.goto(address)
+    page.get_by_test_id("stChatInputTextArea").wait_for()
+    text = "word " * 5_000 + "end"
+    send(page, text)
+    page.get_by_role("radio", name="Thumbs up").wait_for()
+    assert of_this_chat(page, checkout)[0]["user_message"] == text
+
+
+def test_a_question_outlives_an_app_that_is_killed(tmp_path, tiny_base, page):
+    with FakeOllama(reply="Restart the router and wait.") as ollama:
+        live_model(ollama)
+        checkout = write_checkout(tmp_path, tiny_base, host=ollama.host)
+        with app_process(checkout) as (address, server):
+            page.goto(address)
+            page.get_by_test_id("stChatInputTextArea").wait_for()
+            ollama.faults["POST /api/chat"] = "hang in stream"
+            send(page, "A long and careful text")
+            page.get_by_text("Restart").wait_for()
+            server.kill()
+            server.wait(60)
+        ollama.faults.clear()
+        with app_process(checkout) as (address, _):
+            page.goto(address)
+            page.get_by_test_id("stExpandSidebarButton").click()
+            page.get_by_role("button", name="No reply yet: A long and careful text").click()
+            page.get_by_role("button", name="Try again").click()
+            page.get_by_role("radio", name="Thumbs up").wait_for()
+            (event,) = events(checkout)
+            assert event["user_message"] == "A long and careful text"
+            assert json.loads((checkout / ".whetstone/questions.json").read_text()) == {}
 
 
 def test_an_app_that_is_ended_in_mid_reply_keeps_what_came(tmp_path, tiny_base, page):

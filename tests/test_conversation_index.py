@@ -13,7 +13,7 @@ from fine_tuning.data_collection.storage.shards import shard_paths, versions, wr
 from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS, ConversationIndex
 from fine_tuning.schema.conversation import fold
 
-KINDS = ("say", "judge", "edit", "delete", "close", "seal", "forget", "erase", "bring", "torn")
+KINDS = ("say", "judge", "edit", "delete", "undo", "close", "seal", "forget", "erase", "bring", "torn")
 STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=14)
 
 
@@ -36,6 +36,8 @@ def take(step: str, number: int, checkout: Path, logger: ConversationLogger, sai
         logger.log_edit(f"{said[-1]}" if said else "nobody", "It is not.", conversation_id=identity)
     elif step == "delete":
         logger.log_delete(identity)
+    elif step == "undo":
+        logger.undo_delete(identity)
     elif step == "close":
         close_log(logger.path, shards)
     elif step == "seal":
@@ -62,6 +64,7 @@ def take(step: str, number: int, checkout: Path, logger: ConversationLogger, sai
 @given(STEPS)
 @example([("say", 0), ("seal", 0), ("say", 0), ("close", 0), ("say", 1), ("seal", 0), ("say", 2)])
 @example([("say", 0), ("say", 1), ("forget", 0), ("judge", 1), ("seal", 0), ("erase", 0)])
+@example([("say", 0), ("seal", 0), ("delete", 0), ("undo", 0), ("delete", 0), ("seal", 0)])
 @example([("say", 0), ("seal", 0), ("bring", 1), ("say", 1), ("delete", 0)])
 def test_after_every_step_the_index_says_what_the_files_say(steps):
     with tempfile.TemporaryDirectory() as name:
@@ -75,6 +78,7 @@ def test_after_every_step_the_index_says_what_the_files_say(steps):
                 identity: len(c["messages"]) for identity, c in there.items()
             }
             assert all(index.conversation(identity) == c for identity, c in there.items())
+            assert there.keys().isdisjoint(found.id for found in index.deleted())
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):

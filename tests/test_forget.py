@@ -26,10 +26,10 @@ from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, read_jsonl, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.importers import import_file
-from fine_tuning.data_collection.storage.shards import describe_shard, shard_paths, write_shard
+from fine_tuning.data_collection.storage.shards import describe_shard, shard_paths, versions, write_shard
 from fine_tuning.data_collection.storage.tombstones import Tombstones, content_hash, id_hash
 from fine_tuning.data_preparation.splits import Ledger
-from fine_tuning.erasure.records import Selection, clear_shards, collect
+from fine_tuning.erasure.records import Selection, clear_shards, collect, deleted_ids
 from fine_tuning.erasure.steps import STEPS
 from fine_tuning.erasure.traces import ID, Traces
 from fine_tuning.model_management.model_registry import open_registry
@@ -317,6 +317,32 @@ def test_a_chat_that_was_never_sealed_trains_nothing(project, tmp_path):
     assert status == 0, said
     assert sha256_file(ADAPTER) == adapter and Path("data/evaluation/prompts.jsonl").exists()
     assert "pipeline: not run, it has never read it" in said
+
+
+def test_words_that_cleaning_made_of_others_do_not_run_the_pipeline_for_a_chat_that_was_never_sealed(project):
+    with open("data/clean/all.jsonl", "a") as clean:  # a shard has "Hello ", which cleaning trims
+        clean.write(json.dumps({"id": "other-9", "messages": [{"content": "Hello"}]}) + "\n")
+    ConversationLogger("inbox/conversations.jsonl").log_conversation("Hello", "Hi.", {"session_id": "zoe-8"})
+    status, said = forget_in_process(conversation="zoe-8")
+    assert status == 0 and "pipeline: not run, it has never read it" in said, said
+    assert "other-9" in Path("data/clean/all.jsonl").read_text()
+
+
+def test_all_that_was_deleted_in_the_app_is_erased_with_one_announced_run(project):
+    log = ConversationLogger("inbox/conversations.jsonl")
+    log.log_conversation(SECRET, "Never mind.", {"session_id": "zoe-9"})
+    log.log_delete("zoe-9")
+    kept = {"other-0", "other-1", "other-2", "other-3", canary()["id"]}
+    announced = run(project, "--deleted").stdout
+    assert announced.startswith("1 conversation, ") and "then: no stage has to run" in announced
+    log.log_delete(canary()["id"])
+    assert deleted_ids(shard_paths("data/conversations"), [log.path]) == {"zoe-9", canary()["id"]}
+    announced = run(project, "--deleted").stdout
+    assert announced.startswith("2 conversations, ") and "then: `dvc repro`, intake, clean" in announced
+    done = run(project, "--deleted", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {v["id"] for v in versions(shard_paths("data/conversations"))} == kept - {canary()["id"]}
+    assert "nothing that was deleted is left here" in run(project, "--deleted").stderr
 
 
 def test_leftovers_of_killed_commands_are_found_and_removed(project, tmp_path, monkeypatch):

@@ -169,14 +169,17 @@ def test_open_webui_takes_the_current_path_and_the_ratings(tmp_path):
         "1": {"id": "1", "parentId": None, "role": "user", "content": "What is a lake?", "timestamp": 1_700_000_000},
         "2": {"id": "2", "parentId": "1", "role": "assistant", "content": "Wrong.", "model": "a"},
         "3": {"id": "3", "parentId": "1", "role": "assistant", "content": "Water that stays.", "model": "b",
-              "annotation": {"rating": 1, "comment": "nice"}},
+              "annotation": {"rating": 1, "reason": "accurate_information", "comment": "nice"}},
     }  # fmt: skip
-    export = [{"id": "abc", "chat": {"history": {"messages": nodes, "currentId": "3"}, "title": "x"}, "created_at": 1}]
+    chat = {"history": {"messages": nodes, "currentId": "3"}, "title": "x"}
+    export = [{"id": "abc", "user_id": "ann", "chat": chat, "created_at": 1}]
     (conversation,) = taken(write(tmp_path / "chats.json", export))
     assert turns(conversation) == EXCHANGE
     reply = conversation["messages"][1]
     assert reply["model"] == "b"
-    assert conversation["feedback"] == [{"rating": 1, "comment": "nice", "message_id": reply["id"]}]
+    said = {"rating": 1, "comment": "accurate_information: nice", "by": "ann"}
+    assert conversation["feedback"] == [said | {"message_id": reply["id"]}]
+    assert conversation["metadata"]["user_id"] == "ann"
 
 
 def test_csv_a_message_a_row_or_an_exchange_a_row(tmp_path):
@@ -734,7 +737,7 @@ def test_open_webui_replies_in_output_and_thumbs_beside_the_path():
     )
     assert lakes["feedback"] == [
         {"message_id": reply["id"], "rating": 1, "comment": "short and right", "by": "ann"},
-        {"message_id": other["id"], "rating": -1, "by": "ann"},
+        {"message_id": other["id"], "rating": -1, "comment": "factual", "by": "ann"},
     ]
     assert [role for role, _ in turns(clock)] == ["user", "assistant", "tool", "assistant"]
     assert "clock" in turns(clock)[1][1] and turns(clock)[2:] == [("tool", "12:00"), ("assistant", "It is noon.")]

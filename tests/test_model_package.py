@@ -244,6 +244,15 @@ def test_a_planted_fault_fails_the_stage(fault, named, checkout, monkeypatch):
     assert not (checkout / "metrics/package.json").exists()
 
 
+def test_an_adapter_that_rounding_would_lose_is_told_from_one_that_was_lost(checkout):
+    change_params(checkout / "params.yaml", "package", merged_dtype="bfloat16")
+    params = yaml.safe_load((checkout / "params.yaml").read_text())
+    parity = params["package"]["parity"] | {"max_merge_difference": 1e-6}
+    change_params(checkout / "params.yaml", "package", parity=parity)
+    with pytest.raises(UserError, match=r"bfloat16 cannot hold what the adapter learned: .*merged_dtype to float32"):
+        stage.main()
+
+
 def test_an_end_of_turn_that_the_gguf_lost_fails_the_stage(checkout, monkeypatch):
     # llama.cpp knows <|im_end|> by its name.
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -41,6 +41,12 @@ def test_one_draw_in_twenty_may_be_undefined():
     assert np.isnan(interval(500, draws, 0.9, 10).high)
 
 
+def test_one_cluster_has_no_interval():
+    alone = Estimate(1.0, 0.0, np.zeros(100), 1, studentised=True)
+    for found in (alone.interval(0.95), interval(1.0, np.ones(100), 0.95, clusters=1)):
+        assert found.value == 1 and np.isnan([found.low, found.high]).all()
+
+
 def test_clusters_of_unlike_size_are_drawn_alike_often():
     drawn = Resampling.over(["small", *["large"] * 9, *["middle"] * 3], 4000, seed=1)
     assert drawn.taken.shape == (4000, 3)

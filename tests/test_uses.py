@@ -170,6 +170,7 @@ def test_a_sweep_trains_every_combination_and_shows_them_in_one_table(trained, t
     assert _runs(project) == runs + 4
     shown = project.run("python", "-m", "fine_tuning", "experiments")
     assert all(name in shown for name in names) and "train.learning_rate" in shown and "train.seed" not in shown
+    assert "train.lora.rank 2" in shown and len(min(shown.splitlines()[2:], key=len)) <= 100
     drawing = ElementTree.parse(project.folder / "metrics/experiments.svg").getroot()
     legend = " ".join(element.text or "" for element in drawing.iter() if element.tag.endswith("text"))
     assert all(name in legend for name in names)

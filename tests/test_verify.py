@@ -97,6 +97,10 @@ def test_without_a_remote_that_is_noted(promoted, capsys):
     with FakeOllama() as server:
         status, findings = verify(capsys, "--host", server.host)
     assert status == 0 and findings[0]["what"] == "no remote is set"
+    sh(promoted, "dvc remote add -q one /tmp/one && dvc remote add -q two /tmp/two")
+    with FakeOllama() as server:
+        findings = verify(capsys, "--host", server.host)[1]
+    assert findings[0]["what"] == "no remote is the default of one, two"
     with pytest.raises(UserError, match="there is no remote elsewhere"):
         verify(capsys, "--remote", "elsewhere")
 

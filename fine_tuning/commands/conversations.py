@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from fine_tuning.data_collection.importers import Imported, Problem, import_file
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
+    count_conversations,
     newest_versions,
     next_stamp,
     read_manifest,
@@ -27,7 +29,14 @@ from fine_tuning.data_collection.storage.shards import (
     write_shard,
 )
 from fine_tuning.data_collection.storage.tombstones import Tombstones
-from fine_tuning.schema.conversation import is_by_a_model, is_feedback, message_ids, version_hash, with_feedback_of
+from fine_tuning.schema.conversation import (
+    fold,
+    is_by_a_model,
+    is_feedback,
+    message_ids,
+    version_hash,
+    with_feedback_of,
+)
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -214,12 +223,13 @@ def bring_sample(args: argparse.Namespace) -> None:
 
 def show_stats(args: argparse.Namespace) -> None:
     """Print statistics as JSON."""
-    conversations = {}
-    if args.all:
-        conversations = {v["id"]: v for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
-    conversations |= {c["id"]: c for c in ConversationLogger(INBOX).read_conversations()}
+    shards = shard_paths(CONVERSATIONS, MANIFEST)
+    conversations = {v["id"]: v for v in versions(shards)} if args.all else {}
+    fold(ConversationLogger(INBOX).read_events(), conversations)
     kept = [conversation for conversation in conversations.values() if conversation["messages"]]
     print(json.dumps(conversation_stats(kept), ensure_ascii=False, indent=2))
+    if not args.all and not kept and (sealed := count_conversations(shards)):
+        print(f"nothing was logged since the last seal; --all counts the {sealed:,} sealed ones", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------

@@ -48,19 +48,23 @@ def finished_first(lines: list[Line]) -> list[Line]:
 
 
 def table(lines: list[Line]) -> Any:
-    """One row a line: its name, the parameters that are not the same in all, its metrics, how far it has come."""
+    """One row a line: its name, the parameters that are not the same in all, its metrics, how far it has come.
+
+    The parameters share a column, each on a line of its own: a table of 80 columns can be read.
+    """
     from rich.table import Table
 
     varied = varied_parameters(lines)
-    shown = Table()
-    shown.add_column("experiment")
-    for name in (*varied, *METRICS, "state"):
+    shown = Table(show_lines=True)
+    for name in ("experiment", "parameters"):
+        shown.add_column(name, overflow="fold")
+    for name in (*METRICS, "state"):
         shown.add_column(name, justify="right")
     for line in lines:
-        parameters = [str(line.params.get(name, "-")) for name in varied]
+        parameters = "\n".join(f"{name} {line.params.get(name, '-')}" for name in varied)
         measured = [line.metrics.get(key) for key in METRICS.values()]
         cells = [number(value) if isinstance(value, float) else str(value or "-") for value in measured]
-        shown.add_row(line.name, *parameters, *cells, line.status)
+        shown.add_row(line.name.replace(" ", "\n"), parameters, *cells, line.status)
     return shown
 
 

@@ -19,10 +19,11 @@ from filelock import FileLock, Timeout
 from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import main_checkout, root
+from fine_tuning.common.stage_times import about, expected_seconds
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.erasure import object_stores
-from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard
+from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard, deleted_ids
 from fine_tuning.erasure.steps import (
     AGAIN,
     CONVERSATIONS,
@@ -58,7 +59,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
     tombstones = _tombstones() if args.again else None
-    where = find(Selection(args.conversation, args.session, args.user, tombstones))
+    deleted = deleted_ids(shard_paths(CONVERSATIONS, MANIFEST), logs()) if args.deleted else None
+    where = find(Selection(args.conversation, args.session, args.user, tombstones, deleted))
     print("\n".join(describe(where)))
     if not args.yes:
         question = f"Forget {count_of(len(where.found.ids), 'conversation')} in all these places? Type yes: "
@@ -108,6 +110,8 @@ def find(selection: Selection) -> Locations:
         waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
         if selection.tombstones is not None:
             raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
+        if selection.deleted is not None:
+            raise UserError(f"nothing that was deleted is left here{waiting}")
         raise UserError(
             f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
         )
@@ -122,6 +126,12 @@ def find(selection: Selection) -> Locations:
         if count := count_in_shard(shard, found):
             where.pipeline = True
             say(Place(str(shard), count_of(count, "line"), "rewritten without it"))
+    if not where.pipeline:
+        # No shard holds it: the pipeline has read it only if its files name its ids. Words that they have are others'.
+        made = [path for path in work.files_holding() if (_group_of(path) or ("",))[-1] == REBUILT]
+        where.pipeline = any(found.names.in_file(path) for path in made)
+        if not where.pipeline:
+            found.leave_out((found.people | found.models).all_in(_words_of(made)))
     work.options["pipeline"] = where.pipeline
     where.pipeline |= _say_files(work, say)
     records = list(object_stores.stage_records(Path.cwd()))
@@ -184,6 +194,12 @@ def describe(where: Locations) -> Iterator[str]:
     yield f"{count_of(len(where.found.ids), 'conversation')}, found in {count_of(len(where.places), 'place')}:"
     for place in where.places:
         yield f"  {place.where}: {place.how_much} -> {place.then}"
+    if where.pipeline:
+        stages = expected_seconds(Path.cwd())
+        stages.pop("base", None)
+        yield f"  then: `dvc repro`, {', '.join(stages)}, {about(sum(stages.values()))}"
+    else:
+        yield "  then: no stage has to run, the pipeline has never read it"
     if not where.found.people and not where.found.models:
         yield "  (it says nothing that no other conversation says: only its ids can be searched for)"
 
@@ -193,13 +209,20 @@ def _public_words() -> Iterator[bytes | list[tuple[str | None, str]]]:
     listed = subprocess.run(["git", "ls-files", "-z", "--", *PUBLIC], capture_output=True)
     tracked = [Path(name) for name in listed.stdout.decode("utf-8", "replace").split("\0") if name]
     own = [path for path in Path("models/base").glob("*") if path.suffix in (".json", ".jinja")]
-    for path in [*tracked, *own]:
+    yield from _words_of(own)
+    for path in tracked:
+        yield from _words_of([path])
         with suppress(OSError):
-            for stream in streams(path):
-                yield from stream
             if path.suffix in (".py", ".yaml"):
                 quoted = re.split(r"""["'\n]|^ *- |: """, path.read_text("utf-8", "replace"), flags=re.MULTILINE)
                 yield [("text", text) for text in quoted]
+
+
+def _words_of(paths: list[Path]) -> Iterator[bytes | list[tuple[str | None, str]]]:
+    for path in paths:
+        with suppress(OSError):
+            for stream in streams(path):
+                yield from stream
 
 
 def _check_start(adapters: set[str]) -> None:

@@ -151,7 +151,12 @@ def check_remote(name: str | None) -> Checked:
         except RemoteNotFoundError:
             raise UserError(f"there is no remote {name}: `dvc remote list` shows them") from None
         except NoRemoteError:
-            return Checked("DVC's remote", 0, 0, [Finding(NOTE, "no remote is set", "dvc remote add -d NAME ADDRESS")])
+            note = Finding(NOTE, "no remote is set", "dvc remote add -d NAME ADDRESS")
+            if names := list(repo.config["remote"]):
+                note = Finding(
+                    NOTE, f"no remote is the default of {', '.join(names)}", f"dvc remote default {names[0]}"
+                )
+            return Checked("DVC's remote", 0, 0, [note])
         wanted = dict(used_objects(repo))
         try:
             for oid in tqdm(sorted(wanted), desc="remote", unit="file", disable=None, leave=False):

@@ -110,6 +110,14 @@ class ConversationLogger:
             raise ValueError("name a conversation or a message to delete")
         return self._log("delete", message_id, conversation_id)
 
+    def undo_delete(self, conversation_id: str) -> bool:
+        """Take the deletion of a conversation back, as long as it was not sealed; whether there was one."""
+
+        def keeps(_: bytes, event: dict | None) -> bool:
+            return event is None or not (deletes(event) and event["conversation_id"] == conversation_id)
+
+        return rewrite_log(self.path, keeps) > 0
+
     def log_restore(self, conversation_id: str) -> str:
         """Log that a conversation is to be trained on whatever the filters say of it. Returns the event's id."""
         return self._log("restore", None, conversation_id)
@@ -203,6 +211,11 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
 def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:
     """(raw line, event) of a log; the event is None where the line is torn or is no event."""
     yield from ((line, read_event(line)) for _, line in read_lines(path))
+
+
+def deletes(event: dict) -> bool:
+    """Whether an event deletes a whole conversation."""
+    return event["event"] == "delete" and bool(event.get("conversation_id")) and event.get("message_id") is None
 
 
 def read_event(line: bytes) -> dict | None:

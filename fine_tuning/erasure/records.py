@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from fine_tuning.common.names import session_name
 from fine_tuning.common.records import dump_line, read_line, read_lines, sync, write_json, write_jsonl
-from fine_tuning.data_collection.conversation_logger import read_log, rewrite_log
+from fine_tuning.data_collection.conversation_logger import deletes, read_log, rewrite_log
 from fine_tuning.data_collection.storage.shards import describe_shard, read_manifest, write_lines
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.erasure.traces import ID, TEXT, Traces, decoded
@@ -22,18 +22,22 @@ _HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which conversations to forget: one, those of a session or of a user, or what tombstones already name."""
+    """Which conversations to forget: one, those of a session or of a user, what tombstones already name, or those that
+    were deleted, by their ids."""
 
     conversation: str | None = None
     session: str | None = None
     user: str | None = None
     tombstones: Tombstones | None = None
+    deleted: Set[str] | None = None
 
     def takes(self, conversation: dict) -> bool:
         """Whether a version of a conversation is meant."""
         identity, metadata = conversation["id"], conversation.get("metadata") or {}
         if self.tombstones is not None:
             return self.tombstones.names(identity)
+        if self.deleted is not None:
+            return identity in self.deleted
         if self.conversation is not None:
             return self.conversation in (identity, metadata.get("branch_of"))
         if self.session is not None:
@@ -122,6 +126,13 @@ def collect(
     found.leave_out(others)
     found.texts = [Traces.of([text], key).known for text in {*said_by_people, *said_by_models} if text.strip()]
     return found
+
+
+def deleted_ids(shards: list[Path], logs: list[Path]) -> set[str]:
+    """Ids of the conversations that were deleted in the app, and that shards or logs still hold or name."""
+    newest = {str(version["id"]): bool(version.get("deleted")) for version in _everything(shards, [])}
+    events = (event for log in logs for event in _events(log))
+    return {i for i, gone in newest.items() if gone} | {e["conversation_id"] for e in events if deletes(e)}
 
 
 def _everything(shards: list[Path], logs: list[Path]) -> Iterator[dict]:

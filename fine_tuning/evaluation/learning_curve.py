@@ -108,6 +108,8 @@ def measure(
 def advice(points: Sequence[dict[str, Any]]) -> str:
     """What the last step says in words."""
     change = points[-1]["change"]
+    if change["low"] is None:
+        return "whether the last share of the data changes anything cannot be said: one conversation has no interval"
     numbers = f"{change['difference']:+.3g} [{change['low']:+.3g}, {change['high']:+.3g}]"
     if change["high"] < 0:
         return f"the last share of the data still lowers perplexity ({numbers}): more conversations are likely to help"

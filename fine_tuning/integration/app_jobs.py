@@ -5,13 +5,13 @@ from pathlib import Path
 import streamlit as st
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.stage_times import about, expected_seconds, seconds_left
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import Job, jobs
 from fine_tuning.integration.parameters import check_all_params
 
 REFRESH_SECONDS = 1.0
 SHOWN_LINES = 14
-STAGES = ("base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare")
 
 
 def start(title: str, command: list[str], checkout: Path, pipeline: bool = False) -> None:
@@ -43,10 +43,13 @@ def show_job(title: str | None = None) -> None:
 def _live(job: Job) -> None:
     if not job.running:
         st.rerun()
-    done = [stage for stage in job.stages() if stage in STAGES]
+    expected = expected_seconds(Path.cwd())
+    done = [stage for stage in job.stages() if stage in expected]
     note = f"{job.title} · {job.seconds:.0f} s"
     if done:
-        st.progress((STAGES.index(done[-1]) + 0.5) / len(STAGES), f"{note} · stage {done[-1]}")
+        left = seconds_left(Path.cwd(), done[-1])
+        share = 1 - left / sum(expected.values())
+        st.progress(share, f"{note} · stage {done[-1]}, {about(left)} from its start to the verdict")
     else:
         st.caption(note)
     st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)

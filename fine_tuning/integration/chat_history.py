@@ -6,13 +6,12 @@ from pathlib import Path
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object, updating
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.schema.conversation import edits
 
 TITLES = Path(".whetstone/titles.json")
 JOURNALS = ".whetstone/forget*.json"
-DELETE = "Delete"
+ERASE = "Erase"
 CHAT = "chat"  # the source of conversations that were held here, not imported
 TITLE_CHARACTERS = 32
 
@@ -66,44 +65,35 @@ def as_markdown(conversation: dict, titles: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------------- delete
+# -------------------------------------------------------------------------------------------------------------- erase
 
 
-def locations(checkout: Path, identity: str) -> list[str]:
-    """Every place where a conversation still is and what deleting it does there, as `forget` finds them. Takes seconds.
+def locations(checkout: Path) -> list[str]:
+    """Every place where deleted conversations still are, what erasing them does there, and which stages then run.
+
+    It is what `forget --deleted` finds, and takes seconds.
 
     Raises:
         UserError: the search failed; the line says why.
     """
-    done = subprocess.run(own_command("forget", identity), cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True)
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
-    places = [line.strip() for line in lines if line.startswith("  ")]
+    command = own_command("forget", "--deleted")
+    done = subprocess.run(command, cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True)
+    places = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines()]
     if not places:
         errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UserError(errors[-1].removeprefix("error: ") if errors else "the search failed: try again")
     return places
 
 
-def delete(checkout: Path, logger: ConversationLogger, identity: str, withdraw: bool = False) -> None:
-    """Hide a conversation at once, and start `forget`, which takes it out of every place and proves it.
+def erase(checkout: Path, *words: str) -> None:
+    """Start `forget` in the background: it takes conversations out of every place and proves it.
 
     Raises:
         UserError: another command runs; nothing is changed.
     """
-    words = ["forget", identity, "--yes", *(["--withdraw"] if withdraw else [])]
-    jobs.start(DELETE, own_command(*words), checkout)
-    logger.log_delete(conversation_id=identity)
-
-
-def delete_further(checkout: Path) -> None:
-    """Finish a deletion that was interrupted.
-
-    Raises:
-        UserError: another command runs.
-    """
-    jobs.start(DELETE, own_command("forget", "--resume"), checkout)
+    jobs.start(ERASE, own_command("forget", *words), checkout)
 
 
 def interrupted(checkout: Path) -> bool:
-    """Whether a deletion was interrupted and has to be finished."""
+    """Whether an erasure was interrupted and has to be finished."""
     return any(checkout.glob(JOURNALS)) and jobs.running is None

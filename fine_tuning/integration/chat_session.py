@@ -10,13 +10,18 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_object, updating
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.reply import Reply
 
+QUESTIONS = Path(
+    ".whetstone/questions.json"
+)  # what was asked and has no logged reply: an app that is killed loses none
 KEPT = 200  # questions without an answer that are remembered; the oldest is forgotten first
 
 
@@ -102,7 +107,22 @@ def new_conversation_id() -> str:
     return uuid.uuid4().hex
 
 
+def unanswered(checkout: Path) -> dict[str, dict[str, Any]]:
+    """{"text", "replaces"} of the questions without a logged reply, by conversation; some may be on their way."""
+    kept = read_object(checkout / QUESTIONS)
+    return {key: asked for key, asked in kept.items() if isinstance(asked, dict) and isinstance(asked.get("text"), str)}
+
+
+def discard(checkout: Path, conversation_id: str) -> None:
+    """Forget the question of a conversation, stopping its reply."""
+    pending_replies.discard(conversation_id)
+    if conversation_id in read_object(checkout / QUESTIONS):
+        with updating(checkout / QUESTIONS) as kept:
+            kept.pop(conversation_id, None)
+
+
 def ask(
+    checkout: Path,
     question: Question,
     stream: Callable[[], Iterator[str]],
     logger: ConversationLogger,
@@ -144,5 +164,13 @@ def ask(
             question.exchange_id = logger.log_conversation(question.text, text, metadata)
         except UserError as error:
             question.problem = str(error)
+            return
+        with updating(checkout / QUESTIONS) as kept:
+            kept.pop(question.conversation_id, None)
 
-    return pending_replies.add(question, lambda: Reply(stream, log))
+    def begin() -> Reply:
+        with updating(checkout / QUESTIONS) as kept:
+            kept[question.conversation_id] = {"text": question.text, "replaces": question.replaces}
+        return Reply(stream, log)
+
+    return pending_replies.add(question, begin)

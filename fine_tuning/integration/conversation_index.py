@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fine_tuning.data_collection.conversation_logger import deletes
 from fine_tuning.data_collection.storage.log_index import LogIndex, key_of
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.schema.conversation import fold
@@ -24,7 +25,8 @@ BEGINNING = 60  # characters of the first message that a row keeps
 
 _SUMMARY = """
     CREATE TABLE summary (conversation BLOB PRIMARY KEY, id TEXT, source TEXT, started_at TEXT, last_spoken TEXT,
-        messages INT, characters INT, begins TEXT, shard TEXT, text TEXT);
+        messages INT, characters INT, begins TEXT, shard TEXT, text TEXT,
+        gone INT);
     CREATE INDEX by_time ON summary (source, last_spoken);
 """
 _COLUMNS = "id, source, started_at, last_spoken, messages, characters, begins, shard"
@@ -66,7 +68,7 @@ class ConversationIndex:
         Returns:
             Those spoken in last, at most `limit`, and how many there are.
         """
-        condition, values = "source = ?", [source]
+        condition, values = "NOT gone AND source = ?", [source]
         for word in words.lower().split():
             named = [key_of(identity) for identity, title in (titles or {}).items() if word in title.lower()]
             condition += f" AND (instr(text, ?) OR conversation IN ({', '.join('?' * len(named))}))"
@@ -79,7 +81,13 @@ class ConversationIndex:
     def all(self) -> list[Summary]:
         """Every conversation, those with news since the last seal first."""
         with self._up_to_date() as index:
-            query = f"SELECT {_COLUMNS} FROM summary ORDER BY shard NOT NULL, rowid"
+            query = f"SELECT {_COLUMNS} FROM summary WHERE NOT gone ORDER BY shard NOT NULL, rowid"
+            return [Summary(*row) for row in index.rows(query)]
+
+    def deleted(self) -> list[Summary]:
+        """The deleted conversations as they were, the newest first; one without messages was sealed as deleted."""
+        with self._up_to_date() as index:
+            query = f"SELECT {_COLUMNS} FROM summary WHERE gone ORDER BY last_spoken DESC"
             return [Summary(*row) for row in index.rows(query)]
 
     def conversation(self, identity: str, source: str | None = None) -> dict | None:
@@ -143,13 +151,16 @@ class ConversationIndex:
         for key in changed:
             conversation, shard = self._folded(key)
             self._index.rows("DELETE FROM summary WHERE conversation = ?", key)
-            if conversation is not None and conversation["messages"]:
-                row = (key, *_summary(conversation, shard))
+            if gone := conversation is not None and bool(conversation.get("deleted")):
+                conversation, shard = self._folded(key, undeleted=True)
+            if conversation is not None and (conversation["messages"] or gone):
+                row = (key, *_summary(conversation, shard), gone)
                 self._index.rows(f"INSERT INTO summary VALUES ({', '.join('?' * len(row))})", *row)
 
-    def _folded(self, key: bytes) -> tuple[dict | None, str | None]:
-        """(conversation as it is now, the shard that has it so)."""
+    def _folded(self, key: bytes, undeleted: bool = False) -> tuple[dict | None, str | None]:
+        """(conversation as it is now, or without its deletion, the shard that has it so)."""
         version, events = self._index.version(key), self._index.events(key)
+        events = [event for event in events if not (undeleted and deletes(event))]
         known = {} if version is None else {version["id"]: version}
         fold(events, known)
         return next(iter(known.values()), None), None if events else self._index.shard(key)

@@ -15,7 +15,8 @@ FENCE = re.compile(r"^ {0,3}(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[ \t]*(?P<language
 BACKTICKS = re.compile(r"(?<!\\)(?P<backslashes>\\*)(?P<ticks>`+)")
 # A code block with a language inside a quote or a list. An info string of backticks has none in it.
 NESTED_FENCE = re.compile(r"^[ \t>*+.)\d-]*(?:`{3,}(?=[ \t]*[^\s`][^`\n]*$)|~{3,}(?=[ \t]*[^\s~]))", re.MULTILINE)
-DECORATION = re.compile(r"\$|:(?=[a-z][\w-]*\[|[a-z]+/[\w.-]+:|[a-z_]+:)")
+# A line that begins with a tag would be a block of HTML, in which nothing is escaped: backslashes would show.
+DECORATION = re.compile(r"<(?=[A-Za-z/!?])|\$|:(?=[a-z][\w-]*\[|[a-z]+/[\w.-]+:|[a-z_]+:)")
 
 
 class Piece(NamedTuple):

@@ -444,7 +444,8 @@ def _open_webui_turns(node: dict) -> list[dict]:
 def _open_webui_rating(judged: dict, user: Any) -> dict | None:
     if str(judged.get("rating")) not in ("1", "-1"):
         return None
-    said = {"comment": judged.get("comment"), "by": user}
+    words = [judged[key] for key in ("reason", "comment") if isinstance(judged.get(key), str) and judged[key].strip()]
+    said = {"comment": ": ".join(words), "by": user}
     return {"rating": int(judged["rating"])} | {k: v for k, v in said.items() if v and isinstance(v, str)}
 
 
@@ -456,7 +457,11 @@ def _open_webui_feedback(record: dict) -> Found:
     data, meta, chat = record["data"], record["meta"], _object(record["snapshot"].get("chat"))
     inner, judged = chat["chat"] if isinstance(chat.get("chat"), dict) else chat, meta.get("message_id")
     history = _object(inner.get("history")) | {"currentId": judged}
-    known = {"id": meta.get("chat_id"), "created_at": chat.get("created_at"), "user_id": chat.get("user_id")}
+    known = {
+        "id": meta.get("chat_id"),
+        "created_at": chat.get("created_at"),
+        "user_id": chat.get("user_id") or record.get("user_id"),
+    }
     found = _open_webui(known | {"chat": {"history": history}})
     entry = _open_webui_rating(data, record.get("user_id"))
     if entry is None or not found.messages or found.messages[-1].get("id") != judged:

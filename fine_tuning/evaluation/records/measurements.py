@@ -109,7 +109,7 @@ def summarise(
                 found = {key: np.exp(number) for key, number in found.items()}
             if name in metric.shares:
                 found = {key: np.clip(number, 0, 1) for key, number in found.items()}
-            alone = {"low": None, "high": None, "clusters": 1} if resampling.clusters == 1 else {}
+            alone = {"clusters": 1} if resampling.clusters == 1 else {}
             table[name] = {key: finite(number) for key, number in found.items()} | alone | {"n": len(usable)}
     return table
 

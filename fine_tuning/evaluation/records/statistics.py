@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its confidence interval; NaN where it is undefined."""
+    """A number with its confidence interval; NaN where it is undefined: nothing can be said of one cluster's spread."""
 
     value: float
     low: float
@@ -73,6 +73,8 @@ class Estimate:
         """Bootstrap-t interval where draws are studentised (Davison & Hinkley 1997, section 5.2.1), else percentile."""
         from scipy.stats import t
 
+        if self.clusters < 2:
+            return Interval(self.value, float("nan"), float("nan"))
         if not self.studentised:
             return interval(self.value, self.draws, confidence, self.clusters)
         ends = [(1 - confidence) / 2, (1 + confidence) / 2]
@@ -136,11 +138,9 @@ def interval(value: float, draws: np.ndarray, confidence: float, clusters: int) 
     from scipy.stats import norm, t
 
     defined = draws[np.isfinite(draws)]
-    if not np.isfinite(value) or len(defined) < 0.95 * len(draws) or not len(defined):
+    if clusters < 2 or not np.isfinite(value) or len(defined) < 0.95 * len(draws) or not len(defined):
         return Interval(value, float("nan"), float("nan"))
-    tail = 0.0
-    if clusters > 1:
-        tail = norm.cdf(np.sqrt(clusters / (clusters - 1)) * t.ppf((1 - confidence) / 2, clusters - 1))
+    tail = norm.cdf(np.sqrt(clusters / (clusters - 1)) * t.ppf((1 - confidence) / 2, clusters - 1))
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))
 

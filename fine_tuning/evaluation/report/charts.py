@@ -34,7 +34,8 @@ def interval_plot(differences: Mapping[str, Mapping[str, Any]]) -> str:
         value, low, high = found["difference"], found["low"], found["high"]
         y = 28 * len(rows) + 20
         if value is None or low is None or high is None:
-            rows.append(f'<text x="0" y="{y + 4}">{escape(name)}</text><text x="500" y="{y + 4}">undefined</text>')
+            shown = "undefined" if value is None else f"{value:+.3g}, no interval, n {found['n']}"
+            rows.append(f'<text x="0" y="{y + 4}">{escape(name)}</text><text x="500" y="{y + 4}">{shown}</text>')
             continue
         widest = max(abs(low), abs(high), abs(value)) or 1.0
         left, centre, right = (330 + 140 * bound / widest for bound in (low, value, high))

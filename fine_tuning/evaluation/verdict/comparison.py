@@ -342,7 +342,8 @@ def quantising_loss(
         ]
     elif not high <= tolerance:
         reasons = [
-            f"quantising may cost more than {tolerance:.1%} of perplexity ({low:+.1%} to {high:+.1%}): "
+            f"quantising may cost more than {tolerance:.1%} of perplexity "
+            f"({f'{low:+.1%} to {high:+.1%}' if np.isfinite(low) else 'one conversation has no interval'}): "
             "raise evaluate.quantised_items, or choose a finer package.quantisation"
         ]
     return {name: difference.as_json() for name, difference in found.items()} | {

@@ -109,6 +109,8 @@ def differences(
 def format_difference(difference: Difference, baseline: str | None = None) -> str:
     """The difference in words; `baseline` is what to call it."""
     name, bounds = baseline or f"the {difference.baseline}", f"[{difference.low:+.3g}, {difference.high:+.3g}]"
+    if difference.clusters == 1:
+        bounds = "(no interval: one conversation)"
     values = f"{difference.candidate_value:.4g} against {difference.baseline_value:.4g} of {name}"
     return f"{difference.metric} {values}: {difference.value:+.3g} {bounds}"
 

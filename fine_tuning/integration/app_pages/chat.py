@@ -20,7 +20,14 @@ from fine_tuning.integration.chat_models import (
     stream_reply,
     warm_up,
 )
-from fine_tuning.integration.chat_session import Question, ask, new_conversation_id, pending_replies
+from fine_tuning.integration.chat_session import (
+    Question,
+    ask,
+    discard,
+    new_conversation_id,
+    pending_replies,
+    unanswered,
+)
 from fine_tuning.integration.chat_settings import Choice, find_model, keep_choice, read_choice
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs
@@ -29,7 +36,6 @@ from fine_tuning.schema.conversation import edits
 REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
 LISTED = 60  # conversations in the side bar; the search finds the others
 MODEL_VARIABLE = "WHETSTONE_MODEL"  # set by `make chat MODEL=…`: who answers new chats
-MESSAGE_CHARACTERS = 20_000
 THUMBS = {1: 1, -1: 0}  # a rating as st.feedback counts
 INCOMPLETE = {"stopped": "stopped, not trained on", "failed": "broke off, not trained on"}
 
@@ -51,6 +57,9 @@ def page() -> None:
     question, waiting, conversation = _pending_and_logged(here, identity)
     _sidebar(here, conversation, identity)
     models = here.models()
+    if question is None and models and (asked := unanswered(here.checkout).get(identity)):
+        lost = "the app ended before a reply was logged: try again"
+        question = Question(identity, asked["text"], models[0], asked.get("replaces"), problem=lost)
     if not models:
         st.info(NO_MODEL, icon=":material/construction:")
     asking = _choose_model(here, models, identity, conversation) if models else None
@@ -65,7 +74,7 @@ def page() -> None:
         st.warning("Not sent, for another reply of this chat was on its way:")
         show_text(unsent, typed=True)
     disabled = waiting and not st.session_state.get("message")  # what is sent already is not dropped
-    text = st.chat_input("Your message", key="message", disabled=disabled, max_chars=MESSAGE_CHARACTERS)
+    text = st.chat_input("Your message", key="message", disabled=disabled)
     if text and text.strip():
         sent = _send(asking, Question(identity, text, asking.model), conversation)
         st.session_state["unsent"] = None if sent else text
@@ -107,12 +116,18 @@ def _open_new() -> None:
 def _sidebar(here: App, conversation: dict | None, current: str) -> None:
     titles = chat_history.read_titles(here.checkout)
     with st.sidebar:
-        show_job(chat_history.DELETE)
+        show_job(chat_history.ERASE)
         st.button("New chat", icon=":material/edit_square:", width="stretch", key="new", on_click=_open_new)
         if conversation is not None:
             with st.popover("This chat", icon=":material/more_horiz:", width="stretch"):
                 _manage(here, conversation, titles)
         words = st.text_input("Search", placeholder="Search chats", label_visibility="collapsed", key="search")
+        for identity, asked in unanswered(here.checkout).items():
+            if identity != current and pending_replies.get(identity) is None:
+                st.button(
+                    f"No reply yet: {plain(chat_history.shortened(asked['text']))}", key=f"unanswered-{identity}",
+                    icon=":material/error:", type="tertiary", on_click=_open, args=(identity,),
+                )  # fmt: skip
         listed, count = conversation_index(here.checkout).listed(chat_history.CHAT, words or "", titles, LISTED)
         for entry in listed:
             st.button(
@@ -124,6 +139,7 @@ def _sidebar(here: App, conversation: dict | None, current: str) -> None:
             )
         if count > LISTED:
             st.caption(f"and {count - LISTED} older ones: search for them")
+        _deleted(here, titles)
 
 
 def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
@@ -144,49 +160,72 @@ def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
         "Export as JSON", chat_history.as_json(conversation), f"{name}.json", "application/json",
         key="export-json", icon=":material/download:", width="stretch", on_click="ignore",
     )  # fmt: skip
-    if here.owner and st.button("Delete…", icon=":material/delete:", key="delete", width="stretch"):
-        st.session_state.pop(f"places-{identity}", None)
-        _delete(here, conversation)
+    if here.owner:
+        st.button(
+            "Delete", icon=":material/delete:", key="delete", width="stretch", on_click=_delete, args=(here, identity),
+            help="It is hidden everywhere at once and not trained on. It can be undone until the next seal.",
+        )  # fmt: skip
 
 
-@st.dialog("Delete this conversation?", width="large")
-def _delete(here: App, conversation: dict) -> None:
+def _delete(here: App, identity: str) -> None:
+    discard(here.checkout, identity)
+    here.logger.log_delete(conversation_id=identity)
+    _open_new()
+    st.toast("Deleted. It can be undone under Deleted.", icon=":material/delete:")
+
+
+def _undo_delete(here: App, identity: str) -> None:
+    if here.logger.undo_delete(identity):
+        _open(identity)
+    else:
+        st.toast("It was sealed meanwhile, and is deleted for good.", icon=":material/error:")
+
+
+def _deleted(here: App, titles: dict[str, str]) -> None:
+    """What was deleted and is still here: hidden, to be taken back, or to be erased from every place."""
+    gone = conversation_index(here.checkout).deleted()
+    if not here.owner or not (gone or chat_history.interrupted(here.checkout)):
+        return
+    with st.expander(f"Deleted ({len(gone)})", icon=":material/delete:"):
+        for entry in [entry for entry in gone if entry.messages][:LISTED]:
+            name = plain(titles.get(entry.id) or chat_history.shortened(entry.begins))
+            st.button(
+                f"Undo: {name}", key=f"undo-{entry.id}", icon=":material/undo:", type="tertiary",
+                on_click=_undo_delete, args=(here, entry.id),
+            )  # fmt: skip
+        if sealed := sum(not entry.messages for entry in gone):
+            st.caption(f"{sealed} more: sealed as deleted.")
+        st.caption("Hidden everywhere, not trained on. Older shards and DVC's cache may hold it until it is erased.")
+        if st.button("Erase for good…", key="erase", width="stretch"):
+            st.session_state.pop("places", None)
+            _erase(here)
+
+
+@st.dialog("Erase what was deleted from every place?", width="large")
+def _erase(here: App) -> None:
     try:
         if chat_history.interrupted(here.checkout):
-            _delete_further(here)
-        else:
-            _delete_where_it_is(here, conversation["id"])
+            st.markdown("An earlier erasure was interrupted. It has to be finished first.")
+            if st.button("Finish it", key="erase-further", type="primary"):
+                chat_history.erase(here.checkout, "--resume")
+                st.rerun()
+            return
+        if "places" not in st.session_state:
+            with st.spinner("Looking in the log, the data, DVC's cache and remotes, git, and the registry…"):
+                st.session_state["places"] = chat_history.locations(here.checkout)
+        head, *places = st.session_state["places"]
+        st.markdown("\n".join([plain(head), "", *(f"- {plain(place)}" for place in places)]))
+        learned = any(place.startswith("model ") for place in places)
+        withdraw = learned and st.checkbox("Take the models that learned from it out of use", key="withdraw")
+        busy = f"{jobs.running.title} is running" if jobs.running is not None else None
+        if st.button(
+            "Erase it", type="primary", icon=":material/delete_forever:", key="erase-now",
+            disabled=busy is not None, help=busy,
+        ):  # fmt: skip
+            chat_history.erase(here.checkout, "--deleted", "--yes", *(["--withdraw"] if withdraw else []))
+            st.rerun()
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
-
-
-def _delete_further(here: App) -> None:
-    st.markdown("An earlier deletion was interrupted. It has to be finished first.")
-    if st.button("Finish it", key="delete-further", type="primary"):
-        chat_history.delete_further(here.checkout)
-        st.rerun()
-
-
-def _delete_where_it_is(here: App, identity: str) -> None:
-    key = f"places-{identity}"
-    if key not in st.session_state:
-        with st.spinner("Looking in the log, the data, DVC's cache and remotes, git, and the registry…"):
-            st.session_state[key] = chat_history.locations(here.checkout, identity)
-    places = st.session_state[key]
-    st.markdown("\n".join(f"- {plain(place)}" for place in places))
-    st.caption("Then `dvc repro` rebuilds what was made from it, and everything is searched again.")
-    learned = any(place.startswith("model ") for place in places)
-    withdraw = learned and st.checkbox("Take the models that learned from it out of use", key="withdraw")
-    busy = f"{jobs.running.title} is running" if jobs.running is not None else None
-    if st.button(
-        "Delete it everywhere", type="primary", icon=":material/delete:", key="delete-now",
-        disabled=busy is not None, help=busy,
-    ):  # fmt: skip
-        pending_replies.discard(identity)
-        chat_history.delete(here.checkout, here.logger, identity, withdraw)
-        del st.session_state[key]
-        _open_new()
-        st.rerun()
 
 
 def _choose_model(here: App, models: list[ChatModel], identity: str, conversation: dict | None) -> Asking:
@@ -314,9 +353,10 @@ def _origin(here: App, message: dict, edited: bool) -> str:
 
 
 def _alternatives(here: App, conversation: dict, message: dict, others: list[dict]) -> None:
+    edited = edits(conversation)  # what is chosen is what is shown: the edit comes back with its reply
     with st.expander(f"{len(others)} other {'reply' if len(others) == 1 else 'replies'}: which is better?"):
         for other in others:
-            show_text(other["content"])
+            show_text(edited.get(other["id"]) or other["content"])
             st.button(
                 "This one is better", key=f"prefer-{other['id']}", icon=":material/thumb_up:",
                 on_click=_prefer, args=(here, conversation["id"], other["id"], message, others),
@@ -387,7 +427,7 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
         stream_reply, question.model, messages, asking.sampling, checkout=here.checkout,
         system_prompt=asking.system_prompt, settings=here.settings, client=here.client(),
     )  # fmt: skip
-    return ask(question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
+    return ask(here.checkout, question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
 
 
 def _show_question(question: Question, waiting: bool, conversation: dict | None, asking: Asking) -> None:
@@ -404,17 +444,20 @@ def _show_question(question: Question, waiting: bool, conversation: dict | None,
             "Try again", icon=":material/refresh:", key="again", type="primary",
             on_click=_try_again, args=(asking, question, conversation),
         )  # fmt: skip
-        st.button("Change the text", icon=":material/edit:", key="take-back", on_click=_take_back, args=(question,))
+        st.button(
+            "Change the text", icon=":material/edit:", key="take-back", on_click=_take_back,
+            args=(asking.here, question),
+        )  # fmt: skip
 
 
 def _try_again(asking: Asking, question: Question, conversation: dict | None) -> None:
-    pending_replies.discard(question.conversation_id)
+    discard(asking.here.checkout, question.conversation_id)
     replaces = question.exchange_id or question.replaces  # a reply that broke off gives way to the new one
     _send(asking, Question(question.conversation_id, question.text, asking.model, replaces), conversation)
 
 
-def _take_back(question: Question) -> None:
-    pending_replies.discard(question.conversation_id)
+def _take_back(here: App, question: Question) -> None:
+    discard(here.checkout, question.conversation_id)
     st.session_state["message"] = question.text
 
 

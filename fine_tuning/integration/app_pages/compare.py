@@ -42,7 +42,7 @@ def page() -> None:
         one = st.selectbox("One model", labels, key="one-model")
         other = st.selectbox("The other", labels, index=1, key="other-model")
     with st.form("ask", clear_on_submit=False, border=False):
-        prompt = st.text_area("Message for both", key="prompt", max_chars=20_000, height=100)
+        prompt = st.text_area("Message for both", key="prompt", height=100)
         asked = st.form_submit_button("Ask both", type="primary", icon=":material/send:", key="ask-both")
     if asked and prompt.strip():
         if one == other:

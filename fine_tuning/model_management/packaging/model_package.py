@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -260,9 +260,11 @@ def prove_package(
     report["template"] = prove_rendering(tokenizer, request, sample, chat)
     report["stops"] = prove_stops(tokenizer, request, conversations)
     passages = _passages(sample, settings.parity.positions)
-    adapted = _log_probabilities(_load_adapted(base_dir, adapter_dir), passages)
+    adapted = _log_probabilities(adapter := _load_adapted(base_dir, adapter_dir), passages)
     merged = _log_probabilities(_load(merged_dir), passages)
-    report["merge"] = prove_merge(adapted, merged, settings.parity)
+    report["merge"] = prove_merge(
+        adapted, merged, settings, lambda: _is_rounded_sum(adapter, merged_dir, settings.merged_dtype)
+    )
     threads = settings.threads or len(os.sched_getaffinity(0))
     context = max(chat.max_length, 512) + 64
     with LlamaEngine(package_dir / "model.gguf", context=context, threads=threads) as engine:
@@ -484,15 +486,35 @@ def _log_probabilities(model: Any, passages: Sequence[_Passage]) -> "np.ndarray"
     return np.concatenate(result)
 
 
-def prove_merge(adapted: "np.ndarray", merged: "np.ndarray", parity: ParitySettings) -> dict[str, float]:
+def _is_rounded_sum(adapter: Any, merged_dir: Path, dtype: str) -> bool:
+    """Whether the merged weights are, bit by bit, the sum of base and adapter rounded to `dtype`."""
+    import torch
+
+    exact, saved = adapter.merge_and_unload().state_dict(), _load(merged_dir).state_dict()
+    rounded = {name: weight.to(getattr(torch, dtype)) for name, weight in exact.items()}
+    return rounded.keys() == saved.keys() and all(
+        torch.equal(weight, saved[name].to(weight.dtype)) for name, weight in rounded.items()
+    )
+
+
+def prove_merge(
+    adapted: "np.ndarray", merged: "np.ndarray", settings: PackageSettings, is_rounded_sum: Callable[[], bool]
+) -> dict[str, float]:
     """The merged weights predict what the adapter on its base predicts."""
     import numpy as np
 
+    parity = settings.parity
     # Where a token is next to impossible, a difference of logarithms says nothing.
     likely = adapted > np.log(1e-6)
     difference = float(np.abs(adapted - merged)[likely].max())
     kl = float((np.exp(adapted) * (adapted - merged)).sum(-1).mean())
     if not difference <= parity.max_merge_difference:
+        if is_rounded_sum():
+            raise UserError(
+                f"{settings.merged_dtype} cannot hold what the adapter learned: rounding the merged weights changes "
+                f"log-probabilities by {difference:.2g}, more than package.parity.max_merge_difference = "
+                f"{parity.max_merge_difference:g}: set package.merged_dtype to float32, or train longer"
+            )
         raise _unproven(
             f"merged weights and adapter differ by {difference:.2g} in log-probability, "
             f"more than package.parity.max_merge_difference = {parity.max_merge_difference:g}",

@@ -1,0 +1,52 @@
+"""How long the pipeline's stages take here: a stage says when it starts how far the run is, and keeps its time."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fine_tuning.common.errors import run
+from fine_tuning.common.project import main_checkout
+from fine_tuning.common.records import read_object, updating
+
+TIMES = Path(".whetstone/stage_seconds.json")
+# Seconds of the sample's run on two AVX2 cores. They stand for a stage until it has run here once.
+SAMPLE = {
+    "base": 30.0, "intake": 3.0, "clean": 3.0, "export": 2.0, "prepare": 5.0, "train": 180.0, "package": 37.0,
+    "evaluate": 60.0, "compare": 3.0,
+}  # fmt: skip
+
+
+def run_stage(main: Callable[[], int | None]) -> None:
+    """Run a stage's `main` as a program (`errors.run`), with a line that says how far the pipeline is."""
+    run(lambda: _timed(Path(sys.argv[0]).stem, main))
+
+
+def _timed(stage: str, main: Callable[[], int | None]) -> int | None:
+    checkout, started = main_checkout(), time.monotonic()
+    number = 1 + [*SAMPLE].index(stage)
+    left = about(seconds_left(checkout, stage))
+    print(f"stage {number} of {len(SAMPLE)}, {stage}: {left} to the verdict", flush=True)
+    status = main()
+    with updating(checkout / TIMES) as times:
+        times[stage] = round(time.monotonic() - started, 1)
+    return status
+
+
+def expected_seconds(checkout: Path) -> dict[str, float]:
+    """Seconds of each stage in their order: as it took here last, else the sample's, in proportion to what is known."""
+    known = {s: t for s, t in read_object(checkout / TIMES).items() if s in SAMPLE and isinstance(t, int | float)}
+    usual = sum(SAMPLE[stage] for stage in known)
+    pace = sum(known.values()) / usual if usual else 1.0
+    return {stage: float(known.get(stage, pace * seconds)) for stage, seconds in SAMPLE.items()}
+
+
+def seconds_left(checkout: Path, stage: str) -> float:
+    """From the start of a stage to the end of the pipeline."""
+    expected = expected_seconds(checkout)
+    return sum(list(expected.values())[list(expected).index(stage) :])
+
+
+def about(seconds: float) -> str:
+    """`about 40 s`, `about 5 min`."""
+    return f"about {max(1, round(seconds))} s" if seconds < 90 else f"about {round(seconds / 60)} min"
