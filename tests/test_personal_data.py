@@ -1,5 +1,7 @@
 """Personal data: precision and recall on labelled cases, and what masking does to a conversation."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -133,6 +135,17 @@ def test_what_may_hold_nothing_holds_nothing():
 @given(st.text(max_size=80))
 def test_the_quick_look_misses_nothing(text):
     assert may_hold(text) or find(text) == []
+
+
+def test_a_phone_number_alone_does_not_load_the_names_of_places_which_take_100_mb():
+    code = """if True:
+        import sys
+        from fine_tuning.data_collection.personal_data.finder import find
+
+        assert find("call +1 650 253 0000") and "phonenumbers.geodata" not in sys.modules
+        assert find("Anna: 4156667777") and "phonenumbers.geodata" in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_valid_phone_numbers_of_many_countries_are_found_in_sentences_and_other_figures_are_not():

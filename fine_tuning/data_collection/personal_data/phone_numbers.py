@@ -7,7 +7,6 @@ from zoneinfo import available_timezones
 
 import phonenumbers
 from phonenumbers import PhoneMetadata, PhoneNumber, PhoneNumberFormat, PhoneNumberType
-from phonenumbers.geodata.locale import LOCALE_DATA
 
 from fine_tuning.common.writing_systems import JOINED, OTHER_NUMBERS, WORD
 from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
@@ -214,6 +213,8 @@ def _is_persons(before: str) -> bool:
 @cache
 def _places() -> frozenset[str]:
     """Countries, in many languages, and cities that name a time zone, without those that are names of people."""
+    from phonenumbers.geodata.locale import LOCALE_DATA  # brings 100 MB: few texts need it
+
     cities = {zone.rpartition("/")[2] for zone in available_timezones() if "/" in zone}
     countries = {name for names in LOCALE_DATA.values() for name in names.values()}
     return frozenset(cities | countries) - {*_WORDS["also_people"]}
