@@ -656,6 +656,13 @@ def test_a_fault_in_recording_breaks_no_chat(gateway, monkeypatch):
     assert gateway.health()["errors"] == 2
 
 
+def test_an_answer_in_no_known_form_passes_and_is_counted(gateway, ollama):
+    for fault in ("not json", "compressed", "another type"):
+        ollama.faults["POST /api/chat"] = fault
+        assert gateway.chat({"role": "user", "content": fault}).status_code == 200
+    assert (gateway.events(), gateway.health()["left_out"], gateway.health()["errors"]) == ([], {"unreadable": 3}, 0)
+
+
 def test_a_slow_disk_holds_a_chat_up_for_seconds_only(gateway, monkeypatch):
     monkeypatch.setattr("fine_tuning.integration.gateway.recorder.ACKNOWLEDGED_WITHIN", 0.2)
     written = threading.Event()
