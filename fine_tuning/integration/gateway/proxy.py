@@ -211,7 +211,7 @@ class _Relay:
 
     async def _pass(self, response: httpx.Response, send: Send) -> None:
         headers = [(name.lower(), value) for name, value in response.headers.raw]
-        headers = [header for header in headers if header[0] not in OF_ONE_CONNECTION]
+        headers = [h for h in headers if h[0] not in OF_ONE_CONNECTION and not h[0].startswith(b"access-control-")]
         if self._ticket is not None and response.status_code == 200:
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             self._reply = ReplyReader(self._path, kind, response.headers.get("content-encoding", "identity"))
