@@ -5,6 +5,7 @@ llama.cpp, or with one fixed sentence.
 """
 
 import atexit
+import gzip
 import hashlib
 import json
 import math
@@ -93,7 +94,8 @@ class FakeOllama:
     """Use as a context manager.
 
     `faults["POST /api/create"] = "cut"` makes that call fail, once: hang, 500, 507, reset; and where the answer is a
-    stream, after its first line: cut, error line, full disk, reset in stream, hang in stream, short, broken chunk.
+    stream, after its first line: cut, error line, full disk, reset in stream, hang in stream, short, broken chunk, or
+    from its beginning: not json, compressed, another type.
 
     Args:
         profile: the version that it is.
@@ -650,7 +652,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Lines in chunks; a fault strikes after the first line, when the status 200 is long sent."""
         fault = self.ollama.faults.pop(f"{self.command} {self.path}", None)
         self.send_response(200)
-        self.send_header("Content-Type", kind)
+        self.send_header("Content-Type", "text/plain" if fault == "another type" else kind)
+        if fault == "compressed":
+            self.send_header("Content-Encoding", "gzip")
+            packed = gzip.compress(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            self.send_header("Content-Length", str(len(packed)))
+            self.end_headers()
+            self.wfile.write(packed)
+            return
         if fault == "short":  # it says that more comes than does
             self.send_header("Content-Length", "9999999")
             self.close_connection = True
@@ -659,6 +668,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for line in lines:
             data = line.encode() if isinstance(line, str) else json.dumps(line).encode() + b"\n"
+            if fault == "not json":
+                data = b"{" + data
             if fault == "short":
                 self.wfile.write(data)
                 return

@@ -18,12 +18,13 @@ import httpx
 import pytest
 import uvicorn
 
-from benchmarks.gateway import kill_and_compare
+from benchmarks.gateway import kill_and_compare, start_gateway
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.gateway.proxy import Upstream, application
 from fine_tuning.integration.gateway.recorder import Recorder
+from fine_tuning.runtime.gguf_writer import write_gguf
 from tests.fake_ollama import FakeOllama, Manifest, silent_host
 
 ROOT = Path(__file__).parents[1]
@@ -656,6 +657,13 @@ def test_a_fault_in_recording_breaks_no_chat(gateway, monkeypatch):
     assert gateway.health()["errors"] == 2
 
 
+def test_an_answer_in_no_known_form_passes_and_is_counted(gateway, ollama):
+    for fault in ("not json", "compressed", "another type"):
+        ollama.faults["POST /api/chat"] = fault
+        assert gateway.chat({"role": "user", "content": fault}).status_code == 200
+    assert (gateway.events(), gateway.health()["left_out"], gateway.health()["errors"]) == ([], {"unreadable": 3}, 0)
+
+
 def test_a_slow_disk_holds_a_chat_up_for_seconds_only(gateway, monkeypatch):
     monkeypatch.setattr("fine_tuning.integration.gateway.recorder.ACKNOWLEDGED_WITHIN", 0.2)
     written = threading.Event()
@@ -671,6 +679,27 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice_when_it_is_kill
     ollama.manifests["bench:latest"] = ollama.manifests["baker:latest"]
     found = kill_and_compare(tmp_path, ollama.host, kills=2, exchanges=240, clients=8)
     assert dict(found) == {"exchanges": 240, "logged": 240, "conversations": 48, "lost": 0, "twice": 0}
+
+
+def test_the_champion_answers_where_there_is_no_server(tmp_path, tiny_base):
+    folder = tmp_path / "models/champion/package"
+    folder.mkdir(parents=True)
+    write_gguf(tiny_base, folder / "model.gguf", "Q8_0")
+    (tmp_path / "models/champion.json").write_text('{"name": "whetstone", "version": 3}')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start_gateway(tmp_path, "champion", port)
+    try:
+        body = {"messages": [QUESTION], "max_tokens": 8}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, trust_env=False, timeout=60)
+        assert answer.json()["choices"][0]["message"]["content"]
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    finally:
+        process.terminate()
+        process.wait()
+    [conversation] = ConversationLogger(tmp_path / "inbox/conversations.jsonl").read_conversations()
+    reply = conversation["messages"][1]
+    assert (reply["model"], reply["version"]) == ("whetstone:3", 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

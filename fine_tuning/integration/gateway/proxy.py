@@ -211,10 +211,10 @@ class _Relay:
 
     async def _pass(self, response: httpx.Response, send: Send) -> None:
         headers = [(name.lower(), value) for name, value in response.headers.raw]
-        headers = [header for header in headers if header[0] not in OF_ONE_CONNECTION]
+        headers = [h for h in headers if h[0] not in OF_ONE_CONNECTION and not h[0].startswith(b"access-control-")]
         if self._ticket is not None and response.status_code == 200:
-            self._reply = self._reader(response)
-        if self._reply is not None and self._ticket is not None:
+            kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+            self._reply = ReplyReader(self._path, kind, response.headers.get("content-encoding", "identity"))
             self._ticket.request_id = response.headers.get("x-request-id")
             own = {"x-whetstone-message-id": self._ticket.id}
             own["x-whetstone-conversation-id"] = self._ticket.place.conversation
@@ -223,9 +223,11 @@ class _Relay:
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         held = b""
         async for chunk in response.aiter_raw():
-            place = self._feed(chunk)
-            if self._reply is not None and not self._reply.streamed:
-                chunk, held, place = held, chunk, None  # the last bytes wait for the disk
+            place = self._reply.feed(chunk) if self._reply else None
+            if self._reply and self._reply.readable and not self._reply.streamed:
+                chunk, held = held, chunk  # the last bytes wait for the disk
+            elif held:
+                chunk, held = held + chunk, b""
             if place is not None:
                 if place:
                     await send(_body_part(chunk[:place]))
@@ -236,39 +238,11 @@ class _Relay:
         await self.end("complete")
         await send({"type": "http.response.body", "body": held})
 
-    def _reader(self, response: httpx.Response) -> ReplyReader | None:
-        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        reader = ReplyReader(self._path, kind)
-        if not reader.readable or response.headers.get("content-encoding", "identity") != "identity":
-            self._proxy.recorder.left_out["unreadable"] += 1
-            return None
-        return reader
-
-    def _feed(self, chunk: bytes) -> int | None:
-        if self._reply is None:
-            return None
-        try:
-            return self._reply.feed(chunk)
-        except Exception as error:
-            self._give_up(error)
-            return None
-
-    def _give_up(self, error: Exception) -> None:
-        self._proxy.recorder.failed(error)
-        self._reply.readable = False
-
     async def end(self, outcome: Outcome) -> None:
         """Log the exchange, once; the rest is passed on when the disk has it."""
         reply, ticket, self._ticket = self._reply, self._ticket, None
-        if reply is None or ticket is None or not reply.readable:
-            return
-        try:
-            reply.end()
-            model = await self._proxy.model_of(reply.model or ticket.asked.model)
-        except Exception as error:
-            self._proxy.recorder.failed(error)
-            return
-        await self._proxy.recorder.finish(ticket, reply, outcome, model)
+        if reply is not None and ticket is not None:
+            await self._proxy.recorder.finish(ticket, reply, outcome, self._proxy.model_of)
 
 
 def _body_part(data: bytes) -> Message:

@@ -9,9 +9,8 @@ import hashlib
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,6 +50,7 @@ NAMES = ("conversation_id", "chat_id", "session_id", "thread_id", "conversation"
 
 Outcome = Literal["complete", "stopped", "failed"]
 Headers = Mapping[str, str]
+ModelOf = Callable[[str], Awaitable[dict[str, Any]]]
 
 
 class GatewaySettings(Settings):
@@ -96,10 +96,8 @@ class Recorder:
         self._waiting: deque[tuple[int, Callable[[], object]]] = deque()
         self._writer = ThreadPoolExecutor(1, "recorder")
         self._agreed = read_object(checkout / AGREED)
-        with suppress(FileNotFoundError):
-            self.not_recorded = set((checkout / NOT_RECORDED).read_text().split())
-            return
-        self.not_recorded = set()
+        marks = checkout / NOT_RECORDED
+        self._not_recorded = set(marks.read_text().split()) if marks.exists() else set()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -144,14 +142,14 @@ class Recorder:
         wanted, agreed = headers.get("x-whetstone-record", "").lower(), self._agreed.get(_digest(person))
         if wanted == "off" or not stored or (person and agreed is False):
             return False
-        if self.not_recorded and not self.not_recorded.isdisjoint([_digest(name), *(node.hex() for node in nodes)]):
+        if self._not_recorded and not self._not_recorded.isdisjoint([_digest(name), *(node.hex() for node in nodes)]):
             return False  # a part of it was kept out
         return self._record == "everyone" or wanted == "on" or bool(person and agreed)
 
     def _keep_out(self, marks: list[str]) -> None:
         """Remember, without its words, what may not be recorded as the history of a later request either."""
-        new = [mark for mark in marks if mark not in self.not_recorded]
-        self.not_recorded.update(new)
+        new = [mark for mark in marks if mark not in self._not_recorded]
+        self._not_recorded.update(new)
         path = self.checkout / NOT_RECORDED
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(path, "a") as file:
@@ -169,13 +167,15 @@ class Recorder:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    async def finish(self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: Mapping[str, Any]) -> None:
+    async def finish(self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model_of: ModelOf) -> None:
         """Log the exchange, and wait until the disk has it; no longer than a chat may be held up.
 
         Args:
-            model: what is known of the model that replied: `model`, `version`, `engine`.
+            model_of: what is known of the model that a reply names: `model`, `version`, `engine`.
         """
         try:
+            reply.end()
+            model = await model_of(reply.model or ticket.asked.model)
             write = self._exchange(ticket, reply, outcome, model)
         except Exception as error:
             self.failed(error)
@@ -184,11 +184,11 @@ class Recorder:
             await self._acknowledged(write, len(reply.text) + len(ticket.asked.question))
 
     def _exchange(
-        self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: Mapping[str, Any]
+        self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: dict[str, Any]
     ) -> Callable[[], object] | None:
         asked, text = ticket.asked, reply.text
-        if reply.calls or not text.strip():
-            return self._leave_out("tool call" if reply.calls else "no reply")
+        if not reply.readable or reply.calls or not text.strip():
+            return self._leave_out("tool call" if reply.calls else "no reply" if reply.readable else "unreadable")
         if outcome == "complete":
             outcome = "complete" if reply.finished else "failed"
         # Again: another request may have asked the same meanwhile.
@@ -215,7 +215,7 @@ class Recorder:
             "attachments": asked.attachments,
             "tool_calls": asked.tool_calls,
         }
-        metadata = {key: value for key, value in (metadata | dict(model)).items() if value not in (None, "", [], {})}
+        metadata = {key: value for key, value in (metadata | model).items() if value not in (None, "", [], {})}
         self._chain.add(ticket.id, place, text)
         self._remember(ticket, ticket.id)
         self.counts["recorded"] += 1

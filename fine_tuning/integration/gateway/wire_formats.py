@@ -145,17 +145,18 @@ class ReplyReader:
 
     Args:
         path: the route that was asked.
-        content_type: of the answer. NDJSON and events are read line by line, JSON as a whole in `end`.
+        content_type, encoding: of the answer. NDJSON and events are read line by line, JSON as a whole in `end`.
 
     Attributes:
+        readable: whether all of it could be read so far.
         finished: whether the model ended the reply, `cut` whether a limit of tokens did.
         calls: whether it calls tools.
     """
 
-    def __init__(self, path: str, content_type: str) -> None:
+    def __init__(self, path: str, content_type: str, encoding: str = "identity") -> None:
         self._read = READERS[path]
         self.streamed = content_type in ("application/x-ndjson", "text/event-stream")
-        self.readable = self.streamed or content_type == "application/json"
+        self.readable = encoding == "identity" and (self.streamed or content_type == "application/json")
         self._rest, self._size = bytearray(), 0
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
@@ -166,8 +167,7 @@ class ReplyReader:
     def feed(self, chunk: bytes) -> int | None:
         """Byte of the chunk where the line that ends the reply begins; None while it goes on."""
         self._size += len(chunk)
-        if self._size > MOST_BYTES:
-            self.readable = False
+        self.readable &= self._size <= MOST_BYTES
         start = 0
         while self.streamed and self.readable and (end := chunk.find(b"\n", start)) >= 0:
             line = bytes(self._rest) + chunk[start:end]
@@ -186,15 +186,18 @@ class ReplyReader:
             self._rest.clear()
 
     def _line(self, line: bytes) -> bool:
-        """Read one line; whether it is the last one of the reply."""
+        """Read one line; whether it is the last one of the reply. What is in no known form ends the reading only."""
         data = line.strip()
         if data.startswith(b"data:"):
             data = data[5:].strip()
         if data == b"[DONE]":
+            self.finished = True
             return True
-        if not data.startswith(b"{"):
+        try:
+            return data.startswith(b"{") and self._read(self, orjson.loads(data))
+        except (ValueError, TypeError, AttributeError):
+            self.readable = False
             return False
-        return self._read(self, orjson.loads(data))
 
     @property
     def text(self) -> str:
