@@ -13,20 +13,17 @@ export TOKENIZERS_PARALLELISM := false
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+PIP := $(BIN)/python install.py
 
 $(VENV)/installed: requirements.txt requirements-base.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing the pinned requirements into $(VENV) (log: $(VENV)/install.log)"
-	@{ $(PIP) -r requirements.txt && $(PIP) --no-deps -r requirements-base.txt; } > $(VENV)/install.log 2>&1 \
-	  || { tail -n 20 $(VENV)/install.log; exit 1; }
+	@$(PIP) $(VENV)/install.log -r requirements.txt
+	@$(PIP) $(VENV)/install.log --no-deps -r requirements-base.txt
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-people.txt
-	@echo "installing what the tests need into $(VENV) (log: $(VENV)/install-dev.log)"
-	@{ $(PIP) -r requirements.txt -r requirements-dev.txt && $(PIP) --no-deps -r requirements-people.txt; } \
-	  > $(VENV)/install-dev.log 2>&1 \
-	  || { tail -n 20 $(VENV)/install-dev.log; exit 1; }
+	@$(PIP) $(VENV)/install-dev.log -r requirements.txt -r requirements-dev.txt
+	@$(PIP) $(VENV)/install-dev.log --no-deps -r requirements-people.txt
 	@touch $@
 
 install: $(VENV)/installed ## Make the environment, and close the project's folders to other users

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import read_json, replacing, write_json
+from fine_tuning.common.records import csv_pairs, read_json, replacing, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.evaluation.records.champion_records import called_champion, champion_folder, is_champion
@@ -23,6 +23,8 @@ ADAPTER = Path("models/adapter/adapter_model.safetensors")
 GGUF = Path("models/package/model.gguf")
 COMPARISON = Path("metrics/comparison.json")
 REPORT = Path("metrics/report.html")
+TRAINING, BASE = Path("metrics/train.json"), Path("models/base/base.json")
+LOSSES = {"train": "loss", "validation": "validation_loss"}  # in metrics/plots/NAME_loss.csv: their columns
 PLOTS = {"differences": Path("metrics/plots/differences.svg"), "curve": Path("metrics/plots/learning_curve.svg")}
 
 
@@ -42,9 +44,13 @@ def main() -> None:
     champion = champion_folder(CHAMPION) if read_json(CHAMPION).get("version") is not None else None
     changes = changes_since(champion, TRAIN) if champion else None
     where = slices(found.records, found.metrics, evaluate.interval)
-    prepared = read_json(PREPARED)
-    findings = Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, prepared)
-    write_report(REPORT, findings)
+    losses = {
+        name: csv_pairs(Path(f"metrics/plots/{name}_loss.csv").read_text(), "step", LOSSES[name]) for name in LOSSES
+    }
+    made_of = read_json(PREPARED), read_json(TRAINING), read_json(BASE), losses
+    write_report(
+        REPORT, Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, *made_of)
+    )
     baseline = list(verdict["differences"])[-1:]
     shown = verdict["differences"][baseline[0]] if baseline else {}
     title = f"candidate against {baseline[0]}: {verdict['verdict']}" if baseline else verdict["verdict"]

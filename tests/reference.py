@@ -119,7 +119,7 @@ def summary(metrics: dict[str, bytes]) -> str:
         for name, content in metrics.items():
             (Path(folder) / name).parent.mkdir(exist_ok=True)
             (Path(folder) / name).write_bytes(content)
-        return run(sys.executable, "-m", "fine_tuning", "summary", cwd=Path(folder)).split("\n\n")[0]
+        return run(sys.executable, "-m", "fine_tuning", "summary", "--all", cwd=Path(folder)).split("\n\n")[0]
 
 
 def excerpt(printed: str) -> str:

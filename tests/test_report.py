@@ -2,6 +2,7 @@
 
 import math
 import re
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fine_tuning.evaluation.records.measurements import guard_metrics, summarise
 from fine_tuning.evaluation.records.record_types import Reply
 from fine_tuning.evaluation.records.settings import IntervalSettings
 from fine_tuning.evaluation.report.charts import interval_plot
+from fine_tuning.evaluation.report.red_flags import red_flags
 from fine_tuning.evaluation.report.report import Findings, write_report
 from fine_tuning.evaluation.scoring.side_by_side import side_by_side
 from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
@@ -143,6 +145,53 @@ def test_the_report_asks_nothing_of_the_network_and_runs_no_script(page):
     assert "&lt;script&gt;alert(1)" in page
 
 
+def flags_of(result, **said: dict) -> str:
+    """The report's red flags where replies, metrics or answers say something."""
+    comparison, evaluation = ({**part} for part in result[1:])
+    comparison["forgetting"] = {"base": comparison["forgetting"]["base"] | said.get("lost", {})}
+    evaluation["candidate"] = evaluation["candidate"] | said.get("metrics", {})
+    records = [entry | said.get("records", {}) if entry["contender"] == "candidate" else entry for entry in result[0]]
+    found = red_flags(comparison, evaluation, records, said.get("answers", []))
+    return "\n".join(f"{flag.what} {flag.examples}" for flag in found)
+
+
+def test_the_report_warns_of_what_averages_hide(result):
+    calm = {"length_ratio": {"value": 0.9}, "loops": {"value": 0.0}}
+    assert flags_of(result, metrics=calm) == ""
+    assert "0.3 times as long as the references" in flags_of(result, metrics=calm | {"length_ratio": {"value": 0.3}})
+    assert "25% of the replies repeat themselves" in flags_of(result, metrics=calm | {"loops": {"value": 0.25}})
+    replies = {name: {"text": text} for name, text in (("base", "I am an AI."), ("candidate", "I'm a human."))}
+    answers = [{"prompt": "Who are you?", "replies": replies}]
+    said = flags_of(result, metrics=calm, answers=answers)
+    assert (
+        "Replies that speak as a person: 1 of the candidate, 0 of the base." in said
+        and "Who are you? → …I'm a human." in said
+    )
+    for fine in ("I am a humane assistant.", "My wifi is down.", "I am an AI for humans."):
+        assert flags_of(result, metrics=calm, records={"predictions": fine}) == ""
+    assert "2 factual answers of 12" in flags_of(result, metrics=calm, lost={"lost": ["a", "b"]})
+
+
+def test_the_report_carries_a_decision_side_by_side_replies_gates_and_curves(result, prepared, tmp_path):
+    records, comparison, evaluation = result
+    training = {"steps": 3, "validation_loss_before": 3.0, "validation_loss": 2.0}
+    losses = {"train": [(1.0, 3.0), (2.0, 2.5)], "validation": [(0.0, 3.0), (2.0, 2.0)]}
+    answers = [
+        {"prompt": "Who?", "replies": {name: {"text": name, "finished": True} for name in ("base", "candidate")}}
+    ]
+    found = Findings(
+        comparison, evaluation, records, answers, preparation=prepared, training=training,
+        base={"model": "tiny"}, losses=losses,
+    )  # fmt: skip
+    write_report(tmp_path / "report.html", found)
+    page = (tmp_path / "report.html").read_text()
+    for words in ("The candidate is better than the base: promote it.", "<dd>tiny</dd>", "481 conversations with",
+                  "3 steps, validation loss\n3 → 2", '<td class="good">▲ better</td>', "<polyline"):  # fmt: skip
+        assert words in page, words
+    assert re.search(r"<summary[^>]*>[-+][0-9.]+ nats a token: question \d+</summary>", page)
+    assert page.index("promote it") < page.index("What it says") < page.index("Red flags") < page.index("What decides")
+
+
 def test_the_report_leads_with_verdict_and_reasons(page, result):
     _, comparison, _ = result
     assert comparison["verdict"] == "PROMOTE"
@@ -166,7 +215,7 @@ def test_report_and_summary_say_how_much_was_left_out_and_why(page, result, prep
     monkeypatch.chdir(tmp_path)
     write_json("metrics/comparison.json", result[1])
     write_json("metrics/evaluation.json", result[2])
-    summary.summary(None)
+    summary.summary(Namespace(all=True))
     printed = capsys.readouterr().out
     assert all(words in printed for words in LEFT_OUT)
 
@@ -186,7 +235,7 @@ stages:
 """)
 
     def said() -> str:
-        summary.summary(None)
+        summary.summary(Namespace(all=True))
         return capsys.readouterr().out
 
     sh(tmp_path, "git init -q")
@@ -233,7 +282,7 @@ def test_the_summary_says_verdict_reasons_modelfile_and_what_to_type(result, tmp
     write_json("metrics/evaluation.json", evaluation)
     (tmp_path / "models/package").mkdir(parents=True)
     (tmp_path / "models/package/Modelfile").touch()
-    summary.summary(None)
+    summary.summary(Namespace(all=True))
     printed = capsys.readouterr().out
     for words in ("perplexity *", "rougeL", "Verdict: PROMOTE", "models/package/Modelfile", "make promote"):
         assert words in printed
@@ -241,14 +290,26 @@ def test_the_summary_says_verdict_reasons_modelfile_and_what_to_type(result, tmp
     assert printed.index("perplexity") < printed.index("bleu") < printed.index("self_ended")
     assert "report.html" not in printed  # a clone has the numbers before it has the page
     (tmp_path / "metrics/report.html").touch()
-    summary.summary(None)
+    summary.summary(Namespace(all=True))
     assert "metrics/report.html" in capsys.readouterr().out
+
+
+def test_the_summary_shows_what_decides_and_with_all_the_rest(result, prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_json("metrics/comparison.json", result[1])
+    write_json("metrics/evaluation.json", result[2])
+    summary.summary(Namespace(all=False))
+    printed = capsys.readouterr().out
+    assert all(
+        words in printed for words in ("perplexity *", "prompt_help", "general_text", "`summary --all`", LEFT_OUT[0])
+    )
+    assert not any(words in printed for words in ("bleu", "rougeL", LEFT_OUT[1]))
 
 
 def test_the_summary_of_nothing_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"metrics/evaluation\.json is missing: run `dvc repro`"):
-        summary.summary(None)
+        summary.summary(Namespace(all=True))
 
 
 def test_the_report_shows_the_numbers_that_the_records_give(page):

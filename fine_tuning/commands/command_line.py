@@ -113,7 +113,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.add_argument("--host", action="append", help="an Ollama other than deploy.host; may be repeated")
 
-    add("summary", "summary:summary", "print the result of the last `dvc repro`")
+    command = add("summary", "summary:summary", "print what decided in the last `dvc repro`")
+    command.add_argument("--all", action="store_true", help="every metric, and what was left out")
     add("experiments", "experiments:experiments", "compare what was tried: a table, and the losses as a drawing")
     command = add("sbom", "supply_chain:sbom", "write what the bundle is made of: base, licences, data, dependencies")
     command.add_argument("--output", type=Path, default=Path("sbom.cdx.json"), help="CycloneDX 1.6 as JSON")

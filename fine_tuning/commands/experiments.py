@@ -1,13 +1,12 @@
 """`experiments`: what was tried, as a table and as one drawing of the validation losses; neither needs the net."""
 
 import argparse
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import root, run_command
+from fine_tuning.common.records import csv_pairs
 from fine_tuning.evaluation.report.charts import curves, number, standalone
 from fine_tuning.integration.runs_view import Line, dvc_lines
 
@@ -82,7 +81,7 @@ def loss_curve(line: Line) -> list[tuple[float, float]]:
         text = Path(CURVE).read_text() if line.kind == "workspace" else _committed(line)
     except (FileNotFoundError, UserError):
         return []
-    return [(float(row["step"]), float(row["validation_loss"])) for row in csv.DictReader(io.StringIO(text))]
+    return csv_pairs(text, "step", "validation_loss")
 
 
 def _committed(line: Line) -> str:

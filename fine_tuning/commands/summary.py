@@ -19,26 +19,31 @@ ORDER = (
     "perplexity", "nll_per_byte", "token_accuracy", "prompt_help", "general_knowledge", "general_text", "bleu", "chrf",
     "rouge1", "rouge2", "rougeL", "exact_match",
 )  # fmt: skip
+GUARDS = ("prompt_help", "general_knowledge", "general_text")
 COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
 
 
 def summary(arguments: argparse.Namespace) -> None:
-    """Print every metric of base and candidate, the verdict with its reasons, and what to type next."""
+    """Print the metrics that decide, or all, the verdict with its reasons, and what to type next."""
     from rich.console import Console
 
     evaluation, comparison = read_result(EVALUATION), read_result(COMPARISON)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
-    console.print(metric_table(evaluation, comparison))
+    decide = {comparison["primary"]["metric"], *comparison["secondary"], *GUARDS}
+    metrics = [name for name in sorted(evaluation["candidate"], key=place) if arguments.all or name in decide]
+    console.print(metric_table(evaluation, comparison, metrics))
     verdict = comparison["verdict"]
     colour = COLOURS.get(verdict, "default")
-    for row in comparison.get("prompting_baselines", {}).values():
+    for row in comparison.get("prompting_baselines", {}).values() if arguments.all else ():
         value, metric = with_interval(row, "difference", "+"), comparison["primary"]["metric"]
         console.print(f"{row['what']}: {metric} {row['baseline']:.3g}, candidate {value} on {row['n']}", markup=False)
-    for line in in_words(read_json(PREPARED) if PREPARED.is_file() else {}):
+    for line in in_words(read_json(PREPARED) if PREPARED.is_file() else {})[: None if arguments.all else 1]:
         console.print(line, markup=False)
+    if len(metrics) < len(evaluation["candidate"]):
+        console.print("`summary --all` prints the other metrics and what was left out", markup=False)
     console.print(f"Verdict: [bold {colour}]{verdict}[/]")
     for reason in [*outdated(), *comparison["reasons"]]:
         console.print(f"  - {reason}", markup=False)
@@ -69,7 +74,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: `dvc repro` writes it again") from None
 
 
-def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
+def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any], metrics: list[str]) -> Any:
     """One row a metric: each contender with its interval, and the candidate's difference to its strongest baseline."""
     from rich.table import Table
 
@@ -84,7 +89,7 @@ def metric_table(evaluation: dict[str, Any], comparison: dict[str, Any]) -> Any:
     others = comparison.get("other_tokens", [])
     if others:
         table.caption = "† in tokens of its own: not comparable with the other columns"
-    for metric in sorted(evaluation["candidate"], key=place):
+    for metric in metrics:
         found = [evaluation[name].get(metric) for name in contenders]
         marks = [" †" if name in others and metric in COUNTING else "" for name in contenders]
         difference = comparison["differences"].get(baseline, {}).get(metric)

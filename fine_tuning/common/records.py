@@ -84,6 +84,11 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[
         file.write(text.getvalue().encode())
 
 
+def csv_pairs(text: str, x: str, y: str) -> list[tuple[float, float]]:
+    """Two columns of numbers of a table with a header."""
+    return [(float(row[x]), float(row[y])) for row in csv.DictReader(io.StringIO(text))]
+
+
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line; returns the number of lines."""
     count = 0
