@@ -312,6 +312,13 @@ def test_a_conversation_is_forgotten_with_its_branches(gateway):
     assert collect(Selection(conversation=branch), [], [log]).ids == {branch}
 
 
+def test_a_question_after_a_reply_that_was_not_sent_again_is_a_branch(gateway):
+    gateway.chat(QUESTION)
+    gateway.chat(QUESTION, {"role": "user", "content": "Are you there?"})
+    _, branch = gateway.conversations()
+    assert [role for role, _ in said(branch)] == ["user", "user", "assistant"]
+
+
 def test_history_that_nobody_recorded_is_context_and_not_trained_on(gateway):
     gateway.chat({"role": "system", "content": "Be brief."}, QUESTION, ANSWER, {"role": "user", "content": "And then?"})
     [conversation] = gateway.conversations()
@@ -515,7 +522,8 @@ def test_feedback_reaches_the_log(gateway, ollama):
     [
         (b"no", 400), (b"[]", 400), (b'{"message_id": "nobody", "rating": 1}', 404), (b'{"rating": 1}', 404),
         ({"rating": 5}, 400), ({}, 400), ({"comment": "alone"}, 400), ({"rating": 1, "comment": 7}, 400),
-        ({"correction": 7}, 400), ({"preferred_over": ["nobody"]}, 404), ({"rating": 1, "user": []}, 400),
+        ({"correction": 7}, 400), ({"preferred_over": ["nobody"]}, 404), ({"preferred_over": 7}, 404),
+        ({"rating": True}, 400), ({"rating": [1]}, 400), ({"rating": 1, "user": []}, 400),
     ],
 )  # fmt: skip
 def test_feedback_that_says_nothing_is_refused(gateway, body, status):

@@ -106,7 +106,7 @@ class MessageChain:
         """
         root = session_name(name) if name else None
         parent, asked = nodes[-1], node_after(nodes[-1], "user", question)
-        if (known := self._at(parent, root)) and known.id == known.last:
+        if (known := self._at(parent, root)) and known.id == known.last and known.reply == parent:
             return Place(known.conversation, known.root, parent, asked, known.turns + 1)
         if (known := self._at(asked, root)) and known.id == known.last:
             return Place(known.conversation, known.root, parent, asked, known.turns, replaces=known.id)

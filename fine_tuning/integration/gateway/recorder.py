@@ -46,6 +46,7 @@ TASKS = (
     "You have been provided with a set of responses from various models to the latest user query:",
 )
 CHOOSES_TOOLS = "\n\nYour task is to choose and return the correct tool(s) from the list of available tools"
+RATINGS = {"up": 1, "1": 1, "down": -1, "-1": -1, "None": None}
 NAMES = ("conversation_id", "chat_id", "session_id", "thread_id", "conversation")
 
 Outcome = Literal["complete", "stopped", "failed"]
@@ -177,11 +178,10 @@ class Recorder:
             reply.end()
             model = await model_of(reply.model or ticket.asked.model)
             write = self._exchange(ticket, reply, outcome, model)
+            if write is not None:
+                await self._acknowledged(write, len(reply.text) + len(ticket.asked.question))
         except Exception as error:
             self.failed(error)
-            return
-        if write is not None:
-            await self._acknowledged(write, len(reply.text) + len(ticket.asked.question))
 
     def _exchange(
         self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: dict[str, Any]
@@ -230,7 +230,9 @@ class Recorder:
 
     async def _acknowledged(self, write: Callable[[], object], size: int) -> bool:
         """Whether the disk has it now."""
-        if sum(waiting for waiting, _ in self._waiting) + size > WAITING_BYTES:
+        if (
+            sum(waiting for waiting, _ in list(self._waiting)) + size > WAITING_BYTES
+        ):  # a copy: the writer takes from it
             self.counts["lost"] += 1
             return False
         self._waiting.append((size, write))
@@ -282,20 +284,20 @@ class Recorder:
         person = said.get("user") or headers.get("x-openwebui-user-email") or headers.get("x-openwebui-user-id")
         exchange = self._named(said.get("message_id") or said.get("request_id"))
         over = said.get("preferred_over") or []
-        others = [self._named(name) for name in ([over] if isinstance(over, str) else over)]
+        others = [self._named(name) for name in (over if isinstance(over, list) else [over])]
         if exchange is None or None in others:
             return 404, {"error": "no reply with this id was recorded: take it from the header x-whetstone-message-id"}
-        rating = {"up": 1, "down": -1}.get(str(said.get("rating")), said.get("rating"))
+        given = str(said.get("rating"))
         about = {"by": person, "conversation_id": self._chain.conversation_of(exchange)}
         writes = []
         if "rating" in said:
-            writes.append(partial(self.logger.log_feedback, exchange, rating, said.get("comment"), **about))
+            writes.append(partial(self.logger.log_feedback, exchange, RATINGS.get(given), said.get("comment"), **about))
         if said.get("correction"):
             writes.append(partial(self.logger.log_edit, exchange, said["correction"], **about))
         if others:
             writes.append(partial(self.logger.log_preference, exchange, others, **about))
         texts = [said[key] for key in ("comment", "correction", "user") if said.get(key) is not None]
-        if rating not in (1, -1, None) or not writes or not all(isinstance(text, str) for text in texts):
+        if given not in RATINGS or not writes or not all(isinstance(text, str) for text in texts):
             return 400, {
                 "error": "feedback is a rating (1, -1, up, down or null), alone or with a comment, a correction or "
                 "preferred_over; comment, correction and user are texts"
