@@ -566,6 +566,37 @@ def test_a_client_that_leaves_stops_the_model_and_what_came_is_kept(gateway, oll
     assert gateway.http.get("/health").json()["streams"] == 0
 
 
+def test_a_client_that_does_not_read_holds_the_server_back_and_fills_no_memory(tmp_path):
+    sent, block = [0], b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+    left = threading.Event()
+
+    def write_on_and_on(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with connection, contextlib.suppress(OSError):
+            while sent[0] < 200:
+                connection.sendall(block)
+                sent[0] += 1
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=write_on_and_on, args=(server,), daemon=True).start()
+        with running(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}", silent=60) as gateway:
+            with socket.create_connection(("127.0.0.1", gateway.port)) as client:
+                body = b'{"model": "baker", "messages": []}'
+                head = (
+                    f"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:{gateway.port}\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                client.sendall(head.encode() + body)
+                until(lambda: sent[0])
+                time.sleep(1.5)
+                before = sent[0]
+                time.sleep(0.5)
+                assert sent[0] == before < 50
+            assert left.wait(10)
+
+
 def test_a_reply_that_a_limit_cut_is_incomplete(gateway):
     gateway.chat(QUESTION, options={"num_predict": 2})
     assert gateway.conversations()[0]["messages"][1]["incomplete"] == "length"
