@@ -714,12 +714,14 @@ def test_a_slow_disk_holds_a_chat_up_for_seconds_only(gateway, monkeypatch):
     written.set()
 
 
+@pytest.mark.end_to_end
 def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice_when_it_is_killed(tmp_path, ollama):
     ollama.manifests["bench:latest"] = ollama.manifests["baker:latest"]
     found = kill_and_compare(tmp_path, ollama.host, kills=2, exchanges=240, clients=8)
     assert dict(found) == {"exchanges": 240, "logged": 240, "conversations": 48, "lost": 0, "twice": 0}
 
 
+@pytest.mark.end_to_end
 def test_the_champion_answers_where_there_is_no_server(tmp_path, tiny_base):
     folder = tmp_path / "models/champion/package"
     folder.mkdir(parents=True)
