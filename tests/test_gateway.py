@@ -597,6 +597,20 @@ def test_a_client_that_does_not_read_holds_the_server_back_and_fills_no_memory(t
             assert left.wait(10)
 
 
+def test_a_reply_that_was_stopped_at_its_end_is_logged_again_when_it_is_whole(gateway, ollama):
+    ollama.pace = 0.3
+    with gateway.http.stream("POST", "/api/chat", json={"model": "baker", "messages": [QUESTION]}) as answer:
+        lines = answer.iter_lines()
+        while "rest." not in next(lines):
+            pass
+    until(gateway.events)
+    ollama.pace = 0.0
+    gateway.chat(QUESTION)
+    [conversation] = gateway.conversations()
+    assert "incomplete" not in conversation["messages"][1]
+    assert conversation["messages"][1]["alternatives"][0]["incomplete"] == "stopped"
+
+
 def test_a_reply_that_a_limit_cut_is_incomplete(gateway):
     gateway.chat(QUESTION, options={"num_predict": 2})
     assert gateway.conversations()[0]["messages"][1]["incomplete"] == "length"

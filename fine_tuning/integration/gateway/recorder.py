@@ -6,11 +6,13 @@ bounds, and is tried again; what is lost is counted.
 
 import asyncio
 import hashlib
+import os
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.gateway.message_chain import SOURCE, MessageChain, Place, node_after, nodes_of
 from fine_tuning.integration.gateway.wire_formats import Asked, ReplyReader, read_request
 
-ACKNOWLEDGED_WITHIN = 5.0  # seconds that the end of a stream waits for a slow disk
+ACKNOWLEDGED_WITHIN = 30.0  # seconds that the end of a stream waits for a slow disk
 RETRY_SECONDS = 5.0
 WAITING_BYTES = 64 << 20  # of exchanges in memory that the disk did not take
 REMEMBERED = 100_000  # ids of requests, and of replies that were logged before, for feedback
@@ -87,7 +89,7 @@ class Recorder:
 
     def __init__(self, checkout: Path, record: str = "everyone") -> None:
         self.checkout, self._record = checkout, record
-        self.logger = ConversationLogger(checkout / INBOX)
+        self.logger = ConversationLogger(checkout / INBOX, durable=False)  # `_write_waiting` syncs for all at once
         self.counts: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.problem: str | None = None
@@ -216,7 +218,7 @@ class Recorder:
             "tool_calls": asked.tool_calls,
         }
         metadata = {key: value for key, value in (metadata | model).items() if value not in (None, "", [], {})}
-        self._chain.add(ticket.id, place, text)
+        self._chain.add(ticket.id, place, text, "incomplete" not in metadata)
         self._remember(ticket, ticket.id)
         self.counts["recorded"] += 1
         self.counts["incomplete"] += "incomplete" in metadata
@@ -244,17 +246,32 @@ class Recorder:
             return False
 
     def _write_waiting(self) -> bool:
-        """Write what waits, in its order; whether nothing waits any more."""
-        while self._waiting:
+        """Write what waits, in its order, and sync once for all of it; whether nothing waits any more.
+
+        What could not be synced is written again: an id counts once.
+        """
+        while batch := list(self._waiting):
+            written, full = 0, ""
+            for _, write in batch:
+                try:
+                    write()
+                except Exception as error:
+                    if isinstance(error, UserError) and isinstance(error.__context__, OSError):
+                        full = str(error)
+                        break
+                    self.failed(error)
+                written += 1
             try:
-                self._waiting[0][1]()
-            except Exception as error:
-                if isinstance(error, UserError) and isinstance(error.__context__, OSError):
-                    self.counts["writing failed"] += 1
-                    self.problem = str(error)
-                    return False
-                self.failed(error)
-            self._waiting.popleft()
+                with suppress(FileNotFoundError), open(self.logger.path, "rb") as log:  # a seal syncs what it renames
+                    os.fdatasync(log.fileno())
+            except OSError as error:
+                written, full = 0, full or f"the inbox could not be written ({error.strerror}): free some space"
+            for _ in range(written):
+                self._waiting.popleft()
+            if full:
+                self.counts["writing failed"] += 1
+                self.problem = full
+                return False
         self.problem = None
         return True
 
