@@ -246,34 +246,34 @@ class Recorder:
             return False
 
     def _write_waiting(self) -> bool:
-        """Write what waits, in its order, and sync once for all of it; whether nothing waits any more.
+        """Write what waits now, in its order, and sync once for all of it; whether the disk took it.
 
         What could not be synced is written again: an id counts once.
         """
-        while batch := list(self._waiting):
-            written, full = 0, ""
-            for _, write in batch:
-                try:
-                    write()
-                except Exception as error:
-                    if isinstance(error, UserError) and isinstance(error.__context__, OSError):
-                        full = str(error)
-                        break
-                    self.failed(error)
-                written += 1
+        if not (batch := list(self._waiting)):
+            return True  # written with another one
+        written, full = self._written(batch)
+        try:
+            with suppress(FileNotFoundError), open(self.logger.path, "rb") as log:  # a seal syncs what it renames
+                os.fdatasync(log.fileno())
+        except OSError as error:
+            written, full = 0, full or f"the inbox could not be written ({error.strerror}): free some space"
+        for _ in range(written):
+            self._waiting.popleft()
+        self.counts["writing failed"] += bool(full)
+        self.problem = full or None
+        return not full
+
+    def _written(self, batch: list[tuple[int, Callable[[], object]]]) -> tuple[int, str]:
+        """(how many of a batch the file has or never will have, why the disk took no more)."""
+        for number, (_, write) in enumerate(batch):
             try:
-                with suppress(FileNotFoundError), open(self.logger.path, "rb") as log:  # a seal syncs what it renames
-                    os.fdatasync(log.fileno())
-            except OSError as error:
-                written, full = 0, full or f"the inbox could not be written ({error.strerror}): free some space"
-            for _ in range(written):
-                self._waiting.popleft()
-            if full:
-                self.counts["writing failed"] += 1
-                self.problem = full
-                return False
-        self.problem = None
-        return True
+                write()
+            except Exception as error:
+                if isinstance(error, UserError) and isinstance(error.__context__, OSError):
+                    return number, str(error)
+                self.failed(error)
+        return len(batch), ""
 
     async def retry(self) -> None:
         """Write what waits, again and again, until cancelled."""
