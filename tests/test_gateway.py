@@ -312,6 +312,13 @@ def test_a_conversation_is_forgotten_with_its_branches(gateway):
     assert collect(Selection(conversation=branch), [], [log]).ids == {branch}
 
 
+def test_a_question_after_a_reply_that_was_not_sent_again_is_a_branch(gateway):
+    gateway.chat(QUESTION)
+    gateway.chat(QUESTION, {"role": "user", "content": "Are you there?"})
+    _, branch = gateway.conversations()
+    assert [role for role, _ in said(branch)] == ["user", "user", "assistant"]
+
+
 def test_history_that_nobody_recorded_is_context_and_not_trained_on(gateway):
     gateway.chat({"role": "system", "content": "Be brief."}, QUESTION, ANSWER, {"role": "user", "content": "And then?"})
     [conversation] = gateway.conversations()
@@ -515,7 +522,8 @@ def test_feedback_reaches_the_log(gateway, ollama):
     [
         (b"no", 400), (b"[]", 400), (b'{"message_id": "nobody", "rating": 1}', 404), (b'{"rating": 1}', 404),
         ({"rating": 5}, 400), ({}, 400), ({"comment": "alone"}, 400), ({"rating": 1, "comment": 7}, 400),
-        ({"correction": 7}, 400), ({"preferred_over": ["nobody"]}, 404), ({"rating": 1, "user": []}, 400),
+        ({"correction": 7}, 400), ({"preferred_over": ["nobody"]}, 404), ({"preferred_over": 7}, 404),
+        ({"rating": True}, 400), ({"rating": [1]}, 400), ({"rating": 1, "user": []}, 400),
     ],
 )  # fmt: skip
 def test_feedback_that_says_nothing_is_refused(gateway, body, status):
@@ -556,6 +564,51 @@ def test_a_client_that_leaves_stops_the_model_and_what_came_is_kept(gateway, oll
     assert REPLY.startswith(said(conversation)[1][1])
     until(lambda: ollama.broken_off)
     assert gateway.http.get("/health").json()["streams"] == 0
+
+
+def test_a_client_that_does_not_read_holds_the_server_back_and_fills_no_memory(tmp_path):
+    sent, block = [0], b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+    left = threading.Event()
+
+    def write_on_and_on(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with connection, contextlib.suppress(OSError):
+            while sent[0] < 200:
+                connection.sendall(block)
+                sent[0] += 1
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=write_on_and_on, args=(server,), daemon=True).start()
+        with running(tmp_path, f"http://127.0.0.1:{server.getsockname()[1]}", silent=60) as gateway:
+            with socket.create_connection(("127.0.0.1", gateway.port)) as client:
+                body = b'{"model": "baker", "messages": []}'
+                head = (
+                    f"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:{gateway.port}\r\nContent-Length: {len(body)}\r\n\r\n"
+                )
+                client.sendall(head.encode() + body)
+                until(lambda: sent[0])
+                time.sleep(1.5)
+                before = sent[0]
+                time.sleep(0.5)
+                assert sent[0] == before < 50
+            assert left.wait(10)
+
+
+def test_a_reply_that_was_stopped_at_its_end_is_logged_again_when_it_is_whole(gateway, ollama):
+    ollama.pace = 0.3
+    with gateway.http.stream("POST", "/api/chat", json={"model": "baker", "messages": [QUESTION]}) as answer:
+        lines = answer.iter_lines()
+        while "rest." not in next(lines):
+            pass
+    until(gateway.events)
+    ollama.pace = 0.0
+    gateway.chat(QUESTION)
+    [conversation] = gateway.conversations()
+    assert "incomplete" not in conversation["messages"][1]
+    assert conversation["messages"][1]["alternatives"][0]["incomplete"] == "stopped"
 
 
 def test_a_reply_that_a_limit_cut_is_incomplete(gateway):
@@ -675,12 +728,14 @@ def test_a_slow_disk_holds_a_chat_up_for_seconds_only(gateway, monkeypatch):
     written.set()
 
 
+@pytest.mark.end_to_end
 def test_nothing_acknowledged_is_lost_and_nothing_is_there_twice_when_it_is_killed(tmp_path, ollama):
     ollama.manifests["bench:latest"] = ollama.manifests["baker:latest"]
     found = kill_and_compare(tmp_path, ollama.host, kills=2, exchanges=240, clients=8)
     assert dict(found) == {"exchanges": 240, "logged": 240, "conversations": 48, "lost": 0, "twice": 0}
 
 
+@pytest.mark.end_to_end
 def test_the_champion_answers_where_there_is_no_server(tmp_path, tiny_base):
     folder = tmp_path / "models/champion/package"
     folder.mkdir(parents=True)

@@ -34,7 +34,8 @@ _OURS = b'"source":"gateway"'
 _TABLES = """
     PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
     CREATE TABLE exchange (
-        id TEXT PRIMARY KEY, conversation TEXT, root TEXT, parent BLOB, question BLOB, reply BLOB, turns INT
+        id TEXT PRIMARY KEY, conversation TEXT, root TEXT, parent BLOB, question BLOB, reply BLOB, turns INT,
+        whole INT
     );
     CREATE TABLE node (node BLOB, root TEXT, exchange TEXT, PRIMARY KEY (node, root));
     CREATE TABLE conversation (id TEXT PRIMARY KEY, root TEXT, last TEXT);
@@ -52,6 +53,7 @@ class _Known(NamedTuple):
     question: bytes
     reply: bytes
     turns: int
+    whole: bool
     last: str
 
 
@@ -106,7 +108,7 @@ class MessageChain:
         """
         root = session_name(name) if name else None
         parent, asked = nodes[-1], node_after(nodes[-1], "user", question)
-        if (known := self._at(parent, root)) and known.id == known.last:
+        if (known := self._at(parent, root)) and known.id == known.last and known.reply == parent:
             return Place(known.conversation, known.root, parent, asked, known.turns + 1)
         if (known := self._at(asked, root)) and known.id == known.last:
             return Place(known.conversation, known.root, parent, asked, known.turns, replaces=known.id)
@@ -124,15 +126,15 @@ class MessageChain:
         return Place(f"{root[:90]}-{new}" if known else root, root, parent, asked, turns, history=history)
 
     def same(self, place: Place, reply: str) -> str | None:
-        """The exchange that has this question and this reply already."""
+        """The exchange that has this question and this reply, whole, already."""
         known = self._at(node_after(place.question, "assistant", reply), place.root)
-        return known.id if known else None
+        return known.id if known and known.whole else None
 
-    def add(self, exchange: str, place: Place, reply: str) -> None:
+    def add(self, exchange: str, place: Place, reply: str, whole: bool) -> None:
         """Take in what is logged."""
         node = node_after(place.question, "assistant", reply)
-        row = (exchange, place.conversation, place.root, place.parent, place.question, node, place.turns)
-        self._rows("INSERT OR REPLACE INTO exchange VALUES (?, ?, ?, ?, ?, ?, ?)", *row)
+        row = (exchange, place.conversation, place.root, place.parent, place.question, node, place.turns, whole)
+        self._rows("INSERT OR REPLACE INTO exchange VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *row)
         for each in (place.question, node):
             self._rows("INSERT OR REPLACE INTO node VALUES (?, ?, ?)", each, place.root, exchange)
         self._rows("INSERT OR REPLACE INTO conversation VALUES (?, ?, ?)", place.conversation, place.root, exchange)
@@ -196,7 +198,7 @@ class MessageChain:
             )
         question = node_after(parent, "user", event["user_message"])
         place = Place(conversation, metadata.get("branch_of") or conversation, parent, question, turns)
-        self.add(event["id"], place, event["assistant_response"])
+        self.add(event["id"], place, event["assistant_response"], "incomplete" not in metadata)
 
     def _add_sealed(self, conversation: dict[str, Any]) -> None:
         metadata = {key: value for key, value in conversation["metadata"].items() if key in ("user_id", "branch_of")}
@@ -210,7 +212,8 @@ class MessageChain:
             event = {"conversation_id": conversation["id"], "user_message": asked["content"]}
             placed = {"history": before[:-1]} if first else {}
             for reply in (*(message.get("alternatives") or ()), message):
-                said = {"id": reply["id"], "assistant_response": reply["content"], "metadata": metadata | placed}
+                cut = {"incomplete": reply["incomplete"]} if "incomplete" in reply else {}
+                said = {"id": reply["id"], "assistant_response": reply["content"], "metadata": metadata | placed | cut}
                 self._add_logged(event | said)
                 placed = {"replaces": reply["id"]}
             first, before = False, []

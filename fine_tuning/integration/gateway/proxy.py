@@ -12,7 +12,7 @@ import posixpath
 import re
 import time
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_lo
 from fine_tuning.integration.request_guard import is_own
 
 MOST_BYTES = 64 << 20  # of a request, images included
+MOST_WAITING = 1 << 18  # bytes of an answer that wait for a slow client
 KEPT_CONNECTIONS = 64  # connecting is the largest part of what a request would wait for in here
 VERSIONS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
 OF_ONE_CONNECTION = {
@@ -222,19 +223,20 @@ class _Relay:
             headers += [(name.encode(), value.encode("latin-1", "replace")) for name, value in own.items()]
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         held = b""
-        async for chunk in response.aiter_raw():
-            place = self._reply.feed(chunk) if self._reply else None
-            if self._reply and self._reply.readable and not self._reply.streamed:
-                chunk, held = held, chunk  # the last bytes wait for the disk
-            elif held:
-                chunk, held = held + chunk, b""
-            if place is not None:
-                if place:
-                    await send(_body_part(chunk[:place]))
-                await self.end("complete")
-                chunk = chunk[place:]
-            if chunk:
-                await send(_body_part(chunk))
+        async with aclosing(_arrivals(response)) as arrivals:
+            async for chunk in arrivals:
+                place = self._reply.feed(chunk) if self._reply else None
+                if self._reply and self._reply.readable and not self._reply.streamed:
+                    chunk, held = held, chunk  # the last bytes wait for the disk
+                elif held:
+                    chunk, held = held + chunk, b""
+                if place is not None:
+                    if place:
+                        await send(_body_part(chunk[:place]))
+                    await self.end("complete")
+                    chunk = chunk[place:]
+                if chunk:
+                    await send(_body_part(chunk))
         await self.end("complete")
         await send({"type": "http.response.body", "body": held})
 
@@ -243,6 +245,37 @@ class _Relay:
         reply, ticket, self._ticket = self._reply, self._ticket, None
         if reply is not None and ticket is not None:
             await self._proxy.recorder.finish(ticket, reply, outcome, self._proxy.model_of)
+
+
+async def _arrivals(response: httpx.Response) -> AsyncIterator[bytes]:
+    """What the server sends, as it comes. What came while the client took the part before is one part: a machine with
+    little time for this process sends fewer and larger parts, and falls no further behind."""
+    arrived, news, room = bytearray(), asyncio.Event(), asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for chunk in response.aiter_raw():
+                arrived.extend(chunk)
+                news.set()
+                while len(arrived) > MOST_WAITING:
+                    room.clear()
+                    await room.wait()
+        finally:
+            news.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        while not reading.done() or arrived:
+            await news.wait()
+            news.clear()
+            if part := bytes(arrived):
+                arrived.clear()
+                room.set()
+                yield part
+        await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 def _body_part(data: bytes) -> Message:

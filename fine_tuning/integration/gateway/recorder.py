@@ -6,11 +6,13 @@ bounds, and is tried again; what is lost is counted.
 
 import asyncio
 import hashlib
+import os
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.gateway.message_chain import SOURCE, MessageChain, Place, node_after, nodes_of
 from fine_tuning.integration.gateway.wire_formats import Asked, ReplyReader, read_request
 
-ACKNOWLEDGED_WITHIN = 5.0  # seconds that the end of a stream waits for a slow disk
+ACKNOWLEDGED_WITHIN = 30.0  # seconds that the end of a stream waits for a slow disk
 RETRY_SECONDS = 5.0
 WAITING_BYTES = 64 << 20  # of exchanges in memory that the disk did not take
 REMEMBERED = 100_000  # ids of requests, and of replies that were logged before, for feedback
@@ -46,6 +48,7 @@ TASKS = (
     "You have been provided with a set of responses from various models to the latest user query:",
 )
 CHOOSES_TOOLS = "\n\nYour task is to choose and return the correct tool(s) from the list of available tools"
+RATINGS = {"up": 1, "1": 1, "down": -1, "-1": -1, "None": None}
 NAMES = ("conversation_id", "chat_id", "session_id", "thread_id", "conversation")
 
 Outcome = Literal["complete", "stopped", "failed"]
@@ -86,7 +89,7 @@ class Recorder:
 
     def __init__(self, checkout: Path, record: str = "everyone") -> None:
         self.checkout, self._record = checkout, record
-        self.logger = ConversationLogger(checkout / INBOX)
+        self.logger = ConversationLogger(checkout / INBOX, durable=False)  # `_write_waiting` syncs for all at once
         self.counts: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.problem: str | None = None
@@ -177,11 +180,10 @@ class Recorder:
             reply.end()
             model = await model_of(reply.model or ticket.asked.model)
             write = self._exchange(ticket, reply, outcome, model)
+            if write is not None:
+                await self._acknowledged(write, len(reply.text) + len(ticket.asked.question))
         except Exception as error:
             self.failed(error)
-            return
-        if write is not None:
-            await self._acknowledged(write, len(reply.text) + len(ticket.asked.question))
 
     def _exchange(
         self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: dict[str, Any]
@@ -216,7 +218,7 @@ class Recorder:
             "tool_calls": asked.tool_calls,
         }
         metadata = {key: value for key, value in (metadata | model).items() if value not in (None, "", [], {})}
-        self._chain.add(ticket.id, place, text)
+        self._chain.add(ticket.id, place, text, "incomplete" not in metadata)
         self._remember(ticket, ticket.id)
         self.counts["recorded"] += 1
         self.counts["incomplete"] += "incomplete" in metadata
@@ -230,7 +232,9 @@ class Recorder:
 
     async def _acknowledged(self, write: Callable[[], object], size: int) -> bool:
         """Whether the disk has it now."""
-        if sum(waiting for waiting, _ in self._waiting) + size > WAITING_BYTES:
+        if (
+            sum(waiting for waiting, _ in list(self._waiting)) + size > WAITING_BYTES
+        ):  # a copy: the writer takes from it
             self.counts["lost"] += 1
             return False
         self._waiting.append((size, write))
@@ -242,19 +246,34 @@ class Recorder:
             return False
 
     def _write_waiting(self) -> bool:
-        """Write what waits, in its order; whether nothing waits any more."""
-        while self._waiting:
+        """Write what waits now, in its order, and sync once for all of it; whether the disk took it.
+
+        What could not be synced is written again: an id counts once.
+        """
+        if not (batch := list(self._waiting)):
+            return True  # written with another one
+        written, full = self._written(batch)
+        try:
+            with suppress(FileNotFoundError), open(self.logger.path, "rb") as log:  # a seal syncs what it renames
+                os.fdatasync(log.fileno())
+        except OSError as error:
+            written, full = 0, full or f"the inbox could not be written ({error.strerror}): free some space"
+        for _ in range(written):
+            self._waiting.popleft()
+        self.counts["writing failed"] += bool(full)
+        self.problem = full or None
+        return not full
+
+    def _written(self, batch: list[tuple[int, Callable[[], object]]]) -> tuple[int, str]:
+        """(how many of a batch the file has or never will have, why the disk took no more)."""
+        for number, (_, write) in enumerate(batch):
             try:
-                self._waiting[0][1]()
+                write()
             except Exception as error:
                 if isinstance(error, UserError) and isinstance(error.__context__, OSError):
-                    self.counts["writing failed"] += 1
-                    self.problem = str(error)
-                    return False
+                    return number, str(error)
                 self.failed(error)
-            self._waiting.popleft()
-        self.problem = None
-        return True
+        return len(batch), ""
 
     async def retry(self) -> None:
         """Write what waits, again and again, until cancelled."""
@@ -282,20 +301,20 @@ class Recorder:
         person = said.get("user") or headers.get("x-openwebui-user-email") or headers.get("x-openwebui-user-id")
         exchange = self._named(said.get("message_id") or said.get("request_id"))
         over = said.get("preferred_over") or []
-        others = [self._named(name) for name in ([over] if isinstance(over, str) else over)]
+        others = [self._named(name) for name in (over if isinstance(over, list) else [over])]
         if exchange is None or None in others:
             return 404, {"error": "no reply with this id was recorded: take it from the header x-whetstone-message-id"}
-        rating = {"up": 1, "down": -1}.get(str(said.get("rating")), said.get("rating"))
+        given = str(said.get("rating"))
         about = {"by": person, "conversation_id": self._chain.conversation_of(exchange)}
         writes = []
         if "rating" in said:
-            writes.append(partial(self.logger.log_feedback, exchange, rating, said.get("comment"), **about))
+            writes.append(partial(self.logger.log_feedback, exchange, RATINGS.get(given), said.get("comment"), **about))
         if said.get("correction"):
             writes.append(partial(self.logger.log_edit, exchange, said["correction"], **about))
         if others:
             writes.append(partial(self.logger.log_preference, exchange, others, **about))
         texts = [said[key] for key in ("comment", "correction", "user") if said.get(key) is not None]
-        if rating not in (1, -1, None) or not writes or not all(isinstance(text, str) for text in texts):
+        if given not in RATINGS or not writes or not all(isinstance(text, str) for text in texts):
             return 400, {
                 "error": "feedback is a rating (1, -1, up, down or null), alone or with a comment, a correction or "
                 "preferred_over; comment, correction and user are texts"
