@@ -384,6 +384,15 @@ def test_what_was_deleted_is_not_sealed(checkout):
     assert "1 more: sealed as deleted." in [caption.value for caption in at.caption]
 
 
+def test_the_side_bar_says_when_conversations_were_held(checkout):
+    logger = ConversationLogger(checkout / "inbox/conversations.jsonl")
+    logger.log_conversation("Old", "Yes.", {"session_id": "old"}, timestamp="2026-01-05T12:00:00.000Z")
+    logger.log_conversation("New", "Yes.", {"session_id": "new"})
+    at = open_chat()
+    assert [caption.value for caption in at.sidebar.caption] == ["Today", "5 January 2026"]
+    assert [button.label for button in at.sidebar.button][-2:] == ["New", "Old"]
+
+
 def test_without_any_model_the_page_says_what_to_run(checkout):
     (checkout / "models/base/base-Q8_0.gguf").unlink()
     at = open_chat()
@@ -472,6 +481,18 @@ def test_the_live_version_answers_through_ollama_where_one_is_there(checkout):
     metadata = logged(checkout)[0]["metadata"]
     assert (metadata["model"], metadata["version"]) == ("whetstone:live", 7)
     assert logged(checkout)[0]["assistant_response"] == "Restart it."
+
+
+def test_other_models_of_ollama_can_be_chosen_and_are_recorded_under_their_names(checkout):
+    with FakeOllama(reply="Restart it.") as ollama:
+        live_version(ollama, 7)
+        ollama.manifests["llama3:8b"] = ollama.manifests["nomic-embed-text:latest"] = ollama.manifests["whetstone:7"]
+        served(ollama.host, checkout)
+        at = open_chat()
+        assert [o for o in at.selectbox(key="model").options if o.startswith("Other")] == ["Other · llama3:8b · Ollama"]
+        say(at.selectbox(key="model").set_value("Other · llama3:8b · Ollama").run(), "Hello?")
+    assert logged(checkout)[0]["metadata"]["model"] == "llama3:8b"
+    assert logged(checkout)[0]["metadata"].get("version") is None
 
 
 def test_a_control_token_that_somebody_types_reaches_ollama_as_text(checkout):

@@ -74,13 +74,15 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
         visit("models")
         verdict = json.loads((checkout / "metrics/comparison.json").read_bytes())["verdict"]
         page.get_by_text(verdict, exact=True).wait_for()
+        page.get_by_text("Show the report").click()
+        page.frame_locator("iframe").get_by_role("heading", name="What decides").wait_for()
         if verdict == "PROMOTE":
             page.get_by_role("button", name="Promote", exact=True).click()
         else:
             page.get_by_role("button", name="Promote anyway…").click()
             page.get_by_label("Why").fill("it is a test")
             page.get_by_label("Why").press("Enter")
-        page.get_by_role("button", name="Promote it").click()
+        page.get_by_role("dialog").get_by_role("button", name="Promote").click()
         page.get_by_text("it is the champion already").wait_for()
         page.get_by_test_id("stGraphVizChart").locator("svg").wait_for()
         assert json.loads((checkout / "models/champion.json").read_bytes())["version"] == 1

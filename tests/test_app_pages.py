@@ -133,11 +133,29 @@ def test_the_data_page_says_that_people_are_not_masked_until_they_are(collected)
     assert "Names, addresses" not in shown(open_page("data"))
 
 
+def test_conversations_are_found_by_any_word_and_filtered_by_state_source_split_and_rating(collected):
+    logger = ConversationLogger("inbox/conversations.jsonl")
+    exchange = logger.log_conversation("New one", "The aardvark sleeps.", {"session_id": "s1"})
+    logger.log_feedback(exchange, 1)
+    at = open_page("data")
+    table = at.dataframe[-1].value
+    assert len(table) == 50 and set(table["split"]) == {"train", "validation", "test", "none"}
+    at.text_input(key="find").set_value("AARDVARK").run()
+    assert list(at.dataframe[-1].value["id"]) == ["s1"]
+    at.text_input(key="find").set_value("").run()
+    at.selectbox(key="rating").set_value("1").run()
+    assert list(at.dataframe[-1].value["begins"]) == ["New one"]
+    at.selectbox(key="rating").set_value("all").run()
+    at.selectbox(key="split").set_value("test").run()
+    assert 0 < len(at.dataframe[-1].value) < 50 and set(at.dataframe[-1].value["fate"]) == {"kept"}
+
+
 def test_a_dropped_conversation_tells_its_reason(collected):
     at = open_page("data")
     at.selectbox(key="fate").set_value("duplicate").run()
     assert "Dropped: duplicate" in shown(at)
     assert at.button(key="restore").disabled
+    assert at.expander[-1].label == "The one that is kept instead"
     assert "The same conversation is kept under another id." in shown(at)
 
 
@@ -232,7 +250,7 @@ def test_a_promotion_bears_the_name_of_whoever_is_signed_in(candidate):
     at.user = {"is_logged_in": True, "email": "ann@example.org"}
     at.run()
     at.button(key="promote").click().run()
-    at.button(key="promote-now").click().run()
+    at.button(key="confirm-now").click().run()
     assert finish(at).returncode == 0, jobs.latest.lines()
     (version,) = open_registry("trial", candidate).versions()
     assert version.tags["promoted_by"] == "ann@example.org"
@@ -276,7 +294,7 @@ def test_a_forced_promotion_needs_a_reason_and_registers_a_version(project, monk
     monkeypatch.chdir(project)
     at = open_page("models")
     at.button(key="force").click().run()
-    assert at.button(key="force-now").disabled
+    assert at.button(key="confirm-now").disabled
     registry = open_registry("trial", project)
     (first,) = registry.versions()
     assert models_view.reasons(registry, first)[0].startswith("perplexity 9.")
@@ -460,6 +478,15 @@ def test_two_models_answer_blind_and_the_vote_is_a_preference(tmp_path, tiny_bas
     (standing,) = votes.standings(votes.read(checkout))
     assert standing.wins + standing.losses == 1
     assert "win rate" in shown(at)
+
+
+def test_a_test_prompt_is_taken_over_for_both(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.chdir(write_checkout(tmp_path, tiny_base))
+    (tmp_path / "models/package").mkdir()
+    (tmp_path / "models/package/model.gguf").write_bytes((tmp_path / "models/base/base-Q8_0.gguf").read_bytes())
+    at = open_page("compare")
+    at.pills(key="test").set_value("Who are you?").run()
+    assert at.text_area(key="prompt").value == "Who are you?"
 
 
 def test_votes_count_for_a_pair_whatever_side_it_stood_on(tmp_path):

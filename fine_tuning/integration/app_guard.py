@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fine_tuning.integration.request_guard import is_own
 
 LOOPBACK = ("localhost", "127.0.0.1")
-# Vega compiles its expressions, Graphviz is WebAssembly; nothing is loaded from, sent to or framed by another origin.
+# Vega compiles its expressions, Graphviz is WebAssembly, a report is a data: frame; nothing else is from elsewhere.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; connect-src 'self' data: blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    "frame-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 REFUSAL = (
     "Refused: the app answers its own pages only, at a name in server.allowedHosts (.streamlit/config.toml) and at "

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from datetime import date, datetime
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
@@ -26,6 +27,15 @@ def shortened(message: str) -> str:
     """The beginning of a message, in one line."""
     words = " ".join(message.split())
     return words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1].rstrip() + "…"
+
+
+def day_in_words(at: str) -> str:
+    """Today, Yesterday or the day of a time, on this machine's calendar; "" for what has none."""
+    try:
+        day = datetime.fromisoformat(at).astimezone().date()
+    except ValueError:
+        return ""
+    return {0: "Today", 1: "Yesterday"}.get((date.today() - day).days) or f"{day.day} {day:%B %Y}"
 
 
 def read_titles(checkout: Path) -> dict[str, str]:
@@ -83,15 +93,6 @@ def locations(checkout: Path) -> list[str]:
         errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UserError(errors[-1].removeprefix("error: ") if errors else "the search failed: try again")
     return places
-
-
-def erase(checkout: Path, *words: str) -> None:
-    """Start `forget` in the background: it takes conversations out of every place and proves it.
-
-    Raises:
-        UserError: another command runs; nothing is changed.
-    """
-    jobs.start(ERASE, own_command("forget", *words), checkout)
 
 
 def interrupted(checkout: Path) -> bool:

@@ -99,8 +99,10 @@ class ChatModel:
 
 
 def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[ChatModel]:
-    """All models that can answer now. The one at the head is the candidate where its verdict is PROMOTE and nothing is
-    live yet, otherwise the live version, the champion or the base: `WHY_FIRST` says so.
+    """All models that can answer now, the user's other ones on Ollama too.
+
+    The one at the head is the candidate where its verdict is PROMOTE and nothing is live yet, otherwise the live
+    version, the champion or the base: `WHY_FIRST` says so.
 
     Args:
         client: the Ollama server, None to leave it out.
@@ -129,7 +131,8 @@ def served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
     models = [ChatModel("Live", "ollama", live, numbers.get(digests[live]))] if live in digests else []
     for number in sorted(numbers.values(), reverse=True):
         models.append(ChatModel("Version", "ollama", f"{name}:{number}", number))
-    return models
+    others = sorted(tag for tag in digests if not tag.startswith(f"{full_name(name).rpartition(':')[0]}:"))
+    return models + [ChatModel("Other", "ollama", tag) for tag in others if "embed" not in tag]
 
 
 def local_models(checkout: Path) -> list[ChatModel]:

@@ -25,16 +25,17 @@ BEGINNING = 60  # characters of the first message that a row keeps
 
 _SUMMARY = """
     CREATE TABLE summary (conversation BLOB PRIMARY KEY, id TEXT, source TEXT, started_at TEXT, last_spoken TEXT,
-        messages INT, characters INT, begins TEXT, shard TEXT, text TEXT,
-        gone INT);
+        messages INT, characters INT, begins TEXT, shard TEXT, rating INT,
+        text TEXT, gone INT);
     CREATE INDEX by_time ON summary (source, last_spoken);
 """
-_COLUMNS = "id, source, started_at, last_spoken, messages, characters, begins, shard"
+_COLUMNS = "id, source, started_at, last_spoken, messages, characters, begins, shard, rating"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One conversation. `shard` names where its newest version is sealed; None if there is news of it since."""
+    """One conversation. `shard` names where its newest version is sealed; None if there is news of it since. `rating`
+    is 1 where its replies are liked rather than disliked, -1 where the other way round, else 0."""
 
     id: str
     source: str
@@ -44,6 +45,7 @@ class Summary:
     characters: int
     begins: str
     shard: str | None
+    rating: int
 
 
 class ConversationIndex:
@@ -68,21 +70,19 @@ class ConversationIndex:
         Returns:
             Those spoken in last, at most `limit`, and how many there are.
         """
-        condition, values = "NOT gone AND source = ?", [source]
-        for word in words.lower().split():
-            named = [key_of(identity) for identity, title in (titles or {}).items() if word in title.lower()]
-            condition += f" AND (instr(text, ?) OR conversation IN ({', '.join('?' * len(named))}))"
-            values += [word, *named]
+        condition, values = _condition(words, titles or {})
+        condition, values = f"{condition} AND source = ?", [*values, source]
         with self._up_to_date() as index:
             ((count,),) = index.rows(f"SELECT count(*) FROM summary WHERE {condition}", *values)
             query = f"SELECT {_COLUMNS} FROM summary WHERE {condition} ORDER BY last_spoken DESC LIMIT {limit}"
             return [Summary(*row) for row in index.rows(query, *values)], count
 
-    def all(self) -> list[Summary]:
-        """Every conversation, those with news since the last seal first."""
+    def all(self, words: str = "") -> list[Summary]:
+        """Every conversation in whose id or messages all words occur, those with news since the last seal first."""
+        condition, values = _condition(words, {})
         with self._up_to_date() as index:
-            query = f"SELECT {_COLUMNS} FROM summary WHERE NOT gone ORDER BY shard NOT NULL, rowid"
-            return [Summary(*row) for row in index.rows(query)]
+            query = f"SELECT {_COLUMNS} FROM summary WHERE {condition} ORDER BY shard NOT NULL, rowid"
+            return [Summary(*row) for row in index.rows(query, *values)]
 
     def deleted(self) -> list[Summary]:
         """The deleted conversations as they were, the newest first; one without messages was sealed as deleted."""
@@ -172,6 +172,16 @@ def conversation_index(checkout: Path) -> ConversationIndex:
     return ConversationIndex(checkout)
 
 
+def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | bytes]]:
+    """What a query asks of a row, and its values: all words in its id, its messages or its title."""
+    condition, values = "NOT gone", []
+    for word in words.lower().split():
+        named = [key_of(identity) for identity, title in titles.items() if word in title.lower()]
+        condition += f" AND (instr(text, ?) OR instr(id, ?) OR conversation IN ({', '.join('?' * len(named))}))"
+        values += [word, word, *named]
+    return condition, values
+
+
 def last_spoken(conversation: dict) -> str:
     """Time of the newest message, ISO 8601."""
     return max((message.get("at") or "" for message in conversation["messages"]), default="")
@@ -180,6 +190,7 @@ def last_spoken(conversation: dict) -> str:
 def _summary(conversation: dict, shard: str | None) -> tuple:
     messages = conversation["messages"]
     first = next((message["content"] for message in messages if message.get("role") == "user"), "") or ""
+    liked = sum(entry.get("rating") or 0 for entry in conversation.get("feedback") or [])
     values = (
         conversation["id"],
         conversation.get("source") or "unknown",
@@ -189,6 +200,7 @@ def _summary(conversation: dict, shard: str | None) -> tuple:
         sum(len(message.get("content") or "") for message in messages),
         " ".join(str(first).split())[:BEGINNING],
         shard,
+        (liked > 0) - (liked < 0),
         "\n".join(message.get("content") or "" for message in messages).lower(),
     )
     # A lone surrogate, which JSON can hold, has no UTF-8.

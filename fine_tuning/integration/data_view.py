@@ -1,20 +1,23 @@
 """What the page Data shows: where every conversation is on its way from the log to the tokens."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from fine_tuning.common.records import read_jsonl, read_object
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
 from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
+from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
 
 REJECTED = Path("data/clean/rejected.jsonl")
 CLEAN_METRICS = Path("metrics/clean.json")
 PREPARE_METRICS = Path("metrics/prepare.json")
 PREPARED = Path("data/prepared")
+LEDGER = Path("data/splits.txt")
 SPLITS = ("train", "validation", "test")
 
 Span = tuple[str, str | None]  # text, and what is special about it
@@ -23,9 +26,12 @@ Stamp = tuple[Path, int, int]
 
 @dataclass(frozen=True)
 class Entry(Summary):
-    """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped."""
+    """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped; `twin` the id of the
+    one that was kept instead of a duplicate; `split` train, validation, test, or none."""
 
     fate: str
+    twin: str | None
+    split: str
 
 
 def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
@@ -33,42 +39,27 @@ def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
     return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists())
 
 
-def entries(checkout: Path) -> list[Entry]:
-    """Every conversation, those with news since the last seal first."""
+def entries(checkout: Path, words: str = "") -> list[Entry]:
+    """Every conversation in whose id or messages all words occur, those with news since the last seal first."""
     fates = _fates(stamps([checkout / REJECTED]))
+    found = conversation_index(checkout).all(words)
+    splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(entry.id for entry in found))
     taken_in = read_object(checkout / MANIFEST).get("shards", [])
     cleaned = {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
 
-    def fate(found: Summary) -> str:
-        if found.shard is None:
-            return "new"
-        return fates.get(found.id, "kept") if found.shard in cleaned else "not cleaned yet"
+    def entry(found: Summary) -> Entry:
+        dropped = fates.get(found.id) if found.shard in cleaned else None
+        fate = "new" if found.shard is None else "kept" if found.shard in cleaned else "not cleaned yet"
+        twin = str(dropped["value"]) if dropped and dropped["reason"] == "duplicate" else None
+        split = splits.get(found.id, "none") if fate == "kept" and not dropped else "none"
+        return Entry(**vars(found), fate=dropped["reason"] if dropped else fate, twin=twin, split=split)
 
-    return [Entry(**vars(found), fate=fate(found)) for found in conversation_index(checkout).all()]
+    return list(map(entry, found))
 
 
 def metrics(checkout: Path, path: Path) -> dict:
     """A metrics file, empty where its stage has not run."""
     return read_object(checkout / path)
-
-
-def per_day(found: list[Entry]) -> dict[str, Counter[str]]:
-    """Day → conversations by source; what has no date is left out."""
-    days: dict[str, Counter[str]] = {}
-    for entry in found:
-        if entry.started_at:
-            days.setdefault(entry.started_at[:10], Counter())[entry.source] += 1
-    return dict(sorted(days.items()))
-
-
-def lengths(found: list[Entry]) -> dict[str, Counter[str]]:
-    """Length class in characters → conversations by source."""
-    edges = (100, 300, 1000, 3000, 10_000)
-    names = ["under 100", *(f"from {edge:,}" for edge in edges)]
-    table: dict[str, Counter[str]] = {name: Counter() for name in names}
-    for entry in found:
-        table[names[sum(entry.characters >= edge for edge in edges)]][entry.source] += 1
-    return {f"{number} {name}": counts for number, (name, counts) in enumerate(table.items(), 1)}
 
 
 # ------------------------------------------------------------------------------------------------- one conversation
@@ -163,6 +154,11 @@ def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> l
 
 
 @lru_cache(maxsize=2)
-def _fates(rejected: tuple[Stamp, ...]) -> dict[str, str]:
+def _fates(rejected: tuple[Stamp, ...]) -> dict[str, dict]:
     drops = (drop for path, _, _ in rejected for drop in read_jsonl(path))
-    return {drop["id"]: drop["reason"] for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
+    return {drop["id"]: drop for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
+
+
+@lru_cache(maxsize=2)
+def _ledger(_: tuple[Stamp, ...], checkout: Path) -> Ledger:
+    return Ledger(checkout / LEDGER, read_params("prepare", PrepareSettings, checkout / "params.yaml").salt)

@@ -1,4 +1,4 @@
-"""What the page Runs shows: DVC's commits and experiments and MLflow's runs as one table, curves and intervals."""
+"""What the page Runs shows: DVC's commits and experiments and MLflow's runs as one table, and curves."""
 
 import json
 import re
@@ -9,11 +9,9 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import artifact_root, run_command, tracking_uri
-from fine_tuning.common.records import read_object
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.training.tracking import flatten, open_store
 
-EVALUATION = Path("metrics/evaluation.json")
 LOSS = Path("metrics/plots/train_loss.csv")
 COMMITS = 10  # that are shown
 # `$` begins an interpolation, which reads the environment.
@@ -193,17 +191,6 @@ def loss_history(checkout: Path, run_id: str) -> list[dict[str, float]]:
     client, _ = open_store(tracking_uri(checkout), artifact_root(checkout), checkout / ".whetstone" / "mlflow.lock")
     history = client.get_metric_history(run_id, "loss")
     return [{"step": point.step, "loss": point.value} for point in history]
-
-
-def intervals(checkout: Path) -> list[dict[str, Any]]:
-    """[{"metric", "model", "value", "low", "high"}] of the last evaluation."""
-    return [
-        {"metric": metric, "model": model} | {key: cell[key] for key in ("value", "low", "high")}
-        for model, metrics in read_object(checkout / EVALUATION).items()
-        if isinstance(metrics, dict)
-        for metric, cell in metrics.items()
-        if isinstance(cell, dict) and cell.get("value") is not None and cell.get("low") is not None
-    ]
 
 
 def overrides(text: str) -> list[str]:

@@ -19,6 +19,8 @@ if PROJECT not in sys.path:
     sys.path.insert(0, PROJECT)
 
 
+# As dir="auto": each paragraph runs as its own script does.
+DIRECTION = "<style>[data-testid=stMarkdownContainer] :is(p, li), textarea { unicode-bidi: plaintext; }</style>"
 PAGES = {"chat": "forum", "compare": "balance", "data": "dataset", "runs": "monitoring", "models": "workspace_premium"}
 OPEN_PAGES = ("chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
 
@@ -47,6 +49,7 @@ def main() -> None:
     if sign_in_providers() and signed_in() is None:
         st.navigation([st.Page(_sign_in, title="Whetstone", default=True)], position="hidden").run()
         return
+    st.html(DIRECTION)
     chosen = st.navigation(pages)
     try:
         chosen.run()

@@ -7,30 +7,14 @@ from functools import partial
 import streamlit as st
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.integration import chat_history
+from fine_tuning.integration import chat_history, chat_models, chat_session, chat_settings
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import show_job
 from fine_tuning.integration.app_text import plain, show_text
-from fine_tuning.integration.chat_models import (
-    NO_MODEL,
-    WHY_FIRST,
-    ChatModel,
-    Sampling,
-    default_sampling,
-    stream_reply,
-    warm_up,
-)
-from fine_tuning.integration.chat_session import (
-    Question,
-    ask,
-    discard,
-    new_conversation_id,
-    pending_replies,
-    unanswered,
-)
-from fine_tuning.integration.chat_settings import Choice, find_model, keep_choice, read_choice
+from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply, warm_up
+from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
 from fine_tuning.integration.conversation_index import conversation_index
-from fine_tuning.integration.jobs import jobs
+from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.schema.conversation import edits
 
 REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
@@ -38,6 +22,16 @@ LISTED = 60  # conversations in the side bar; the search finds the others
 MODEL_VARIABLE = "WHETSTONE_MODEL"  # set by `make chat MODEL=…`: who answers new chats
 THUMBS = {1: 1, -1: 0}  # a rating as st.feedback counts
 INCOMPLETE = {"stopped": "stopped, not trained on", "failed": "broke off, not trained on"}
+
+# Label, field, bounds, step and help of the settings of a reply.
+SAMPLING = (
+    ("Temperature", "temperature", 0.0, 2.0, 0.05, None),
+    ("Top p", "top_p", 0.05, 1.0, 0.05, None),
+    ("Top k", "top_k", 0, None, 1, "0: all tokens"),
+    ("Repeat penalty", "repeat_penalty", 0.5, 2.0, 0.05, "Above 1 keeps a small model from repeating itself."),
+    ("Longest reply, tokens", "max_tokens", 1, None, 1, None),
+    ("Seed", "seed", 0, 2**31 - 1, 1, "The same one, with the same settings and conversation, gives the same reply."),
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +51,11 @@ def page() -> None:
     question, waiting, conversation = _pending_and_logged(here, identity)
     _sidebar(here, conversation, identity)
     models = here.models()
-    if question is None and models and (asked := unanswered(here.checkout).get(identity)):
+    if question is None and models and (asked := chat_session.unanswered(here.checkout).get(identity)):
         lost = "the app ended before a reply was logged: try again"
         question = Question(identity, asked["text"], models[0], asked.get("replaces"), problem=lost)
     if not models:
-        st.info(NO_MODEL, icon=":material/construction:")
+        st.info(chat_models.NO_MODEL, icon=":material/construction:")
     asking = _choose_model(here, models, identity, conversation) if models else None
     _show_conversation(here, conversation, question, asking)
     if asking is None:
@@ -122,14 +116,17 @@ def _sidebar(here: App, conversation: dict | None, current: str) -> None:
             with st.popover("This chat", icon=":material/more_horiz:", width="stretch"):
                 _manage(here, conversation, titles)
         words = st.text_input("Search", placeholder="Search chats", label_visibility="collapsed", key="search")
-        for identity, asked in unanswered(here.checkout).items():
+        for identity, asked in chat_session.unanswered(here.checkout).items():
             if identity != current and pending_replies.get(identity) is None:
                 st.button(
                     f"No reply yet: {plain(chat_history.shortened(asked['text']))}", key=f"unanswered-{identity}",
                     icon=":material/error:", type="tertiary", on_click=_open, args=(identity,),
                 )  # fmt: skip
         listed, count = conversation_index(here.checkout).listed(chat_history.CHAT, words or "", titles, LISTED)
+        shown = ""
         for entry in listed:
+            if (day := chat_history.day_in_words(entry.last_spoken)) != shown:
+                st.caption(shown := day)
             st.button(
                 plain(titles.get(entry.id) or chat_history.shortened(entry.begins)),
                 key=f"open-{entry.id}",
@@ -168,7 +165,7 @@ def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
 
 
 def _delete(here: App, identity: str) -> None:
-    discard(here.checkout, identity)
+    chat_session.discard(here.checkout, identity)
     here.logger.log_delete(conversation_id=identity)
     _open_new()
     st.toast("Deleted. It can be undone under Deleted.", icon=":material/delete:")
@@ -207,7 +204,7 @@ def _erase(here: App) -> None:
         if chat_history.interrupted(here.checkout):
             st.markdown("An earlier erasure was interrupted. It has to be finished first.")
             if st.button("Finish it", key="erase-further", type="primary"):
-                chat_history.erase(here.checkout, "--resume")
+                jobs.start(chat_history.ERASE, own_command("forget", "--resume"), here.checkout)
                 st.rerun()
             return
         if "places" not in st.session_state:
@@ -222,7 +219,8 @@ def _erase(here: App) -> None:
             "Erase it", type="primary", icon=":material/delete_forever:", key="erase-now",
             disabled=busy is not None, help=busy,
         ):  # fmt: skip
-            chat_history.erase(here.checkout, "--deleted", "--yes", *(["--withdraw"] if withdraw else []))
+            words = ("forget", "--deleted", "--yes", *(["--withdraw"] if withdraw else []))
+            jobs.start(chat_history.ERASE, own_command(*words), here.checkout)
             st.rerun()
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
@@ -230,11 +228,11 @@ def _erase(here: App) -> None:
 
 def _choose_model(here: App, models: list[ChatModel], identity: str, conversation: dict | None) -> Asking:
     """Model and settings of this conversation. What the widgets show is what is kept on disk, with every run."""
-    usual = Choice(**default_sampling(here.settings).model_dump())
-    choice = read_choice(
+    usual = chat_settings.Choice(**default_sampling(here.settings).model_dump())
+    choice = chat_settings.read_choice(
         here.checkout, identity, conversation, here.person, usual, os.environ.get(MODEL_VARIABLE) or None
     )
-    model = find_model(models, choice.model) or models[0]
+    model = chat_settings.find_model(models, choice.model) or models[0]
     labels = {model.label: model for model in models}
     shown = choice.model_dump() | {
         "model": model.label,
@@ -250,32 +248,30 @@ def _choose_model(here: App, models: list[ChatModel], identity: str, conversatio
         # A model that nobody chose stays that: another one may be first tomorrow.
         chosen = labels[values["model"]]
         values["model"] = chosen.key if chosen is not model or choice.model else None
-        keep_choice(here.checkout, Choice(**values), **({"person": here.person} if default else {"identity": identity}))
+        chat_settings.keep_choice(
+            here.checkout,
+            chat_settings.Choice(**values),
+            **({"person": here.person} if default else {"identity": identity}),
+        )
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox("Model that answers", list(labels), key="model", width="stretch", format_func=str, on_change=keep)
         with st.popover("Settings", icon=":material/tune:"):
-            st.slider("Temperature", 0.0, 2.0, step=0.05, key="temperature", on_change=keep)
-            st.slider("Top p", 0.05, 1.0, step=0.05, key="top_p", on_change=keep)
-            st.number_input("Top k", 0, step=1, key="top_k", help="0: all tokens", on_change=keep)
-            st.slider(
-                "Repeat penalty", 0.5, 2.0, step=0.05, key="repeat_penalty", on_change=keep,
-                help="Above 1 keeps a small model from repeating itself.",
-            )  # fmt: skip
-            st.number_input("Longest reply, tokens", 1, step=1, key="max_tokens", on_change=keep)
-            st.number_input(
-                "Seed", 0, 2**31 - 1, None, step=1, key="seed", placeholder="another one each time", on_change=keep,
-                help="The same seed, settings and conversation give the same reply.",
-            )  # fmt: skip
+            for label, name, lowest, highest, step, note in SAMPLING:
+                number = partial(st.number_input, value=None if name == "seed" else "min", placeholder="any")
+                box = st.slider if isinstance(lowest, float) else number
+                box(label, lowest, highest, step=step, key=name, help=note, on_change=keep)
             st.text_area(
                 "System prompt", key="system_prompt", placeholder="the model's own, as in training", on_change=keep,
                 help="The model was trained with chat.system_prompt of params.yaml: with another one it answers worse.",
             )  # fmt: skip
             st.button("Use for new chats", key="keep-default", on_click=keep, args=(True,), width="stretch")
-    if choice.model and find_model(models, choice.model) is None:
-        st.warning(f"{plain(choice.model)} is not here: {plain(WHY_FIRST.get(model.name, model.label))} answers.")
+    if choice.model and chat_settings.find_model(models, choice.model) is None:
+        st.warning(
+            f"{plain(choice.model)} is not here: {plain(chat_models.WHY_FIRST.get(model.name, model.label))} answers."
+        )
     elif not choice.model and not conversation:
-        st.caption(f"Answers: {WHY_FIRST.get(model.name, plain(model.label))}.")
+        st.caption(f"Answers: {chat_models.WHY_FIRST.get(model.name, plain(model.label))}.")
     warm_up(model, here.checkout, here.settings)
     return Asking(here, model, choice.sampling, choice.system_prompt or here.chat.system_prompt)
 
@@ -323,6 +319,8 @@ def _below_reply(
             )  # fmt: skip
         if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
             _edit(here, conversation["id"], identity, text)
+        with st.popover("Copy", icon=":material/content_copy:", type="tertiary"):
+            st.code(text, language=None, wrap_lines=True)
         st.caption(plain(_origin(here, message, any(e.get("edited") for e in judged))))
     if rating is not None:
         st.text_input(
@@ -427,7 +425,9 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
         stream_reply, question.model, messages, asking.sampling, checkout=here.checkout,
         system_prompt=asking.system_prompt, settings=here.settings, client=here.client(),
     )  # fmt: skip
-    return ask(here.checkout, question, stream, here.logger, asking.sampling, asking.system_prompt, here.person)
+    return chat_session.ask(
+        here.checkout, question, stream, here.logger, asking.sampling, asking.system_prompt, here.person
+    )
 
 
 def _show_question(question: Question, waiting: bool, conversation: dict | None, asking: Asking) -> None:
@@ -451,13 +451,13 @@ def _show_question(question: Question, waiting: bool, conversation: dict | None,
 
 
 def _try_again(asking: Asking, question: Question, conversation: dict | None) -> None:
-    discard(asking.here.checkout, question.conversation_id)
+    chat_session.discard(asking.here.checkout, question.conversation_id)
     replaces = question.exchange_id or question.replaces  # a reply that broke off gives way to the new one
     _send(asking, Question(question.conversation_id, question.text, asking.model, replaces), conversation)
 
 
 def _take_back(here: App, question: Question) -> None:
-    discard(here.checkout, question.conversation_id)
+    chat_session.discard(here.checkout, question.conversation_id)
     st.session_state["message"] = question.text
 
 

@@ -7,6 +7,8 @@ from functools import partial
 import streamlit as st
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.settings import read_params
+from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.integration import votes
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text
@@ -31,6 +33,7 @@ class Duel:
 
 def page() -> None:
     """The whole page."""
+    st.set_page_config(layout="wide")
     here = app()
     st.title("Compare")
     models = {model.label: model for model in here.models()}
@@ -41,6 +44,8 @@ def page() -> None:
     with st.container(horizontal=True):
         one = st.selectbox("One model", labels, key="one-model")
         other = st.selectbox("The other", labels, index=1, key="other-model")
+    prompts = read_params("evaluate", EvaluateSettings).test_prompts
+    st.pills("Test prompts", prompts, key="test", on_change=_take_test_prompt)
     with st.form("ask", clear_on_submit=False, border=False):
         prompt = st.text_area("Message for both", key="prompt", height=100)
         asked = st.form_submit_button("Ask both", type="primary", icon=":material/send:", key="ask-both")
@@ -57,6 +62,10 @@ def page() -> None:
             _replies(duel)
             _judge(here, duel)
     _standings(here)
+
+
+def _take_test_prompt() -> None:
+    st.session_state["prompt"] = st.session_state["test"] or ""
 
 
 def _ask(here: App, prompt: str, one: ChatModel, other: ChatModel) -> Duel:

@@ -5,6 +5,7 @@ import html
 import pandas as pd
 import streamlit as st
 
+from fine_tuning.common.errors import count_of
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.integration import data_view
@@ -17,7 +18,7 @@ from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.schema.reasons import in_words, reason_in_words
 
 SEAL = "Seal"
-CHOICES = 200  # conversations in the picker; the search narrows it down
+FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rating"}
 VIEWS = ("Before cleaning", "After cleaning", "Tokens")
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
 
@@ -103,38 +104,41 @@ def _counts(here: App, found: list[Entry]) -> None:
 
 
 def _charts(found: list[Entry]) -> None:
-    days, lengths = st.tabs(["Over time", "Length in characters"])
-    for tab, table in ((days, data_view.per_day(found)), (lengths, data_view.lengths(found))):
-        if table:
-            frame = pd.DataFrame.from_dict(table, orient="index").fillna(0).astype(int)
-            tab.bar_chart(frame, height=220, y_label="conversations")
+    rows = pd.DataFrame([(entry.source, entry.started_at[:10] or None) for entry in found], columns=["source", "day"])
+    edges = [0, 100, 300, 1000, 3000, 10_000, float("inf")]
+    names = [f"{number} from {edge:,}" for number, edge in enumerate(edges[:-1])]
+    rows["length"] = pd.cut([entry.characters for entry in found], edges, right=False, labels=names)
+    for tab, name in zip(st.tabs(["Over time", "Length in characters"]), ("day", "length"), strict=True):
+        table = rows.groupby([name, "source"], observed=True).size().unstack(fill_value=0)
+        if len(table):
+            tab.bar_chart(table, height=220, y_label="conversations")
 
 
 # ------------------------------------------------------------------------------------------------- one conversation
 
 
 def _one(here: App, found: list[Entry]) -> None:
-    st.subheader("One conversation")
-    fates = list(dict.fromkeys(["all", *sorted({entry.fate for entry in found})]))
+    st.subheader("Conversations")
+    words = st.text_input("Search", key="find", placeholder="words of any message, or an id")
+    matches = data_view.entries(here.checkout, words) if words.strip() else found
     with st.container(horizontal=True):
-        fate = st.selectbox("Which", fates, format_func=_words, key="fate")
-        words = st.text_input("Search", key="find", placeholder="words of its beginning, or an id")
-    matches = [
-        entry
-        for entry in found
-        if fate in ("all", entry.fate)
-        and all(word in f"{entry.id} {entry.begins}".lower() for word in words.lower().split())
-    ]
+        for label, name in FILTERS.items():
+            choices = ["all", *sorted({str(getattr(entry, name)) for entry in found})]
+            chosen = st.selectbox(label, choices, format_func=_words, key=name)
+            matches = [entry for entry in matches if chosen in ("all", str(getattr(entry, name)))]
     if not matches:
         st.caption("None.")
         return
-    if len(matches) > CHOICES:
-        st.caption(f"{len(matches):,} conversations; the first {CHOICES} are in the list.")
-    shown = {
-        f"{entry.begins or '(empty)'} · {_words(entry.fate)} · {entry.id[:8]}": entry for entry in matches[:CHOICES]
-    }
-    label = st.selectbox("Conversation", list(shown), key="conversation", format_func=str)
-    entry = shown[label]
+    st.caption(f"{count_of(len(matches), 'conversation')}; click the left edge of a row to look at it.")
+    columns = ["begins", "fate", "split", "source", "started_at", "rating", "messages", "characters", "id"]
+    table = pd.DataFrame([vars(entry) for entry in matches])[columns]
+    table["started_at"] = table["started_at"].str[:10]
+    event = st.dataframe(
+        table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
+        key=f"table-{hash(tuple(entry.id for entry in matches))}",
+        column_config={"fate": "state", "started_at": "day"},
+    )  # fmt: skip
+    entry = matches[next(iter(event["selection"]["rows"]), 0)]
     conversation = conversation_index(here.checkout).conversation(entry.id)
     if conversation is None:
         return
@@ -143,6 +147,11 @@ def _one(here: App, found: list[Entry]) -> None:
     cleaned = cleaner.clean_conversation(conversation)
     if reason := data_view.why_dropped(cleaned, entry.fate):
         st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
+        twin = conversation_index(here.checkout).conversation(entry.twin) if entry.twin else None
+        if twin is not None:
+            with st.expander("The one that is kept instead"):
+                for message in twin["messages"]:
+                    _show_spans(message["role"], [(message["content"], None)], "mask")
         off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
         st.button(
             "Keep it all the same", icon=":material/settings_backup_restore:", key="restore", disabled=off is not None,

@@ -16,10 +16,16 @@ from fine_tuning.model_management.model_registry import ModelRegistry, ModelVers
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "orange"}
 TITLES = ("Promote", "Deploy", "Switch", "Roll back")
 REPORT_HEIGHT = 800
+PROMOTION = (
+    "The candidate becomes a version in the registry and the champion; the current champion becomes `previous`. What "
+    "answers in Ollama stays until you deploy."
+)
 
 
 def page() -> None:
     """The whole page."""
+    if len(st.session_state.get("reports", ())) > 1:
+        st.set_page_config(layout="wide")
     here = app()
     st.title("Models")
     for title in TITLES:
@@ -41,6 +47,22 @@ def page() -> None:
     registered = st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm")
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config={"registered": registered})
     _version(here, registry, state)
+    _reports(here, registry, state.versions)
+
+
+def _reports(here: App, registry: ModelRegistry, versions: list[ModelVersion]) -> None:
+    """Reports of versions and of the candidate, several side by side; on a phone one below the other."""
+    names = {f"version {version.number}": version for version in reversed(versions)}
+    chosen = st.multiselect("Reports", [*names, "the candidate"], key="reports", placeholder="one, or two side by side")
+    for name, column in zip(chosen, st.columns(max(1, len(chosen))), strict=False):
+        version, path = names.get(name), here.checkout / models_view.REPORT
+        found = (
+            registry.read(version, "reports/report.html") if version else path.read_bytes() if path.is_file() else None
+        )
+        made = f" · {version.created_at:%Y-%m-%d} · commit {version.tags.get('git_commit', '')[:10]}" if version else ""
+        column.caption(f"{name}{made}" if found else f"{name}: no report is kept")
+        if found:
+            column.iframe(models_view.as_page(found), height=REPORT_HEIGHT, alt=f"Report of {name}")
 
 
 @st.cache_resource(show_spinner=False)
@@ -66,44 +88,15 @@ def _candidate(here: App, found: Candidate | None) -> None:
                 "Promote", icon=":material/workspace_premium:", type="primary", key="promote",
                 disabled=bool(obstacle or gate), help=obstacle or gate,
             ):  # fmt: skip
-                _confirm_promotion(here, found)
+                _confirm(here, "Promote", _promotion(here), PROMOTION)
             if gate and st.button("Promote anyway…", key="force", disabled=bool(obstacle), help=obstacle):
-                _confirm_force(here, found)
+                against = f"The verdict is **{found.verdict}**. The reason that you give is recorded. {PROMOTION}"
+                _confirm(here, "Promote", (*_promotion(here), "--force"), against, reason=True)
         if reason := obstacle or gate:
             st.caption(f"Promotion is off: {plain(reason)}.")
         report = here.checkout / models_view.REPORT
         if report.is_file() and st.toggle("Show the report", key="report"):
             st.iframe(models_view.as_page(report.read_bytes()), height=REPORT_HEIGHT, alt="Report")
-
-
-@st.dialog("Promote the candidate?")
-def _confirm_promotion(here: App, found: Candidate) -> None:
-    st.markdown(
-        f"The adapter `{found.adapter_sha256[:10]}` becomes a version in the registry and the champion; the "
-        "current champion becomes `previous`. What answers in Ollama stays until you deploy."
-    )
-    if st.button(
-        "Promote it", type="primary", key="promote-now",
-        on_click=_promote, args=(here,),
-    ):  # fmt: skip
-        st.rerun()
-
-
-@st.dialog("Promote against the verdict?")
-def _confirm_force(here: App, found: Candidate) -> None:
-    st.markdown(f"The verdict is **{found.verdict}**. The reason that you give is recorded with the version.")
-    why = st.text_input("Why", key="force-why", max_chars=300).strip()
-    if st.button(
-        "Promote it", type="primary", key="force-now", disabled=not why,
-        on_click=_promote, args=(here, "--force", why),
-    ):  # fmt: skip
-        st.rerun()
-
-
-def _promote(here: App, *words: str) -> None:
-    """Promote in the name of whoever is signed in; the command knows git's name by itself."""
-    by = ("--by", here.person) if here.person else ()
-    start("Promote", own_command("promote", *words, *by), here.checkout)
 
 
 # ----------------------------------------------------------------------------------------------------------- versions
@@ -143,12 +136,20 @@ def _why_no_switch(number: int, current: int | None, state: RegistryState) -> st
 
 
 @st.dialog("Are you sure?")
-def _confirm(here: App, title: str, words: tuple[str, ...], what: str) -> None:
+def _confirm(here: App, title: str, words: tuple[str, ...], what: str, reason: bool = False) -> None:
+    """Start a command after a second click, with a reason as its last word where one is asked for."""
     st.markdown(what)
+    why = (st.text_input("Why", key="why", max_chars=300).strip(),) if reason else ()
     if st.button(
-        title, type="primary", key="confirm-now", on_click=start, args=(title, own_command(*words), here.checkout)
-    ):
+        title, type="primary", key="confirm-now", disabled=why == ("",),
+        on_click=start, args=(title, own_command(*words, *why), here.checkout),
+    ):  # fmt: skip
         st.rerun()
+
+
+def _promotion(here: App) -> tuple[str, ...]:
+    """Promote in the name of whoever is signed in; the command knows git's name by itself."""
+    return ("promote", *(("--by", here.person) if here.person else ()))
 
 
 def _about(registry: ModelRegistry, version: ModelVersion, live: bool) -> None:
@@ -162,12 +163,6 @@ def _about(registry: ModelRegistry, version: ModelVersion, live: bool) -> None:
     st.graphviz_chart(models_view.lineage(tags, names, live), width="content")
     with st.expander("Tags"):
         st.dataframe(pd.DataFrame(sorted(tags.items()), columns=["tag", "value"]), hide_index=True, width="stretch")
-    if st.toggle("Show its report", key="version-report"):
-        report = registry.read(version, "reports/report.html")
-        if report is None:
-            st.caption("The registry keeps no report of it.")
-        else:
-            st.iframe(models_view.as_page(report), height=REPORT_HEIGHT, alt=f"Report of version {version.number}")
 
 
 # --------------------------------------------------------------------------------------------------------------- gate

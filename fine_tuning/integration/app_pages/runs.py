@@ -1,4 +1,4 @@
-"""Runs: start the pipeline or an experiment and watch it; what earlier ones gave, as a table, curves and intervals."""
+"""Runs: start the pipeline or an experiment and watch it; what earlier ones gave, as a table and curves."""
 
 from pathlib import Path
 
@@ -22,7 +22,6 @@ def page() -> None:
     here = app()
     st.title("Runs")
     _start(here)
-    _intervals(here.checkout)
     _table(here)
 
 
@@ -60,24 +59,6 @@ def _start(here: App) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- results
-
-
-def _intervals(checkout: Path) -> None:
-    import altair
-
-    rows = pd.DataFrame(runs_view.intervals(checkout))
-    if rows.empty:
-        return
-    st.subheader("Last evaluation")
-    names = sorted(dict.fromkeys(rows["metric"]), key=lambda name: name != "perplexity")
-    name = st.selectbox("Metric", names, key="metric")
-    chosen = rows[rows["metric"] == name]
-    base = altair.Chart(chosen).encode(y=altair.Y("model:N", sort=None, title=None))
-    bars = base.mark_rule(strokeWidth=3).encode(
-        x=altair.X("low:Q", title=f"{name}, with its interval", scale=altair.Scale(zero=False)), x2="high:Q"
-    )
-    points = base.mark_point(filled=True, size=90).encode(x="value:Q", tooltip=["model", "value", "low", "high"])
-    st.altair_chart(bars + points, width="stretch", height=60 + 34 * len(chosen))
 
 
 def _table(here: App) -> None:
