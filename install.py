@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 PIP = ("-m", "pip", "install", "--disable-pip-version-check", "--no-compile")
-RESOLVING = 0.45  # share of the time that downloading takes, the rest is unpacking: measured with a warm cache
+RESOLVING = 0.45  # share of the time that downloading takes, the rest is unpacking: an estimate
 EVERY = 15.0  # seconds between two lines where there is no terminal
 
 

@@ -676,6 +676,8 @@ def test_a_candidate_that_finds_preferred_replies_less_likely_is_held(metrics):
 
 def test_few_pairs_decide_nothing_and_pairs_of_a_compared_model_never(metrics):
     assert decide_pairs(metrics, 2, 1, count=3)["verdict"] == "PROMOTE"
+    none = decide_pairs(metrics, 0, 0, count=0)
+    assert none["verdict"] == "PROMOTE" and not any("preference" in reason for reason in none["reasons"])
     found = decide_pairs(metrics, 400, 0, apart=True)
     assert found["verdict"] == "PROMOTE"
     assert found["differences"]["base"]["preference_accuracy_apart"]["difference"] == -1.0

@@ -73,8 +73,9 @@ def _fetch_start(checkout: Path, copy: Path) -> None:
 
 
 def _outputs(checkout: Path) -> dict[str, dict[str, Any]]:
-    """Hash of each output by path, by stage, in the order in which stages run."""
+    """Hash of each output by path, by stage that has some, in the order in which stages run."""
     locked = read_lock(checkout / "dvc.lock")
     # dvc.yaml lists the stages so that each comes after those it reads from.
-    order = [stage for stage in yaml.safe_load((checkout / "dvc.yaml").read_bytes())["stages"] if stage in locked]
-    return {stage: {out["path"]: out.get("md5") for out in locked[stage].get("outs", [])} for stage in order}
+    names = yaml.safe_load((checkout / "dvc.yaml").read_bytes())["stages"]
+    outs = {stage: locked[stage].get("outs") for stage in names if stage in locked}
+    return {stage: {out["path"]: out.get("md5") for out in made} for stage, made in outs.items() if made}

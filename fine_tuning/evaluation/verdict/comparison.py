@@ -313,7 +313,7 @@ def other_tokenizers(
             notes.append(
                 f"the {baseline} has another tokenizer: {decider} decides against it instead of {settings.primary}"
             )
-        if skipped := [name for name in settings.secondary if name not in found]:
+        if skipped := [name for name in settings.secondary if name not in found and name != PREFERENCE]:
             notes.append(f"not compared with the {baseline}: {', '.join(skipped)}")
     return notes
 
