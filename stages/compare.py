@@ -24,7 +24,10 @@ GGUF = Path("models/package/model.gguf")
 COMPARISON = Path("metrics/comparison.json")
 REPORT = Path("metrics/report.html")
 TRAINING, BASE = Path("metrics/train.json"), Path("models/base/base.json")
-LOSSES = {"train": "loss", "validation": "validation_loss"}  # in metrics/plots/NAME_loss.csv: their columns
+LOSSES = {  # file, column
+    "train": (Path("metrics/plots/train_loss.csv"), "loss"),
+    "validation": (Path("metrics/plots/validation_loss.csv"), "validation_loss"),
+}
 PLOTS = {"differences": Path("metrics/plots/differences.svg"), "curve": Path("metrics/plots/learning_curve.svg")}
 
 
@@ -44,9 +47,7 @@ def main() -> None:
     champion = champion_folder(CHAMPION) if read_json(CHAMPION).get("version") is not None else None
     changes = changes_since(champion, TRAIN) if champion else None
     where = slices(found.records, found.metrics, evaluate.interval)
-    losses = {
-        name: csv_pairs(Path(f"metrics/plots/{name}_loss.csv").read_text(), "step", LOSSES[name]) for name in LOSSES
-    }
+    losses = {name: csv_pairs(path.read_text(), "step", column) for name, (path, column) in LOSSES.items()}
     made_of = read_json(PREPARED), read_json(TRAINING), read_json(BASE), losses
     write_report(
         REPORT, Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, *made_of)
