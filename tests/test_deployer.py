@@ -425,13 +425,14 @@ STEPS = (
 @pytest.mark.parametrize("fault", ["500", "507", "reset", "hang"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_failure_at_any_step_leaves_live_where_it_was(fake, client, bundle, other, step, fault):
-    before = deploy(client, bundle).done
+    before, patience = deploy(client, bundle).done, (client._short, client._long)
     client._short = client._long = 0.3
     fake.faults[step] = fault
     with pytest.raises(UserError) as failure:
         deploy(client, other)
     assert "\n" not in str(failure.value)
     assert fake.digest(f"{NAME}:live") == before.digest
+    client._short, client._long = patience
     assert deploy(client, other).done.digest == fake.digest(f"{NAME}:live") != before.digest
 
 

@@ -125,8 +125,8 @@ def test_the_guards_lines_hold_all_that_is_compared_and_nothing_where_they_are_o
     items, _ = swaps_of(tmp_path, tiny_base, {thing: conversation(thing, "here") for thing in THINGS})
     found = evaluator_of(items, tiny_base, tmp_path / "memo").guard_lines(base)
     assert {name: len(lines) for name, lines in found.items()} == {
-        "general": 84, "general_text": 50, "prompt_help": 8,
+        "general": 84, "general_text": 50, "prompt_help": 8, "preferences": 0, "preferences_apart": 0,
     }  # fmt: skip
     assert all(len(line["others"]) == len(line["after"]) == 3 for line in found["prompt_help"])
     off = evaluator_of(items, tiny_base, tmp_path / "memo", other_histories=0, forgetting=False)
-    assert off.guard_lines(base) == {"general": [], "general_text": [], "prompt_help": []}
+    assert off.guard_lines(base) == {name: [] for name in found}

@@ -14,7 +14,7 @@ from fine_tuning.common.records import read_json, write_json
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, statistics
 from fine_tuning.evaluation.metric_modules.loading import load_metric
-from fine_tuning.evaluation.records.measurements import guard_metrics, summarise
+from fine_tuning.evaluation.records.measurements import GUARDS, guard_metrics, summarise
 from fine_tuning.evaluation.records.record_types import Reply
 from fine_tuning.evaluation.records.settings import IntervalSettings
 from fine_tuning.evaluation.report.charts import interval_plot
@@ -90,7 +90,7 @@ def result():
     records = [line("base", i, 3 + i / 10) for i in range(12)] + [line("candidate", i, 2 + i / 20) for i in range(12)]
     records += [line("candidate_quantised", i, 2.01 + i / 20) for i in range(4)]
     metrics = [load_metric(name, MODULES) for name in SETTINGS.metrics]
-    guarded = {"general": [], "general_text": [], "prompt_help": []}
+    guarded = {file: [] for file in GUARDS}
     for name, gain in (("base", 0.0), ("candidate", 1.0)):
         for index in range(12):
             common = {"contender": name, "id": f"x{index}"}

@@ -699,7 +699,7 @@ def test_one_step_goes_against_the_gradient_of_the_mean_over_all_trained_tokens(
 
 
 def test_the_first_token_of_a_packed_row_is_predicted_by_nobody():
-    from fine_tuning.training.objectives.sft import collate_packed
+    from fine_tuning.training.objectives.token_losses import collate_packed
 
     packed = collate_packed([PreparedRow("a", [5, 6, 7], [-100, 6, 7]), PreparedRow("b", [8, 9], [8, 9])])
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
