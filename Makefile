@@ -62,7 +62,7 @@ lint: $(VENV)/installed-dev ## Check style and types, and that git holds no secr
 	@ruff check .
 	@ruff format --check .
 	@python -m mypy
-	@python -m fine_tuning.commands.remote_config
+	@python -m tests.remote_config
 
 format: $(VENV)/installed-dev ## Put the code in style
 	@ruff check --fix .

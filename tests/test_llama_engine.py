@@ -78,7 +78,7 @@ def test_greedy_completions_are_the_same_alone_and_side_by_side(engine):
 
 def test_a_seed_repeats_a_sampled_completion(engine):
     ids = engine.tokenize(PROMPT)
-    first, again, other = ("".join(engine.complete_stream(ids, 12, 1.5, seed=seed)) for seed in (1, 1, 2))
+    first, again, other = ("".join(engine.complete_stream(ids, 12, temperature=1.5, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 

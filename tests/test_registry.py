@@ -341,7 +341,7 @@ def test_a_database_that_stays_locked_is_one_clear_line(store, files, monkeypatc
         tries.append(1)
         raise MlflowException("(sqlite3.OperationalError) database is locked", TEMPORARILY_UNAVAILABLE)
 
-    monkeypatch.setattr(registry._client, "create_registered_model", locked)
+    monkeypatch.setattr(registry.store[0], "create_registered_model", locked)
     with pytest.raises(UserError, match="database stayed locked"):
         register(registry, files, FIRST)
     assert len(tries) > 1

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.commands.remote_config import check, secrets
 from fine_tuning.common.errors import UserError
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests import servers
 from tests.fake_ollama import FakeOllama
 from tests.registered import environment, repro, sh, type_command
+from tests.remote_config import check, secrets
 from tests.servers import SECRET, Remote
 
 pytestmark = pytest.mark.end_to_end
@@ -231,7 +231,7 @@ def test_a_secret_in_the_configuration_that_git_keeps_fails_the_check(tmp_path):
 
 
 def test_the_check_is_part_of_make_lint():
-    assert "fine_tuning.commands.remote_config" in (ROOT / "Makefile").read_text()
+    assert "tests.remote_config" in (ROOT / "Makefile").read_text()
 
 
 # -----------------------------------------------------------------------------

@@ -11,11 +11,7 @@ from fine_tuning.training.speed import SPEED, parse_duration, read_speed
 
 
 def budget(arguments: argparse.Namespace) -> None:
-    """Write the parameter.
-
-    Raises:
-        UserError: the time is none, nothing was trained here yet, or it is too short to train anything.
-    """
+    """Write the parameter."""
     root()
     settings, _ = read_params("train", TrainSettings), read_params("prepare", PrepareSettings)
     if arguments.time.lower() == "none":

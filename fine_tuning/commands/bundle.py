@@ -3,45 +3,39 @@
 import tempfile
 from pathlib import Path
 
-from fine_tuning.commands.promote import content_of
 from fine_tuning.common.dvc_files import cached, fetch, md5_path, read_dvc
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json
-from fine_tuning.model_management.champion import CHAMPION_DVC, CHAMPION_FILES, CREATE, GGUF, PROBES, read_champion
+from fine_tuning.model_management import champion
 from fine_tuning.model_management.model_deployer import Bundle, Probe
 from fine_tuning.model_management.model_registry import CONTENT_TAG, ModelRegistry, ModelVersion
 
 
 def registered_bundle(registry: ModelRegistry, version: ModelVersion, recorded_digest: str | None) -> Bundle:
-    """A version's request and probes out of the registry, its GGUF from where DVC keeps it; nothing else passes.
-
-    Raises:
-        UserError: a part is gone, or is not what was registered.
-    """
+    """A version's request and probes out of the registry, its GGUF from where DVC keeps it; each part is
+    compared with what was registered."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = read_json(registry.download(version, "files.json", folder))
-        create = registry.download(version, CREATE, folder)
-        probes = read_json(registry.download(version, PROBES, folder))
+        create = registry.download(version, champion.CREATE, folder)
+        probes = read_json(registry.download(version, champion.PROBES, folder))
         hashes = {path: entry["sha256"] for path, entry in files.items()}
-        if content_of(hashes) != version.tags.get(CONTENT_TAG) or sha256_file(create) != hashes[CREATE]:
+        known = champion.content_of(hashes) == version.tags.get(CONTENT_TAG)
+        if not known or sha256_file(create) != hashes[champion.CREATE]:
             raise UserError(
                 f"what the registry keeps of version {version.number} is damaged: `python -m fine_tuning verify` "
                 "says where"
             )
         request = read_json(create)
-    return _bundle(version.number, find_gguf(version), version.tags["gguf_sha256"], request, probes, recorded_digest)
+    probes = [Probe(**probe) for probe in probes]
+    return Bundle(version.number, find_gguf(version), version.tags["gguf_sha256"], request, probes, recorded_digest)
 
 
 def find_gguf(version: ModelVersion) -> Path:
-    """The version's GGUF: the champion's, the candidate's, or the object in DVC's cache; its SHA-256 is checked.
-
-    Raises:
-        UserError: it is neither here nor in the remote.
-    """
+    """The version's GGUF: the champion's, the candidate's, or the object in DVC's cache; its SHA-256 is checked."""
     wanted = version.tags["gguf_sha256"]
-    for path in (CHAMPION_FILES / GGUF, Path("models/package/model.gguf")):
+    for path in (champion.FOLDER / champion.GGUF, Path("models/package/model.gguf")):
         if path.is_file() and sha256_file(path) == wanted:
             return path
     fetch([version.tags["gguf_md5"]])
@@ -61,24 +55,12 @@ def kept_gguf(version: ModelVersion) -> Path | None:
 
 
 def champion_bundle() -> Bundle:
-    """The champion that git and DVC brought here, for a registry that does not know it.
-
-    Raises:
-        UserError: models/champion is not here, or is not what models/champion.dvc says.
-    """
-    champion = read_champion()
-    if not (CHAMPION_FILES / GGUF).is_file():
-        raise UserError(f"the champion's files are not here: `dvc pull {CHAMPION_DVC}`, then deploy again")
-    if md5_path(CHAMPION_FILES) != read_dvc(CHAMPION_DVC):
-        raise UserError(
-            f"{CHAMPION_FILES} is not what {CHAMPION_DVC} says: `dvc checkout --force {CHAMPION_DVC}`, "
-            "then deploy again"
-        )
-    request, probes = read_json(CHAMPION_FILES / CREATE), read_json(CHAMPION_FILES / PROBES)
-    return _bundle(champion["version"], CHAMPION_FILES / GGUF, champion["gguf_sha256"], request, probes, None)
-
-
-def _bundle(
-    number: int, gguf: Path, sha256: str, request: dict, probes: list[dict], recorded_digest: str | None
-) -> Bundle:
-    return Bundle(number, gguf, sha256, request, [Probe(**probe) for probe in probes], recorded_digest)
+    """The champion that git and DVC brought here, for a registry that does not know it."""
+    named, folder, tracked = champion.read_champion(), champion.FOLDER, champion.TRACKED
+    if not (folder / champion.GGUF).is_file():
+        raise UserError(f"the champion's files are not here: `dvc pull {tracked}`, then deploy again")
+    if md5_path(folder) != read_dvc(tracked):
+        raise UserError(f"{folder} is not what {tracked} says: `dvc checkout --force {tracked}`, then deploy again")
+    probes = [Probe(**probe) for probe in read_json(folder / champion.PROBES)]
+    request = read_json(folder / champion.CREATE)
+    return Bundle(named["version"], folder / champion.GGUF, named["gguf_sha256"], request, probes)

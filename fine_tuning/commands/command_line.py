@@ -111,7 +111,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--withdraw", action="store_true", help="take models that learned from it out of aliases, registry and Ollama"
     )
-    command.add_argument("--host", action="append", help="an Ollama other than deploy.host; may be repeated")
+    add_host(command)
 
     command = add("summary", "summary:summary", "print what decided in the last `dvc repro`")
     command.add_argument("--all", action="store_true", help="every metric, and what was left out")

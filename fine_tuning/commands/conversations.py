@@ -12,22 +12,13 @@ import yaml
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import root
+from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST, root
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
 from fine_tuning.data_collection.importers import Imported, Problem, import_file
+from fine_tuning.data_collection.storage import shards
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
-from fine_tuning.data_collection.storage.shards import (
-    IntakeSettings,
-    count_conversations,
-    newest_versions,
-    next_stamp,
-    read_manifest,
-    shard_paths,
-    track,
-    versions,
-    write_shard,
-)
+from fine_tuning.data_collection.storage.shards import track
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.schema.conversation import (
     fold,
@@ -42,11 +33,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 
-INBOX = Path("inbox/conversations.jsonl")
-CONVERSATIONS = Path("data/conversations")
-MANIFEST = Path("data/manifest.json")
 TRACKED = Path("data/conversations.dvc")
-FORGOTTEN = Path("data/forgotten.jsonl")
 SHOWN_PROBLEMS = 10
 
 
@@ -59,7 +46,7 @@ def import_files(args: argparse.Namespace) -> None:
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         _seal_closed_logs(repo, tombstones)
-        known = {v["id"]: version_hash(v) for v in versions(shard_paths(CONVERSATIONS, MANIFEST))}
+        known = {v["id"]: version_hash(v) for v in shards.versions(shards.shard_paths(CONVERSATIONS, MANIFEST))}
 
         reports: list[_Report] = []  # printed when the shard is written: until then nothing is taken
         changes: list[tuple[Imported, Counter[str]]] = []
@@ -95,13 +82,14 @@ def import_files(args: argparse.Namespace) -> None:
 
         stream = (conversation for path in args.files for conversation in taken(path))
         try:
-            written = [write_shard(CONVERSATIONS, f"{next_stamp(CONVERSATIONS)}-import", stream)]
+            written = [shards.write_shard(CONVERSATIONS, f"{shards.next_stamp(CONVERSATIONS)}-import", stream)]
         except UserError as error:
             if len(args.files) == 1:
                 raise
             raise UserError(f"none of the {len(args.files)} files was taken: {error}") from None
         if changes:
-            written.append(write_shard(CONVERSATIONS, f"{next_stamp(CONVERSATIONS)}-import", _new_versions(changes)))
+            name = f"{shards.next_stamp(CONVERSATIONS)}-import"
+            written.append(shards.write_shard(CONVERSATIONS, name, _new_versions(changes)))
         written = [(shard, count) for shard, count in written if shard is not None]
         if written or (any(CONVERSATIONS.glob("*.jsonl")) and not _is_what_dvc_names()):  # killed before it tracked
             track(repo, CONVERSATIONS, MANIFEST)
@@ -152,7 +140,7 @@ def _new_versions(changes: list[tuple[Imported, Counter[str]]]) -> Iterator[dict
     """
     names = {item.conversation["id"] for item, _ in changes}
     names |= {f"{item.conversation['id']}-{item.judges}" for item, _ in changes if item.judges}
-    newest = newest_versions(shard_paths(CONVERSATIONS, MANIFEST), names)
+    newest = shards.newest_versions(shards.shard_paths(CONVERSATIONS, MANIFEST), names)
     for item, counts in changes:
         newer, older = item.conversation, newest[item.conversation["id"]]
         if item.judges in set(message_ids(older)) or (item.judges and older.get("deleted")):
@@ -187,9 +175,9 @@ def seal(args: argparse.Namespace) -> None:
     root()
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
-        close_log(INBOX, CONVERSATIONS)
+        close_log(LOG, CONVERSATIONS)
         if not _seal_closed_logs(repo, tombstones):
-            print(f"nothing to seal: {INBOX} is empty")
+            print(f"nothing to seal: {LOG} is empty")
             return
         _say_next()
 
@@ -197,7 +185,7 @@ def seal(args: argparse.Namespace) -> None:
 def bring_sample(args: argparse.Namespace) -> None:
     """Write the sample's shard if params.yaml wants it and it is not there; say so if other shards are missing."""
     root()
-    if not read_params("intake", IntakeSettings).sample:
+    if not read_params("intake", shards.IntakeSettings).sample:
         print("intake.sample is false: the sample is left out")
         return
     if any(CONVERSATIONS.glob("sample-*.jsonl")) and _is_what_dvc_names():
@@ -205,7 +193,7 @@ def bring_sample(args: argparse.Namespace) -> None:
         return
     missing = [
         shard["name"]
-        for shard in read_manifest(MANIFEST)["shards"]
+        for shard in shards.read_manifest(MANIFEST)["shards"]
         if shard["source"] != "sample" and not (CONVERSATIONS / shard["name"]).exists()
     ]
     if missing:
@@ -223,12 +211,12 @@ def bring_sample(args: argparse.Namespace) -> None:
 
 def show_stats(args: argparse.Namespace) -> None:
     """Print statistics as JSON."""
-    shards = shard_paths(CONVERSATIONS, MANIFEST)
-    conversations = {v["id"]: v for v in versions(shards)} if args.all else {}
-    fold(ConversationLogger(INBOX).read_events(), conversations)
+    found = shards.shard_paths(CONVERSATIONS, MANIFEST)
+    conversations = {v["id"]: v for v in shards.versions(found)} if args.all else {}
+    fold(ConversationLogger(LOG).read_events(), conversations)
     kept = [conversation for conversation in conversations.values() if conversation["messages"]]
     print(json.dumps(conversation_stats(kept), ensure_ascii=False, indent=2))
-    if not args.all and not kept and (sealed := count_conversations(shards)):
+    if not args.all and not kept and (sealed := shards.count_conversations(found)):
         print(f"nothing was logged since the last seal; --all counts the {sealed:,} sealed ones", file=sys.stderr)
 
 
@@ -238,7 +226,7 @@ def show_stats(args: argparse.Namespace) -> None:
 
 def _seal_closed_logs(repo: "Repo", tombstones: Tombstones) -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
-    logs = sorted((INBOX.parent / "closed").glob("*.jsonl"))
+    logs = sorted((LOG.parent / "closed").glob("*.jsonl"))
     for log in logs:
         done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones)
         if any(CONVERSATIONS.glob("*.jsonl")):
@@ -252,7 +240,7 @@ def _seal_closed_logs(repo: "Repo", tombstones: Tombstones) -> bool:
             print(f"{count_of(done['forgotten'], 'conversation')} left out: forgotten ({FORGOTTEN})")
         for kind in ("torn", "unmatched"):
             if done[kind]:
-                print(f"{count_of(done[kind], f'{kind} line')} set aside in {INBOX.parent / log.name}.{kind}")
+                print(f"{count_of(done[kind], f'{kind} line')} set aside in {LOG.parent / log.name}.{kind}")
     return bool(logs)
 
 

@@ -20,11 +20,7 @@ METRICS = {
 
 
 def experiments(arguments: argparse.Namespace) -> None:
-    """Print workspace, commits and experiments, the best first, and draw their validation losses by step.
-
-    Raises:
-        UserError: there is no experiment yet.
-    """
+    """Print workspace, commits and experiments, the best first, and draw their validation losses by step."""
     from rich.console import Console
 
     lines = finished_first(dvc_lines(root()))

@@ -8,37 +8,26 @@ import argparse
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
 from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import main_checkout, root
+from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, MANIFEST, main_checkout, root
+from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import about, expected_seconds
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.data_collection.storage.tombstones import Tombstones
-from fine_tuning.erasure import object_stores
+from fine_tuning.erasure import object_stores, steps
 from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard, deleted_ids
-from fine_tuning.erasure.steps import (
-    AGAIN,
-    CONVERSATIONS,
-    FORGOTTEN,
-    LOCK,
-    MANIFEST,
-    Work,
-    finish,
-    is_leftover,
-    journals,
-    logs,
-    run_steps,
-)
 from fine_tuning.erasure.traces import streams
 from fine_tuning.model_management.champion import copy_file
+from fine_tuning.training.settings import TrainSettings
 
 REBUILT = "rebuilt by dvc repro"
 # Text in these files is public. Not everything that git tracks is: a chat that was committed has to be found.
@@ -59,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
     tombstones = _tombstones() if args.again else None
-    deleted = deleted_ids(shard_paths(CONVERSATIONS, MANIFEST), logs()) if args.deleted else None
+    deleted = deleted_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs()) if args.deleted else None
     where = find(Selection(args.conversation, args.session, args.user, tombstones, deleted))
     print("\n".join(describe(where)))
     if not args.yes:
@@ -72,22 +61,14 @@ def _run(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------- find
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where something of it is, how much, and what `forget` does there."""
-
-    where: str
-    how_much: str
-    then: str
-
-
 @dataclass
 class Locations:
     """What `find` found. It holds the conversations themselves and is never written to a file."""
 
     found: Found
     tombstones: Tombstones
-    places: list[Place] = field(default_factory=list)
+    places: list[tuple[str, str, str]] = field(default_factory=list)
+    """(where something of it is, how much, what `forget` does there)"""
     learned: dict[str, list] = field(default_factory=dict)
     """{"versions": numbers, "adapters": SHA-256, "objects": DVC's names}: the models that learned from it; "made": the
     objects that were made from its shards"""
@@ -105,9 +86,9 @@ def find(selection: Selection) -> Locations:
         UserError: no such conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
-    found = collect(selection, shards, logs(), tombstones, tombstones.key)
+    found = collect(selection, shards, steps.logs(), tombstones, tombstones.key)
     if not found.ids and not found.messages and found.by is None:
-        waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
+        waiting = f"; an erasure that is not finished: {steps.AGAIN}" if steps.journals() else ""
         if selection.tombstones is not None:
             raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
         if selection.deleted is not None:
@@ -116,16 +97,18 @@ def find(selection: Selection) -> Locations:
             f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
         )
     found.leave_out((found.people | found.models).all_in(_public_words()))
-    where, work = Locations(found, tombstones), Work(found, {}, {"pipeline": False})
-    say = where.places.append
-    for log in logs():
+    where, work = Locations(found, tombstones), steps.Work(found, {}, {"pipeline": False})
+
+    def say(place: str, how_much: str, then: str) -> None:
+        where.places.append((place, how_much, then))
+
+    for log in steps.logs():
         if count := count_in_log(log, found):
-            say(Place(str(log), count_of(count, "event"), "taken out"))
-    where.pipeline = False
+            say(str(log), count_of(count, "event"), "taken out")
     for shard in shards:
         if count := count_in_shard(shard, found):
             where.pipeline = True
-            say(Place(str(shard), count_of(count, "line"), "rewritten without it"))
+            say(str(shard), count_of(count, "line"), "rewritten without it")
     if not where.pipeline:
         # No shard holds it: the pipeline has read it only if its files name its ids. Words that they have are others'.
         made = [path for path in work.files_holding() if (_group_of(path) or ("",))[-1] == REBUILT]
@@ -133,37 +116,29 @@ def find(selection: Selection) -> Locations:
         if not where.pipeline:
             found.leave_out((found.people | found.models).all_in(_words_of(made)))
     work.options["pipeline"] = where.pipeline
-    where.pipeline |= _say_files(work, say)
+    there = steps.search_everywhere(work)
+    where.pipeline |= _say_files(work, there.files, say)
     records = list(object_stores.stage_records(Path.cwd()))
-    listings, tainted, made = _say_objects(work, records, say)
-    git, _ = object_stores.git_objects_with(Path.cwd(), work.everything)
-    for name in git:
-        say(Place(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)"))
+    listings, tainted, made = _say_objects(work, there, records, say)
+    for name in there.git:
+        say(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)")
     adapters = object_stores.adapters_here(Path.cwd(), listings)
     ids = found.ids.union(*map(tombstones.stand_ins, found.ids))  # forgotten before, and still in use
     hashes = {version.tags.get("adapter_sha256", "") for version in work.models.versions(ids, set())}
     objects, hashes = object_stores.learned_models(records, listings, tainted | made, adapters, hashes)
     if objects:
-        say(
-            Place(
-                "DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed, but for what is in use"
-            )
-        )
+        say("DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed, but for what is in use")
     versions = work.models.versions(ids, hashes)
     hashes = work.models.continued(hashes | {version.tags.get("adapter_sha256", "") for version in versions} - {""})
     versions = work.models.versions(ids, hashes)
     for version in versions:
         names = f" ({', '.join(version.aliases)})" if version.aliases else ""
-        say(Place(f"model {version.tag}{names}", "learned from it", "marked; --withdraw takes it out of use"))
+        say(f"model {version.tag}{names}", "learned from it", "marked; --withdraw takes it out of use")
     if runs := work.models.runs(hashes):
-        say(
-            Place(
-                "MLflow", count_of(len(runs), "run") + " of unregistered models that learned", "removed, then mlflow gc"
-            )
-        )
-    held, _ = work.models.artifacts_holding(work.holds)
-    if held:
-        say(Place("MLflow's artifacts", count_of(len(held), "file"), "removed; lists of ids get hashes instead"))
+        say("MLflow", f"{count_of(len(runs), 'run')} of unregistered models that learned", "removed, then mlflow gc")
+    if there.artifacts:
+        held = count_of(len(there.artifacts), "file")
+        say("MLflow's artifacts", held, "removed; lists of ids get hashes instead")
     _check_start(hashes)
     where.learned = {
         "versions": [version.number for version in versions],
@@ -192,8 +167,8 @@ def _tombstones() -> Tombstones:
 def describe(where: Locations) -> Iterator[str]:
     """The places as text."""
     yield f"{count_of(len(where.found.ids), 'conversation')}, found in {count_of(len(where.places), 'place')}:"
-    for place in where.places:
-        yield f"  {place.where}: {place.how_much} -> {place.then}"
+    for place, how_much, then in where.places:
+        yield f"  {place}: {how_much} -> {then}"
     if where.pipeline:
         stages = expected_seconds(Path.cwd())
         stages.pop("base", None)
@@ -226,30 +201,24 @@ def _words_of(paths: list[Path]) -> Iterator[bytes | list[tuple[str | None, str]
 
 
 def _check_start(adapters: set[str]) -> None:
-    params = yaml.safe_load(Path("params.yaml").read_bytes()) or {}
-    start = (params.get("train") or {}).get("start_from")
-    if start and any(sha256.startswith(str(start)) for sha256 in adapters):
+    start = read_params("train", TrainSettings).start_from
+    if start and any(sha256.startswith(start) for sha256 in adapters):
         raise UserError("train.start_from continues a model that learned from it: set it to null in params.yaml")
 
 
-def _say_files(work: "Work", say: Callable[[Place], None]) -> bool:
+def _say_files(work: steps.Work, files: list[Path], say: Callable[[str, str, str], None]) -> bool:
     """Name the files that hold it; whether the pipeline wrote some of them, not for a model's words alone."""
-    groups: dict[tuple[str, str], int] = {}
-    made = False
-    for path in work.files_holding():
-        group = _group_of(path)
-        if group:
-            groups[group] = groups.get(group, 0) + 1
-            made |= group[1] == REBUILT and work.strict.in_file(path)
+    groups = Counter(filter(None, map(_group_of, files)))
     for (where, then), count in groups.items():
-        say(Place(where, count_of(count, "file"), then))
-    return made
+        say(where, count_of(count, "file"), then)
+    rebuilt = (path for path in files if (_group_of(path) or ("", ""))[1] == REBUILT)
+    return any(work.strict.in_file(path) for path in rebuilt)
 
 
 def _group_of(path: Path) -> tuple[str, str] | None:
     """(place, what happens there) of a file that holds some of it; None for those that are listed one by one."""
     parts = path.parts
-    if is_leftover(path):
+    if steps.is_leftover(path):
         return parts[0] if parts[0].startswith(".") else str(path.parent), "removed"
     if parts[0] == "inbox" or path.is_relative_to(CONVERSATIONS) or parts[0] in ("mlflow.db", "mlartifacts"):
         return None
@@ -259,30 +228,23 @@ def _group_of(path: Path) -> tuple[str, str] | None:
 
 
 def _say_objects(
-    work: "Work", records: list[dict], say: Callable[[Place], None]
+    work: steps.Work, there: steps.Everywhere, records: list[dict], say: Callable[[str, str, str], None]
 ) -> tuple[dict[str, dict[str, str]], set[str], set[str]]:
     """(listings of folders, objects that hold it, objects that were made from shards that held it)."""
-
-    listings: dict[str, dict[str, str]] = {}
-    found = {}
-    with object_stores.stores(Path.cwd()) as (reachable, unreachable):
-        for store in reachable:
-            found[store.name] = searched = object_stores.search(store, work.everything, work.strict, work.known)
-            listings |= searched.listings
-        deps = [dep for record in records for dep in record.get("deps") or []]
-        folders = {dep.get("md5") for dep in deps if dep.get("path") == str(CONVERSATIONS)}
-        shards = {oid for folder in folders for oid in listings.get(folder, {}).values()}
-        holding = {oid for oid in shards if (path := cached(Path.cwd(), oid)) and count_in_shard(path, work.found)}
-        strict = {oid for searched in found.values() for oid in searched.strict}
-        made = object_stores.made_from(records, listings, shards & strict | holding)
-        for store in reachable:
-            tainted = found[store.name].holding | (made & found[store.name].objects)
-            if tainted:
-                name = "DVC's cache" if store.name == "cache" else f"remote {store.name}"
-                say(Place(name, f"{len(tainted)} of {count_of(len(found[store.name].objects), 'object')}", "removed"))
-        for remote in unreachable:
-            say(Place(f"remote {remote.name}", "could not be searched", remote.why))
-    return listings, {oid for searched in found.values() for oid in searched.holding}, made
+    listings = {oid: files for searched in there.stores.values() for oid, files in searched.listings.items()}
+    deps = [dep for record in records for dep in record.get("deps") or []]
+    folders = {dep.get("md5") for dep in deps if dep.get("path") == str(CONVERSATIONS)}
+    shards = {oid for folder in folders for oid in listings.get(folder, {}).values()}
+    holding = {oid for oid in shards if (path := cached(Path.cwd(), oid)) and count_in_shard(path, work.found)}
+    strict = {oid for searched in there.stores.values() for oid in searched.strict}
+    made = object_stores.made_from(records, listings, shards & strict | holding)
+    for name, searched in there.stores.items():
+        if tainted := searched.holding | (made & searched.objects):
+            place = "DVC's cache" if name == object_stores.CACHE else f"remote {name}"
+            say(place, f"{len(tainted)} of {count_of(len(searched.objects), 'object')}", "removed")
+    for remote in there.unreachable:
+        say(f"remote {remote.name}", "could not be searched", remote.why)
+    return listings, {oid for searched in there.stores.values() for oid in searched.holding}, made
 
 
 # -------------------------------------------------------------------------------------------------------------- forget
@@ -308,17 +270,17 @@ def forget(
     Raises:
         UserError: a step could not be done; `resume` continues.
     """
-    with FileLock(LOCK, timeout=0):
+    with FileLock(steps.LOCK, timeout=0):
         upgraded = where.tombstones.add(where.found.versions)  # first of all: from here on nothing brings it back
         if upgraded:
             lines = count_of(upgraded, "line")
             say(f"{FORGOTTEN}: {lines} of an earlier version now keyed; git's history keeps the unkeyed ones")
         options = {"withdraw": withdraw, "hosts": hosts, "pipeline": where.pipeline}
-        work = Work(where.found, where.learned, options, say=say)
+        work = steps.Work(where.found, where.learned, options, say=say)
         work.save()
         where.found.versions.clear()
-        run_steps(work)
-        return finish(work)
+        steps.run_steps(work)
+        return steps.finish(work)
 
 
 def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
@@ -330,16 +292,16 @@ def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Calla
     Raises:
         UserError: there is none.
     """
-    if not journals():
+    if not steps.journals():
         raise UserError("no run of forget was interrupted: `python -m fine_tuning forget ID`")
     status = 0
-    with FileLock(LOCK, timeout=0):
-        for journal in journals():
+    with FileLock(steps.LOCK, timeout=0):
+        for journal in steps.journals():
             try:
-                work = Work.load(journal, say)
+                work = steps.Work.load(journal, say)
                 work.ask(withdraw, hosts)
-                run_steps(work)
-                status |= finish(work)
+                steps.run_steps(work)
+                status |= steps.finish(work)
             except UserError as error:
                 say(f"not done yet: {error}")
                 status = 1

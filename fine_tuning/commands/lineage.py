@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 from fine_tuning.common.dvc_files import show_file
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.names import split_tag
-from fine_tuning.common.project import root, run_command
+from fine_tuning.common.project import CONVERSATIONS, LOG, root, run_command
 from fine_tuning.common.records import read_lines
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
@@ -31,8 +32,6 @@ from fine_tuning.model_management.model_switcher import deployments, went_live
 from fine_tuning.schema.conversation import as_conversation
 from fine_tuning.training.tracking import flatten
 
-SHARDS = Path("data/conversations")
-LOGS = (Path("inbox/conversations.jsonl"), Path("inbox/closed"))
 IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 COMMIT = re.compile(r"[0-9a-f]{40,64}")
 SHOWN_SECTIONS = ("base", "chat", "train", "package")
@@ -86,11 +85,7 @@ def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
 
 
 def _named_version(registry: ModelRegistry, asked: str) -> int | None:
-    """The version that a number, a tag or an alias names; None if it has the form of none of them.
-
-    Raises:
-        UserError: it is a tag, and no version is behind it.
-    """
+    """The version that a number, a tag or an alias names; None if it has the form of none of them."""
     name, tag = split_tag(asked) if ":" in asked else (registry.name, asked)
     if name != registry.name:
         raise UserError(f"the registry knows {registry.name} and not {name}: look at deploy.name in params.yaml")
@@ -114,8 +109,7 @@ def _named_version(registry: ModelRegistry, asked: str) -> int | None:
 def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str, Any]:
     """All that made a version and became of it, from its tags and from what the registry kept of its origin."""
     tags = version.tags
-    commit = tags.get("git_commit") or "none"
-    commit = commit if COMMIT.fullmatch(commit) else "none"
+    commit = given if COMMIT.fullmatch(given := tags.get("git_commit", "")) else "none"
     kept = {name: registry.read(version, f"provenance/{name}") for name in ("dvc.lock", "params.yaml")}
     manifest = json.loads(registry.read(version, "provenance/manifest.json") or b"{}")
     committed = show_file(Path.cwd(), commit, "dvc.lock") if commit != "none" else None
@@ -171,25 +165,14 @@ def _subject(commit: str) -> str | None:
 
 def _places_of(identity: str) -> Iterator[dict[str, Any]]:
     """Files that hold a conversation or a reply of this id. No content is passed on."""
-    for path in sorted(SHARDS.glob("*.jsonl")):
-        for conversation in _conversations_with(path, identity):
+    for path in sorted(CONVERSATIONS.glob("*.jsonl")):
+        for _, line in read_lines(path):
+            if identity.encode() in line:  # only such lines are parsed
+                with suppress(ValueError, AttributeError):
+                    yield from _places_in(as_conversation(json.loads(line)), identity, path)
+    for path in filter(Path.is_file, [LOG, *sorted((LOG.parent / "closed").glob("*.jsonl"))]):
+        for conversation in ConversationLogger(path).read_conversations():
             yield from _places_in(conversation, identity, path)
-    logs = [LOGS[0], *sorted(LOGS[1].glob("*.jsonl"))]
-    for path in logs:
-        if path.is_file():
-            for conversation in ConversationLogger(path).read_conversations():
-                yield from _places_in(conversation, identity, path)
-
-
-def _conversations_with(path: Path, identity: str) -> Iterator[dict]:
-    """Conversations of a shard whose line holds the id anywhere; only those lines are parsed."""
-    wanted = identity.encode()
-    for _, line in read_lines(path):
-        if wanted in line:
-            try:
-                yield as_conversation(json.loads(line))
-            except (ValueError, AttributeError):
-                continue
 
 
 def _places_in(conversation: dict, identity: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -198,17 +181,9 @@ def _places_in(conversation: dict, identity: str, path: Path) -> Iterator[dict[s
     for message in conversation.get("messages") or []:
         for said in (message, *(message.get("alternatives") or [])):
             if said.get("id") == identity and said.get("role") == "assistant":
-                yield {
-                    "file": path.as_posix(),
-                    "reply": {
-                        "id": identity,
-                        "conversation": conversation["id"],
-                        "in": path.as_posix(),
-                        "model": said.get("model"),
-                        "version": said.get("version"),
-                        "at": said.get("at"),
-                    },
-                }
+                reply = {"id": identity, "conversation": conversation["id"], "in": path.as_posix()}
+                author = {name: said.get(name) for name in ("model", "version", "at")}
+                yield {"file": path.as_posix(), "reply": reply | author}
 
 
 def _author(registry: ModelRegistry, reply: dict) -> int | None:
@@ -221,14 +196,11 @@ def _author(registry: ModelRegistry, reply: dict) -> int | None:
         return None
     if tag.isdecimal() and tag.isascii():
         return int(tag) if int(tag) in known else None
-    if tag != LIVE or not reply.get("at"):
-        return None
-    try:
-        at = datetime.fromisoformat(reply["at"])
-    except ValueError:
-        return None
-    before = [event.number for event in went_live(registry.versions()) if event.at <= at]
-    return before[-1] if before else None
+    if tag == LIVE and reply.get("at"):
+        with suppress(ValueError):  # not a time
+            at = datetime.fromisoformat(reply["at"])
+            return next((event.number for event in reversed(went_live(registry.versions())) if event.at <= at), None)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -259,12 +231,9 @@ def _version_text(version: dict[str, Any]) -> Iterator[str]:
     if version["promoted"]["at"]:
         yield f"  promoted      {version['promoted']['at']} by {version['promoted']['by']}"
     yield f"  run           {version['run']['id']} in {version['run']['tracking']}"
-    commit = version["commit"]
-    yield f"  commit        {commit['id']}{' and uncommitted changes' if commit['dirty'] else ''}" + (
-        f": {commit['subject']}" if commit["subject"] else ""
-    )
-    made = version["adapter_commit"]
-    yield f"  adapter made  {made['id']}" + (f": {made['subject']}" if made["subject"] else "")
+    for label, commit in (("commit", version["commit"]), ("adapter made", version["adapter_commit"])):
+        changes = " and uncommitted changes" if commit.get("dirty") else ""
+        yield f"  {label:13} {commit['id']}{changes}" + (f": {commit['subject']}" if commit["subject"] else "")
     lock = version["dvc_lock"]
     where = "the commit has it" if lock["in_commit"] else "kept by the registry" if lock["kept"] else "lost"
     yield f"  dvc.lock      sha256 {lock['sha256']}, {where}"

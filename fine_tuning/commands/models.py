@@ -167,20 +167,18 @@ def _progress() -> Iterator:
 
 
 def _was(before: Live | None) -> str:
-    if before is None:
-        return ""
-    return (
-        f" (before: version {before.version})" if before.version else " (before: a model that is not in the registry)"
-    )
+    return f" (before: {_what(before)})" if before else ""
+
+
+def _what(live: Live) -> str:
+    return f"version {live.version}" if live.version else "a model that is not in the registry"
 
 
 def _live_line(name: str, live: Live | None) -> str:
     if live is None:
         return f"nothing is live as {name}:live: `python -m fine_tuning deploy`"
-    if live.version is None:
-        return f"{name}:live is a model that is not in the registry (manifest {live.digest[:12]})"
     since = f" since {live.since.isoformat(timespec='seconds')}" if live.since else ""
-    return f"{name}:live is version {live.version}{since} (manifest {live.digest[:12]})"
+    return f"{name}:live is {_what(live)}{since} (manifest {live.digest[:12]})"
 
 
 def _print_table(name: str, versions: list[ModelVersion]) -> None:
@@ -202,29 +200,21 @@ def _print_table(name: str, versions: list[ModelVersion]) -> None:
 def _as_json(
     versions: list[ModelVersion], live: dict[str, Live | None], unreachable: dict[str, str]
 ) -> dict[str, object]:
-
-    return {
-        "versions": [
-            {
-                "version": version.number,
-                "name": version.name,
-                "aliases": list(version.aliases),
-                "created_at": version.created_at.isoformat(),
-                "run_id": version.run_id,
-                "tags": version.tags,
-                "gguf": str(gguf) if (gguf := kept_gguf(version)) else None,
-            }
-            for version in versions
-        ],
-        "hosts": {
-            host: None
-            if found is None
-            else {
-                "digest": found.digest,
-                "version": found.version,
-                "since": found.since.isoformat() if found.since else None,
-            }
-            for host, found in live.items()
-        },
-        "unreachable": unreachable,
-    }
+    listed = [
+        {
+            "version": version.number,
+            "name": version.name,
+            "aliases": list(version.aliases),
+            "created_at": version.created_at.isoformat(),
+            "run_id": version.run_id,
+            "tags": version.tags,
+            "gguf": str(gguf) if (gguf := kept_gguf(version)) else None,
+        }
+        for version in versions
+    ]
+    hosts: dict[str, object] = dict.fromkeys(live)
+    for host, found in live.items():
+        if found:
+            since = found.since.isoformat() if found.since else None
+            hosts[host] = {"digest": found.digest, "version": found.version, "since": since}
+    return {"versions": listed, "hosts": hosts, "unreachable": unreachable}

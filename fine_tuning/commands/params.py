@@ -7,9 +7,5 @@ from fine_tuning.integration.parameters import check_all_params
 
 
 def params(arguments: argparse.Namespace) -> None:
-    """Check all sections.
-
-    Raises:
-        UserError: a parameter is wrong; names it.
-    """
+    """Check all sections."""
     check_all_params(Path("params.yaml"))

@@ -4,7 +4,6 @@ Registry first, files second, and each step is harmless when repeated: a rerun a
 """
 
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -16,63 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.commands.summary import read_result
-from fine_tuning.common.dvc_files import (
-    LOCK,
-    changed_since_lock,
-    files_below,
-    locate,
-    locked_md5,
-    md5_file,
-    md5_path,
-    read_lock,
-    reproduce,
-)
+from fine_tuning.common import dvc_files, project
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import parse_version
-from fine_tuning.common.project import (
-    git_commit,
-    main_checkout,
-    root,
-    run_command,
-    sha256_file,
-)
-from fine_tuning.common.records import read_json, write_json
+from fine_tuning.common.records import read_json, read_object, write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.evaluation.records.champion_records import KEPT, called_champion, is_champion, kept_files
-from fine_tuning.model_management.champion import (
-    CHAMPION_FILES,
-    CHAMPION_JSON,
-    CREATE,
-    GGUF,
-    STAGED,
-    WEIGHTS,
-    copy_file,
-    fetch_files,
-    keep_files,
-    name_champion,
-    read_champion,
-    restore_files,
-)
+from fine_tuning.model_management import champion
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion, open_registry
 from fine_tuning.training.tracking import flatten
 
-ADAPTER = Path("models/adapter")
+WEIGHTS = project.ADAPTER / "adapter_model.safetensors"
 MERGED = Path("models/merged")
-PACKAGE = Path("models/package")
-BASE_CARD = Path("models/base/base.json")
-PREPARED = Path("data/prepared")
-CONVERSATIONS = Path("data/conversations")
-SPLITS = ("train", "validation", "test")
-EVALUATION = Path("data/evaluation")
-COMPARISON = Path("metrics/comparison.json")
-METRICS = Path("metrics/evaluation.json")
+RECORDS = Path("data/evaluation")
 MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see CONTRIBUTING.md
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
 REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
 PROVENANCE = ("dvc.lock", "dvc.yaml", "params.yaml", "data/manifest.json")
-# What makes a version another version; cards, reports and time stamps do not.
-CONTENT = (WEIGHTS, "adapter/adapter_config.json", GGUF, CREATE)
 
 # Made-up conversations that a server must render as training did: with and without a system prompt, several turns.
 PROBES = (
@@ -91,7 +52,7 @@ PROBES = (
 
 def promote(arguments: argparse.Namespace) -> None:
     """Make the candidate, or a version that was champion before, the champion."""
-    if root().resolve() != main_checkout():
+    if project.root().resolve() != project.main_checkout():
         raise UserError("this is a temporary experiment's folder: promote in the main checkout after `dvc exp apply`")
     registry = open_registry(read_params("deploy", DeploySettings).name)
     who = promoter(arguments.by)
@@ -103,7 +64,7 @@ def promote(arguments: argparse.Namespace) -> None:
 
 def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> None:
     """Register the candidate, make it the champion, keep its files for the next comparison."""
-    compared = read_result(COMPARISON)
+    compared = read_result(project.COMPARISON)
     check_unchanged(compared)
     check_verdict(compared)
     verdict = compared["verdict"]
@@ -121,12 +82,12 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
             version, new = registry.register(content, folder, tags, evaluation_metrics())
         registry.nominate(version.number)
         old = registry.promote(version.number, replaces)
-        train = locate(Path.cwd(), read_lock(), PREPARED / "train.parquet")
-        made = (("adapter", ADAPTER), ("merged", MERGED), ("package", PACKAGE))
-        keep_files((*made, *evaluation_files()), probes, train)
-        name_champion(registry, version, tags, who)
+        train = dvc_files.locate(Path.cwd(), dvc_files.read_lock(), project.PREPARED / "train.parquet")
+        made = (("adapter", project.ADAPTER), ("merged", MERGED), ("package", project.PACKAGE))
+        champion.keep_files((*made, *evaluation_files()), probes, train)
+        champion.name_champion(registry, version, tags, who)
     finally:
-        shutil.rmtree(STAGED, ignore_errors=True)
+        shutil.rmtree(champion.STAGED, ignore_errors=True)
     how = f"forced ({forced})" if forced else verdict
     print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
     compare_with_champion()
@@ -135,11 +96,11 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
 
 def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
     """Make a version that was champion before the champion again, with the files that it was champion with."""
-    version, champion = registry.version(number), registry.by_alias(CHAMPION)
-    fetch_files(version)
-    old = registry.promote(number, champion.number if champion else None)
-    restore_files(version)
-    name_champion(registry, version, version.tags, who)
+    version, current = registry.version(number), registry.by_alias(CHAMPION)
+    champion.fetch_files(version)
+    old = registry.promote(number, current.number if current else None)
+    champion.restore_files(version)
+    champion.name_champion(registry, version, version.tags, who)
     if candidate_is_champion():
         compare_with_champion()
     report(version, old)
@@ -149,46 +110,38 @@ def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
 
 
 def check_unchanged(compared: dict[str, Any]) -> None:
-    """See that the files on disk are the candidate that was compared, made by the pipeline that dvc.lock describes.
-
-    Raises:
-        UserError: they are not.
-    """
-    weights = ADAPTER / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{weights} is missing: run `dvc pull` or `dvc repro`")
+    """See that the files on disk are the candidate that was compared, made by the pipeline that dvc.lock describes."""
+    if not WEIGHTS.is_file():
+        raise UserError(f"{WEIGHTS} is missing: run `dvc pull` or `dvc repro`")
     adapter_sha256 = compared.get("adapter_sha256")
-    if sha256_file(weights) != adapter_sha256:
+    if project.sha256_file(WEIGHTS) != adapter_sha256:
         raise UserError("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
-    stages, champion = read_lock(), str(CHAMPION_JSON)
-    changed = [str(path) for path in (ADAPTER, MERGED, PACKAGE) if md5_path(path) != locked_md5(stages, path)]
-    changed += changed_since_lock(*JUDGING)
-    if read_champion().get("adapter_sha256") == adapter_sha256:  # a promotion that was cut off
-        changed = [path for path in changed if path != champion]
-    if champion in changed:
+    stages, named = dvc_files.read_lock(), str(champion.RECORD)
+    made = (project.ADAPTER, MERGED, project.PACKAGE)
+    changed = [str(path) for path in made if dvc_files.md5_path(path) != dvc_files.locked_md5(stages, path)]
+    changed += dvc_files.changed_since_lock(*JUDGING)
+    if champion.read_champion().get("adapter_sha256") == adapter_sha256:  # a promotion that was cut off
+        changed = [path for path in changed if path != named]
+    if named in changed:
         raise UserError("the champion has changed since the comparison: run `dvc repro`, then promote again")
     if changed:
         raise UserError(f"{changed[0]} is not what dvc.lock describes: run `dvc repro`, then promote again")
 
 
 def check_verdict(compared: dict[str, Any]) -> None:
-    """Compute the comparison once more from the records of the evaluation, with the parameters in force.
-
-    Raises:
-        UserError: the file says something else.
-    """
+    """Compute the comparison once more from the records of the evaluation, with the parameters in force."""
     from fine_tuning.evaluation.records.settings import EvaluateSettings
     from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
 
-    evidence = Evidence.read(EVALUATION, read_params("evaluate", EvaluateSettings))
-    settings, suite = read_params("compare", CompareSettings), read_json(METRICS)["suite"]
+    evidence = Evidence.read(RECORDS, read_params("evaluate", EvaluateSettings))
+    settings, suite = read_params("compare", CompareSettings), read_json(project.EVALUATION)["suite"]
     found = evidence.verdict(settings, compared["adapter_sha256"], suite)
     if candidate_is_champion() and "champion" in compared:  # a promotion that was cut off has not said it yet
-        found = called_champion(found, read_champion())
+        found = called_champion(found, champion.read_champion())
     found, said = rounded(found), rounded(compared)
     if other := [key for key in sorted(found.keys() | said.keys()) if found.get(key) != said.get(key)]:
         raise UserError(
-            f"{COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`"
+            f"{project.COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`"
         )
 
 
@@ -200,50 +153,42 @@ def rounded(record: dict[str, Any]) -> dict[str, Any]:
 def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
     """Number of the registry's champion if it is the one in models/champion.json, which the candidate was compared
     with; 0, which no version has, if it is another one and --force was not given."""
-    champion = registry.by_alias(CHAMPION)
-    if champion is None:
+    current = registry.by_alias(CHAMPION)
+    if current is None:
         return None
-    same = champion.tags.get("adapter_sha256") == read_champion().get("adapter_sha256")
-    return champion.number if same or forced else 0
+    same = current.tags.get("adapter_sha256") == champion.read_champion().get("adapter_sha256")
+    return current.number if same or forced else 0
 
 
 def candidate_is_champion() -> bool:
     """Whether the files of the candidate are those that models/champion.json names."""
-    files = (ADAPTER / "adapter_model.safetensors", PACKAGE / "model.gguf")
-    return all(file.is_file() for file in files) and is_champion(CHAMPION_JSON, *files)
+    files = (WEIGHTS, project.PACKAGE / "model.gguf")
+    return all(file.is_file() for file in files) and is_champion(champion.RECORD, *files)
 
 
 def evaluation_files() -> list[tuple[str, Path]]:
     """(place in models/champion, path) of what the evaluation wrote; where the candidate is the champion already, of
     what it was promoted by."""
-    if candidate_is_champion() and kept_files(CHAMPION_JSON):
-        return [(KEPT, CHAMPION_FILES / KEPT)]
-    return [(f"{KEPT}/{out['path']}", Path(out["path"])) for out in read_lock()[JUDGING[0]]["outs"]]
+    if candidate_is_champion() and kept_files(champion.RECORD):
+        return [(KEPT, champion.FOLDER / KEPT)]
+    return [(f"{KEPT}/{out['path']}", Path(out["path"])) for out in dvc_files.read_lock()[JUDGING[0]]["outs"]]
 
 
 def compare_with_champion() -> None:
-    """Run the stages that depend on models/champion.json, so that `dvc repro` has nothing left to do.
-
-    Raises:
-        UserError: they failed.
-    """
-    if not reproduce("--quiet", "--single-item", *JUDGING):
+    """Run the stages that depend on models/champion.json, so that `dvc repro` has nothing left to do."""
+    if not dvc_files.reproduce("--quiet", "--single-item", *JUDGING):
         raise UserError(f"the champion is named, but `dvc repro {' '.join(JUDGING)}` failed: fix it, then run that")
 
 
 def promoter(given: str | None) -> str:
-    """Who promotes: the name that was given, else git's user.name.
-
-    Raises:
-        UserError: the name given is empty, longer than 100 characters, or holds what cannot be printed.
-    """
+    """Who promotes: the name that was given, else git's user.name."""
     if given is not None:
         name = " ".join(given.split())
         if not name or len(name) > 100 or not name.isprintable():
             raise UserError("--by takes the name of the person who promotes, in at most 100 printable characters")
         return name
     try:
-        return run_command("git", "config", "user.name").strip() or "unknown"
+        return project.run_command("git", "config", "user.name").strip() or "unknown"
     except UserError:
         return "unknown"
 
@@ -255,23 +200,17 @@ def stage_files() -> dict[str, Path]:
     """{path in a version: file} of adapter and package."""
     return {
         f"{place}/{file.relative_to(folder).as_posix()}": file
-        for place, folder in (("adapter", ADAPTER), ("package", PACKAGE))
-        for file in files_below(folder)
+        for place, folder in (("adapter", project.ADAPTER), ("package", project.PACKAGE))
+        for file in dvc_files.files_below(folder)
     }
 
 
 def content_hash(files: dict[str, Path]) -> str:
     """SHA-256 of what the version is: adapter, GGUF and the request that creates the model."""
-    missing = [path for path in CONTENT if path not in files]
+    missing = [path for path in champion.CONTENT if path not in files]
     if missing:
         raise UserError(f"models/{missing[0]} is missing: run `dvc repro package`")
-    return content_of({path: sha256_file(files[path]) for path in CONTENT})
-
-
-def content_of(hashes: dict[str, str]) -> str:
-    """The same from the files' own SHA-256."""
-    wanted = {path: hashes.get(path) for path in CONTENT}
-    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    return champion.content_of({path: project.sha256_file(files[path]) for path in champion.CONTENT})
 
 
 @contextmanager
@@ -280,34 +219,35 @@ def staged_artifacts(files: dict[str, Path], probes: list[Probe]) -> Iterator[Pa
     with tempfile.TemporaryDirectory(prefix="promote-") as name:
         folder = Path(name)
         for path, file in files.items():
-            if path != GGUF:
-                copy_file(file, folder / path)
+            if path != champion.GGUF:
+                champion.copy_file(file, folder / path)
         for pattern in REPORTS:
             for file in sorted(Path().glob(pattern)):
-                copy_file(file, folder / "reports" / file.name)
+                champion.copy_file(file, folder / "reports" / file.name)
         for text in PROVENANCE:
             if Path(text).is_file():
-                copy_file(Path(text), folder / "provenance" / Path(text).name)
+                champion.copy_file(Path(text), folder / "provenance" / Path(text).name)
         write_json(folder / "provenance" / "conversations.json", split_members())
         write_json(folder / "probes.json", [asdict(probe) for probe in probes])
-        write_json(folder / "files.json", {path: describe(file) for path, file in sorted(files.items())})
+        # The SHA-256 is a file's identity in Ollama, the MD5 its name in DVC's cache.
+        described = {
+            path: {"sha256": project.sha256_file(file), "md5": dvc_files.md5_file(file), "bytes": file.stat().st_size}
+            for path, file in files.items()
+        }
+        write_json(folder / "files.json", described)
         yield folder
-
-
-def describe(file: Path) -> dict[str, Any]:
-    """Hashes and size: the SHA-256 is the file's identity in Ollama, the MD5 its name in DVC's cache."""
-    return {"sha256": sha256_file(file), "md5": md5_file(file), "bytes": file.stat().st_size}
 
 
 def split_members() -> dict[str, list[str]]:
     """{split: ids of its conversations} of the data that the adapter was trained on, by dvc.lock."""
     import pyarrow.parquet
 
-    stages, members = read_lock(), {}
+    stages, members = dvc_files.read_lock(), {}
     for split in SPLITS:
-        file = locate(Path.cwd(), stages, PREPARED / f"{split}.parquet")
+        path = project.PREPARED / f"{split}.parquet"
+        file = dvc_files.locate(Path.cwd(), stages, path)
         if file is None:
-            raise UserError(f"{PREPARED / split}.parquet is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
+            raise UserError(f"{path} is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
         members[split] = pyarrow.parquet.read_table(file, columns=["id"])["id"].unique().to_pylist()
     return members
 
@@ -330,17 +270,17 @@ def make_probes() -> list[Probe]:
 
 def version_tags(compared: dict[str, Any], files: dict[str, Path], forced: str | None) -> dict[str, str]:
     """The tags of the design: what the version is, what it was made from, what was said about it."""
-    commit, dirty = git_commit(Path.cwd())
-    base = read_json(BASE_CARD) if BASE_CARD.is_file() else {}
+    commit, dirty = project.git_commit(Path.cwd())
+    base = read_object(project.BASE_CARD)
     tags = {
         "adapter_sha256": compared["adapter_sha256"],
-        "gguf_sha256": sha256_file(files[GGUF]),
-        "gguf_md5": md5_file(files[GGUF]),
-        "dvc_lock_sha256": sha256_file(LOCK),
+        "gguf_sha256": project.sha256_file(files[champion.GGUF]),
+        "gguf_md5": dvc_files.md5_file(files[champion.GGUF]),
+        "dvc_lock_sha256": project.sha256_file(dvc_files.LOCK),
         "git_commit": commit or "none",
         "git_dirty": str(dirty).lower(),
         "adapter_commit": adapter_commit() or "uncommitted",
-        "data_md5": locked_md5(read_lock(), CONVERSATIONS, "deps") or "none",
+        "data_md5": dvc_files.locked_md5(dvc_files.read_lock(), project.CONVERSATIONS, "deps") or "none",
         "eval_set_sha256": compared["eval_set_sha256"],
         "base_model": str(base.get("model") or "unknown"),
         "base_revision": str(base.get("revision") or "none"),
@@ -351,15 +291,16 @@ def version_tags(compared: dict[str, Any], files: dict[str, Path], forced: str |
 
 def adapter_commit() -> str | None:
     """The first commit up to HEAD whose dvc.lock holds the adapter, None if it was never committed."""
-    hashes = f"{md5_path(ADAPTER)}|{md5_file(ADAPTER / 'adapter_model.safetensors')}"
+    hashes = f"{dvc_files.md5_path(project.ADAPTER)}|{dvc_files.md5_file(WEIGHTS)}"
     with suppress(UserError):  # outside git
-        return run_command("git", "log", "--reverse", "--format=%H", "-G", hashes, "--", str(LOCK)).partition("\n")[0]
+        commits = project.run_command("git", "log", "--reverse", "--format=%H", "-G", hashes, "--", "dvc.lock")
+        return commits.partition("\n")[0]
     return None
 
 
 def evaluation_metrics() -> dict[str, float]:
     """Numbers of metrics/evaluation.json, named by their path in it."""
-    values = flatten(read_json(METRICS)) if METRICS.is_file() else {}
+    values = flatten(read_object(project.EVALUATION))
     return {
         f"evaluation.{re.sub('[^A-Za-z0-9_./ -]', '_', key)}": float(value)
         for key, value in values.items()
@@ -370,10 +311,10 @@ def evaluation_metrics() -> dict[str, float]:
 def report(version: ModelVersion, old: ModelVersion | None) -> None:
     """Say what changed and what to type next."""
     print(f"champion: version {version.number}" + (f", before it version {old.number}" if old else ", the first"))
-    print(f"kept in {CHAMPION_FILES} and {CHAMPION_JSON}. Next:")
+    print(f"kept in {champion.FOLDER} and {champion.RECORD}. Next:")
     if MADE_ON.is_file() and candidate_is_champion():
         print("  python -m tests.check_lock --made-here   # if `dvc repro` ran on this machine as well")
-    print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc dvc.lock metrics")
+    print(f"  git add {champion.RECORD} {champion.FOLDER}.dvc dvc.lock metrics")
     print(f"  git commit -m 'Promote version {version.number}' && dvc push")
     if not candidate_is_champion():
         print("  dvc repro   # compares the candidate with it")

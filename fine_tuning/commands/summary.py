@@ -6,12 +6,12 @@ from typing import Any
 
 from fine_tuning.common.dvc_files import LOCK, locked_md5, md5_path, read_lock
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.records import read_json
+from fine_tuning.common.project import COMPARISON, EVALUATION
+from fine_tuning.common.records import read_json, read_object
+from fine_tuning.evaluation.records.record_types import COUNTING
 from fine_tuning.schema.reasons import in_words
 
 PREPARED = Path("metrics/prepare.json")
-EVALUATION = Path("metrics/evaluation.json")
-COMPARISON = Path("metrics/comparison.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
 MODELFILE = Path("models/package/Modelfile")
 PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
@@ -20,7 +20,6 @@ ORDER = (
     "rouge1", "rouge2", "rougeL", "exact_match",
 )  # fmt: skip
 GUARDS = ("prompt_help", "general_knowledge", "general_text")
-COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "yellow"}
 
 
@@ -40,7 +39,7 @@ def summary(arguments: argparse.Namespace) -> None:
     for row in comparison.get("prompting_baselines", {}).values() if arguments.all else ():
         value, metric = with_interval(row, "difference", "+"), comparison["primary"]["metric"]
         console.print(f"{row['what']}: {metric} {row['baseline']:.3g}, candidate {value} on {row['n']}", markup=False)
-    for line in in_words(read_json(PREPARED) if PREPARED.is_file() else {})[: None if arguments.all else 1]:
+    for line in in_words(read_object(PREPARED))[: None if arguments.all else 1]:
         console.print(line, markup=False)
     if len(metrics) < len(evaluation["candidate"]):
         console.print("`summary --all` prints the other metrics and what was left out", markup=False)
@@ -61,11 +60,7 @@ def outdated() -> list[str]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A JSON file of the pipeline.
-
-    Raises:
-        UserError: the pipeline has not written it yet.
-    """
+    """A JSON object that the pipeline wrote."""
     try:
         return {} | read_json(path)
     except FileNotFoundError:

@@ -19,16 +19,11 @@ from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import read_json
+from fine_tuning.common.project import ADAPTER, BASE_CARD, MANIFEST, PACKAGE, PREPARED, sha256_file
+from fine_tuning.common.records import read_json, read_object
 from fine_tuning.common.settings import read_params
 from fine_tuning.model_management.model_deployer import DeploySettings
 
-PACKAGE = Path("models/package")
-BASE_CARD = Path("models/base/base.json")
-ADAPTER = Path("models/adapter/adapter_model.safetensors")
-PREPARED = Path("data/prepared")
-MANIFEST = Path("data/manifest.json")
 PINS = (Path("requirements.txt"), Path("requirements-base.txt"))
 SHORT = 60  # characters of a licence field that is a name; longer ones are the licence's whole text
 
@@ -77,13 +72,8 @@ def judge(report: str, pinned: int) -> int:
 
 
 def bill_of_materials() -> str:
-    """CycloneDX 1.6 JSON of the bundle: its files, the base, the data it learned from (hashes only), dependencies.
-
-    Source: the CycloneDX specification, https://cyclonedx.org/docs/1.6/json/
-
-    Raises:
-        UserError: there is no bundle.
-    """
+    """CycloneDX 1.6 JSON (https://cyclonedx.org/docs/1.6/json/) of the bundle: its files, the base, the data it learned
+    from (hashes only), dependencies."""
     gguf = PACKAGE / "model.gguf"
     if not gguf.is_file() or not BASE_CARD.is_file():
         raise UserError(f"{PACKAGE} is not here: run `dvc pull` or `dvc repro`")
@@ -93,16 +83,13 @@ def bill_of_materials() -> str:
     model = ComponentType.MACHINE_LEARNING_MODEL
     root = _component(model, name, digest[:12], digest, base.get("license"))
     bom.metadata.component = root
-    parts = [
-        _component(model, str(base["model"]), str(base.get("revision") or ""), base["sha256"], base.get("license"))
-    ]
-    files = [*sorted(path for path in PACKAGE.iterdir() if path.is_file()), *([ADAPTER] if ADAPTER.is_file() else [])]
+    revision = str(base.get("revision") or "")
+    parts = [_component(model, str(base["model"]), revision, base["sha256"], base.get("license"))]
+    files = filter(Path.is_file, [*sorted(PACKAGE.iterdir()), ADAPTER / "adapter_model.safetensors"])
     parts += [_component(ComponentType.FILE, path.name, "", sha256_file(path)) for path in files]
-    parts += [
-        _component(ComponentType.DATA, path.name, "", sha256_file(path)) for path in sorted(PREPARED.glob("*.parquet"))
-    ]
-    shards = read_json(MANIFEST)["shards"] if MANIFEST.is_file() else []
-    parts += [_component(ComponentType.DATA, shard["name"], "", shard["sha256"]) for shard in shards]
+    shards = [(shard["name"], shard["sha256"]) for shard in read_object(MANIFEST).get("shards", [])]
+    data = [*((path.name, sha256_file(path)) for path in sorted(PREPARED.glob("*.parquet"))), *shards]
+    parts += [_component(ComponentType.DATA, name, "", sha256) for name, sha256 in data]
     parts += [_library(*pin) for pin in pins()]
     for part in parts:
         bom.components.add(part)

@@ -66,7 +66,7 @@ def locked_md5(stages: dict[str, dict[str, Any]], path: Path, side: str = "outs"
 def changed_since_lock(*stages: str) -> list[str]:
     """Paths of dependencies, parameter files and outs of these stages that are not what dvc.lock says, as `dvc status`
     finds them; dvc.yaml where a command is another."""
-    with _dvc("dvc status") as repo:
+    with open_repo(what="dvc status") as repo:
         found = repo.status(targets=list(stages))
     changes = [change for stage in found.values() for change in stage]
     groups = [[["dvc.yaml"]] if change == "changed command" else change.values() for change in changes]
@@ -160,7 +160,7 @@ def dvc_add(path: Path) -> None:
     Raises:
         UserError: a pipeline is running, or DVC refuses.
     """
-    with _dvc(f"dvc add {path}") as repo:
+    with open_repo(what=f"dvc add {path}") as repo:
         add_folder(repo, path)
 
 
@@ -199,21 +199,21 @@ def fetch(hashes: Iterable[str]) -> bool:
         from dvc.config import NoRemoteError
         from dvc_data.hashfile.hash_info import HashInfo
 
-        with _dvc("dvc fetch") as repo, suppress(NoRemoteError):
+        with open_repo(what="dvc fetch") as repo, suppress(NoRemoteError):
             repo.cloud.pull([HashInfo("md5", md5) for md5 in missing])
     return all(cached(Path.cwd(), md5) is not None for md5 in wanted)
 
 
 @contextmanager
-def _dvc(what: str) -> Iterator["Repo"]:
-    """The DVC repository of the current folder; its failures are one line that names `what`."""
+def open_repo(checkout: Path = Path(), what: str = "dvc") -> Iterator["Repo"]:
+    """The DVC repository of a checkout; its failures are one line that names the command `what`."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
 
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
-        with Repo() as repo:
+        with Repo(str(checkout)) as repo:
             yield repo
     except LockError:
         raise UserError("a pipeline run holds the DVC lock: run the command again when it has ended") from None

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,58 +86,56 @@ def _run(main: Callable[[], int | None]) -> None:
         sys.exit(1)
 
 
-def _line(error: BaseException | None) -> str | None:
+def _line(error: Exception) -> str | None:
     """What to say of an error that the machine made, None of any other."""
     if no_space(error):
         return _full(error)
     if no_memory(error):
         return _NO_MEMORY_FOR_A_MODEL if "torch" in sys.modules else _NO_MEMORY
-    while error is not None:
-        denied = error.filename if isinstance(error, OSError) and error.errno in _DENIED else None
-        if denied or "readonly database" in str(error):
+    for one in _chain(error):
+        denied = one.filename if isinstance(one, OSError) and one.errno in _DENIED else None
+        if denied or "readonly database" in str(one):
             what = denied or "the database"
             return f"error: {what} may not be read or written: run this as its owner, on a disk that is not read-only"
-        error = error.__cause__ or error.__context__
     return None
 
 
-def _full(error: BaseException | None) -> str:
+def _full(error: Exception) -> str:
     """The line for a full disk, with the folder that it is known by: that of the file that could not be written, else
     the one with the least room of those that commands write to."""
-    named = None
-    while error is not None and not named:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            named = error.filename2 or error.filename  # of a copy, the second is the one that is written
-        error = error.__cause__ or error.__context__
-    if isinstance(named, (str, bytes)):
-        folder = Path(os.fsdecode(named)).absolute().parent
-        places = [next(place for place in (folder, *folder.parents) if place.is_dir())]
+    # Of a copy, the second is the file that is written.
+    full = (one for one in _chain(error) if isinstance(one, OSError) and one.errno in _NO_SPACE)
+    named = next((file for one in full if isinstance(file := one.filename2 or one.filename, str)), None)
+    if named:
+        where = next(place for place in Path(named).absolute().parents if place.is_dir())
     else:
         from fine_tuning.common.dvc_files import cache_folder
 
         places = [Path.cwd(), Path(tempfile.gettempdir())]
         with suppress(UserError):  # not a DVC repository
             places.append(cache_folder(Path.cwd()))
-    where = min((place for place in places if place.is_dir()), key=lambda place: shutil.disk_usage(place).free)
+        where = min(filter(Path.is_dir, places), key=lambda place: shutil.disk_usage(place).free)
     shown = f"`df -h {shlex.quote(str(where))}`"
     return f"error: the disk is full: free some space ({shown} shows it), then run the same again"
 
 
 def no_space(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised for, says that a disk or a quota is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return True
-        if any(words in str(error) for words in _NO_SPACE_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(one, OSError) and one.errno in _NO_SPACE) or any(words in str(one) for words in _NO_SPACE_WORDS)
+        for one in _chain(error)
+    )
 
 
 def no_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised for, says that memory, a GPU's too, is full."""
+    return any(
+        isinstance(one, MemoryError) or any(words in str(one) for words in _NO_MEMORY_WORDS) for one in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised for."""
     while error is not None:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY_WORDS):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False

@@ -13,6 +13,17 @@ import yaml
 from fine_tuning.common.errors import UserError
 
 LIBRARY = Path(__file__).parents[1]
+# Paths in a checkout that several commands use, as dvc.yaml has them. A stage names its own.
+LOG = Path("inbox/conversations.jsonl")  # the live one
+CONVERSATIONS = Path("data/conversations")
+MANIFEST = Path("data/manifest.json")
+FORGOTTEN = Path("data/forgotten.jsonl")
+PREPARED = Path("data/prepared")
+BASE_CARD = Path("models/base/base.json")
+ADAPTER = Path("models/adapter")
+PACKAGE = Path("models/package")
+EVALUATION = Path("metrics/evaluation.json")
+COMPARISON = Path("metrics/comparison.json")
 # Packages that compute what a run writes; their version is part of what the result depends on.
 COMPUTING = (
     *("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "bitsandbytes"),

@@ -14,12 +14,12 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.records import write_json
+from fine_tuning.erasure.object_stores import WEIGHTS
 from fine_tuning.erasure.traces import Traces
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 
 FORGOTTEN_TAG = "forgotten"
 MEMBERS = "provenance/conversations.json"
-WEIGHTS = (".safetensors", ".gguf")
 LEARNED_FROM = "train"
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from fine_tuning.common.dvc_files import cache_folder, parse_lock
+from fine_tuning.common.dvc_files import cache_folder, open_repo, parse_lock, used_objects
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout, sha256_file
 from fine_tuning.erasure.traces import Traces, is_weights
+from fine_tuning.training import tracking
 
 WEIGHTS = (".safetensors", ".gguf")
-ADAPTER_FILE = "adapter_model.safetensors"
 TRAIN_DATA = "data/prepared/train.parquet"
 CACHE = "cache"
 
@@ -81,12 +81,7 @@ class Unreachable:
 @contextmanager
 def stores(checkout: Path) -> Iterator[tuple[list[Store], list[Unreachable]]]:
     """(the cache and every remote that answers, the remotes that do not)."""
-    import logging
-
-    from dvc.repo import Repo
-
-    logging.getLogger("dvc").setLevel(logging.ERROR)
-    with Repo(str(checkout)) as repo:
+    with open_repo(checkout) as repo:
         found, unreachable = [Store(CACHE, repo.cache.local)], []
         for name in sorted(repo.config["remote"]):
             try:
@@ -116,14 +111,13 @@ class Searched:
     listings: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str] | None = None) -> Searched:
+def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str]) -> Searched:
     """Look into every object of a store.
 
     Args:
         strict: those of the traces that models do not write.
         known: {object: the field of `Searched` that it is in} of objects that were searched before; grows.
     """
-    known = {} if known is None else known
     result = Searched(store.objects())
     for oid in tqdm(sorted(result.objects), desc=store.name, unit="object", disable=None, leave=False):
         listing = oid.endswith(".dir")
@@ -247,18 +241,14 @@ def _learned(record: dict, tainted: set[str], folders: set[str], hashes: set[str
 
 def adapters_here(checkout: Path, listings: dict[str, dict[str, str]]) -> dict[str, str]:
     """{object: SHA-256} of the adapters in the cache."""
-    objects = {md5 for files in listings.values() for name, md5 in files.items() if Path(name).name == ADAPTER_FILE}
+    objects = {md5 for files in listings.values() for name, md5 in files.items() if Path(name).name == tracking.WEIGHTS}
     paths = {md5: cache_folder(checkout) / "files" / "md5" / md5[:2] / md5[2:] for md5 in objects}
     return {md5: sha256_file(path) for md5, path in paths.items() if path.is_file()}
 
 
 def in_use(checkout: Path) -> set[str]:
     """Objects that dvc.lock and the .dvc files of the checkout name."""
-    from dvc.repo import Repo
-
-    from fine_tuning.common.dvc_files import used_objects
-
-    with Repo(str(checkout)) as repo:
+    with open_repo(checkout) as repo:
         return {oid for oid, _ in used_objects(repo)}
 
 

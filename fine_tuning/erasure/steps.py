@@ -11,18 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.common.dvc_files import (
-    cache_folder,
-    dvc_add,
-    files_below,
-    listing,
-    md5_path,
-    pipeline_stands_still,
-    reproduce,
-)
+from fine_tuning.common import dvc_files
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.names import host_key
-from fine_tuning.common.records import read_json, updating, write_json
+from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST
+from fine_tuning.common.records import read_json, read_object, updating, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.storage.shards import track
 from fine_tuning.data_collection.storage.tombstones import Tombstones, key_name
@@ -33,23 +26,11 @@ from fine_tuning.erasure.object_stores import Searched, Unreachable, git_objects
 from fine_tuning.erasure.records import Found, clear_lines, clear_log, clear_shards
 from fine_tuning.erasure.traces import Traces
 from fine_tuning.integration.ollama_client import open_servers
-from fine_tuning.model_management.champion import (
-    CHAMPION_FILES,
-    CHAMPION_JSON,
-    FILES_TAG,
-    KEPT,
-    MEMBERS,
-    STAGED,
-    names_conversations,
-)
+from fine_tuning.model_management import champion
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import open_registry, registry_locks
 from fine_tuning.model_management.model_switcher import deployments
 
-INBOX = Path("inbox")
-CONVERSATIONS = Path("data/conversations")
-MANIFEST = Path("data/manifest.json")
-FORGOTTEN = Path("data/forgotten.jsonl")
 LEDGER = Path("data/splits.txt")
 OLD_LEDGER = Path("data/splits/ledger.jsonl")  # where it was before it came into git, until `prepare` takes it over
 SCRATCH = Path(".whetstone")
@@ -95,10 +76,9 @@ class Work:
             self._models = ForgottenModels(registry, registry_locks())
         return self._models
 
-    def files_holding(self, strict: bool = True) -> list[Path]:
+    def files_holding(self) -> list[Path]:
         """Files below the checkout, and those that killed commands left in the system's temporary folder, that hold
         some of it. Where models write, their words prove nothing."""
-
         everything, people = self.everything, self.strict
         written_by_models = (
             *WRITTEN_BY_MODELS,
@@ -110,13 +90,12 @@ class Work:
                 kind = kind_of(path, everything, people)
                 if kind == "unread":
                     self.unread.add(str(path))
-                elif kind == "strict" or (kind and not (strict and path.as_posix().startswith(written_by_models))):
+                elif kind == "strict" or (kind and not path.as_posix().startswith(written_by_models)):
                     found.append(path)
         return found
 
     def holds(self, path: Path, name: str) -> bool:
         """Whether a file holds some of it; `name` is what the proof calls it if it cannot be read."""
-
         kind = kind_of(path, self.everything, self.strict)
         if kind == "unread":
             self.unread.add(name)
@@ -128,24 +107,23 @@ class Work:
         Words of a model alone count if the pipeline has read them. What is kept for a version goes if it holds what
         people wrote or an id, and its records of an evaluation also for a model's words.
         """
-
         holding = searched.holding if self.options["pipeline"] else searched.strict
-        kept = {o for _, o, path in self.files_of_versions() if not (names_conversations(path) and o in holding)}
+        names = champion.names_conversations
+        kept = {oid for _, oid, path in self.files_of_versions() if not (names(path) and oid in holding)}
         found = (holding | {*self.learned["made"], *self.learned["objects"]}) & searched.objects
         return found - used - (kept - searched.strict)
 
     def files_of_versions(self) -> Iterator[tuple[str, str, str]]:
         """(tag of a version, object, path) of what deploying it, or making it champion again, needs."""
-
         for version in self.models.registry.versions():
             yield version.tag, version.tags.get("gguf_md5", ""), "package/model.gguf"
-            if folder := version.tags.get(FILES_TAG):
+            if folder := version.tags.get(champion.FILES_TAG):
                 yield version.tag, folder, "its list of files"
-                yield from ((version.tag, oid, path) for path, oid in (listing(Path.cwd(), folder) or {}).items())
+                files = dvc_files.listing(Path.cwd(), folder) or {}
+                yield from ((version.tag, oid, path) for path, oid in files.items())
 
     def save(self) -> None:
         """Write the journal: ids and keyed fingerprints, no text."""
-
         found = self.found
         write_json(
             self.journal,
@@ -172,7 +150,6 @@ class Work:
         Raises:
             UserError: it is of an earlier version of this project, or its key is gone.
         """
-
         kept, keys = read_json(journal), Tombstones(FORGOTTEN).keys
         if kept.get("key") not in keys:
             raise UserError(
@@ -200,7 +177,7 @@ def is_leftover(path: Path) -> bool:
     """Whether a file was left by a command that was killed, or is made again when it is needed."""
     return (
         (path.name.startswith(".") and path.name.endswith(".tmp"))
-        or path.is_relative_to(STAGED)
+        or path.is_relative_to(champion.STAGED)
         or path.is_absolute()
         or path.parts[0] == ".whetstone"
         or path.parts[:2] == (".dvc", "tmp")
@@ -218,7 +195,7 @@ def temporary_files() -> Iterator[Path]:
 
 def files_of_checkout() -> Iterator[Path]:
     """Everything below the checkout but git's and DVC's objects, environments, caches of tools and journals."""
-    cache = cache_folder(Path.cwd())
+    cache = dvc_files.cache_folder(Path.cwd())
     for place, folders, names in os.walk("."):
         here = Path(place)
         folders[:] = sorted(
@@ -232,7 +209,7 @@ def files_of_checkout() -> Iterator[Path]:
 
 def logs() -> list[Path]:
     """The live log, closed logs, and the lines that were set aside from them."""
-    return sorted(path for path in INBOX.rglob("*.jsonl*") if path.is_file()) if INBOX.is_dir() else []
+    return sorted(path for path in LOG.parent.rglob("*.jsonl*") if path.is_file())
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
@@ -250,7 +227,7 @@ def clear_logs(work: Work) -> None:
 
 def clear_data(work: Work) -> None:
     """Shards, manifest and ledger, while no pipeline runs."""
-    with pipeline_stands_still() as repo:
+    with dvc_files.pipeline_stands_still() as repo:
         shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
         if CONVERSATIONS.is_dir():
             track(repo, CONVERSATIONS, MANIFEST)
@@ -284,14 +261,11 @@ def mark_models(work: Work) -> None:
     work.learned["deployed"] = sorted(deployed | set(work.learned.get("deployed", ())))
     work.save()  # before the registry forgets it
     _leave_servers(work, [f"{work.models.registry.name}:{number}" for number in work.learned["versions"]])
-    champion = read_json(CHAMPION_JSON) if CHAMPION_JSON.is_file() else {}
-    if (
-        champion.get("version") in work.learned["versions"]
-        or champion.get("adapter_sha256") in work.learned["adapters"]
-    ):
-        write_json(CHAMPION_JSON, {"version": None})
-        shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
-        CHAMPION_FILES.with_suffix(".dvc").unlink(missing_ok=True)
+    named, learned = read_object(champion.RECORD), work.learned
+    if named.get("version") in learned["versions"] or named.get("adapter_sha256") in learned["adapters"]:
+        write_json(champion.RECORD, {"version": None})
+        shutil.rmtree(champion.FOLDER, ignore_errors=True)
+        champion.FOLDER.with_suffix(".dvc").unlink(missing_ok=True)
         work.options["pipeline"] = True  # evaluate and compare read who is champion
     for version in versions:
         work.models.withdraw(version.number)
@@ -319,18 +293,19 @@ def _leave_servers(work: Work, tags: list[str]) -> None:
 
 def clear_champion(work: Work) -> None:
     """The evaluation that the champion keeps beside its weights, if it holds some of it, and its list of ids."""
-    before = md5_path(CHAMPION_FILES)
-    members, evaluation = CHAMPION_FILES / MEMBERS, CHAMPION_FILES / KEPT
+    before = dvc_files.md5_path(champion.FOLDER)
+    members, evaluation = champion.FOLDER / champion.MEMBERS, champion.FOLDER / champion.KEPT
     cleared = clear_lines(members, work.found)
     traces = work.everything if work.options["pipeline"] else work.strict
-    holding = [path for path in files_below(evaluation) if kind_of(path, traces, traces) == "strict"]
+    holding = [path for path in dvc_files.files_below(evaluation) if kind_of(path, traces, traces) == "strict"]
     if holding:
         shutil.rmtree(evaluation)
     if cleared or holding:
-        dvc_add(CHAMPION_FILES)
+        dvc_files.dvc_add(champion.FOLDER)
+        now = {champion.FILES_TAG: str(dvc_files.md5_path(champion.FOLDER))}
         for version in work.models.registry.versions():
-            if version.tags.get(FILES_TAG) == before:
-                work.models.registry.set_tags(version.number, {FILES_TAG: str(md5_path(CHAMPION_FILES))})
+            if version.tags.get(champion.FILES_TAG) == before:
+                work.models.registry.set_tags(version.number, now)
         work.say("the champion's files: " + ("its evaluation removed" if holding else "its list of ids rewritten"))
 
 
@@ -341,7 +316,7 @@ def run_pipeline(work: Work) -> None:
     if not work.options["pipeline"]:
         work.say("pipeline: not run, it has never read it")
         return
-    work.options["reproduced"] = reproduce()
+    work.options["reproduced"] = dvc_files.reproduce()
     if not work.options["reproduced"]:
         for file in work.files_holding():
             if file.parts[0] in ("data", "metrics", "models"):
@@ -363,7 +338,7 @@ def clear_objects(work: Work) -> None:
     lost = [f"{tag} without {path}" for tag, oid, path in work.files_of_versions() if oid in removed]
     if lost:
         work.say(f"from now on models are promoted again as: {', '.join(lost)}")
-    for entry in (cache_folder(Path.cwd()) / "runs").glob("*/*/*"):
+    for entry in (dvc_files.cache_folder(Path.cwd()) / "runs").glob("*/*/*"):
         if any(oid in entry.read_text() for oid in removed | set(work.learned["objects"])):
             entry.unlink()
 
@@ -404,9 +379,10 @@ def run_steps(work: Work) -> None:
 def finish(work: Work) -> int:
     """The proof, what cannot be reached, and what to type next; the journal goes when there is nothing left to do."""
     work.unread.clear()
-    left, searched, unreachable = prove(work)
+    there = search_everywhere(work)
+    left, unreachable = still_there(work, there), there.unreachable
     lacking, short = work.found.not_searched()
-    work.say(f"proof: searched {', '.join(searched)}")
+    work.say(f"proof: searched {', '.join(there.read)}")
     for place in left:
         work.say(f"  STILL THERE: {place}")
     failed = not work.options.get("reproduced", True)
@@ -437,28 +413,40 @@ def finish(work: Work) -> int:
     return 0
 
 
-def prove(work: Work) -> tuple[list[str], list[str], list[Unreachable]]:
-    """Search everything that can be reached once more.
+@dataclass
+class Everywhere:
+    """Where a search of everything that can be reached found some of it, and what was read."""
 
-    Returns:
-        (places that still hold some of it, what was searched, remotes that could not be searched)
-    """
-    left = [str(path) for path in work.files_holding()]
-    searched = [count_of(sum(1 for _ in files_of_checkout()), "file")]
-    used = in_use(Path.cwd())
+    files: list[Path]
+    stores: dict[str, Searched]
+    unreachable: list[Unreachable]
+    git: list[str]
+    artifacts: list[str]
+    read: tuple[str, ...]
+
+
+def search_everywhere(work: Work) -> Everywhere:
+    """Look into the checkout's files, DVC's cache and remotes, git's objects and MLflow's artifacts."""
     with stores(Path.cwd()) as (reachable, unreachable):
-        for store in reachable:
-            result = search(store, work.everything, work.strict, work.known)
-            left += [f"{store.name}: {oid}" for oid in sorted(work.to_go(result, used) | result.strict)]
-            work.unread |= {f"{store.name}: {oid}" for oid in result.unread}
-            searched.append(f"{count_of(len(result.objects), 'object')} of {store.name}")
-    git, count = git_objects_with(Path.cwd(), work.everything)
-    left += [f"git: {name}" for name in git]
-    searched.append(f"{count_of(count, 'object')} of git")
+        searched = {store.name: search(store, work.everything, work.strict, work.known) for store in reachable}
+    git, objects = git_objects_with(Path.cwd(), work.everything)
     artifacts, count = work.models.artifacts_holding(work.holds)
-    left += [f"MLflow: {name}" for name in artifacts]
-    searched.append(f"{count_of(count, 'artifact')} of MLflow")
-    return left, searched, unreachable
+    read = (
+        count_of(sum(1 for _ in files_of_checkout()), "file"),
+        *(f"{count_of(len(result.objects), 'object')} of {name}" for name, result in searched.items()),
+        f"{count_of(objects, 'object')} of git",
+        f"{count_of(count, 'artifact')} of MLflow",
+    )
+    return Everywhere(work.files_holding(), searched, unreachable, git, artifacts, read)
+
+
+def still_there(work: Work, there: Everywhere) -> list[str]:
+    """Places that hold some of it after the last step."""
+    left, used = [str(path) for path in there.files], in_use(Path.cwd())
+    for name, result in there.stores.items():
+        left += [f"{name}: {oid}" for oid in sorted(work.to_go(result, used) | result.strict)]
+        work.unread |= {f"{name}: {oid}" for oid in result.unread}
+    return left + [f"git: {name}" for name in there.git] + [f"MLflow: {name}" for name in there.artifacts]
 
 
 def out_of_reach(work: Work, unreachable: list[Unreachable]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """The champion's files: models/champion under DVC, and models/champion.json under git, which says what they are."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,13 +19,15 @@ from fine_tuning.model_management.model_deployer import Probe
 from fine_tuning.model_management.model_registry import ModelRegistry
 from fine_tuning.model_management.sqlite_registry import ModelVersion
 
-CHAMPION_JSON = Path("models/champion.json")
-CHAMPION_FILES = Path("models/champion")
-CHAMPION_DVC = Path("models/champion.dvc")
+RECORD = Path("models/champion.json")
+FOLDER = Path("models/champion")
+TRACKED = Path("models/champion.dvc")
 STAGED = Path("models/.champion.new")
 PROBES = "probes.json"
 WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"
 MERGED = "merged/model.safetensors"
+# What makes a version another version; cards, reports and time stamps do not.
+CONTENT = (WEIGHTS, "adapter/adapter_config.json", GGUF, CREATE)
 VERDICT_TAGS = ("verdict", "forced_reason", "eval_set_sha256")
 FILES_TAG = "champion_md5"  # DVC's hash of models/champion as it was with a version
 
@@ -35,9 +39,15 @@ def read_champion() -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     try:
-        return dict(read_json(CHAMPION_JSON))
+        return dict(read_json(RECORD))
     except (OSError, ValueError, TypeError):
-        raise UserError(f"{CHAMPION_JSON} is missing or damaged: `git checkout {CHAMPION_JSON}`") from None
+        raise UserError(f"{RECORD} is missing or damaged: `git checkout {RECORD}`") from None
+
+
+def content_of(hashes: dict[str, str]) -> str:
+    """SHA-256 of what a version is, from the SHA-256 of its files by their paths in it."""
+    wanted = {path: hashes.get(path) for path in CONTENT}
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
 def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Path) -> None:
@@ -53,9 +63,9 @@ def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: 
 
 
 def _take_staged() -> None:
-    shutil.rmtree(CHAMPION_FILES, ignore_errors=True)
-    STAGED.rename(CHAMPION_FILES)
-    dvc_add(CHAMPION_FILES)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    STAGED.rename(FOLDER)
+    dvc_add(FOLDER)
 
 
 def names_conversations(path: str) -> bool:
@@ -99,24 +109,24 @@ def restore_files(version: ModelVersion) -> None:
 def name_champion(registry: ModelRegistry, version: ModelVersion, tags: dict[str, str], who: str) -> None:
     """Write models/champion.json, and the verdict among `tags` to the version's tags: it may be another than the one
     that it was registered with. Who promoted, when and by what verdict stays when the command is repeated."""
-    known, merged, kept = read_champion(), CHAMPION_FILES / MERGED, CHAMPION_FILES / KEPT
-    adapter_sha256 = sha256_file(CHAMPION_FILES / WEIGHTS)
+    known, merged, kept = read_champion(), FOLDER / MERGED, FOLDER / KEPT
+    adapter_sha256 = sha256_file(FOLDER / WEIGHTS)
     if known.get("version") != version.number or known.get("adapter_sha256") != adapter_sha256:
         known = {"promoted_at": datetime.now(UTC).isoformat(timespec="seconds"), "promoted_by": who}
         known |= {key: tags[key] for key in VERDICT_TAGS if key in tags}
         registry.delete_tags(version.number, [key for key in VERDICT_TAGS if key in version.tags and key not in tags])
-        registry.set_tags(version.number, {**known, FILES_TAG: str(md5_path(CHAMPION_FILES))})
+        registry.set_tags(version.number, {**known, FILES_TAG: str(md5_path(FOLDER))})
     described = {
         "version": version.number,
         "name": version.name,
         "adapter_sha256": adapter_sha256,
         **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
-        "gguf_sha256": sha256_file(CHAMPION_FILES / GGUF),
+        "gguf_sha256": sha256_file(FOLDER / GGUF),
         **({"evaluation_sha256": files_sha256(files_below(kept), kept)} if kept.is_dir() else {}),
         "git_commit": version.tags.get("git_commit"),
         **{key: known[key] for key in ("promoted_at", "promoted_by", *VERDICT_TAGS) if key in known},
     }
-    write_json(CHAMPION_JSON, described)
+    write_json(RECORD, described)
 
 
 def copy_file(source: Path, target: Path) -> None:

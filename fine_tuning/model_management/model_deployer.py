@@ -17,6 +17,7 @@ from fine_tuning.common.names import check_model_name
 from fine_tuning.common.settings import Settings
 from fine_tuning.model_management.answer_check import GREEDY, AnswersDiffer, compare_answers
 from fine_tuning.model_management.ollama_store import damaged_blobs, stores
+from fine_tuning.model_management.packaging.chat_template import first_difference
 from fine_tuning.runtime.base_model import gguf_field
 
 LIVE = "live"
@@ -162,7 +163,8 @@ class ModelDeployer:
             self._prove(bundle, done)
         except UserError:
             if done.created:
-                self._remove(done.model)
+                with suppress(UserError):  # the server is down by now: the next deployment sees what is left
+                    self.server.delete(done.model)
             raise
         if record is not None:
             record(done.digest)
@@ -197,11 +199,6 @@ class ModelDeployer:
             raise UserError(f"{error}; {hint}") from None
         done.created = True
         self._say(f"3/9 {done.model} was made")
-
-    def _remove(self, model: str) -> None:
-        """Take a name away again; where the server is down by now, the next deployment sees what is left."""
-        with suppress(UserError):
-            self.server.delete(model)
 
     def _prove(self, bundle: Bundle, done: Deployment) -> None:
         self._check_shown(bundle, done)
@@ -320,15 +317,11 @@ def shown_parameters(text: str) -> dict[str, list[Any]]:
     """The lines of /api/show's `parameters`: a name and a value, text values quoted, repeated names for lists."""
     found: dict[str, list[Any]] = {}
     for line in text.split("\n"):
-        key, _, raw = line.strip().partition(" ")
-        raw = raw.strip()
-        if not key:
-            continue
-        try:
-            value = json.loads(raw)
-        except ValueError:
-            value = raw
-        found.setdefault(key, []).append(value)
+        key, _, value = map(str.strip, line.strip().partition(" "))
+        if key:
+            with suppress(ValueError):
+                value = json.loads(value)
+            found.setdefault(key, []).append(value)
     return found
 
 
@@ -365,8 +358,5 @@ def _check_room(version: str, host: str, size: int) -> None:
 
 def _difference(rendered: str, probe: Probe) -> str:
     """Where two prompts part. Probes are made up, so their text may be shown."""
-    pairs = zip(rendered, probe.prompt, strict=False)
-    at = next(
-        (index for index, (left, right) in enumerate(pairs) if left != right), min(len(rendered), len(probe.prompt))
-    )
+    at = first_difference(rendered, probe.prompt)
     return f"at character {at} it has {rendered[at : at + 24]!r}, not {probe.prompt[at : at + 24]!r}: deploy no further"

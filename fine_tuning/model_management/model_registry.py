@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
@@ -34,8 +34,6 @@ ADAPTER_TAG = "adapter_sha256"
 LOCK_SECONDS = 120.0
 CLAIM, CLAIM_SECONDS = "promotes.", 300.0
 ANSWERS = ("RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")  # errors that are answers to a question of ours
-
-Value = TypeVar("Value")
 
 
 class ModelRegistry:
@@ -56,7 +54,7 @@ class ModelRegistry:
     def __init__(self, name: str, uri: str, artifacts: Path, locks: Path, *, patience: float = 30.0) -> None:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        # It prints a traceback for every attempt on a locked database; `_try` has the one line for it.
+        # It prints a traceback for every attempt on a locked database; `_PatientClient` has the one line for it.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self.name = check_model_name(name)
         self.uri = uri
@@ -70,9 +68,9 @@ class ModelRegistry:
         """(MlflowClient, experiment id), opened when MLflow is needed: importing it takes seconds."""
         return open_store(self.uri, self._artifacts, self._locks / "mlflow.lock")
 
-    @property
-    def _client(self) -> Any:
-        return self.store[0]
+    @cached_property
+    def _client(self) -> "_PatientClient":
+        return _PatientClient(self.store[0], self.uri, self.patience)
 
     # ------------------------------------------------------------------------------------------------------- register
 
@@ -100,41 +98,31 @@ class ModelRegistry:
                 return found, False
             run_id, uri = self._run_of(tags.get(ADAPTER_TAG))
             place = f"versions/{content_sha256[:16]}"
-            self._try(lambda: self._client.log_artifacts(run_id, str(folder), place))
+            self._client.log_artifacts(run_id, str(folder), place)
             self._log_metrics(run_id, metrics)
-            version = self._try(
-                lambda: self._client.create_model_version(
-                    self.name, f"{uri}/{place}", run_id, tags={**tags, CONTENT_TAG: content_sha256}
-                )
-            )
-            return self.version(int(version.version)), True
+            tags = {**tags, CONTENT_TAG: content_sha256}
+            made = self._client.create_model_version(self.name, f"{uri}/{place}", run_id, tags=tags)
+            return self.version(int(made.version)), True
 
     def _ensure_model(self) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._try(lambda: self._client.create_registered_model(self.name))
+            self._client.create_registered_model(self.name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
     def _run_of(self, adapter_sha256: str | None) -> tuple[str, str]:
         """(id, artifact address) of the newest run with this adapter, or of a new one."""
-        runs = []
         if adapter_sha256:
-            runs = self._try(
-                lambda: self._client.search_runs(
-                    [self.store[1]],
-                    f"tags.{ADAPTER_TAG} = '{_hex(adapter_sha256)}'",
-                    order_by=["attributes.start_time DESC"],
-                    max_results=1,
-                )
-            )
-        if runs:
-            return runs[0].info.run_id, runs[0].info.artifact_uri
+            wanted, newest = f"tags.{ADAPTER_TAG} = '{_hex(adapter_sha256)}'", ["attributes.start_time DESC"]
+            runs = self._client.search_runs([self.store[1]], wanted, order_by=newest, max_results=1)
+            if runs:
+                return runs[0].info.run_id, runs[0].info.artifact_uri
         tags = {ADAPTER_TAG: adapter_sha256} if adapter_sha256 else {}
-        run = self._try(lambda: self._client.create_run(self.store[1], run_name="promote", tags=tags))
-        self._try(lambda: self._client.set_terminated(run.info.run_id))
+        run = self._client.create_run(self.store[1], run_name="promote", tags=tags)
+        self._client.set_terminated(run.info.run_id)
         return run.info.run_id, run.info.artifact_uri
 
     def _log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
@@ -143,7 +131,7 @@ class ModelRegistry:
         now = int(time.time() * 1000)
         entries = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
         for start in range(0, len(entries), 500):
-            self._try(partial(self._client.log_batch, run_id, metrics=entries[start : start + 500]))
+            self._client.log_batch(run_id, metrics=entries[start : start + 500])
 
     # ------------------------------------------------------------------------------------------------------- questions
 
@@ -155,9 +143,9 @@ class ModelRegistry:
     def _ask_mlflow(self) -> list[ModelVersion]:
         from mlflow.exceptions import MlflowException
 
-        entries = self._try(lambda: list(self._client.search_model_versions(f"name = '{self.name}'")))
+        entries = self._client.search_model_versions(f"name = '{self.name}'")
         try:
-            aliases = self._try(lambda: self._client.get_registered_model(self.name)).aliases
+            aliases = self._client.get_registered_model(self.name).aliases
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -253,7 +241,7 @@ class ModelRegistry:
                 self._move(PREVIOUS, old.number)
             self._move(CHAMPION, number)
             if (candidate := self.by_alias(CANDIDATE)) is not None and candidate.number == number:
-                self._try(lambda: self._client.delete_registered_model_alias(self.name, CANDIDATE))
+                self._client.delete_registered_model_alias(self.name, CANDIDATE)
             return old and self.version(old.number)
 
     def nominate(self, number: int) -> None:
@@ -263,19 +251,19 @@ class ModelRegistry:
                 self._move(CANDIDATE, number)
 
     def _move(self, alias: str, number: int) -> None:
-        self._try(lambda: self._client.set_registered_model_alias(self.name, alias, str(number)))
+        self._client.set_registered_model_alias(self.name, alias, str(number))
         if alias not in self.version(number).aliases:
             raise UserError(f"another process moved the alias {alias} at the same time: check with `list`, then repeat")
 
     def set_tags(self, number: int, tags: dict[str, str]) -> None:
         """Write tags of a version."""
         for key, value in tags.items():
-            self._try(partial(self._client.set_model_version_tag, self.name, str(number), key, value))
+            self._client.set_model_version_tag(self.name, str(number), key, value)
 
     def delete_tags(self, number: int, keys: Iterable[str]) -> None:
         """Take tags of a version away."""
         for key in keys:
-            self._try(partial(self._client.delete_model_version_tag, self.name, str(number), key))
+            self._client.delete_model_version_tag(self.name, str(number), key)
 
     def remove(self, number: int) -> None:
         """Take a version out of the registry. Its files stay in the run that made it.
@@ -288,7 +276,7 @@ class ModelRegistry:
             held = [alias for alias in (CHAMPION, PREVIOUS) if alias in version.aliases]
             if held:
                 raise UserError(f"version {number} is the {held[0]} and stays: promote another one first")
-            self._try(lambda: self._client.delete_model_version(self.name, str(number)))
+            self._client.delete_model_version(self.name, str(number))
 
     # ----------------------------------------------------------------------------------------------------------- store
 
@@ -313,15 +301,15 @@ class ModelRegistry:
         here = f"{socket.gethostname()} {uuid.getnode()} {self._locks.resolve()}"
         key, end = CLAIM + hashlib.sha256(here.encode()).hexdigest()[:16], time.monotonic() + self.patience
         while True:
-            self._try(lambda: self._client.set_registered_model_tag(self.name, key, str(time.time())))
+            self._client.set_registered_model_tag(self.name, key, str(time.time()))
             try:
-                tags = self._try(lambda: self._client.get_registered_model(self.name)).tags
+                tags = self._client.get_registered_model(self.name).tags
                 others = [tag for tag in tags if tag.startswith(CLAIM) and tag != key]
                 if all(time.time() - float(tags[tag]) > CLAIM_SECONDS for tag in others):
                     yield
                     return
             finally:
-                self._try(lambda: self._client.delete_registered_model_tag(self.name, key))
+                self._client.delete_registered_model_tag(self.name, key)
             if time.monotonic() > end:
                 raise UserError(
                     f"another machine promotes a version of {self.name}: promote again when it is done (a promotion "
@@ -329,34 +317,39 @@ class ModelRegistry:
                 )
             time.sleep(random.uniform(0.1, 1.0))
 
-    def _try(self, call: Callable[[], Value]) -> Value:
-        """Call, again and again while the database is locked, until `patience` is over."""
+
+class _PatientClient:
+    """An MlflowClient whose calls are made again and again while the database is locked, until `patience` is over."""
+
+    def __init__(self, client: Any, uri: str, patience: float) -> None:
+        self._client, self._uri, self._patience = client, uri, patience
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(self._call, name)
+
+    def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
         from mlflow.exceptions import MlflowException
 
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + self._patience
         wait = 0.1
         while True:
             try:
-                return call()
+                return getattr(self._client, name)(*arguments, **options)
             except MlflowException as error:
                 if error.error_code in ANSWERS:
                     raise
-                if not _is_locked(error):
+                if "database is locked" not in str(error):
                     reason = " ".join(str(error).split())[:200]
                     raise UserError(
-                        f"the registry at {self.uri} failed ({reason}): fix the cause, then run again"
+                        f"the registry at {self._uri} failed ({reason}): fix the cause, then run again"
                     ) from None
                 if time.monotonic() + wait > end:
                     raise UserError(
-                        f"the registry's database stayed locked for {self.patience:.0f} s: end the program that "
+                        f"the registry's database stayed locked for {self._patience:.0f} s: end the program that "
                         "writes to it (an MLflow server?), then run again"
                     ) from None
             time.sleep(wait)
             wait = min(wait * 2, 2.0)
-
-
-def _is_locked(error: Exception) -> bool:
-    return "database is locked" in str(error)
 
 
 def _hex(sha256: str) -> str:
@@ -366,15 +359,9 @@ def _hex(sha256: str) -> str:
 
 
 def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:
-    return ModelVersion(
-        name=entry.name,
-        number=int(entry.version),
-        run_id=entry.run_id or "",
-        artifacts=entry.source,
-        tags=dict(entry.tags or {}),
-        aliases=tuple(sorted(aliases)),
-        created_at=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
-    )
+    created, tags = datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC), dict(entry.tags or {})
+    number, run_id = int(entry.version), entry.run_id or ""
+    return ModelVersion(entry.name, number, run_id, entry.source, tags, tuple(sorted(aliases)), created)
 
 
 def registry_locks(checkout: Path | None = None) -> Path:

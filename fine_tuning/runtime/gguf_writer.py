@@ -13,14 +13,15 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_object
 
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
-    from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 # What the `gguf` package quantises. The names are llama.cpp's file types without their MOSTLY_ prefix.
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
@@ -120,7 +121,7 @@ def _write_gguf(model_dir: Path, path: Path, quantisation: str) -> None:
     try:
         _add_description(writer, model_dir)
         _add_hyperparameters(writer, config, architecture)
-        writer.add_file_type(_file_type(quantisation))
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if quantisation == "F32" else f"MOSTLY_{quantisation}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_vocabulary(writer, model_dir, config)
         tensors = list(_tensors(model_dir, config, architecture))
@@ -167,8 +168,7 @@ def _read_config(model_dir: Path) -> dict:
 
 def _add_description(writer: "GGUFWriter", model_dir: Path) -> None:
     writer.add_type("model")
-    base = model_dir / "base.json"
-    described = json.loads(base.read_bytes()) if base.is_file() else {}
+    described = read_object(model_dir / "base.json")
     if described.get("model"):
         writer.add_name(str(described["model"]))
     if described.get("license"):
@@ -242,14 +242,6 @@ def rope_parameters(config: dict) -> dict:
 def _local_rope_theta(config: dict) -> float:
     sliding = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     return float(sliding.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0)
-
-
-def _file_type(quantisation: str) -> int:
-    import gguf
-
-    if quantisation == "F32":
-        return int(gguf.LlamaFileType.ALL_F32)
-    return int(gguf.LlamaFileType[f"MOSTLY_{quantisation}"])
 
 
 # ------------------------------------------------------------------------------------------------------ tensors
@@ -413,8 +405,8 @@ def _adds_space_prefix(model_dir: Path) -> bool:
 
 
 def _add_special_tokens(writer: "GGUFWriter", model_dir: Path, config: dict, numbers: dict[str, int]) -> None:
-    settings = _read_optional(model_dir / "tokenizer_config.json")
-    generation = _read_optional(model_dir / "generation_config.json")
+    settings = read_object(model_dir / "tokenizer_config.json")
+    generation = read_object(model_dir / "generation_config.json")
     identifiers: dict[str, int] = {}
     for role in ("bos", "eos", "pad"):
         token = settings.get(f"{role}_token")
@@ -441,10 +433,6 @@ def _add_special_tokens(writer: "GGUFWriter", model_dir: Path, config: dict, num
         writer.add_chat_template(settings["chat_template"])
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.is_file() else {}
-
-
 # Pre-tokenizers that llama.cpp knows, as it spells them, and what `tokenizers` calls the same thing.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -468,6 +456,9 @@ PROBES = (
     "'s 'S 'll\n'ReX x'y''z",
     "...\n..\t.\n !\n\n?",
     "\u00a0\u2003wide\u2028line\u0085next",
+    "In 2024-01-31 at 10:15:59, 1,000,000 people",
+    "<tag> [INST] {{ braces }} %s $HOME `code` 🇩🇪",
+    "a" * 40 + "1" * 20,
 )
 
 
@@ -479,33 +470,24 @@ def detect_pre_tokenizer(tokenizer_json: Path) -> str:
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    for name, reference in _known_pre_tokenizers().items():
-        if all(_split(tokenizer, text) == reference(text) for text in PROBES):
+    def pieces(splitter: "PreTokenizer") -> list[str]:
+        return [piece for text in PROBES for piece, _ in splitter.pre_tokenize_str(text)]
+
+    own = Tokenizer.from_file(str(tokenizer_json)).pre_tokenizer
+    for name, known in known_pre_tokenizers().items():
+        if own is not None and pieces(own) == pieces(known):
             return name
     raise NotCovered("a tokenizer that splits text like none of llama.cpp's that it knows")
 
 
-def _split(tokenizer: "Tokenizer", text: str) -> list[str]:
-    if tokenizer.pre_tokenizer is None:
-        return [text]
-    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+def known_pre_tokenizers() -> "dict[str, PreTokenizer]":
+    """The pre-tokenizers that llama.cpp knows, by its names."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-
-def _known_pre_tokenizers() -> dict[str, Callable[[str], list[str]]]:
-    from tokenizers import Regex, pre_tokenizers
-
-    def byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
-        return pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
-
-    known = {
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level(True)]),
-        "gpt-2": byte_level(True),
-    }
+    byte_level = ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)
+    known = {"smollm": Sequence([Digits(individual_digits=True), byte_level]), "gpt-2": byte_level}
     for name, pattern in _PATTERNS.items():
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
-        known[name] = pre_tokenizers.Sequence([split, byte_level(False)])
-    return {
-        name: (lambda text, splitter=splitter: [piece for piece, _ in splitter.pre_tokenize_str(text)])
-        for name, splitter in known.items()
-    }
+        split = Split(Regex(pattern), behavior="isolated", invert=False)
+        known[name] = Sequence([split, ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)])
+    return known

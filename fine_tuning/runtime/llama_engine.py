@@ -79,13 +79,8 @@ class LlamaEngine:
         self.timeout = timeout
         self.api_key = secrets.token_urlsafe(24)
         self.base_url = ""
-        self._request = {
-            "gguf": str(self.gguf.resolve()),
-            "context": context,
-            "threads": threads,
-            "slots": slots,
-            "api_key": self.api_key,
-        }
+        self._request = {"gguf": str(self.gguf.resolve()), "context": context, "threads": threads, "slots": slots}
+        self._request |= {"api_key": self.api_key}
         self._process: subprocess.Popen[str] | None = None
         self._client: httpx.Client | None = None
 
@@ -102,13 +97,8 @@ class LlamaEngine:
         if not self.gguf.is_file():
             raise UserError(f"{self.gguf} is missing: run `dvc repro`, or `dvc pull` where it was made elsewhere")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", llama_server.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        command, pipe = [sys.executable, "-P", llama_server.__file__], subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
         try:
             answer = self._greet(self._process)
         except BaseException:
@@ -149,10 +139,9 @@ class LlamaEngine:
         process, self._process = self._process, None
         if process is None:
             return
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        for stream in filter(None, (process.stdin, process.stdout)):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -203,16 +192,13 @@ class LlamaEngine:
         except (ValueError, KeyError, TypeError):
             problem = {}
         if problem.get("type") == "exceed_context_size_error":
-            most = problem.get("n_ctx", self.context)
-            if most < self.context:  # llama.cpp goes no further than the model was trained for
-                return UserError(
-                    f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the {most} that {self.gguf.name} was "
-                    "made for: lower chat.max_length in params.yaml"
-                )
-            return UserError(
-                f"a prompt of {problem.get('n_prompt_tokens')} tokens exceeds the context of {self.context}: "
-                "shorten it, or raise chat.max_length in params.yaml"
-            )
+            most, advice = self.context, f"the context of {self.context}: shorten it, or raise"
+            if (
+                trained := problem.get("n_ctx", most)
+            ) < most:  # llama.cpp goes no further than the model was trained for
+                advice = f"the {trained} that {self.gguf.name} was made for: lower"
+            tokens = problem.get("n_prompt_tokens")
+            return UserError(f"a prompt of {tokens} tokens exceeds {advice} chat.max_length in params.yaml")
         return UserError(
             f"llama.cpp refused a request (HTTP {response.status_code}): {problem.get('message', 'no reason given')}"
         )
@@ -313,9 +299,7 @@ class LlamaEngine:
         ]
 
     def score_many(
-        self,
-        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-        on_done: Callable[[int], None] | None = None,
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], on_done: Callable[[int], None] | None = None
     ) -> list[list[TokenScore]]:
         """Score all (prompt, target) pairs, as many side by side as there are slots."""
         return self._side_by_side(lambda pair: self.score(*pair), pairs, on_done)
@@ -350,34 +334,18 @@ class LlamaEngine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def complete_stream(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        temperature: float = 0.7,
-        top_p: float = 0.95,
-        top_k: int = 40,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-    ) -> Iterator[str]:
+    def complete_stream(self, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> Iterator[str]:
         """Yield the continuation of exactly these token ids piece by piece. Closing the iterator stops the model.
+
+        Args:
+            sampling: by llama.cpp's names, such as temperature, top_p, top_k, repeat_penalty, seed and stop. What is
+                None or left out has llama.cpp's default.
 
         Raises:
             UserError: as complete(), also when the stream breaks off before its end.
         """
-        body = {
-            "prompt": list(prompt),
-            "n_predict": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "repeat_penalty": repeat_penalty,
-            "stop": list(stop),
-            "stream": True,
-        }
-        if seed is not None:
-            body["seed"] = seed
+        given = {name: value for name, value in sampling.items() if value is not None}
+        body = {"prompt": list(prompt), "n_predict": max_tokens, "stream": True, **given}
         for event in self._events("/completion", body):
             if event["content"]:
                 yield event["content"]

@@ -10,6 +10,7 @@ from typing import Any
 PERSON = "person"  # author of what no model wrote
 EDITED = "edited"  # author of a model's reply with a person's corrections: a preference, and nobody's reference
 UNKNOWN = "unknown"  # author of what a model wrote that nobody named
+COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 _NUMBERED = re.compile(r"(.*)#[0-9]+", re.DOTALL)
 
 

@@ -9,13 +9,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fine_tuning.common.records import replacing
+from fine_tuning.evaluation.records.record_types import COUNTING
 from fine_tuning.evaluation.report.charts import curve, curves, interval_plot, number
 from fine_tuning.evaluation.report.red_flags import red_flags
 from fine_tuning.schema.reasons import in_words
 
 EXAMPLES = 5  # largest wins, and as many losses
 CONTENDERS = ("base", "champion", "candidate")
-COUNTING = ("perplexity", "token_accuracy")  # metrics that count tokens
 
 
 @dataclass(frozen=True)

@@ -302,18 +302,22 @@ def prove_template(template: str, render: Render, conversations: Iterable[Messag
             continue
         actual = render_go(template, conversation)
         if actual != expected:
-            raise UserError(_first_difference(expected, actual, conversation, private))
+            raise UserError(_shown_difference(expected, actual, conversation, private))
         compared += 1
     return compared
 
 
-def _first_difference(expected: str, actual: str, conversation: Messages, private: bool) -> str:
-    pairs = zip(expected, actual, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+def first_difference(left: str, right: str) -> int:
+    """Number of characters before two texts part."""
+    pairs = zip(left, right, strict=False)
+    return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
+
+
+def _shown_difference(expected: str, actual: str, conversation: Messages, private: bool) -> str:
+    at = first_difference(expected, actual)
     roles = ", ".join(message["role"] for message in conversation)
     shown = "" if private else f": Jinja {expected[at : at + 24]!r}, Go {actual[at : at + 24]!r}"
-    reason = f"for the roles {roles} character {at} differs{shown}"
-    return _REFUSED.format(reason=reason)
+    return _REFUSED.format(reason=f"for the roles {roles} character {at} differs{shown}")
 
 
 _CONTENTS = (
@@ -338,15 +342,14 @@ def conversation_bank() -> list[list[dict[str, str]]]:
 
 
 def _bank(probes: Sequence[str]) -> list[list[dict[str, str]]]:
-    bank = []
-    count = len(_CONTENTS)
-    for number in range(count):
-        for probe in probes:
-            contents = (_CONTENTS[(number + step % 5) % count] for step in range(len(probe)))
-            bank.append(
-                [{"role": _ROLES[letter], "content": content} for letter, content in zip(probe, contents, strict=True)]
-            )
-    return bank
+    return [
+        [
+            {"role": _ROLES[letter], "content": _CONTENTS[(number + step % 5) % len(_CONTENTS)]}
+            for step, letter in enumerate(probe)
+        ]
+        for number in range(len(_CONTENTS))
+        for probe in probes
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- stops

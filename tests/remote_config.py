@@ -1,4 +1,4 @@
-"""`python -m fine_tuning.commands.remote_config`: check that .dvc/config, which is in git, holds no secret."""
+"""`python -m tests.remote_config`: check that .dvc/config, which is in git, holds no secret."""
 
 import re
 from pathlib import Path
