@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.training import BASE, adapted_base, chosen_rows, common_arguments
 from fine_tuning.common.settings import read_params
 from fine_tuning.schema.chat_format import NOT_TRAINED
-from fine_tuning.schema.preferences import JudgedReply, Pair
+from fine_tuning.schema.preferences import JudgedReply, Pair, rows_of
 from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.settings import TrainSettings
 
@@ -69,7 +69,9 @@ def measure(name: str, objective: str, count: int) -> dict[str, Any]:
     items = make_pairs(count) if objective == "dpo" else make_thumbs(count)
     run = run_whetstone if name == "whetstone" else run_trl
     with tempfile.TemporaryDirectory() as folder:
-        once = settings.model_copy(update={"max_steps": 2, "batch_tokens": 1 << 20, "schedule": "constant"})
+        longest = max(len(row.input_ids) for row in rows_of(items[:CHECKED]))
+        one_batch = {"max_steps": 2, "batch_tokens": 2 * CHECKED * longest, "schedule": "constant"}
+        once = settings.model_copy(update=one_batch)
         first = run(objective, items[:CHECKED], once, Path(folder) / "first")
         result = run(objective, items, settings, Path(folder) / "all")
     return result | {"losses": first["losses"][:2]}

@@ -1,1 +1,1 @@
-"""What every room uses: errors, records, settings, names, the checkout and DVC."""
+"""What every package uses: errors, records, settings, names, the checkout and DVC."""

@@ -1,1 +1,1 @@
-"""What the rooms hand to each other: conversations, prepared rows, and how a chat becomes token ids and labels."""
+"""What the packages exchange: conversations, prepared rows, and how a chat becomes token ids and labels."""

@@ -59,7 +59,7 @@ class Clusters:
     """Joins rows 0, 1, 2, … that are near-duplicates or share a key. Its index lives in an SQLite database.
 
     Args:
-        database: where bands and keys are kept; a file bounds the memory, and one that stays can be gone on from.
+        database: where bands and keys are kept; a file bounds the memory, and one that is kept can be continued.
         signatures: a file, unbuffered, for the signatures: a third of the time that a table of them takes.
         threshold: estimated Jaccard similarity from which two conversations are near-duplicates; above 1: never.
         parents: what the `parents` of earlier rows were, to go on from them.

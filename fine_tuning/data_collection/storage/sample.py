@@ -16,7 +16,7 @@ STARTED_AT = "2017-01-01T00:00:00.000Z"  # the corpus has no times; one that is 
 
 
 def sample_conversations() -> Iterator[dict]:
-    """The conversations of the sample, through the same road as a user's own import."""
+    """The conversations of the sample, read by the code that imports a user's own."""
     numbered = enumerate(_records(), start=1)
     for item in import_records(numbered, "sample", STARTED_AT):
         assert isinstance(item, Imported), "every row of the pinned package is a conversation"

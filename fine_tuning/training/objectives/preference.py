@@ -1,4 +1,4 @@
-"""Preference objectives: pairs of replies (DPO and its kin) and single judged replies (KTO).
+"""Preference objectives: pairs of replies (DPO, IPO, hinge) and single judged replies (KTO).
 
 Both compare the log-likelihoods of replies with those under the model that training starts from, the reference.
 """
