@@ -24,8 +24,8 @@ def checkpoint_key(
     """Name of the folder that may hold this run's checkpoints: "<inputs>-<code>", two hashes.
 
     Inputs are settings, data, base and kind of machine: a GPU, two cores or several processes divide the rows in their
-    own ways. Code is that of the training folder, with the versions of the packages that it calls. A run therefore never
-    resumes from a checkpoint that it would not have written itself.
+    own ways. Code is that of the training folder, with the versions of the packages that it calls. A run never resumes
+    from a checkpoint that it would not have written itself.
     """
     from fine_tuning.training.acceleration.micro_batches import count_micro_batches  # imports PyTorch
 
