@@ -1,25 +1,29 @@
-"""The default learning rate, chosen on the validation split: several rates, several seeds each, mean and spread.
+"""The defaults of learning rate and retention, chosen on the validation split: several seeds each, mean and spread.
 
-    make repro && python -m benchmarks.learning_rate [--rates 5.0e-4,1.0e-3,2.0e-3,4.0e-3] [--seeds 1,2,3]
+    make repro && python -m benchmarks.learning_rate
+    python -m benchmarks.learning_rate --rates 2.0e-3,2.0e-2 --retention 0,1,10 --seeds 1
 
-Every run trains an adapter on data/prepared/train.parquet with the parameters of params.yaml but for the rate and the
-seed, and measures the loss on data/prepared/validation.parquet, and beside it what is left of general knowledge: the
-mean probability of the right answer on the general questions, of which the verdict allows 5 points to be lost. The test
-split is not read. A seed decides the first weights of the adapter and the order of the batches; with one seed two rates
-differ by chance as well, so the table has standard deviations over the seeds.
+Every run trains an adapter on data/prepared/train.parquet with the parameters of params.yaml but for the rate, the
+weight of retention and the seed, and measures the loss on data/prepared/validation.parquet, and beside it what is left
+of what the base knew: the mean probability of the right answer on the general questions, of which the verdict allows 5
+points to be lost, and nats a byte of general text. The test split is not read. A seed decides the first weights of the
+adapter and the order of the batches; with one seed two rates differ by chance as well, so the table has standard
+deviations over the seeds.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from fine_tuning.common.settings import read_params
-from fine_tuning.evaluation.learning_curve import score_adapter
-from fine_tuning.evaluation.records.measurements import right_probability
+from fine_tuning.evaluation.learning_curve import load_with_adapter
+from fine_tuning.evaluation.records.measurements import nats_per_byte, right_probability
 from fine_tuning.evaluation.records.settings import EvaluateSettings
-from fine_tuning.evaluation.suite.forgetting import general_items, knowledge
+from fine_tuning.evaluation.scoring.scorer import likelihoods
+from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
 from fine_tuning.schema.prepared import read_rows
@@ -33,36 +37,42 @@ TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/val
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rates", default="5.0e-4,1.0e-3,2.0e-3,4.0e-3")
+    parser.add_argument("--retention", default="0")
     parser.add_argument("--seeds", default="1,2,3")
     arguments = parser.parse_args()
-    rates = [float(rate) for rate in arguments.rates.split(",")]
+    rates, weights = ([float(value) for value in each.split(",")] for each in (arguments.rates, arguments.retention))
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     settings = read_params("train", TrainSettings)
     # Seeds outside, so that a run that is cut off has measured every rate equally often.
-    found: dict[float, list[tuple[float, float]]] = {rate: [] for rate in rates}
+    found: dict[tuple[float, float], list[tuple[float, ...]]] = {}
     for seed in seeds:
-        for rate in rates:
-            loss, known = measure(settings.model_copy(update={"learning_rate": rate, "seed": seed}))
-            found[rate].append((loss, known))
-            said = f"seed {seed}, learning rate {rate:.1e}: validation loss {loss:.4f}, general knowledge {known:.4f}"
-            print(said, file=sys.stderr, flush=True)
-    print("| learning rate | validation loss | general knowledge | seeds |")
-    print("|---|---|---|---|")
-    for rate, measured in found.items():
-        print(f"| {rate:.1e} | {' | '.join(map(spread, zip(*measured, strict=True)))} | {len(measured)} |")
+        for rate, weight in product(rates, weights):
+            changes = {"learning_rate": rate, "retention": weight, "seed": seed}
+            measured = measure(settings.model_copy(update=changes))
+            found.setdefault((rate, weight), []).append(measured)
+            said = ", ".join(f"{value:.4f}" for value in measured)
+            print(f"seed {seed}, learning rate {rate:.1e}, retention {weight:g}: {said}", file=sys.stderr, flush=True)
+    print("| learning rate | retention | validation loss | general knowledge | general text | seeds |")
+    print("|---|---|---|---|---|---|")
+    for (rate, weight), runs in found.items():
+        print(f"| {rate:.1e} | {weight:g} | {' | '.join(map(spread, zip(*runs, strict=True)))} | {len(runs)} |")
 
 
-def measure(settings: TrainSettings) -> tuple[float, float]:
-    """Loss of the validation split, nats a trained token, and mean probability of right answers, after one training."""
+def measure(settings: TrainSettings) -> tuple[float, float, float]:
+    """Loss of the validation split (nats a trained token), mean probability of right answers, and nats a byte of
+    general text, after one training."""
     evaluate, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
-    questions = general_items(load_tokenizer(BASE), chat.system_prompt, chat.max_length)
+    tokenizer = load_tokenizer(BASE)
+    questions, texts = general_items(tokenizer, chat.system_prompt, chat.max_length), text_items(tokenizer)
     name, rows, validation = read_base_card(BASE)["model"], read_rows(TRAIN), read_rows(VALIDATION)
     with tempfile.TemporaryDirectory() as folder:
         output, checkpoints = Path(folder) / "adapter", Path(folder) / "checkpoints"
         result = train_adapter(BASE, name, rows, validation, settings, output, checkpoints)
-        scores = score_adapter(BASE, output, questions, evaluate.batch_tokens, evaluate.threads)
-    known = [right_probability(line) for line in knowledge("candidate", questions, scores)]
-    return result.validation_loss, statistics.mean(known)
+        model = load_with_adapter(BASE, output, evaluate.threads)
+    known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
+    read = reading("candidate", texts, likelihoods(model, texts, evaluate.batch_tokens))
+    means = statistics.mean(map(right_probability, known)), statistics.mean(map(nats_per_byte, read))
+    return result.validation_loss, *means
 
 
 def spread(values: tuple[float, ...]) -> str:

@@ -5,15 +5,21 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn import functional
 
-from fine_tuning.common.records import read_json
+from fine_tuning.common.records import read_json, read_jsonl
+from fine_tuning.evaluation.suite.forgetting import SUITE, TEXTS
+from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.hardware import detect_hardware
 from fine_tuning.schema.chat_format import NOT_TRAINED
 from fine_tuning.schema.preferences import JudgedReply, Pair
 from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.acceleration.accelerate import accelerated
-from fine_tuning.training.objectives.mixture import objective_for
+from fine_tuning.training.acceleration.micro_batches import split
+from fine_tuning.training.objectives import retention
+from fine_tuning.training.objectives.mixture import objective_for, own_items
+from fine_tuning.training.objectives.retention import LIKELIEST, Retention, general_texts
 from fine_tuning.training.objectives.token_losses import TokenLosses
 from tests.test_training import SETTINGS, make_rows
 
@@ -51,7 +57,6 @@ def make_thumbs(count: int, seed: int = 0) -> list[JudgedReply]:
 
 
 def adapted(base, seed: int):
-    from fine_tuning.runtime.base_model import load_model
     from fine_tuning.training.lora_trainer import attach_adapter
 
     model = attach_adapter(load_model(base, torch.float32), SETTINGS)
@@ -130,11 +135,13 @@ def test_losses_and_gradients_are_those_of_the_formulas(tiny_base, make, changes
     model.zero_grad()
     run = SETTINGS.model_copy(update={"acceleration": mode})
     with accelerated(reference, TokenLosses(0), tiny_base, make_rows(2), 64, run, CPU) as token_losses:
-        (part,) = objective_for(items, token_losses, settings).parts.values()
+        (part,) = objective_for(
+            items, [], token_losses, SETTINGS.model_copy(update={"preference": settings})
+        ).parts.values()
         with torch.no_grad():
             values = part.log_likelihoods(reference, part.collate(items)).tolist()
     with accelerated(model, TokenLosses(0), tiny_base, make_rows(2), 64, run, CPU) as token_losses:
-        objective = objective_for(items, token_losses, settings)
+        objective = objective_for(items, [], token_losses, SETTINGS.model_copy(update={"preference": settings}))
         (part,) = objective.parts.values()
         part.references = {item.id: tuple(pair) for item, pair in zip(items, values, strict=True)}
         inputs = objective.collate(items)
@@ -145,6 +152,81 @@ def test_losses_and_gradients_are_those_of_the_formulas(tiny_base, make, changes
     assert found.keys() == gradients.keys() and len(found) == 28
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_liked_and_disliked_are_weighed_by_the_training_items_alone():
+    liked, disliked = ([thumb for thumb in make_thumbs(30) if thumb.liked == side] for side in (True, False))
+    (part,) = objective_for([*liked[:2], *disliked[:4]], liked, TokenLosses(0), SETTINGS).parts.values()
+    assert part.class_weights == {True: 2.0, False: 1.0}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_general_text_adds_its_mean_divergence_from_the_base(tiny_base, mode, parts):
+    base, model, rows = load_model(tiny_base, torch.float32).eval(), adapted(tiny_base, 1), make_rows(5)
+    texts = general_texts(tiny_base, base, 512)[:7]
+    total, positions = torch.zeros(()), 0
+    for text in texts:
+        before, now = (m(torch.tensor([text.input_ids])).logits[0, :-1].log_softmax(-1) for m in (base, model))
+        likeliest = before.topk(LIKELIEST).indices
+        p, q = (torch.cat([x.exp().gather(1, likeliest), 1 - x.exp().gather(1, likeliest).sum(1, True)], 1)
+                for x in (before, now))  # fmt: skip
+        total, positions = total + (p * (p / q).log()).sum(), positions + len(p)
+    likelihood = sum(log_likelihood(model, row) for row in rows) / sum(map(trained, rows))
+    expected = 3 * total / positions - likelihood
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    run = SETTINGS.model_copy(update={"acceleration": mode, "retention": 3.0})
+    with accelerated(model, TokenLosses(0), tiny_base, rows, 512, run, CPU) as token_losses:
+        objective = objective_for(rows, [], token_losses, run, texts)
+        inputs = objective.collate([*rows, *texts])
+        loss = sum(objective.loss(model.train(), part) for part in split(inputs, parts)) / objective.count(inputs)
+        loss.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_each_training_batch_gets_a_quarter_of_its_budget_in_general_text(tiny_base):
+    texts = general_texts(tiny_base, load_model(tiny_base, torch.float32), 512)
+    rows, run = make_rows(90), SETTINGS.model_copy(update={"retention": 1.0})
+    objective = objective_for(rows, [], TokenLosses(0), run, texts)
+    plain, batches = objective.batches(rows, 512), objective.training_batches(rows, 512)
+    assert [own_items(batch) for batch in batches] == plain
+    beside = [batch[len(own) :] for batch, own in zip(batches, plain, strict=True)]
+    longest = [max(len(text.input_ids) for text in some) * len(some) for some in beside]
+    assert all(length <= 128 or len(some) == 1 for length, some in zip(longest, beside, strict=True))
+    assert len({text.id for some in beside for text in some}) >= len(batches)
+
+
+def test_general_texts_share_nothing_with_what_forgetting_is_measured_on():
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = text.lower().split()
+        return {tuple(words[at : at + 5]) for at in range(len(words) - 4)}
+
+    asked = [value for file in (SUITE, TEXTS) for line in read_jsonl(file) for value in line.values()]
+    measured = set().union(*map(runs, asked))
+    learned = [value for line in read_jsonl(retention.TEXTS) for value in line.values()]
+    assert len(learned) > 100
+    assert not [text for text in learned if runs(text) & measured or text in asked]
+
+
+def test_with_general_text_a_model_stays_nearer_to_the_base(tiny_base, tmp_path):
+    texts = general_texts(tiny_base, load_model(tiny_base, torch.float32), 60)
+
+    def divergence(adapter) -> float:
+        model = PeftModel.from_pretrained(load_model(tiny_base, torch.float32), adapter).eval()
+        retention = Retention(texts, 1.0, 0)
+        with torch.no_grad():
+            return float(retention.loss(model, retention.collate(texts)))
+
+    found = []
+    for weight in (0.0, 100.0):
+        folder = tmp_path / str(weight)
+        train(tiny_base, folder, make_rows(40), make_rows(6, seed=1), retention=weight, learning_rate=0.02, epochs=4.0)
+        found.append(divergence(folder / "adapter"))
+    assert found[1] < found[0] / 2
 
 
 def train(base, folder, items, validation, stop=None, **changes):
@@ -164,6 +246,15 @@ def test_what_was_preferred_becomes_likelier_on_prompts_that_were_not_trained(ti
     assert result.validation[f"eval_{name}_accuracy"] > 0.8
     assert result.validation[f"eval_{name}_margin"] > 0
     assert result.validation_loss < result.validation_loss_before
+
+
+def test_two_micro_batches_of_judged_replies_have_the_losses_of_one(tiny_base, tmp_path):
+    thumbs, validation, found = make_thumbs(24), make_thumbs(8, seed=1), []
+    for threads in (1, 2):
+        seen = []
+        train(tiny_base, tmp_path / str(threads), thumbs, validation, seen.append, threads=threads, batch_tokens=4096)
+        found.append([(values["loss"], values["grad_norm"]) for values in seen if "loss" in values])
+    assert found[0] and found[1] == [pytest.approx(step, rel=1e-3) for step in found[0]]
 
 
 def test_one_run_learns_from_rows_pairs_and_thumbs_and_says_what_each_measured(tiny_base, tmp_path):

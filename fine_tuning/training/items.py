@@ -46,6 +46,8 @@ def choose_items(settings: TrainSettings, train: Prepared, validation: Prepared)
             held_out += getattr(validation, name)
             said.append(count_of(len(found), one))
     line = f"learning from {' and '.join(said)}"
+    if settings.retention:
+        line += f", staying near the base on general text (train.retention = {settings.retention:g})"
     few = [count_of(len(getattr(train, name)), one) for name, one in (("pairs", "pair"), ("thumbs", "thumb"))
            if objective == "auto" and getattr(train, name) and not use[name]]  # fmt: skip
     if few:

@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Trainer
 
+from fine_tuning.schema.preferences import JudgedReply
 from fine_tuning.training.acceleration.micro_batches import add_gradients, split
-from fine_tuning.training.objectives.mixture import Mixture
+from fine_tuning.training.objectives.mixture import Mixture, own_items
 from fine_tuning.training.objectives.objective import Batch
 from fine_tuning.training.objectives.preference import Referenced
 from fine_tuning.training.processes import of_main_process
@@ -47,9 +49,14 @@ class LabelTrainer(Trainer):
                 # Each process has its share of the sum and gradients are averaged over processes: undo that.
                 return self.objective.loss(model, part) * self.accelerator.num_processes / num_items_in_batch
 
+        parts = split(inputs, self.micro_batches)
+        if "sign" in inputs:  # judged replies: each is compared with a mean over the batch
+            compare = partial(self._without_gradients, self.objective.parts[JudgedReply].compare_with)
+            kl = torch.cat(list(self._pool.map(compare, parts))).mean()
+            parts = [part | {"kl": kl.expand(len(part["sign"]))} for part in parts]
         if self.micro_batches > 1:
-            return add_gradients(loss_of, split(inputs, self.micro_batches), self._trained, self._pool)
-        loss = loss_of(inputs)
+            return add_gradients(loss_of, parts, self._trained, self._pool)
+        loss = loss_of(parts[0])
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -70,12 +77,12 @@ class LabelTrainer(Trainer):
     def note_references(self, known: dict[str, tuple[float, float]]) -> None:
         """Measure the log-likelihoods of preference items under the model as it is now, where `known` lacks them."""
         for batch in (*self.train_dataset, *self.eval_dataset):
-            part = self.objective.parts[type(batch[0])]
+            items, part = own_items(batch), self.objective.parts[type(batch[0])]
             if isinstance(part, Referenced):
-                if any(item.id not in known for item in batch):
-                    found = self._without_gradients(part.log_likelihoods, part.collate(batch)).tolist()
-                    known |= {item.id: tuple(values) for item, values in zip(batch, found, strict=True)}
-                part.references |= {item.id: known[item.id] for item in batch}
+                if any(item.id not in known for item in items):
+                    found = self._without_gradients(part.log_likelihoods, part.collate(items)).tolist()
+                    known |= {item.id: tuple(values) for item, values in zip(items, found, strict=True)}
+                part.references |= {item.id: known[item.id] for item in items}
 
     def validate(self) -> dict[str, float]:
         """Means over the validation items: `eval_loss` over all units, and of each objective what it measures.

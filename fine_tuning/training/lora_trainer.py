@@ -30,6 +30,7 @@ from fine_tuning.training.checkpoints import is_outdated, newest_checkpoint, sor
 from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.memory import check_memory, read_shape
 from fine_tuning.training.objectives.mixture import objective_for
+from fine_tuning.training.objectives.retention import general_texts
 from fine_tuning.training.objectives.token_losses import TokenLosses
 from fine_tuning.training.processes import check_spreading, keep_adapter_whole, spreading, take_own_gpu
 from fine_tuning.training.qlora_trainer import WeightsMemory, check_bitsandbytes, load_quantised_base, weights_memory
@@ -95,17 +96,19 @@ def train_adapter(
     check_rows(train_rows, "train")
     check_rows(validation_rows, "validation")
     hardware, micro_batches = prepare_machine(settings)
-    model = attach_adapter(load_base(base, settings, hardware), settings)
+    plain = load_base(base, settings, hardware)
+    longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
+    texts = general_texts(base, plain, longest) if settings.retention else ()
+    model = attach_adapter(plain, settings)
     if start_from:
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
     token_losses = TokenLosses(model.config.get_text_config().pad_token_id or 0, settings.packing)
-    longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     guard = RunGuard(settings, progress)
     supervised = [item for item in train_items if isinstance(item, PreparedRow)]
     with accelerated(model, token_losses, base, supervised, longest, settings, hardware) as token_losses:
-        objective = objective_for([*train_items, *validation_items], token_losses, settings.preference)
-        batches = objective.batches(train_items, settings.batch_tokens, micro_batches)
+        objective = objective_for(train_items, validation_items, token_losses, settings, texts)
+        batches = objective.training_batches(train_items, settings.batch_tokens, micro_batches)
         trainer = LabelTrainer(
             objective=objective,
             micro_batches=micro_batches,
@@ -174,8 +177,10 @@ def note_references(trainer: LabelTrainer, base: Path, start_from: Path | None, 
 
     They are kept in `folder`, in a file of their model's, number format's and item's hashes, and computed once.
     """
-    items = [item for batch in (*trainer.train_dataset, *trainer.eval_dataset) for item in batch]
-    if not any(isinstance(item, (Pair, JudgedReply)) for item in items):
+    judged = (Pair, JudgedReply)
+    batches = (*trainer.train_dataset, *trainer.eval_dataset)
+    items = [item for batch in batches for item in batch if isinstance(item, judged)]
+    if not items:
         return
     adapter = start_from and start_from / "adapter_model.safetensors"
     files = [path for path in (*sorted(base.glob("*.safetensors")), adapter) if path]

@@ -34,6 +34,7 @@ class TrainSettings(Settings):
 
     objective: Literal["sft", "dpo", "kto", "auto"]
     preference: PreferenceSettings
+    retention: float = Field(ge=0)
     method: Literal["lora", "qlora"]
     start_from: str | None = Field(pattern="^[0-9a-f]{8,64}$")
     launch: Literal["single", "ddp", "fsdp"]

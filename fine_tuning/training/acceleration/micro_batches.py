@@ -33,14 +33,16 @@ def count_micro_batches(settings: TrainSettings, hardware: Hardware) -> int:
 
 
 def split(inputs: Batch, count: int) -> list[Batch]:
-    """Parts of a batch. Its rows are sorted by length: taken in turns, the parts are of one size.
+    """Parts of a batch. Its rows are sorted by length: taken in turns, the parts are of one size."""
 
-    A batch with `sign` (judged replies) stays whole: the loss of each compares it with a mean over all.
-    """
-    if "sign" in inputs:
-        return [inputs]
-    parts = [{name: value[start::count] for name, value in inputs.items()} for start in range(count)]
-    return [part for part in parts if len(part["labels"])]
+    count = min(count, len(inputs["labels"]))
+
+    def part(batch: Batch, start: int) -> Batch:
+        return {
+            key: part(value, start) if isinstance(value, dict) else value[start::count] for key, value in batch.items()
+        }
+
+    return [part(inputs, start) for start in range(count)]
 
 
 def add_gradients(

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # tensors, by name
 
 
 class Objective(Protocol):

@@ -47,10 +47,10 @@ class Referenced:
         """How much the batch counts: `weight` an item."""
         return torch.as_tensor(self.weight * len(inputs["reference"]), device=inputs["reference"].device)
 
-    def log_likelihoods(self, model: Any, inputs: Batch, together: int | None = 2) -> torch.Tensor:
+    def log_likelihoods(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Of both rows of each item, summed over their trained tokens: (items, 2), nats."""
         flat = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "labels")}
-        return -self.token_losses.of_rows(model, flat, together).unflatten(0, (-1, 2))
+        return -self.token_losses.of_rows(model, flat, 2).unflatten(0, (-1, 2))
 
     def loss(self, model: Any, inputs: Batch) -> torch.Tensor:
         """Summed loss of the items, times `weight`."""
@@ -118,16 +118,26 @@ class ThumbPreference(Referenced):
         return reply.reply, reply.mismatched
 
     def collate(self, items: Sequence[JudgedReply]) -> Batch:
-        """See `Referenced`; and `sign` (items), 1 for liked, -1 for disliked. Not to be divided: all share a mean."""
+        """See `Referenced`; and `sign` (items), 1 for liked, -1 for disliked."""
         sign = torch.tensor([1.0 if item.liked else -1.0 for item in items])
         weights = torch.tensor([self.class_weights.get(item.liked, 1.0) for item in items])
         return super().collate(items) | {"sign": sign, "class_weight": weights}
 
+    def log_ratios(self, model: Any, inputs: Batch, side: int) -> torch.Tensor:
+        """Of the judged replies (`side` 0), or of the mismatched ones (1), to the reference: (items), nats."""
+        rows = {name: inputs[name][:, side] for name in ("input_ids", "attention_mask", "labels")}
+        return -self.token_losses.of_rows(model, rows) - inputs["reference"][:, side]
+
+    @torch.no_grad()
+    def compare_with(self, model: Any, inputs: Batch) -> torch.Tensor:
+        """Log-ratios of the mismatched replies, whose mean over a whole batch is `kl` of each of its parts."""
+        return self.log_ratios(model, inputs, 1)
+
     def measure(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
         """`loss`; `accuracy`, how many move to the side that they were judged for; `kl`, the mean log-ratio (nats)."""
-        ratios = self.log_likelihoods(model, inputs) - inputs["reference"]
-        kl = ratios[:, 1].detach().mean().clamp(min=0)
-        rewards = self.settings.beta * (ratios[:, 0] - kl) * inputs["sign"]
+        compared = inputs["kl"] if "kl" in inputs else self.compare_with(model, inputs)
+        kl = compared.mean().clamp(min=0)
+        rewards = self.settings.beta * (self.log_ratios(model, inputs, 0) - kl) * inputs["sign"]
         losses = inputs["class_weight"] * torch.sigmoid(-rewards)
         return {
             "loss": self.weight * losses.sum(),
