@@ -315,8 +315,18 @@ def test_feedback_and_metadata_are_cleaned_too():
     )
     record["metadata"] = {"user_id": "jane", "note": "call +1 650-253-0000", "nested": {"x": 1}}
     cleaned = DataCleaner().clean_conversation(record).conversation
-    assert cleaned["feedback"] == [{"message_id": "c-1", "rating": 1, "edited": "mail <EMAIL_1>"}]
+    (entry,) = cleaned["feedback"]
+    person = entry.pop("by")
+    assert entry == {"message_id": "c-1", "rating": 1, "edited": "mail <EMAIL_1>"}
+    assert person.startswith("person-") and "ann" not in person
     assert cleaned["metadata"] == {"note": "call <PHONE_1>"}
+
+
+def test_judgements_of_one_person_can_be_told_from_those_of_another_without_the_name():
+    entries = [{"message_id": "c-1", "rating": 1, "by": by} for by in ("ann", "ben")]
+    both = DataCleaner().clean_conversation(talk("q", "a", feedback=entries)).conversation["feedback"]
+    again = DataCleaner().clean_conversation(talk("other", "b", feedback=entries[:1])).conversation["feedback"]
+    assert both[0]["by"] == again[0]["by"] != both[1]["by"]
 
 
 def test_alternatives_of_a_reply_are_cleaned_too():

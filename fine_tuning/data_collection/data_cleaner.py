@@ -8,6 +8,7 @@ near-duplicates.
 import copy
 import hashlib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -38,6 +39,7 @@ from fine_tuning.schema.conversation import (
     each_record,
     is_exchange,
     problem_of,
+    short_hash,
     versions_of,
 )
 
@@ -249,6 +251,8 @@ class DataCleaner:
     def _repaired(self, entry: dict) -> dict:
         texts = {key: self._repair(entry[key]) for key in ("comment", "edited") if isinstance(entry.get(key), str)}
         rest = {key: value for key, value in entry.items() if key not in ("comment", "edited", "by")}
+        if entry.get("by"):  # preparation has to know whose judgements are one person's, and not whose they are
+            rest["by"] = _pseudonym(str(entry["by"]))
         return rest | {key: text for key, text in texts.items() if text}
 
     @staticmethod
@@ -263,6 +267,11 @@ class DataCleaner:
             for key, value in metadata.items()
             if key not in PRIVATE_METADATA and isinstance(value, (str, int, float, bool))
         }
+
+
+def _pseudonym(name: str) -> str:
+    """The same for the same name, and for itself."""
+    return name if re.fullmatch("person-[0-9a-f]{8}", name) else f"person-{short_hash(['by', name])[:8]}"
 
 
 def _mask(messages: list[dict], feedback: list[dict], masker: Masker) -> None:
