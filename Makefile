@@ -38,10 +38,10 @@ summary: $(VENV)/installed ## Print the last result again
 	@python -m fine_tuning summary
 
 test: $(VENV)/installed-dev ## Run the tests but for the slow end-to-end ones
-	@python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not end_to_end'
+	@python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not end_to_end'
 
 test-all: $(VENV)/installed-dev ## Run all tests
-	@python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 chat: $(VENV)/installed ## Open the chat app; MODEL=base, candidate, live or a version answers new chats
 	@WHETSTONE_MODEL="$(MODEL)" python -m streamlit run fine_tuning/integration/streamlit_app.py

@@ -14,6 +14,11 @@ from filelock import FileLock
 
 from tests.tiny import write_tiny_base
 
+# Files that take minutes begin first, so that the workers end together (`make test-all` gives files to workers).
+SLOWEST = (
+    "test_training", "test_uses", "test_promote", "test_app_browser", "test_faults", "test_forget", "test_champion",
+    "test_forget_promoted", "test_hostile_bases", "test_app_journey", "test_preference_pipeline", "test_remotes",
+)  # fmt: skip
 END_TO_END = "end_to_end: a browser, servers, kills, or whole pipelines; `make test` leaves it out"
 
 
@@ -21,6 +26,11 @@ def pytest_configure(config):
     # `dvc` and what its stages call are found without an activated environment.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     config.addinivalue_line("markers", END_TO_END)
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOWEST)))
 
 
 def pytest_terminal_summary(terminalreporter, config):
