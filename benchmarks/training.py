@@ -1,6 +1,6 @@
 """Training: this trainer, plain transformers.Trainer with peft, and TRL's SFTTrainer on the same rows.
 
-    make repro && python -m benchmarks.training [--tokens 6000] [--batch-tokens 512]
+    make repro && python -m benchmarks.training [--tokens 6000] [--batch-tokens 512] [--shape 1b | 3b | 8b]
 
 Each runs in a process of its own on the same conversations, base, adapter, number format and tokens a batch, TRL with
 the settings that serve it best: no gradient checkpointing, rows grouped by length, and on a GPU Liger's kernels, once
@@ -10,11 +10,15 @@ would take at the best speed measured for them before and after each run. (Who c
 once has fewer to do.) Before that, each gives its loss for the same rows: they have to agree, or the speeds would be of
 different things. On a GPU each trains on some rows before the clock starts, since kernels are compiled or chosen then;
 what this trainer records (CUDA graphs) is recorded while it runs.
+
+`--shape` takes random weights of the shape of Llama 3.2 1B or 3B or of Llama 3.1 8B instead of the base: speed and
+memory do not depend on the values. `train.method` in params.yaml chooses between LoRA and QLoRA.
 """
 
 import argparse
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,14 +37,21 @@ ON_GPU = ("whetstone", "transformers", "trl", "trl packed")
 PACKED_TOKENS = 2048  # of a packed row, which sees a mask of its length squared
 CHECKED_ROWS = 3
 WARM_UP_STEPS = 5
+VOCABULARY = 128_256
+# Layers, width, width of the feed-forward layer, heads, heads of keys and values: the models' own config.json.
+SHAPES = {"1b": (16, 2048, 8192, 32, 8), "3b": (28, 3072, 8192, 24, 8), "8b": (32, 4096, 14336, 32, 8)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--batch-tokens", type=int, help="tokens of a batch; train.batch_tokens if not given")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the base")
     parser.add_argument("--one", choices=ON_GPU, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.shape:
+        global BASE
+        BASE = random_base(arguments.shape)
     settings = read_params("train", TrainSettings)
     budget = arguments.batch_tokens or settings.batch_tokens
     settings = settings.model_copy(update={"batch_tokens": budget, "packing": arguments.one == "trl packed"})
@@ -51,7 +62,8 @@ def main() -> None:
     results, rates = {}, [product_rate(hardware)]
     for name in ON_GPU if hardware.device == "cuda" else ON_CPU:
         command = [sys.executable, "-m", "benchmarks.training", "--one", name, "--tokens", str(arguments.tokens)]
-        done = subprocess.run([*command, "--batch-tokens", str(budget)], capture_output=True, text=True)
+        command += ["--batch-tokens", str(budget), *(["--shape", arguments.shape] if arguments.shape else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{name} did not run: {done.stderr.strip().splitlines()[-1]}")
             continue
@@ -76,6 +88,29 @@ def report(results: dict[str, dict[str, Any]], floor: float, tolerance: float) -
     for name, result in results.items():
         if any(abs(a - b) > tolerance * a for a, b in zip(first, result["losses"], strict=True)):
             print(f"the losses of {name} differ: its speed is not comparable")
+
+
+def random_base(shape: str) -> Path:
+    """A folder of random weights in bfloat16, with the tokenizer of the base; written once."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(".whetstone/shapes") / shape
+    if (folder / "config.json").is_file():
+        return folder
+    layers, width, inner, heads, pairs = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=pairs, tie_word_embeddings=shape != "8b", dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    for file in BASE.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
 
 
 def chosen_rows(tokens: int) -> list[PreparedRow]:
