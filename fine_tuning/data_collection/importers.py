@@ -16,10 +16,14 @@ from typing import Any
 import zstandard
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.data_collection.importing.containers import records_in
+from fine_tuning.data_collection.importing.containers import is_database, records_in
+from fine_tuning.data_collection.importing.databases import last_change
 from fine_tuning.data_collection.importing.pieces import Found, NotRecognised, Problem
 from fine_tuning.data_collection.importing.record_formats import gathered, recognise
 from fine_tuning.schema.conversation import short_hash, time_stamp, versions_of
+
+# how the names of files end that may hold conversations, in a folder of other files
+_ENDS = (".json", ".jsonl", ".ndjson", ".gz", ".zst", ".csv", ".tsv", ".parquet", ".db")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,22 @@ def import_file(path: str | Path, model: str | None = None, since: float = 0.0) 
         yield from import_records(records_in(path, since), "import", started_at, model)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError):
         raise UserError(f"{path} cannot be read to its end, nothing was taken: copy or export it again") from None
+
+
+def files_in(path: Path) -> list[Path]:
+    """The files of a folder that may hold conversations, in their order; a path that is no folder itself."""
+    found = sorted(p for p in path.rglob("*") if p.name.endswith(_ENDS) and p.is_file()) if path.is_dir() else [path]
+    return [file for file in found if file.name != "thread.json" or not (file.parent / "messages.jsonl").exists()]
+
+
+def state_of(path: Path) -> dict[str, float]:
+    """What tells, when it is taken before a file is read, whether the file has changed since; of a database `since`."""
+    if not path.is_file():
+        return {}
+    status = path.stat()
+    if is_database(path):
+        return {"since": last_change(path)}
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def import_records(

@@ -70,7 +70,7 @@ def _kind(path: Path) -> str:
         first, second = _first_lines(file)
     if head.startswith(b"PAR1"):
         return "parquet"
-    if head.startswith(b"SQLi"):
+    if is_database(path):
         return "sqlite"
     if any(suffix in (".csv", ".tsv") for suffix in suffixes):
         return "csv"
@@ -90,6 +90,12 @@ def _kind(path: Path) -> str:
         f"{path} is of no known kind: give JSON, JSON Lines, CSV with a header, Parquet or ChatML text "
         "(see `python -m fine_tuning import --help`)"
     )
+
+
+def is_database(path: Path) -> bool:
+    """Whether a file is one of SQLite."""
+    with open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
 
 
 _COLUMNS = {"role", "content", "messages", "conversations", "instruction", "output"} | {

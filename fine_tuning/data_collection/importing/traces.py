@@ -24,18 +24,6 @@ from fine_tuning.data_collection.importing.pieces import (
 from fine_tuning.schema.conversation import short_hash
 
 _OTLP = (("resourceSpans", "scopeSpans", "spans"), ("resourceLogs", "scopeLogs", "logRecords"))
-_OBSERVED = (
-    "GENERATION",
-    "SPAN",
-    "EVENT",
-    "AGENT",
-    "TOOL",
-    "CHAIN",
-    "RETRIEVER",
-    "EVALUATOR",
-    "EMBEDDING",
-    "GUARDRAIL",
-)
 
 
 def calls_in(record: Any) -> list[Found] | None:
@@ -54,7 +42,7 @@ def calls_in(record: Any) -> list[Found] | None:
     if any(name.startswith("gen_ai.") for name in _attributes(record.get("attributes"))):
         return _some([_otel(record)], "opentelemetry")
     rows = record["observations"] if isinstance(record.get("observations"), list) else [record]
-    if any(isinstance(row, dict) and row.get("type") in _OBSERVED and "output" in row for row in rows):
+    if any(isinstance(row, dict) and "type" in row and "output" in row and _trace(row) for row in rows):
         shared = {key: record[key] for key in ("sessionId", "userId") if record.get(key)}
         return _some([_langfuse(shared | as_object(row)) for row in rows], "langfuse")
     return None
@@ -144,8 +132,12 @@ def _langfuse(row: dict) -> Found | None:
         row.get("session_id") or row.get("sessionId"),
         row.get("user_id") or row.get("userId"),
         row.get("start_time") or row.get("startTime"),
-        (row.get("trace_id") or row.get("traceId"), row.get("id")),
+        (_trace(row), row.get("id")),
     )
+
+
+def _trace(row: dict) -> Any:
+    return row.get("trace_id") or row.get("traceId")
 
 
 def _call(
