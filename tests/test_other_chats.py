@@ -285,6 +285,13 @@ def test_a_span_as_an_sdk_prints_it_with_system_instructions_tools_and_thoughts(
     assert talk["messages"][-1]["reasoning"] == "Easy." and talk["started_at"] == "2026-01-02T03:04:05.000Z"
 
 
+def test_one_span_that_cannot_be_read_costs_the_others_of_its_line_nothing(tmp_path):
+    odd = attributes([{"role": "robot", "parts": []}], [SAID])
+    path = lines(tmp_path / "t.jsonl", otlp(span(1, odd), span(2, attributes([ASKED], [SAID]))))
+    (talk,) = taken(path)
+    assert turns(talk) == EXCHANGE and problems(path) == [(1, "a turn has an unknown role")]
+
+
 def test_a_span_without_its_words_or_with_an_image_says_so(tmp_path):
     bare = {key: value for key, value in attributes([ASKED], [SAID]).items() if "messages" not in key}
     seen = {"role": "user", "parts": [{"type": "uri", "modality": "image", "uri": "x"}]}
@@ -304,10 +311,11 @@ API = {
     "input": {"messages": [{"role": "user", "content": "What is a lake?"}]},
     "output": {"choices": [{"message": {"role": "assistant", "content": "Water that stays."}}]},
 }  # fmt: skip
+PARTS = LANGFUSE | {"output": [{"type": "text", "text": "Water that stays."}]}  # as Anthropic's API answers
 TRACE = {"id": "t1", "sessionId": "s", "userId": "ann", "observations": [API, API | {"type": "SPAN"}]}
 
 
-@pytest.mark.parametrize("record", [LANGFUSE, API | {"sessionId": "s", "userId": "ann"}, TRACE])
+@pytest.mark.parametrize("record", [LANGFUSE, PARTS, API | {"sessionId": "s", "userId": "ann"}, TRACE])
 def test_langfuse_generations_of_every_export(tmp_path, record):
     path = lines(tmp_path / "o.jsonl", record, LANGFUSE | {"type": "SPAN"})
     (talk,) = taken(path)

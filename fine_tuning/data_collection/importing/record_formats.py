@@ -73,7 +73,10 @@ def gathered(records: Iterable[tuple[int, Any] | Problem]) -> Iterator[tuple[int
                 threads.setdefault(str(record["thread_id"]), (item[0], []))[1].append(record)
             elif (found := traces.calls_in(record)) is not None:
                 for call in found:
-                    calls.add(item[0], call)
+                    if isinstance(call, NotRecognised):
+                        yield Problem(item[0], str(call))
+                    else:
+                        calls.add(item[0], call)
             else:
                 yield item
         except NotRecognised as problem:
@@ -81,7 +84,7 @@ def gathered(records: Iterable[tuple[int, Any] | Problem]) -> Iterator[tuple[int
         except RecursionError:
             yield Problem(item[0], "nested too deeply")
     yield from ((line, {"jan": rows}) for line, rows in threads.values())
-    yield from calls.conversations()
+    yield from calls.found
 
 
 def recognise(record: Any) -> Found:

@@ -9,7 +9,7 @@ Each call holds the history that it was sent with: a call that continues another
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -26,8 +26,8 @@ from fine_tuning.schema.conversation import short_hash
 _OTLP = (("resourceSpans", "scopeSpans", "spans"), ("resourceLogs", "scopeLogs", "logRecords"))
 
 
-def calls_in(record: Any) -> list[Found] | None:
-    """The calls of models that a record of a trace holds; None where it is no trace.
+def calls_in(record: Any) -> list[Found | NotRecognised] | None:
+    """The calls of models that a record of a trace holds, or why one cannot be read; None where it is no trace.
 
     Raises:
         NotRecognised: it holds no call with its words.
@@ -37,33 +37,41 @@ def calls_in(record: Any) -> list[Found] | None:
     for resources, scopes, spans in _OTLP:
         if resources in record:
             inner = [scope for each in as_list(record[resources]) for scope in as_list(as_object(each).get(scopes))]
-            found = [_otel(as_object(span)) for scope in inner for span in as_list(as_object(scope).get(spans))]
-            return _some(found, "opentelemetry")
+            return _read(_otel, "opentelemetry", [s for scope in inner for s in as_list(as_object(scope).get(spans))])
     if any(name.startswith("gen_ai.") for name in _attributes(record.get("attributes"))):
-        return _some([_otel(record)], "opentelemetry")
+        return _read(_otel, "opentelemetry", [record])
     rows = record["observations"] if isinstance(record.get("observations"), list) else [record]
-    if any(isinstance(row, dict) and "type" in row and "output" in row and _trace(row) for row in rows):
+    if any({"type", "output"} <= row.keys() and {"trace_id", "traceId"} & row.keys() for row in map(as_object, rows)):
         shared = {key: record[key] for key in ("sessionId", "userId") if record.get(key)}
-        return _some([_langfuse(shared | as_object(row)) for row in rows], "langfuse")
+        return _read(_langfuse, "langfuse", [shared | as_object(row) for row in rows])
     return None
 
 
-def _some(found: list[Found | None], name: str) -> list[Found]:
+def _read(read: Callable[[dict], Found | None], name: str, rows: list) -> list[Found | NotRecognised]:
+    found: list[Found | NotRecognised | None] = []
+    for row in rows:
+        try:
+            found.append(read(as_object(row)))
+        except NotRecognised as problem:
+            found.append(problem)
     if not (calls := [call for call in found if call is not None]):
         raise NotRecognised(f"{name}: no call of a model with its words: have their content captured")
     return calls
 
 
 class Calls:
-    """Joins calls to conversations."""
+    """Joins calls to conversations: `found` has each with the line of its first call."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, Found]] = []
+        self.found: list[tuple[int, Found]] = []
         self._ends: dict[str, Found] = {}  # hash of all that was said → the conversation
         self._names: Counter[str] = Counter()
 
     def add(self, line: int, call: Found) -> None:
-        """Take in a call: it continues a conversation that its history begins with, repeats one, or begins one."""
+        """Take in a call: it continues a conversation that its history begins with, repeats one, or begins one.
+
+        Its `id` is what the client calls the conversation.
+        """
         places = [i for i, message in enumerate(call.messages) if message["role"] != "system"]
         said = ([call.messages[i]["role"], call.messages[i]["content"].strip()] for i in places)
         hashes = list(accumulate(said, lambda before, each: short_hash([before, *each]), initial=call.id or ""))[1:]
@@ -75,88 +83,76 @@ class Calls:
         else:
             conversation = call
             first = next((m["content"] for m in call.messages if m["role"] == "user"), "")
-            name = short_hash([call.id, first] if call.id else [call.metadata.pop("call"), first])
+            name = short_hash([call.id or call.started_at, first])
             self._names[name] += 1
             conversation.id = f"{call.format}-{name}" + (f"-{self._names[name]}" if self._names[name] > 1 else "")
-            self._found.append((line, conversation))
-        conversation.metadata.pop("call", None)
+            self.found.append((line, conversation))
         self._ends[hashes[-1]] = conversation
-
-    def conversations(self) -> Iterator[tuple[int, Found]]:
-        """(line of its first call, conversation) of all."""
-        yield from self._found
 
 
 def _otel(span: dict) -> Found | None:
     said = _attributes(span.get("attributes"))
     for event in as_list(span.get("events")):
         said |= _attributes(as_object(event).get("attributes"))
-    asked, replies, system = (
-        _parsed(said.get(f"gen_ai.{name}")) for name in ("input.messages", "output.messages", "system_instructions")
+    system, asked, replies = (
+        as_list(_parsed(said.get(f"gen_ai.{name}")))
+        for name in ("system_instructions", "input.messages", "output.messages")
     )
-    rows = [*([{"role": "system", "parts": system}] if isinstance(system, list) else []), *as_list(asked)]
-    if not rows or not as_list(replies):
-        return None
-    context = as_object(span.get("context"))
-    trace = span.get("traceId") or context.get("trace_id") or span.get("trace_id")
-    name = (trace, span.get("spanId") or context.get("span_id") or span.get("span_id"))
+    rows = [{"role": "system", "parts": system}] * bool(system) + asked
+    at = span.get("startTimeUnixNano") or span.get("timeUnixNano") or span.get("start_time")
     return _call(
         "opentelemetry",
         [_row(as_object(row)) for row in rows],
-        [_row(as_object(row)) for row in as_list(replies)],
+        [_row(as_object(row)) for row in replies],
         said.get("gen_ai.response.model") or said.get("gen_ai.request.model"),
         said.get("gen_ai.conversation.id") or said.get("session.id"),
         said.get("enduser.id") or said.get("user.id"),
-        _number(span.get("startTimeUnixNano") or span.get("timeUnixNano") or span.get("start_time")),
-        name,
+        int(at) if isinstance(at, str) and at.isdigit() and len(at) < 20 else at,  # OTLP's JSON has integers as text
     )
 
 
 def _langfuse(row: dict) -> Found | None:
+    if row.get("type") != "GENERATION":
+        return None
     asked, said = _parsed(row.get("input")), _parsed(row.get("output"))
     if isinstance(asked, dict):
         asked = asked.get("messages", asked.get("prompt", asked.get("input")))
-    asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
     if isinstance(said, dict) and isinstance(said.get("choices"), list):
         said = [as_object(choice).get("message") for choice in said["choices"]]
-    said = [{"content": said}] if isinstance(said, str) else said if isinstance(said, list) else [said]
-    replies = [{"role": "assistant"} | reply for reply in map(as_object, said) if reply]
-    replies = [reply for reply in replies if reply["role"] != "user"]
-    if row.get("type") != "GENERATION" or not as_list(asked) or not replies:
-        return None
+    elif isinstance(said, str) or (isinstance(said, list) and "content" not in as_object((said or [0])[0])):
+        said = {"content": said}
+    replies = [
+        {"role": "assistant"} | each for each in map(as_object, said if isinstance(said, list) else [said]) if each
+    ]
     return _call(
         "langfuse",
-        [as_object(message) for message in asked],
-        replies,
+        [{"role": "user", "content": asked}] if isinstance(asked, str) else list(map(as_object, as_list(asked))),
+        [reply for reply in replies if reply["role"] != "user"],
         row.get("provided_model_name") or row.get("model"),
         row.get("session_id") or row.get("sessionId"),
         row.get("user_id") or row.get("userId"),
         row.get("start_time") or row.get("startTime"),
-        (_trace(row), row.get("id")),
     )
 
 
-def _trace(row: dict) -> Any:
-    return row.get("trace_id") or row.get("traceId")
-
-
 def _call(
-    name: str, asked: list[dict], replies: list[dict], model: Any, conversation: Any, person: Any, at: Any, call: Any
-) -> Found:
-    """A call as a conversation; its `id` is the client's name of the conversation until `Calls` gives it one."""
-    messages = [message for row in asked for message in _said(row, {})]
-    first, *others = (_said(row, {"model": model}) for row in replies)
+    name: str, asked: list[dict], replies: list[dict], model: Any, conversation: Any, person: Any, at: Any
+) -> Found | None:
+    """A call as a conversation; None where it says nothing."""
+    if not asked or not replies:
+        return None
+    first, *others = (_said(row | {"model": model}) for row in replies)
     if first[-1]["role"] != "assistant":
         raise NotRecognised(f"{name}: a call ends with no reply")
-    messages += [message | {"at": at} for message in first]
     if alternatives := [other[0] for other in others if len(first) == len(other) == 1 and "lost" not in other[0]]:
-        messages[-1]["alternatives"] = alternatives
-    metadata = {"call": list(call)} | ({"user_id": person} if isinstance(person, str) and person else {})
-    return Found(name, messages, str(conversation) if conversation else None, name, at, metadata)
+        first[0]["alternatives"] = alternatives
+    messages = [message for row in asked for message in _said(row)] + [message | {"at": at} for message in first]
+    who = {"user_id": person} if isinstance(person, str) and person else {}
+    return Found(name, messages, str(conversation) if conversation else None, name, at, who)
 
 
-def _said(row: dict, told: dict) -> list[dict]:
-    said = messages_of(row | told, role_of(row.get("role")), row.get("content"))
+def _said(row: dict) -> list[dict]:
+    said = messages_of(row, role_of(row.get("role")), row.get("content"))
     if row.get("finish_reason") == "length":
         said[-1]["incomplete"] = "length"
     return said
@@ -169,27 +165,17 @@ def _row(row: dict) -> dict:
 
 
 def _part(part: dict) -> dict:
-    kind = str(part.get("type"))
-    if kind in ("text", "reasoning"):
-        return (
-            {"type": kind, "text": part.get("content")}
-            if kind == "text"
-            else {"type": "thinking", "thinking": part.get("content")}
-        )
-    if kind.endswith("tool_call"):
-        return {
-            "type": "tool_use",
-            "id": part.get("id"),
-            "name": part.get("name"),
-            "input": part.get("arguments", part.get(kind)),
-        }
+    kind, text = str(part.get("type")), part.get("content")
     if kind.endswith("tool_call_response"):
         result = part.get("response", part.get(kind))
         return {
             "type": "tool_result",
             "content": result if isinstance(result, str) else json.dumps(result, default=str),
         }
-    return {"type": str(part.get("modality") or "file")}
+    if kind.endswith("tool_call"):
+        return {"input": part.get(kind)} | part | {"type": "tool_use"}
+    known = {"text": {"type": "text", "text": text}, "reasoning": {"type": "thinking", "thinking": text}}
+    return known.get(kind, {"type": str(part.get("modality") or "file")})
 
 
 def _attributes(given: Any) -> dict[str, Any]:
@@ -213,8 +199,3 @@ def _parsed(value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
     except (ValueError, RecursionError):
         return value
-
-
-def _number(value: Any) -> Any:
-    """Nanoseconds, which OTLP's JSON writes as text, as a number; ISO text as it is."""
-    return int(value) if isinstance(value, str) and value.isdigit() and len(value) < 20 else value
