@@ -24,6 +24,8 @@ from fine_tuning.integration.reply import Reply
 from fine_tuning.integration.reply_markdown import pieces
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
 from tests.app_checkout import APP, NOBODY, write_checkout
+from tests.evaluation_suite import conversation as exchange
+from tests.evaluation_suite import write_items
 from tests.fake_ollama import FakeOllama, Manifest
 
 
@@ -187,6 +189,23 @@ def test_the_sampling_settings_reach_the_engine_and_the_log(checkout):
     assert words(1.0) == words(1.0) != words(2.0)
     settings = logged(checkout)[-1]["metadata"]["settings"]
     assert settings["top_k"] == 5 and settings["repeat_penalty"] == 2.0 and settings["seed"] == 1
+
+
+def test_similar_training_exchanges_stand_before_the_question_and_are_shown_below_the_reply(checkout, tiny_base):
+    text = (checkout / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(text.replace("examples: 0", "examples: 2"))
+    told = {"a": [*exchange("What is a lake?", "Water."), *exchange("Is a lake deep?", "Some are.")]}
+    (checkout / "data/prepared").mkdir(parents=True)
+    write_items(checkout / "data/prepared/train.parquet", tiny_base, told)
+    at = say(open_chat(), "What is a lake like?")
+    (event,) = logged(checkout)
+    assert event["user_message"] == "What is a lake like?" and event["metadata"]["settings"]["examples"] == 1
+    assert "history" not in event["metadata"]
+    shown = [element.value for element in at.main.markdown]
+    assert [words for words in shown if words in ("Water.", "Some are.")] == ["Water.", "Some are."]
+    assert not [element.value for element in at.main.caption if "examples" in element.value]
+    ConversationLogger(checkout / "inbox/conversations.jsonl").log_feedback("x", -1, conversation_id="a")
+    assert "Water." not in [element.value for element in at.run().main.markdown]
 
 
 def chosen(at: AppTest) -> tuple:

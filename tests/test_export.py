@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from fine_tuning.common.records import dump_line
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, read_clean, unbroken, with_edits
-from fine_tuning.data_collection.importers import Imported, _restore_cell, import_file
+from fine_tuning.data_collection.importers import Imported, import_file
+from fine_tuning.data_collection.importing.containers import _restore_cell
 
 TALKS = [
     ["What is a lake?", "Water that stays."],

@@ -160,7 +160,7 @@ def type_import() -> None:
     from fine_tuning.common.protection import protect
 
     protect()
-    import_files(SimpleNamespace(files=[Path("../more.jsonl")], model=None))
+    import_files(SimpleNamespace(files=[Path("../more.jsonl")], model=None, follow=False))
 
 
 def type_seal() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import httpx
 import pytest
@@ -531,6 +532,69 @@ def test_feedback_that_says_nothing_is_refused(gateway, body, status):
     content = body if isinstance(body, bytes) else json.dumps({"message_id": identity, **body}).encode()
     assert gateway.http.post("/v1/feedback", content=content).status_code == status
     assert len(gateway.events()) == 1
+
+
+class WebUI:
+    """Open WebUI's side of its event functions, as in version 0.12.4: `utils/plugin.py` loads them, `events.py` calls
+    them after `routers/evaluations.py` has stored a row of `models/feedbacks.py`."""
+
+    def __init__(self, monkeypatch, **valves) -> None:
+        self.rows: dict[str, SimpleNamespace] = {}
+        names = ("open_webui", "open_webui.models", "open_webui.models.feedbacks")
+        modules = {name: ModuleType(name) for name in names}
+        modules["open_webui.models.feedbacks"].Feedbacks = self
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        function = ModuleType("function_whetstone")
+        exec((ROOT / "docs/open_webui_feedback.py").read_text(), function.__dict__)
+        self.function = function.Event()
+        self.function.valves = function.Event.Valves(**valves)
+
+    async def get_feedback_by_id(self, id: str) -> SimpleNamespace | None:
+        return self.rows.get(id)
+
+    def rate(self, message: str, rating, event="created", snapshot=None, arena=False, reason="", comment="") -> None:
+        data = {"rating": rating, "model_id": "baker", "reason": reason, "comment": comment}
+        meta = {"message_id": message, "chat_id": "c1", "arena": arena}
+        self.rows["f1"] = SimpleNamespace(data=data, meta=meta, snapshot=snapshot)
+        if event == "deleted":
+            del self.rows["f1"]
+        actor = {"id": "u1", "name": "Ann", "email": "ann@example.org", "role": "user", "type": "user"}
+        said = {"event": f"feedback.{event}", "actor": actor, "subject": {"type": "feedback", "id": "f1"}, "data": {}}
+        asyncio.run(self.function.event(event=said))
+
+
+def open_webui_headers(message: str) -> dict:
+    return {"X-OpenWebUI-Chat-Id": "c1", "X-OpenWebUI-Message-Id": message, "X-OpenWebUI-User-Id": "u1"}
+
+
+def test_the_function_for_open_webui_forwards_thumbs(tmp_path, ollama, monkeypatch):
+    token = "0123456789abcdef"
+    with running(tmp_path, ollama.host, token=token) as gateway:
+        gateway.chat(QUESTION, headers=open_webui_headers("m1") | {"X-Whetstone-Token": token})
+        webui = WebUI(monkeypatch, gateway=gateway.url, token=token)
+        webui.rate("m1", "-1", reason="too long", comment=" Shorter. ")
+        webui.rate("not recorded", 1)
+        (talk,) = gateway.conversations()
+        assert talk["messages"][1]["id"] == "m1"
+        entry = {"message_id": "m1", "rating": -1, "comment": "too long: Shorter.", "by": "u1"}
+        assert talk["feedback"] == [entry]
+        webui.rate("m1", 1, event="updated")
+        webui.rate("m1", 1, event="deleted")
+        assert [e["rating"] for e in gateway.events() if e["event"] == "feedback"] == [-1, 1, None]
+    webui.rate("m1", 1)  # nobody listens any more: Open WebUI goes on
+
+
+def test_the_function_for_open_webui_forwards_votes_of_the_arena(gateway, ollama, monkeypatch):
+    gateway.chat(QUESTION, headers=open_webui_headers("m1"))
+    ollama.reply = "Buy it."
+    gateway.chat(QUESTION, headers=open_webui_headers("m2"))
+    nodes = {name: {"role": "assistant", "parentId": "q"} for name in ("m1", "m2")} | {"q": {"role": "user"}}
+    snapshot = {"chat": {"chat": {"history": {"messages": nodes}}}}
+    WebUI(monkeypatch, gateway=gateway.url).rate("m2", -1, snapshot=snapshot, arena=True)
+    (talk,) = gateway.conversations()
+    entries = {entry["message_id"]: entry for entry in talk["feedback"]}
+    assert entries["m1"]["over"] == ["m2"] and entries["m1"]["by"] == "u1" and entries["m2"]["rating"] == -1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def test_a_column_may_have_the_name_of_what_other_records_hold(tmp_path, column)
 
 
 def test_a_wrong_byte_late_in_an_array_is_told_with_what_was_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("fine_tuning.data_collection.importers.CHUNK", 1000)
+    monkeypatch.setattr("fine_tuning.data_collection.importing.containers.CHUNK", 1000)
     record = json.dumps(RECORDS["messages"]).encode()
     path = tmp_path / "late.json"
     path.write_bytes(b"[" + b",\n".join([record] * 200) + b",\n\xff]")
@@ -287,7 +287,7 @@ def test_an_array_that_ends_early_keeps_what_came_before(tmp_path):
 
 
 def test_a_large_array_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("fine_tuning.data_collection.importers.CHUNK", 100)
+    monkeypatch.setattr("fine_tuning.data_collection.importing.containers.CHUNK", 100)
     records = [{"prompt": f"p{n}", "completion": "x" * (n * 7 % 400)} for n in range(1, 200) if n * 7 % 400]
     assert len(taken(write(tmp_path / "f.json", json.dumps(records, indent=1)))) == len(records)
 
@@ -390,10 +390,10 @@ def test_a_decompression_bomb_is_one_line_before_it_fills_the_memory(tmp_path, s
 
 @pytest.mark.parametrize("name", ["lines.jsonl", "document.json", "array.json", "talk.txt", "table.csv"])
 def test_one_piece_of_a_file_that_would_fill_the_memory_is_one_line(tmp_path, monkeypatch, name):
-    from fine_tuning.data_collection import importers
+    from fine_tuning.data_collection.importing import containers
 
     for limit in ("LARGEST", "CHUNK"):
-        monkeypatch.setattr(importers, limit, 1000)
+        monkeypatch.setattr(containers, limit, 1000)
     start, end = {
         "lines.jsonl": ('{"a":"', '"}'),
         "document.json": ('{"a":"', '"}'),

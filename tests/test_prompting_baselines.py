@@ -2,8 +2,9 @@
 
 import pytest
 
+from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
 from fine_tuning.evaluation.suite.items import read_items
-from fine_tuning.evaluation.suite.prompting_baselines import Exchange, Exchanges, with_examples, with_system_prompt
+from fine_tuning.evaluation.suite.prompting_baselines import with_examples, with_system_prompt
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.evaluation_suite import conversation, evaluator_of, write_items
 

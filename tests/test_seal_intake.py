@@ -25,7 +25,8 @@ from fine_tuning.data_collection.storage.shards import newest_versions, next_sta
 from fine_tuning.data_collection.storage.tombstones import Tombstones, id_hash
 from fine_tuning.schema.conversation import fold, version_hash
 from stages import intake
-from tests.project import Project, new_project
+from tests.project import ROOT, Project, new_project
+from tests.test_other_chats import insert, jan_message, said, webui_database
 
 
 @pytest.fixture(scope="module")
@@ -522,6 +523,95 @@ def test_feedback_on_another_branch_replaces_no_words(project, tmp_path, command
     found = versions(project, whole, branch)
     assert [len(found[name]["messages"]) for name in (whole, branch)] == [3, 2]
     assert [entry["rating"] for entry in found[branch]["feedback"]] == [-1]
+
+
+# -----------------------------------------------------------------------------
+# following
+
+
+def chat(number, *texts):
+    nodes = {
+        f"m{i}": {"parentId": f"m{i - 1}" if i else None, "role": ("user", "assistant")[i % 2], "content": text}
+        for i, text in enumerate(texts)
+    }
+    tree = {"history": {"messages": nodes, "currentId": f"m{len(texts) - 1}"}}
+    return {"id": f"c{number}", "user_id": "ann", "chat": tree, "created_at": 1_700_000_000}
+
+
+def test_following_a_live_database_takes_what_is_new_each_time(project, tmp_path, command):
+    path, follow = tmp_path / "webui.db", ("import", "--follow", str(tmp_path / "webui.db"))
+    with webui_database(path, [chat(1, "q", "a"), chat(2, "r", "b")]) as db:
+        assert "2 taken" in command(project, *follow)
+        assert "taken" not in command(project, *follow) and len(shards(project)) == 1
+        insert(db, "chat", **chat(3, "s", "c"), updated_at=1_800_090_000)
+        insert(db, "chat", **chat(1, "q", "a", "more", "d"), updated_at=1_800_090_001)
+        assert "2 taken, 1 skipped" in command(project, *follow), "an hour before the last change is read again"
+        vote = {"data": {"rating": -1}, "meta": {"chat_id": "c3", "message_id": "m1"}, "user_id": "bob"}
+        insert(db, "feedback", id="f", updated_at=1_800_090_002, **vote)
+        command(project, *follow)
+        found = versions(project, *(f"open-webui-c{n}" for n in (1, 2, 3)))
+        assert [len(found[name]["messages"]) for name in sorted(found)] == [4, 2, 2]
+        assert found["open-webui-c3"]["feedback"] == [{"message_id": "m1", "rating": -1, "by": "bob"}]
+        before = shards(project)
+        command(project, *follow)
+        assert shards(project) == before
+        db.execute("UPDATE chat SET updated_at = updated_at - 1000000")
+        db.execute("UPDATE feedback SET updated_at = updated_at - 1000000")
+        insert(db, "chat", **chat(4, "t", "e"), updated_at=1_799_000_000)
+        assert "1 taken" in command(project, *follow), "an older copy is at its place"
+
+
+def test_following_a_folder_reads_only_the_files_that_changed(project, tmp_path, command):
+    folder = tmp_path / "threads"
+    for number in (1, 2):
+        (folder / f"t{number}").mkdir(parents=True)
+        (folder / f"t{number}/thread.json").write_text("{}")
+        text = jan_message(1, "user", said("q"), thread_id=f"t{number}")
+        write_lines(
+            folder / f"t{number}/messages.jsonl", text, jan_message(2, "assistant", said("a"), thread_id=f"t{number}")
+        )
+    follow = ("import", "--follow", str(folder))
+    assert "2 files read, 0 unchanged" in command(project, *follow)
+    assert "0 files read, 2 unchanged" in command(project, *follow)
+    with open(folder / "t2/messages.jsonl", "a") as file:
+        file.write(json.dumps(jan_message(3, "user", said("more"), thread_id="t2")) + "\n")
+    assert "1 file read, 1 unchanged" in command(project, *follow)
+    assert [len(c["messages"]) for c in versions(project, "jan-t1", "jan-t2").values()] == [2, 3]
+
+
+def test_what_was_deleted_here_does_not_come_back_by_following(project, tmp_path, command):
+    with webui_database(tmp_path / "webui.db", [chat(1, "q", "a")]) as db:
+        command(project, "import", "--follow", str(tmp_path / "webui.db"))
+        log(project).log_delete("open-webui-c1")
+        command(project, "seal")
+        insert(db, "chat", **chat(1, "q", "a", "more", "d"), updated_at=1_800_090_000)
+        command(project, "import", "--follow", str(tmp_path / "webui.db"))
+        assert versions(project, "open-webui-c1")["open-webui-c1"]["deleted"]
+        command(project, "import", str(tmp_path / "webui.db"))
+        assert len(versions(project, "open-webui-c1")["open-webui-c1"]["messages"]) == 4, "an import that is asked for"
+
+
+def type_follow(*paths):
+    """`python -m fine_tuning import --follow PATH…`."""
+    command_line.run(command_line.parse(["import", "--follow", *paths]))
+
+
+def test_a_follow_that_is_killed_at_any_write_loses_nothing_and_doubles_nothing(project, tmp_path, monkeypatch):
+    file = write_lines(
+        tmp_path / "f.jsonl", *({"prompt": f"What is {n}?", "completion": "A number."} for n in range(5))
+    )
+    monkeypatch.chdir(project.folder)
+    with webui_database(tmp_path / "webui.db", [chat(n, "q", "a") for n in range(5)]):
+        target = f"tests.test_seal_intake:type_follow:{tmp_path / 'webui.db'},{file}"
+        words = [sys.executable, "-m", "tests.strike", "kill", target, "5"]
+        done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert told["kills"] > 3 and told["status"] == 0, done.stderr
+        found = [record["id"] for path in shards(project) for record in read_jsonl(path)]
+        assert len(found) == len(set(found)) == 10
+        type_follow(str(tmp_path / "webui.db"), file)
+        assert len([record for path in shards(project) for record in read_jsonl(path)]) == 10
 
 
 def test_an_import_counts_what_it_could_not_keep_by_reason(project, tmp_path, command):

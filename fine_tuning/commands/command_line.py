@@ -31,10 +31,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command = add(
         "import", "conversations:import_files", "take conversations from files of other tools",
         "Recognised: OpenAI, Anthropic or Hugging Face messages, ShareGPT, Alpaca, Dolly, prompt/completion, ChatML "
-        "text, ChatGPT's conversations.json, Open WebUI's chats and feedback, preferences (chosen and rejected, or a "
-        "label), CSV with a header, Parquet; JSON, JSON Lines, .gz, .zst.",
+        "text, ChatGPT's conversations.json, Open WebUI's chats, feedback and webui.db, llm's logs.db, LM Studio, Jan, "
+        "OpenTelemetry and Langfuse traces, preferences (chosen and rejected, or a label), CSV with a header, Parquet; "
+        "JSON, JSON Lines, .gz, .zst.",
     )  # fmt: skip
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="or a folder of such files")
+    command.add_argument(
+        "--follow", action="store_true", help="take what is new since the last time, such as once an hour by cron"
+    )
     command.add_argument("--model", metavar="NAME", help="who wrote the replies for which a file names no model")
     add("seal", "conversations:seal", "hand the conversations logged so far to the pipeline")
     add("sample", "conversations:bring_sample", "bring in the sample conversations, if params.yaml wants them")

@@ -13,9 +13,10 @@ import yaml
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST, root
+from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
-from fine_tuning.data_collection.importers import Imported, Problem, import_file
+from fine_tuning.data_collection.importers import Imported, Problem, files_in, import_file, state_of
 from fine_tuning.data_collection.storage import shards
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import track
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 TRACKED = Path("data/conversations.dvc")
+FOLLOWED = Path("inbox/followed.json")  # {path: what `state_of` said of it} of the files that were followed
 SHOWN_PROBLEMS = 10
 
 
@@ -41,8 +43,14 @@ def import_files(args: argparse.Namespace) -> None:
     """Import every file; conversations that are there already are not taken again.
 
     New conversations go into one shard; new versions of known ones into another, with the feedback that was known.
+    With --follow, files that did not change since the last time are passed over. What they were is remembered when the
+    shards are tracked: a run that was killed is done again, and takes nothing twice.
     """
     root()
+    files = [file for path in args.files for file in files_in(path)]
+    before = read_object(FOLLOWED) if args.follow else {}
+    states = {str(file.resolve()): state_of(file) for file in files} if args.follow else {}
+    files = [file for file in files if _changed(file, before, states)]
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         _seal_closed_logs(repo, tombstones)
@@ -54,7 +62,7 @@ def import_files(args: argparse.Namespace) -> None:
         def taken(path: Path) -> Iterator[dict]:
             report = _Report(path)
             reports.append(report)
-            for item in import_file(path, args.model):
+            for item in import_file(path, args.model, _since(path, before, states)):
                 if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
                     item = Problem(
                         item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type"
@@ -80,28 +88,45 @@ def import_files(args: argparse.Namespace) -> None:
                     report.counts["taken"] += 1
                     yield item.conversation
 
-        stream = (conversation for path in args.files for conversation in taken(path))
+        stream = (conversation for path in files for conversation in taken(path))
         try:
             written = [shards.write_shard(CONVERSATIONS, f"{shards.next_stamp(CONVERSATIONS)}-import", stream)]
         except UserError as error:
-            if len(args.files) == 1:
+            if len(files) == 1:
                 raise
-            raise UserError(f"none of the {len(args.files)} files was taken: {error}") from None
+            raise UserError(f"none of the {len(files)} files was taken: {error}") from None
         if changes:
-            name = f"{shards.next_stamp(CONVERSATIONS)}-import"
-            written.append(shards.write_shard(CONVERSATIONS, name, _new_versions(changes)))
+            name, newer = f"{shards.next_stamp(CONVERSATIONS)}-import", _new_versions(changes, revive=not args.follow)
+            written.append(shards.write_shard(CONVERSATIONS, name, newer))
         written = [(shard, count) for shard, count in written if shard is not None]
         if written or (any(CONVERSATIONS.glob("*.jsonl")) and not _is_what_dvc_names()):  # killed before it tracked
             track(repo, CONVERSATIONS, MANIFEST)
+        if args.follow:
+            with updating(FOLLOWED) as followed:
+                followed |= states
+            reports = [report for report in reports if report.counts["taken"] or report.problems]
+            print(f"{count_of(len(files), 'file')} read, {len(states) - len(files)} unchanged since the last time")
         for report in reports:
             report.show()
         for shard, count in written:
             print(f"{count_of(count, 'conversation')} in {shard}")
         if written:
             _say_next()
-        elif not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
+        elif not args.follow and not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
             problems = [(report.path, problem) for report in reports for problem in report.problems]
-            raise UserError(_nothing_taken(args.files, problems))
+            raise UserError(_nothing_taken(files or args.files, problems))
+
+
+def _since(file: Path, before: dict[str, dict], states: dict[str, dict]) -> float:
+    """From when on a database is read; all of it where an older copy is at its place."""
+    since, now = (each.get(str(file.resolve()), {}).get("since", 0.0) for each in (before, states))
+    return since if since <= now else 0.0
+
+
+def _changed(file: Path, before: dict[str, dict], states: dict[str, dict]) -> bool:
+    """Whether a file is to be read: it is not followed, a database, or another one than it was."""
+    state = states.get(str(file.resolve()), {})
+    return "modified" not in state or state != before.get(str(file.resolve()))
 
 
 class _Report:
@@ -132,17 +157,20 @@ class _Report:
                 print(f"  {count_of(count, 'time')} {reason}")
 
 
-def _new_versions(changes: list[tuple[Imported, Counter[str]]]) -> Iterator[dict]:
+def _new_versions(changes: list[tuple[Imported, Counter[str]]], revive: bool) -> Iterator[dict]:
     """New versions of known conversations, each with the feedback that is known of the same words.
 
     A judgement brings the chat as it was when somebody judged: it changes the known messages only if it continues
-    them.
+    them. `revive`: whether a conversation that was deleted here comes back.
     """
     names = {item.conversation["id"] for item, _ in changes}
     names |= {f"{item.conversation['id']}-{item.judges}" for item, _ in changes if item.judges}
     newest = shards.newest_versions(shards.shard_paths(CONVERSATIONS, MANIFEST), names)
     for item, counts in changes:
         newer, older = item.conversation, newest[item.conversation["id"]]
+        if older.get("deleted") and not revive:
+            counts["skipped"] += 1
+            continue
         if item.judges in set(message_ids(older)) or (item.judges and older.get("deleted")):
             newer = older | {"feedback": newer["feedback"] if older["messages"] else []}
         elif item.judges and older["messages"][-1].get("id") not in set(message_ids(newer)):  # another branch

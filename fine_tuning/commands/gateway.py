@@ -14,9 +14,10 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.settings import parse_settings, read_params
 from fine_tuning.integration.chat_models import AppSettings, local_models
-from fine_tuning.integration.gateway.proxy import Upstream, application
+from fine_tuning.integration.gateway.proxy import Serving, Upstream, application
 from fine_tuning.integration.gateway.recorder import GatewaySettings, Recorder
 from fine_tuning.integration.ollama_client import normalise_host, ollama_host
+from fine_tuning.integration.served_examples import ServeSettings, context_of, served_examples
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.runtime.llama_engine import LlamaEngine
 
@@ -46,7 +47,8 @@ def serve(arguments: argparse.Namespace) -> None:
         upstream = _upstream(arguments.upstream, checkout, stack)
         names = {*settings.allowed_hosts, *(LOOPBACK if local else (arguments.bind, *LOOPBACK))}
         recorder = Recorder(checkout, settings.record)
-        app = application(upstream, recorder, names, port, settings.token, settings.manage_models)
+        serving = _serving(checkout)
+        app = application(upstream, recorder, names, port, settings.token, settings.manage_models, serving)
         config = uvicorn.Config(
             app, log_level="critical", access_log=False, server_header=False, date_header=False, proxy_headers=False,
             timeout_graceful_shutdown=ENDS_WITHIN,
@@ -82,6 +84,12 @@ def _upstream(given: str | None, checkout: Path, stack: ExitStack) -> Upstream:
     engine = stack.enter_context(LlamaEngine(champion.gguf, app.context, app.threads, app.slots, app.timeout))
     said = {"model": champion.tag, "version": champion.version, "engine": "embedded"}
     return Upstream(engine.base_url, deploy.timeout, app.timeout, key=engine.api_key, model=said)
+
+
+def _serving(checkout: Path) -> Serving:
+    serve, app = read_params("serve", ServeSettings), read_params("app", AppSettings)
+    examples = served_examples(checkout, serve.examples, context_of(app)) if serve.examples else None
+    return Serving(examples, serve.system_prompt, app.max_tokens)
 
 
 def _is_loopback(address: str) -> bool:

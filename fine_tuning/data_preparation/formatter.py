@@ -8,7 +8,8 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.data_export import to_alpaca, to_chatml, to_instruction, unbroken
-from fine_tuning.data_collection.importing.record_formats import NotRecognised, recognise
+from fine_tuning.data_collection.importing.pieces import NotRecognised
+from fine_tuning.data_collection.importing.record_formats import recognise
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, structure_problem
 from fine_tuning.schema.conversation import each_record
 

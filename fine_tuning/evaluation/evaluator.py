@@ -21,13 +21,14 @@ from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSe
 from fine_tuning.evaluation.scoring.memo import Memo
 from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, quantised_likelihoods, replies, scoring_hardware
 from fine_tuning.evaluation.suite.contenders import Contender
+from fine_tuning.evaluation.suite.examples import Exchanges
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
 from fine_tuning.evaluation.suite.items import chat_format, encoded_anew, sample, suite_sha256
 from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
 from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.evaluation.suite.privacy import personal_data
-from fine_tuning.evaluation.suite.prompting_baselines import Exchanges, with_examples, with_system_prompt
+from fine_tuning.evaluation.suite.prompting_baselines import with_examples, with_system_prompt
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings, encode_prompt, load_tokenizer
 

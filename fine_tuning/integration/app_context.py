@@ -15,6 +15,7 @@ from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_mod
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
+from fine_tuning.integration.served_examples import ServedExamples, ServeSettings, context_of, served_examples
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.schema.chat_format import ChatSettings
 
@@ -32,6 +33,7 @@ class App:
     checkout: Path
     settings: AppSettings
     chat: ChatSettings
+    serve: ServeSettings
     host: str
     name: str
     logger: ConversationLogger
@@ -43,6 +45,10 @@ class App:
         stamp = _champion_stamp(self.checkout)
         first = _models(str(self.checkout), self.host, self.name, stamp)
         return [*first, *registered_models(self.checkout, self.name, stamp)]
+
+    def examples(self) -> ServedExamples:
+        """What may stand before a question."""
+        return served_examples(self.checkout, self.serve.examples, context_of(self.settings))
 
     def probe(self) -> OllamaClient:
         """The Ollama server, with little patience: for questions whose answer may be that it is not there."""
@@ -61,11 +67,13 @@ def app() -> App:
     """
     checkout = main_checkout(root())
     _protect(checkout)
-    deploy = read_params("deploy", DeploySettings)
+    deploy, serve = read_params("deploy", DeploySettings), read_params("serve", ServeSettings)
+    chat = read_params("chat", ChatSettings)
     return App(
         checkout=checkout,
         settings=read_params("app", AppSettings),
-        chat=read_params("chat", ChatSettings),
+        chat=chat.model_copy(update={"system_prompt": serve.system_prompt or chat.system_prompt}),
+        serve=serve,
         host=ollama_host(deploy.host),
         name=deploy.name,
         logger=ConversationLogger(checkout / INBOX),

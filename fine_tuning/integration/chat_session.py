@@ -129,12 +129,13 @@ def ask(
     sampling: Sampling,
     system_prompt: str | None,
     person: str | None = None,
+    examples: int = 0,
 ) -> bool:
     """Send a question and log what comes back. Returns False, asking nothing, while another reply is on its way.
 
     A reply that was stopped or broke off is logged with `"incomplete": "stopped"` or `"failed"`, which keeps it out of
     training. Where no text came, nothing is logged and the question stays pending with its problem. Under the name
-    of `person`, who asks, `forget --user` finds the exchange.
+    of `person`, who asks, `forget --user` finds the exchange. `examples` is how many conversations stood before it.
     """
 
     def log(reply: Reply) -> None:
@@ -148,7 +149,9 @@ def ask(
             "model": question.model.tag,
             "version": question.model.version,
             "engine": question.model.engine,
-            "settings": sampling.model_dump() | {"system_prompt": system_prompt},
+            "settings": sampling.model_dump()
+            | {"system_prompt": system_prompt}
+            | ({"examples": examples} if examples else {}),
             "seconds": round(reply.seconds, 2),
             "tokens": reply.pieces,
         }

@@ -16,6 +16,7 @@ from fine_tuning.evaluation.verdict.settings import PREFERENCE, CompareSettings
 from fine_tuning.integration.chat_models import AppSettings
 from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.ollama_client import normalise_host
+from fine_tuning.integration.served_examples import ServeSettings
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 from fine_tuning.runtime.base_model import BaseSettings
@@ -35,6 +36,7 @@ MODELS: dict[str, type[Settings]] = {
     "compare": CompareSettings,
     "app": AppSettings,
     "gateway": GatewaySettings,
+    "serve": ServeSettings,
     "deploy": DeploySettings,
 }
 

@@ -24,7 +24,8 @@ from fine_tuning.common.records import dump_line
 
 ROLES = ("system", "user", "assistant", "tool")
 SCHEMA_VERSION = 1
-CHATS = ("chat", "chatgpt", "open-webui")  # sources whose replies a model wrote, named or not
+# sources whose replies a model wrote, named or not
+CHATS = ("chat", "chatgpt", "open-webui", "llm", "lm-studio", "jan", "opentelemetry", "langfuse")
 CHAT_IDS = ("chatgpt-", "open-webui-")  # how ids begin of what was imported from there, also before its source said so
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
 

@@ -15,6 +15,7 @@ from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sam
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs, own_command
+from fine_tuning.integration.served_examples import after_examples, sources
 from fine_tuning.schema.conversation import edits
 
 REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
@@ -321,6 +322,9 @@ def _below_reply(
             _edit(here, conversation["id"], identity, text)
         with st.popover("Copy", icon=":material/content_copy:", type="tertiary"):
             st.code(text, language=None, wrap_lines=True)
+        if asked is not None and (count := (message.get("settings") or {}).get("examples")):
+            with st.popover(f"answered with {count} of your conversations", type="tertiary"):
+                _examples(here, asked["content"])
         st.caption(plain(_origin(here, message, any(e.get("edited") for e in judged))))
     if rating is not None:
         st.text_input(
@@ -332,6 +336,14 @@ def _below_reply(
         _alternatives(here, conversation, message, others)
 
 
+def _examples(here: App, question: str) -> None:
+    """What would stand before a question now: what was forgotten or disliked meanwhile is not shown."""
+    for exchange in reversed(here.examples().before([{"role": "user", "content": question}], 0)):
+        show_text(exchange.question, typed=True)
+        show_text(exchange.answer)
+        st.divider()
+
+
 def _origin(here: App, message: dict, edited: bool) -> str:
     """Who wrote a reply, at which temperature, and what else was not as in params.yaml."""
     parts = [message.get("model") or "unknown model"]
@@ -341,7 +353,7 @@ def _origin(here: App, message: dict, edited: bool) -> str:
     for name, value in (message.get("settings") or {}).items():
         if name == "system_prompt" and value != usual[name]:
             parts.append("another system prompt")
-        elif name == "temperature" or value != usual.get(name):
+        elif name != "examples" and (name == "temperature" or value != usual.get(name)):
             parts.append(f"{name.replace('_', ' ')} {value}")
     if edited:
         parts.append("edited, the edit is trained on")
@@ -421,13 +433,15 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
     """Ask; False, and nothing is asked, where another page of the conversation waits for a reply."""
     here = asking.here
     messages = [*_said(conversation, question.replaces), {"role": "user", "content": question.text}]
+    examples = here.examples().before(messages, asking.sampling.max_tokens) if here.serve.examples else []
     stream = partial(
-        stream_reply, question.model, messages, asking.sampling, checkout=here.checkout,
+        stream_reply, question.model, after_examples(messages, examples), asking.sampling, checkout=here.checkout,
         system_prompt=asking.system_prompt, settings=here.settings, client=here.client(),
     )  # fmt: skip
     return chat_session.ask(
-        here.checkout, question, stream, here.logger, asking.sampling, asking.system_prompt, here.person
-    )
+        here.checkout, question, stream, here.logger, asking.sampling, asking.system_prompt, here.person,
+        examples=len(sources(examples)),
+    )  # fmt: skip
 
 
 def _show_question(question: Question, waiting: bool, conversation: dict | None, asking: Asking) -> None:

@@ -26,9 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fine_tuning.integration.chat_models import served_models
 from fine_tuning.integration.gateway.recorder import Outcome, Recorder, Ticket
-from fine_tuning.integration.gateway.wire_formats import READERS, ReplyReader
+from fine_tuning.integration.gateway.wire_formats import READERS, Asked, ReplyReader, with_context
 from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_local
 from fine_tuning.integration.request_guard import is_own
+from fine_tuning.integration.served_examples import ServedExamples, sources
 
 MOST_BYTES = 64 << 20  # of a request, images included
 MOST_WAITING = 1 << 18  # bytes of an answer that wait for a slow client
@@ -60,6 +61,19 @@ class Upstream:
     key: str | None = None
     name: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What stands before a question that clients do not send: see `served_examples`.
+
+    Args:
+        reply_tokens: how long a reply may become where the client does not say.
+    """
+
+    examples: ServedExamples | None = None
+    system_prompt: str | None = None
+    reply_tokens: int = 512
 
 
 class Gateway:
@@ -109,8 +123,8 @@ def refusal(scope: Scope, status: int, why: str) -> JSONResponse:
 class Proxy:
     """Passes requests to the model's server."""
 
-    def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool) -> None:
-        self.upstream, self.recorder, self._manage = upstream, recorder, manage_models
+    def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool, serving: Serving) -> None:
+        self.upstream, self.recorder, self._manage, self.serving = upstream, recorder, manage_models, serving
         self._base = httpx.URL(upstream.url)
         local = is_local(upstream.url)
         self.client = httpx.AsyncClient(
@@ -138,8 +152,12 @@ class Proxy:
             return
         known = scope["method"] == "POST" and path in READERS
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        ticket = self.recorder.begin(path, body, headers) if known else None
-        relay = _Relay(self, path, ticket)
+        asked = self.recorder.read(path, body, headers) if known else None
+        ticket = self.recorder.begin(asked, headers) if asked else None
+        shown: list[str] = []
+        if asked is not None and (self.serving.examples or self.serving.system_prompt):
+            body, shown = await asyncio.to_thread(self._with_context, path, body, asked, ticket)
+        relay = _Relay(self, path, ticket, shown)
         passing = asyncio.create_task(relay.run(self._request(scope, body, bool(ticket)), scope, receive, send))
         leaving = asyncio.create_task(_gone(receive))
         self.streams += 1
@@ -153,6 +171,26 @@ class Proxy:
             await relay.end("stopped")
         if not passing.cancelled():
             passing.result()
+
+    def _with_context(self, path: str, body: bytes, asked: Asked, ticket: Ticket | None) -> tuple[bytes, list[str]]:
+        """The request as the model gets it, and the conversations that its examples come from."""
+        serving = self.serving
+        try:
+            said = [*asked.history, {"role": "user", "content": asked.question}]
+            reply = next(
+                (int(n) for name, n in asked.sampling.items() if name.startswith("max_")), serving.reply_tokens
+            )
+            examples = serving.examples.before(said, reply) if serving.examples else []
+            new = with_context(path, body, serving.system_prompt, examples)
+        except Exception as error:  # a chat goes on without
+            self.recorder.failed(error)
+            return body, []
+        if new is body:
+            return body, []
+        shown = sources(examples)
+        if ticket is not None and shown:
+            ticket.served["examples"] = len(shown)
+        return new, shown
 
     def _request(self, scope: Scope, body: bytes, read: bool) -> httpx.Request:
         path = self._base.raw_path.rstrip(b"/") + scope["raw_path"]
@@ -185,8 +223,8 @@ def _versions(upstream: Upstream) -> dict[str, int | None]:
 class _Relay:
     """One request on its way to the server, and its answer on the way back."""
 
-    def __init__(self, proxy: Proxy, path: str, ticket: Ticket | None) -> None:
-        self._proxy, self._path, self._ticket = proxy, path, ticket
+    def __init__(self, proxy: Proxy, path: str, ticket: Ticket | None, shown: list[str]) -> None:
+        self._proxy, self._path, self._ticket, self._shown = proxy, path, ticket, shown
         self._reply: ReplyReader | None = None
 
     async def run(self, request: httpx.Request, scope: Scope, receive: Receive, send: Send) -> None:
@@ -213,6 +251,8 @@ class _Relay:
     async def _pass(self, response: httpx.Response, send: Send) -> None:
         headers = [(name.lower(), value) for name, value in response.headers.raw]
         headers = [h for h in headers if h[0] not in OF_ONE_CONNECTION and not h[0].startswith(b"access-control-")]
+        if self._shown:
+            headers.append((b"x-whetstone-examples", ",".join(self._shown).encode("latin-1", "replace")))
         if self._ticket is not None and response.status_code == 200:
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             self._reply = ReplyReader(self._path, kind, response.headers.get("content-encoding", "identity"))
@@ -300,14 +340,21 @@ async def _gone(receive: Receive) -> None:
 
 
 def application(
-    upstream: Upstream, recorder: Recorder, names: Collection[str], port: int, token: str | None, manage_models: bool
+    upstream: Upstream,
+    recorder: Recorder,
+    names: Collection[str],
+    port: int,
+    token: str | None,
+    manage_models: bool,
+    serving: Serving | None = None,
 ) -> Gateway:
     """The gateway with what it consists of."""
-    proxy = Proxy(upstream, recorder, manage_models)
+    proxy = Proxy(upstream, recorder, manage_models, serving or Serving())
 
     async def health(_: Request) -> JSONResponse:
-        address = urlsplit(upstream.url).netloc
-        return JSONResponse({"upstream": address, "streams": proxy.streams, "recording": recorder.statistics()})
+        address, examples = urlsplit(upstream.url).netloc, proxy.serving.examples
+        shown = {"examples": {"problem": examples.problem}} if examples else {}
+        return JSONResponse({"upstream": address, "streams": proxy.streams, "recording": recorder.statistics()} | shown)
 
     async def feedback(request: Request) -> JSONResponse:
         status, answer = await recorder.judge(await request.body(), request.headers)

@@ -77,6 +77,7 @@ class Ticket:
     id: str
     started: float = field(default_factory=time.monotonic)
     request_id: str | None = None
+    served: dict[str, Any] = field(default_factory=dict)  # what the gateway put before the question, for `settings`
 
 
 class Recorder:
@@ -104,19 +105,24 @@ class Recorder:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def begin(self, path: str, body: bytes, headers: Headers) -> Ticket | None:
-        """What a request asks and where it belongs; None where it is not recorded, which is counted."""
+    def read(self, path: str, body: bytes, headers: Headers) -> Asked | None:
+        """What a request of a person asks; None where it is none, which is counted."""
         try:
             asked = read_request(path, body)
             if asked is None:
                 return self._leave_out("no JSON")
-            # A placeholder that Open WebUI does not know stays as it is.
-            headers = {name: value for name, value in headers.items() if "{{" not in value}
             system = asked.history[0]["content"] if asked.history else ""
-            task = headers.get("x-openwebui-task", "").strip().lower() not in ("", "none")
+            task = _known(headers).get("x-openwebui-task", "").strip().lower() not in ("", "none")
             if task or asked.question.startswith(TASKS) or CHOOSES_TOOLS in system:
                 return self._leave_out("task")
-            return self._leave_out(asked.problem) if asked.problem else self._placed(asked, headers)
+            return self._leave_out(asked.problem) if asked.problem else asked
+        except Exception as error:
+            return self.failed(error)
+
+    def begin(self, asked: Asked, headers: Headers) -> Ticket | None:
+        """Where a question belongs; None where it is not recorded, which is counted."""
+        try:
+            return self._placed(asked, _known(headers))
         except Exception as error:
             return self.failed(error)
 
@@ -203,7 +209,7 @@ class Recorder:
             "session_id": place.conversation,
             "source": SOURCE,
             "model": reply.model or asked.model,
-            "settings": asked.sampling,
+            "settings": asked.sampling | ticket.served,
             "seconds": round(time.monotonic() - ticket.started, 2),
             "tokens": reply.tokens,
             "user_id": ticket.person,
@@ -343,6 +349,11 @@ class Recorder:
     def failed(self, error: Exception) -> None:
         self.counts["errors"] += 1
         self.problem = f"{type(error).__name__} in recording"
+
+
+def _known(headers: Headers) -> Headers:
+    """Without placeholders that Open WebUI does not know, which it leaves as they are."""
+    return {name: value for name, value in headers.items() if "{{" not in value}
 
 
 def _digest(name: str | None) -> str:

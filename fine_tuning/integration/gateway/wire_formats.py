@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from fine_tuning.integration.served_examples import after_examples
+
 ROLES = {"developer": "system", "function": "tool", "model": "assistant"}
 CALLS = ("tool_use", "function_call", "custom_tool_call")
 RESULTS = ("tool_result", "function_call_output", "custom_tool_call_output")
@@ -84,6 +86,25 @@ def read_request(path: str, body: bytes) -> Asked | None:
         ]
         asked.tool_calls = [call for turn in turns[last:] for call in turn.calls]
     return asked
+
+
+def with_context(path: str, body: bytes, system_prompt: str | None, examples: Sequence[Any]) -> bytes:
+    """A request with examples before its messages, and the system prompt where it has none.
+
+    It stays as it is where its form has no messages, and where it brings tools.
+    """
+    request = orjson.loads(body)
+    key = "input" if path == "/v1/responses" else "messages"
+    rows = [{"role": "user", "content": request[key]}] if isinstance(request.get(key), str) else request.get(key)
+    if request.get("tools") or not rows or not isinstance(rows, list):
+        return body
+    apart = {"/v1/responses": "instructions", "/v1/messages": "system"}.get(path)
+    if system_prompt and not (apart and request.get(apart)) and rows[0].get("role") not in ("system", "developer"):
+        if apart:
+            request[apart] = system_prompt
+        else:
+            rows = [{"role": "system", "content": system_prompt}, *rows]
+    return orjson.dumps(request | {key: after_examples(rows, examples)})
 
 
 def _turns(path: str, request: dict[str, Any]) -> Iterator[_Turn]:

@@ -1,0 +1,150 @@
+"""Section `serve` of params.yaml: training exchanges that stand before a question, in the chat app and in the gateway.
+
+They are found as those of the prompting baseline are. Only the prepared split `train` is read, so that nothing held out
+is shown; and of it no conversation that was forgotten, deleted, or disliked since.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+
+from pydantic import Field
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.settings import Settings, read_params
+from fine_tuning.data_collection.conversation_logger import read_event
+from fine_tuning.data_collection.storage.shards import read_manifest, shard_paths, versions
+from fine_tuning.data_collection.storage.tombstones import Tombstones
+from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
+from fine_tuning.integration.chat_models import AppSettings
+from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS
+from fine_tuning.model_management.packaging.model_package import PackageSettings
+
+TRAIN = Path("data/prepared/train.parquet")
+FORGOTTEN = Path("data/forgotten.jsonl")
+TOKENIZER = Path("models/base/tokenizer.json")
+TURN_TOKENS = 8  # of a turn beside its text, at most, in the chat templates of common models
+Message = dict[str, str]
+
+
+class ServeSettings(Settings):
+    """Section `serve`."""
+
+    examples: int = Field(ge=0, le=50)
+    system_prompt: str | None
+
+
+class ServedExamples:
+    """Finds examples.
+
+    Args:
+        checkout: where the prepared data and the inbox are.
+        count: how many at most.
+        context: tokens of prompt and reply together.
+
+    Attributes:
+        problem: why there are none to choose from, one line; None where there are.
+    """
+
+    def __init__(self, checkout: Path, count: int, context: int) -> None:
+        self.checkout, self.count, self.context = checkout, count, context
+        self.problem: str | None = None
+        self._lock = threading.Lock()
+        self._exchanges, self._stamps = Exchanges([]), ()
+        self._read: dict[int, int] = {}  # inode of a log → bytes of it that were read
+        self._judged: dict[tuple, bool] = {}  # (conversation, message, person) → whether it bars the conversation
+        self._barred: set[str] = set()
+        self._tombstones: Tombstones | None = None
+
+    def before(self, messages: Sequence[Message], reply_tokens: int) -> list[Exchange]:
+        """The exchanges with questions most similar to the last one in `messages`, the nearest last.
+
+        Fewer where the context does not hold them beside `messages` and a reply of `reply_tokens`, and none where the
+        data cannot be read: see `problem`.
+        """
+        said = [message["content"] for message in messages]
+        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        chosen: list[Exchange] = []
+        try:
+            with self._lock:
+                self._refresh()
+                room = self.context - min(reply_tokens, self.context // 2) - sum(map(self._tokens, said))
+                for exchange in self._exchanges.ranked(question) if self.count else ():
+                    if exchange.question in said or self._is_barred(exchange.source):
+                        continue
+                    room -= self._tokens(exchange.question) + self._tokens(exchange.answer)
+                    if room < 0 or len(chosen) == self.count:
+                        break
+                    chosen.append(exchange)
+        except (UserError, OSError) as error:
+            self.problem = str(error)
+        return chosen[::-1]
+
+    def _is_barred(self, conversation: str) -> bool:
+        return conversation in self._barred or (self._tombstones is not None and self._tombstones.names(conversation))
+
+    def _refresh(self) -> None:
+        """Read again what changed: the data, and what was said of it since."""
+        paths = [self.checkout / path for path in (TRAIN, FORGOTTEN, MANIFEST, SHARDS)]
+        stamps = tuple(path.stat().st_mtime_ns if path.exists() else None for path in paths)
+        if changed := stamps != self._stamps:
+            self._exchanges, self._tombstones = Exchanges.read(paths[0]), Tombstones(paths[1])
+            taken_in = {shard["name"] for shard in read_manifest(paths[2])["shards"]}
+            for version in versions(path for path in shard_paths(paths[3]) if path.name not in taken_in):
+                bad = any((entry.get("rating") or 0) < 0 for entry in version.get("feedback") or ())
+                self._judged[version["id"], None, None] = bad or bool(version.get("deleted"))
+            self._stamps, self.problem = stamps, None
+        live = self.checkout / INBOX
+        for log in [*sorted((live.parent / "closed").glob("*.jsonl")), *([live] if live.exists() else [])]:
+            with open(log, "rb") as file:
+                node = os.fstat(file.fileno()).st_ino
+                file.seek(self._read.get(node, 0))
+                for line in takewhile(lambda line: line.endswith(b"\n"), file):
+                    self._read[node] = self._read.get(node, 0) + len(line)
+                    event = None if b'"event":"exchange"' in line else read_event(line)
+                    if event and event["event"] in ("feedback", "delete", "restore") and not event.get("over"):
+                        key = (event.get("conversation_id"), event.get("message_id"), event.get("by"))
+                        self._judged[key] = event["event"] == "delete" or (event.get("rating") or 0) < 0
+                        changed = True
+        if changed:
+            self._barred = {key[0] for key, bad in self._judged.items() if bad}
+
+    def _tokens(self, text: str) -> int:
+        return len(_tokenizer(self.checkout / TOKENIZER).encode(text, add_special_tokens=False)) + TURN_TOKENS
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path):
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro base`")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def context_of(app: AppSettings) -> int:
+    """Tokens of prompt and reply together, whichever of the two engines answers."""
+    return min(app.context, read_params("package", PackageSettings).parameters.num_ctx)
+
+
+@lru_cache(maxsize=2)
+def served_examples(checkout: Path, count: int, context: int) -> ServedExamples:
+    """The examples of a checkout, read once a process."""
+    return ServedExamples(checkout, count, context)
+
+
+def after_examples(messages: Sequence[Message], examples: Sequence[Exchange]) -> list[Message]:
+    """The messages with examples before them, behind a system message that they begin with."""
+    head = 1 if messages and messages[0].get("role") in ("system", "developer") else 0
+    shown = [message for exchange in examples for message in exchange.messages]
+    return [*messages[:head], *shown, *messages[head:]]
+
+
+def sources(examples: Sequence[Exchange]) -> list[str]:
+    """The ids of the conversations that examples come from, each once."""
+    return list(dict.fromkeys(exchange.source for exchange in examples))

@@ -1,0 +1,28 @@
+CREATE TABLE "conversations" ( "id" TEXT PRIMARY KEY, "name" TEXT, "model" TEXT );
+CREATE TABLE "responses" ( "id" TEXT PRIMARY KEY, "model" TEXT, "prompt" TEXT, "system" TEXT, "prompt_json" TEXT, "options_json" TEXT, "response" TEXT, "response_json" TEXT, "conversation_id" TEXT REFERENCES "conversations"("id"), "duration_ms" INTEGER, "datetime_utc" TEXT, "input_tokens" INTEGER, "output_tokens" INTEGER, "token_details" TEXT, "schema_id" TEXT REFERENCES "schemas"("id") );
+CREATE TABLE "attachments" ( "id" TEXT PRIMARY KEY, "type" TEXT, "path" TEXT, "url" TEXT, "content" BLOB );
+CREATE TABLE "prompt_attachments" ( "response_id" TEXT REFERENCES "responses"("id"), "attachment_id" TEXT REFERENCES "attachments"("id"), "order" INTEGER, PRIMARY KEY ("response_id", "attachment_id") );
+CREATE TABLE "fragments" ( "id" INTEGER PRIMARY KEY, "hash" TEXT, "content" TEXT, "datetime_utc" TEXT, "source" TEXT );
+CREATE TABLE "prompt_fragments" ( "response_id" TEXT REFERENCES "responses"("id"), "fragment_id" INTEGER REFERENCES "fragments"("id"), "order" INTEGER, PRIMARY KEY ("response_id", "fragment_id", "order") );
+CREATE TABLE "system_fragments" ( "response_id" TEXT REFERENCES "responses"("id"), "fragment_id" INTEGER REFERENCES "fragments"("id"), "order" INTEGER, PRIMARY KEY ("response_id", "fragment_id", "order") );
+CREATE TABLE "tools" ( "id" INTEGER PRIMARY KEY, "hash" TEXT, "name" TEXT, "description" TEXT, "input_schema" TEXT , "plugin" TEXT);
+CREATE TABLE "tool_calls" ( "id" INTEGER PRIMARY KEY, "response_id" TEXT REFERENCES "responses"("id"), "tool_id" INTEGER REFERENCES "tools"("id"), "name" TEXT, "arguments" TEXT, "tool_call_id" TEXT );
+CREATE TABLE "tool_results" ( "id" INTEGER PRIMARY KEY, "response_id" TEXT REFERENCES "responses"("id"), "tool_id" INTEGER REFERENCES "tools"("id"), "name" TEXT, "output" TEXT, "tool_call_id" TEXT, "instance_id" INTEGER REFERENCES "tool_instances"("id") );
+INSERT INTO "conversations" VALUES('01m8m0ztqsegmeqkjbk5rr03yv','What is a lake?','echo-1');
+INSERT INTO "conversations" VALUES('01m8m0ztt00kq6h8p4dfy8vnvf','A long text. Sum it up.','echo-1');
+INSERT INTO "conversations" VALUES('01m8m0ztxdjhdy3vg2bjtnqqwv','Ask the clock.','echo-1');
+INSERT INTO "conversations" VALUES('01m8m0zv3y8gbpmzt4tg12ew6k','What is this?','echo-1');
+INSERT INTO "responses" VALUES('01m8m0ztqsegmeqkjbk5rr03yw','echo-1','What is a lake?','Be brief.',NULL,'{}','Water that stays.',NULL,'01m8m0ztqsegmeqkjbk5rr03yv',0,'2026-11-29T16:07:41.561854+00:00',NULL,NULL,NULL,NULL);
+INSERT INTO "responses" VALUES('01m8m0zts1024tskf6fw1xp2gy','echo-1','And a pond?',NULL,NULL,'{}','A small one.',NULL,'01m8m0ztqsegmeqkjbk5rr03yv',0,'2026-11-29T16:07:41.602000+00:00',NULL,NULL,NULL,NULL);
+INSERT INTO "responses" VALUES('01m8m0ztt00kq6h8p4dfy8vnve','echo-1','Sum it up.',NULL,NULL,'{}','About: A long text.
+Sum it up.',NULL,'01m8m0ztt00kq6h8p4dfy8vnvf',0,'2026-11-29T16:07:41.632198+00:00',NULL,NULL,NULL,NULL);
+INSERT INTO "responses" VALUES('01m8m0ztxg1fbt7h4zxyd6xyf5','echo-1','Ask the clock.',NULL,NULL,'{}','',NULL,'01m8m0ztxdjhdy3vg2bjtnqqwv',0,'2026-11-29T16:07:41.744227+00:00',NULL,NULL,NULL,NULL);
+INSERT INTO "responses" VALUES('01m8m0ztxg1fbt7h4zxyd6xyf6','echo-1','',NULL,NULL,'{}','It is noon.',NULL,'01m8m0ztxdjhdy3vg2bjtnqqwv',0,'2026-11-29T16:07:41.744306+00:00',NULL,NULL,NULL,NULL);
+INSERT INTO "responses" VALUES('01m8m0zv3xd65qgep3cmtdqzsp','echo-1','What is this?',NULL,NULL,'{}','About: What is this?',NULL,'01m8m0zv3y8gbpmzt4tg12ew6k',0,'2026-11-29T16:07:41.949972+00:00',NULL,NULL,NULL,NULL);
+INSERT INTO "attachments" VALUES('0f4636c78f65d3639ece5a064b5ae753e3408614a14fb18ab4d7540d2c248543','image/png',NULL,NULL,X'89504E47');
+INSERT INTO "prompt_attachments" VALUES('01m8m0zv3xd65qgep3cmtdqzsp','0f4636c78f65d3639ece5a064b5ae753e3408614a14fb18ab4d7540d2c248543',0);
+INSERT INTO "fragments" VALUES(1,'d2b7a31b629b69004badcc0add4897b8371e4f6abb4674b89b9d40e2396a1638','A long text.','2026-11-29 16:07:41',NULL);
+INSERT INTO "prompt_fragments" VALUES('01m8m0ztt00kq6h8p4dfy8vnve',1,0);
+INSERT INTO "tools" VALUES(1,'4b8f88e4c9e18d176430d7cd2679af7e7f3542b5a7d25fdf10dd16d9169bf56f','clock','Tell the time.','{"properties": {"zone": {"type": "string"}}, "required": ["zone"], "type": "object"}',NULL);
+INSERT INTO "tool_calls" VALUES(1,'01m8m0ztxg1fbt7h4zxyd6xyf5',1,'clock','{"zone": "UTC"}','c1');
+INSERT INTO "tool_results" VALUES(1,'01m8m0ztxg1fbt7h4zxyd6xyf6',1,'clock','12:00','c1',NULL);
