@@ -70,24 +70,22 @@ def _reader_is_gone() -> bool:
 def _run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except RecursionError:
-        print("error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        if (line := _line(error)) is None:
+        if (line := line_of(error)) is None:
             raise
         print(line, file=sys.stderr)
         sys.exit(1)
 
 
-def _line(error: BaseException | None) -> str | None:
-    """What to say of an error that the machine made, None of any other."""
+def line_of(error: BaseException | None) -> str | None:
+    """The line that `run` prints of an error that a user or the machine made, None of any other."""
+    if isinstance(error, UserError):
+        return f"error: {' '.join(str(error).split())}"
+    if isinstance(error, RecursionError):
+        return "error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`"
     if no_space(error):
         return _full(error)
     if no_memory(error):
