@@ -11,6 +11,7 @@ from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import read_object, updating, write_json
 
 TIMES = Path(".whetstone/stage_seconds.json")
+TRAINING = Path(".whetstone/training.csv")  # step, steps and loss of the training that runs, or ran last
 FAILED = Path(".whetstone/stage_failed.json")  # {"stage", "error"} of the stage that failed last
 # Seconds of the sample's run on two AVX2 cores. They stand for a stage until it has run here once.
 SAMPLE = {
@@ -48,10 +49,10 @@ def expected_seconds(checkout: Path) -> dict[str, float]:
     return {stage: float(known.get(stage, pace * seconds)) for stage, seconds in SAMPLE.items()}
 
 
-def seconds_left(checkout: Path, stage: str) -> float:
-    """From the start of a stage to the end of the pipeline."""
+def seconds_left(checkout: Path, stage: str, done: float = 0.0) -> float:
+    """From a stage of which the share `done` is done to the end of the pipeline."""
     expected = expected_seconds(checkout)
-    return sum(list(expected.values())[list(expected).index(stage) :])
+    return sum(list(expected.values())[list(expected).index(stage) :]) - done * expected[stage]
 
 
 def round_seconds(checkout: Path) -> float:
