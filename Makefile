@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install repro summary test test-all chat gateway promote seal bench lint format docs audit lock clean
+.PHONY: help install repro round summary test test-all chat gateway promote seal bench lint format docs audit lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ repro: $(VENV)/installed ## Run the pipeline on what is new and print the summar
 	@python -m fine_tuning sample
 	@python -m dvc repro
 	@python -m fine_tuning summary
+
+round: $(VENV)/installed ## Seal what was said, run the pipeline, commit the result with its verdict
+	@python -m fine_tuning round
 
 summary: $(VENV)/installed ## Print the last result again
 	@python -m fine_tuning summary

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, sync_playwright
 from tests.browser import CHROMIUM, PHONE, running_app, send, settled, too_wide
 
 DESK = {"width": 1000, "height": 760}
-PAGES = ("", "compare", "data", "runs", "models")
+PAGES = ("", "chat", "compare", "data", "runs", "models")
 QUESTIONS = ("What is machine learning?", "How do I reset a forgotten password?")
 WAIT = 300_000
 
@@ -30,8 +30,8 @@ def main() -> None:
             every_page(page, address, folder)
         else:
             chat(page, address)
-            for name in ("data", "models"):
-                visit(page, f"{address}/{name}")
+            for name in ("home", "data", "models"):
+                visit(page, f"{address}/{name}" if name != "home" else address)
                 page.screenshot(path=f"docs/{name}.png")
         chromium.close()
 
@@ -47,7 +47,7 @@ def visit(page: Page, address: str) -> None:
 
 def chat(page: Page, address: str) -> None:
     """Two questions, one answer liked."""
-    visit(page, address)
+    visit(page, f"{address}/chat")
     for number, question in enumerate(QUESTIONS, 1):
         send(page, question)
         page.get_by_role("radio", name="Thumbs up").nth(number - 1).wait_for()
@@ -65,9 +65,9 @@ def every_page(page: Page, address: str, folder: Path) -> None:
         height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
         page.set_viewport_size(PHONE | {"height": min(height, 4000)})
         page.wait_for_timeout(1500)
-        page.screenshot(path=folder / f"{name or 'chat'}.png")
+        page.screenshot(path=folder / f"{name or 'home'}.png")
         page.set_viewport_size(PHONE)
-        print(name or "chat", too_wide(page))
+        print(name or "home", too_wide(page))
 
 
 if __name__ == "__main__":

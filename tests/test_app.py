@@ -57,8 +57,13 @@ def live_version(ollama: FakeOllama, number: int) -> None:
     ollama.manifests["whetstone:live"] = ollama.manifests[f"whetstone:{number}"] = manifest
 
 
+def chat_page() -> AppTest:
+    program = "from fine_tuning.integration.app_pages.chat import page\npage()\n"
+    return AppTest.from_string(program, default_timeout=60)
+
+
 def open_chat() -> AppTest:
-    at = AppTest.from_file(str(APP), default_timeout=60).run()
+    at = chat_page().run()
     assert not at.exception
     return at
 
@@ -161,7 +166,7 @@ def test_what_a_second_page_sends_while_the_first_waits_is_shown_as_not_sent(che
         over.wait(30)
 
     at = open_chat()
-    other = AppTest.from_file(str(APP), default_timeout=60)
+    other = chat_page()
     other.query_params["chat"] = at.query_params["chat"]
     other.run()
     with monkeypatch.context() as patch:
@@ -215,7 +220,7 @@ def chosen(at: AppTest) -> tuple:
 
 def opened_again(at: AppTest, conversation: str) -> AppTest:
     """The page of a conversation in another browser, after a restart."""
-    again = AppTest.from_file(str(APP), default_timeout=60)
+    again = chat_page()
     again.query_params["chat"] = conversation
     again.run()
     assert not again.exception
@@ -258,8 +263,9 @@ def test_a_person_has_defaults_for_new_chats(checkout):
     at.slider(key="temperature").set_value(1.2).run()
     at.button(key="keep-default").click().run()
     assert chosen(open_chat())[1] == 1.2
-    ann = open_with_sign_in({"is_logged_in": True, "email": "ann@example.org"}, AUTH | PROVIDER)
-    assert chosen(ann)[1] == 0.7, "somebody else's are not hers"
+    ann = chat_page()
+    ann.secrets["auth"], ann.user = AUTH | PROVIDER, {"is_logged_in": True, "email": "ann@example.org"}
+    assert chosen(ann.run())[1] == 0.7, "somebody else's are not hers"
 
 
 @pytest.mark.parametrize("damage", ["{", '{"default": {"temperature": 9}}', '{"default": [1]}'])
@@ -311,7 +317,7 @@ def test_a_thumb_is_still_there_when_the_page_is_opened_again(checkout):
     identity = logged(checkout)[0]["id"]
     at.feedback(key=f"thumbs-{identity}").set_value(1).run()
 
-    again = AppTest.from_file(str(APP), default_timeout=60)
+    again = chat_page()
     again.query_params["chat"] = at.query_params["chat"]
     assert again.run().feedback(key=f"thumbs-{identity}").value == 1
 
@@ -432,10 +438,10 @@ PROVIDER = {"client_id": "a", "client_secret": "b", "server_metadata_url": "http
 AUTH = {"redirect_uri": "http://127.0.0.1:8501/oauth2callback", "cookie_secret": "c" * 32}
 
 
-def open_with_sign_in(user: dict, auth: dict) -> AppTest:
+def open_with_sign_in(user: dict, auth: dict, **roles: list[str]) -> AppTest:
+    """The whole app, at its first page."""
     at = AppTest.from_file(str(APP), default_timeout=60)
-    at.secrets["auth"] = auth
-    at.user = user
+    at.secrets["auth"], at.secrets["roles"], at.user = auth, roles, user
     at.run()
     assert not at.exception
     return at
@@ -450,34 +456,55 @@ def test_where_sign_in_is_configured_a_stranger_sees_nothing_but_the_button(chec
     assert [button.label for button in at.button] == ["Sign in with acme", "Sign in with home"]
 
 
+ANN = {"is_logged_in": True, "email": "ann@example.org", "sub": "1", "name": "bob@example.org"}
+
+
 def test_only_owners_get_the_pages_that_start_commands(checkout, monkeypatch):
     offered, navigation = [], st.navigation
     monkeypatch.setattr(st, "navigation", lambda pages, **how: offered.append(pages) or navigation(pages, **how))
-    ann = {"is_logged_in": True, "email": "ann@example.org", "sub": "1", "name": "bob@example.org"}
-    opened = {"nobody": None, "ann": ["ann@example.org"], "her sub": ["1"], "bob": ["bob@example.org"]}
-    for name, owners in opened.items():
-        at = AppTest.from_file(str(APP), default_timeout=60)
-        at.secrets["auth"], at.user = AUTH | PROVIDER, ann
-        if owners:
-            at.secrets["roles"] = {"owners": owners}
-        say(at.run(), "Hello?")
-        assert ("Delete" in [button.label for button in at.button]) == (name in ("ann", "her sub")), name
-        titles = ["Chat", "Compare"] + ["Data", "Runs", "Models"] * (name in ("ann", "her sub"))
+    owners = {"nobody": [], "ann": ["ann@example.org"], "her sub": ["1"], "bob": ["bob@example.org"]}
+    for name, listed in owners.items():
+        at = open_with_sign_in(ANN, AUTH | PROVIDER, owners=listed, people=["ann@example.org"])
+        is_owner = name in ("ann", "her sub")
+        assert ("train" in [button.key for button in at.button]) == is_owner, name
+        titles = ["Home", "Chat", "Compare"] + ["Data", "Runs", "Models"] * is_owner
         assert [page.title for page in offered[-1]] == titles, name
-    at.user = ann | {"email_verified": False}
-    at.secrets["roles"] = {"owners": ["ann@example.org"]}
-    assert "Delete" not in [button.label for button in at.run().button]
+        chat = chat_page()
+        chat.secrets["auth"], chat.secrets["roles"], chat.user = AUTH | PROVIDER, {"owners": listed}, ANN
+        say(chat.run(), "Hello?")
+        assert ("Delete" in [button.label for button in chat.button]) == is_owner, name
+    at = open_with_sign_in(ANN | {"email_verified": False}, AUTH | PROVIDER, owners=["ann@example.org"])
+    assert [button.label for button in at.button] == ["Sign out"]
+
+
+@pytest.mark.parametrize(
+    ("people", "comes_in"),
+    [
+        ([], False), (["bob@example.org"], False), (["ann@example.org"], True), (["*@example.org"], True),
+        (["1"], True), (["*@example.or"], False), (["*"], False),
+    ],
+)  # fmt: skip
+def test_only_those_on_the_list_come_in(checkout, people, comes_in):
+    at = open_with_sign_in(ANN, AUTH | PROVIDER, people=people)
+    if comes_in:
+        assert at.title[0].value == "Whetstone" and not at.error and at.sidebar.button
+    else:
+        assert "ann@example.org is not on the list" in at.error[0].value.replace("\\", "")
+        assert [button.label for button in at.button] == ["Sign out"] and not at.markdown
+    unverified = open_with_sign_in(ANN | {"email_verified": False}, AUTH | PROVIDER, people=["*@example.org"])
+    assert unverified.error, "an address that the provider has not verified is anybody's"
 
 
 def test_a_judgement_bears_the_name_of_whoever_is_signed_in(checkout):
     ann, bob = ({"is_logged_in": True, "email": f"{name}@example.org"} for name in ("ann", "bob"))
-    at = open_with_sign_in(ann, AUTH | PROVIDER)
+    at = open_with_sign_in(ann, AUTH | PROVIDER, people=["*@example.org"])
     assert at.sidebar.button[-1].label == "Sign out ann@example\\.org"
-    at = say(at, "Hello?")
+    at, other = chat_page(), chat_page()
+    for page, user in ((at, ann), (other, bob)):
+        page.secrets["auth"], page.user = AUTH | PROVIDER, user
+    at = say(at.run(), "Hello?")
     identity = logged(checkout)[0]["id"]
     at.feedback(key=f"thumbs-{identity}").set_value(1).run()
-    other = AppTest.from_file(str(APP), default_timeout=60)
-    other.secrets["auth"], other.user = AUTH | PROVIDER, bob
     other.query_params["chat"] = at.query_params["chat"]
     assert other.run().feedback(key=f"thumbs-{identity}").value is None, "somebody else's thumb is not one's own"
     other.feedback(key=f"thumbs-{identity}").set_value(0).run()

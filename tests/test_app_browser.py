@@ -29,7 +29,7 @@ def live_model(ollama: FakeOllama) -> None:
 def test_chat_then_thumb_then_seal(tmp_path, tiny_base, page):
     checkout = add_repositories(write_checkout(tmp_path, tiny_base))
     with running_app(checkout) as address:
-        page.goto(address)
+        page.goto(f"{address}/chat")
         send(page, "How do I reset the router?")
         page.get_by_role("radio", name="Thumbs up").click()
         until(lambda: [event["event"] for event in events(checkout)] == ["exchange", "feedback"])
@@ -49,7 +49,7 @@ def test_chat_then_thumb_then_seal(tmp_path, tiny_base, page):
         assert sealed["source"] == "chat"
         assert (checkout / "data/conversations.dvc").is_file()
 
-        page.goto(address)
+        page.goto(f"{address}/chat")
         page.get_by_test_id("stExpandSidebarButton").click()
         page.get_by_role("button", name="How do I reset the router?").click()
         page.get_by_role("radio", name="Thumbs up", checked=True).wait_for()
@@ -73,7 +73,7 @@ def of_this_chat(page, checkout: Path) -> list[dict]:
 
 def test_stop_in_mid_stream_keeps_what_came(served, page):
     address, checkout, ollama = served
-    page.goto(address)
+    page.goto(f"{address}/chat")
     page.get_by_test_id("stChatInputTextArea").wait_for()
     ollama.faults["POST /api/chat"] = "hang in stream"
     send(page, "What now?")
@@ -92,7 +92,7 @@ def test_stop_in_mid_stream_keeps_what_came(served, page):
 
 def test_a_reply_is_text_whatever_it_says(served, page):
     address, _, ollama = served
-    page.goto(address)
+    page.goto(f"{address}/chat")
     page.get_by_test_id("stChatInputTextArea").wait_for()
     ollama.reply, before = EVIL, ollama.reply
     send(page, "Hello")
@@ -150,7 +150,7 @@ def test_another_web_page_cannot_talk_to_the_app(served):
 def test_a_conversation_is_deleted_at_once_and_erased_after_it_was_said_where_it_is(served, page):
     address, checkout, _ = served
     page.set_viewport_size({"width": 1000, "height": 800})
-    page.goto(address)
+    page.goto(f"{address}/chat")
     send(page, "Forget this")
     page.get_by_role("radio", name="Thumbs up").wait_for()
     said = of_this_chat(page, checkout)
@@ -174,7 +174,7 @@ def test_a_conversation_is_deleted_at_once_and_erased_after_it_was_said_where_it
 
 def test_a_reply_goes_on_while_its_page_is_closed(served, page):
     address, checkout, _ = served
-    page.goto(address)
+    page.goto(f"{address}/chat")
     page.get_by_test_id("stChatInputTextArea").wait_for()
     conversation = page.url
     send(page, "Tell me everything")
@@ -188,7 +188,7 @@ def test_a_reply_goes_on_while_its_page_is_closed(served, page):
 
 def test_a_drawing_in_a_reply_is_not_drawn(served, page):
     address, _, ollama = served
-    page.goto(address)
+    page.goto(f"{address}/chat")
     page.get_by_test_id("stChatInputTextArea").wait_for()
     drawing = 'flowchart TD\n    A@{ img: "http://tracker.example/m.png", label: "x", h: 60 }\n'
     quoted = drawing.replace("\n", "\n> ")
@@ -210,7 +210,7 @@ def test_a_drawing_in_a_reply_is_not_drawn(served, page):
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_the_engine_ends_with_the_app(tmp_path, tiny_base, page, end):
     with app_process(write_checkout(tmp_path, tiny_base)) as (address, server):
-        page.goto(address)
+        page.goto(f"{address}/chat")
         page.get_by_test_id("stChatInputTextArea").wait_for()  # from now on it is being loaded
 
         def engines() -> list[int]:
@@ -233,7 +233,7 @@ def test_the_engine_ends_with_the_app(tmp_path, tiny_base, page, end):
 
 def test_a_long_message_is_sent_whole(served, page):
     address, checkout, _ = served
-    page.goto(address)
+    page.goto(f"{address}/chat")
     page.get_by_test_id("stChatInputTextArea").wait_for()
     text = "word " * 5_000 + "end"
     send(page, text)
@@ -246,7 +246,7 @@ def test_a_question_outlives_an_app_that_is_killed(tmp_path, tiny_base, page):
         live_model(ollama)
         checkout = write_checkout(tmp_path, tiny_base, host=ollama.host)
         with app_process(checkout) as (address, server):
-            page.goto(address)
+            page.goto(f"{address}/chat")
             page.get_by_test_id("stChatInputTextArea").wait_for()
             ollama.faults["POST /api/chat"] = "hang in stream"
             send(page, "A long and careful text")
@@ -256,7 +256,7 @@ def test_a_question_outlives_an_app_that_is_killed(tmp_path, tiny_base, page):
         ollama.faults.clear()
         with app_process(checkout) as (address, _):
             page.set_viewport_size({"width": 1000, "height": 800})
-            page.goto(address)
+            page.goto(f"{address}/chat")
             page.get_by_role("button", name="No reply yet: A long and careful text").click()
             page.get_by_role("button", name="Try again").click()
             page.get_by_role("radio", name="Thumbs up").wait_for()
@@ -270,7 +270,7 @@ def test_an_app_that_is_ended_in_mid_reply_keeps_what_came(tmp_path, tiny_base, 
         live_model(ollama)
         checkout = write_checkout(tmp_path, tiny_base, host=ollama.host)
         with app_process(checkout) as (address, server):
-            page.goto(address)
+            page.goto(f"{address}/chat")
             page.get_by_test_id("stChatInputTextArea").wait_for()
             ollama.faults["POST /api/chat"] = "hang in stream"
             send(page, "What now?")

@@ -109,7 +109,7 @@ def test_a_framing_page_shows_nothing_of_the_app_and_the_app_itself_shows_everyt
     address, _ = guarded
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
-    for name in ("", "compare", "data", "runs", "models"):
+    for name in ("", "chat", "compare", "data", "runs", "models"):
         page.goto(f"{address}/{name}")
         page.get_by_role("heading").or_(page.get_by_test_id("stChatInputTextArea")).first.wait_for()
         settled(page)
@@ -135,20 +135,21 @@ def test_an_app_that_listens_on_every_address_looks_nothing_up_either(tmp_path, 
 
 # ---------------------------------------------------------------------------------------------------- parameters
 
-CODE = [
-    "evaluate.metrics=[../../../../evil]", "base.gguf_converter=/bin/sh", "base.trust_remote_code=true",
-    "base.model=/x", "clean.engine=tcp://evil:1", "prepare.engine=tcp://evil:1", "clean.people_model=/x",
-    "train.launch=../x", "deploy.host=http://evil", "deploy.more_hosts=[http://evil]",
-    "chat.system_prompt=${oc.env:HOME}",
-    "train.epochs=${oc.env:HOME}", "train.epochs=1\\\nbase.model=/x", "other.yaml:train.epochs=1",
-    "evaluate.generation={items: 1}", "train.lora.target_modules=[${oc.env:HOME}]", "+train.epochs=1",
-]  # fmt: skip
+REFUSED = {
+    "evaluate.metrics": ["../../../../evil"], "base.gguf_converter": "/bin/sh", "base.trust_remote_code": True,
+    "base.model": "/x", "clean.engine": "tcp://evil:1", "prepare.engine": "tcp://evil:1", "clean.people_model": "/x",
+    "train.launch": "../x", "deploy.host": "http://evil", "deploy.more_hosts": ["http://evil"], "train": {"seed": 1},
+    "chat.system_prompt": "${oc.env:HOME}", "prepare.salt": "a\nbase.model=/x", "other.yaml:train.epochs": 1,
+    "evaluate.generation": {"items": 1}, "train.lora.target_modules": ["${oc.env:HOME}"], "+train.epochs": 1,
+    "train.epochs": "${oc.env:HOME}", "train.learning_rate": -1.0, "train.schedule": "never", "train.lora.rank": None,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("line", CODE)
-def test_the_app_changes_no_parameter_that_names_code_a_path_or_a_host(line):
-    with pytest.raises(UserError):
-        runs_view.overrides(line)
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_app_changes_no_parameter_that_names_code_a_path_or_a_host(name):
+    with pytest.raises(UserError) as error:
+        runs_view.overrides(REPOSITORY / "params.yaml", {name: REFUSED[name]})
+    assert name.partition(":")[0] in str(error.value)
 
 
 def test_what_the_app_may_change_are_plain_values_of_todays_parameters():

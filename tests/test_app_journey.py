@@ -44,7 +44,7 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
             page.get_by_test_id("stMain").wait_for()
             settled(page)
 
-        visit("")
+        visit("chat")
         ask(page, "How do I restart my lamp?")
         page.get_by_role("radio", name="Thumbs up").click()
         page.get_by_role("button", name="Edit").click()
@@ -56,18 +56,18 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
 
         visit("data")
         page.get_by_text("1 to seal, 40 sealed.").wait_for()
-        page.get_by_role("button", name="Seal").click()
-        page.get_by_text("0 to seal, 41 sealed.").wait_for()
-
         visit("models")
         page.get_by_text("No comparison yet").wait_for()
-        visit("runs")
-        page.get_by_role("button", name="Start dvc repro").click()
-        page.get_by_text("stage ").first.wait_for()
-        page.get_by_role("button", name="Stop").wait_for()
-        page.get_by_text("dvc repro:").wait_for(timeout=900_000)
+        visit("")
+        page.get_by_text("41 new or changed since the last training.").wait_for()
+        page.get_by_role("button", name="Train on what's new").click()
+        page.get_by_text("to the verdict").first.wait_for()
+        page.get_by_test_id("stMain").get_by_test_id("stVegaLiteChart").wait_for(timeout=900_000)
+        page.get_by_test_id("stToast").get_by_text("Train: Verdict:").wait_for(timeout=900_000)
+        page.get_by_test_id("stAlert").get_by_text("Train: Verdict:").wait_for()
         assert (checkout / "metrics/comparison.json").is_file()
-        for name in ("data", "runs", "models", "compare"):
+        assert project.run("git", "log", "-1", "--format=%s").startswith("Round: ")
+        for name in ("", "data", "runs", "models", "compare"):
             visit(name)
             assert too_wide(page) == [], name
 
@@ -87,7 +87,7 @@ def test_from_a_chat_to_a_chat_with_the_model_that_learned_from_it(project, page
         page.get_by_test_id("stGraphVizChart").locator("svg").wait_for()
         assert json.loads((checkout / "models/champion.json").read_bytes())["version"] == 1
 
-        visit("")
+        visit("chat")
         answering = page.get_by_role("combobox", name="Model that answers")
         until(lambda: answering.input_value().startswith("Champion · version 1 · whetstone:1 ·"))
         ask(page, "And the other lamp?")

@@ -45,6 +45,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command = add("stats", "conversations:show_stats", "count what was logged since the last seal, or all with --all")
     command.add_argument("--all", action="store_true", help="count the sealed and imported conversations too")
 
+    command = add(
+        "round", "round:run_round", "seal, run the pipeline, commit what came of it with its verdict",
+        "A round that fails or is stopped leaves results and models as they were. What was sealed stays sealed.",
+    )  # fmt: skip
+    command.add_argument(
+        "--back", action="store_true", help="back to the last good state: data, results and models of that commit"
+    )
+
     add(
         "params", "params:params", "check every parameter in params.yaml",
         "DVC removes the outputs of a stage before it runs it, so that a stage that refuses a parameter costs them. "

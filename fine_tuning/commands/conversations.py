@@ -201,13 +201,23 @@ def _nothing_taken(files: list[Path], problems: list[tuple[Path, Problem]]) -> s
 def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
     root()
+    if seal_inbox():
+        _say_next()
+
+
+def seal_inbox() -> bool:
+    """What `seal` does; False where there was nothing to seal.
+
+    Raises:
+        UserError: a pipeline is running.
+    """
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         close_log(LOG, CONVERSATIONS)
-        if not _seal_closed_logs(repo, tombstones):
-            print(f"nothing to seal: {LOG} is empty")
-            return
-        _say_next()
+        found = _seal_closed_logs(repo, tombstones)
+    if not found:
+        print(f"nothing to seal: {LOG} is empty")
+    return found
 
 
 def bring_sample(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import run_command
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -188,7 +189,35 @@ def reproduce(*words: str) -> bool:
     """`dvc repro`, with this environment's `python` for the stages; whether it succeeded."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "dvc", "repro", *words]
-    return subprocess.run(command, env={**os.environ, "PATH": path}).returncode == 0
+    with subprocess.Popen(command, env={**os.environ, "PATH": path}) as process:
+        try:
+            return process.wait() == 0
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted as well, and a stage saves a checkpoint before it obeys
+            raise
+
+
+def checkout_outputs() -> None:
+    """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay.
+
+    Raises:
+        UserError: a pipeline is running, or DVC refuses.
+    """
+    with _dvc("dvc checkout dvc.yaml") as repo:
+        repo.checkout(["dvc.yaml"], force=True, allow_missing=True)
+
+
+def fetch_outputs(commit: str) -> bool:
+    """Bring all that stages made, as a git commit has it, into the cache; whether it is there now."""
+    checkout = Path.cwd()
+    tracked = set(run_command("git", "ls-tree", "-r", "--name-only", commit, cwd=checkout).splitlines())
+    stages = parse_lock(show_file(checkout, commit, LOCK.as_posix()) or b"")
+    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs") or []}
+    hashes = [md5 for path, md5 in outs.items() if path not in tracked]
+    if not fetch(hashes):
+        return False
+    folders = [listing(checkout, md5) or {} for md5 in hashes if md5.endswith(".dir")]
+    return fetch({md5 for folder in folders for md5 in folder.values()})
 
 
 def fetch(hashes: Iterable[str]) -> bool:

@@ -70,24 +70,22 @@ def _reader_is_gone() -> bool:
 def _run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except RecursionError:
-        print("error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        if (line := _line(error)) is None:
+        if (line := line_of(error)) is None:
             raise
         print(line, file=sys.stderr)
         sys.exit(1)
 
 
-def _line(error: Exception) -> str | None:
-    """What to say of an error that the machine made, None of any other."""
+def line_of(error: BaseException | None) -> str | None:
+    """The line that `run` prints of an error that a user or the machine made, None of any other."""
+    if isinstance(error, UserError):
+        return f"error: {' '.join(str(error).split())}"
+    if isinstance(error, RecursionError):
+        return "error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`"
     if no_space(error):
         return _full(error)
     if no_memory(error):
@@ -100,7 +98,7 @@ def _line(error: Exception) -> str | None:
     return None
 
 
-def _full(error: Exception) -> str:
+def _full(error: BaseException | None) -> str:
     """The line for a full disk, with the folder that it is known by: that of the file that could not be written, else
     the one with the least room of those that commands write to."""
     # Of a copy, the second is the file that is written.

@@ -24,6 +24,8 @@ ADAPTER = Path("models/adapter")
 PACKAGE = Path("models/package")
 EVALUATION = Path("metrics/evaluation.json")
 COMPARISON = Path("metrics/comparison.json")
+WRITTEN = ("data", "metrics", "models", "dvc.lock")  # by commands and stages: what of it is in git, a round commits
+CODE = ("fine_tuning", "stages", "configs")
 # Packages that compute what a run writes; their version is part of what the result depends on.
 COMPUTING = (
     *("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "bitsandbytes"),
@@ -118,3 +120,15 @@ def git_commit(checkout: Path) -> tuple[str | None, bool]:
     except UserError:
         return None, False
     return commit, dirty
+
+
+def changes_by_hand(checkout: Path) -> list[str]:
+    """Files that somebody changed, or added to the code, and did not commit. What commands write there is left out.
+
+    Raises:
+        UserError: the folder is outside git, or has no commit.
+    """
+    others = [f":(exclude){path}" for path in WRITTEN]
+    changed = run_command("git", "diff", "--name-only", "HEAD", "--", ".", *others, cwd=checkout)
+    added = run_command("git", "ls-files", "--others", "--exclude-standard", "--", *CODE, cwd=checkout)
+    return [*changed.splitlines(), *added.splitlines()]

@@ -88,6 +88,23 @@ def write_param(section: str, name: str, value: int | None, path: str | Path = "
         file.write("".join(lines).encode())
 
 
+def read_comments(path: str | Path = "params.yaml") -> dict[str, str]:
+    """{"train.lora.rank": the comment above it}, in the order of the YAML file at `path`, "" where there is none."""
+    comments: dict[str, str] = {}
+    above: list[str] = []
+    place: list[str] = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if match := re.match(r" *# ?(.*)", line):
+            above.append(match[1])
+        elif match := re.match(r"( *)([A-Za-z_0-9]+):", line):
+            place = [*place[: len(match[1]) // 2], match[2]]
+            comments[".".join(place)] = " ".join(above)
+            above = []
+        elif not line.strip():
+            above = []
+    return comments
+
+
 def parse_settings(section: str, values: object, model: type[SettingsT], path: str | Path) -> SettingsT:
     """Check the mapping `values` against `model`; `section` and `path` only name it in the error."""
     try:

@@ -3,13 +3,16 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from fine_tuning.common.errors import run
+from fine_tuning.common.errors import line_of, run
 from fine_tuning.common.project import main_checkout
-from fine_tuning.common.records import read_object, updating
+from fine_tuning.common.records import read_object, updating, write_json
 
 TIMES = Path(".whetstone/stage_seconds.json")
+TRAINING = Path(".whetstone/training.csv")  # step, steps and loss of the training that runs, or ran last
+FAILED = Path(".whetstone/stage_failed.json")  # {"stage", "error"} of the stage that failed last
 # Seconds of the sample's run on two AVX2 cores. They stand for a stage until it has run here once.
 SAMPLE = {
     "base": 30.0, "intake": 3.0, "clean": 3.0, "export": 2.0, "prepare": 5.0, "train": 180.0, "package": 37.0,
@@ -27,7 +30,12 @@ def _timed(stage: str, main: Callable[[], int | None]) -> int | None:
     number = 1 + [*SAMPLE].index(stage)
     left = about(seconds_left(checkout, stage))
     print(f"stage {number} of {len(SAMPLE)}, {stage}: {left} to the verdict", flush=True)
-    status = main()
+    try:
+        status = main()
+    except Exception as error:
+        with suppress(OSError):  # on a full disk
+            write_json(checkout / FAILED, {"stage": stage, "error": line_of(error) or type(error).__name__})
+        raise
     with updating(checkout / TIMES) as times:
         times[stage] = round(time.monotonic() - started, 1)
     return status
@@ -41,10 +49,15 @@ def expected_seconds(checkout: Path) -> dict[str, float]:
     return {stage: float(known.get(stage, pace * seconds)) for stage, seconds in SAMPLE.items()}
 
 
-def seconds_left(checkout: Path, stage: str) -> float:
-    """From the start of a stage to the end of the pipeline."""
+def seconds_left(checkout: Path, stage: str, done: float = 0.0) -> float:
+    """From a stage of which the share `done` is done to the end of the pipeline."""
     expected = expected_seconds(checkout)
-    return sum(list(expected.values())[list(expected).index(stage) :])
+    return sum(list(expected.values())[list(expected).index(stage) :]) - done * expected[stage]
+
+
+def round_seconds(checkout: Path) -> float:
+    """A round with new conversations: the base model is read in the first one only."""
+    return seconds_left(checkout, "intake" if (checkout / "models/base/base.json").is_file() else "base")
 
 
 def about(seconds: float) -> str:

@@ -111,13 +111,25 @@ def signed_in() -> str | None:
 
 
 def is_owner() -> bool:
-    """Whether the pages that start commands are open: to everybody where no sign-in is configured, else to those whose
-    verified e-mail address or subject identifier is in `owners` of section [roles] in .streamlit/secrets.toml."""
+    """Whether somebody may train, promote and delete, on the pages that start commands."""
+    return _has_role("owners")
+
+
+def is_allowed() -> bool:
+    """Whether somebody may come in at all: `people` may chat and compare, owners may do everything."""
+    return _has_role("people") or is_owner()
+
+
+def _has_role(role: str) -> bool:
+    """True of everybody where no sign-in is configured, else of those whose verified e-mail address or subject
+    identifier a list of section [roles] in .streamlit/secrets.toml names; `*@example.org` is everybody there."""
     if not sign_in_providers():
         return True
-    owners = (st.secrets.get("roles") or {}).get("owners") or []
+    listed = (st.secrets.get("roles") or {}).get(role) or []
     email = st.user.get("email") if st.user.get("email_verified") is not False else None
-    return signed_in() is not None and any(name in owners for name in (email, st.user.get("sub")) if name)
+    named = [name for name in (email, st.user.get("sub")) if name]
+    domain = f"*@{email.rpartition('@')[2]}" if email and "@" in email else None
+    return signed_in() is not None and any(name in listed for name in (*named, domain) if name)
 
 
 def _champion_stamp(checkout: Path) -> tuple[int, ...]:

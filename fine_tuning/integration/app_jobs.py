@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import pandas as pd
 import streamlit as st
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.stage_times import about, expected_seconds, seconds_left
+from fine_tuning.common.stage_times import TRAINING, about, expected_seconds, seconds_left
 from fine_tuning.integration.app_text import plain
-from fine_tuning.integration.jobs import Job, jobs
+from fine_tuning.integration.jobs import Job, jobs, own_command
 from fine_tuning.integration.parameters import check_all_params
 
 REFRESH_SECONDS = 1.0
@@ -24,10 +25,39 @@ def start(title: str, command: list[str], checkout: Path, pipeline: bool = False
         st.toast(str(error), icon=":material/error:")
 
 
-def show_job(title: str | None = None) -> None:
-    """The command that runs, live, with a stop button; or what came of the last one. `title`: only of this one."""
+def busy() -> str | None:
+    """Why no command can be started now."""
+    return f"{jobs.running.title} is running" if jobs.running is not None else None
+
+
+@st.dialog("Are you sure?")
+def confirm(checkout: Path, title: str, words: tuple[str, ...], what: str, reason: bool = False) -> None:
+    """Start a command after a second click, with a reason as its last word where one is asked for."""
+    st.markdown(what)
+    why = (st.text_input("Why", key="why", max_chars=300).strip(),) if reason else ()
+    if st.button(
+        title, type="primary", key="confirm-now", disabled=why == ("",),
+        on_click=start, args=(title, own_command(*words, *why), checkout),
+    ):  # fmt: skip
+        st.rerun()
+
+
+def announce() -> None:
+    """On every page: in the side bar how far a command is, and a notification when it has ended."""
     job = jobs.latest
-    if job is None or (title is not None and job.title != title):
+    if job is not None and job.running:
+        st.session_state["watched"] = job.started
+        with st.sidebar:
+            _progress(job)
+    elif job is not None and st.session_state.pop("watched", None) == job.started:
+        good = job.returncode == 0
+        st.toast(f"{job.title}: {plain(job.outcome())}", icon=f":material/{'check' if good else 'error'}:")
+
+
+def show_job(*titles: str) -> None:
+    """The command that runs, live, with a stop button; or what came of the last one, if it has one of these titles."""
+    job = jobs.latest
+    if job is None or job.title not in titles:
         return
     if job.running:
         _live(job)
@@ -39,20 +69,45 @@ def show_job(title: str | None = None) -> None:
         st.code("\n".join(job.lines()[-200:]) or "(none)", language=None, wrap_lines=True)
 
 
+def _how_far(job: Job) -> tuple[float, str] | None:
+    """(share that is done, in words) of a command that runs the pipeline, by the time that stages took here before."""
+    here, expected = Path.cwd(), expected_seconds(Path.cwd())
+    stages = [stage for stage in job.stages() if stage in expected]
+    if not stages:
+        return None
+    curve = _curve(job) if stages[-1] == "train" else None
+    done = 0.0 if curve is None else float(curve["step"].iloc[-1] / curve["steps"].iloc[-1])
+    left = seconds_left(here, stages[-1], done)
+    return 1 - left / sum(expected.values()), f"stage {stages[-1]}, {about(left)} to the verdict"
+
+
+def _curve(job: Job) -> pd.DataFrame | None:
+    """Loss by step of the training that a command began; None before its first step."""
+    path = Path(TRAINING)
+    if not path.is_file() or path.stat().st_mtime < job.started:
+        return None
+    curve = pd.read_csv(path)
+    return curve if len(curve) else None
+
+
+@st.fragment(run_every=2 * REFRESH_SECONDS)
+def _progress(job: Job) -> None:
+    if not job.running:
+        st.rerun()
+    share, words = _how_far(job) or (0.0, f"{job.seconds:.0f} s")
+    st.progress(share, f"{job.title}: {words}")
+
+
 @st.fragment(run_every=REFRESH_SECONDS)
 def _live(job: Job) -> None:
     if not job.running:
         st.rerun()
-    expected = expected_seconds(Path.cwd())
-    done = [stage for stage in job.stages() if stage in expected]
-    note = f"{job.title} · {job.seconds:.0f} s"
-    if done:
-        left = seconds_left(Path.cwd(), done[-1])
-        share = 1 - left / sum(expected.values())
-        st.progress(share, f"{note} · stage {done[-1]}, {about(left)} from its start to the verdict")
-    else:
-        st.caption(note)
-    st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)
+    share, words = _how_far(job) or (0.0, "begins")
+    st.progress(share, f"{job.title} · {job.seconds:.0f} s · {words}")
+    if (curve := _curve(job)) is not None:
+        st.line_chart(curve, x="step", y="loss", height=180)
+    with st.expander("Its output"):
+        st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)
     if st.button("Stop", icon=":material/stop_circle:", key="stop-job"):
         job.stop()
         st.rerun()

@@ -6,7 +6,7 @@ It lives in a temporary database as long as the process does, so that no copy of
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,6 +83,14 @@ class ConversationIndex:
         with self._up_to_date() as index:
             query = f"SELECT {_COLUMNS} FROM summary WHERE {condition} ORDER BY shard NOT NULL, rowid"
             return [Summary(*row) for row in index.rows(query, *values)]
+
+    def count(self, shards: Collection[str]) -> tuple[int, int, int]:
+        """(all, those with news since the last seal, those whose newest version is in none of `shards`)."""
+        with self._up_to_date() as index:
+            rows = index.rows("SELECT shard, count(*) FROM summary WHERE NOT gone GROUP BY shard")
+        numbers = {shard: number for shard, number in rows}
+        elsewhere = sum(number for shard, number in numbers.items() if shard is not None and shard not in shards)
+        return sum(numbers.values()), numbers.get(None, 0), elsewhere
 
     def deleted(self) -> list[Summary]:
         """The deleted conversations as they were, the newest first; one without messages was sealed as deleted."""

@@ -44,8 +44,7 @@ def entries(checkout: Path, words: str = "") -> list[Entry]:
     fates = _fates(stamps([checkout / REJECTED]))
     found = conversation_index(checkout).all(words)
     splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(entry.id for entry in found))
-    taken_in = read_object(checkout / MANIFEST).get("shards", [])
-    cleaned = {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
+    cleaned = _cleaned(checkout)
 
     def entry(found: Summary) -> Entry:
         dropped = fates.get(found.id) if found.shard in cleaned else None
@@ -55,6 +54,31 @@ def entries(checkout: Path, words: str = "") -> list[Entry]:
         return Entry(**vars(found), fate=dropped["reason"] if dropped else fate, twin=twin, split=split)
 
     return list(map(entry, found))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Conversations: all, those of `logged` that are not sealed, and those that are sealed and not cleaned."""
+
+    total: int
+    logged: int
+    sealed: int
+
+    @property
+    def new(self) -> int:
+        """New or changed since the last training."""
+        return self.logged + self.sealed
+
+
+def counts(checkout: Path) -> Counts:
+    """How many conversations there are, as `entries` counts them."""
+    return Counts(*conversation_index(checkout).count(_cleaned(checkout)))
+
+
+def _cleaned(checkout: Path) -> set[str]:
+    """Names of the shards that the last run cleaned."""
+    taken_in = read_object(checkout / MANIFEST).get("shards", [])
+    return {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
 
 
 def metrics(checkout: Path, path: Path) -> dict:

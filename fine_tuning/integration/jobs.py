@@ -128,7 +128,7 @@ class Jobs:
         """
         with self._lock:
             if (other := self.running) is not None:
-                raise UserError(f"{other.title} is running: wait for its end, or stop it on the page Runs")
+                raise UserError(f"{other.title} is running: wait for its end, or stop it where it is shown")
             protect(checkout)
             self.latest = Job(title, command, checkout)
             return self.latest

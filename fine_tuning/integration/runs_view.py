@@ -1,21 +1,24 @@
 """What the page Runs shows: DVC's commits and experiments and MLflow's runs as one table, and curves."""
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import artifact_root, run_command, tracking_uri
+from fine_tuning.common.settings import parse_settings, read_comments
 from fine_tuning.integration.jobs import dvc_command
+from fine_tuning.integration.parameters import MODELS
 from fine_tuning.training.tracking import flatten, open_store
 
 LOSS = Path("metrics/plots/train_loss.csv")
 COMMITS = 10  # that are shown
-# `$` begins an interpolation, which reads the environment.
-OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)+)=[^\s=$][^$]*")
 # What the page may change: numbers and switches, never code, paths, addresses or what guards a promotion.
 MAY_CHANGE = frozenset(
     f"{section}.{name}"
@@ -26,9 +29,10 @@ MAY_CHANGE = frozenset(
         "intake": "sample",
         "clean": "drop_near_duplicates near_duplicate_threshold max_same_reply max_user_share",
         "clean.filters": "min_length max_length min_turns max_turns max_repetition max_special_characters max_echo",
-        "train": "method seed epochs max_steps learning_rate schedule warmup_ratio weight_decay max_grad_norm "
-        "optimizer batch_tokens packing acceleration gradient_accumulation precision threads gradient_checkpointing "
-        "neftune_alpha validations early_stopping_patience checkpoint_steps",
+        "train": "objective method seed epochs max_steps learning_rate schedule warmup_ratio weight_decay "
+        "max_grad_norm optimizer batch_tokens packing acceleration gradient_accumulation precision threads "
+        "gradient_checkpointing neftune_alpha validations early_stopping_patience checkpoint_steps",
+        "train.preference": "minimum loss beta label_smoothing sft_weight",
         "train.lora": "rank alpha dropout target_modules top_layers rslora dora",
         "package": "merged_dtype quantisation",
         "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "
@@ -193,19 +197,59 @@ def loss_history(checkout: Path, run_id: str) -> list[dict[str, float]]:
     return [{"step": point.step, "loss": point.value} for point in history]
 
 
-def overrides(text: str) -> list[str]:
-    """`-S` arguments from lines like `train.learning_rate=1.0e-4`.
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that the page may change: its name, its value and comment in params.yaml, and the JSON schemas of
+    the forms that it may have, such as {"type": "integer", "minimum": 1}."""
+
+    name: str
+    value: Any
+    comment: str
+    forms: list[dict[str, Any]]
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be null."""
+        return {"type": "null"} in self.forms
+
+
+def changeable(path: Path) -> list[Parameter]:
+    """The parameters of MAY_CHANGE in the order of params.yaml."""
+    values, comments = flatten(_load(path)), read_comments(path)
+    return [Parameter(name, values[name], comments[name], _forms(name)) for name in comments if name in MAY_CHANGE]
+
+
+def _forms(name: str) -> list[dict[str, Any]]:
+    section, *names = name.split(".")
+    schema = found = MODELS[section].model_json_schema()
+    for part in names:
+        found = found["properties"][part]
+        found = schema["$defs"][found["$ref"].rpartition("/")[2]] if "$ref" in found else found
+    return found.get("anyOf") or [found]
+
+
+def overrides(path: Path, changes: Mapping[str, Any]) -> list[str]:
+    """`-S` arguments that set parameters of the YAML file at `path` for one experiment.
 
     Raises:
-        UserError: a line is not an assignment, or names a parameter that is not in MAY_CHANGE.
+        UserError: a parameter is not in MAY_CHANGE, or a value is none that it could have.
     """
-    arguments = []
-    for line in text.splitlines():
-        if not (line := line.strip()):
-            continue
-        if (match := OVERRIDE.fullmatch(line)) is None:
-            raise UserError(f"{line[:60]!r} changes no parameter: write one a line, like train.learning_rate=1.0e-4")
-        if match[1] not in MAY_CHANGE:
-            raise UserError(f"{match[1]} is not changed from here: use `dvc exp run -S` in a terminal")
-        arguments += ["-S", line]
+    params, arguments = _load(path), []
+    for name, value in changes.items():
+        if name not in MAY_CHANGE:
+            raise UserError(f"{name[:60]} is not changed from here: use `dvc exp run -S` in a terminal")
+        *sections, key = name.split(".")
+        reduce(lambda section, part: section[part], sections, params)[key] = value
+        text = json.dumps(value, ensure_ascii=False)
+        if "$" in text or "\\" in text:  # `$` begins an interpolation, which reads the environment
+            raise UserError(
+                f"{name} takes no $, quotation mark, backslash or line break here: edit params.yaml instead"
+            )
+        arguments += ["-S", f"{name}={text}"]
+    for section in {name.partition(".")[0] for name in changes}:
+        parse_settings(section, params[section], MODELS[section], path)
     return arguments
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(path.read_bytes())

@@ -21,8 +21,15 @@ if PROJECT not in sys.path:
 
 # As dir="auto": each paragraph runs as its own script does.
 DIRECTION = "<style>[data-testid=stMarkdownContainer] :is(p, li), textarea { unicode-bidi: plaintext; }</style>"
-PAGES = {"chat": "forum", "compare": "balance", "data": "dataset", "runs": "monitoring", "models": "workspace_premium"}
-OPEN_PAGES = ("chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
+PAGES = {
+    "home": "home",
+    "chat": "forum",
+    "compare": "balance",
+    "data": "dataset",
+    "runs": "monitoring",
+    "models": "workspace_premium",
+}
+OPEN_PAGES = ("home", "chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
 
 
 def load(name: str) -> Callable[[], None]:
@@ -37,20 +44,27 @@ def load(name: str) -> Callable[[], None]:
 
 def main() -> None:
     from fine_tuning.common.errors import UserError
-    from fine_tuning.integration.app_context import is_owner, sign_in_providers, signed_in
+    from fine_tuning.integration.app_context import is_allowed, is_owner, signed_in
+    from fine_tuning.integration.app_jobs import announce
     from fine_tuning.integration.app_text import plain
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
-    pages = [
-        st.Page(load(name), title=name.capitalize(), icon=f":material/{icon}:", url_path=name, default=name == "chat")
+    pages = {
+        name: st.Page(load(name), title=name.capitalize(), icon=f":material/{icon}:", url_path=name,
+                      default=name == "home")
         for name, icon in PAGES.items()
         if name in OPEN_PAGES or is_owner()
-    ]
-    if sign_in_providers() and signed_in() is None:
+    }  # fmt: skip
+    if not is_allowed():
         st.navigation([st.Page(_sign_in, title="Whetstone", default=True)], position="hidden").run()
         return
     st.html(DIRECTION)
-    chosen = st.navigation(pages)
+    chosen = st.navigation(list(pages.values()))
+    st.session_state["pages"] = pages
+    if chosen.url_path == "" and "chat" in st.query_params:  # an address of a chat, from when Chat was the first page
+        st.switch_page(pages["chat"], query_params={"chat": st.query_params["chat"]})
+    if is_owner():
+        announce()
     try:
         chosen.run()
     except UserError as error:
@@ -61,9 +75,14 @@ def main() -> None:
 
 def _sign_in() -> None:
     """What a stranger sees where .streamlit/secrets.toml asks for sign-in: no conversation, no model, no number."""
-    from fine_tuning.integration.app_context import sign_in_providers
+    from fine_tuning.integration.app_context import sign_in_providers, signed_in
+    from fine_tuning.integration.app_text import plain
 
     st.title("Whetstone")
+    if (person := signed_in()) is not None:
+        st.error(f"{plain(person)} is not on the list of those who may come in.", icon=":material/block:")
+        st.button("Sign out", icon=":material/logout:", on_click=st.logout)
+        return
     for provider in sign_in_providers():
         arguments = () if provider is None else (provider,)
         label = "Sign in" if provider is None else f"Sign in with {provider}"

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from fine_tuning.common.project import main_checkout
+from fine_tuning.common.stage_times import TRAINING
 from fine_tuning.training.run_guard import Progress
 from fine_tuning.training.tracking import Run
 
@@ -14,7 +16,10 @@ CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 
 @contextmanager
 def progress_bar(tracked: Run) -> Iterator[Progress]:
-    """A bar on a terminal, ten lines elsewhere; every step is logged to `tracked`."""
+    """A bar on a terminal, ten lines elsewhere; every step is logged to `tracked`, and for the app in TRAINING."""
+    live = main_checkout() / TRAINING
+    live.parent.mkdir(exist_ok=True)
+    live.write_text("step,steps,loss\n")
     bar = tqdm(unit="step", desc="train", disable=None)
     # Time, step and tokens at the end of this session's first step: before it the base was loaded.
     began: tuple[float, int, float] | None = None
@@ -25,6 +30,8 @@ def progress_bar(tracked: Run) -> Iterator[Progress]:
         tracked.log_step({name: values[name] for name in CURVES if name in values}, step)
         if "loss" not in values:
             return
+        with open(live, "a") as curve:
+            curve.write(f"{step},{steps},{values['loss']}\n")
         now = time.monotonic(), step, values["num_input_tokens_seen"]
         began = began or now
         seconds, steps_done, tokens = (end - start for start, end in zip(began, now, strict=True))

@@ -9,7 +9,7 @@ import streamlit as st
 from fine_tuning.common.errors import UserError
 from fine_tuning.integration import chat_history, chat_models, chat_session, chat_settings
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import show_job
+from fine_tuning.integration.app_jobs import busy, show_job
 from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
@@ -215,10 +215,10 @@ def _erase(here: App) -> None:
         st.markdown("\n".join([plain(head), "", *(f"- {plain(place)}" for place in places)]))
         learned = any(place.startswith("model ") for place in places)
         withdraw = learned and st.checkbox("Take the models that learned from it out of use", key="withdraw")
-        busy = f"{jobs.running.title} is running" if jobs.running is not None else None
+        off = busy()
         if st.button(
             "Erase it", type="primary", icon=":material/delete_forever:", key="erase-now",
-            disabled=busy is not None, help=busy,
+            disabled=off is not None, help=off,
         ):  # fmt: skip
             words = ("forget", "--deleted", "--yes", *(["--withdraw"] if withdraw else []))
             jobs.start(chat_history.ERASE, own_command(*words), here.checkout)

@@ -10,11 +10,11 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import show_job, start
+from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Entry, Span
-from fine_tuning.integration.jobs import jobs, own_command
+from fine_tuning.integration.jobs import own_command
 from fine_tuning.schema.reasons import in_words, reason_in_words
 
 SEAL = "Seal"
@@ -28,7 +28,7 @@ def page() -> None:
     here = app()
     st.title("Data")
     found = data_view.entries(here.checkout)
-    _sealing(here, found)
+    _sealing(here)
     if not found:
         st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
         return
@@ -40,23 +40,17 @@ def page() -> None:
 # ------------------------------------------------------------------------------------------------------------- seal
 
 
-def _sealing(here: App, found: list[Entry]) -> None:
-    new = sum(entry.fate == "new" for entry in found)
-    waiting = sum(entry.fate == "not cleaned yet" for entry in found)
+def _sealing(here: App) -> None:
+    counts = data_view.counts(here.checkout)
     with st.container(border=True):
-        if new or waiting:
+        if counts.new:
             st.markdown(
-                f"**{new + waiting} conversation{'s' * (new + waiting != 1)}** new or changed since the last training: "
-                f"{new} to seal, {waiting} sealed."
-                + (" Start `dvc repro` on the page Runs." if waiting and not new else "")
+                f"**{count_of(counts.new, 'conversation')}** new or changed since the last training: "
+                f"{counts.logged} to seal, {counts.sealed} sealed. The page Home seals and trains in one step."
             )
         else:
             st.markdown("Nothing new since the last training.")
-        reason = None
-        if jobs.running is not None:
-            reason = f"{jobs.running.title} is running"
-        elif not here.logger.path.exists():
-            reason = "the log is empty"
+        reason = busy() or (None if here.logger.path.exists() else "the log is empty")
         st.button(
             "Seal", icon=":material/lock:", key="seal", type="primary", disabled=reason is not None, help=reason,
             on_click=start, args=(SEAL, own_command("seal"), here.checkout),
@@ -82,7 +76,7 @@ def _counts(here: App, found: list[Entry]) -> None:
     if (people := read_params("clean", CleanSettings).people) != "mask":
         st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
     if not clean:
-        st.caption("The pipeline has not cleaned anything yet: start `dvc repro` on the page Runs.")
+        st.caption("The pipeline has not cleaned anything yet: train on the page Home.")
         return
     rows = [{"what": "dropped", "why": _words(k), "number": v} for k, v in clean["reasons"].items()]
     rows += [{"what": "masked", "why": k, "number": v} for k, v in clean["masked"].items()]

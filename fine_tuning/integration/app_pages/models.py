@@ -7,9 +7,8 @@ import streamlit as st
 
 from fine_tuning.integration import models_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import show_job, start
+from fine_tuning.integration.app_jobs import busy, confirm, show_job
 from fine_tuning.integration.app_text import plain
-from fine_tuning.integration.jobs import jobs, own_command
 from fine_tuning.integration.models_view import PROMOTE, Candidate, RegistryState
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion, open_registry
 
@@ -28,8 +27,7 @@ def page() -> None:
         st.set_page_config(layout="wide")
     here = app()
     st.title("Models")
-    for title in TITLES:
-        show_job(title)
+    show_job(*TITLES)
     _candidate(here, models_view.candidate(here.checkout))
     st.subheader("Versions")
     if not models_view.has_registry(here.checkout):
@@ -77,21 +75,21 @@ def _candidate(here: App, found: Candidate | None) -> None:
     with st.container(border=True):
         st.subheader("Candidate")
         if found is None:
-            st.markdown("No comparison yet: start `dvc repro` on the page Runs.")
+            st.markdown("No comparison yet: train on the page Home.")
             return
         st.badge(found.verdict, color=COLOURS.get(found.verdict, "gray"))
         st.markdown("\n".join(f"- {plain(reason)}" for reason in found.reasons))
-        obstacle = found.obstacle or _busy()
+        obstacle = found.obstacle or busy()
         with st.container(horizontal=True):
             gate = None if found.verdict == PROMOTE else f"the verdict is {found.verdict}"
             if st.button(
                 "Promote", icon=":material/workspace_premium:", type="primary", key="promote",
                 disabled=bool(obstacle or gate), help=obstacle or gate,
             ):  # fmt: skip
-                _confirm(here, "Promote", _promotion(here), PROMOTION)
+                confirm(here.checkout, "Promote", _promotion(here), PROMOTION)
             if gate and st.button("Promote anyway…", key="force", disabled=bool(obstacle), help=obstacle):
                 against = f"The verdict is **{found.verdict}**. The reason that you give is recorded. {PROMOTION}"
-                _confirm(here, "Promote", (*_promotion(here), "--force"), against, reason=True)
+                confirm(here.checkout, "Promote", (*_promotion(here), "--force"), against, reason=True)
         if reason := obstacle or gate:
             st.caption(f"Promotion is off: {plain(reason)}.")
         report = here.checkout / models_view.REPORT
@@ -107,25 +105,24 @@ def _version(here: App, registry: ModelRegistry, state: RegistryState) -> None:
     number = st.selectbox("Version", numbers, key="version")
     version = next(version for version in state.versions if version.number == number)
     current = state.live.version if state.live else None
-    busy = _busy() or ("Ollama does not answer" if state.server_error else None)
+    off = busy() or ("Ollama does not answer" if state.server_error else None)
     with st.container(horizontal=True):
-        deploy = busy or ("it is live already" if current == number else None)
-        switch = busy or _why_no_switch(number, current, state)
-        back = busy or (None if state.earlier else "nothing was live before")
+        deploy = off or ("it is live already" if current == number else None)
+        switch = off or _why_no_switch(number, current, state)
+        back = off or (None if state.earlier else "nothing was live before")
         if st.button("Deploy", icon=":material/rocket_launch:", key="deploy", disabled=bool(deploy), help=deploy):
-            _confirm(
-                here, "Deploy", ("deploy", str(number)), f"Version {number} is put on Ollama, proved, and answers."
-            )
+            what = f"Version {number} is put on Ollama, proved, and answers."
+            confirm(here.checkout, "Deploy", ("deploy", str(number)), what)
         if st.button("Switch to it", icon=":material/swap_horiz:", key="switch", disabled=bool(switch), help=switch):
-            _confirm(here, "Switch", ("switch", str(number)), f"Version {number} answers from now on.")
+            confirm(here.checkout, "Switch", ("switch", str(number)), f"Version {number} answers from now on.")
         if st.button("Roll back", icon=":material/undo:", key="rollback", disabled=bool(back), help=back):
-            _confirm(here, "Roll back", ("rollback",), f"Version {state.earlier[-1]} answers again.")
-    off: dict[str, list[str]] = {}
+            confirm(here.checkout, "Roll back", ("rollback",), f"Version {state.earlier[-1]} answers again.")
+    reasons: dict[str, list[str]] = {}
     for name, reason in (("Deploy", deploy), ("Switch", switch), ("Roll back", back)):
         if reason:
-            off.setdefault(reason, []).append(name)
-    if off:
-        st.caption(" ".join(f"{', '.join(names)}: off, {plain(reason)}." for reason, names in off.items()))
+            reasons.setdefault(reason, []).append(name)
+    if reasons:
+        st.caption(" ".join(f"{', '.join(names)}: off, {plain(reason)}." for reason, names in reasons.items()))
     _about(registry, version, current == number)
 
 
@@ -133,18 +130,6 @@ def _why_no_switch(number: int, current: int | None, state: RegistryState) -> st
     if current == number:
         return "it is live already"
     return None if number in state.deployed else "it is not on Ollama: deploy it"
-
-
-@st.dialog("Are you sure?")
-def _confirm(here: App, title: str, words: tuple[str, ...], what: str, reason: bool = False) -> None:
-    """Start a command after a second click, with a reason as its last word where one is asked for."""
-    st.markdown(what)
-    why = (st.text_input("Why", key="why", max_chars=300).strip(),) if reason else ()
-    if st.button(
-        title, type="primary", key="confirm-now", disabled=why == ("",),
-        on_click=start, args=(title, own_command(*words, *why), here.checkout),
-    ):  # fmt: skip
-        st.rerun()
 
 
 def _promotion(here: App) -> tuple[str, ...]:
@@ -163,10 +148,3 @@ def _about(registry: ModelRegistry, version: ModelVersion, live: bool) -> None:
     st.graphviz_chart(models_view.lineage(tags, names, live), width="content")
     with st.expander("Tags"):
         st.dataframe(pd.DataFrame(sorted(tags.items()), columns=["tag", "value"]), hide_index=True, width="stretch")
-
-
-# --------------------------------------------------------------------------------------------------------------- gate
-
-
-def _busy() -> str | None:
-    return f"{jobs.running.title} is running" if jobs.running is not None else None

@@ -1,6 +1,7 @@
-"""Runs: start the pipeline or an experiment and watch it; what earlier ones gave, as a table and curves."""
+"""Runs: train with other parameters; what earlier runs gave, as a table and curves."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
@@ -8,12 +9,13 @@ import streamlit as st
 from fine_tuning.common.errors import UserError
 from fine_tuning.integration import runs_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import show_job, start
+from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_text import plain
-from fine_tuning.integration.jobs import dvc_command, jobs
-from fine_tuning.integration.runs_view import Line
+from fine_tuning.integration.jobs import dvc_command
+from fine_tuning.integration.runs_view import Line, Parameter
 
-REPRO, EXPERIMENT = "dvc repro", "dvc exp run"
+EXPERIMENT = "dvc exp run"
+USUAL = ("train.learning_rate", "train.epochs", "train.lora.rank", "prepare.max_train_tokens")
 TABLE_SECONDS = 300
 
 
@@ -29,33 +31,62 @@ def page() -> None:
 
 
 def _start(here: App) -> None:
-    busy = f"{jobs.running.title} is running" if jobs.running is not None else None
-    with st.container(border=True):
-        with st.container(horizontal=True):
-            st.button(
-                "Start dvc repro", icon=":material/play_arrow:", type="primary", key="repro",
-                disabled=busy is not None, help=busy or "Run what is out of date, up to the verdict",
-                on_click=start, args=(REPRO, dvc_command("repro"), here.checkout, True),
-            )  # fmt: skip
-            with st.popover("Start an experiment", icon=":material/science:", disabled=busy is not None):
-                text = st.text_area(
-                    "Changed parameters", key="overrides", placeholder="train.learning_rate=1.0e-4\ntrain.epochs=2"
-                )
-                st.caption(
-                    "It runs here and leaves params.yaml as you set it: `dvc exp apply` brings another one back."
-                )
-                try:
-                    arguments, problem = runs_view.overrides(text), None
-                except UserError as error:
-                    arguments, problem = [], str(error)
-                if problem:
-                    st.error(plain(problem))
-                st.button(
-                    "Start it", key="experiment", type="primary", disabled=not arguments,
-                    on_click=start, args=(EXPERIMENT, dvc_command("exp", "run", *arguments), here.checkout, True),
-                )  # fmt: skip
-        for title in (REPRO, EXPERIMENT):
-            show_job(title)
+    """The training form: the parameters that somebody chose to change, each with its bounds and its comment."""
+    path = here.checkout / "params.yaml"
+    parameters = {parameter.name: parameter for parameter in runs_view.changeable(path)}
+    with st.expander("Train with other parameters", icon=":material/science:"):
+        st.caption("It runs here as an experiment and leaves params.yaml as it is.")
+        chosen = st.multiselect("Parameters", list(parameters), [n for n in USUAL if n in parameters], key="parameters")
+        values = {name: _field(parameters[name]) for name in chosen}
+        changes = {name: value for name, value in values.items() if value != parameters[name].value}
+        try:
+            arguments, problem = runs_view.overrides(path, changes), None
+        except UserError as error:
+            arguments, problem = [], str(error)
+        if problem:
+            st.error(plain(problem))
+        off = busy() or problem or (None if changes else "nothing is changed")
+        st.button(
+            "Start the experiment", key="experiment", type="primary", disabled=off is not None, help=off,
+            on_click=start, args=(EXPERIMENT, dvc_command("exp", "run", *arguments), here.checkout, True),
+        )  # fmt: skip
+    show_job(EXPERIMENT)
+
+
+def _field(parameter: Parameter) -> Any:
+    """The widget of a parameter, with its comment; returns its value."""
+    name, value, form = parameter.name, parameter.value, parameter.forms[0]
+    key, kind = f"set-{name}", form.get("type")
+    if kind == "boolean":
+        found: Any = st.toggle(name, value, key=key)
+    elif kind in ("integer", "number"):
+        found = _number(parameter, int if kind == "integer" else float, form)
+    elif "enum" in form and len(parameter.forms) == 1:
+        found = st.selectbox(name, form["enum"], form["enum"].index(value), key=key)
+    else:
+        shown = ", ".join(value) if isinstance(value, list) else value or ""
+        found = st.text_input(name, shown, key=key) or (None if parameter.optional else "")
+        if any(other.get("type") == "array" for other in parameter.forms) and found not in form.get("enum", ()):
+            found = [word.strip() for word in found.split(",")]
+    st.caption(plain(parameter.comment))
+    return found
+
+
+def _number(parameter: Parameter, kind: type, form: dict[str, Any]) -> float | None:
+    def bound(*names: str) -> float | None:
+        return next((kind(form[name]) for name in names if name in form), None)
+
+    found = st.number_input(
+        parameter.name,
+        value=None if parameter.value is None else kind(parameter.value),
+        min_value=bound("minimum", "exclusiveMinimum"),
+        max_value=bound("maximum", "exclusiveMaximum"),
+        step=1 if kind is int else float(f"{float(parameter.value or 1) / 10:.0e}") or 0.1,
+        format=None if kind is int else "%g",
+        placeholder="null" if parameter.optional else "as it is",
+        key=f"set-{parameter.name}",
+    )
+    return parameter.value if found is None and not parameter.optional else found
 
 
 # ------------------------------------------------------------------------------------------------------------- results

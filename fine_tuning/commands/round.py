@@ -1,0 +1,206 @@
+"""`round`: what is new becomes a candidate with a verdict, in one commit. `round --back`: back to the last good state.
+
+A round that fails or is stopped puts back what it changed, from DVC's cache and from `.whetstone/round`. One that is
+killed leaves that folder behind: the next round goes on with what is there, `round --back` undoes it. Conversations are
+never taken back: what was sealed stays sealed, and the split of a conversation stays known after `--back`.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from fine_tuning.commands.conversations import MANIFEST, bring_sample, seal_inbox
+from fine_tuning.common.dvc_files import (
+    LOCK,
+    checkout_outputs,
+    fetch_outputs,
+    pipeline_stands_still,
+    reproduce,
+    show_file,
+)
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, root, run_command
+from fine_tuning.common.records import read_line, read_object
+from fine_tuning.common.stage_times import FAILED, about, round_seconds
+from fine_tuning.data_collection.storage.shards import read_manifest
+
+SCRATCH = Path(".whetstone")
+BEFORE = SCRATCH / "round"  # what git has of RESULTS, as it was before the round
+RESULTS = (str(LOCK), "metrics", str(MANIFEST))
+LEDGER = "data/splits.txt"
+COMPARISON = "metrics/comparison.json"
+
+
+def run_round(arguments: argparse.Namespace) -> None:
+    """Run a round, or go back.
+
+    Raises:
+        UserError: it would touch changes of somebody's own, something else is running, git knows no author, or a stage
+            failed; everything but what was sealed is as it was.
+    """
+    if root().resolve() != main_checkout():
+        raise UserError("this is a temporary experiment's folder: run rounds in the main checkout")
+    SCRATCH.mkdir(exist_ok=True)
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        with FileLock(SCRATCH / "round.lock", timeout=0):
+            _refuse()
+            if arguments.back:
+                _go_back()
+            else:
+                _round()
+    except Timeout:
+        raise UserError("another round is running in this checkout: wait for its end") from None
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM: end what was started as Ctrl-C does, which reaches it by itself."""
+    import psutil
+
+    for child in psutil.Process(os.getpid()).children(recursive=True):
+        child.send_signal(signal.SIGINT)
+    raise KeyboardInterrupt
+
+
+def _refuse() -> None:
+    """See that nothing else is at work here and that there is nothing that a commit could mix up."""
+    if changed := changes_by_hand(Path.cwd()):
+        raise UserError(
+            f"{count_of(len(changed), 'file')} changed and not committed (the first is {changed[0]}): commit or "
+            "`git stash` them, then run the round again"
+        )
+    try:
+        run_command("git", "var", "GIT_COMMITTER_IDENT")
+    except UserError:
+        raise UserError("git knows no author: `git config user.name NAME`, `git config user.email ADDRESS`") from None
+    with pipeline_stands_still():
+        pass
+
+
+# -------------------------------------------------------------------------------------------------------------- round
+
+
+def _round() -> None:
+    before = _conversations()
+    bring_sample(argparse.Namespace())
+    seal_inbox()
+    _keep_results()
+    FAILED.unlink(missing_ok=True)
+    print(f"the pipeline runs what is out of date: {about(round_seconds(Path.cwd()))}", flush=True)
+    try:
+        if not reproduce():
+            raise UserError(f"the round failed in {_why_failed()}; results and models are as they were")
+        _refuse()
+        found = read_object(COMPARISON)
+        verdict, total = str(found.get("verdict")), _conversations()
+        new = f", {total - before:+,} since the last round" if before and total != before else ""
+        reasons = "\n".join(f"- {reason}" for reason in found.get("reasons", ()))
+        text = f"{count_of(total, 'conversation')}{new}\n{reasons}"
+        commit = _commit(f"Round: {verdict}\n\n{text}\n\nVerdict: {verdict}")
+    except BaseException:
+        _put_back()
+        raise
+    shutil.rmtree(BEFORE)
+    print(f"{text}\nVerdict: {verdict}, {f'committed as {commit}' if commit else 'as before: nothing is new'}")
+
+
+def _conversations() -> int:
+    return int(read_manifest(MANIFEST).get("total_conversations") or 0)
+
+
+def _why_failed() -> str:
+    failed = read_object(FAILED)
+    error = str(failed.get("error", "")).removeprefix("error: ")
+    return f"the stage {failed['stage']}: {error}" if error else "`dvc repro`: its output says why"
+
+
+def _commit(message: str) -> str | None:
+    """Commit what commands write, and nothing else; the short id, None where there was nothing to commit."""
+    here = [path for path in WRITTEN if Path(path).exists()]
+    run_command("git", "add", "--all", "--", *here)
+    if not run_command("git", "status", "--porcelain", "--untracked-files=no", "--", *here):
+        return None
+    run_command("git", "commit", "--quiet", "--message", message, "--", *here)
+    return run_command("git", "rev-parse", "--short", "HEAD").strip()
+
+
+def _results() -> list[Path]:
+    """The files in RESULTS, and the ledger of splits, that git knows or would take."""
+    listed = run_command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *RESULTS, LEDGER)
+    return [path for name in listed.split("\0") if name and (path := Path(name)).is_file()]
+
+
+def _keep_results() -> None:
+    """Copy the results to BEFORE, unless a round that was killed left those from before it there."""
+    if BEFORE.is_dir():
+        return
+    new = BEFORE.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for path in _results():
+        (new / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, new / path)
+    new.replace(BEFORE)
+
+
+def _put_back() -> None:
+    """Results and outputs of the stages as they were before the round."""
+    kept = {file.relative_to(BEFORE): file for file in BEFORE.rglob("*") if file.is_file()}
+    for path in set(_results()) - kept.keys():
+        path.unlink()
+    for path, file in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, path)
+    if LOCK.is_file():
+        checkout_outputs()
+    shutil.rmtree(BEFORE)
+
+
+# --------------------------------------------------------------------------------------------------------------- back
+
+
+def _go_back() -> None:
+    """Undo a round that was killed, else take over the results of the newest good commit before the present ones.
+
+    The present state is committed first, so that nothing is lost. Conversations, votes, tombstones, splits, parameters,
+    the champion and what is live stay as they are.
+    """
+    if BEFORE.is_dir():
+        _put_back()
+        print("the round that was interrupted is undone: results and models are as they were before it")
+        return
+    good, verdict = _last_good()
+    if saved := _commit("Before going back"):
+        print(f"the present state is kept in {saved}")
+    there = run_command("git", "ls-tree", "-r", "--name-only", good, "--", *RESULTS).split()
+    run_command("git", "checkout", "--quiet", good, "--", *there)
+    checkout_outputs()
+    short = good[:10]
+    _commit(f"Back to {short}\n\nThe next round trains on all conversations again.\n\nVerdict: {verdict}")
+    print(f"results and models are those of {short} ({verdict}); conversations, champion and what is live stay")
+
+
+def _last_good() -> tuple[str, str]:
+    """(commit, verdict) of the newest state before the present one whose candidate was to be promoted or was promoted.
+
+    Raises:
+        UserError: there is none, or its files are neither in DVC's cache nor on its remote.
+    """
+    here = Path.cwd()
+    commits = run_command("git", "log", "--first-parent", "--format=%H", "--", str(LOCK)).split()
+    locks = [show_file(here, commit, str(LOCK)) for commit in commits]
+    present = LOCK.read_bytes() if LOCK.is_file() else None
+    earlier = max((number for number, lock in enumerate(locks) if lock == present), default=-1) + 1
+    for commit in commits[earlier:]:
+        found: dict[str, Any] = read_line(show_file(here, commit, COMPARISON) or b"{}")
+        if found.get("verdict") == "PROMOTE" or "champion" in found:
+            if fetch_outputs(commit):
+                return commit, str(found["verdict"])
+            raise UserError(f"models of {commit[:10]} are not here any more: `dvc pull` may bring them")
+    raise UserError("no earlier commit has a candidate whose verdict was PROMOTE: there is nothing to go back to")

@@ -1,0 +1,90 @@
+"""Home: what the app is for, where things stand, and the button that trains on what is new."""
+
+import streamlit as st
+
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.project import changes_by_hand
+from fine_tuning.common.stage_times import about, round_seconds
+from fine_tuning.integration import data_view, models_view
+from fine_tuning.integration.app_context import App, app
+from fine_tuning.integration.app_jobs import busy, confirm, show_job, start
+from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.chat_models import WHY_FIRST
+from fine_tuning.integration.data_view import Counts
+from fine_tuning.integration.jobs import own_command
+from fine_tuning.integration.models_view import Candidate
+
+TRAIN, BACK = "Train", "Back"
+IN_SHORT = {
+    "PROMOTE": "The candidate is better",
+    "HOLD": "Something speaks against the candidate",
+    "INCONCLUSIVE": "There is too little evidence for or against the candidate",
+}
+GO_BACK = (
+    "Results and models become those of the newest earlier commit whose candidate was worth promoting. The present "
+    "state is committed first. Conversations, the champion and what is live stay."
+)
+
+
+def page() -> None:
+    """The whole page."""
+    here = app()
+    counts, candidate = data_view.counts(here.checkout), models_view.candidate(here.checkout)
+    st.title("Whetstone")
+    st.markdown("Sharpen the model behind your chats on the chats themselves. Nothing leaves this machine.")
+    for column, (name, step, text) in zip(st.columns(4), _steps(here, counts, candidate), strict=True):
+        with column.container(border=True, height="stretch"):
+            st.markdown(f"**{step}**")
+            st.markdown(text)
+            if (target := st.session_state.get("pages", {}).get(name)) is not None:
+                st.page_link(target)
+    if here.owner:
+        _train(here, counts, candidate)
+
+
+def _steps(here: App, counts: Counts, candidate: Candidate | None) -> list[tuple[str, str, str]]:
+    """(page, title, what is true now) of each step."""
+    models = here.models()
+    verdict = "No verdict yet."
+    if candidate is not None:
+        reason = f": {candidate.reasons[0]}" if candidate.reasons else ""
+        verdict = f"{candidate.verdict}. {IN_SHORT.get(candidate.verdict, 'See the report')}{reason}."
+    live = next((model.label for model in models if model.name == "Live"), None)
+    first = WHY_FIRST.get(models[0].name, models[0].label) if models else "no model yet"
+    answers = f"Live: {live}." if live else f"Nothing is live. New chats: {first}."
+    return [
+        ("chat", "1 · Chat", f"{count_of(counts.total, 'conversation')}. Thumbs and edits say what a good reply is."),
+        ("data", "2 · Train", f"{counts.new:,} new or changed since the last training."),
+        ("models", "3 · Judge", plain(verdict)),
+        ("models", "4 · Promote", plain(answers)),
+    ]
+
+
+def _train(here: App, counts: Counts, candidate: Candidate | None) -> None:
+    try:
+        changed = changes_by_hand(here.checkout)
+        why = f"{count_of(len(changed), 'file')} changed and not committed: {changed[0]}" if changed else None
+    except UserError as error:
+        why = str(error)
+    off = busy() or why
+    with st.container(border=True):
+        with st.container(horizontal=True):
+            st.button(
+                "Train on what's new", icon=":material/model_training:", type="primary", key="train",
+                disabled=off is not None, help=off, on_click=start,
+                args=(TRAIN, own_command("round"), here.checkout, True),
+            )  # fmt: skip
+            if st.button(
+                "Back to the last good state", icon=":material/undo:", key="back", disabled=off is not None, help=off
+            ):
+                confirm(here.checkout, BACK, ("round", "--back"), GO_BACK)
+        if why:
+            st.caption(f"Training is off: {plain(why)}.")
+        elif candidate is not None and not counts.new:
+            st.caption("Nothing is new: only what you changed and committed would run.")
+        else:
+            st.caption(
+                f"It takes {about(round_seconds(here.checkout))}: seal, clean, train, judge, and commit the result. "
+                "You can chat meanwhile."
+            )
+        show_job(TRAIN, BACK)
