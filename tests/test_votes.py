@@ -1,0 +1,131 @@
+"""Votes: what they prove of a candidate, how they are kept, and how often they err."""
+
+import numpy as np
+import pytest
+
+from benchmarks import votes as simulations
+from fine_tuning.evaluation.review import in_random_order
+from fine_tuning.evaluation.verdict.votes import Tally
+from fine_tuning.evaluation.verdict.win_rate import DECIDES, WinRate, evidence
+
+# --- evidence --------------------------------------------------------------------------------------------------------
+
+
+def test_before_the_first_vote_nothing_is_known():
+    rate = WinRate.of([])
+    assert (rate.n, rate.value, rate.low, rate.high, rate.better, rate.worse) == (0, None, None, None, 1, 1)
+
+
+def test_evidence_is_the_mean_of_products_over_the_stakes():
+    stakes = np.linspace(0.005, 0.995, 100)
+    expected = np.mean((1 + 0.5 * stakes) ** 2 * (1 - 0.5 * stakes) * 1.0)
+    assert evidence([1, 1, 0, 0.5], 0.5) == pytest.approx(expected)
+
+
+def test_evidence_falls_as_the_rate_that_it_speaks_against_rises():
+    values = [1.0] * 14 + [0.0] * 5 + [0.5] * 3
+    found = [evidence(values, at_most) for at_most in np.linspace(0, 1, 21)]
+    assert found == sorted(found, reverse=True)
+
+
+def test_either_end_of_the_interval_is_where_the_evidence_stops_deciding():
+    values = np.array([1.0] * 30 + [0.0] * 12 + [0.5] * 8)
+    rate = WinRate.of(values)
+    assert rate.value == pytest.approx(0.68)
+    assert evidence(values, rate.low - 0.001) >= DECIDES > evidence(values, rate.low)
+    assert evidence(1 - values, 1 - rate.high - 0.001) >= DECIDES > evidence(1 - values, 1 - rate.high)
+    assert (rate.better >= DECIDES) == (rate.low > 0.5)
+
+
+def test_many_votes_overflow_nothing():
+    rate = WinRate.of([1.0] * 5000)
+    assert rate.high == 1 and rate.low > 0.99 and np.isfinite(rate.better) and rate.worse < 1e-6
+
+
+# --- simulations, small; `python -m benchmarks.votes` runs them at length --------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in simulations.NULLS.items() if kind == "counts"])
+def test_a_candidate_that_is_no_better_is_promoted_in_at_most_five_of_a_hundred_cases(name):
+    rng = np.random.default_rng(3)
+    runs = 25 if "people" in name else 60
+    promoted = sum(simulations.NULLS[name][1](rng) for _ in range(runs))
+    assert promoted <= np.ceil(0.05 * runs) + 3  # chance is wrong in at most one of a thousand
+
+
+def test_with_the_most_different_pairs_first_or_repeated_votes_chance_would_promote():
+    rng = np.random.default_rng(4)
+    for name, (kind, promotes) in simulations.NULLS.items():
+        if kind == "not done":
+            assert sum(promotes(rng) for _ in range(30)) > 6, name
+
+
+def test_a_better_candidate_is_found_after_as_many_votes_as_the_docs_say():
+    needed = simulations.votes_needed(0.7)
+    rng = np.random.default_rng(5)
+    found = [simulations.ever_promoted((rng.random(needed) < 0.7).astype(float)) for _ in range(150)]
+    assert 0.68 < np.mean(found) < 0.92
+    assert needed < simulations.votes_needed(0.65) < simulations.votes_needed(0.6)
+
+
+def test_twenty_looks_at_the_level_of_one_cost_far_less_than_at_the_usual_level():
+    def passes(level):
+        rng = np.random.default_rng(6)
+        return sum(simulations.any_promoted(rng, level, clusters=60) for _ in range(12))
+
+    assert passes(simulations.LOOK_LEVEL) <= 3 < passes(0.025) + 1
+
+
+# --- the count -------------------------------------------------------------------------------------------------------
+
+C, B = simulations.CANDIDATE, simulations.BASE
+GGUFS = {"candidate": C, "base": B}
+
+
+def cast(*said, **changes) -> list:
+    """Votes of (prompt, person, value), one after the other."""
+    made = [simulations.vote(prompt, value, person, at) for at, (prompt, person, value) in enumerate(said)]
+    return [vote.model_copy(update=changes) for vote in made]
+
+
+def records(**clusters: str) -> list[dict]:
+    return [{"contender": name, "id": i, "cluster": c} for name in GGUFS for i, c in clusters.items()]
+
+
+def test_each_cluster_gives_one_bet_the_first_vote_on_it():
+    votes = cast(("a", "ann", 1.0), ("b", "ann", 0.0), ("a", "bob", 0.0), ("c", "bob", 0.5))
+    found = Tally.of(votes, records(a="one", b="one", c="two"), GGUFS)
+    assert found.bets == {"one": ("ann", 1.0), "two": ("bob", 0.5)}
+    assert found.as_json()["people"]["ann"]["decides"] == 1
+    assert found.as_json()["people"]["bob"]["n"] == 2
+
+
+def test_a_later_change_of_mind_counts_for_agreement_only():
+    votes = cast(("a", "ann", 1.0), ("a", "ann", 0.0), ("a", "bob", 1.0))
+    found = Tally.of(votes, records(a="a"), GGUFS).as_json()
+    assert found["n"] == 1 and found["value"] == 1
+    assert found["agreement"] == {"each other": {"same": 1, "of": 1}, "themselves": {"same": 0, "of": 1}}
+
+
+def test_a_vote_on_other_models_or_other_prompts_is_not_counted():
+    votes = cast(("a", "ann", 1.0), ("gone", "ann", 1.0))
+    found = Tally.of(votes, records(a="a"), GGUFS)
+    assert len(found.bets) == 1 and found.not_counted == 1
+    assert Tally.of(votes, records(a="a"), GGUFS | {"base": "d" * 64}).as_json() == {"not_counted": 2}
+    assert Tally.of(votes, records(a="a"), {}).as_json() == {"not_counted": 2}
+
+
+def test_a_person_for_whom_the_candidate_is_surely_worse_speaks_against_it():
+    liked = [(f"p{index}", "ann", 1.0) for index in range(40)]
+    disliked = [(f"p{index}", "bob", 0.0) for index in range(12)]
+    found = Tally.of(cast(*liked, *disliked), records(**{f"p{i}": f"p{i}" for i in range(40)}), GGUFS)
+    assert found.win_rate.better >= DECIDES
+    (reason,) = found.rejections()
+    assert "bob prefers the base: win rate 0%" in reason
+
+
+def test_the_order_is_fixed_by_the_pair_and_no_other_order_shows_through():
+    clusters = [f"{index:03}" for index in range(60)]
+    order = in_random_order(clusters, {C, B})
+    assert order == in_random_order(clusters[::-1], {B, C}) != sorted(clusters)
+    assert order != in_random_order(clusters, {C, "d" * 64})
