@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from benchmarks import votes as simulations
+from fine_tuning.common.errors import UserError
 from fine_tuning.evaluation.review import in_random_order
 from fine_tuning.evaluation.verdict.votes import Tally
 from fine_tuning.evaluation.verdict.win_rate import DECIDES, WinRate, evidence
+from fine_tuning.schema.votes import read_all_votes, vote_lines, votes_file
 
 # --- evidence --------------------------------------------------------------------------------------------------------
 
@@ -129,3 +131,44 @@ def test_the_order_is_fixed_by_the_pair_and_no_other_order_shows_through():
     order = in_random_order(clusters, {C, B})
     assert order == in_random_order(clusters[::-1], {B, C}) != sorted(clusters)
     assert order != in_random_order(clusters, {C, "d" * 64})
+
+
+# --- as data ---------------------------------------------------------------------------------------------------------
+
+
+def test_votes_are_read_as_they_were_written_in_order_of_time_each_once(tmp_path):
+    first, second, third = cast(("a", "ann", 1.0), ("b", "ann", 0.5), ("a", "bob", 0.0))
+    (tmp_path / votes_file("ann")).write_bytes(vote_lines([second, first]))
+    (tmp_path / votes_file("bob")).write_bytes(vote_lines([third, first]))
+    assert read_all_votes(tmp_path) == [first, second, third]
+    assert read_all_votes(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"event": "vote", "id": "1"',
+        b"[]",
+        b'{"user_message": "a private word"}',
+        vote_lines(cast(("a", "ann", 1.0)))[:-1].replace(b"c" * 64, b"a private word"),
+        vote_lines(cast(("a", "ann", 1.0)))[:-1].replace(b':"left"', b':"best"'),
+    ],
+)
+def test_a_line_that_is_no_vote_is_one_line_without_what_it_says(tmp_path, line):
+    path = tmp_path / "ann.jsonl"
+    path.write_bytes(vote_lines(cast(("a", "ann", 1.0))) + line + b"\n")
+    with pytest.raises(UserError, match=r"ann\.jsonl, line 2, is no vote: take the line out, or") as caught:
+        read_all_votes(tmp_path)
+    assert "private" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_foreign_file_among_the_votes_is_one_line(tmp_path):
+    for name in ("README.md", "ann.jsonl.dvc", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=r"notes\.txt is no file of votes: move it out of"):
+        read_all_votes(tmp_path)
+
+
+def test_people_whose_names_look_alike_have_files_of_their_own():
+    names = [votes_file(name) for name in ("Ann Lee", "ann-lee", "李", "ann@example.org")]
+    assert len(set(names)) == 4 and all(name.isascii() and "/" not in name for name in names)

@@ -30,12 +30,14 @@ from fine_tuning.erasure.steps import (
     FORGOTTEN,
     LOCK,
     MANIFEST,
+    VOTES,
     Work,
     finish,
     is_leftover,
     journals,
     logs,
     run_steps,
+    vote_files,
 )
 from fine_tuning.erasure.traces import streams
 from fine_tuning.model_management.champion import copy_file
@@ -105,7 +107,8 @@ def find(selection: Selection) -> Locations:
         UserError: no such conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
-    found = collect(selection, shards, logs(), tombstones, tombstones.key)
+    events = [*logs(), *vote_files()]
+    found = collect(selection, shards, events, tombstones, tombstones.key)
     if not found.ids and not found.messages and found.by is None:
         waiting = f"; an erasure that is not finished: {AGAIN}" if journals() else ""
         if selection.tombstones is not None:
@@ -126,6 +129,10 @@ def find(selection: Selection) -> Locations:
         if count := count_in_shard(shard, found):
             where.pipeline = True
             say(Place(str(shard), count_of(count, "line"), "rewritten without it"))
+    for votes in vote_files():
+        if count := count_in_log(votes, found):
+            where.pipeline = True
+            say(Place(str(votes), count_of(count, "vote"), "taken out"))
     if not where.pipeline:
         # No shard holds it: the pipeline has read it only if its files name its ids. Words that they have are others'.
         made = [path for path in work.files_holding() if (_group_of(path) or ("",))[-1] == REBUILT]
@@ -251,7 +258,12 @@ def _group_of(path: Path) -> tuple[str, str] | None:
     parts = path.parts
     if is_leftover(path):
         return parts[0] if parts[0].startswith(".") else str(path.parent), "removed"
-    if parts[0] == "inbox" or path.is_relative_to(CONVERSATIONS) or parts[0] in ("mlflow.db", "mlartifacts"):
+    if (
+        parts[0] == "inbox"
+        or path.is_relative_to(CONVERSATIONS)
+        or path.is_relative_to(VOTES)
+        or parts[0] in ("mlflow.db", "mlartifacts")
+    ):
         return None
     if parts[0] in ("data", "metrics", "models"):
         return "/".join(parts[:2]), REBUILT

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.dvc_files import (
+    add_to_dvc,
     cache_folder,
     dvc_add,
     files_below,
@@ -30,7 +31,7 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.erasure.models import ForgottenModels
 from fine_tuning.erasure.object_stores import Searched, Unreachable, git_objects_with, in_use, kind_of, search, stores
-from fine_tuning.erasure.records import Found, clear_lines, clear_log, clear_shards
+from fine_tuning.erasure.records import Found, clear_lines, clear_log, clear_shards, clear_votes
 from fine_tuning.erasure.traces import Traces
 from fine_tuning.integration.ollama_client import open_servers
 from fine_tuning.model_management.champion import (
@@ -50,6 +51,7 @@ INBOX = Path("inbox")
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 FORGOTTEN = Path("data/forgotten.jsonl")
+VOTES = Path("data/votes")
 LEDGER = Path("data/splits.txt")
 OLD_LEDGER = Path("data/splits/ledger.jsonl")  # where it was before it came into git, until `prepare` takes it over
 SCRATCH = Path(".whetstone")
@@ -230,6 +232,11 @@ def files_of_checkout() -> Iterator[Path]:
         yield from (path for path in files if path.is_file() and not (here == SCRATCH and path.match(JOURNALS)))
 
 
+def vote_files() -> list[Path]:
+    """Sealed votes, one file a person."""
+    return sorted(VOTES.glob("*.jsonl"))
+
+
 def logs() -> list[Path]:
     """The live log, closed logs, and the lines that were set aside from them."""
     return sorted(path for path in INBOX.rglob("*.jsonl*") if path.is_file()) if INBOX.is_dir() else []
@@ -249,11 +256,14 @@ def clear_logs(work: Work) -> None:
 
 
 def clear_data(work: Work) -> None:
-    """Shards, manifest and ledger, while no pipeline runs."""
+    """Shards, manifest, votes and ledger, while no pipeline runs."""
     with pipeline_stands_still() as repo:
         shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
         if CONVERSATIONS.is_dir():
             track(repo, CONVERSATIONS, MANIFEST)
+        for path in vote_files():
+            if clear_votes(path, work.found) and path.is_file():
+                add_to_dvc(repo, path)
         clear_lines(OLD_LEDGER, work.found)
         Ledger(LEDGER, read_params("prepare", PrepareSettings).salt).forget(work.found.ids)
     work.say(f"shards: {shards} rewritten without it")

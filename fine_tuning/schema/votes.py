@@ -4,7 +4,6 @@ One JSON object a line, in data/votes one file a person, tracked with `dvc add`.
 content and holds none: the models by the SHA-256 of their GGUF files, the replies and the prompt by that of their text.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_lines
+from fine_tuning.common.records import dump_line, read_lines
 from fine_tuning.schema.conversation import short_hash
 
 Choice = Literal["left", "right", "tie", "both bad", "equal"]  # equal: the same replies, so nobody was asked
@@ -38,6 +37,7 @@ class Vote(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    event: Literal["vote"] = "vote"
     id: str
     at: str
     by: str
@@ -75,7 +75,7 @@ def read_votes(path: Path) -> list[Vote]:
             if not all(SHA256.fullmatch(name) for name in (*vote.models, vote.left.reply, vote.right.reply)):
                 raise ValueError("no SHA-256")
         except (ValidationError, ValueError):
-            mend = f"`dvc checkout --force {path}` brings the last version back, else take the line or the file out"
+            mend = f"take the line out, or bring the file's last version back with `dvc checkout --force {path}`"
             raise UserError(f"{path}, line {number}, is no vote: {mend}") from None
         votes.append(vote)
     return votes
@@ -98,7 +98,7 @@ def read_all_votes(folder: Path) -> list[Vote]:
 
 def vote_lines(votes: Iterable[Vote]) -> bytes:
     """The votes as the lines of a file."""
-    return b"".join(json.dumps(vote.model_dump(), ensure_ascii=True).encode() + b"\n" for vote in votes)
+    return b"".join(dump_line(vote.model_dump()) for vote in votes)
 
 
 def votes_file(person: str) -> str:
