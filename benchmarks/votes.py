@@ -19,7 +19,7 @@ from fine_tuning.common.errors import UserError, run
 from fine_tuning.evaluation.records.statistics import Resampling, ratio_estimate
 from fine_tuning.evaluation.review import in_random_order
 from fine_tuning.evaluation.verdict.differences import LOOK_LEVEL
-from fine_tuning.evaluation.verdict.votes import RULED_OUT, Tally
+from fine_tuning.evaluation.verdict.votes import RULED_OUT, VoteCount
 from fine_tuning.evaluation.verdict.win_rate import DECIDES, EVEN, STAKES, evidence
 from fine_tuning.schema.votes import Side, Vote
 
@@ -39,7 +39,7 @@ def votes_needed(rate: float, against: float = EVEN, power: float = 0.8) -> int 
 
     `running` is the distribution of wins among those runs that have not stopped.
     """
-    won, lost = np.log1p(STAKES * (1 - against)), np.log1p(-STAKES * against)
+    won, lost = np.log1p(STAKES * (1 - against) / (2 * against)), np.log1p(-STAKES / 2)
     running, wins_needed, decided = np.ones(1), 0, 0.0
     for votes in range(1, MOST + 1):
         step = np.zeros(votes + 1)
@@ -81,10 +81,10 @@ def vote(prompt: str, value: float, person: str, time: int) -> Vote:
     return Vote(id=f"{time}", at=f"{time:09}", by=person, choice=choice, **named)
 
 
-def tally(votes: Sequence[Vote]) -> Tally:
+def tally(votes: Sequence[Vote]) -> VoteCount:
     """As compare counts them; each prompt is its own cluster."""
     records = [{"contender": "candidate", "id": name, "cluster": name} for name in {vote.item for vote in votes}]
-    return Tally.of(votes, records, {"candidate": CANDIDATE, "base": BASE})
+    return VoteCount.of(votes, records, {"candidate": CANDIDATE, "base": BASE})
 
 
 def ever_promoted(values: Sequence[float], at_most: float = EVEN) -> bool:

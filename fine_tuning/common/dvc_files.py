@@ -174,6 +174,8 @@ def add_to_dvc(repo: "Repo", path: Path, known: Container[str] = ()) -> None:
     Raises:
         OSError: the cache does not take a file.
     """
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
     repo.add([path.as_posix()])
     cache, added = repo.cache.local, str(read_dvc(Path(f"{path}.dvc")))
     listed = json.loads(Path(cache.oid_to_path(added)).read_bytes()) if added.endswith(".dir") else [{"md5": added}]

@@ -24,7 +24,7 @@ from fine_tuning.evaluation.records.champion_records import is_champion, without
 from fine_tuning.evaluation.records.record_types import Item, Reply, conversation_of
 from fine_tuning.evaluation.suite.contenders import Contender, find_champion
 from fine_tuning.evaluation.suite.items import read_items
-from fine_tuning.evaluation.verdict.votes import Tally
+from fine_tuning.evaluation.verdict.votes import VoteCount
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import encode_prompt, load_tokenizer
 from fine_tuning.schema.conversation import now, short_hash
@@ -238,11 +238,13 @@ class Review:
         self.votes.remove(vote)
         return True
 
-    def results(self) -> Tally:
+    def results(self) -> VoteCount:
         """What the votes say so far; votes after this are marked."""
         with updating(SEEN) as seen:
             seen[self._seen_key] = True
-        return Tally.of(sorted(self.votes, key=lambda vote: (vote.at, vote.id)), self.pairs.records, self.pairs.ggufs)
+        return VoteCount.of(
+            sorted(self.votes, key=lambda vote: (vote.at, vote.id)), self.pairs.records, self.pairs.ggufs
+        )
 
     @property
     def _seen_key(self) -> str:

@@ -19,7 +19,7 @@ MORE = "vote on more pairs: `python -m fine_tuning review`"
 
 
 @dataclass
-class Tally:
+class VoteCount:
     """The votes on candidate and `against`.
 
     Args:
@@ -39,7 +39,7 @@ class Tally:
     after_results: int = 0
 
     @classmethod
-    def of(cls, votes: Iterable[Vote], records: Records, ggufs: Mapping[str, str]) -> "Tally":
+    def of(cls, votes: Iterable[Vote], records: Records, ggufs: Mapping[str, str]) -> "VoteCount":
         """Count votes, given in order of time.
 
         Args:
@@ -99,6 +99,18 @@ class Tally:
             "not_counted": self.not_counted,
             "after_results": self.after_results,
         }
+
+    def notes(self) -> list[str]:
+        """What the votes say, whatever the verdict."""
+        if not self.bets:
+            return (
+                [f"{self.not_counted} votes are on other replies or prompts and not counted"]
+                if self.not_counted
+                else []
+            )
+        deciding = Counter(person for person, _ in self.bets.values())
+        people = [f"{person} {rate.value:.0%}, decides {deciding[person]}" for person, rate in self.people.items()]
+        return [f"{self}: {'; '.join(people)}"]
 
     def rejections(self) -> list[str]:
         """Reasons to hold: the candidate is surely worse, for all votes or for a person's."""

@@ -1,10 +1,10 @@
 """The win rate by betting: how often people prefer the candidate, with evidence that stays valid while they vote.
 
 A bet on one prompt is won (1), lost (0) or neither (1/2). Against "the mean of all prompts is at most m" stands the
-equal mixture over constant stakes s in (0, 1) of the product of 1 + s (value - m), read as it is after the last vote.
-Each product has a mean of at most 1 while the mean of the values is at most m (Waudby-Smith & Ramdas 2024, "Estimating
-means of bounded random variables by betting", JRSS B 86:1). In random order, constant stakes keep that where prompts
-differ in how often they are won; stakes that adapt to past votes do not (`python -m benchmarks.votes`).
+equal mixture over constant stakes s in (0, 1) of the product of 1 + s (value - m) / 2m, read as it is after the last
+vote. Each product has a mean of at most 1 while the mean of the values is at most m (Waudby-Smith & Ramdas 2024,
+"Estimating means of bounded random variables by betting", JRSS B 86:1). In random order, constant stakes keep that
+where prompts differ in how often they are won; stakes that adapt to past votes do not (`python -m benchmarks.votes`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STAKES = np.linspace(0.005, 0.995, 100)
+STAKES = np.linspace(0.005, 0.995, 100)  # as shares of half of what may be staked, so that few losses ruin none
 DECIDES = 20.0  # evidence that decides: wrong in at most one case of twenty
 EVEN = 0.5
 MOST = 300.0  # of the logarithm: JSON has no infinity
@@ -25,7 +25,8 @@ def evidence(values: Sequence[float] | np.ndarray, at_most: float) -> float:
         values: one a prompt, between 0 and 1.
     """
     found, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
-    products = np.log1p(STAKES[:, None] * (found - at_most)) @ counts
+    at_most = max(at_most, 1e-9)
+    products = np.log1p(STAKES[:, None] * (found - at_most) / (2 * at_most)) @ counts
     most = products.max()
     return float(np.exp(min(most + np.log(np.exp(products - most).mean()), MOST)))
 
