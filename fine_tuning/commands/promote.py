@@ -32,6 +32,7 @@ from fine_tuning.common.names import parse_version
 from fine_tuning.common.project import (
     git_commit,
     main_checkout,
+    person_name,
     root,
     run_command,
     sha256_file,
@@ -66,6 +67,7 @@ CONVERSATIONS = Path("data/conversations")
 SPLITS = ("train", "validation", "test")
 EVALUATION = Path("data/evaluation")
 COMPARISON = Path("metrics/comparison.json")
+VOTES = Path("data/votes")
 METRICS = Path("metrics/evaluation.json")
 MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see CONTRIBUTING.md
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
@@ -94,7 +96,7 @@ def promote(arguments: argparse.Namespace) -> None:
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: promote in the main checkout after `dvc exp apply`")
     registry = open_registry(read_params("deploy", DeploySettings).name)
-    who = promoter(arguments.by)
+    who = person_name(arguments.by)
     if arguments.version is not None:
         promote_again(registry, parse_version(arguments.version, registry.name), who)
     else:
@@ -180,7 +182,7 @@ def check_verdict(compared: dict[str, Any]) -> None:
     from fine_tuning.evaluation.records.settings import EvaluateSettings
     from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
 
-    evidence = Evidence.read(EVALUATION, read_params("evaluate", EvaluateSettings))
+    evidence = Evidence.read(EVALUATION, read_params("evaluate", EvaluateSettings), VOTES)
     settings, suite = read_params("compare", CompareSettings), read_json(METRICS)["suite"]
     found = evidence.verdict(settings, compared["adapter_sha256"], suite)
     if candidate_is_champion() and "champion" in compared:  # a promotion that was cut off has not said it yet
@@ -229,23 +231,6 @@ def compare_with_champion() -> None:
     """
     if not reproduce("--quiet", "--single-item", *JUDGING):
         raise UserError(f"the champion is named, but `dvc repro {' '.join(JUDGING)}` failed: fix it, then run that")
-
-
-def promoter(given: str | None) -> str:
-    """Who promotes: the name that was given, else git's user.name.
-
-    Raises:
-        UserError: the name given is empty, longer than 100 characters, or holds what cannot be printed.
-    """
-    if given is not None:
-        name = " ".join(given.split())
-        if not name or len(name) > 100 or not name.isprintable():
-            raise UserError("--by takes the name of the person who promotes, in at most 100 printable characters")
-        return name
-    try:
-        return run_command("git", "config", "user.name").strip() or "unknown"
-    except UserError:
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------ register

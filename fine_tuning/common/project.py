@@ -99,6 +99,23 @@ def run_command(*command: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+def person_name(given: str | None) -> str:
+    """Who acts: the name that was given, else git's user.name.
+
+    Raises:
+        UserError: the name given is empty, longer than 100 characters, or holds what cannot be printed.
+    """
+    if given is not None:
+        name = " ".join(given.split())
+        if not name or len(name) > 100 or not name.isprintable():
+            raise UserError("--by takes the name of a person, in at most 100 printable characters")
+        return name
+    try:
+        return run_command("git", "config", "user.name").strip() or "unknown"
+    except UserError:
+        return "unknown"
+
+
 def git_commit(checkout: Path) -> tuple[str | None, bool]:
     """(commit id or None outside git, whether tracked files differ from it)."""
     try:

@@ -21,8 +21,15 @@ if PROJECT not in sys.path:
 
 # As dir="auto": each paragraph runs as its own script does.
 DIRECTION = "<style>[data-testid=stMarkdownContainer] :is(p, li), textarea { unicode-bidi: plaintext; }</style>"
-PAGES = {"chat": "forum", "compare": "balance", "data": "dataset", "runs": "monitoring", "models": "workspace_premium"}
-OPEN_PAGES = ("chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
+PAGES = {
+    "chat": "forum",
+    "compare": "balance",
+    "review": "how_to_vote",
+    "data": "dataset",
+    "runs": "monitoring",
+    "models": "workspace_premium",
+}
+OPEN_PAGES = ("chat", "compare", "review")  # to whoever is signed in; the others start commands and are the owners'
 
 
 def load(name: str) -> Callable[[], None]:
