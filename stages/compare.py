@@ -16,6 +16,7 @@ from fine_tuning.evaluation.verdict.settings import CompareSettings
 RECORDS = Path("data/evaluation")
 EVALUATION = Path("metrics/evaluation.json")
 LEARNING_CURVE = Path("metrics/learning_curve.json")
+VOTES = Path("data/votes")
 PREPARED = Path("metrics/prepare.json")
 TRAIN = Path("data/prepared/train.parquet")
 CHAMPION = Path("models/champion.json")
@@ -37,7 +38,11 @@ def main() -> None:
     from fine_tuning.evaluation.verdict.comparison import Evidence
     from fine_tuning.evaluation.verdict.slices import slices
 
-    found, evaluation, learning = Evidence.read(RECORDS, evaluate), read_json(EVALUATION), read_json(LEARNING_CURVE)
+    found, evaluation, learning = (
+        Evidence.read(RECORDS, evaluate, VOTES),
+        read_json(EVALUATION),
+        read_json(LEARNING_CURVE),
+    )
     verdict = found.verdict(settings, sha256_file(ADAPTER), evaluation["suite"])
     if is_champion(CHAMPION, ADAPTER, GGUF):
         verdict = called_champion(verdict, read_json(CHAMPION))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fine_tuning.common.errors import count_of
-from fine_tuning.common.project import main_checkout
+from fine_tuning.common.project import main_checkout, sha256_file
 from fine_tuning.common.records import write_json, write_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
@@ -72,7 +72,9 @@ def main() -> None:
     write_jsonl(RECORDS / "memory.jsonl", found.memory)
     write_jsonl(RECORDS / "prompts.jsonl", found.answer_lines(settings.test_prompts, find_people))
     PAGE.write_text(side_by_side(settings.test_prompts, found.answers), encoding="utf-8", errors="replace")
+    ggufs = {one.name: sha256_file(one.gguf) for one in (BASE, champion, CANDIDATE) if one}
     identity = {"learned_by_champion": learned, "signatures": signatures(metrics), "method_sha256": method}
+    identity |= {"ggufs": ggufs}
     table = found.table(metrics, settings.interval)
     write_json(METRICS, table | {"suite": evaluator.describe_suite() | identity})
     for name, row in table.items():

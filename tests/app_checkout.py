@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 
 from fine_tuning.runtime.gguf_writer import write_gguf
+from tests.evaluation_suite import conversation, write_items
+from tests.tiny import write_tiny_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 APP = REPOSITORY / "fine_tuning" / "integration" / "streamlit_app.py"
@@ -27,6 +29,21 @@ def write_checkout(folder: Path, base: Path, host: str = NOBODY, **app: object) 
     gguf = folder / "models" / "base" / "base-Q8_0.gguf"
     if not gguf.exists():
         write_gguf(folder / "models" / "base", gguf, "Q8_0")
+    return folder
+
+
+def add_candidate(folder: Path, prompts: int = 6) -> Path:
+    """A candidate beside the base of a checkout, another tiny model, and held-out prompts to review it on."""
+    base, merged, package = (folder / "models" / name for name in ("base", "merged", "package"))
+    write_tiny_base(merged, seed=1)
+    package.mkdir()
+    write_gguf(merged, package / "model.gguf", "Q8_0")
+    (folder / "models/adapter").mkdir()
+    (folder / "models/adapter/adapter_model.safetensors").write_bytes(b"adapter")
+    (folder / "models/champion.json").write_text('{"version": null}\n')
+    talks = {f"c{n}": conversation(f"Where is box number {n}?", f"Box {n} is here.") for n in range(prompts)}
+    write_items(folder / "data/prepared/test.parquet", base, talks)
+    (folder / "data/forgotten.jsonl").write_text("\n")
     return folder
 
 

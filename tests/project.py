@@ -103,6 +103,8 @@ def new_project(folder: Path, base: Path) -> Project:
     (folder / "models/champion.json").write_text('{"version": null}\n')
     (folder / "data").mkdir()
     (folder / "data/forgotten.jsonl").write_text("\n")
+    (folder / "data/votes").mkdir()
+    shutil.copy2(ROOT / "data/votes/README.md", folder / "data/votes")
     (folder / "metrics").mkdir(exist_ok=True)
     shutil.copy2(ROOT / "metrics/learning_curve.json", folder / "metrics")
     project.commit("Start")

@@ -127,7 +127,7 @@ def write_records(folder: Path) -> None:
         ]
         for name in ("items", "prompts", "memory", *GUARDS):
             write_jsonl(place / f"{name}.jsonl", lines if name == "items" else [])
-        found = Evidence.read(place, evaluate).verdict(compare, "", {"sha256": "e" * 64})
+        found = Evidence.read(place, evaluate, place / "votes").verdict(compare, "", {"sha256": "e" * 64})
         assert found["verdict"] == verdict, f"the records no longer lead to {verdict}: {found['reasons']}"
         write_json(folder / "trial" / f"{verdict}.json", found)
 

@@ -10,6 +10,7 @@ from fine_tuning.evaluation.records.settings import IntervalSettings
 from fine_tuning.evaluation.records.statistics import Resampling, clustered_mean, holm, interval, ratio_estimate
 from fine_tuning.evaluation.suite.privacy import personal_data
 from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
+from fine_tuning.evaluation.verdict.differences import LOOK_LEVEL
 from tests.evaluation_suite import MODULES
 
 INTERVALS = IntervalSettings(draws=2000, confidence=0.95, seed=0)
@@ -570,7 +571,7 @@ def test_a_clustered_mean_of_unequal_clusters_misses_no_more_than_stated():
 
 # --- how often is the verdict wrong? ---------------------------------------------------------------------------------
 
-NOMINAL = 0.025
+NOMINAL = LOOK_LEVEL
 
 
 def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, baselines: int = 1, **changes) -> float:
@@ -601,10 +602,11 @@ def verdicts(effect: float, runs: int, seed: int, clustered: bool = True, baseli
 
 
 def test_the_whole_verdict_promotes_identical_models_at_no_more_than_the_nominal_rate():
-    # Without a minimum effect and secondary metrics the interval alone decides. The standard error of 800 is 0.55 %.
+    # Without a minimum effect and secondary metrics the interval alone decides. The standard error of 800 is 0.18 %,
+    # and 500 draws reach that far into the tail less surely than the 2,000 of params.yaml.
     rate = verdicts(0.0, 800, seed=1, minimum_effect=0.0, secondary={})
-    assert rate <= NOMINAL + 2 * 0.0055
-    assert rate > 0.005, "a verdict that never errs is one that never promotes"
+    assert rate <= NOMINAL + 3 * 0.0018
+    assert rate > 0, "a verdict that never errs is one that never promotes"
 
 
 def test_as_it_is_configured_the_verdict_promotes_identical_models_hardly_ever():
@@ -613,15 +615,15 @@ def test_as_it_is_configured_the_verdict_promotes_identical_models_hardly_ever()
 
 
 def test_a_verdict_that_ignores_clusters_would_promote_identical_models_far_too_often():
-    assert verdicts(0.0, 200, seed=4, clustered=False, minimum_effect=0.0, secondary={}) > 0.08
+    assert verdicts(0.0, 200, seed=4, clustered=False, minimum_effect=0.0, secondary={}) > 8 * NOMINAL
 
 
 def test_a_planted_effect_is_found_with_the_stated_power():
-    # The difference of two models has the standard error sqrt(2 (0.5² + 0.3²/4) / 40) = 0.117 nats. An effect of 3.24
-    # of them, 0.38 nats, has power 0.9 at 2.5 %; the minimum effect and the secondary metric cost a little.
-    assert verdicts(0.40, 200, seed=5) >= 0.85
+    # The difference of two models has the standard error sqrt(2 (0.5² + 0.3²/4) / 40) = 0.117 nats. An effect of 4.09
+    # of them, 0.48 nats, has power 0.9 at 0.25 %; the minimum effect and the secondary metric cost a little.
+    assert verdicts(0.50, 200, seed=5) >= 0.85
     # Against two baselines at once, with a candidate whose errors both share, a little more effect is needed.
-    assert verdicts(0.50, 100, seed=6, baselines=2) >= 0.85
+    assert verdicts(0.60, 100, seed=6, baselines=2) >= 0.85
 
 
 @pytest.mark.parametrize("clusters", [20, 60])
@@ -642,7 +644,7 @@ def test_intervals_of_skewed_ratios_miss_no_more_than_stated_at_either_end(clust
         ):
             count += bounds.low > truth, bounds.high < truth
     # Skew this strong costs the bootstrap-t some of its upper end; the lower one, which promotes, is as stated.
-    assert missed[0] / runs <= NOMINAL + 3 * 0.0029
+    assert missed[0] / runs <= 0.025 + 3 * 0.0029
     assert missed[1] < 0.7 * percentile[1]
 
 
@@ -708,5 +710,5 @@ def test_judgements_by_coin_toss_promote_no_more_often_than_the_interval_allows(
             pairs = pair_lines(name, 0, 60)["preferences"]
             found += [pair | {"chosen": float(draw.choice((10.0, 30.0)))} for pair in pairs]
         promoted += compare(lines, metrics, settings, INTERVALS, {"preferences": found})["verdict"] == "PROMOTE"
-    # One-sided 2.5 %: 10 of 400 are expected, 20 or more come up in a quarter of a per cent of such tests.
-    assert promoted < 20
+    # One-sided 0.25 %: 1 of 400 is expected, 6 or more come up in six of 10,000 such tests.
+    assert promoted < 6

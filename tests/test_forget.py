@@ -32,7 +32,9 @@ from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.erasure.records import Selection, clear_shards, collect, deleted_ids
 from fine_tuning.erasure.steps import STEPS
 from fine_tuning.erasure.traces import ID, Traces
+from fine_tuning.evaluation.review import seal_votes
 from fine_tuning.model_management.model_registry import open_registry
+from fine_tuning.schema.votes import Side, Vote, read_all_votes, read_votes, vote_lines, votes_file
 from tests.fake_ollama import FakeOllama
 from tests.project import Project
 from tests.registered import environment, sh
@@ -274,6 +276,32 @@ def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_
     assert [c["id"] for c in logged] == ["kept"] and read_json(".whetstone/titles.json") == {"kept": "Shop"}
     assert read_json(".whetstone/chat_settings.json") == {"default": {}}
     assert not list(Path(".whetstone").glob("forget*.json"))
+
+
+def cast(name: str, conversation: str, by: str) -> Vote:
+    """A vote on a reply to a conversation."""
+    left, right = (Side(model=digit * 64, reply=digit * 64) for digit in "ab")
+    about = {"conversation_id": conversation, "item": conversation, "prompt": "c" * 64}
+    return Vote(id=name, at=f"2026-01-01T00:00:0{name}.000Z", by=by, **about, left=left, right=right, choice="left")
+
+
+def test_votes_on_a_conversation_go_with_it_and_a_persons_votes_with_the_person(project, tmp_path):
+    votes = [cast("0", canary()["id"], "ann"), cast("1", "other-0", "ann"), cast("2", "other-0", "zoe")]
+    Path("inbox/votes.jsonl").write_bytes(vote_lines(votes))
+    assert seal_votes() == 3 and not Path("inbox/votes.jsonl").exists()
+    for command in ("git add -A", "git commit -qm Votes", "dvc push -q"):
+        sh(project, command)
+    Path("inbox/votes.jsonl").write_bytes(vote_lines([cast("3", canary()["id"], "bob"), cast("4", "other-1", "bob")]))
+    where = forgetting.find(Selection(user="zoe"))
+    said = "\n".join(forgetting.describe(where))
+    assert "inbox/votes.jsonl: 1 event" in said and said.count("1 vote -> taken out") == 2
+    told: list[str] = []
+    assert forgetting.forget(where, say=told.append) == 0, told
+    assert places_with_words(project, tmp_path / "remote", words=(canary()["id"].encode(),)) == []
+    assert [vote.id for vote in read_all_votes(Path("data/votes"))] == ["1"]
+    assert [path.name for path in Path("data/votes").glob("*.dvc")] == [f"{votes_file('ann')}.dvc"]
+    assert [vote.id for vote in read_votes(Path("inbox/votes.jsonl"))] == ["4"]
+    assert "Data and pipelines are up to date" in sh(project, "dvc status")
 
 
 SECRET = "Is Tom gay? Ann (his ex) says so! PIN 4921?"

@@ -281,6 +281,14 @@ def test_a_missing_params_file_is_one_line(tmp_path):
         read_params("example", Example, tmp_path / "params.yaml")
 
 
+def test_votes_are_read_by_the_comparison_alone():
+    """A vote that trained a model would be no evidence of it."""
+    assert {stage for stage in STAGES if "data/votes" in paths(stage, "deps")} == {"compare"}
+    assert [path.name for path in (ROOT / "data/votes").iterdir() if path.suffix not in (".jsonl", ".dvc")] == [
+        "README.md"
+    ]
+
+
 def test_no_dependency_in_git_is_empty():
     """DVC warns of an empty one whenever its stage runs."""
     deps = [ROOT / path for stage in STAGES for path in paths(stage, "deps") if not path.startswith("models/")]

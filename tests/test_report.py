@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.votes import BASE, CANDIDATE, vote
 from fine_tuning.commands import summary
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json, write_json
@@ -23,6 +24,7 @@ from fine_tuning.evaluation.report.report import Findings, write_report
 from fine_tuning.evaluation.scoring.side_by_side import side_by_side
 from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
 from fine_tuning.evaluation.verdict.slices import slices
+from fine_tuning.evaluation.verdict.votes import VoteCount
 from fine_tuning.schema.reasons import in_words
 from tests.evaluation_suite import MODULES, SETTINGS
 from tests.registered import sh
@@ -134,6 +136,18 @@ def page(result, prepared, tmp_path):
     found = Findings(comparison, evaluation, records, prompts, where, preparation=prepared)
     write_report(tmp_path / "report.html", found)
     return (tmp_path / "report.html").read_text()
+
+
+def test_the_report_shows_the_win_rate_of_all_and_of_each_person_and_who_decides(result, tmp_path):
+    records, comparison, evaluation = result
+    votes = [vote(f"c{i}", float(i % 3 > 0), person, i) for i, person in enumerate(["ann <b>"] * 9 + ["bob"] * 3)]
+    tally = VoteCount.of(votes, records, {"candidate": CANDIDATE, "base": BASE})
+    write_report(tmp_path / "r.html", Findings(comparison | {"votes": tally.as_json()}, evaluation, records, []))
+    page = (tmp_path / "r.html").read_text()
+    assert "Win rate of the candidate against the base, ties one half: 67% [" in page
+    assert "ann &lt;b&gt;: 67%" in page and "decides 9 prompts" in page and "bob: 67%" in page
+    write_report(tmp_path / "r.html", Findings(comparison, evaluation, records, []))
+    assert "Nobody has voted on this pair" in (tmp_path / "r.html").read_text()
 
 
 def test_the_report_asks_nothing_of_the_network_and_runs_no_script(page):

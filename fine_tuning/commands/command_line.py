@@ -125,6 +125,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_host(command)
 
+    command = add(
+        "review", "review:review", "choose, blind, between replies of the candidate and of what it is compared with",
+        "Keys: 1 or 2 is better, 3 as good, 4 both bad, s skip, u undo, r results, q quit. Votes go to data/votes.",
+    )  # fmt: skip
+    command.add_argument("--by", metavar="NAME", help="who votes; git's user.name if left out")
+    command.add_argument("--results", action="store_true", help="only print the win rate; later votes are marked")
     command = add("summary", "summary:summary", "print what decided in the last `dvc repro`")
     command.add_argument("--all", action="store_true", help="every metric, and what was left out")
     add("experiments", "experiments:experiments", "compare what was tried: a table, and the losses as a drawing")

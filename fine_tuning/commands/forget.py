@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, MANIFEST, main_checkout, root
+from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, MANIFEST, VOTES, main_checkout, root
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import about, expected_seconds
 from fine_tuning.data_collection.storage.shards import shard_paths
@@ -86,7 +86,8 @@ def find(selection: Selection) -> Locations:
         UserError: no such conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
-    found = collect(selection, shards, steps.logs(), tombstones, tombstones.key)
+    events = [*steps.logs(), *steps.vote_files()]
+    found = collect(selection, shards, events, tombstones, tombstones.key)
     if not found.ids and not found.messages and found.by is None:
         waiting = f"; an erasure that is not finished: {steps.AGAIN}" if steps.journals() else ""
         if selection.tombstones is not None:
@@ -109,6 +110,10 @@ def find(selection: Selection) -> Locations:
         if count := count_in_shard(shard, found):
             where.pipeline = True
             say(str(shard), count_of(count, "line"), "rewritten without it")
+    for votes in steps.vote_files():
+        if count := count_in_log(votes, found):
+            where.pipeline = True
+            say(str(votes), count_of(count, "vote"), "taken out")
     if not where.pipeline:
         # No shard holds it: the pipeline has read it only if its files name its ids. Words that they have are others'.
         made = [path for path in work.files_holding() if (_group_of(path) or ("",))[-1] == REBUILT]
@@ -220,7 +225,12 @@ def _group_of(path: Path) -> tuple[str, str] | None:
     parts = path.parts
     if steps.is_leftover(path):
         return parts[0] if parts[0].startswith(".") else str(path.parent), "removed"
-    if parts[0] == "inbox" or path.is_relative_to(CONVERSATIONS) or parts[0] in ("mlflow.db", "mlartifacts"):
+    if (
+        parts[0] == "inbox"
+        or path.is_relative_to(CONVERSATIONS)
+        or path.is_relative_to(VOTES)
+        or parts[0] in ("mlflow.db", "mlartifacts")
+    ):
         return None
     if parts[0] in ("data", "metrics", "models"):
         return "/".join(parts[:2]), REBUILT

@@ -55,7 +55,7 @@ def promote(arguments: argparse.Namespace) -> None:
     if project.root().resolve() != project.main_checkout():
         raise UserError("this is a temporary experiment's folder: promote in the main checkout after `dvc exp apply`")
     registry = open_registry(read_params("deploy", DeploySettings).name)
-    who = promoter(arguments.by)
+    who = project.person_name(arguments.by)
     if arguments.version is not None:
         promote_again(registry, parse_version(arguments.version, registry.name), who)
     else:
@@ -133,7 +133,7 @@ def check_verdict(compared: dict[str, Any]) -> None:
     from fine_tuning.evaluation.records.settings import EvaluateSettings
     from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
 
-    evidence = Evidence.read(RECORDS, read_params("evaluate", EvaluateSettings))
+    evidence = Evidence.read(RECORDS, read_params("evaluate", EvaluateSettings), project.VOTES)
     settings, suite = read_params("compare", CompareSettings), read_json(project.EVALUATION)["suite"]
     found = evidence.verdict(settings, compared["adapter_sha256"], suite)
     if candidate_is_champion() and "champion" in compared:  # a promotion that was cut off has not said it yet
@@ -178,19 +178,6 @@ def compare_with_champion() -> None:
     """Run the stages that depend on models/champion.json, so that `dvc repro` has nothing left to do."""
     if not dvc_files.reproduce("--quiet", "--single-item", *JUDGING):
         raise UserError(f"the champion is named, but `dvc repro {' '.join(JUDGING)}` failed: fix it, then run that")
-
-
-def promoter(given: str | None) -> str:
-    """Who promotes: the name that was given, else git's user.name."""
-    if given is not None:
-        name = " ".join(given.split())
-        if not name or len(name) > 100 or not name.isprintable():
-            raise UserError("--by takes the name of the person who promotes, in at most 100 printable characters")
-        return name
-    try:
-        return project.run_command("git", "config", "user.name").strip() or "unknown"
-    except UserError:
-        return "unknown"
 
 
 # ------------------------------------------------------------------------------------------------------------ register

@@ -162,11 +162,12 @@ def dvc_add(path: Path) -> None:
         UserError: a pipeline is running, or DVC refuses.
     """
     with open_repo(what=f"dvc add {path}") as repo:
-        add_folder(repo, path)
+        add_to_dvc(repo, path)
 
 
-def add_folder(repo: "Repo", folder: Path, known: Container[str] = ()) -> None:
-    """`dvc add` of a folder, and see that DVC's cache holds every file: by its hash, or by its size if it is `known`.
+def add_to_dvc(repo: "Repo", path: Path, known: Container[str] = ()) -> None:
+    """`dvc add` of a folder or a file, and see that DVC's cache holds every file: by its hash, or by its size if it is
+    `known`.
 
     DVC logs a copy that failed, on a full disk say, and continues; the next `dvc add` finds the folder's listing in
     the cache and copies nothing again. So what is missing or damaged is put there here.
@@ -174,10 +175,13 @@ def add_folder(repo: "Repo", folder: Path, known: Container[str] = ()) -> None:
     Raises:
         OSError: the cache does not take a file.
     """
-    repo.add([folder.as_posix()])
-    cache = repo.cache.local
-    for entry in json.loads(Path(cache.oid_to_path(read_dvc(Path(f"{folder}.dvc")))).read_bytes()):
-        file, md5 = folder / entry["relpath"], entry["md5"]
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
+    repo.add([path.as_posix()])
+    cache, added = repo.cache.local, str(read_dvc(Path(f"{path}.dvc")))
+    listed = json.loads(Path(cache.oid_to_path(added)).read_bytes()) if added.endswith(".dir") else [{"md5": added}]
+    for entry in listed:
+        file, md5 = path / entry.get("relpath", ""), entry["md5"]
         kept = Path(cache.oid_to_path(md5))
         same_size = kept.is_file() and kept.stat().st_size == file.stat().st_size
         if not same_size or (file.name not in known and md5_file(kept) != md5):
@@ -203,7 +207,7 @@ def checkout_outputs() -> None:
     Raises:
         UserError: a pipeline is running, or DVC refuses.
     """
-    with _dvc("dvc checkout dvc.yaml") as repo:
+    with open_repo(what="dvc checkout dvc.yaml") as repo:
         repo.checkout(["dvc.yaml"], force=True, allow_missing=True)
 
 

@@ -18,6 +18,7 @@ LOG = Path("inbox/conversations.jsonl")  # the live one
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 FORGOTTEN = Path("data/forgotten.jsonl")
+VOTES = Path("data/votes")
 PREPARED = Path("data/prepared")
 BASE_CARD = Path("models/base/base.json")
 ADAPTER = Path("models/adapter")
@@ -110,6 +111,23 @@ def run_command(*command: str, cwd: Path | None = None) -> str:
         reason = lines[-1] if lines else f"exit status {done.returncode}"
         raise UserError(f"`{' '.join(command[:3])}` failed: {reason}")
     return done.stdout
+
+
+def person_name(given: str | None) -> str:
+    """Who acts: the name that was given, else git's user.name.
+
+    Raises:
+        UserError: the name given is empty, longer than 100 characters, or holds what cannot be printed.
+    """
+    if given is not None:
+        name = " ".join(given.split())
+        if not name or len(name) > 100 or not name.isprintable():
+            raise UserError("--by takes the name of a person, in at most 100 printable characters")
+        return name
+    try:
+        return run_command("git", "config", "user.name").strip() or "unknown"
+    except UserError:
+        return "unknown"
 
 
 def git_commit(checkout: Path) -> tuple[str | None, bool]:

@@ -21,7 +21,7 @@ from fine_tuning.common.names import session_name
 from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync
 from fine_tuning.schema.conversation import fold, now
 
-EVENTS = ("exchange", "feedback", "edit", "delete", "restore")
+EVENTS = ("exchange", "feedback", "edit", "delete", "restore", "vote")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
 
 
@@ -144,9 +144,7 @@ class ConversationLogger:
                 "send them as texts"
             )
         try:
-            with _locked(self.path) as descriptor:
-                _set_torn_tail_aside(descriptor, self.path)
-                _write_whole(descriptor, line, self.durable)
+            append_line(self.path, line, self.durable)
         except OSError as error:
             raise UserError(
                 f"the conversation could not be logged to {self.path} ({error.strerror}): free some space or change "
@@ -206,6 +204,17 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
         **{name: totals[name] for name in ("liked", "disliked", "edited")},
         "feedback_share": _mean(totals["judged"], replies),
     }
+
+
+def append_line(path: Path, line: bytes, durable: bool = True) -> None:
+    """Append a line with its newline to a log, under its lock; what a crash tore off before is set aside.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is.
+    """
+    with _locked(path) as descriptor:
+        _set_torn_tail_aside(descriptor, path)
+        _write_whole(descriptor, line, durable)
 
 
 def read_log(path: str | Path) -> Iterator[tuple[bytes, dict | None]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.names import session_name
-from fine_tuning.common.records import dump_line, read_line, read_lines, sync, write_json, write_jsonl
+from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import deletes, read_log, rewrite_log
 from fine_tuning.data_collection.storage.shards import describe_shard, read_manifest, write_lines
 from fine_tuning.data_collection.storage.tombstones import Tombstones
@@ -215,7 +215,7 @@ def _without(line: bytes, found: Found) -> bytes | None:
 def _concerns(event: dict, found: Found) -> bool:
     if event["event"] == "exchange" and from_exchange(event)["id"] in found.ids:
         return True
-    if found.by is not None and event.get("by") == found.by and event["event"] in ("feedback", "edit"):
+    if found.by is not None and event.get("by") == found.by and event["event"] in ("feedback", "edit", "vote"):
         return True
     if event.get("conversation_id") in found.ids or event.get("message_id") in found.messages:
         return True
@@ -251,6 +251,21 @@ def _goes(line: bytes, event: dict | None, found: Found) -> bool:
 def clear_log(log: Path, found: Found) -> int:
     """Take the events out of a log while its writers wait; returns how many there were."""
     return rewrite_log(log, lambda line, event: not _goes(line, event, found))
+
+
+def clear_votes(path: Path, found: Found) -> bool:
+    """Rewrite a file of votes without those on the conversations, or by the user; whether there were any. The file goes
+    with its last vote."""
+    lines = list(read_log(path))
+    kept = [line + b"\n" for line, event in lines if not _goes(line, event, found)]
+    if len(kept) == len(lines):
+        return False
+    with replacing(path) as file:
+        file.writelines(kept)
+    if not kept:
+        path.unlink()
+        path.with_name(f"{path.name}.dvc").unlink(missing_ok=True)
+    return True
 
 
 def clear_shards(folder: Path, manifest: Path, found: Found) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from fine_tuning.common import dvc_files
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.names import host_key
-from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST
+from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST, VOTES
 from fine_tuning.common.records import read_json, read_object, updating, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.storage.shards import track
@@ -23,7 +23,7 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.erasure.models import ForgottenModels
 from fine_tuning.erasure.object_stores import Searched, Unreachable, git_objects_with, in_use, kind_of, search, stores
-from fine_tuning.erasure.records import Found, clear_lines, clear_log, clear_shards
+from fine_tuning.erasure.records import Found, clear_lines, clear_log, clear_shards, clear_votes
 from fine_tuning.erasure.traces import Traces
 from fine_tuning.integration.ollama_client import open_servers
 from fine_tuning.model_management import champion
@@ -207,6 +207,11 @@ def files_of_checkout() -> Iterator[Path]:
         yield from (path for path in files if path.is_file() and not (here == SCRATCH and path.match(JOURNALS)))
 
 
+def vote_files() -> list[Path]:
+    """Sealed votes, one file a person."""
+    return sorted(VOTES.glob("*.jsonl"))
+
+
 def logs() -> list[Path]:
     """The live log, closed logs, and the lines that were set aside from them."""
     return sorted(path for path in LOG.parent.rglob("*.jsonl*") if path.is_file())
@@ -226,11 +231,14 @@ def clear_logs(work: Work) -> None:
 
 
 def clear_data(work: Work) -> None:
-    """Shards, manifest and ledger, while no pipeline runs."""
+    """Shards, manifest, votes and ledger, while no pipeline runs."""
     with dvc_files.pipeline_stands_still() as repo:
         shards = clear_shards(CONVERSATIONS, MANIFEST, work.found)
         if CONVERSATIONS.is_dir():
             track(repo, CONVERSATIONS, MANIFEST)
+        for path in vote_files():
+            if clear_votes(path, work.found) and path.is_file():
+                dvc_files.add_to_dvc(repo, path)
         clear_lines(OLD_LEDGER, work.found)
         Ledger(LEDGER, read_params("prepare", PrepareSettings).salt).forget(work.found.ids)
     work.say(f"shards: {shards} rewritten without it")

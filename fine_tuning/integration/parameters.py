@@ -12,7 +12,7 @@ from fine_tuning.data_collection.data_export import ExportSettings
 from fine_tuning.data_collection.storage.shards import IntakeSettings
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, metric_names
-from fine_tuning.evaluation.verdict.settings import PREFERENCE, CompareSettings
+from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, CompareSettings
 from fine_tuning.integration.chat_models import AppSettings
 from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.ollama_client import normalise_host
@@ -72,7 +72,7 @@ def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) ->
     seconds, so that is done only where none of them has the name in quotes."""
     texts = [(METRIC_MODULES / f"{name}.py").read_text(encoding="utf-8") for name in metrics]
     deciding = (("primary", compare.primary), *(("secondary", name) for name in compare.secondary))
-    asked = [(key, name) for key, name in deciding if name != PREFERENCE]
+    asked = [(key, name) for key, name in deciding if name not in (PREFERENCE, WIN_RATE)]
     unknown = [(key, name) for key, name in asked if not any(f'"{name}"' in text for text in texts)]
     if not unknown:
         return

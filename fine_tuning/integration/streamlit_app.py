@@ -25,11 +25,12 @@ PAGES = {
     "home": "home",
     "chat": "forum",
     "compare": "balance",
+    "review": "how_to_vote",
     "data": "dataset",
     "runs": "monitoring",
     "models": "workspace_premium",
 }
-OPEN_PAGES = ("home", "chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
+OPEN_PAGES = ("home", "chat", "compare", "review")  # to whoever is signed in; the others are the owners'
 
 
 def load(name: str) -> Callable[[], None]:

@@ -434,7 +434,7 @@ def fold(events: Iterable[dict[str, Any]], conversations: dict[str, dict[str, An
         elif event["event"] == "restore":
             if not conversation.get("deleted"):
                 conversation["restored"] = True
-        else:
+        elif event["event"] != "vote":  # votes have files of their own
             _judge(event, conversation)
     return unmatched
 

@@ -206,10 +206,6 @@ def track(repo: "Repo", folder: Path, manifest: Path) -> None:
     Raises:
         OSError: the cache does not take a shard.
     """
-    import logging
+    from fine_tuning.common.dvc_files import add_to_dvc
 
-    from fine_tuning.common.dvc_files import add_folder
-
-    logging.getLogger("dvc").setLevel(logging.ERROR)
-    logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
-    add_folder(repo, folder, {shard["name"] for shard in read_manifest(manifest)["shards"]})
+    add_to_dvc(repo, folder, {shard["name"] for shard in read_manifest(manifest)["shards"]})

@@ -1,12 +1,13 @@
-"""Is the candidate better? Paired differences on the same items, and a verdict with its reasons.
+"""Is the candidate better? Paired differences on the same items, people's votes, and a verdict with its reasons.
 
 PROMOTE        the primary metric beats base and champion, the whole interval beyond the minimum effect, a loss in
                secondary metrics is ruled out where there are items enough, quantising costs little, no prompting
                baseline surely does as well, general knowledge is kept and replies fit their prompts (guards.py);
                against a champion with another tokenizer the likelihood a byte decides instead of metrics that count
-               tokens
-INCONCLUSIVE   too few conversations to tell
-HOLD           anything else; a leak or an undefined primary metric holds however few the conversations
+               tokens. Where compare.primary is the win rate, or there are too few references, votes decide instead
+INCONCLUSIVE   too few conversations and votes to tell
+HOLD           anything else; a leak, an undefined primary metric or people who surely prefer what the candidate is
+               compared with hold however few the conversations
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, fini
 from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
     CANDIDATE,
+    LOOK_LEVEL,
     Difference,
     Records,
     differences,
@@ -44,7 +46,10 @@ from fine_tuning.evaluation.verdict.differences import (
 from fine_tuning.evaluation.verdict.guards import guard, guard_differences, paired
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
-from fine_tuning.evaluation.verdict.settings import PREFERENCE, CompareSettings
+from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, CompareSettings
+from fine_tuning.evaluation.verdict.votes import MORE, VoteCount
+from fine_tuning.evaluation.verdict.win_rate import DECIDES
+from fine_tuning.schema.votes import Vote, read_all_votes
 
 QUANTISED = "candidate_quantised"
 BASELINES = ("base", "champion")
@@ -64,22 +69,33 @@ class Evidence:
     guarded: Files
     answers: Sequence[dict[str, Any]]
     memory: Sequence[dict[str, Any]]
+    votes: Sequence[Vote]
     metrics: Metrics
     intervals: IntervalSettings
 
     @classmethod
-    def read(cls, folder: Path, evaluate: EvaluateSettings) -> "Evidence":
-        """From the folder that evaluate wrote."""
+    def read(cls, folder: Path, evaluate: EvaluateSettings, votes: Path) -> "Evidence":
+        """From the folder that evaluate wrote, and the folder of votes."""
         names = ("items", "prompts", "memory", *GUARDS)
         files = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in names}
         metrics = [load_metric(name, METRIC_MODULES) for name in evaluate.metrics]
         guarded = {name: files[name] for name in GUARDS}
-        return cls(files["items"], guarded, files["prompts"], files["memory"], metrics, evaluate.interval)
+        return cls(
+            files["items"],
+            guarded,
+            files["prompts"],
+            files["memory"],
+            read_all_votes(votes),
+            metrics,
+            evaluate.interval,
+        )
 
     def verdict(self, settings: CompareSettings, adapter_sha256: str, suite: Mapping[str, Any]) -> dict[str, Any]:
         """The content of metrics/comparison.json for a candidate that is not the champion; `suite` is the entry of
         metrics/evaluation.json."""
-        found = compare(self.records, self.metrics, settings, self.intervals, self.guarded, self.answers, self.memory)
+        people = VoteCount.of(self.votes, self.records, suite.get("ggufs", {}))
+        files = self.guarded, self.answers, self.memory
+        found = compare(self.records, self.metrics, settings, self.intervals, *files, people)
         if learned := suite.get("learned_by_champion"):
             found["reasons"].append(f"{count_of(learned, 'held-out conversation')} {LEARNED}")
         return found | {"adapter_sha256": adapter_sha256, "eval_set_sha256": suite["sha256"]}
@@ -93,6 +109,7 @@ def compare(
     guarded: Files | None = None,
     answers: Sequence[dict[str, Any]] = (),
     memory: Sequence[dict[str, Any]] | None = None,
+    people: VoteCount | None = None,
 ) -> dict[str, Any]:
     """The content of metrics/comparison.json but for the identities of candidate and suite.
 
@@ -101,6 +118,7 @@ def compare(
         guarded: lines of the file of each of MEASURES, by its stem.
         answers: lines of prompts.jsonl, the answers to the test prompts.
         memory: lines of memory.jsonl, what was kept of the training data; None: of no concern here.
+        people: their votes; None: nobody voted.
 
     Raises:
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
@@ -112,9 +130,13 @@ def compare(
     )
     privacy, leaked = leaks(records, answers)
     remembered, memorised = kept(memory or ())
-    common = tables | {"privacy": privacy, "memory": remembered}
-    if settings.primary not in MEASURES and not any("nll" in line for line in records):
-        return no_references(settings, records, metrics, intervals, leaked + memorised) | common
+    people = people or VoteCount.of((), records, {})
+    common = tables | {"privacy": privacy, "memory": remembered, "votes": people.as_json()}
+    by_votes = settings.primary == WIN_RATE
+    if settings.primary not in (*MEASURES, WIN_RATE) and not any("nll" in line for line in records):
+        if not people.bets:
+            return no_references(settings, records, metrics, intervals, leaked + memorised) | common
+        by_votes, settings = True, settings.model_copy(update={"secondary": {}})
     present = {line["contender"] for line in records}
     pairs = {name: differences(records, metrics, name, intervals) for name in BASELINES if name in present}
     for baseline, rows in pairs.items():
@@ -122,13 +144,16 @@ def compare(
             rows[PREFERENCE] = preferred
     others = guard_differences(files, pairs, intervals.confidence)
     deciding = {
-        baseline: settings.primary if settings.primary in found else ANY_TOKENIZER for baseline, found in pairs.items()
+        baseline: settings.primary if settings.primary in found else ANY_TOKENIZER
+        for baseline, found in pairs.items()
+        if not by_votes
     }
     # The base shares the candidate's tokenizer: what it lacks was not measured at all.
-    for name in (settings.primary, *settings.secondary, *deciding.values()):
+    for name in (*([] if by_votes else [settings.primary]), *settings.secondary, *deciding.values()):
         if name not in pairs["base"] and not (name == PREFERENCE and name in settings.secondary):
             raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
-    primary = [pairs[baseline][name] for baseline, name in deciding.items() if name in pairs[baseline]]
+    looked_at = 1 - 2 * LOOK_LEVEL
+    primary = [pairs[baseline][name].at(looked_at) for baseline, name in deciding.items() if name in pairs[baseline]]
     if not all(difference.better for difference in primary):
         raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
 
@@ -144,27 +169,32 @@ def compare(
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
-    notes += close + other_tokenizers(pairs, deciding, settings)
+    notes += close + other_tokenizers(pairs, deciding, settings) + people.notes()
     notes += untested(remembered) if memory is not None else []
     notes = [*switched_off(present, tables), *notes, *doubts]
 
-    clusters = min(difference.clusters for difference in primary)
     few = [
         f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
-        f"compare with the {difference.baseline}: collect more"
+        f"compare with the {difference.baseline}: collect more, or {MORE}"
         for difference in primary
         if difference.clusters < (needed := settings.needed(difference.baseline))
     ]
     standing = leaked + memorised + lost + coarse  # they hold whatever the number of conversations
     undefined = any(not np.isfinite(difference.value) for difference in primary)
-    if undefined or leaked or memorised:
-        verdict, reasons = "HOLD", against + inferior + standing + as_good
-    elif few:
+    rejected = people.rejections()
+    decisive, wanted = by_votes or bool(few), people.win_rate.better >= DECIDES
+    measured, against = against + inferior + standing + as_good, standing + people.missing(settings)
+    if undefined or leaked or memorised or rejected:
+        verdict, reasons = "HOLD", rejected + measured
+    elif few and not wanted:
         verdict, reasons = "INCONCLUSIVE", few + standing
-    elif reasons := against + inferior + standing + as_good:
+    elif reasons := against if few else measured + people.missing(settings):
         verdict = "HOLD"
+    elif decisive and not wanted:
+        verdict, reasons = "INCONCLUSIVE", [f"not sure yet which people prefer: {people}; {MORE}"]
     else:
-        verdict, reasons = "PROMOTE", [format_difference(difference) for difference in primary]
+        verdict, reasons = "PROMOTE", [str(people)] if decisive else []
+        reasons += [] if few else [format_difference(difference) for difference in primary]
         if shown := [name for name, row in secondary.items() if all(one["non_inferior"] for one in row.values())]:
             reasons.append(f"not worse in {', '.join(shown)}")
     return {
@@ -182,8 +212,8 @@ def compare(
         "prompting_baselines": prompted,
         **common,
         "provenance": provenance(records, metrics, settings.primary, intervals),
-        "n": min(difference.n for difference in primary),
-        "clusters": clusters,
+        "n": min((difference.n for difference in primary), default=len(people.bets)),
+        "clusters": min((difference.clusters for difference in primary), default=len(people.bets)),
     }
 
 
@@ -309,7 +339,7 @@ def other_tokenizers(
     """What is compared otherwise with baselines whose tokens are others, in words."""
     notes = []
     for baseline, found in pairs.items():
-        if (decider := deciding[baseline]) != settings.primary and decider in found:
+        if (decider := deciding.get(baseline, settings.primary)) != settings.primary and decider in found:
             notes.append(
                 f"the {baseline} has another tokenizer: {decider} decides against it instead of {settings.primary}"
             )

@@ -1,10 +1,13 @@
 """The section `compare` of params.yaml."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from fine_tuning.common.settings import Settings
 
 PREFERENCE = "preference_accuracy"  # measured on held-out pairs, by no metric module
+WIN_RATE = "win_rate"  # of people's votes
 
 
 class CompareSettings(Settings):
@@ -19,6 +22,7 @@ class CompareSettings(Settings):
     golden_lead: float = Field(ge=0)
     text_tolerance: float = Field(ge=0)
     prompt_help: float | None = Field(ge=0, le=1)
+    votes: Literal["counted", "required"] = "counted"
 
     def needed(self, baseline: str) -> int:
         """How many different conversations a verdict against this baseline needs."""

@@ -1,0 +1,299 @@
+"""The review: people choose, blind, between replies of the candidate and of what it is compared with.
+
+The terminal and the page show what is in here: which pairs, in which order, on which side, and what becomes of a vote.
+Votes are written to the inbox at once and sealed into data/votes, for `compare`, while no pipeline runs.
+"""
+
+import hashlib
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_object, replacing, updating, write_json
+from fine_tuning.data_collection.conversation_logger import append_line, rename_log, rewrite_log
+from fine_tuning.data_collection.storage.tombstones import Tombstones
+from fine_tuning.evaluation.records.champion_records import is_champion, without_learned
+from fine_tuning.evaluation.records.record_types import Item, Reply, conversation_of
+from fine_tuning.evaluation.suite.contenders import Contender, find_champion
+from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.evaluation.verdict.votes import VoteCount
+from fine_tuning.runtime.llama_engine import LlamaEngine
+from fine_tuning.schema.chat_format import encode_prompt, load_tokenizer
+from fine_tuning.schema.conversation import now, short_hash
+from fine_tuning.schema.votes import NOBODY, Choice, Side, Vote, read_all_votes, read_votes, vote_lines, votes_file
+
+LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
+VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
+TEST = Path("data/prepared/test.parquet")
+CHAMPION = Path("models/champion.json")
+BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
+CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
+ADAPTER = Path("models/adapter/adapter_model.safetensors")
+REPLIES = Path(".whetstone/memo/review")
+SEEN = Path(".whetstone/review.json")  # whose results were looked at, by person and pair
+AHEAD = 10  # pairs whose replies are made before they are asked for
+
+Engine = Callable[[Path], AbstractContextManager[LlamaEngine]]
+Answer = Literal["left", "right", "tie", "both bad"]
+
+
+def in_random_order(clusters: Iterable[str], models: Iterable[str]) -> list[str]:
+    """The clusters in an order that a hash fixes before the first vote, another one for each pair of models.
+
+    Votes prove something in random order only: with the most different pairs first, prompts that the candidate happens
+    to win may come before those that it loses.
+    """
+    pair = " ".join(sorted(models))
+    return sorted(clusters, key=lambda cluster: sha256(pair, cluster))
+
+
+def sha256(*parts: str) -> str:
+    """Of some texts, in hex."""
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
+
+
+class Pairs:
+    """The held-out prompts of a checkout, one a cluster, and the replies of two models to them.
+
+    Args:
+        engine: starts llama.cpp with a GGUF.
+        sampling: how a reply is drawn, arguments of LlamaEngine.complete_stream.
+        context: tokens that prompt and reply may have together.
+
+    Raises:
+        UserError: there is no candidate, it is the champion, or there is no held-out prompt.
+    """
+
+    def __init__(self, engine: Engine, sampling: dict[str, Any], context: int) -> None:
+        if not ADAPTER.is_file() or not CANDIDATE.gguf.is_file():
+            raise UserError(
+                "there is no candidate to review: run `dvc repro`, or `dvc pull` where it was made elsewhere"
+            )
+        if is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
+            raise UserError("the candidate is the champion already: train another one, then review that")
+        self.engine, self.sampling, self.context = engine, sampling, context
+        self.candidate, self.against = CANDIDATE, find_champion(CHAMPION) or BASE
+        self.ggufs = {one.name: sha256_file(one.gguf) for one in (self.candidate, self.against)}
+        self.tokenizers = {one.name: load_tokenizer(one.folder) for one in (self.candidate, self.against)}
+        items, _ = without_learned(read_items(TEST, load_tokenizer(BASE.folder)), CHAMPION)
+        asked = sorted(
+            (item for item in items if item.question.strip()), key=lambda item: sha256(item.id), reverse=True
+        )
+        self.items = {item.cluster: item for item in asked}  # of a cluster the one with the smallest hash
+        self.records = [
+            {"contender": name, "id": item.id, "cluster": item.cluster} for name in self.ggufs for item in items
+        ]
+        self.order = in_random_order(self.items, self.ggufs.values())
+        self.problem: str | None = None
+        self._wanted: list[str] = []
+        self._lock = threading.Lock()
+        self._maker: threading.Thread | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the pair, by content."""
+        return sha256(*sorted(self.ggufs.values()))
+
+    def replies(self, cluster: str) -> dict[str, Reply] | None:
+        """Both models' replies by name; None while they are made.
+
+        Raises:
+            UserError: they could not be made.
+        """
+        found = {one.name: self._kept(one, cluster) for one in (self.candidate, self.against)}
+        if None in found.values():
+            if self.problem:
+                raise UserError(self.problem)
+            return None
+        return {name: reply for name, reply in found.items() if reply is not None}
+
+    def make(self, clusters: Sequence[str], wait: bool = False) -> None:
+        """Have the replies to these prompts made in the background, in this order, before any others."""
+        with self._lock:
+            self._wanted, self.problem = list(clusters), None
+            if self._maker is None or not self._maker.is_alive():
+                self._maker = threading.Thread(target=self._make, daemon=True, name="review")
+                self._maker.start()
+            maker = self._maker
+        if wait:
+            maker.join()
+
+    def _make(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._maker = None
+                    return
+                cluster = self._wanted.pop(0)
+            try:
+                for one in (self.candidate, self.against):
+                    if self._kept(one, cluster) is None:
+                        write_json(self._file(one, cluster), asdict(self._answer(one, cluster)))
+            except UserError as error:
+                with self._lock:
+                    self.problem, self._wanted = str(error), []
+
+    def _answer(self, model: Contender, cluster: str) -> Reply:
+        prompt = self._prompt(model, cluster)
+        most = min(self.sampling["max_tokens"], self.context - len(prompt))
+        if most < 1:
+            return Reply("", 0, False)
+        with self.engine(model.gguf) as engine:
+            pieces = list(engine.complete_stream(prompt, **self.sampling | {"max_tokens": most, "seed": 0}))
+        return Reply("".join(pieces).strip(), len(pieces), len(pieces) < most)
+
+    def _prompt(self, model: Contender, cluster: str) -> list[int]:
+        # A system prompt that was configured is among the messages already.
+        return encode_prompt(self.tokenizers[model.name], self.items[cluster].history)
+
+    def _file(self, model: Contender, cluster: str) -> Path:
+        key = [self.ggufs[model.name], self.items[cluster].history, self.sampling, self.context]
+        return REPLIES / f"{sha256(json.dumps(key, sort_keys=True))}.json"
+
+    def _kept(self, model: Contender, cluster: str) -> Reply | None:
+        found = read_object(self._file(model, cluster))
+        return Reply(**found) if found else None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One pair as a person sees it: the messages before, and two replies whose models are not named."""
+
+    item: Item
+    left: Reply
+    right: Reply
+    sides: tuple[str, str]
+
+
+class Review:
+    """One person's way through the pairs."""
+
+    def __init__(self, pairs: Pairs, person: str) -> None:
+        self.pairs, self.person = pairs, person
+        self.votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
+        self.skipped: list[str] = []
+        self.last: Vote | None = None
+        """The vote that may be taken back"""
+
+    def queue(self) -> list[str]:
+        """Clusters that this person has not voted on: those that nobody has first, skipped ones last."""
+        counted = [vote for vote in self.votes if vote.models == set(self.pairs.ggufs.values())]
+        clusters = {line["id"]: line["cluster"] for line in self.pairs.records}
+        mine = {clusters.get(vote.item) for vote in counted if vote.by in (self.person, NOBODY)}
+        anybody = {clusters.get(vote.item) for vote in counted}
+        left = [cluster for cluster in self.pairs.order if cluster not in mine]
+        return sorted(left, key=lambda cluster: (cluster in self.skipped, cluster in anybody))
+
+    @property
+    def done(self) -> int:
+        """Prompts that this person has voted on, or where nobody needs to."""
+        return len(self.pairs.order) - len(self.queue())
+
+    def current(self) -> Shown | None:
+        """The next pair; None while its replies are made, and where `queue` is empty. Equal replies are no question.
+
+        Raises:
+            UserError: the replies could not be made, or the vote on equal ones not be written.
+        """
+        while queue := self.queue():
+            replies = self.pairs.replies(queue[0])
+            if replies is None:
+                self.pairs.make(queue[:AHEAD])
+                return None
+            item, names = self.pairs.items[queue[0]], (self.pairs.candidate.name, self.pairs.against.name)
+            sides = names if int(sha256(self.pairs.name, self.person, queue[0])[0], 16) % 2 else names[::-1]
+            shown = Shown(item, *(replies[name] for name in sides), sides)
+            if shown.left.text != shown.right.text:
+                return shown
+            self._write(shown, "equal", NOBODY)
+        return None
+
+    def vote(self, answer: Answer) -> None:
+        """Vote on the current pair.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if (shown := self.current()) is not None:
+            self.last = self._write(shown, answer, self.person)
+            self.pairs.make(self.queue()[:AHEAD])
+
+    def skip(self) -> None:
+        """Show the current pair again after all others."""
+        self.skipped += self.queue()[:1]
+
+    def undo(self) -> bool:
+        """Take the last vote back, unless it is sealed; the pair is shown again. Whether there was one."""
+        vote, self.last = self.last, None
+        if vote is None or not rewrite_log(LIVE, lambda _, event: event is None or event["id"] != vote.id):
+            return False
+        self.votes.remove(vote)
+        return True
+
+    def results(self) -> VoteCount:
+        """What the votes say so far; votes after this are marked."""
+        with updating(SEEN) as seen:
+            seen[self._seen_key] = True
+        return VoteCount.of(
+            sorted(self.votes, key=lambda vote: (vote.at, vote.id)), self.pairs.records, self.pairs.ggufs
+        )
+
+    @property
+    def _seen_key(self) -> str:
+        return short_hash([self.pairs.name, self.person])
+
+    def _write(self, shown: Shown, choice: Choice, by: str) -> Vote:
+        sides = [
+            Side(model=self.pairs.ggufs[name], reply=sha256(reply.text))
+            for name, reply in zip(shown.sides, (shown.left, shown.right), strict=True)
+        ]
+        vote = Vote(
+            id=uuid.uuid4().hex, at=now(), by=by, conversation_id=conversation_of(shown.item.id), item=shown.item.id,
+            prompt=sha256(json.dumps(shown.item.history, sort_keys=True)), left=sides[0], right=sides[1], choice=choice,
+            after_results=bool(read_object(SEEN).get(self._seen_key)),
+        )  # fmt: skip
+        try:
+            append_line(LIVE, vote_lines([vote]))
+        except OSError as error:
+            raise UserError(f"the vote could not be written to {LIVE} ({error.strerror}): free some space") from None
+        self.votes.append(vote)
+        return vote
+
+
+def seal_votes() -> int:
+    """Move the votes of the inbox into data/votes, one file a person, tracked with DVC; returns how many.
+
+    Killed and run again, it ends at the same place. Votes on forgotten conversations are left out.
+
+    Raises:
+        UserError: a pipeline runs, or a file is damaged.
+    """
+    if not LIVE.is_file() and not CLOSED.is_file():
+        return 0
+    count = 0
+    with pipeline_stands_still() as repo:
+        tombstones = Tombstones(FORGOTTEN)
+        for _ in range(2):  # what an earlier run left, then what came since
+            by_file: dict[Path, list[Vote]] = {}
+            for vote in read_votes(CLOSED):
+                if not tombstones.names(vote.conversation_id):
+                    by_file.setdefault(VOTES / votes_file(vote.by), []).append(vote)
+            for path, new in by_file.items():
+                known = read_votes(path)
+                ids = {vote.id for vote in known}
+                added = [vote for vote in new if vote.id not in ids]
+                with replacing(path) as file:
+                    file.write(vote_lines([*known, *added]))
+                add_to_dvc(repo, path)
+                count += len(added)
+            CLOSED.unlink(missing_ok=True)
+            rename_log(LIVE, CLOSED)
+    return count

@@ -1,0 +1,106 @@
+"""Votes: which of two models' replies to a held-out prompt a person preferred, without knowing whose they were.
+
+One JSON object a line, in data/votes one file a person, tracked with `dvc add`. A vote names what it is about by
+content and holds none: the models by the SHA-256 of their GGUF files, the replies and the prompt by that of their text.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import dump_line, read_lines
+from fine_tuning.schema.conversation import short_hash
+
+Choice = Literal["left", "right", "tie", "both bad", "equal"]  # equal: the same replies, so nobody was asked
+NOBODY = ""  # by whom equal replies are
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Side(BaseModel):
+    """One of the two replies: SHA-256 of the GGUF file that wrote it, and of its text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str
+    reply: str
+
+
+class Vote(BaseModel):
+    """One vote. `left` and `right` is the order in which the replies were shown; `item` is the window's id.
+
+    `after_results`: the person had looked at the win rate of this pair before.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    event: Literal["vote"] = "vote"
+    id: str
+    at: str
+    by: str
+    conversation_id: str
+    item: str
+    prompt: str
+    left: Side
+    right: Side
+    choice: Choice
+    after_results: bool = False
+
+    @property
+    def models(self) -> set[str]:
+        """The two models."""
+        return {self.left.model, self.right.model}
+
+    def value_for(self, model: str) -> float:
+        """1 where the model's reply was preferred, 0 where the other one was, else one half."""
+        if self.choice not in ("left", "right"):
+            return 0.5
+        chosen = self.left if self.choice == "left" else self.right
+        return float(chosen.model == model)
+
+
+def read_votes(path: Path) -> list[Vote]:
+    """The votes of a file in the order of its lines; none where there is no file.
+
+    Raises:
+        UserError: a line is no vote, or of another version of this project; names it.
+    """
+    votes = []
+    for number, line in read_lines(path) if path.is_file() else ():
+        try:
+            vote = Vote.model_validate_json(line)
+            if not all(SHA256.fullmatch(name) for name in (*vote.models, vote.left.reply, vote.right.reply)):
+                raise ValueError("no SHA-256")
+        except (ValidationError, ValueError):
+            mend = f"take the line out, or bring the file's last version back with `dvc checkout --force {path}`"
+            raise UserError(f"{path}, line {number}, is no vote: {mend}") from None
+        votes.append(vote)
+    return votes
+
+
+def read_all_votes(folder: Path) -> list[Vote]:
+    """The votes of every file of a folder, in order of time; the same vote in two files counts once.
+
+    Raises:
+        UserError: a line is no vote, or the folder holds a foreign file.
+    """
+    foreign = (
+        [path for path in folder.iterdir() if path.suffix not in (".jsonl", ".dvc", ".md")] if folder.is_dir() else []
+    )
+    if foreign:
+        raise UserError(f"{sorted(foreign)[0]} is no file of votes: move it out of {folder}")
+    found = {vote.id: vote for path in sorted(folder.glob("*.jsonl")) for vote in read_votes(path)}
+    return sorted(found.values(), key=lambda vote: (vote.at, vote.id))
+
+
+def vote_lines(votes: Iterable[Vote]) -> bytes:
+    """The votes as the lines of a file."""
+    return b"".join(dump_line(vote.model_dump()) for vote in votes)
+
+
+def votes_file(person: str) -> str:
+    """Name of a person's file: letters and digits of the name, and a hash, since two names may have the same."""
+    return f"{re.sub('[^a-z0-9]+', '-', person.casefold()).strip('-')[:40] or 'votes'}-{short_hash(person)[:6]}.jsonl"
