@@ -12,6 +12,7 @@ from streamlit.testing.v1 import AppTest
 from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
@@ -202,6 +203,9 @@ def test_similar_training_exchanges_stand_before_the_question_and_are_shown_belo
     told = {"a": [*exchange("What is a lake?", "Water."), *exchange("Is a lake deep?", "Some are.")]}
     (checkout / "data/prepared").mkdir(parents=True)
     write_items(checkout / "data/prepared/train.parquet", tiny_base, told)
+    messages = [message | {"id": f"a{number}"} for number, message in enumerate(told["a"])]
+    talk = {"id": "a", "source": "chat", "started_at": None, "messages": messages, "feedback": [], "metadata": {}}
+    write_shard(checkout / "data/conversations", "20260101T000000000-chat", [talk])
     at = say(open_chat(), "What is a lake like?")
     (event,) = logged(checkout)
     assert event["user_message"] == "What is a lake like?" and event["metadata"]["settings"]["examples"] == 1
@@ -209,7 +213,7 @@ def test_similar_training_exchanges_stand_before_the_question_and_are_shown_belo
     shown = [element.value for element in at.main.markdown]
     assert [words for words in shown if words in ("Water.", "Some are.")] == ["Water.", "Some are."]
     assert not [element.value for element in at.main.caption if "examples" in element.value]
-    ConversationLogger(checkout / "inbox/conversations.jsonl").log_feedback("x", -1, conversation_id="a")
+    ConversationLogger(checkout / "inbox/conversations.jsonl").log_feedback("a1", -1, conversation_id="a")
     assert "Water." not in [element.value for element in at.run().main.markdown]
 
 

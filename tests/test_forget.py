@@ -373,6 +373,25 @@ def test_all_that_was_deleted_in_the_app_is_erased_with_one_announced_run(projec
     assert "nothing that was deleted is left here" in run(project, "--deleted").stderr
 
 
+def test_what_the_gateway_recorded_is_forgotten_when_its_time_is_over(project):
+    log, old = ConversationLogger("inbox/conversations.jsonl"), "2020-01-01T00:00:00.000Z"
+    for name, source, at in (("g-old", "gateway", old), ("g-new", "gateway", None), ("a-old", "chat", old)):
+        log.log_conversation(f"{SECRET} {name}", "Never mind.", {"session_id": name, "source": source}, timestamp=at)
+    log.log_conversation("Are you there?", "Yes.", {"session_id": "g-on", "source": "gateway"}, timestamp=old)
+    log.log_conversation("Still?", "Yes.", {"session_id": "g-on", "source": "gateway"})
+    gateway = yaml.safe_load((ROOT / "params.yaml").read_text())["gateway"]
+    params = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(params + yaml.safe_dump({"gateway": gateway}))
+    assert "gateway.retention_days in params.yaml is null" in run(project, "--expired", "--yes").stderr
+    Path("params.yaml").write_text(params + yaml.safe_dump({"gateway": gateway | {"retention_days": 90}}))
+    done = run(project, "--expired", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    left = {conversation["id"] for conversation in log.read_conversations()}
+    assert {"g-new", "a-old", "g-on"} <= left and "g-old" not in left
+    again = run(project, "--expired", "--yes")
+    assert again.returncode == 0 and "nothing that the gateway recorded is older than 90 days" in again.stdout
+
+
 def test_leftovers_of_killed_commands_are_found_and_removed(project, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     left = [

@@ -1,5 +1,7 @@
 """Chats of other programs: databases, folders of files, and traces. Formats as their sources define them."""
 
+import contextlib
+import itertools
 import json
 import sqlite3
 from pathlib import Path
@@ -143,6 +145,41 @@ def test_a_database_of_another_program_or_none_is_one_line(tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             list(import_file(tmp_path / name))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("program", ["webui", "0.26", "0.36"])
+def test_a_database_that_is_odd_anywhere_ends_in_records_problems_or_one_error(tmp_path, program):
+    path = tmp_path / "x.db"
+    if program == "webui":
+        feedback = json.loads((WEBUI / "feedbacks_export.json").read_text())
+        webui_database(path, webui_chats(), feedback).close()
+    else:
+        with sqlite3.connect(path) as db:
+            db.executescript((LLM / f"logs-{program}.sql").read_text())
+    whole = path.read_bytes()
+    with sqlite3.connect(path) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = [(name, row[1]) for name in names for row in db.execute(f'PRAGMA table_info("{name}")')]
+    endings = set()
+    for (table, column), odd in itertools.product(columns, (None, 7, b"\xff", "x", "[7]", '{"a": [1]}')):
+        path.write_bytes(whole)
+        db = sqlite3.connect(path, isolation_level=None)
+        with contextlib.closing(db), contextlib.suppress(sqlite3.IntegrityError):
+            db.execute(f'UPDATE OR IGNORE "{table}" SET "{column}" = ?', (odd,))
+        try:
+            items = list(import_file(path))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            endings.add(len(items))
+    assert len(endings) > 1
+
+
+def test_messages_of_a_logs_db_that_follow_each_other_in_a_circle_end(tmp_path):
+    with sqlite3.connect(tmp_path / "logs.db") as db:
+        db.executescript((LLM / "logs-0.36.sql").read_text())
+        db.execute("UPDATE messages SET parent_hash = hash")
+    assert len(list(import_file(tmp_path / "logs.db"))) == 4
 
 
 def lm_version(role, *texts, **more):

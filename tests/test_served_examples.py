@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning.common.records import write_json
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.storage.shards import describe_shard, write_shard
+from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.integration.gateway.proxy import Serving
 from fine_tuning.integration.gateway.wire_formats import with_context
@@ -31,6 +31,12 @@ ASKED = [{"role": "user", "content": "How do I restart my router please?"}]
 @pytest.fixture
 def checkout(tmp_path, tiny_base) -> Path:
     (tmp_path / "data/prepared").mkdir(parents=True)
+    talks = [
+        {"id": id, "started_at": None, "source": "chat", "feedback": [], "metadata": {}}
+        | {"messages": [m | {"id": f"{id}{n}"} for n, m in enumerate(messages)]}
+        for id, messages in TRAINED.items()
+    ]
+    write_shard(tmp_path / "data/conversations", "20260101T000000000-chat", talks)
     (tmp_path / "models/base").mkdir(parents=True)
     shutil.copy(tiny_base / "tokenizer.json", tmp_path / "models/base")
     for split, told in (("train", TRAINED), ("test", HELD_OUT), ("validation", HELD_OUT)):
@@ -68,34 +74,28 @@ def test_what_was_said_in_the_chat_itself_is_not_shown_again(checkout):
 def test_nothing_that_was_disliked_deleted_or_forgotten_since_the_last_run(checkout):
     examples = ServedExamples(checkout, 5, 1000)
     assert shown(examples) == ["old", "router"]
-    log(checkout).log_feedback("m", -1, by="ann", conversation_id="router")
+    log(checkout).log_feedback("router1", -1, by="ann", conversation_id="router")
     assert shown(examples) == ["old"] == shown(ServedExamples(checkout, 5, 1000))
-    log(checkout).log_preference("m", ["n"], by="ann", conversation_id="router")
-    assert shown(examples) == ["old"], "a preference does not take a thumb back"
-    log(checkout).log_feedback("m", None, by="ann", conversation_id="router")
+    log(checkout).log_feedback("router1", None, by="ann", conversation_id="router")
     log(checkout).log_delete("old")
     assert shown(examples) == ["router"]
-    log(checkout).path.rename(checkout / "inbox/sealing.jsonl")  # a seal: neither is in the log any more
+    log(checkout).log_feedback("router1", -1, by="ann", conversation_id="router")
+    for closed in close_log(log(checkout).path, checkout / "data/conversations"):
+        seal_log(closed, checkout / "data/conversations", checkout / "data/manifest.json")
+        closed.unlink()
+    assert shown(examples) == [] == shown(ServedExamples(checkout, 5, 1000)), "sealed, and no run since"
+    log(checkout).log_feedback("router1", 1, by="ann", conversation_id="router")
     assert shown(examples) == ["router"]
     Tombstones(checkout / "data/forgotten.jsonl").add([{"id": "router", "messages": []}])
-    assert shown(examples) == [] == [n for n in shown(ServedExamples(checkout, 5, 1000)) if n != "old"]
-
-
-def test_a_dislike_that_is_sealed_and_not_prepared_yet_counts(checkout):
-    version = {"id": "router", "started_at": None, "messages": [], "feedback": [{"message_id": "m", "rating": -1}]}
-    shard, _ = write_shard(checkout / "data/conversations", "20260101T000000000-chat", [version])
-    examples = ServedExamples(checkout, 5, 1000)
-    assert shown(examples) == ["old"]
-    write_json(checkout / "data/manifest.json", {"shards": [describe_shard(shard)]})
-    assert shown(ServedExamples(checkout, 5, 1000)) == ["old", "router"], "the run has judged it"
+    assert shown(examples) == [] == shown(ServedExamples(checkout, 5, 1000))
 
 
 def test_a_new_run_s_data_are_read_while_serving(checkout, tiny_base):
     examples = ServedExamples(checkout, 5, 1000)
     shown(examples)
-    write_items(checkout / "data/prepared/train.parquet", tiny_base, {"new": conversation("router?", "Yes.")})
+    write_items(checkout / "data/prepared/train.parquet", tiny_base, {"old": conversation("router?", "Yes.")})
     os.utime(checkout / "data/prepared/train.parquet", (1, 1))
-    assert shown(examples) == ["new"]
+    assert [exchange.question for exchange in examples.before(ASKED, 10)] == ["router?"]
 
 
 def test_without_data_there_are_none_and_one_line_says_why(tmp_path):

@@ -117,6 +117,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     which.add_argument("--session", metavar="S", help="all conversations of a session")
     which.add_argument("--user", metavar="U", help="all that a user said, by the metadata")
     which.add_argument("--deleted", action="store_true", help="all that was deleted in the app")
+    which.add_argument("--expired", action="store_true", help="what the gateway recorded before gateway.retention_days")
     which.add_argument("--again", action="store_true", help="what another clone forgot, or what came back")
     which.add_argument("--resume", action="store_true", help="continue every run that did not finish")
     command.add_argument("--yes", action="store_true", help="do not ask")

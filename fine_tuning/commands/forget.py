@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import yaml
@@ -20,13 +21,16 @@ from filelock import FileLock, Timeout
 from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, MANIFEST, VOTES, main_checkout, root
+from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import about, expected_seconds
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.data_collection.storage.tombstones import Tombstones
-from fine_tuning.erasure import object_stores, steps
-from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard, deleted_ids
+from fine_tuning.erasure import object_stores, records, steps
+from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard
 from fine_tuning.erasure.traces import streams
+from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.model_management.champion import copy_file
+from fine_tuning.schema.conversation import time_stamp
 
 REBUILT = "rebuilt by dvc repro"
 # Text in these files is public. Not everything that git tracks is: a chat that was committed has to be found.
@@ -47,7 +51,18 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
     tombstones = _tombstones() if args.again else None
-    deleted = deleted_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs()) if args.deleted else None
+    deleted = records.deleted_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs()) if args.deleted else None
+    if args.expired:
+        days = read_params("gateway", GatewaySettings).retention_days
+        if days is None:
+            raise UserError(
+                "gateway.retention_days in params.yaml is null: set for how many days to keep conversations"
+            )
+        before = time_stamp(datetime.now(UTC) - timedelta(days=days))
+        deleted = records.expired_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs(), before)
+        if not deleted:
+            print(f"nothing that the gateway recorded is older than {count_of(days, 'day')}")
+            return 0
     where = find(Selection(args.conversation, args.session, args.user, tombstones, deleted))
     print("\n".join(describe(where)))
     if not args.yes:

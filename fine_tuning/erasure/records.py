@@ -135,6 +135,16 @@ def deleted_ids(shards: list[Path], logs: list[Path]) -> set[str]:
     return {i for i, gone in newest.items() if gone} | {e["conversation_id"] for e in events if deletes(e)}
 
 
+def expired_ids(shards: list[Path], logs: list[Path], before: str) -> set[str]:
+    """Ids of the conversations that the gateway recorded and in which nothing was said since `before` (ISO 8601)."""
+    latest: dict[str, str] = {}
+    for version in _everything(shards, logs):
+        if version.get("source") == "gateway":
+            times = [message["at"] for message in version["messages"] if message.get("at")]
+            latest[version["id"]] = max(latest.get(version["id"], ""), *times, version.get("started_at") or "")
+    return {identity for identity, at in latest.items() if at < before}
+
+
 def _everything(shards: list[Path], logs: list[Path]) -> Iterator[dict]:
     """Every version in the shards and every exchange in the logs as a conversation."""
     for shard in shards:

@@ -1,26 +1,22 @@
 """Section `serve` of params.yaml: training exchanges that stand before a question, in the chat app and in the gateway.
 
 They are found as those of the prompting baseline are. Only the prepared split `train` is read, so that nothing held out
-is shown; and of it no conversation that was forgotten, deleted, or disliked since.
+is shown; and of it no conversation that is forgotten, deleted or disliked by now.
 """
 
-import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.settings import Settings, read_params
-from fine_tuning.data_collection.conversation_logger import read_event
-from fine_tuning.data_collection.storage.shards import read_manifest, shard_paths, versions
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
 from fine_tuning.integration.chat_models import AppSettings
-from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS
+from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
 TRAIN = Path("data/prepared/train.parquet")
@@ -54,9 +50,6 @@ class ServedExamples:
         self.problem: str | None = None
         self._lock = threading.Lock()
         self._exchanges, self._stamps = Exchanges([]), ()
-        self._read: dict[int, int] = {}  # inode of a log → bytes of it that were read
-        self._judged: dict[tuple, bool] = {}  # (conversation, message, person) → whether it bars the conversation
-        self._barred: set[str] = set()
         self._tombstones: Tombstones | None = None
 
     def before(self, messages: Sequence[Message], reply_tokens: int) -> list[Exchange]:
@@ -83,34 +76,20 @@ class ServedExamples:
             self.problem = str(error)
         return chosen[::-1]
 
-    def _is_barred(self, conversation: str) -> bool:
-        return conversation in self._barred or (self._tombstones is not None and self._tombstones.names(conversation))
+    def _is_barred(self, identity: str) -> bool:
+        """Whether a conversation was forgotten or deleted, is not here to be asked, or has a dislike."""
+        now = conversation_index(self.checkout).conversation(identity)
+        disliked = now is None or any((entry.get("rating") or 0) < 0 for entry in now.get("feedback") or ())
+        return disliked or (self._tombstones is not None and self._tombstones.names(identity))
 
     def _refresh(self) -> None:
-        """Read again what changed: the data, and what was said of it since."""
-        paths = [self.checkout / path for path in (TRAIN, FORGOTTEN, MANIFEST, SHARDS)]
+        """Read the data again where they changed."""
+        paths = [self.checkout / path for path in (TRAIN, FORGOTTEN)]
         stamps = tuple(path.stat().st_mtime_ns if path.exists() else None for path in paths)
-        if changed := stamps != self._stamps:
+        if stamps != self._stamps:
             self._exchanges, self._tombstones = Exchanges.read(paths[0]), Tombstones(paths[1])
-            taken_in = {shard["name"] for shard in read_manifest(paths[2])["shards"]}
-            for version in versions(path for path in shard_paths(paths[3]) if path.name not in taken_in):
-                bad = any((entry.get("rating") or 0) < 0 for entry in version.get("feedback") or ())
-                self._judged[version["id"], None, None] = bad or bool(version.get("deleted"))
+            conversation_index(self.checkout).conversation("")  # the first question after a start takes long
             self._stamps, self.problem = stamps, None
-        live = self.checkout / INBOX
-        for log in [*sorted((live.parent / "closed").glob("*.jsonl")), *([live] if live.exists() else [])]:
-            with open(log, "rb") as file:
-                node = os.fstat(file.fileno()).st_ino
-                file.seek(self._read.get(node, 0))
-                for line in takewhile(lambda line: line.endswith(b"\n"), file):
-                    self._read[node] = self._read.get(node, 0) + len(line)
-                    event = None if b'"event":"exchange"' in line else read_event(line)
-                    if event and event["event"] in ("feedback", "delete", "restore") and not event.get("over"):
-                        key = (event.get("conversation_id"), event.get("message_id"), event.get("by"))
-                        self._judged[key] = event["event"] == "delete" or (event.get("rating") or 0) < 0
-                        changed = True
-        if changed:
-            self._barred = {key[0] for key, bad in self._judged.items() if bad}
 
     def _tokens(self, text: str) -> int:
         return len(_tokenizer(self.checkout / TOKENIZER).encode(text, add_special_tokens=False)) + TURN_TOKENS

@@ -41,7 +41,7 @@ def last_change(path: Path) -> float:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple]:
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
-        db.row_factory = sqlite3.Row
+        db.row_factory, db.text_factory = sqlite3.Row, lambda text: text.decode("utf-8", "replace")
         try:
             db.execute("BEGIN")
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -49,6 +49,6 @@ def _opened(path: Path) -> Iterator[tuple]:
             if not found:
                 raise UserError(f"{path} is a database of no known program: give a webui.db or the logs.db of llm")
             yield (db, tables, *found[0])
-        except (sqlite3.Error, KeyError, ValueError) as error:
+        except (sqlite3.Error, KeyError, ValueError, TypeError, AttributeError) as error:
             why = f"{path} cannot be read as a database ({type(error).__name__})"
             raise UserError(f"{why}: copy it with `sqlite3 {path} '.backup copy.db'`, import the copy") from None

@@ -16,6 +16,7 @@ _CHAIN = """
     WITH RECURSIVE chain (hash, parent, role, depth) AS (
         SELECT hash, parent_hash, role, 0 FROM messages WHERE hash = ?
         UNION ALL SELECT m.hash, m.parent_hash, m.role, depth + 1 FROM messages m JOIN chain ON m.hash = chain.parent
+        WHERE depth < 10000
     )
     SELECT chain.hash, chain.role, turns.model, turns.datetime_utc AS at FROM chain
     LEFT JOIN turns ON turns.id = (

@@ -3,7 +3,6 @@
 Formats of version 0.12.4: open-webui/open-webui, `models/chats.py`, `models/chat_messages.py`, `models/feedbacks.py`.
 """
 
-import json
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from fine_tuning.data_collection.importing.pieces import (
     as_object,
     messages_of,
     nodes_of,
+    parsed,
     path_to,
 )
 
@@ -147,10 +147,10 @@ def read_database(db: sqlite3.Connection, tables: set[str], since: float) -> Ite
     A chat's tree stands in its row; `chat_message` has the same messages, and those that the tree lacks.
     """
     for row in _rows(db, "chat WHERE updated_at >= ?", since):
-        if as_object(_loaded(row.get("meta"))).get("internal") is not True:
+        if as_object(parsed(row.get("meta"))).get("internal") is not True:
             yield _chat(db, row, tables)
     for row in _rows(db, "feedback WHERE updated_at >= ?", since) if "feedback" in tables else ():
-        record = {name: _loaded(row[name]) for name in ("data", "meta", "snapshot")} | {"user_id": row["user_id"]}
+        record = {name: parsed(row[name]) for name in ("data", "meta", "snapshot")} | {"user_id": row["user_id"]}
         if not as_object(record["snapshot"]).get("chat"):
             known = list(_rows(db, "chat WHERE id = ?", str(as_object(record["meta"]).get("chat_id"))))
             record["snapshot"] = {"chat": _chat(db, known[0], tables)} if known else {}
@@ -162,20 +162,12 @@ def _rows(db: sqlite3.Connection, source: str, *values: Any) -> Iterator[dict]:
 
 
 def _chat(db: sqlite3.Connection, row: dict, tables: set[str]) -> dict:
-    chat = as_object(_loaded(row["chat"]))
+    chat = as_object(parsed(row["chat"]))
     history = as_object(chat.get("history"))
     nodes = {}
     for each in _rows(db, "chat_message WHERE chat_id = ?", row["id"]) if "chat_message" in tables else ():
-        each |= {name: _loaded(each.get(name)) for name in ("content", "output", "files", "sources")}
+        each |= {name: parsed(each.get(name)) for name in ("content", "output", "files", "sources")}
         nodes[each["id"].removeprefix(f"{row['id']}-")] = {_COLUMNS.get(key, key): each[key] for key in each}
     nodes |= nodes_of(history.get("messages"))
     chat["history"] = {"messages": nodes, "currentId": history.get("currentId") or row.get("current_message_id")}
     return {"id": row["id"], "user_id": row["user_id"], "created_at": row["created_at"], "chat": chat}
-
-
-def _loaded(text: Any) -> Any:
-    """What a column of JSON holds; None for what is not JSON."""
-    try:
-        return json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError):
-        return None

@@ -138,7 +138,7 @@ def message_of(row: dict, role: str | None, content: Any) -> dict:
         return {"role": role, "content": text}  # nearly all of them
     if not text and isinstance(row.get("refusal"), str):
         text = row["refusal"]
-    calls = {key: _parsed(row[key]) for key in ("tools", "functions", "tool_calls", "function_call") if row.get(key)}
+    calls = {key: parsed(row[key]) for key in ("tools", "functions", "tool_calls", "function_call") if row.get(key)}
     if calls := {key: value for key, value in calls.items() if value}:
         called = json.dumps(calls, ensure_ascii=False, sort_keys=True, default=str)
         text = f"{text}\n{called}" if text else called
@@ -191,12 +191,13 @@ def text_of(content: Any) -> str:
     raise NotRecognised("a message is no text")
 
 
-def _parsed(value: Any) -> Any:
-    """What a column holds as JSON text; other values as they are."""
+def parsed(value: Any) -> Any:
+    """What a column holds as JSON text; numbers, and all that is not JSON, as they are."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
+    return value if isinstance(found, (int, float)) else found
 
 
 def as_object(value: Any) -> dict:

@@ -19,6 +19,7 @@ from fine_tuning.data_collection.importing.pieces import (
     as_list,
     as_object,
     messages_of,
+    parsed,
     role_of,
 )
 from fine_tuning.schema.conversation import short_hash
@@ -95,7 +96,7 @@ def _otel(span: dict) -> Found | None:
     for event in as_list(span.get("events")):
         said |= _attributes(as_object(event).get("attributes"))
     system, asked, replies = (
-        as_list(_parsed(said.get(f"gen_ai.{name}")))
+        as_list(parsed(said.get(f"gen_ai.{name}")))
         for name in ("system_instructions", "input.messages", "output.messages")
     )
     rows = [{"role": "system", "parts": system}] * bool(system) + asked
@@ -114,7 +115,7 @@ def _otel(span: dict) -> Found | None:
 def _langfuse(row: dict) -> Found | None:
     if row.get("type") != "GENERATION":
         return None
-    asked, said = _parsed(row.get("input")), _parsed(row.get("output"))
+    asked, said = parsed(row.get("input")), parsed(row.get("output"))
     if isinstance(asked, dict):
         asked = asked.get("messages", asked.get("prompt", asked.get("input")))
     if isinstance(said, dict) and isinstance(said.get("choices"), list):
@@ -191,11 +192,3 @@ def _value(value: Any) -> Any:
             return _attributes(as_object(inner).get("values"))
         return [_value(each) for each in as_list(as_object(inner).get("values"))] if kind == "arrayValue" else inner
     return None
-
-
-def _parsed(value: Any) -> Any:
-    """What a text holds as JSON; other values, and other texts, as they are."""
-    try:
-        return json.loads(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
-    except (ValueError, RecursionError):
-        return value

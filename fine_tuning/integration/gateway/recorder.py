@@ -64,6 +64,7 @@ class GatewaySettings(Settings):
     token: str | None = Field(min_length=16)
     record: Literal["everyone", "those_who_agreed"]
     manage_models: bool
+    retention_days: int | None = Field(ge=1)
 
 
 @dataclass

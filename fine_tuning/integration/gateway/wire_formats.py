@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from fine_tuning.data_collection.importing.pieces import as_list, as_object
 from fine_tuning.integration.served_examples import after_examples
 
 ROLES = {"developer": "system", "function": "tool", "model": "assistant"}
@@ -63,11 +64,11 @@ def read_request(path: str, body: bytes) -> Asked | None:
         return None
     if not isinstance(request, dict):
         return None
-    options = request | _object(request.get("options"))
+    options = request | as_object(request.get("options"))
     asked = Asked(
         model=str(request.get("model") or ""),
         sampling={key: options[key] for key in SAMPLING if isinstance(options.get(key), (int, float))},
-        names={**_object(request.get("metadata")), **{key: request.get(key) for key in NAMES}},
+        names={**as_object(request.get("metadata")), **{key: request.get(key) for key in NAMES}},
     )
     turns = list(_turns(path, request))
     last = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=None)
@@ -112,18 +113,18 @@ def _turns(path: str, request: dict[str, Any]) -> Iterator[_Turn]:
     if path in ("/api/generate", "/v1/responses", "/v1/messages") and (text := _text(system)):
         yield _Turn("system", text)
     if path in ("/api/generate", "/v1/completions"):
-        yield _Turn("user", _text(request.get("prompt")), files=_list(request.get("images")))
+        yield _Turn("user", _text(request.get("prompt")), files=as_list(request.get("images")))
         return
     rows = request.get("input" if path == "/v1/responses" else "messages")
-    for row in [{"role": "user", "content": rows}] if isinstance(rows, str) else _list(rows):
-        row, content = _object(row), _object(row).get("content")
-        kinds = [_kind(row), *map(_kind, _list(content))]
-        calls = [*_list(row.get("tool_calls")), *(part for part in [row, *_list(content)] if _kind(part) in CALLS)]
+    for row in [{"role": "user", "content": rows}] if isinstance(rows, str) else as_list(rows):
+        row, content = as_object(row), as_object(row).get("content")
+        kinds = [_kind(row), *map(_kind, as_list(content))]
+        calls = [*as_list(row.get("tool_calls")), *(part for part in [row, *as_list(content)] if _kind(part) in CALLS)]
         role = "assistant" if calls else str(row.get("role"))
         if _kind(row) in RESULTS or (set(kinds) & set(RESULTS) and not _text(content)):
             role = "tool"
         if _kind(row) != "reasoning":
-            files = [*_list(row.get("images")), *filter(_is_file, _list(content))]
+            files = [*as_list(row.get("images")), *filter(_is_file, as_list(content))]
             yield _Turn(ROLES.get(role, role), _text(content), calls, files)
 
 
@@ -131,7 +132,7 @@ def _text(content: Any) -> str:
     """A string, or the text parts of a list of parts."""
     if isinstance(content, str):
         return content
-    parts = [part.get("text") if isinstance(part, dict) else part for part in _list(content)]
+    parts = [part.get("text") if isinstance(part, dict) else part for part in as_list(content)]
     return "\n".join(part for part in parts if isinstance(part, str))
 
 
@@ -147,14 +148,6 @@ def _is_file(part: Any) -> bool:
 
 def _kind(value: Any) -> Any:
     return value.get("type") if isinstance(value, dict) else None
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 # -----------------------------------------------------------------------------
@@ -248,7 +241,7 @@ class ReplyReader:
         """Take the text of finished output items, OpenAI's or Anthropic's, instead of the pieces."""
         self._pieces.clear()
         self._thoughts.clear()
-        for item in _list(output):
+        for item in as_list(output):
             kind = _kind(item)
             if kind == "reasoning":
                 self.add(thoughts=_text(item.get("content")) or _text(item.get("summary")))
@@ -259,7 +252,7 @@ class ReplyReader:
 
 
 def _ollama(reply: ReplyReader, line: dict[str, Any]) -> bool:
-    message = _object(line.get("message"))
+    message = as_object(line.get("message"))
     reply.add(message.get("content", line.get("response")), message.get("thinking", line.get("thinking")))
     reply.add(calls=message.get("tool_calls"))
     done = line.get("done") is True
@@ -268,10 +261,10 @@ def _ollama(reply: ReplyReader, line: dict[str, Any]) -> bool:
 
 
 def _chat_completion(reply: ReplyReader, line: dict[str, Any]) -> bool:
-    reply.name(line, _object(line.get("usage")).get("completion_tokens"))
-    for choice in _list(line.get("choices")):
+    reply.name(line, as_object(line.get("usage")).get("completion_tokens"))
+    for choice in as_list(line.get("choices")):
         if choice.get("index", 0) == 0:
-            said = _object(choice.get("delta")) or _object(choice.get("message")) or choice
+            said = as_object(choice.get("delta")) or as_object(choice.get("message")) or choice
             reply.add(said.get("content", said.get("text")), said.get("reasoning_content", said.get("reasoning")))
             reply.add(calls=said.get("tool_calls") or said.get("function_call"))
             reply.name({}, reason=choice.get("finish_reason"))
@@ -282,25 +275,25 @@ def _response(reply: ReplyReader, line: dict[str, Any]) -> bool:
     kind = line.get("type")
     if kind in ("response.output_text.delta", "response.reasoning_text.delta"):
         reply.add(**{"text" if "output" in kind else "thoughts": line.get("delta")})
-    whole = _object(line.get("response")) if kind else line
+    whole = as_object(line.get("response")) if kind else line
     if kind and kind not in ("response.completed", "response.incomplete", "response.failed"):
         reply.name(whole)
         return False
     if output := whole.get("output"):
         reply.replace(output)
     ended = {"completed": "stop", "incomplete": "length"}.get(str(whole.get("status")))
-    reply.name(whole, _object(whole.get("usage")).get("output_tokens"), ended)
+    reply.name(whole, as_object(whole.get("usage")).get("output_tokens"), ended)
     return True
 
 
 def _anthropic(reply: ReplyReader, line: dict[str, Any]) -> bool:
-    kind, delta = line.get("type"), _object(line.get("delta"))
+    kind, delta = line.get("type"), as_object(line.get("delta"))
     if kind == "message":
         reply.replace(line.get("content"))
-    whole = _object(line.get("message")) or (line if kind == "message" else {})
+    whole = as_object(line.get("message")) or (line if kind == "message" else {})
     reply.add(delta.get("text"), delta.get("thinking"), _kind(line.get("content_block")) in CALLS)
     reason = delta.get("stop_reason") or whole.get("stop_reason")
-    reply.name(whole, _object(line.get("usage")).get("output_tokens"), reason)
+    reply.name(whole, as_object(line.get("usage")).get("output_tokens"), reason)
     return kind in ("message", "message_stop")
 
 
