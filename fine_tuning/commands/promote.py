@@ -39,6 +39,7 @@ from fine_tuning.common.project import (
 )
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.common.settings import read_params
+from fine_tuning.evaluation.looks import LOOKS, looked_at
 from fine_tuning.evaluation.records.champion_records import KEPT, called_champion, is_champion, kept_files
 from fine_tuning.model_management.champion import (
     CHAMPION_FILES,
@@ -108,6 +109,7 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
     compared = read_result(COMPARISON)
     check_unchanged(compared)
     check_verdict(compared)
+    compared = looked_at(compared)
     verdict = compared["verdict"]
     if verdict != "PROMOTE" and not forced:
         reasons = "; ".join(compared["reasons"])
@@ -358,7 +360,7 @@ def report(version: ModelVersion, old: ModelVersion | None) -> None:
     print(f"kept in {CHAMPION_FILES} and {CHAMPION_JSON}. Next:")
     if MADE_ON.is_file() and candidate_is_champion():
         print("  python -m tests.check_lock --made-here   # if `dvc repro` ran on this machine as well")
-    print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc dvc.lock metrics")
+    print(f"  git add {CHAMPION_JSON} {CHAMPION_FILES}.dvc {LOOKS} dvc.lock metrics")
     print(f"  git commit -m 'Promote version {version.number}' && dvc push")
     if not candidate_is_champion():
         print("  dvc repro   # compares the candidate with it")

@@ -7,6 +7,7 @@ from typing import Any
 from fine_tuning.common.dvc_files import LOCK, locked_md5, md5_path, read_lock
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.records import read_json
+from fine_tuning.evaluation.looks import looked_at
 from fine_tuning.schema.reasons import in_words
 
 PREPARED = Path("metrics/prepare.json")
@@ -28,7 +29,7 @@ def summary(arguments: argparse.Namespace) -> None:
     """Print the metrics that decide, or all, the verdict with its reasons, and what to type next."""
     from rich.console import Console
 
-    evaluation, comparison = read_result(EVALUATION), read_result(COMPARISON)
+    evaluation, comparison = read_result(EVALUATION), looked_at(read_result(COMPARISON))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120

@@ -79,7 +79,7 @@ class Pairs:
             )
         if is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
             raise UserError("the candidate is the champion already: train another one, then review that")
-        self.engine, self.sampling, self.context = engine, sampling, context
+        self.engine, self.sampling, self.context, self.folder = engine, sampling, context, REPLIES.absolute()
         self.candidate, self.against = CANDIDATE, find_champion(CHAMPION) or BASE
         self.ggufs = {one.name: sha256_file(one.gguf) for one in (self.candidate, self.against)}
         self.tokenizers = {one.name: load_tokenizer(one.folder) for one in (self.candidate, self.against)}
@@ -137,7 +137,7 @@ class Pairs:
                 for one in (self.candidate, self.against):
                     if self._kept(one, cluster) is None:
                         write_json(self._file(one, cluster), asdict(self._answer(one, cluster)))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 with self._lock:
                     self.problem, self._wanted = str(error), []
 
@@ -156,7 +156,7 @@ class Pairs:
 
     def _file(self, model: Contender, cluster: str) -> Path:
         key = [self.ggufs[model.name], self.items[cluster].history, self.sampling, self.context]
-        return REPLIES / f"{sha256(json.dumps(key, sort_keys=True))}.json"
+        return self.folder / f"{sha256(json.dumps(key, sort_keys=True))}.json"
 
     def _kept(self, model: Contender, cluster: str) -> Reply | None:
         found = read_object(self._file(model, cluster))
@@ -178,6 +178,7 @@ class Review:
 
     def __init__(self, pairs: Pairs, person: str) -> None:
         self.pairs, self.person = pairs, person
+        pairs.problem = None  # tried again
         self.votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
         self.skipped: list[str] = []
         self.last: Vote | None = None
