@@ -1,14 +1,13 @@
 """Blind votes between two models: kept in the log as preferences, counted here as a win rate with its interval."""
 
 import json
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from fine_tuning.common.records import dump_line, read_lines
-from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.conversation_logger import ConversationLogger, append_line
 from fine_tuning.evaluation.verdict.win_rate import WinRate
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.chat_session import new_conversation_id
@@ -48,14 +47,8 @@ def record(
         other = log(worse, {})
         chosen = log(better, {"replaces": other})
         logger.log_preference(chosen, [other], by, conversation_id=session["session_id"])
-    path = checkout / VOTES
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = dump_line({"at": now(), "first": models[0].label, "second": models[1].label, "vote": vote})
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+    append_line(checkout / VOTES, line)
 
 
 def read(checkout: Path) -> list[dict]:
