@@ -11,7 +11,7 @@ from playwright.sync_api import Page, sync_playwright
 from tests.browser import CHROMIUM, PHONE, running_app, send, settled, too_wide
 
 DESK = {"width": 1000, "height": 760}
-PAGES = ("", "chat", "compare", "data", "runs", "models")
+PAGES = ("", "chat", "compare", "review", "data", "runs", "models")
 QUESTIONS = ("What is machine learning?", "How do I reset a forgotten password?")
 WAIT = 300_000
 

@@ -9,8 +9,20 @@ import psutil
 import pytest
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from tests.app_checkout import add_repositories, write_checkout
-from tests.browser import app_process, events, needs_chromium, running_app, send, strangers, too_wide, until
+from fine_tuning.schema.votes import read_votes
+from tests.app_checkout import add_candidate, add_repositories, write_checkout
+from tests.browser import (
+    PHONE,
+    app_process,
+    events,
+    needs_chromium,
+    running_app,
+    send,
+    settled,
+    strangers,
+    too_wide,
+    until,
+)
 from tests.fake_ollama import FakeOllama, Manifest
 
 pytestmark = [needs_chromium, pytest.mark.end_to_end]
@@ -279,3 +291,34 @@ def test_an_app_that_is_ended_in_mid_reply_keeps_what_came(tmp_path, tiny_base, 
             server.wait(60)
         (event,) = events(checkout)
     assert (event["assistant_response"], event["metadata"]["incomplete"]) == ("Restart ", "stopped")
+
+
+@pytest.fixture(scope="module")
+def reviewed(tiny_base, tmp_path_factory):
+    """(address, checkout) of an app with a candidate to review."""
+    checkout = add_repositories(add_candidate(write_checkout(tmp_path_factory.mktemp("reviewed"), tiny_base)))
+    with running_app(checkout) as address:
+        yield address, checkout
+
+
+@pytest.mark.parametrize(("size", "keys"), [(PHONE, "12"), ({"width": 1280, "height": 900}, "34")])
+def test_pairs_are_reviewed_with_keys_only(reviewed, page, size, keys):
+    address, checkout = reviewed
+    live = checkout / "inbox/votes.jsonl"
+    before = len(read_votes(live))
+    page.set_viewport_size(size)
+    page.goto(f"{address}/review")
+    for count, key in enumerate(keys, start=before + 1):
+        page.get_by_role("button", name="1 is better").wait_for()
+        settled(page)
+        page.keyboard.press(key)
+        until(lambda count=count: len(read_votes(live)) == count)
+    page.get_by_text(f"{before + len(keys)} of 6 prompts done").wait_for()
+    assert too_wide(page) == []
+    page.get_by_role("button", name="1 is better").wait_for()
+    settled(page)
+    page.keyboard.press("u")
+    until(lambda: len(read_votes(live)) == before + len(keys) - 1)
+    text = page.get_by_test_id("stMain").inner_text()
+    assert not any(word in text.lower() for word in ("candidate", "base", "win rate", "gguf"))
+    assert strangers(page, address) == []

@@ -33,7 +33,8 @@ def test_the_candidate_becomes_champion_in_registry_git_and_dvc(candidate, capsy
     assert champion["adapter_sha256"] == sha256_file(WEIGHTS)
     assert champion["gguf_sha256"] == sha256_file(Path("models/champion/package/model.gguf"))
     changed = sh(candidate, "git status --porcelain").split()[1::2]
-    assert changed == ["dvc.lock", "metrics/comparison.json", "models/champion.json", "models/champion.dvc"]
+    files = ["dvc.lock", "metrics/comparison.json", "models/champion.json", "data/looks.jsonl", "models/champion.dvc"]
+    assert changed == files
     version = open_registry("trial").by_alias(CHAMPION)
     assert version.number == 1
     assert version.tags["adapter_commit"] == version.tags["git_commit"]

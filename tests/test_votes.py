@@ -1,12 +1,17 @@
 """Votes: what they prove of a candidate, how they are kept, and how often they err."""
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import votes as simulations
+from fine_tuning.commands.summary import summary
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_json
+from fine_tuning.evaluation.looks import LOOKS, looked_at, record_looks
 from fine_tuning.evaluation.metric_modules.loading import load_metric
 from fine_tuning.evaluation.review import in_random_order
 from fine_tuning.evaluation.verdict.comparison import compare
@@ -15,8 +20,11 @@ from fine_tuning.evaluation.verdict.votes import VoteCount
 from fine_tuning.evaluation.verdict.win_rate import DECIDES, WinRate, evidence
 from fine_tuning.schema.votes import read_all_votes, vote_lines, votes_file
 from tests.evaluation_suite import MODULES
+from tests.registered import sh
 from tests.test_comparison import INTERVALS, SETTINGS, spread
 from tests.test_comparison import records as items
+
+ROOT = Path(__file__).parents[1]
 
 # --- evidence --------------------------------------------------------------------------------------------------------
 
@@ -277,3 +285,71 @@ def test_the_primary_metric_is_tested_at_the_level_that_twenty_looks_can_afford(
 def test_the_verdict_with_votes_is_json_and_the_same_again(metrics):
     first, second = (json.dumps(decide(metrics, people(50, 9)), sort_keys=True, allow_nan=False) for _ in range(2))
     assert first == second
+
+
+# --- the ledger of looks ---------------------------------------------------------------------------------------------
+
+
+def seen(number: int, suite: str = "s", **fields: object) -> dict:
+    found = {"eval_set_sha256": suite, "adapter_sha256": f"adapter {number}", "verdict": "PROMOTE", "reasons": ["good"]}
+    return found | fields
+
+
+def test_a_look_is_recorded_once_a_pair_and_the_twentieth_is_held(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (*range(19), 3, 18):
+        assert looked_at(seen(number)) == seen(number)
+    held = looked_at(seen(19))
+    assert held["verdict"] == "HOLD" and held["reasons"][1:] == ["good"]
+    assert held["reasons"][0].startswith("look 20 at one test split, and 20 are too many: ")
+    assert looked_at(seen(19)) == held and looked_at(seen(20))["verdict"] == "HOLD"
+    assert looked_at(seen(4))["verdict"] == "PROMOTE", "what was seen in time stays as it was"
+    assert looked_at(seen(30, "fresh"))["verdict"] == "PROMOTE"
+    assert looked_at(seen(31, verdict="INCONCLUSIVE"))["verdict"] == "INCONCLUSIVE"
+    assert len(LOOKS.read_bytes().splitlines()) == 23
+
+
+def test_what_is_no_candidate_is_no_look(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    champion = seen(1, champion={"version": 1})
+    assert looked_at(champion) == champion and looked_at({"verdict": "HOLD"}) == {"verdict": "HOLD"}
+    assert record_looks([{"eval_set_sha256": None, "adapter_sha256": "a"}, seen(2), seen(2)]) == [("s", "adapter 2")]
+
+
+def test_looks_of_two_clones_are_joined_by_git(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    (tmp_path / "one/.gitattributes").write_bytes((ROOT / ".gitattributes").read_bytes())
+    sh(tmp_path / "one", "git init -q -b main && git config user.name A && git config user.email a@example.org")
+    record_looks([seen(0)])
+    sh(tmp_path / "one", "git add -A && git commit -qm Start")
+    sh(tmp_path / "one", "git switch -qc other")
+    record_looks([seen(1), seen(2)])
+    sh(tmp_path / "one", "git commit -qam Other && git switch -q main")
+    record_looks([seen(2), seen(3)])
+    sh(tmp_path / "one", "git commit -qam Mine && git merge -q --no-edit other")
+    assert {adapter for _, adapter in record_looks([])} == {f"adapter {number}" for number in range(4)}
+
+
+def test_a_damaged_ledger_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record_looks([seen(0)])
+    with open(LOOKS, "a") as file:
+        file.write("{torn\n")
+    with pytest.raises(UserError, match=r"line 2 of data/looks\.jsonl is damaged: `git checkout"):
+        looked_at(seen(1))
+
+
+def test_the_summary_shows_the_held_verdict_and_no_stage_writes_the_ledger(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("evaluation", "comparison", "prepare"):
+        (tmp_path / "metrics").mkdir(exist_ok=True)
+        (tmp_path / f"metrics/{name}.json").write_bytes((ROOT / f"metrics/{name}.json").read_bytes())
+    suite = read_json(tmp_path / "metrics/comparison.json")["eval_set_sha256"]
+    record_looks([seen(number, suite) for number in range(19)])
+    summary(Namespace(all=False))
+    said = capsys.readouterr().out
+    assert "Verdict: HOLD" in said and "fresh conversations" in said and "make promote" not in said
+    stages = (ROOT / "stages").glob("*.py")
+    assert not any("looks" in path.read_text() for path in stages)

@@ -21,6 +21,7 @@ from fine_tuning.common.names import parse_version
 from fine_tuning.common.records import read_json, read_object, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.evaluation.looks import LOOKS, looked_at
 from fine_tuning.evaluation.records.champion_records import KEPT, called_champion, is_champion, kept_files
 from fine_tuning.model_management import champion
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
@@ -67,6 +68,7 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
     compared = read_result(project.COMPARISON)
     check_unchanged(compared)
     check_verdict(compared)
+    compared = looked_at(compared)
     verdict = compared["verdict"]
     if verdict != "PROMOTE" and not forced:
         reasons = "; ".join(compared["reasons"])
@@ -301,7 +303,7 @@ def report(version: ModelVersion, old: ModelVersion | None) -> None:
     print(f"kept in {champion.FOLDER} and {champion.RECORD}. Next:")
     if MADE_ON.is_file() and candidate_is_champion():
         print("  python -m tests.check_lock --made-here   # if `dvc repro` ran on this machine as well")
-    print(f"  git add {champion.RECORD} {champion.FOLDER}.dvc dvc.lock metrics")
+    print(f"  git add {champion.RECORD} {champion.FOLDER}.dvc {LOOKS} dvc.lock metrics")
     print(f"  git commit -m 'Promote version {version.number}' && dvc push")
     if not candidate_is_champion():
         print("  dvc repro   # compares the candidate with it")

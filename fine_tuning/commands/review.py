@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import main_checkout, person_name, root
-from fine_tuning.evaluation.review import Answer, Review, Shown, seal_votes
+from fine_tuning.evaluation.review import Review, Shown, seal_votes
 from fine_tuning.integration.reply_markdown import printable
 from fine_tuning.integration.review_pairs import open_pairs
+from fine_tuning.schema.votes import Choice
 
-ANSWERS: dict[str, Answer] = {
+ANSWERS: dict[str, Choice] = {
     "1": "left", "2": "right", "3": "tie", "t": "tie", "4": "both bad", "b": "both bad",
 }  # fmt: skip
 KEYS = "1 or 2 is better · 3 as good · 4 both bad · s skip · u undo · r results · q quit"

@@ -8,6 +8,7 @@ from fine_tuning.common.dvc_files import LOCK, locked_md5, md5_path, read_lock
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import COMPARISON, EVALUATION
 from fine_tuning.common.records import read_json, read_object
+from fine_tuning.evaluation.looks import looked_at
 from fine_tuning.evaluation.records.record_types import COUNTING
 from fine_tuning.schema.reasons import in_words
 
@@ -27,7 +28,7 @@ def summary(arguments: argparse.Namespace) -> None:
     """Print the metrics that decide, or all, the verdict with its reasons, and what to type next."""
     from rich.console import Console
 
-    evaluation, comparison = read_result(EVALUATION), read_result(COMPARISON)
+    evaluation, comparison = read_result(EVALUATION), looked_at(read_result(COMPARISON))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120

@@ -131,10 +131,11 @@ def person_name(given: str | None) -> str:
 
 
 def git_commit(checkout: Path) -> tuple[str | None, bool]:
-    """(commit id or None outside git, whether tracked files differ from it)."""
+    """(commit id or None outside git, whether tracked files differ from it; the ledger of looks does after a look)."""
     try:
         commit = run_command("git", "rev-parse", "HEAD", cwd=checkout).strip()
-        dirty = bool(run_command("git", "status", "--porcelain", "--untracked-files=no", cwd=checkout).strip())
+        others = ("--untracked-files=no", "--", ".", ":!data/looks.jsonl")
+        dirty = bool(run_command("git", "status", "--porcelain", *others, cwd=checkout).strip())
     except UserError:
         return None, False
     return commit, dirty

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
 from fine_tuning.common.errors import UserError
@@ -42,7 +42,6 @@ SEEN = Path(".whetstone/review.json")  # whose results were looked at, by person
 AHEAD = 10  # pairs whose replies are made before they are asked for
 
 Engine = Callable[[Path], AbstractContextManager[LlamaEngine]]
-Answer = Literal["left", "right", "tie", "both bad"]
 
 
 def in_random_order(clusters: Iterable[str], models: Iterable[str]) -> list[str]:
@@ -74,20 +73,16 @@ class Pairs:
 
     def __init__(self, engine: Engine, sampling: dict[str, Any], context: int) -> None:
         if not ADAPTER.is_file() or not CANDIDATE.gguf.is_file():
-            raise UserError(
-                "there is no candidate to review: run `dvc repro`, or `dvc pull` where it was made elsewhere"
-            )
+            raise UserError("there is no candidate to review: run `dvc repro`, or `dvc pull` if it was made elsewhere")
         if is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
             raise UserError("the candidate is the champion already: train another one, then review that")
-        self.engine, self.sampling, self.context = engine, sampling, context
+        self.engine, self.sampling, self.context, self.folder = engine, sampling, context, REPLIES.absolute()
         self.candidate, self.against = CANDIDATE, find_champion(CHAMPION) or BASE
         self.ggufs = {one.name: sha256_file(one.gguf) for one in (self.candidate, self.against)}
         self.tokenizers = {one.name: load_tokenizer(one.folder) for one in (self.candidate, self.against)}
         items, _ = without_learned(read_items(TEST, load_tokenizer(BASE.folder)), CHAMPION)
-        asked = sorted(
-            (item for item in items if item.question.strip()), key=lambda item: sha256(item.id), reverse=True
-        )
-        self.items = {item.cluster: item for item in asked}  # of a cluster the one with the smallest hash
+        asked = [item for item in items if item.question.strip()]
+        self.items = {item.cluster: item for item in sorted(asked, key=lambda item: sha256(item.id))}  # one a cluster
         self.records = [
             {"contender": name, "id": item.id, "cluster": item.cluster} for name in self.ggufs for item in items
         ]
@@ -137,12 +132,13 @@ class Pairs:
                 for one in (self.candidate, self.against):
                     if self._kept(one, cluster) is None:
                         write_json(self._file(one, cluster), asdict(self._answer(one, cluster)))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 with self._lock:
                     self.problem, self._wanted = str(error), []
 
     def _answer(self, model: Contender, cluster: str) -> Reply:
-        prompt = self._prompt(model, cluster)
+        # A system prompt that was configured is among the messages already.
+        prompt = encode_prompt(self.tokenizers[model.name], self.items[cluster].history)
         most = min(self.sampling["max_tokens"], self.context - len(prompt))
         if most < 1:
             return Reply("", 0, False)
@@ -150,13 +146,9 @@ class Pairs:
             pieces = list(engine.complete_stream(prompt, **self.sampling | {"max_tokens": most, "seed": 0}))
         return Reply("".join(pieces).strip(), len(pieces), len(pieces) < most)
 
-    def _prompt(self, model: Contender, cluster: str) -> list[int]:
-        # A system prompt that was configured is among the messages already.
-        return encode_prompt(self.tokenizers[model.name], self.items[cluster].history)
-
     def _file(self, model: Contender, cluster: str) -> Path:
         key = [self.ggufs[model.name], self.items[cluster].history, self.sampling, self.context]
-        return REPLIES / f"{sha256(json.dumps(key, sort_keys=True))}.json"
+        return self.folder / f"{sha256(json.dumps(key, sort_keys=True))}.json"
 
     def _kept(self, model: Contender, cluster: str) -> Reply | None:
         found = read_object(self._file(model, cluster))
@@ -178,6 +170,7 @@ class Review:
 
     def __init__(self, pairs: Pairs, person: str) -> None:
         self.pairs, self.person = pairs, person
+        pairs.problem = None  # tried again
         self.votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
         self.skipped: list[str] = []
         self.last: Vote | None = None
@@ -216,7 +209,7 @@ class Review:
             self._write(shown, "equal", NOBODY)
         return None
 
-    def vote(self, answer: Answer) -> None:
+    def vote(self, answer: Choice) -> None:
         """Vote on the current pair.
 
         Raises:
@@ -251,13 +244,11 @@ class Review:
         return short_hash([self.pairs.name, self.person])
 
     def _write(self, shown: Shown, choice: Choice, by: str) -> Vote:
-        sides = [
-            Side(model=self.pairs.ggufs[name], reply=sha256(reply.text))
-            for name, reply in zip(shown.sides, (shown.left, shown.right), strict=True)
-        ]
+        both = zip(shown.sides, (shown.left, shown.right), strict=True)
+        left, right = (Side(model=self.pairs.ggufs[name], reply=sha256(reply.text)) for name, reply in both)
         vote = Vote(
             id=uuid.uuid4().hex, at=now(), by=by, conversation_id=conversation_of(shown.item.id), item=shown.item.id,
-            prompt=sha256(json.dumps(shown.item.history, sort_keys=True)), left=sides[0], right=sides[1], choice=choice,
+            prompt=sha256(json.dumps(shown.item.history, sort_keys=True)), left=left, right=right, choice=choice,
             after_results=bool(read_object(SEEN).get(self._seen_key)),
         )  # fmt: skip
         try:

@@ -57,6 +57,10 @@ PROMPTING_BASELINES = {
     PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.prompting_baselines"),
     FEW_SHOT: ("the base with examples from training conversations", "put similar conversations into the prompt"),
 }
+NO_REFERENCES = (
+    "every reply in the test split is a model's own word and proves nothing: write replies of your own in place of the "
+    f"model's in the app, import what people wrote, name models worth learning from in evaluate.references, or {MORE}"
+)
 LOOPING = 0.25  # share of replies that are said to loop
 ANY_TOKENIZER = "nll_per_byte"  # decides where the primary metric counts tokens and a baseline counts others
 
@@ -132,11 +136,10 @@ def compare(
     remembered, memorised = kept(memory or ())
     people = people or VoteCount.of((), records, {})
     common = tables | {"privacy": privacy, "memory": remembered, "votes": people.as_json()}
-    by_votes = settings.primary == WIN_RATE
-    if settings.primary not in (*MEASURES, WIN_RATE) and not any("nll" in line for line in records):
-        if not people.bets:
-            return no_references(settings, records, metrics, intervals, leaked + memorised) | common
-        by_votes, settings = True, settings.model_copy(update={"secondary": {}})
+    no_references = settings.primary not in (*MEASURES, WIN_RATE) and not any("nll" in line for line in records)
+    by_votes = no_references or settings.primary == WIN_RATE
+    if no_references:
+        settings = settings.model_copy(update={"secondary": {}})
     present = {line["contender"] for line in records}
     pairs = {name: differences(records, metrics, name, intervals) for name in BASELINES if name in present}
     for baseline, rows in pairs.items():
@@ -173,12 +176,16 @@ def compare(
     notes += untested(remembered) if memory is not None else []
     notes = [*switched_off(present, tables), *notes, *doubts]
 
-    few = [
-        f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
-        f"compare with the {difference.baseline}: collect more, or {MORE}"
-        for difference in primary
-        if difference.clusters < (needed := settings.needed(difference.baseline))
-    ]
+    few = (
+        [NO_REFERENCES]
+        if no_references
+        else [
+            f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
+            f"compare with the {difference.baseline}: collect more, or {MORE}"
+            for difference in primary
+            if difference.clusters < (needed := settings.needed(difference.baseline))
+        ]
+    )
     standing = leaked + memorised + lost + coarse  # they hold whatever the number of conversations
     undefined = any(not np.isfinite(difference.value) for difference in primary)
     rejected = people.rejections()
@@ -214,26 +221,6 @@ def compare(
         "provenance": provenance(records, metrics, settings.primary, intervals),
         "n": min((difference.n for difference in primary), default=len(people.bets)),
         "clusters": min((difference.clusters for difference in primary), default=len(people.bets)),
-    }
-
-
-def no_references(
-    settings: CompareSettings, records: Records, metrics: Metrics, intervals: IntervalSettings, leaked: list[str]
-) -> dict[str, Any]:
-    """The verdict on a test split that holds nothing but models' own words."""
-    reason = (
-        "every reply in the test split is a model's own word and proves nothing: write replies of your own in place of "
-        "the model's in the app, import what people wrote, or name models worth learning from in evaluate.references"
-    )
-    return {
-        "verdict": "HOLD" if leaked else "INCONCLUSIVE",
-        "reasons": [*leaked, reason],
-        "primary": {"metric": settings.primary, "minimum_effect": settings.minimum_effect},
-        **{name: {} for name in ("secondary", "differences", "quantisation", "prompting_baselines")},
-        "other_tokens": [],
-        "provenance": provenance(records, metrics, settings.primary, intervals),
-        "n": 0,
-        "clusters": 0,
     }
 
 

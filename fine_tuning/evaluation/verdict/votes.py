@@ -103,11 +103,8 @@ class VoteCount:
     def notes(self) -> list[str]:
         """What the votes say, whatever the verdict."""
         if not self.bets:
-            return (
-                [f"{self.not_counted} votes are on other replies or prompts and not counted"]
-                if self.not_counted
-                else []
-            )
+            not_counted = f"votes on other replies or prompts, not counted: {self.not_counted}"
+            return [not_counted] if self.not_counted else []
         deciding = Counter(person for person, _ in self.bets.values())
         people = [f"{person} {rate.value:.0%}, decides {deciding[person]}" for person, rate in self.people.items()]
         return [f"{self}: {'; '.join(people)}"]

@@ -134,11 +134,5 @@ def _standings(here: App) -> None:
     if not found:
         return
     st.subheader("Votes so far")
-    for standing in found:
-        st.markdown(f"**{plain(standing.first)}** against **{plain(standing.second)}**")
-        parts = [f"won {standing.wins}, lost {standing.losses}"]
-        if standing.rate is not None and standing.interval is not None:
-            low, high = standing.interval
-            parts.append(f"win rate {standing.rate:.0%} (95 % interval {low:.0%} to {high:.0%})")
-        parts += [f"{number} {word}" for number, word in ((standing.ties, "as good"), (standing.both_bad, "both bad"))]
-        st.caption(" · ".join(parts))
+    for one, other, rate in found:
+        st.markdown(f"**{plain(one)}** against **{plain(other)}**: {plain(str(rate))}")

@@ -11,9 +11,10 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.review_pairs import open_pairs
 from fine_tuning.schema.conversation import short_hash
+from fine_tuning.schema.votes import Choice
 
 REFRESH_SECONDS = 0.5
-ANSWERS: tuple[tuple[str, str, review.Answer], ...] = (
+ANSWERS: tuple[tuple[str, str, Choice], ...] = (
     ("1 is better", "1", "left"), ("2 is better", "2", "right"), ("As good", "3", "tie"), ("Both bad", "4", "both bad"),
 )  # fmt: skip
 """Label, key and what it says"""
@@ -99,7 +100,7 @@ def _buttons(found: review.Review) -> None:
         )
 
 
-def _do(found: review.Review, answer: review.Answer) -> None:
+def _do(found: review.Review, answer: Choice) -> None:
     try:
         found.vote(answer)
     except UserError as error:
