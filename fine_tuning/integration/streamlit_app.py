@@ -21,14 +21,8 @@ if PROJECT not in sys.path:
 
 # As dir="auto": each paragraph runs as its own script does.
 DIRECTION = "<style>[data-testid=stMarkdownContainer] :is(p, li), textarea { unicode-bidi: plaintext; }</style>"
-PAGES = {
-    "home": "home",
-    "chat": "forum",
-    "compare": "balance",
-    "data": "dataset",
-    "runs": "monitoring",
-    "models": "workspace_premium",
-}
+PAGES = {"home": "home", "chat": "forum", "compare": "balance", "data": "dataset", "runs": "monitoring"}
+PAGES |= {"models": "workspace_premium"}
 OPEN_PAGES = ("home", "chat", "compare")  # to whoever is signed in; the others start commands and are the owners'
 
 
