@@ -326,6 +326,27 @@ def test_a_thumb_is_still_there_when_the_page_is_opened_again(checkout):
     assert again.run().feedback(key=f"thumbs-{identity}").value == 1
 
 
+def test_a_message_of_ones_own_is_asked_otherwise_in_a_branch_and_the_chat_stays(checkout):
+    at = say(say(open_chat(), "How do I tune a xylophone?"), "And a drum?")
+    first, second = logged(checkout)
+    before, branched = conversation(checkout), at.query_params["chat"]
+    at.text_area(key=f"otherwise-{second['id']}-user").set_value("And a harp?").run()
+    at.button(key=f"ask-otherwise-{second['id']}-user").click().run()
+    assert at.query_params["chat"] != branched
+    settle(at)
+    event = logged(checkout)[2]
+    assert (event["user_message"], event["metadata"]["branch_of"]) == ("And a harp?", branched)
+    said = [("user", "How do I tune a xylophone?"), ("assistant", first["assistant_response"])]
+    assert [(message["role"], message["content"]) for message in event["metadata"]["history"]] == said
+    assert [message.name for message in at.chat_message] == ["user", "assistant"] * 2
+    known = {
+        found["id"]: found for found in ConversationLogger(checkout / "inbox/conversations.jsonl").read_conversations()
+    }
+    assert known[branched] == before and len(known) == 2
+    weights = [message.get("weight") for message in known[at.query_params["chat"]]["messages"]]
+    assert weights == [None, 0, None, None], "what was trained on once is context here"
+
+
 def test_a_reply_asked_for_again_keeps_the_first_and_the_choice_between_them(checkout):
     at = say(open_chat(), "Hello?")
     first = logged(checkout)[0]["id"]

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from fine_tuning.common.stage_times import SAMPLE, TIMES
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import write_shard
-from fine_tuning.integration import models_view, runs_view, votes
+from fine_tuning.integration import data_view, models_view, runs_view, votes
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.jobs import Job, Jobs, jobs
@@ -113,7 +114,7 @@ def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collec
     said = [caption.value for caption in at.caption]
     assert any("conversations with" in words and words.endswith("tokens to train on") for words in said)
     assert "Alike or with the same beginning, so always in one split; the largest groups: 2" in said
-    assert "**1 conversation** new or changed since the last training: 1 to seal, 0 sealed." in shown(at)
+    assert "New or changed since the last training: 1 to seal, 0 sealed." in shown(at)
 
     at.text_input(key="find").set_value("jane").run()
     assert "background" in at.html[0].proto.body and "jane.doe@example.org</span>" in at.html[0].proto.body
@@ -149,6 +150,56 @@ def test_conversations_are_found_by_any_word_and_filtered_by_state_source_split_
     at.selectbox(key="rating").set_value("all").run()
     at.selectbox(key="split").set_value("test").run()
     assert 0 < len(at.dataframe[-1].value) < 50 and set(at.dataframe[-1].value["fate"]) == {"kept"}
+
+
+def test_conversations_are_found_by_day_and_by_what_was_masked_in_them(collected):
+    at = open_page("data")
+    assert at.selectbox(key="masked").options == ["all", "EMAIL"]
+    at.selectbox(key="masked").set_value("EMAIL").run()
+    assert list(at.dataframe[-1].value["id"]) == ["c900"] and list(at.dataframe[-1].value["masked"]) == ["EMAIL"]
+    at.selectbox(key="masked").set_value("all").run()
+    at.date_input(key="days").set_value((date(2026, 1, 2), date(2026, 1, 3))).run()
+    assert set(at.dataframe[-1].value["started_at"]) == {"2026-01-02", "2026-01-03"}
+
+
+def test_a_tag_stays_with_its_conversation_and_finds_it(collected):
+    at = open_page("data")
+    at.text_input(key="find").set_value("jane").run()
+    at.multiselect(key="tags-c900").set_value(["to  check", "mail"]).run()
+    again = open_page("data")
+    assert again.selectbox(key="tags").options == ["all", "mail", "to check"]
+    again.selectbox(key="tags").set_value("to check").run()
+    assert list(again.dataframe[-1].value["id"]) == ["c900"]
+    again.multiselect(key="tags-c900").set_value([]).run()
+    assert data_view.read_tags(collected) == {}
+
+
+def test_a_corrected_reply_is_an_edit_in_the_log_and_shown(collected):
+    at = open_page("data")
+    at.text_input(key="find").set_value("jane").run()
+    at.button(key="correct-c900-a").click().run()
+    at.text_area(key="edited-c900-a").set_value("I sent it.")
+    at.button(key="save-edit").click().run()
+    (event,) = ConversationLogger("inbox/conversations.jsonl").read_events()
+    assert (event["event"], event["message_id"], event["content"]) == ("edit", "c900-a", "I sent it.")
+    assert event["conversation_id"] == "c900"
+    assert any("I sent it." in element.proto.body for element in at.run().html)
+    assert "1 to seal" in shown(at)
+
+
+def test_an_uploaded_file_goes_through_the_importers_and_leaves_no_copy(collected):
+    registered.sh(collected, "git init -q && dvc init -q")
+    at = open_page("data")
+    assert at.button(key="import").disabled
+    export = (
+        b'{"messages": [{"role": "user", "content": "Is it a plane?"}, {"role": "assistant", "content": "A bird."}]}\n'
+    )
+    at.file_uploader(key="upload").set_value(("../../export.jsonl", export, "application/json")).run()
+    at.button(key="import").click().run()
+    assert finish(at).returncode == 0, jobs.latest.lines()
+    at.text_input(key="find").set_value("plane").run()
+    assert list(at.dataframe[-1].value["source"]) == ["import"]
+    assert not (collected / ".whetstone/app/uploads").exists()
 
 
 def test_a_dropped_conversation_tells_its_reason(collected):

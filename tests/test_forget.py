@@ -175,6 +175,7 @@ def project(planted, tmp_path, monkeypatch) -> Path:
     log.log_feedback(f"{canary()['id']}-1", -1, comment="The violet parrot hates buckwheat, said grandmother")
     Path("inbox/old.jsonl.torn").write_text('{"event": "exchange", "user_message": "' + CANARY[:60] + "\n")
     write_json(".whetstone/titles.json", {canary()["id"]: "The violet parrot", "kept": "Shop"})
+    write_json(".whetstone/tags.json", {canary()["id"]: ["parrot"], "kept": ["shop"]})
     write_json(".whetstone/chat_settings.json", {canary()["id"]: {"system_prompt": "Be a parrot."}, "default": {}})
     for name in ("0123/cleaned.jsonl", "merged-0123/kept/first.jsonl"):
         memo = Path(".whetstone/memo/clean") / name
@@ -275,6 +276,7 @@ def test_a_canary_is_named_everywhere_and_afterwards_found_nowhere(project, tmp_
     logged = ConversationLogger("inbox/conversations.jsonl").read_conversations()
     assert [c["id"] for c in logged] == ["kept"] and read_json(".whetstone/titles.json") == {"kept": "Shop"}
     assert read_json(".whetstone/chat_settings.json") == {"default": {}}
+    assert read_json(".whetstone/tags.json") == {"kept": ["shop"]}
     assert not list(Path(".whetstone").glob("forget*.json"))
 
 

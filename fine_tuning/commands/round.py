@@ -1,13 +1,12 @@
 """`round`: what is new becomes a candidate with a verdict, in one commit. `round --back`: back to the last good state.
 
-A round that fails or is stopped puts back what it changed, from DVC's cache and from `.whetstone/round`. One that is
-killed leaves that folder behind: the next round goes on with what is there, `round --back` undoes it. Conversations are
-never taken back: what was sealed stays sealed, and the split of a conversation stays known after `--back`.
+What is there is committed before a round begins. A round that fails or is stopped puts it back, from git and from DVC's
+cache. After one that is killed the next round goes on with what is there, and `round --back` undoes it. Conversations
+are never taken back: what was sealed stays sealed, and the split of a conversation stays known after `--back`.
 """
 
 import argparse
 import os
-import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -26,12 +25,12 @@ from fine_tuning.common.dvc_files import (
 )
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, root, run_command
-from fine_tuning.common.records import read_line, read_object
+from fine_tuning.common.records import read_line, read_object, replacing
 from fine_tuning.common.stage_times import FAILED, about, round_seconds
 from fine_tuning.data_collection.storage.shards import read_manifest
 
 SCRATCH = Path(".whetstone")
-BEFORE = SCRATCH / "round"  # what git has of RESULTS, as it was before the round
+BEFORE = SCRATCH / "round"  # the commit from before the round that runs or was killed
 RESULTS = (str(LOCK), "metrics", str(MANIFEST))
 LEDGER = "data/splits.txt"
 COMPARISON = "metrics/comparison.json"
@@ -87,10 +86,13 @@ def _refuse() -> None:
 
 
 def _round() -> None:
+    if not BEFORE.is_file():  # else a round was killed: what was before it is what was before this one
+        _commit("Results before the round")
+        with replacing(BEFORE) as file:
+            file.write(run_command("git", "rev-parse", "HEAD").encode())
     before = _conversations()
     bring_sample(argparse.Namespace())
     seal_inbox()
-    _keep_results()
     FAILED.unlink(missing_ok=True)
     print(f"the pipeline runs what is out of date: {about(round_seconds(Path.cwd()))}", flush=True)
     try:
@@ -106,8 +108,14 @@ def _round() -> None:
     except BaseException:
         _put_back()
         raise
-    shutil.rmtree(BEFORE)
+    BEFORE.unlink()
     print(f"{text}\nVerdict: {verdict}, {f'committed as {commit}' if commit else 'as before: nothing is new'}")
+
+
+def _put_back() -> None:
+    """Results, splits and outputs of the stages as they were before the round."""
+    _take(BEFORE.read_text().strip(), *RESULTS, LEDGER)
+    BEFORE.unlink()
 
 
 def _conversations() -> int:
@@ -130,36 +138,15 @@ def _commit(message: str) -> str | None:
     return run_command("git", "rev-parse", "--short", "HEAD").strip()
 
 
-def _results() -> list[Path]:
-    """The files in RESULTS, and the ledger of splits, that git knows or would take."""
-    listed = run_command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *RESULTS, LEDGER)
-    return [path for name in listed.split("\0") if name and (path := Path(name)).is_file()]
-
-
-def _keep_results() -> None:
-    """Copy the results to BEFORE, unless a round that was killed left those from before it there."""
-    if BEFORE.is_dir():
-        return
-    new = BEFORE.with_suffix(".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for path in _results():
-        (new / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, new / path)
-    new.replace(BEFORE)
-
-
-def _put_back() -> None:
-    """Results and outputs of the stages as they were before the round."""
-    kept = {file.relative_to(BEFORE): file for file in BEFORE.rglob("*") if file.is_file()}
-    for path in set(_results()) - kept.keys():
-        path.unlink()
-    for path, file in kept.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, path)
+def _take(commit: str, *paths: str) -> None:
+    """Make these paths, and the outputs of the stages, what they are in a commit."""
+    run_command("git", "add", "--all", "--", *(path for path in paths if Path(path).exists()))
+    known = run_command("git", "ls-files", "--", *paths) + run_command(
+        "git", "ls-tree", "-r", "--name-only", commit, "--", *paths
+    )
+    run_command("git", "restore", f"--source={commit}", "--staged", "--worktree", "--", *known.splitlines())
     if LOCK.is_file():
         checkout_outputs()
-    shutil.rmtree(BEFORE)
 
 
 # --------------------------------------------------------------------------------------------------------------- back
@@ -171,16 +158,14 @@ def _go_back() -> None:
     The present state is committed first, so that nothing is lost. Conversations, votes, tombstones, splits, parameters,
     the champion and what is live stay as they are.
     """
-    if BEFORE.is_dir():
+    if BEFORE.is_file():
         _put_back()
         print("the round that was interrupted is undone: results and models are as they were before it")
         return
     good, verdict = _last_good()
     if saved := _commit("Before going back"):
         print(f"the present state is kept in {saved}")
-    there = run_command("git", "ls-tree", "-r", "--name-only", good, "--", *RESULTS).split()
-    run_command("git", "checkout", "--quiet", good, "--", *there)
-    checkout_outputs()
+    _take(good, *RESULTS)
     short = good[:10]
     _commit(f"Back to {short}\n\nThe next round trains on all conversations again.\n\nVerdict: {verdict}")
     print(f"results and models are those of {short} ({verdict}); conversations, champion and what is live stay")

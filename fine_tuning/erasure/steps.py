@@ -38,8 +38,8 @@ LOCK = SCRATCH / "forget.lock"  # one run at a time
 JOURNALS = "forget*.json"  # in SCRATCH: one for each erasure that is not finished
 TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folders that a killed command leaves behind
 # What the app keeps by conversation id.
-BY_CONVERSATION = tuple(SCRATCH / name for name in ("titles.json", "chat_settings.json", "questions.json"))
-DROPPED = ("memo/clean", "checkpoints", "references", "start", "round")  # of SCRATCH: made again when they are needed
+BY_CONVERSATION = tuple(SCRATCH / name for name in ("titles.json", "tags.json", "chat_settings.json", "questions.json"))
+DROPPED = ("memo/clean", "checkpoints", "references", "start")  # of SCRATCH: made again when they are needed
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
 LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 AGAIN = "`python -m fine_tuning forget --resume`"

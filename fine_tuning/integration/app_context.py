@@ -127,9 +127,8 @@ def _has_role(role: str) -> bool:
         return True
     listed = (st.secrets.get("roles") or {}).get(role) or []
     email = st.user.get("email") if st.user.get("email_verified") is not False else None
-    named = [name for name in (email, st.user.get("sub")) if name]
-    domain = f"*@{email.rpartition('@')[2]}" if email and "@" in email else None
-    return signed_in() is not None and any(name in listed for name in (*named, domain) if name)
+    names = {email, st.user.get("sub"), email and f"*@{email.rpartition('@')[2]}"} - {None, ""}
+    return signed_in() is not None and any(name in names for name in listed)
 
 
 def _champion_stamp(checkout: Path) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def announce() -> None:
     if job is not None and job.running:
         st.session_state["watched"] = job.started
         with st.sidebar:
-            _progress(job)
+            _live(job, brief=True)
     elif job is not None and st.session_state.pop("watched", None) == job.started:
         good = job.returncode == 0
         st.toast(f"{job.title}: {plain(job.outcome())}", icon=f":material/{'check' if good else 'error'}:")
@@ -90,20 +90,14 @@ def _curve(job: Job) -> pd.DataFrame | None:
     return curve if len(curve) else None
 
 
-@st.fragment(run_every=2 * REFRESH_SECONDS)
-def _progress(job: Job) -> None:
-    if not job.running:
-        st.rerun()
-    share, words = _how_far(job) or (0.0, f"{job.seconds:.0f} s")
-    st.progress(share, f"{job.title}: {words}")
-
-
 @st.fragment(run_every=REFRESH_SECONDS)
-def _live(job: Job) -> None:
+def _live(job: Job, brief: bool = False) -> None:
     if not job.running:
         st.rerun()
     share, words = _how_far(job) or (0.0, "begins")
     st.progress(share, f"{job.title} · {job.seconds:.0f} s · {words}")
+    if brief:
+        return
     if (curve := _curve(job)) is not None:
         st.line_chart(curve, x="step", y="loss", height=180)
     with st.expander("Its output"):

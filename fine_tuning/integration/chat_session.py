@@ -22,6 +22,7 @@ from fine_tuning.integration.reply import Reply
 QUESTIONS = Path(
     ".whetstone/questions.json"
 )  # what was asked and has no logged reply: an app that is killed loses none
+ASKED = ("replaces", "history", "branch_of")  # of a question, as the log has them too
 KEPT = 200  # questions without an answer that are remembered; the oldest is forgotten first
 
 
@@ -29,14 +30,18 @@ KEPT = 200  # questions without an answer that are remembered; the oldest is for
 class Question:
     """A message that waits for its reply, or that got none.
 
-    `replaces` is the id of the exchange whose reply is asked for once more. `exchange_id` is set when the reply, whole
-    or in part, is in the log; `problem` is the one line that says why there is none and what to do.
+    `replaces` is the id of the exchange whose reply is asked for once more. `history` is what was said before the first
+    question of a branch, {"role", "content"} each, and `branch_of` the conversation that it comes from. `exchange_id`
+    is set when the reply, whole or in part, is in the log; `problem` is the one line that says why there is none and
+    what to do.
     """
 
     conversation_id: str
     text: str
     model: ChatModel
     replaces: str | None = None
+    history: list[dict[str, str]] = field(default_factory=list)
+    branch_of: str | None = None
     exchange_id: str | None = None
     problem: str | None = None
     reply: Reply | None = field(default=None, repr=False)
@@ -108,7 +113,7 @@ def new_conversation_id() -> str:
 
 
 def unanswered(checkout: Path) -> dict[str, dict[str, Any]]:
-    """{"text", "replaces"} of the questions without a logged reply, by conversation; some may be on their way."""
+    """{"text", and what ASKED names} of the questions without a logged reply, by conversation; some may yet come."""
     kept = read_object(checkout / QUESTIONS)
     return {key: asked for key, asked in kept.items() if isinstance(asked, dict) and isinstance(asked.get("text"), str)}
 
@@ -161,8 +166,7 @@ def ask(
             metadata["tokens_per_second"] = round(reply.tokens_per_second, 1)
         if reply.outcome != "complete":
             metadata["incomplete"] = reply.outcome
-        if question.replaces is not None:
-            metadata["replaces"] = question.replaces
+        metadata |= {name: value for name in ASKED if (value := getattr(question, name))}
         try:
             question.exchange_id = logger.log_conversation(question.text, text, metadata)
         except UserError as error:
@@ -173,7 +177,7 @@ def ask(
 
     def begin() -> Reply:
         with updating(checkout / QUESTIONS) as kept:
-            kept[question.conversation_id] = {"text": question.text, "replaces": question.replaces}
+            kept[question.conversation_id] = {name: getattr(question, name) for name in ("text", *ASKED)}
         return Reply(stream, log)
 
     return pending_replies.add(question, begin)

@@ -88,9 +88,9 @@ class ConversationIndex:
         """(all, those with news since the last seal, those whose newest version is in none of `shards`)."""
         with self._up_to_date() as index:
             rows = index.rows("SELECT shard, count(*) FROM summary WHERE NOT gone GROUP BY shard")
-        numbers = {shard: number for shard, number in rows}
-        elsewhere = sum(number for shard, number in numbers.items() if shard is not None and shard not in shards)
-        return sum(numbers.values()), numbers.get(None, 0), elsewhere
+        numbers = dict(rows)
+        logged, cleaned = numbers.get(None, 0), sum(numbers.get(shard, 0) for shard in shards)
+        return (total := sum(numbers.values())), logged, total - logged - cleaned
 
     def deleted(self) -> list[Summary]:
         """The deleted conversations as they were, the newest first; one without messages was sealed as deleted."""

@@ -1,10 +1,12 @@
 """What the page Data shows: where every conversation is on its way from the log to the tokens."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from fine_tuning.common.records import read_jsonl, read_object
+from fine_tuning.common.records import read_jsonl, read_lines, read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
@@ -13,7 +15,9 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
 
-REJECTED = Path("data/clean/rejected.jsonl")
+CLEAN = Path("data/clean")
+REJECTED = CLEAN / "rejected.jsonl"
+TAGS = Path(".whetstone/tags.json")
 CLEAN_METRICS = Path("metrics/clean.json")
 PREPARE_METRICS = Path("metrics/prepare.json")
 PREPARED = Path("data/prepared")
@@ -27,11 +31,14 @@ Stamp = tuple[Path, int, int]
 @dataclass(frozen=True)
 class Entry(Summary):
     """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped; `twin` the id of the
-    one that was kept instead of a duplicate; `split` train, validation, test, or none."""
+    one that was kept instead of a duplicate; `split` train, validation, test, or none; `masked` the types of personal
+    data that were masked in it; `tags` what somebody called it."""
 
     fate: str
     twin: str | None
     split: str
+    masked: tuple[str, ...]
+    tags: tuple[str, ...]
 
 
 def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
@@ -44,41 +51,42 @@ def entries(checkout: Path, words: str = "") -> list[Entry]:
     fates = _fates(stamps([checkout / REJECTED]))
     found = conversation_index(checkout).all(words)
     splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(entry.id for entry in found))
-    cleaned = _cleaned(checkout)
+    cleaned, tags = _cleaned(checkout), read_tags(checkout)
+    masked = _masked(stamps(sorted((checkout / CLEAN).glob("*-*.jsonl"))))
 
     def entry(found: Summary) -> Entry:
         dropped = fates.get(found.id) if found.shard in cleaned else None
         fate = "new" if found.shard is None else "kept" if found.shard in cleaned else "not cleaned yet"
         twin = str(dropped["value"]) if dropped and dropped["reason"] == "duplicate" else None
         split = splits.get(found.id, "none") if fate == "kept" and not dropped else "none"
-        return Entry(**vars(found), fate=dropped["reason"] if dropped else fate, twin=twin, split=split)
+        about = {"twin": twin, "split": split, "masked": masked.get(found.id, ()), "tags": tags.get(found.id, ())}
+        return Entry(**vars(found), fate=dropped["reason"] if dropped else fate, **about)
 
     return list(map(entry, found))
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Conversations: all, those of `logged` that are not sealed, and those that are sealed and not cleaned."""
-
-    total: int
-    logged: int
-    sealed: int
-
-    @property
-    def new(self) -> int:
-        """New or changed since the last training."""
-        return self.logged + self.sealed
-
-
-def counts(checkout: Path) -> Counts:
-    """How many conversations there are, as `entries` counts them."""
-    return Counts(*conversation_index(checkout).count(_cleaned(checkout)))
+def counts(checkout: Path) -> tuple[int, int, int]:
+    """Conversations: all, those with news that is not sealed, and those that are sealed and not cleaned yet."""
+    return conversation_index(checkout).count(_cleaned(checkout))
 
 
 def _cleaned(checkout: Path) -> set[str]:
     """Names of the shards that the last run cleaned."""
     taken_in = read_object(checkout / MANIFEST).get("shards", [])
     return {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
+
+
+def read_tags(checkout: Path) -> dict[str, tuple[str, ...]]:
+    """Tags by conversation id."""
+    return {key: tuple(map(str, tags)) for key, tags in read_object(checkout / TAGS).items() if isinstance(tags, list)}
+
+
+def write_tags(checkout: Path, identity: str, tags: Iterable[str]) -> None:
+    """Replace the tags of a conversation."""
+    with updating(checkout / TAGS) as kept:
+        kept.pop(identity, None)
+        if words := sorted({" ".join(tag.split()) for tag in tags} - {""}):
+            kept[identity] = words
 
 
 def metrics(checkout: Path, path: Path) -> dict:
@@ -181,6 +189,13 @@ def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> l
 def _fates(rejected: tuple[Stamp, ...]) -> dict[str, dict]:
     drops = (drop for path, _, _ in rejected for drop in read_jsonl(path))
     return {drop["id"]: drop for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
+
+
+@lru_cache(maxsize=2)
+def _masked(shards: tuple[Stamp, ...]) -> dict[str, tuple[str, ...]]:
+    lines = (line for path, _, _ in shards for _, line in read_lines(path))
+    found = ((line, sorted({match[1] for match in PLACEHOLDER.finditer(line.decode())})) for line in lines)
+    return {json.loads(line)["id"]: tuple(types) for line, types in found if types}
 
 
 @lru_cache(maxsize=2)

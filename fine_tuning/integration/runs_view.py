@@ -242,9 +242,7 @@ def overrides(path: Path, changes: Mapping[str, Any]) -> list[str]:
         reduce(lambda section, part: section[part], sections, params)[key] = value
         text = json.dumps(value, ensure_ascii=False)
         if "$" in text or "\\" in text:  # `$` begins an interpolation, which reads the environment
-            raise UserError(
-                f"{name} takes no $, quotation mark, backslash or line break here: edit params.yaml instead"
-            )
+            raise UserError(f"{name} takes no $, quotation mark, backslash or line break here: edit params.yaml")
         arguments += ["-S", f"{name}={text}"]
     for section in {name.partition(".")[0] for name in changes}:
         parse_settings(section, params[section], MODELS[section], path)

@@ -54,7 +54,8 @@ def page() -> None:
     models = here.models()
     if question is None and models and (asked := chat_session.unanswered(here.checkout).get(identity)):
         lost = "the app ended before a reply was logged: try again"
-        question = Question(identity, asked["text"], models[0], asked.get("replaces"), problem=lost)
+        known = {name: asked[name] for name in chat_session.ASKED if asked.get(name)}
+        question = Question(identity, asked["text"], models[0], problem=lost, **known)
     if not models:
         st.info(chat_models.NO_MODEL, icon=":material/construction:")
     asking = _choose_model(here, models, identity, conversation) if models else None
@@ -293,6 +294,8 @@ def _show_conversation(here: App, conversation: dict | None, question: Question 
         with st.chat_message(message["role"]):
             text = edited.get(message["id"]) or message["content"]
             show_text(text, typed=message["role"] == "user")
+            if message["role"] == "user" and asking is not None:
+                _offer_branch(asking, conversation, message)
             if message["role"] == "assistant":
                 last = index == len(shown) - 1 and question is None
                 _below_reply(here, conversation, message, text, shown[index - 1] if index else None,
@@ -319,7 +322,7 @@ def _below_reply(
                 on_click=_regenerate, args=(asking, conversation, message, asked["content"]),
             )  # fmt: skip
         if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
-            _edit(here, conversation["id"], identity, text)
+            edit_reply(here, conversation["id"], identity, text)
         with st.popover("Copy", icon=":material/content_copy:", type="tertiary"):
             st.code(text, language=None, wrap_lines=True)
         if asked is not None and (count := (message.get("settings") or {}).get("examples")):
@@ -397,7 +400,8 @@ def _comment(here: App, conversation_id: str, message_id: str, before: str) -> N
 
 
 @st.dialog("What should the reply have been?", width="large")
-def _edit(here: App, conversation_id: str, message_id: str, text: str) -> None:
+def edit_reply(here: App, conversation_id: str, message_id: str, text: str) -> None:
+    """Ask for the reply that is trained on instead, and log it."""
     key = f"edited-{message_id}"
     st.text_area("Reply", text, height=300, key=key, label_visibility="collapsed")
     if st.button(
@@ -419,6 +423,24 @@ def _regenerate(asking: Asking, conversation: dict, message: dict, text: str) ->
     _send(asking, Question(conversation["id"], text, asking.model, replaces=message["id"]), conversation)
 
 
+def _offer_branch(asking: Asking, conversation: dict, message: dict) -> None:
+    """Go on from a message with another text, in a chat of its own; this one stays."""
+    key = f"otherwise-{message['id']}"
+    with st.popover("Edit", icon=":material/alt_route:", type="tertiary"):
+        st.text_area("Ask this instead, in a new chat", message["content"], key=key)
+        st.button("Ask", key=f"ask-{key}", type="primary", on_click=_branch, args=(asking, conversation, message, key))
+
+
+def _branch(asking: Asking, conversation: dict, message: dict, key: str) -> None:
+    ids = [other["id"] for other in conversation["messages"]]
+    before = conversation | {"messages": conversation["messages"][: ids.index(message["id"])]}
+    origin = (conversation.get("metadata") or {}).get("branch_of") or conversation["id"]
+    text = st.session_state[key].strip()
+    question = Question(new_conversation_id(), text, asking.model, history=_said(before, None), branch_of=origin)
+    if text and _send(asking, question, None):
+        _open(question.conversation_id)
+
+
 def _said(conversation: dict | None, replaces: str | None) -> list[dict]:
     """What was said before the question, replies as edited."""
     if conversation is None:
@@ -432,7 +454,8 @@ def _said(conversation: dict | None, replaces: str | None) -> list[dict]:
 def _send(asking: Asking, question: Question, conversation: dict | None) -> bool:
     """Ask; False, and nothing is asked, where another page of the conversation waits for a reply."""
     here = asking.here
-    messages = [*_said(conversation, question.replaces), {"role": "user", "content": question.text}]
+    said = question.history if conversation is None else _said(conversation, question.replaces)
+    messages = [*said, {"role": "user", "content": question.text}]
     examples = here.examples().before(messages, asking.sampling.max_tokens) if here.serve.examples else []
     stream = partial(
         stream_reply, question.model, after_examples(messages, examples), asking.sampling, checkout=here.checkout,
@@ -446,6 +469,9 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
 
 def _show_question(question: Question, waiting: bool, conversation: dict | None, asking: Asking) -> None:
     if question.exchange_id is None and question.replaces is None:
+        for message in question.history:
+            with st.chat_message(message["role"]):
+                show_text(message["content"], typed=message["role"] == "user")
         with st.chat_message("user"):
             show_text(question.text, typed=True)
     if waiting:

@@ -1,6 +1,8 @@
 """Data: what was collected and what became of it, one conversation from the log to its tokens, and the seal."""
 
 import html
+import shutil
+from pathlib import Path
 
 import pandas as pd
 import streamlit as st
@@ -11,14 +13,17 @@ from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
+from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Entry, Span
 from fine_tuning.integration.jobs import own_command
+from fine_tuning.schema.conversation import edits
 from fine_tuning.schema.reasons import in_words, reason_in_words
 
-SEAL = "Seal"
-FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rating"}
+IMPORT = "Import"
+UPLOADS = Path(".whetstone/app/uploads")
+FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rating", "Masked": "masked", "Tag": "tags"}
 VIEWS = ("Before cleaning", "After cleaning", "Tokens")
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
 
@@ -28,7 +33,7 @@ def page() -> None:
     here = app()
     st.title("Data")
     found = data_view.entries(here.checkout)
-    _sealing(here)
+    _upload(here)
     if not found:
         st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
         return
@@ -37,25 +42,21 @@ def page() -> None:
     _one(here, found)
 
 
-# ------------------------------------------------------------------------------------------------------------- seal
-
-
-def _sealing(here: App) -> None:
-    counts = data_view.counts(here.checkout)
-    with st.container(border=True):
-        if counts.new:
-            st.markdown(
-                f"**{count_of(counts.new, 'conversation')}** new or changed since the last training: "
-                f"{counts.logged} to seal, {counts.sealed} sealed. The page Home seals and trains in one step."
-            )
-        else:
-            st.markdown("Nothing new since the last training.")
-        reason = busy() or (None if here.logger.path.exists() else "the log is empty")
-        st.button(
-            "Seal", icon=":material/lock:", key="seal", type="primary", disabled=reason is not None, help=reason,
-            on_click=start, args=(SEAL, own_command("seal"), here.checkout),
-        )  # fmt: skip
-        show_job(SEAL)
+def _upload(here: App) -> None:
+    """Conversations of another tool, through `import`."""
+    with st.expander("Import a file", icon=":material/upload_file:"):
+        given = st.file_uploader("An export of another tool", key="upload", help="docs/data.md lists the formats")
+        model = st.text_input("Model that wrote its replies, where it names none", key="upload-model", max_chars=200)
+        if busy() is None:
+            shutil.rmtree(here.checkout / UPLOADS, ignore_errors=True)  # what is imported is in the data
+        if st.button("Import", key="import", disabled=given is None or busy() is not None, help=busy()):
+            path = here.checkout / UPLOADS / Path(given.name).name
+            path.parent.mkdir(parents=True, mode=0o700)
+            path.write_bytes(given.getbuffer())
+            words = ("--model", model.strip()) if model.strip() else ()
+            start(IMPORT, own_command("import", *words, "--", str(path)), here.checkout)
+            st.rerun()
+        show_job(IMPORT)
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
@@ -73,6 +74,8 @@ def _counts(here: App, found: list[Entry]) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
+    _, logged, sealed = data_view.counts(here.checkout)
+    st.caption(f"New or changed since the last training: {logged:,} to seal, {sealed:,} sealed.")
     if (people := read_params("clean", CleanSettings).people) != "mask":
         st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
     if not clean:
@@ -117,16 +120,21 @@ def _one(here: App, found: list[Entry]) -> None:
     matches = data_view.entries(here.checkout, words) if words.strip() else found
     with st.container(horizontal=True):
         for label, name in FILTERS.items():
-            choices = ["all", *sorted({str(getattr(entry, name)) for entry in found})]
+            choices = ["all", *sorted({value for entry in found for value in _values(entry, name)})]
             chosen = st.selectbox(label, choices, format_func=_words, key=name)
-            matches = [entry for entry in matches if chosen in ("all", str(getattr(entry, name)))]
+            matches = [entry for entry in matches if chosen == "all" or chosen in _values(entry, name)]
+        if len(days := st.date_input("Days", (), key="days")) == 2:
+            first, last = map(str, days)
+            matches = [entry for entry in matches if first <= entry.started_at[:10] <= last]
     if not matches:
         st.caption("None.")
         return
     st.caption(f"{count_of(len(matches), 'conversation')}; click the left edge of a row to look at it.")
-    columns = ["begins", "fate", "split", "source", "started_at", "rating", "messages", "characters", "id"]
+    columns = ["begins", "fate", "split", "source", "started_at", "rating", "masked", "tags"]
+    columns += ["messages", "characters", "id"]
     table = pd.DataFrame([vars(entry) for entry in matches])[columns]
     table["started_at"] = table["started_at"].str[:10]
+    table[["masked", "tags"]] = table[["masked", "tags"]].map(", ".join)
     event = st.dataframe(
         table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
         key=f"table-{hash(tuple(entry.id for entry in matches))}",
@@ -136,6 +144,7 @@ def _one(here: App, found: list[Entry]) -> None:
     conversation = conversation_index(here.checkout).conversation(entry.id)
     if conversation is None:
         return
+    _tags(here, entry, found)
     settings = read_params("clean", CleanSettings)
     cleaner = data_view.cleaner(here.checkout, settings)
     cleaned = cleaner.clean_conversation(conversation)
@@ -161,8 +170,14 @@ def _one(here: App, found: list[Entry]) -> None:
     if view == "Tokens":
         _tokens(here, entry)
     elif view == "Before cleaning":
+        edited = edits(conversation)
         for message in conversation["messages"]:
-            _show_spans(message["role"], data_view.before(cleaner, message["content"] or ""), "mask")
+            text = edited.get(message["id"]) or message["content"] or ""
+            _show_spans(message["role"], data_view.before(cleaner, text), "mask")
+            if message["role"] == "assistant" and st.button(
+                "Correct", icon=":material/edit:", type="tertiary", key=f"correct-{message['id']}"
+            ):
+                edit_reply(here, entry.id, message["id"], text)
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")
     else:
@@ -170,6 +185,19 @@ def _one(here: App, found: list[Entry]) -> None:
         st.caption(f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now.")
         for message in cleaned.conversation["messages"]:
             _show_spans(message["role"], data_view.after(message["content"]), "mask")
+
+
+def _values(entry: Entry, name: str) -> tuple[str, ...]:
+    value = getattr(entry, name)
+    return value if isinstance(value, tuple) else (str(value),)
+
+
+def _tags(here: App, entry: Entry, found: list[Entry]) -> None:
+    key, known = f"tags-{entry.id}", sorted({tag for other in found for tag in other.tags})
+    st.multiselect(
+        "Tags", known, entry.tags, key=key, accept_new_options=True, placeholder="add a tag",
+        on_change=lambda: data_view.write_tags(here.checkout, entry.id, st.session_state[key]),
+    )  # fmt: skip
 
 
 def _never(fate: str) -> str:

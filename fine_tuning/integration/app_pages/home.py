@@ -10,11 +10,10 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, confirm, show_job, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.chat_models import WHY_FIRST
-from fine_tuning.integration.data_view import Counts
 from fine_tuning.integration.jobs import own_command
 from fine_tuning.integration.models_view import Candidate
 
-TRAIN, BACK = "Train", "Back"
+TRAIN, SEAL, BACK = "Train", "Seal", "Back"
 IN_SHORT = {
     "PROMOTE": "The candidate is better",
     "HOLD": "Something speaks against the candidate",
@@ -29,38 +28,38 @@ GO_BACK = (
 def page() -> None:
     """The whole page."""
     here = app()
-    counts, candidate = data_view.counts(here.checkout), models_view.candidate(here.checkout)
+    total, logged, sealed = data_view.counts(here.checkout)
+    candidate = models_view.candidate(here.checkout)
     st.title("Whetstone")
     st.markdown("Sharpen the model behind your chats on the chats themselves. Nothing leaves this machine.")
-    for column, (name, step, text) in zip(st.columns(4), _steps(here, counts, candidate), strict=True):
+    for column, (name, step, text) in zip(st.columns(4), _steps(here, total, logged + sealed, candidate), strict=True):
         with column.container(border=True, height="stretch"):
             st.markdown(f"**{step}**")
             st.markdown(text)
             if (target := st.session_state.get("pages", {}).get(name)) is not None:
                 st.page_link(target)
     if here.owner:
-        _train(here, counts, candidate)
+        _train(here, logged, bool(logged + sealed) or candidate is None)
 
 
-def _steps(here: App, counts: Counts, candidate: Candidate | None) -> list[tuple[str, str, str]]:
+def _steps(here: App, total: int, new: int, candidate: Candidate | None) -> list[tuple[str, str, str]]:
     """(page, title, what is true now) of each step."""
     models = here.models()
     verdict = "No verdict yet."
     if candidate is not None:
         reason = f": {candidate.reasons[0]}" if candidate.reasons else ""
         verdict = f"{candidate.verdict}. {IN_SHORT.get(candidate.verdict, 'See the report')}{reason}."
-    live = next((model.label for model in models if model.name == "Live"), None)
     first = WHY_FIRST.get(models[0].name, models[0].label) if models else "no model yet"
-    answers = f"Live: {live}." if live else f"Nothing is live. New chats: {first}."
+    live = next((f"Live: {m.label}." for m in models if m.name == "Live"), f"Nothing is live. New chats: {first}.")
     return [
-        ("chat", "1 · Chat", f"{count_of(counts.total, 'conversation')}. Thumbs and edits say what a good reply is."),
-        ("data", "2 · Train", f"{counts.new:,} new or changed since the last training."),
+        ("chat", "1 · Chat", f"{count_of(total, 'conversation')}. Thumbs and edits say what a good reply is."),
+        ("data", "2 · Train", f"{new:,} new or changed since the last training."),
         ("models", "3 · Judge", plain(verdict)),
-        ("models", "4 · Promote", plain(answers)),
+        ("models", "4 · Promote", plain(live)),
     ]
 
 
-def _train(here: App, counts: Counts, candidate: Candidate | None) -> None:
+def _train(here: App, logged: int, anything: bool) -> None:
     try:
         changed = changes_by_hand(here.checkout)
         why = f"{count_of(len(changed), 'file')} changed and not committed: {changed[0]}" if changed else None
@@ -74,17 +73,23 @@ def _train(here: App, counts: Counts, candidate: Candidate | None) -> None:
                 disabled=off is not None, help=off, on_click=start,
                 args=(TRAIN, own_command("round"), here.checkout, True),
             )  # fmt: skip
+            sealing = busy() or (None if logged else "nothing was said since the last seal")
+            st.button(
+                "Seal only", icon=":material/lock:", key="seal", disabled=sealing is not None, on_click=start,
+                help=sealing or "Hand what was said to the pipeline; deleting it cannot be undone then",
+                args=(SEAL, own_command("seal"), here.checkout),
+            )  # fmt: skip
             if st.button(
                 "Back to the last good state", icon=":material/undo:", key="back", disabled=off is not None, help=off
             ):
                 confirm(here.checkout, BACK, ("round", "--back"), GO_BACK)
         if why:
             st.caption(f"Training is off: {plain(why)}.")
-        elif candidate is not None and not counts.new:
+        elif not anything:
             st.caption("Nothing is new: only what you changed and committed would run.")
         else:
             st.caption(
                 f"It takes {about(round_seconds(here.checkout))}: seal, clean, train, judge, and commit the result. "
                 "You can chat meanwhile."
             )
-        show_job(TRAIN, BACK)
+        show_job(TRAIN, SEAL, BACK)

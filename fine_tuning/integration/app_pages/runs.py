@@ -73,18 +73,12 @@ def _field(parameter: Parameter) -> Any:
 
 
 def _number(parameter: Parameter, kind: type, form: dict[str, Any]) -> float | None:
-    def bound(*names: str) -> float | None:
-        return next((kind(form[name]) for name in names if name in form), None)
-
+    low, high = form.get("minimum", form.get("exclusiveMinimum")), form.get("maximum", form.get("exclusiveMaximum"))
+    value, low, high = (None if number is None else kind(number) for number in (parameter.value, low, high))
+    step, style = (1, None) if kind is int else (float(f"{(value or 1) / 10:.0e}"), "%g")
+    empty = "null" if parameter.optional else "as it is"
     found = st.number_input(
-        parameter.name,
-        value=None if parameter.value is None else kind(parameter.value),
-        min_value=bound("minimum", "exclusiveMinimum"),
-        max_value=bound("maximum", "exclusiveMaximum"),
-        step=1 if kind is int else float(f"{float(parameter.value or 1) / 10:.0e}") or 0.1,
-        format=None if kind is int else "%g",
-        placeholder="null" if parameter.optional else "as it is",
-        key=f"set-{parameter.name}",
+        parameter.name, low, high, value, step, style, key=f"set-{parameter.name}", placeholder=empty
     )
     return parameter.value if found is None and not parameter.optional else found
 
