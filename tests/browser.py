@@ -96,7 +96,7 @@ def strangers(page, address: str) -> list[str]:
 def too_wide(page) -> list[str]:
     """What hangs over the edge of the window, apart from what scrolls by itself."""
     return page.evaluate(
-        """() => [...document.querySelectorAll('[data-testid=stMain] *')].filter(e => {
+        """() => [...document.querySelectorAll('[data-testid=stMainBlockContainer] *')].filter(e => {
             const box = e.getBoundingClientRect();
             if (box.width === 0 || box.right <= innerWidth + 1) return false;
             for (let p = e.parentElement; p; p = p.parentElement) {

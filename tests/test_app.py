@@ -492,7 +492,7 @@ def test_only_owners_get_the_pages_that_start_commands(checkout, monkeypatch):
         at = open_with_sign_in(ANN, AUTH | PROVIDER, owners=listed, people=["ann@example.org"])
         is_owner = name in ("ann", "her sub")
         assert ("train" in [button.key for button in at.button]) == is_owner, name
-        titles = ["Home", "Chat", "Compare"] + ["Data", "Runs", "Models"] * is_owner
+        titles = ["Home", "Chat", "Compare", "Review"] + ["Data", "Runs", "Models"] * is_owner
         assert [page.title for page in offered[-1]] == titles, name
         chat = chat_page()
         chat.secrets["auth"], chat.secrets["roles"], chat.user = AUTH | PROVIDER, {"owners": listed}, ANN

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import termios
 import threading
 from argparse import Namespace
@@ -12,7 +13,9 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from fine_tuning.commands import review as command
+from fine_tuning.commands.promote import check_verdict
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_json
 from fine_tuning.evaluation import review
 from fine_tuning.evaluation.review import LIVE, VOTES, Review, in_random_order, seal_votes
 from fine_tuning.integration.embedded_engine import shared_engines
@@ -49,7 +52,7 @@ def answered(found: Review, answers: str) -> None:
     """Vote on the next pairs: l left, r right, t tie."""
     for answer in answers:
         found.pairs.make(found.queue()[:1], wait=True)
-        found.vote({"l": "left", "r": "right", "t": "tie"}[answer])
+        found.vote(found.current(), {"l": "left", "r": "right", "t": "tie"}[answer])
 
 
 def test_every_cluster_is_shown_once_in_the_order_that_the_hash_fixed(checkout):
@@ -59,7 +62,8 @@ def test_every_cluster_is_shown_once_in_the_order_that_the_hash_fixed(checkout):
     found, shown = Review(pairs, "ann"), []
     while (pair := found.current()) is not None:
         shown.append(pair.item.cluster)
-        found.vote("tie")
+        found.vote(pair, "tie")
+        found.vote(pair, "left")  # pressed twice
     assert shown == [cluster for cluster in pairs.order if cluster in shown]
     assert found.done == 6 and not found.queue() and found.results().win_rate.value == 0.5
 
@@ -108,7 +112,8 @@ def test_a_vote_can_be_taken_back_until_the_next_one_and_a_skipped_pair_comes_la
     assert [vote.item for vote in read_votes(LIVE)] == pairs.order[:2]
     assert found.undo() and not found.undo()
     assert found.queue()[0] == pairs.order[1] and len(read_votes(LIVE)) == 1
-    found.skip()
+    found.pairs.make(found.queue()[:1], wait=True)
+    found.skip(found.current())
     assert found.queue() == [*pairs.order[2:], pairs.order[1]]
 
 
@@ -231,3 +236,31 @@ def test_the_page_asks_blind_and_shows_progress_only(checkout):
 def test_the_page_says_what_is_missing(checkout):
     (checkout / "models/package/model.gguf").unlink()
     assert "there is no candidate to review" in open_page().info[0].value
+
+
+# --- through the pipeline --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.end_to_end
+def test_votes_run_the_comparison_alone_and_promote_computes_it_again(trained_project, tmp_path, monkeypatch):
+    project = trained_project.copy(tmp_path / "project")
+    monkeypatch.chdir(project.folder)
+    found = Review(open_pairs(), "ann")
+    found.pairs.make(found.pairs.order, wait=True)
+    while (shown := found.current()) is not None:
+        found.vote(shown, "left" if shown.sides[0] == "candidate" else "right")
+    shared_engines.close()
+    sealed = seal_votes()
+    assert sealed == len(found.pairs.order) > 0
+    project.commit("Votes")
+    said = project.run("dvc", "repro")
+    assert re.findall(r"Running stage '(\w+)'", said) == ["compare"]
+    compared = read_json("metrics/comparison.json")
+    assert (compared["votes"]["n"], compared["votes"]["against"]) == (sealed, "base")
+    asked = sealed - compared["votes"]["equal"]
+    assert compared["votes"]["people"].get("ann", {}).get("value", 1.0) == 1.0 and compared["votes"]["not_counted"] == 0
+    assert f"in {sealed} votes against the base" in "\n".join(compared["reasons"]) and asked >= 0
+    check_verdict(compared)
+    with pytest.raises(UserError, match="is not what its records give"):
+        check_verdict(compared | {"votes": {}})
+    assert "Data and pipelines are up to date" in project.run("dvc", "repro")

@@ -46,9 +46,9 @@ def ask(found: Review, pressed: Iterator[str]) -> None:
         if key == "q":
             return
         if key in ANSWERS:
-            found.vote(ANSWERS[key])
+            found.vote(shown, ANSWERS[key])
         elif key == "s":
-            found.skip()
+            found.skip(shown)
         elif key == "r":
             say_results(found)
         elif key == "u" and not found.undo():

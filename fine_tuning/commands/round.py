@@ -15,14 +15,8 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from fine_tuning.commands.conversations import MANIFEST, bring_sample, seal_inbox
-from fine_tuning.common.dvc_files import (
-    LOCK,
-    checkout_outputs,
-    fetch_outputs,
-    pipeline_stands_still,
-    reproduce,
-    show_file,
-)
+from fine_tuning.common import dvc_files
+from fine_tuning.common.dvc_files import LOCK, pipeline_stands_still, show_file
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, root, run_command
 from fine_tuning.common.records import read_line, read_object, replacing
@@ -91,12 +85,12 @@ def _round() -> None:
         with replacing(BEFORE) as file:
             file.write(run_command("git", "rev-parse", "HEAD").encode())
     before = _conversations()
-    bring_sample(argparse.Namespace())
-    seal_inbox()
-    FAILED.unlink(missing_ok=True)
-    print(f"the pipeline runs what is out of date: {about(round_seconds(Path.cwd()))}", flush=True)
     try:
-        if not reproduce():
+        bring_sample(argparse.Namespace())
+        seal_inbox()
+        FAILED.unlink(missing_ok=True)
+        print(f"the pipeline runs what is out of date: {about(round_seconds(Path.cwd()))}", flush=True)
+        if not dvc_files.reproduce():
             raise UserError(f"the round failed in {_why_failed()}; results and models are as they were")
         _refuse()
         found = read_object(COMPARISON)
@@ -146,7 +140,7 @@ def _take(commit: str, *paths: str) -> None:
     )
     run_command("git", "restore", f"--source={commit}", "--staged", "--worktree", "--", *known.splitlines())
     if LOCK.is_file():
-        checkout_outputs()
+        dvc_files.checkout_outputs()
 
 
 # --------------------------------------------------------------------------------------------------------------- back
@@ -185,7 +179,7 @@ def _last_good() -> tuple[str, str]:
     for commit in commits[earlier:]:
         found: dict[str, Any] = read_line(show_file(here, commit, COMPARISON) or b"{}")
         if found.get("verdict") == "PROMOTE" or "champion" in found:
-            if fetch_outputs(commit):
+            if dvc_files.fetch_outputs(commit):
                 return commit, str(found["verdict"])
             raise UserError(f"models of {commit[:10]} are not here any more: `dvc pull` may bring them")
     raise UserError("no earlier commit has a candidate whose verdict was PROMOTE: there is nothing to go back to")

@@ -39,7 +39,8 @@ JOURNALS = "forget*.json"  # in SCRATCH: one for each erasure that is not finish
 TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folders that a killed command leaves behind
 # What the app keeps by conversation id.
 BY_CONVERSATION = tuple(SCRATCH / name for name in ("titles.json", "tags.json", "chat_settings.json", "questions.json"))
-DROPPED = ("memo/clean", "checkpoints", "references", "start")  # of SCRATCH: made again when they are needed
+# Of SCRATCH: made again when they are needed.
+DROPPED = ("memo/clean", "memo/review", "checkpoints", "references", "start")
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
 LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 AGAIN = "`python -m fine_tuning forget --resume`"

@@ -20,18 +20,23 @@ def record_looks(comparisons: Iterable[dict[str, Any]]) -> list[tuple[str, str]]
     """Add to the ledger what it lacks; returns its (hash of the test split, hash of the adapter) in order.
 
     Args:
-        comparisons: `eval_set_sha256` and `adapter_sha256` of each; others, and champions, are passed over.
+        comparisons: contents of metrics/comparison.json, or its two hashes; champions are passed over.
 
     Raises:
         UserError: the ledger is damaged.
     """
-    known = dict.fromkeys(_read())
-    seen = [(c["eval_set_sha256"], c["adapter_sha256"]) for c in comparisons if _is_a_look(c)]
-    if new := [pair for pair in dict.fromkeys(seen) if pair not in known]:
+    known = []
+    for number, line in read_lines(LOOKS) if LOOKS.is_file() else ():
+        try:
+            known.append(_pair(read_line(line)))
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(f"line {number} of {LOOKS} is damaged: `git checkout {LOOKS}`") from None
+    seen = [_pair(found) for found in comparisons if "champion" not in found]
+    if new := [pair for pair in dict.fromkeys(seen) if all(pair) and pair not in known]:
         LOOKS.parent.mkdir(parents=True, exist_ok=True)
         with open(LOOKS, "ab") as file:
-            file.writelines(dump_line({"suite": suite, "adapter": adapter}) for suite, adapter in new)
-    return [*known, *new]
+            file.writelines(dump_line({"eval_set_sha256": suite, "adapter_sha256": name}) for suite, name in new)
+    return list(dict.fromkeys([*known, *new]))
 
 
 def looked_at(comparison: dict[str, Any]) -> dict[str, Any]:
@@ -40,11 +45,9 @@ def looked_at(comparison: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: the ledger is damaged.
     """
-    looks = record_looks([comparison])
-    if not _is_a_look(comparison):
-        return comparison
-    suite, adapter = comparison["eval_set_sha256"], comparison["adapter_sha256"]
-    number = [other for of, other in looks if of == suite].index(adapter) + 1
+    suite, adapter = _pair(comparison)
+    seen = [other for of, other in record_looks([comparison]) if of == suite]
+    number = seen.index(adapter) + 1 if "champion" not in comparison and adapter in seen else 0
     if number < MOST:
         return comparison
     reason = f"look {number} at one test split, and {MOST} are too many: import or collect fresh conversations"
@@ -52,17 +55,6 @@ def looked_at(comparison: dict[str, Any]) -> dict[str, Any]:
     return comparison | held | {"reasons": [reason, *comparison["reasons"]]}
 
 
-def _is_a_look(comparison: dict[str, Any]) -> bool:
-    pair = comparison.get("eval_set_sha256"), comparison.get("adapter_sha256")
-    return "champion" not in comparison and all(isinstance(name, str) for name in pair)
-
-
-def _read() -> list[tuple[str, str]]:
-    found = []
-    for number, line in read_lines(LOOKS) if LOOKS.is_file() else ():
-        try:
-            record = read_line(line)
-            found.append((str(record["suite"]), str(record["adapter"])))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"line {number} of {LOOKS} is damaged: `git checkout {LOOKS}`") from None
-    return found
+def _pair(found: dict[str, Any]) -> tuple[str, str]:
+    """Hashes of test split and adapter, "" for none."""
+    return str(found.get("eval_set_sha256") or ""), str(found.get("adapter_sha256") or "")

@@ -81,21 +81,18 @@ class Pairs:
         self.ggufs = {one.name: sha256_file(one.gguf) for one in (self.candidate, self.against)}
         self.tokenizers = {one.name: load_tokenizer(one.folder) for one in (self.candidate, self.against)}
         items, _ = without_learned(read_items(TEST, load_tokenizer(BASE.folder)), CHAMPION)
-        asked = [item for item in items if item.question.strip()]
+        fits = [item for item in items if len(item.prompt_ids(item.asked or 0)) < context]
+        asked = [item for item in fits if item.question.strip()]
         self.items = {item.cluster: item for item in sorted(asked, key=lambda item: sha256(item.id))}  # one a cluster
         self.records = [
             {"contender": name, "id": item.id, "cluster": item.cluster} for name in self.ggufs for item in items
         ]
         self.order = in_random_order(self.items, self.ggufs.values())
+        self.name = sha256(*sorted(self.ggufs.values()))
         self.problem: str | None = None
         self._wanted: list[str] = []
         self._lock = threading.Lock()
         self._maker: threading.Thread | None = None
-
-    @property
-    def name(self) -> str:
-        """Of the pair, by content."""
-        return sha256(*sorted(self.ggufs.values()))
 
     def replies(self, cluster: str) -> dict[str, Reply] | None:
         """Both models' replies by name; None while they are made.
@@ -139,9 +136,7 @@ class Pairs:
     def _answer(self, model: Contender, cluster: str) -> Reply:
         # A system prompt that was configured is among the messages already.
         prompt = encode_prompt(self.tokenizers[model.name], self.items[cluster].history)
-        most = min(self.sampling["max_tokens"], self.context - len(prompt))
-        if most < 1:
-            return Reply("", 0, False)
+        most = min(self.sampling["max_tokens"], max(1, self.context - len(prompt)))
         with self.engine(model.gguf) as engine:
             pieces = list(engine.complete_stream(prompt, **self.sampling | {"max_tokens": most, "seed": 0}))
         return Reply("".join(pieces).strip(), len(pieces), len(pieces) < most)
@@ -209,19 +204,19 @@ class Review:
             self._write(shown, "equal", NOBODY)
         return None
 
-    def vote(self, answer: Choice) -> None:
-        """Vote on the current pair.
+    def vote(self, shown: Shown, answer: Choice) -> None:
+        """Vote on a pair; a key that was pressed twice votes once.
 
         Raises:
             UserError: it cannot be written.
         """
-        if (shown := self.current()) is not None:
+        if shown.item.cluster in self.queue():
             self.last = self._write(shown, answer, self.person)
             self.pairs.make(self.queue()[:AHEAD])
 
-    def skip(self) -> None:
-        """Show the current pair again after all others."""
-        self.skipped += self.queue()[:1]
+    def skip(self, shown: Shown) -> None:
+        """Show a pair again after all others."""
+        self.skipped.append(shown.item.cluster)
 
     def undo(self) -> bool:
         """Take the last vote back, unless it is sealed; the pair is shown again. Whether there was one."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import altair as alt
 import pandas as pd
 import streamlit as st
 
@@ -69,6 +70,11 @@ def show_job(*titles: str) -> None:
         st.code("\n".join(job.lines()[-200:]) or "(none)", language=None, wrap_lines=True)
 
 
+def show_loss(curve: pd.DataFrame, height: int, **by: str) -> None:
+    """Loss by step, a line for each value of the column `color`. st.line_chart draws symbols without a text."""
+    st.altair_chart(alt.Chart(curve).mark_line(tooltip=True).encode(x="step", y="loss", **by), height=height)
+
+
 def _how_far(job: Job) -> tuple[float, str] | None:
     """(share that is done, in words) of a command that runs the pipeline, by the time that stages took here before."""
     here, expected = Path.cwd(), expected_seconds(Path.cwd())
@@ -99,7 +105,7 @@ def _live(job: Job, brief: bool = False) -> None:
     if brief:
         return
     if (curve := _curve(job)) is not None:
-        st.line_chart(curve, x="step", y="loss", height=180)
+        show_loss(curve, 180)
     with st.expander("Its output"):
         st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)
     if st.button("Stop", icon=":material/stop_circle:", key="stop-job"):

@@ -55,7 +55,10 @@ QUANTISED = "candidate_quantised"
 BASELINES = ("base", "champion")
 PROMPTING_BASELINES = {
     PROMPTED: ("the base with another system prompt", "set chat.system_prompt to that of evaluate.prompting_baselines"),
-    FEW_SHOT: ("the base with examples from training conversations", "put similar conversations into the prompt"),
+    FEW_SHOT: (
+        "the base with examples from training conversations",
+        "set serve.examples to that of evaluate.prompting_baselines",
+    ),
 }
 NO_REFERENCES = (
     "every reply in the test split is a model's own word and proves nothing: write replies of your own in place of the "

@@ -54,6 +54,8 @@ class VoteCount:
             if cluster is None or candidate is None or vote.models != pair:
                 found.not_counted += 1
                 continue
+            if vote.by == NOBODY and cluster in found.bets:
+                continue  # two people met the same equal replies
             found.after_results += vote.after_results
             value, own = vote.value_for(candidate), found.own.setdefault(vote.by, {})
             if cluster in own:

@@ -7,6 +7,7 @@ vote. Each product has a mean of at most 1 while the mean of the values is at mo
 where prompts differ in how often they are won; stakes that adapt to past votes do not (`python -m benchmarks.votes`).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,11 +66,5 @@ class WinRate:
 
 def lowest_not_rejected(bets: np.ndarray) -> float:
     """The lowest mean, in thousandths, against which the evidence does not decide."""
-    rejected, kept = -1, 1000  # the evidence falls as the mean rises
-    while kept - rejected > 1:
-        middle = (rejected + kept) // 2
-        if evidence(bets, middle / 1000) >= DECIDES:
-            rejected = middle
-        else:
-            kept = middle
-    return kept / 1000
+    # The evidence falls as the mean rises.
+    return bisect_left(range(1000), True, key=lambda mean: evidence(bets, mean / 1000) < DECIDES) / 1000

@@ -426,7 +426,7 @@ def _regenerate(asking: Asking, conversation: dict, message: dict, text: str) ->
 def _offer_branch(asking: Asking, conversation: dict, message: dict) -> None:
     """Go on from a message with another text, in a chat of its own; this one stays."""
     key = f"otherwise-{message['id']}"
-    with st.popover("Edit", icon=":material/alt_route:", type="tertiary"):
+    with st.popover("Rewrite", icon=":material/alt_route:", type="tertiary"):
         st.text_area("Ask this instead, in a new chat", message["content"], key=key)
         st.button("Ask", key=f"ask-{key}", type="primary", on_click=_branch, args=(asking, conversation, message, key))
 

@@ -115,7 +115,7 @@ def _charts(found: list[Entry]) -> None:
 
 
 def _one(here: App, found: list[Entry]) -> None:
-    st.subheader("Conversations")
+    st.header("Conversations")
     words = st.text_input("Search", key="find", placeholder="words of any message, or an id")
     matches = data_view.entries(here.checkout, words) if words.strip() else found
     with st.container(horizontal=True):

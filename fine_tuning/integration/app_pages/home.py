@@ -32,7 +32,8 @@ def page() -> None:
     candidate = models_view.candidate(here.checkout)
     st.title("Whetstone")
     st.markdown("Sharpen the model behind your chats on the chats themselves. Nothing leaves this machine.")
-    for column, (name, step, text) in zip(st.columns(4), _steps(here, total, logged + sealed, candidate), strict=True):
+    steps = _steps(here, total, logged + sealed, candidate)
+    for column, (name, step, text) in zip([*st.columns(2), *st.columns(2)], steps, strict=True):
         with column.container(border=True, height="stretch"):
             st.markdown(f"**{step}**")
             st.markdown(text)

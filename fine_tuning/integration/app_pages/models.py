@@ -29,7 +29,7 @@ def page() -> None:
     st.title("Models")
     show_job(*TITLES)
     _candidate(here, models_view.candidate(here.checkout))
-    st.subheader("Versions")
+    st.header("Versions")
     if not models_view.has_registry(here.checkout):
         st.info("No version yet: the first promotion registers one.", icon=":material/inventory_2:")
         return
@@ -73,7 +73,7 @@ def _registry(checkout: str, name: str) -> ModelRegistry:
 
 def _candidate(here: App, found: Candidate | None) -> None:
     with st.container(border=True):
-        st.subheader("Candidate")
+        st.header("Candidate")
         if found is None:
             st.markdown("No comparison yet: train on the page Home.")
             return

@@ -35,7 +35,7 @@ def page() -> None:
     st.progress(found.done / total, f"{found.done} of {count_of(total, 'prompt')} done")
     if shown is not None:
         _pair(shown)
-        _buttons(found)
+        _buttons(found, shown)
     elif found.queue():
         _writing(found)
     else:
@@ -84,11 +84,11 @@ def _pair(shown: review.Shown) -> None:
                 st.caption("cut off")
 
 
-def _buttons(found: review.Review) -> None:
+def _buttons(found: review.Review, shown: review.Shown) -> None:
     with st.container(horizontal=True):
         for label, key, answer in ANSWERS:
-            st.button(label, key=f"answer-{key}", shortcut=key, on_click=_do, args=(found, answer))
-        st.button("Skip", key="skip", shortcut="s", type="tertiary", on_click=found.skip)
+            st.button(label, key=f"answer-{key}", shortcut=key, on_click=_do, args=(found, shown, answer))
+        st.button("Skip", key="skip", shortcut="s", type="tertiary", on_click=found.skip, args=(shown,))
         st.button(
             "Undo",
             key="undo",
@@ -100,9 +100,9 @@ def _buttons(found: review.Review) -> None:
         )
 
 
-def _do(found: review.Review, answer: Choice) -> None:
+def _do(found: review.Review, shown: review.Shown, answer: Choice) -> None:
     try:
-        found.vote(answer)
+        found.vote(shown, answer)
     except UserError as error:
         st.toast(plain(str(error)), icon=":material/error:")
 

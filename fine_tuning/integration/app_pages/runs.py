@@ -9,7 +9,7 @@ import streamlit as st
 from fine_tuning.common.errors import UserError
 from fine_tuning.integration import runs_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import busy, show_job, start
+from fine_tuning.integration.app_jobs import busy, show_job, show_loss, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.integration.runs_view import Line, Parameter
@@ -87,7 +87,7 @@ def _number(parameter: Parameter, kind: type, form: dict[str, Any]) -> float | N
 
 
 def _table(here: App) -> None:
-    st.subheader("All runs")
+    st.header("All runs")
     with st.spinner("Asking DVC and MLflow…"):
         lines = _lines(str(here.checkout), _stamp(here.checkout))
     if st.button("Refresh", icon=":material/refresh:", key="refresh", type="tertiary"):
@@ -120,7 +120,7 @@ def _short(metric: str) -> str:
 
 
 def _curves(checkout: Path, labels: dict[str, Line]) -> None:
-    st.subheader("Loss")
+    st.header("Loss")
     with_runs = [label for label, line in reversed(labels.items()) if line.run_id is not None]
     chosen = st.multiselect("Runs", with_runs, with_runs[:1], key="curves")
     frames = []
@@ -132,13 +132,13 @@ def _curves(checkout: Path, labels: dict[str, Line]) -> None:
         frames.append(pd.read_csv(path)[["step", "loss"]].assign(run="workspace"))
     frames = [frame for frame in frames if "loss" in frame]
     if frames:
-        st.line_chart(pd.concat(frames), x="step", y="loss", color="run", height=260)
+        show_loss(pd.concat(frames), 260, color="run")
     else:
         st.caption("No training yet.")
 
 
 def _differences(labels: dict[str, Line]) -> None:
-    st.subheader("What differs")
+    st.header("What differs")
     names = list(reversed(labels))
     with st.container(horizontal=True):
         one = st.selectbox("Between", names, key="one")
