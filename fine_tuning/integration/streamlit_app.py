@@ -19,9 +19,11 @@ if PROJECT not in sys.path:
     sys.path.insert(0, PROJECT)
 
 
-# As dir="auto": each paragraph runs as its own script does. Captions are too pale for a contrast of 4.5.
+# As dir="auto": each paragraph runs as its own script does. Captions, and buttons under the pointer, lack contrast.
 STYLE = """<style>[data-testid=stMarkdownContainer] :is(p, li), textarea { unicode-bidi: plaintext; }
-div[data-testid=stCaptionContainer] { color: inherit; opacity: 0.8; } h2 { font-size: 1.5rem !important; }</style>"""
+div[data-testid=stCaptionContainer] { color: inherit; opacity: 0.8; } h2 { font-size: 1.5rem !important; }
+:is(button[kind=tertiary], [data-testid=stPopoverButton]):is(:hover, :focus, :active) { color: inherit !important; }
+</style>"""
 PAGES = {
     "home": "home",
     "chat": "forum",
