@@ -13,6 +13,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from fine_tuning.commands import review as command
+from fine_tuning.commands.conversations import seal_inbox
 from fine_tuning.commands.promote import check_verdict
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json
@@ -152,6 +153,13 @@ def test_sealed_votes_are_tracked_and_counted_once_also_after_a_kill(checkout):
     assert {path.name: path.read_bytes() for path in VOTES.glob("*.jsonl")} == files
     assert "jsonl" not in sh(checkout, "git ls-files data/votes").replace(".jsonl.dvc", "")
     assert not found.undo()
+
+
+def test_seal_hands_votes_over_too(checkout, capsys):
+    answered(Review(open_pairs(), "ann"), "l")
+    assert seal_inbox() and "1 vote handed over" in capsys.readouterr().out
+    assert not LIVE.exists() and len(read_all_votes(VOTES)) == 1
+    assert not seal_inbox()
 
 
 def test_a_damaged_file_of_votes_is_one_line(checkout):

@@ -69,6 +69,8 @@ def test_a_round_seals_trains_judges_and_commits_with_the_verdict(project):
     assert "data/conversations.dvc" in sh(project, "git show --name-only --format=")
     assert sh(project, "git status --porcelain") == "" and sh(project, "dvc status -q") == ""
     assert not (project / ".whetstone/round").exists()
+    (look,) = (project / "data/looks.jsonl").read_text().splitlines()
+    assert read_json(project / "metrics/comparison.json")["adapter_sha256"] in look
     assert "as before: nothing is new" in type_command(project, "round").stdout
 
 

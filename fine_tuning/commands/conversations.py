@@ -206,7 +206,7 @@ def seal(args: argparse.Namespace) -> None:
 
 
 def seal_inbox() -> bool:
-    """What `seal` does; False where there was nothing to seal.
+    """What `seal` does, votes included; False where there was nothing to seal.
 
     Raises:
         UserError: a pipeline is running.
@@ -215,9 +215,16 @@ def seal_inbox() -> bool:
     with pipeline_stands_still() as repo:
         close_log(LOG, CONVERSATIONS)
         found = _seal_closed_logs(repo, tombstones)
-    if not found:
+    votes = 0
+    if any(LOG.parent.glob("votes*.jsonl")):
+        from fine_tuning.evaluation.review import seal_votes  # imports numpy and transformers
+
+        votes = seal_votes()
+    if votes:
+        print(f"{count_of(votes, 'vote')} handed over: `git add data/votes`")
+    elif not found:
         print(f"nothing to seal: {LOG} is empty")
-    return found
+    return found or votes > 0
 
 
 def bring_sample(args: argparse.Namespace) -> None:

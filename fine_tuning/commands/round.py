@@ -22,6 +22,7 @@ from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, 
 from fine_tuning.common.records import read_line, read_object, replacing
 from fine_tuning.common.stage_times import FAILED, about, round_seconds
 from fine_tuning.data_collection.storage.shards import read_manifest
+from fine_tuning.evaluation.looks import looked_at
 
 SCRATCH = Path(".whetstone")
 BEFORE = SCRATCH / "round"  # the commit from before the round that runs or was killed
@@ -93,7 +94,7 @@ def _round() -> None:
         if not dvc_files.reproduce():
             raise UserError(f"the round failed in {_why_failed()}; results and models are as they were")
         _refuse()
-        found = read_object(COMPARISON)
+        found = looked_at(read_object(COMPARISON))
         verdict, total = str(found.get("verdict")), _conversations()
         new = f", {total - before:+,} since the last round" if before and total != before else ""
         reasons = "\n".join(f"- {reason}" for reason in found.get("reasons", ()))
