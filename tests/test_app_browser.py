@@ -176,7 +176,7 @@ def test_a_conversation_is_deleted_at_once_and_erased_after_it_was_said_where_it
     page.get_by_text("inbox/conversations.jsonl: 2 events → taken out").wait_for()
     page.get_by_text("no stage has to run").wait_for()
     page.get_by_role("button", name="Erase it").click()
-    page.get_by_text("Erase: next: git add").wait_for()
+    page.get_by_test_id("stAlertContentSuccess").get_by_text("Erase: next: git add").wait_for()
     page.get_by_text("Its output").click()
     page.get_by_text("is left there").wait_for()
     identity = said[0]["conversation_id"]
