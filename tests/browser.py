@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from tests.app_checkout import REPOSITORY, environment
@@ -70,6 +71,16 @@ def choose(page, label: str, option: str) -> None:
     page.get_by_role("option", name=option).first.click()
 
 
+def act_until(act: Callable[[], None], shown) -> None:
+    """Click or type until what follows is there: a page that is being drawn anew may lose what was done to it."""
+    for _ in range(4):
+        with suppress(PlaywrightTimeout):
+            act()
+        with suppress(PlaywrightTimeout):
+            return shown.wait_for(timeout=30_000)
+    shown.wait_for()
+
+
 def settled(page) -> None:
     """Wait until the page has been drawn."""
     page.get_by_test_id("stApp").and_(page.locator("[data-test-script-state=notRunning]")).wait_for()
@@ -86,6 +97,15 @@ def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.1)
+
+
+def press_until(page, key: str, condition: Callable[[], object]) -> None:
+    """Press a key until what it does has happened; see `act_until`."""
+    for _ in range(3):
+        page.keyboard.press(key)
+        with suppress(AssertionError):
+            return until(condition, 20)
+    until(condition)
 
 
 def strangers(page, address: str) -> list[str]:

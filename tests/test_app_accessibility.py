@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 
-from tests.browser import PHONE, events, needs_chromium, running_app, send, settled, strangers, too_wide
+from tests.browser import PHONE, act_until, events, needs_chromium, running_app, send, settled, strangers, too_wide
 from tests.project import Project
 
 pytestmark = [needs_chromium, pytest.mark.end_to_end]
@@ -90,8 +90,8 @@ def test_what_people_do_on_each_page_breaks_no_rule_of_accessibility(app, visito
     page.get_by_role("textbox", name="Search").press("Enter")
     page.get_by_text("5 conversations; click the left edge").wait_for()
     settled(page)
-    page.get_by_role("button", name="Correct").first.click()
-    page.get_by_role("dialog").get_by_role("button", name="Save").wait_for()
+    correct = page.get_by_role("button", name="Correct").first
+    act_until(lambda: correct.click(timeout=5000), page.get_by_role("dialog").get_by_role("button", name="Save"))
     check("correcting a reply")
     page.keyboard.press("Escape")
     page.get_by_text("Import a file").click()

@@ -13,9 +13,11 @@ from fine_tuning.schema.votes import read_votes
 from tests.app_checkout import add_candidate, add_repositories, write_checkout
 from tests.browser import (
     PHONE,
+    act_until,
     app_process,
     events,
     needs_chromium,
+    press_until,
     running_app,
     send,
     settled,
@@ -172,8 +174,8 @@ def test_a_conversation_is_deleted_at_once_and_erased_after_it_was_said_where_it
     page.get_by_role("button", name="Forget this", exact=True).wait_for(state="detached")
     page.get_by_text("Deleted (1)").click()
     page.get_by_role("button", name="Undo: Forget this").wait_for()
-    page.get_by_role("button", name="Erase for good…").click()
-    page.get_by_text("inbox/conversations.jsonl: 2 events → taken out").wait_for()
+    erase = page.get_by_role("button", name="Erase for good…")
+    act_until(lambda: erase.click(timeout=5000), page.get_by_text("inbox/conversations.jsonl: 2 events → taken out"))
     page.get_by_text("no stage has to run").wait_for()
     page.get_by_role("button", name="Erase it").click()
     page.get_by_test_id("stAlertContentSuccess").get_by_text("Erase: next: git add").wait_for()
@@ -312,14 +314,12 @@ def test_pairs_are_reviewed_with_keys_only(reviewed, page, size, keys):
     for count, key in enumerate(keys, start=before + 1):
         page.get_by_role("button", name="1 is better").wait_for()
         settled(page)
-        page.keyboard.press(key)
-        until(lambda count=count: len(read_votes(live)) == count)
+        press_until(page, key, lambda count=count: len(read_votes(live)) == count)
     page.get_by_text(f"{before + len(keys)} of 6 prompts done").wait_for()
     assert too_wide(page) == []
     page.get_by_role("button", name="1 is better").wait_for()
     settled(page)
-    page.keyboard.press("u")
-    until(lambda: len(read_votes(live)) == before + len(keys) - 1)
+    press_until(page, "u", lambda: len(read_votes(live)) == before + len(keys) - 1)
     text = page.get_by_test_id("stMain").inner_text()
     assert not any(word in text.lower() for word in ("candidate", "base", "win rate", "gguf"))
     assert strangers(page, address) == []

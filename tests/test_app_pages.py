@@ -355,7 +355,10 @@ def test_a_forced_promotion_needs_a_reason_and_registers_a_version(project, monk
 
 
 def test_the_champion_is_not_promoted_twice(project, monkeypatch, tmp_path):
+    ledger = REPOSITORY / "data/looks.jsonl"
+    before = ledger.read_bytes()
     found = models_view.candidate(project)
+    assert ledger.read_bytes() == before and (project / "data/looks.jsonl").is_file()
     assert found is not None and found.obstacle is None
     (tmp_path / "metrics").mkdir()
     (tmp_path / "models/adapter").mkdir(parents=True)

@@ -16,7 +16,7 @@ LOOKS = Path("data/looks.jsonl")
 MOST = 20  # the look at one test split that is held, and all after it
 
 
-def record_looks(comparisons: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+def record_looks(comparisons: Iterable[dict[str, Any]], ledger: Path = LOOKS) -> list[tuple[str, str]]:
     """Add to the ledger what it lacks; returns its (hash of the test split, hash of the adapter) in order.
 
     Args:
@@ -26,27 +26,27 @@ def record_looks(comparisons: Iterable[dict[str, Any]]) -> list[tuple[str, str]]
         UserError: the ledger is damaged.
     """
     known = []
-    for number, line in read_lines(LOOKS) if LOOKS.is_file() else ():
+    for number, line in read_lines(ledger) if ledger.is_file() else ():
         try:
             known.append(_pair(read_line(line)))
         except (ValueError, AttributeError, RecursionError):
-            raise UserError(f"line {number} of {LOOKS} is damaged: `git checkout {LOOKS}`") from None
+            raise UserError(f"line {number} of {ledger} is damaged: `git checkout {LOOKS}`") from None
     seen = [_pair(found) for found in comparisons if "champion" not in found]
     if new := [pair for pair in dict.fromkeys(seen) if all(pair) and pair not in known]:
-        LOOKS.parent.mkdir(parents=True, exist_ok=True)
-        with open(LOOKS, "ab") as file:
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        with open(ledger, "ab") as file:
             file.writelines(dump_line({"eval_set_sha256": suite, "adapter_sha256": name}) for suite, name in new)
     return list(dict.fromkeys([*known, *new]))
 
 
-def looked_at(comparison: dict[str, Any]) -> dict[str, Any]:
+def looked_at(comparison: dict[str, Any], ledger: Path = LOOKS) -> dict[str, Any]:
     """A comparison as it may be shown: recorded, and held where its test split has been looked at too often.
 
     Raises:
         UserError: the ledger is damaged.
     """
     suite, adapter = _pair(comparison)
-    seen = [other for of, other in record_looks([comparison]) if of == suite]
+    seen = [other for of, other in record_looks([comparison], ledger) if of == suite]
     number = seen.index(adapter) + 1 if "champion" not in comparison and adapter in seen else 0
     if number < MOST:
         return comparison

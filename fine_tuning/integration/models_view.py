@@ -10,7 +10,7 @@ from typing import Any
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import tracking_uri
 from fine_tuning.common.records import read_json, read_object
-from fine_tuning.evaluation.looks import looked_at
+from fine_tuning.evaluation.looks import LOOKS, looked_at
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import Live, ModelSwitcher, live_history
@@ -52,7 +52,7 @@ def candidate(checkout: Path) -> Candidate | None:
     if not (checkout / COMPARISON).is_file():
         return None
     try:
-        found = looked_at({} | read_json(checkout / COMPARISON))
+        found = looked_at({} | read_json(checkout / COMPARISON), checkout / LOOKS)
         verdict, sha256 = str(found["verdict"]), str(found["adapter_sha256"])
         reasons = [str(reason) for reason in found["reasons"]]
     except (ValueError, KeyError, TypeError):

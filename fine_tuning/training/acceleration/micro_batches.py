@@ -35,7 +35,7 @@ def count_micro_batches(settings: TrainSettings, hardware: Hardware) -> int:
 def split(inputs: Batch, count: int) -> list[Batch]:
     """Parts of a batch. Its rows are sorted by length: taken in turns, the parts are of one size."""
 
-    count = min(count, len(inputs["labels"]))
+    count = min(count, len(next(iter(inputs.values()))))
 
     def part(batch: Batch, start: int) -> Batch:
         return {
