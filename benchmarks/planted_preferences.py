@@ -45,7 +45,6 @@ GGUF = BASE / "base-Q8_0.gguf"
 LIMIT = 80  # characters: what the person calls short
 SAMPLES, MAX_TOKENS = 8, 64
 LONGEST_PROMPT = 200  # characters
-HELD_OUT = 100  # pairs
 
 
 def keeps_rule(reply: str) -> bool:
@@ -61,11 +60,14 @@ def keeps_other_rule(reply: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", default="50,100,200,400")
+    parser.add_argument("--held-out", type=int, default=100, help="pairs that are measured and not learned from")
     parser.add_argument("--objectives", default="sft,dpo,kto,auto")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.pairs.split(",")]
-    judged = judge(max(sizes) + HELD_OUT)
-    held_out, learned = judged[:HELD_OUT], judged[HELD_OUT:]
+    judged = judge(max(sizes) + arguments.held_out)
+    held_out, learned = judged[: arguments.held_out], judged[arguments.held_out :]
+    if too_many := [size for size in sizes if size > len(learned)]:
+        print(f"left out, for {len(learned)} pairs are left to learn from: {too_many}", file=sys.stderr)
     print("| learned from | pairs | held-out pairs | rule kept | other rule kept | general knowledge |")
     print("|---|---|---|---|---|---|")
     show("base", 0, measure(None, held_out))
@@ -87,6 +89,7 @@ def show(name: str, size: int, found: Sequence[float]) -> None:
 
 def judge(count: int) -> list[dict[str, Any]]:
     """Pairs as `preference_items` reads them, of replies that the base samples; fewer where its replies are alike."""
+    tokenizer, system_prompt = load_tokenizer(BASE), read_params("chat", ChatSettings).system_prompt
     rows = read_rows("data/prepared/train.parquet", ("id", "messages"))
     first = [next(message for message in row.messages if message["role"] == "user") for row in rows]
     prompts = sorted({message["content"] for message in first if len(message["content"]) <= LONGEST_PROMPT})
@@ -95,7 +98,8 @@ def judge(count: int) -> list[dict[str, Any]]:
     with LlamaEngine(GGUF, context=512, threads=2, slots=SAMPLES) as engine, ThreadPoolExecutor(SAMPLES) as pool:
         for number, prompt in enumerate(tqdm(prompts, desc="prompts")):
             message = {"role": "user", "content": prompt}
-            replies = list(pool.map(partial(sample_reply, engine, message), range(SAMPLES)))
+            ids = encode_prompt(tokenizer, [message], system_prompt)
+            replies = list(pool.map(partial(sample_reply, engine, ids), range(SAMPLES)))
             sides = [[text for text in replies if text and keeps_rule(text) == kept] for kept in (True, False)]
             if all(sides):
                 names = {"id": f"p{number}", "cluster": f"p{number}", "kind": "vote", "person": "planted"}
@@ -107,10 +111,9 @@ def judge(count: int) -> list[dict[str, Any]]:
     return pairs
 
 
-def sample_reply(engine: LlamaEngine, message: dict[str, Any], seed: int) -> str:
+def sample_reply(engine: LlamaEngine, prompt: Sequence[int], seed: int) -> str:
     """A reply of the base, drawn at temperature 1."""
-    ids = encode_prompt(load_tokenizer(BASE), [message], read_params("chat", ChatSettings).system_prompt)
-    return "".join(engine.complete_stream(ids, MAX_TOKENS, temperature=1.0, seed=seed)).strip()
+    return "".join(engine.complete_stream(prompt, MAX_TOKENS, temperature=1.0, seed=seed)).strip()
 
 
 def greedy_replies(model: Any, tokenizer: Any, conversations: Sequence[Any], chat: ChatSettings) -> list[str]:
