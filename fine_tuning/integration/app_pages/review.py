@@ -122,6 +122,4 @@ def _finish(here: App, found: review.Review) -> None:
             except UserError as error:
                 st.error(plain(str(error)), icon=":material/error:")
         if st.button("Results", key="results", type="tertiary", help="Votes after this are marked."):
-            results = found.results()
-            lines = [str(results), *(f"{person}: {rate}" for person, rate in results.people.items())]
-            st.markdown("  \n".join(plain(line) for line in lines))
+            st.markdown("  \n".join(plain(line) for line in found.result_lines()))
