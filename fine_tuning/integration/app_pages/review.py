@@ -85,7 +85,7 @@ def _pair(shown: review.Shown) -> None:
 
 
 def _buttons(found: review.Review, shown: review.Shown) -> None:
-    with st.container(horizontal=True):
+    with st.bottom, st.container(horizontal=True):  # in view however long the replies are
         for label, key, answer in ANSWERS:
             st.button(label, key=f"answer-{key}", shortcut=key, on_click=_do, args=(found, shown, answer))
         st.button("Skip", key="skip", shortcut="s", type="tertiary", on_click=found.skip, args=(shown,))
