@@ -8,6 +8,7 @@ Nothing but this code is needed. Runs with the same seed print the same numbers.
 """
 
 import argparse
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from fine_tuning.common.errors import UserError, run
 from fine_tuning.evaluation.records.statistics import Resampling, ratio_estimate
 from fine_tuning.evaluation.review import in_random_order
 from fine_tuning.evaluation.verdict.differences import LOOK_LEVEL
+from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.votes import RULED_OUT, VoteCount
 from fine_tuning.evaluation.verdict.win_rate import DECIDES, EVEN, STAKES, evidence
-from fine_tuning.schema.votes import Side, Vote
+from fine_tuning.schema.votes import JudgeVote, Side, Vote
 
 Row = dict[str, Any]
 CANDIDATE, BASE = "c" * 64, "b" * 64
@@ -73,12 +75,25 @@ def power(runs: int, rng: np.random.Generator) -> Iterator[Row]:
 # candidates that are no better
 
 
+CHOICES = {1.0: "left", 0.0: "right", 0.5: "tie"}
+
+
+def about(prompt: str, time: int) -> Row:
+    """What a vote is about; the candidate's reply is the left one."""
+    sides = {"left": Side(model=CANDIDATE, reply="0" * 64), "right": Side(model=BASE, reply="1" * 64)}
+    hashed = hashlib.sha256(prompt.encode()).hexdigest()
+    return {"id": f"{time}", "at": f"{time:09}", "conversation_id": prompt, "item": prompt, "prompt": hashed} | sides
+
+
 def vote(prompt: str, value: float, person: str, time: int) -> Vote:
     """A vote for the candidate (1), for the base (0), or for neither."""
-    sides = Side(model=CANDIDATE, reply="0" * 64), Side(model=BASE, reply="1" * 64)
-    choice = {1.0: "left", 0.0: "right"}.get(value, "tie")
-    named = {"conversation_id": prompt, "item": prompt, "prompt": "2" * 64, "left": sides[0], "right": sides[1]}
-    return Vote(id=f"{time}", at=f"{time:09}", by=person, choice=choice, **named)
+    return Vote(by=person, choice=CHOICES[value], **about(prompt, time))
+
+
+def judge_vote(prompt: str, value: float, time: int, characters: Sequence[int] = (200, 100)) -> JudgeVote:
+    """A vote of a model that gives one answer in both orders."""
+    said = {"by": "judge", "rubric": "3" * 64, "choice": CHOICES[value], "answers": (CHOICES[value],) * 2}
+    return JudgeVote(**said, characters=tuple(characters), **about(prompt, time))
 
 
 def tally(votes: Sequence[Vote]) -> VoteCount:
@@ -141,6 +156,24 @@ def repeated(rng: np.random.Generator, counted: str, prompts: int = 20, times: i
     return ever_promoted(values if counted == "all" else tally(votes).values)
 
 
+def longer_and_worse(rng: np.random.Generator, decides: str, prompts: int = PROMPTS) -> bool:
+    """Whether a candidate whose replies are longer, and preferred by people on 45 % of the prompts, is promoted at some
+    look. A judge prefers the longer reply in nine of ten pairs; it has judged all of them before people vote.
+
+    Args:
+        decides: "people": as compare counts, the judge only advises; "judge": by its win rate, for contrast.
+    """
+    judged = [judge_vote(f"p{index}", float(rng.random() < 0.9), index) for index in range(prompts)]
+    votes = [vote(f"p{index}", float(rng.random() < 0.45), "one", index) for index in range(prompts)]
+    for looks in range(10, prompts + 1, 10):
+        people = tally(votes[:looks])
+        (judge,) = JudgeCount.of(judged, votes[:looks], people, {"candidate": CANDIDATE, "base": BASE})
+        values = people.values if decides == "people" else [*judge.rates["win_rate"].values()]
+        if evidence(values, EVEN) >= DECIDES and not (decides == "people" and people.rejections()):
+            return True
+    return False
+
+
 NULLS: dict[str, tuple[str, Callable[[np.random.Generator], bool]]] = {
     "equal models, a fifth of the votes ties": (
         "counts", lambda rng: ever_promoted(rng.choice([0.0, 0.5, 1.0], PROMPTS, p=[0.4, 0.2, 0.4])),
@@ -162,6 +195,10 @@ NULLS: dict[str, tuple[str, Callable[[np.random.Generator], bool]]] = {
     ),
     "20 prompts, 10 votes on each, first ones counted": ("counts", lambda rng: repeated(rng, "first")),
     "the same, every vote counted": ("not done", lambda rng: repeated(rng, "all")),
+    "longer replies, 45 % of the prompts won, a judge who likes length": (
+        "counts", lambda rng: longer_and_worse(rng, "people"),
+    ),
+    "the same, the judge decides": ("not done", lambda rng: longer_and_worse(rng, "judge")),
 }  # fmt: skip
 
 

@@ -318,7 +318,11 @@ def test_pairs_are_reviewed_with_keys_only(reviewed, page, size, keys):
     page.get_by_text(f"{before + len(keys)} of 6 prompts done").wait_for()
     assert too_wide(page) == []
     page.get_by_role("button", name="1 is better").wait_for()
+    page.set_viewport_size(size | {"height": 480})  # as long replies do, it leaves no room below them
     settled(page)
+    for name in ("1 is better", "2 is better", "As good", "Both bad", "Skip", "Undo"):
+        box = page.get_by_role("button", name=name).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 480, f"{name} has to be scrolled to"
     press_until(page, "u", lambda: len(read_votes(live)) == before + len(keys) - 1)
     text = page.get_by_test_id("stMain").inner_text()
     assert not any(word in text.lower() for word in ("candidate", "base", "win rate", "gguf"))

@@ -16,6 +16,7 @@ from fine_tuning.common.stage_times import SAMPLE, TIMES
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import write_shard
+from fine_tuning.evaluation.looks import record_looks
 from fine_tuning.integration import data_view, models_view, runs_view, votes
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.embedded_engine import shared_engines
@@ -382,6 +383,27 @@ def test_commits_and_the_workspace_are_lines_of_one_table(project, monkeypatch):
     assert {"train.seed", "trial.verdict", "comparison.verdict"} <= names
     at = open_page("runs")
     assert at.dataframe[0].value["what"].tolist()[0] == "workspace"
+    shown = {(line.metrics["comparison.eval_set_sha256"], line.metrics[runs_view.JUDGED]) for line in lines[:1]}
+    assert shown <= set(record_looks([])), "what the page shows is looked at"
+
+
+def test_the_verdicts_that_the_page_shows_are_looks_but_for_a_champions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def line(adapter: str, **more: object) -> Line:
+        return Line(
+            "commit", adapter, None, metrics={runs_view.JUDGED: adapter, "comparison.eval_set_sha256": "s"} | more
+        )
+
+    lines = [
+        line("a"),
+        line("b"),
+        line("a"),
+        line("c", **{"comparison.champion.version": 1}),
+        Line("MLflow run", "", None),
+    ]
+    runs_view.record_lines(lines)
+    assert record_looks([]) == [("s", "a"), ("s", "b")]
 
 
 def test_an_experiment_is_started_with_changed_parameters_and_compared(candidate):

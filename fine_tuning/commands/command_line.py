@@ -132,6 +132,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     command.add_argument("--by", metavar="NAME", help="who votes; git's user.name if left out")
     command.add_argument("--results", action="store_true", help="only print the win rate; later votes are marked")
+    command = add(
+        "judge", "review:judge", "let a model choose as well; it only advises",
+        "Needs evaluate.judge in params.yaml: its server reads held-out conversations.",
+    )  # fmt: skip
+    command.add_argument("--pairs", type=int, metavar="N", help="the first N of the review's pairs; all if left out")
     command = add("summary", "summary:summary", "print what decided in the last `dvc repro`")
     command.add_argument("--all", action="store_true", help="every metric, and what was left out")
     add("experiments", "experiments:experiments", "compare what was tried: a table, and the losses as a drawing")

@@ -7,13 +7,11 @@ from typing import Any
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import root, run_command
 from fine_tuning.common.records import csv_pairs
-from fine_tuning.evaluation.looks import record_looks
 from fine_tuning.evaluation.report.charts import curves, number, standalone
-from fine_tuning.integration.runs_view import Line, dvc_lines
+from fine_tuning.integration.runs_view import Line, dvc_lines, record_lines
 
 CURVE = "metrics/plots/validation_loss.csv"
 DRAWING = Path("metrics/experiments.svg")
-LOOKED_AT = ("eval_set_sha256", "adapter_sha256")
 METRICS = {
     "validation loss": "train.validation_loss",
     "perplexity": "evaluation.candidate.perplexity.value",
@@ -28,7 +26,7 @@ def experiments(arguments: argparse.Namespace) -> None:
     lines = finished_first(dvc_lines(root()))
     if not any(line.kind == "experiment" for line in lines):
         raise UserError("there is no experiment yet: `dvc exp run -S train.learning_rate=5.0e-4` makes one")
-    record_looks({key: line.metrics.get(f"comparison.{key}") for key in LOOKED_AT} for line in lines if line.metrics)
+    record_lines(lines)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160

@@ -1,16 +1,22 @@
-"""`review`: choose, blind, between replies of the candidate and of what it is compared with, in the terminal."""
+"""`review` and `judge`: a person, blind, or a model chooses between replies of the candidate and its baseline."""
 
 import argparse
 import sys
 import time
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
+from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import main_checkout, person_name, root
-from fine_tuning.evaluation.review import Review, Shown, seal_votes
+from fine_tuning.common.settings import read_params
+from fine_tuning.evaluation.judge import Judge
+from fine_tuning.evaluation.records.settings import EvaluateSettings
+from fine_tuning.evaluation.review import VOTES, Pairs, Review, Shown, keep_votes, seal_votes
 from fine_tuning.integration.reply_markdown import printable
 from fine_tuning.integration.review_pairs import open_pairs
-from fine_tuning.schema.votes import Choice
+from fine_tuning.schema.votes import JUDGES, Choice, JudgeVote, votes_file
 
 ANSWERS: dict[str, Choice] = {
     "1": "left", "2": "right", "3": "tie", "t": "tie", "4": "both bad", "b": "both bad",
@@ -25,17 +31,47 @@ def review(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: there is nothing to review.
     """
-    if root().resolve() != main_checkout():
-        raise UserError("this is a temporary experiment's folder: run review in the main checkout")
-    found = Review(open_pairs(), person_name(arguments.by))
+    found = Review(pairs_here(), person_name(arguments.by))
     if arguments.results:
-        say_results(found)
+        print(*found.result_lines(), sep="\n")
         return
     try:
         ask(found, keys())
     finally:
         if sealed := seal_votes():
             print(f"{count_of(sealed, 'vote')} in data/votes. Next: `git add data/votes`, then `dvc repro`")
+
+
+def judge(arguments: argparse.Namespace) -> None:
+    """Let the model of evaluate.judge vote on the first pairs of the review; what it answered once is not asked again.
+
+    Raises:
+        UserError: there is no judge or nothing to review, or the judge does not answer; what it said before is kept.
+    """
+    settings = read_params("evaluate", EvaluateSettings).judge
+    if settings is None or not settings.url or not settings.model:
+        raise UserError("there is no judge: set evaluate.judge.url and evaluate.judge.model in params.yaml")
+    pairs, asked = pairs_here(), Judge(settings.url, settings.model, settings.rubric)
+    votes = []
+    try:
+        for cluster in tqdm(pairs.order[: arguments.pairs], desc="judge", unit="pair", disable=None):
+            pairs.make([cluster], wait=True)
+            votes.append(asked.vote(pairs, cluster))
+    finally:
+        with pipeline_stands_still() as repo:
+            new = keep_votes(repo, VOTES / votes_file(settings.model, JUDGES), votes, JudgeVote)
+        print(f"pairs judged: {len(votes)}, new in data/votes: {new}. Next: `git add data/votes`, then `dvc repro`")
+
+
+def pairs_here() -> Pairs:
+    """The pairs of this checkout.
+
+    Raises:
+        UserError: there are none, or this is the folder of an experiment, which goes with its votes.
+    """
+    if root().resolve() != main_checkout():
+        raise UserError("this is a temporary experiment's folder: run this in the main checkout")
+    return open_pairs()
 
 
 def ask(found: Review, pressed: Iterator[str]) -> None:
@@ -50,7 +86,7 @@ def ask(found: Review, pressed: Iterator[str]) -> None:
         elif key == "s":
             found.skip(shown)
         elif key == "r":
-            say_results(found)
+            print(*found.result_lines(), sep="\n")
         elif key == "u" and not found.undo():
             print("nothing to take back")
     print("every pair is voted on: `python -m fine_tuning review --results`")
@@ -100,11 +136,3 @@ def keys() -> Iterator[str]:
             yield key
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-
-
-def say_results(found: Review) -> None:
-    """The win rate so far, and each person's. Votes after this are marked."""
-    results = found.results()
-    print(results)
-    for person, rate in results.people.items():
-        print(f"  {person}: {rate}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
 from fine_tuning.common.errors import UserError
@@ -24,11 +24,25 @@ from fine_tuning.evaluation.records.champion_records import is_champion, without
 from fine_tuning.evaluation.records.record_types import Item, Reply, conversation_of
 from fine_tuning.evaluation.suite.contenders import Contender, find_champion
 from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.votes import VoteCount
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import encode_prompt, load_tokenizer
 from fine_tuning.schema.conversation import now, short_hash
-from fine_tuning.schema.votes import NOBODY, Choice, Side, Vote, read_all_votes, read_votes, vote_lines, votes_file
+from fine_tuning.schema.votes import (
+    NOBODY,
+    Choice,
+    JudgeVote,
+    Side,
+    Vote,
+    read_all_votes,
+    read_votes,
+    vote_lines,
+    votes_file,
+)
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
 VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
@@ -118,6 +132,14 @@ class Pairs:
         if wait:
             maker.join()
 
+    def named(self, item: Item, names: Sequence[str], replies: Sequence[Reply]) -> dict[str, Any]:
+        """What a vote on two replies by the models of these names is about, by content: fields of Vote."""
+        both = zip(names, replies, strict=True)
+        left, right = (Side(model=self.ggufs[name], reply=sha256(reply.text)) for name, reply in both)
+        prompt = sha256(json.dumps(item.history, sort_keys=True))
+        of = {"conversation_id": conversation_of(item.id), "item": item.id, "prompt": prompt}
+        return of | {"left": left, "right": right}
+
     def _make(self) -> None:
         while True:
             with self._lock:
@@ -166,7 +188,8 @@ class Review:
     def __init__(self, pairs: Pairs, person: str) -> None:
         self.pairs, self.person = pairs, person
         pairs.problem = None  # tried again
-        self.votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
+        votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
+        self.votes = sorted(votes, key=lambda vote: (vote.at, vote.id))
         self.skipped: list[str] = []
         self.last: Vote | None = None
         """The vote that may be taken back"""
@@ -230,21 +253,23 @@ class Review:
         """What the votes say so far; votes after this are marked."""
         with updating(SEEN) as seen:
             seen[self._seen_key] = True
-        return VoteCount.of(
-            sorted(self.votes, key=lambda vote: (vote.at, vote.id)), self.pairs.records, self.pairs.ggufs
-        )
+        return VoteCount.of(self.votes, self.pairs.records, self.pairs.ggufs)
+
+    def result_lines(self) -> list[str]:
+        """The results in words: of all, of each person, and what judges say beside."""
+        people = self.results()
+        judges = JudgeCount.of(read_all_votes(VOTES, JudgeVote), self.votes, people, self.pairs.ggufs)
+        return [str(people), *(f"{person}: {rate}" for person, rate in people.people.items()), *map(str, judges)]
 
     @property
     def _seen_key(self) -> str:
         return short_hash([self.pairs.name, self.person])
 
     def _write(self, shown: Shown, choice: Choice, by: str) -> Vote:
-        both = zip(shown.sides, (shown.left, shown.right), strict=True)
-        left, right = (Side(model=self.pairs.ggufs[name], reply=sha256(reply.text)) for name, reply in both)
         vote = Vote(
-            id=uuid.uuid4().hex, at=now(), by=by, conversation_id=conversation_of(shown.item.id), item=shown.item.id,
-            prompt=sha256(json.dumps(shown.item.history, sort_keys=True)), left=left, right=right, choice=choice,
+            id=uuid.uuid4().hex, at=now(), by=by, choice=choice,
             after_results=bool(read_object(SEEN).get(self._seen_key)),
+            **self.pairs.named(shown.item, shown.sides, (shown.left, shown.right)),
         )  # fmt: skip
         try:
             append_line(LIVE, vote_lines([vote]))
@@ -266,20 +291,24 @@ def seal_votes() -> int:
         return 0
     count = 0
     with pipeline_stands_still() as repo:
-        tombstones = Tombstones(FORGOTTEN)
         for _ in range(2):  # what an earlier run left, then what came since
             by_file: dict[Path, list[Vote]] = {}
             for vote in read_votes(CLOSED):
-                if not tombstones.names(vote.conversation_id):
-                    by_file.setdefault(VOTES / votes_file(vote.by), []).append(vote)
-            for path, new in by_file.items():
-                known = read_votes(path)
-                ids = {vote.id for vote in known}
-                added = [vote for vote in new if vote.id not in ids]
-                with replacing(path) as file:
-                    file.write(vote_lines([*known, *added]))
-                add_to_dvc(repo, path)
-                count += len(added)
+                by_file.setdefault(VOTES / votes_file(vote.by), []).append(vote)
+            count += sum(keep_votes(repo, path, new) for path, new in by_file.items())
             CLOSED.unlink(missing_ok=True)
             rename_log(LIVE, CLOSED)
     return count
+
+
+def keep_votes(repo: "Repo", path: Path, votes: Iterable[Vote], form: type[Vote] = Vote) -> int:
+    """Add to a file, tracked with DVC, the votes that it lacks, without those on forgotten conversations; how many."""
+    tombstones, known = Tombstones(FORGOTTEN), read_votes(path, form)
+    ids = {vote.id for vote in known}
+    new = [vote for vote in votes if vote.id not in ids and not tombstones.names(vote.conversation_id)]
+    if new:
+        with replacing(path) as file:
+            file.write(vote_lines([*known, *new]))
+    if known or new:
+        add_to_dvc(repo, path)  # also what a killed run wrote
+    return len(new)

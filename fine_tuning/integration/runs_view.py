@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import artifact_root, run_command, tracking_uri
 from fine_tuning.common.settings import parse_settings, read_comments
+from fine_tuning.evaluation.looks import record_looks
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.integration.parameters import MODELS
 from fine_tuning.training.tracking import flatten, open_store
@@ -85,6 +86,18 @@ def dvc_lines(checkout: Path) -> list[Line]:
                 line.metrics = own_metrics(line.metrics, start.metrics) if finished else {}
                 lines.append(line)
     return lines
+
+
+def record_lines(lines: list[Line]) -> None:
+    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none.
+
+    Raises:
+        UserError: the ledger is damaged.
+    """
+    shown = [line.metrics for line in lines if not any(key.startswith("comparison.champion.") for key in line.metrics)]
+    record_looks(
+        {"eval_set_sha256": one.get("comparison.eval_set_sha256"), "adapter_sha256": one.get(JUDGED)} for one in shown
+    )
 
 
 def own_metrics(of_experiment: dict[str, Any], of_start: dict[str, Any]) -> dict[str, Any]:

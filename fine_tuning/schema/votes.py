@@ -2,12 +2,14 @@
 
 One JSON object a line, in data/votes one file a person, tracked with `dvc add`. A vote names what it is about by
 content and holds none: the models by the SHA-256 of their GGUF files, the replies and the prompt by that of their text.
+
+A model that judges has votes of another form, in files of their own (`*.judge.jsonl`) beside the people's.
 """
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +19,7 @@ from fine_tuning.schema.conversation import short_hash
 
 Choice = Literal["left", "right", "tie", "both bad", "equal"]  # equal: the same replies, so nobody was asked
 NOBODY = ""  # by whom equal replies are
+JUDGES = ".judge.jsonl"  # how the file of a model's votes ends
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -54,6 +57,11 @@ class Vote(BaseModel):
         """The two models."""
         return {self.left.model, self.right.model}
 
+    @property
+    def pair(self) -> tuple[str, frozenset[Side]]:
+        """Prompt and replies, whatever side they were on."""
+        return self.prompt, frozenset((self.left, self.right))
+
     def value_for(self, model: str) -> float:
         """1 where the model's reply was preferred, 0 where the other one was, else one half."""
         if self.choice not in ("left", "right"):
@@ -62,7 +70,22 @@ class Vote(BaseModel):
         return float(chosen.model == model)
 
 
-def read_votes(path: Path) -> list[Vote]:
+class JudgeVote(Vote):
+    """A vote of the model `by`: what both of its answers say, the left and the right reply read first, else a tie.
+
+    `rubric` is the SHA-256 of its instructions, an answer is null where it could not be understood, and `characters`
+    are those of the left and the right reply.
+    """
+
+    rubric: Sha256
+    answers: tuple[Choice | None, Choice | None]
+    characters: tuple[int, int]
+
+
+VoteT = TypeVar("VoteT", bound=Vote)
+
+
+def read_votes(path: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
     """The votes of a file in the order of its lines; none where there is no file.
 
     Raises:
@@ -71,15 +94,15 @@ def read_votes(path: Path) -> list[Vote]:
     votes = []
     for number, line in read_lines(path) if path.is_file() else ():
         try:
-            votes.append(Vote.model_validate_json(line))
+            votes.append(form.model_validate_json(line))
         except ValidationError:
             mend = f"take the line out, or bring the file's last version back with `dvc checkout --force {path}`"
             raise UserError(f"{path}, line {number}, is no vote: {mend}") from None
     return votes
 
 
-def read_all_votes(folder: Path) -> list[Vote]:
-    """The votes of every file of a folder, in order of time; the same vote in two files counts once.
+def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
+    """People's votes, or judges', of every file of a folder, in order of time; the same vote in two files counts once.
 
     Raises:
         UserError: a line is no vote, or the folder holds a foreign file.
@@ -89,7 +112,8 @@ def read_all_votes(folder: Path) -> list[Vote]:
     )
     if foreign:
         raise UserError(f"{sorted(foreign)[0]} is no file of votes: move it out of {folder}")
-    found = {vote.id: vote for path in sorted(folder.glob("*.jsonl")) for vote in read_votes(path)}
+    files = [path for path in folder.glob("*.jsonl") if path.name.endswith(JUDGES) == (form is JudgeVote)]
+    found = {vote.id: vote for path in sorted(files) for vote in read_votes(path, form)}
     return sorted(found.values(), key=lambda vote: (vote.at, vote.id))
 
 
@@ -98,6 +122,6 @@ def vote_lines(votes: Iterable[Vote]) -> bytes:
     return b"".join(dump_line(vote.model_dump()) for vote in votes)
 
 
-def votes_file(person: str) -> str:
-    """Name of a person's file: letters and digits of the name, and a hash, since two names may have the same."""
-    return f"{re.sub('[^a-z0-9]+', '-', person.casefold()).strip('-')[:40] or 'votes'}-{short_hash(person)[:6]}.jsonl"
+def votes_file(name: str, ending: str = ".jsonl") -> str:
+    """Name of a person's or judge's file: letters and digits of the name, and a hash, since two may have the same."""
+    return f"{re.sub('[^a-z0-9]+', '-', name.casefold()).strip('-')[:40] or 'votes'}-{short_hash(name)[:6]}{ending}"

@@ -53,6 +53,14 @@ class IntervalSettings(Settings):
     seed: int = Field(ge=0)
 
 
+class JudgeSettings(Settings):
+    """Section `evaluate.judge`: a model that judges replies beside people; none without address or name."""
+
+    url: str | None = Field(pattern=r"^https?://([\w.-]+|\[[0-9a-f:]+\])(:\d+)?(/\S*)?$")
+    model: str | None = Field(min_length=1, max_length=200)
+    rubric: str = Field(min_length=1)
+
+
 class EvaluateSettings(Settings):
     """Section `evaluate`."""
 
@@ -68,3 +76,4 @@ class EvaluateSettings(Settings):
     memory: MemorySettings
     interval: IntervalSettings
     test_prompts: list[str]
+    judge: JudgeSettings | None = Field(None, exclude=True)  # no part of how models are evaluated

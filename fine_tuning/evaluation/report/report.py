@@ -44,6 +44,8 @@ class Findings:
 
 def write_report(path: Path, found: Findings) -> None:
     """Write the report of one comparison."""
+    from fine_tuning.evaluation.verdict.judge import RATES  # imports PyTorch, which takes seconds
+
     comparison, suite = found.comparison, found.evaluation["suite"]
     table = {name: row for name, row in found.evaluation.items() if name != "suite"}
     environment = Environment(
@@ -61,6 +63,7 @@ def write_report(path: Path, found: Findings) -> None:
     page = environment.get_template("report.html.jinja").render(
         comparison,
         COUNTING=COUNTING,
+        RATES=RATES,
         evaluation=table,
         every_metric=list(dict.fromkeys(name for row in table.values() for name in row)),
         signatures=[f"{name}: {signature}" for name, signature in suite.get("signatures", {}).items()],

@@ -44,12 +44,13 @@ from fine_tuning.evaluation.verdict.differences import (
     surely_lost,
 )
 from fine_tuning.evaluation.verdict.guards import guard, guard_differences, paired
+from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
 from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, CompareSettings
 from fine_tuning.evaluation.verdict.votes import MORE, VoteCount
 from fine_tuning.evaluation.verdict.win_rate import DECIDES
-from fine_tuning.schema.votes import Vote, read_all_votes
+from fine_tuning.schema.votes import JudgeVote, Vote, read_all_votes
 
 QUANTISED = "candidate_quantised"
 BASELINES = ("base", "champion")
@@ -77,6 +78,7 @@ class Evidence:
     answers: Sequence[dict[str, Any]]
     memory: Sequence[dict[str, Any]]
     votes: Sequence[Vote]
+    judged: Sequence[JudgeVote]
     metrics: Metrics
     intervals: IntervalSettings
 
@@ -87,15 +89,8 @@ class Evidence:
         files = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in names}
         metrics = [load_metric(name, METRIC_MODULES) for name in evaluate.metrics]
         guarded = {name: files[name] for name in GUARDS}
-        return cls(
-            files["items"],
-            guarded,
-            files["prompts"],
-            files["memory"],
-            read_all_votes(votes),
-            metrics,
-            evaluate.interval,
-        )
+        voted = read_all_votes(votes, Vote), read_all_votes(votes, JudgeVote)
+        return cls(files["items"], guarded, files["prompts"], files["memory"], *voted, metrics, evaluate.interval)
 
     def verdict(self, settings: CompareSettings, adapter_sha256: str, suite: Mapping[str, Any]) -> dict[str, Any]:
         """The content of metrics/comparison.json for a candidate that is not the champion; `suite` is the entry of
@@ -103,6 +98,10 @@ class Evidence:
         people = VoteCount.of(self.votes, self.records, suite.get("ggufs", {}))
         files = self.guarded, self.answers, self.memory
         found = compare(self.records, self.metrics, settings, self.intervals, *files, people)
+        # Judges come after the verdict: nothing that decides can read them.
+        judges = JudgeCount.of(self.judged, self.votes, people, suite.get("ggufs", {}))
+        found["reasons"] += [str(judge) for judge in judges]
+        found["judges"] = [judge.as_json() for judge in judges]
         if learned := suite.get("learned_by_champion"):
             found["reasons"].append(f"{count_of(learned, 'held-out conversation')} {LEARNED}")
         return found | {"adapter_sha256": adapter_sha256, "eval_set_sha256": suite["sha256"]}

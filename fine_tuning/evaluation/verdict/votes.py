@@ -23,6 +23,7 @@ class VoteCount:
     """The votes on candidate and `against`.
 
     Args:
+        clusters: of the windows of the suite, by id.
         bets: (person, value) of the first vote on each cluster.
         own: value of each person's own first vote on each cluster.
         agreement: of later votes on a cluster [how many say the same as the first, how many there are]: of people with
@@ -32,6 +33,7 @@ class VoteCount:
     """
 
     against: str
+    clusters: Mapping[str, str] = field(default_factory=dict)
     bets: dict[str, tuple[str, float]] = field(default_factory=dict)
     own: dict[str, dict[str, float]] = field(default_factory=dict)
     agreement: dict[str, list[int]] = field(default_factory=lambda: {"each other": [0, 0], "themselves": [0, 0]})
@@ -46,8 +48,9 @@ class VoteCount:
             records: lines of items.jsonl.
             ggufs: SHA-256 of the GGUF file of each contender.
         """
-        found = cls("champion" if any(line["contender"] == "champion" for line in records) else "base")
+        against = "champion" if any(line["contender"] == "champion" for line in records) else "base"
         clusters = {line["id"]: line["cluster"] for line in records if line["contender"] == CANDIDATE}
+        found = cls(against, clusters)
         candidate, pair = ggufs.get(CANDIDATE), {ggufs.get(CANDIDATE), ggufs.get(found.against)}
         for vote in votes:
             cluster = clusters.get(vote.item)

@@ -85,7 +85,7 @@ def _pair(shown: review.Shown) -> None:
 
 
 def _buttons(found: review.Review, shown: review.Shown) -> None:
-    with st.container(horizontal=True):
+    with st.bottom, st.container(horizontal=True):  # in view however long the replies are
         for label, key, answer in ANSWERS:
             st.button(label, key=f"answer-{key}", shortcut=key, on_click=_do, args=(found, shown, answer))
         st.button("Skip", key="skip", shortcut="s", type="tertiary", on_click=found.skip, args=(shown,))
@@ -122,6 +122,4 @@ def _finish(here: App, found: review.Review) -> None:
             except UserError as error:
                 st.error(plain(str(error)), icon=":material/error:")
         if st.button("Results", key="results", type="tertiary", help="Votes after this are marked."):
-            results = found.results()
-            lines = [str(results), *(f"{person}: {rate}" for person, rate in results.people.items())]
-            st.markdown("  \n".join(plain(line) for line in lines))
+            st.markdown("  \n".join(plain(line) for line in found.result_lines()))

@@ -90,6 +90,7 @@ def _table(here: App) -> None:
     st.header("All runs")
     with st.spinner("Asking DVC and MLflow…"):
         lines = _lines(str(here.checkout), _stamp(here.checkout))
+    runs_view.record_lines(lines)
     if st.button("Refresh", icon=":material/refresh:", key="refresh", type="tertiary"):
         _lines.clear()
         st.rerun()
