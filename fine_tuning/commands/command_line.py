@@ -82,7 +82,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--unproven", action="store_true", help="go live although prompts or answers could not be compared"
     )
+    command.add_argument(
+        "--canary", type=float, nargs="?", const=0.5, metavar="SHARE",
+        help="put it beside the live version and let it answer this share of the new conversations (0.5)",
+    )  # fmt: skip
     add_host(command)
+    command = add("canary", "canary:canary", "how the canary does, and what follows from its end")
+    command.add_argument("--stop", action="store_true", help="all conversations go to the live version again")
     command = add("switch", "models:switch", "make a deployed version live")
     command.add_argument("version", help="a version's number")
     add_host(command)
