@@ -1,5 +1,6 @@
 """The canary: what its statistics promise, who gets the candidate, what counts as bad, and how it ends."""
 
+import hmac
 import itertools
 import re
 from collections.abc import Iterator
@@ -125,7 +126,11 @@ def test_another_canary_chooses_others_and_no_id_is_kept(tmp_path):
         names = [f"conversation-{n}" for n in range(64)]
         chosen.append([name for name in names if here.candidate_for(name, name, new=True)])
         assert b"conversation-" not in (tmp_path / canary.STATE).read_bytes()
+        salt = here.state().salt
+        key = hmac.digest(salt, chosen[-1][0].encode(), "sha256")[:16]
+        assert key in (tmp_path / canary.STATE).read_bytes()
         assert here.stop("by hand") and not here.stop("by hand")
+        assert not any(part in (tmp_path / canary.STATE).read_bytes() for part in (salt, key))
         assert here.candidate_for(chosen[-1][0], chosen[-1][0], new=False) is None
     assert chosen[0] != chosen[1]
 
@@ -236,6 +241,8 @@ def test_chats_go_on_where_the_state_is_damaged(here):
     here.failed("c1")
     here.check()
     assert talk(here, "c1")
+    with pytest.raises(UserError, match=r"canary\.sqlite cannot be used"):
+        here.state()
 
 
 # --- gateway ---------------------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def beside(fake, capsys):
     """Version 1 is live, and half of the new conversations are version 2's; the canary."""
     here("deploy", "1")
     here("deploy", "--canary")
-    assert "trial:2 answers 50% of the new conversations with trial:live" in last_line(capsys)
+    assert "trial:2 answers 50% of the new conversations: " in last_line(capsys)
     return Canary(Path.cwd())
 
 

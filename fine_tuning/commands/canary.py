@@ -8,7 +8,7 @@ from filelock import FileLock
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.settings import read_params
-from fine_tuning.integration.canary import FINISHED, Canary, State, would_be_found
+from fine_tuning.integration.canary import FINISHED, Canary, would_be_found
 from fine_tuning.integration.round_policy import RoundsSettings, notify
 from fine_tuning.model_management.model_registry import ModelRegistry, open_registry, registry_locks
 from fine_tuning.model_management.model_switcher import STAMP
@@ -39,6 +39,8 @@ def canary(arguments: argparse.Namespace) -> None:
 def settle(here: Canary) -> None:
     """Keep the outcome of a canary that is over in the registry, and make its version live where it did no harm and
     rounds.promote allows it. Done again after a failure, it ends at the same place."""
+    from fine_tuning.commands.models import each_server  # which begins canaries
+
     with FileLock(registry_locks() / "canary.lock"):
         state = here.state()
         if state is None or state.outcome is None or state.settled:
@@ -48,7 +50,8 @@ def settle(here: Canary) -> None:
         if state.outcome == FINISHED and settings.promote == "ask":
             then = f"`python -m fine_tuning switch {state.candidate}` makes it live"
         elif state.outcome == FINISHED:
-            _switch(state)
+            for switcher in each_server(argparse.Namespace(host=None)):
+                switcher.switch(state.candidate)
             then = "it is live"
         here.settled(state.number)
         notify(settings, f"the canary of {state.tag} is {state.outcome}: {state.why}; {then}")
@@ -60,19 +63,10 @@ def begin(registry: ModelRegistry, candidate: int, live: int, share: float) -> N
     settle(here)
     here.begin(registry.name, candidate, live, share)
     log(registry, candidate, f"begins with {share:.0%} of the new conversations beside version {live}")
-    print(
-        f"{registry.name}:{candidate} answers {share:.0%} of the new conversations with {registry.name}:live in "
-        "gateway and app: `python -m fine_tuning canary` shows how it does"
-    )
+    tag = f"{registry.name}:{candidate}"
+    print(f"{tag} answers {share:.0%} of the new conversations: `python -m fine_tuning canary` shows how it does")
 
 
 def log(registry: ModelRegistry, number: int, text: str) -> None:
     """Keep a decision about a version as one of its tags."""
     registry.set_tags(number, {f"canary.{datetime.now(UTC).strftime(STAMP)}": text})
-
-
-def _switch(state: State) -> None:
-    from fine_tuning.commands.models import each_server
-
-    for switcher in each_server(argparse.Namespace(host=None)):
-        switcher.switch(state.candidate)

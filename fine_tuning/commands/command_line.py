@@ -53,6 +53,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--back", action="store_true", help="back to the last good state: data, results and models of that commit"
     )
 
+    command = add("rounds", "rounds:rounds", "what the next round waits for; with --watch, run one when enough is new")
+    command.add_argument("--watch", action="store_true", help="stay and run rounds, one at a time")
+    command.add_argument("--install", action="store_true", help="write a service (systemd, launchd) that watches")
+
     add(
         "params", "params:params", "check every parameter in params.yaml",
         "DVC removes the outputs of a stage before it runs it, so that a stage that refuses a parameter costs them. "

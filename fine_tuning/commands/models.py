@@ -54,7 +54,7 @@ def deploy(arguments: argparse.Namespace) -> None:
             continue
         if version is not None:
             switcher.record_live(version.number)
-        _end_canary(bundle.version)
+        Canary(main_checkout()).stop(f"version {bundle.version} went live")
         if version is None:
             print("note: models/champion was deployed; the registry here does not know it, so switch cannot go back")
         print(f"{deployer.live} at {server.host} is version {bundle.version}: `ollama run {deployer.live}`")
@@ -67,7 +67,7 @@ def switch(arguments: argparse.Namespace) -> None:
     number = parse_version(arguments.version, _settings().name)
     for switcher in each_server(arguments):
         before = switcher.switch(number)
-        _end_canary(number)
+        Canary(main_checkout()).stop(f"version {number} went live")
         print(f"{switcher.server.host}: {switcher.live_name} is version {number}{_was(before)}")
 
 
@@ -75,7 +75,7 @@ def rollback(arguments: argparse.Namespace) -> None:
     """Make live on every host what was live there before."""
     for switcher in each_server(arguments):
         before, number = switcher.rollback()
-        _end_canary(number)
+        Canary(main_checkout()).stop(f"version {number} went live")
         print(f"{switcher.server.host}: {switcher.live_name} is version {number} again{_was(before)}")
 
 
@@ -147,11 +147,6 @@ def _beside(switcher: ModelSwitcher, version: ModelVersion | None) -> int:
     if live.version == version.number:
         raise UserError(f"version {version.number} is live already: give another version for the canary")
     return live.version
-
-
-def _end_canary(number: int) -> None:
-    if Canary(main_checkout()).stop(f"version {number} went live"):
-        print("the canary is stopped")
 
 
 def _chosen(registry: ModelRegistry, given: str | None) -> ModelVersion | None:

@@ -99,9 +99,7 @@ class Canary:
         """
         path = self.checkout / STATE
         path.parent.mkdir(exist_ok=True)
-        with closing(sqlite3.connect(path)) as db, db:
-            db.executescript(_TABLES)
-        path.chmod(0o600)
+        path.touch(0o600)
         with self._writing() as db:
             if (state := _running(db)) is not None:
                 if (state.name, state.candidate, state.live) != (name, candidate, live):
@@ -141,7 +139,7 @@ class Canary:
             unit: what conversations that are observed as one have in common.
             new: whether nothing was said in it before. Others stay with the version that they began with.
         """
-        with suppress(sqlite3.Error, OSError), self._writing() as db:
+        with suppress(UserError, OSError), self._writing() as db:
             state = _running(db)
             if state is None:
                 return None
@@ -176,12 +174,12 @@ class Canary:
 
     def check(self) -> None:
         """See whether it is over."""
-        with suppress(sqlite3.Error, OSError), self._writing() as db:
+        with suppress(UserError, OSError), self._writing() as db:
             if (state := _running(db)) is not None:
                 self._end_if_over(db, state)
 
     def _note(self, conversation: str, bad: str | None, turn: bool, pace: float | None) -> None:
-        with suppress(sqlite3.Error, OSError), self._writing() as db:
+        with suppress(UserError, OSError), self._writing() as db:
             if (state := _running(db)) is None:
                 return
             of = "key = (SELECT unit FROM conversation WHERE key = ?)"
@@ -219,12 +217,15 @@ class Canary:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         path = self.checkout / STATE
         where = path if path.is_file() else ":memory:"
-        with closing(sqlite3.connect(where, BUSY_SECONDS, isolation_level=None)) as db:
-            if where == ":memory:":
+        try:
+            with closing(sqlite3.connect(where, BUSY_SECONDS, isolation_level=None)) as db:
                 db.executescript(_TABLES)
-            db.execute("BEGIN IMMEDIATE")
-            with db:
-                yield db
+                db.execute("PRAGMA secure_delete = ON")
+                db.execute("BEGIN IMMEDIATE")
+                with db:
+                    yield db
+        except sqlite3.Error as error:
+            raise UserError(f"{STATE} cannot be used ({error}): remove it, which ends the canary") from None
 
 
 def would_be_found(counts: Counts) -> str:
@@ -278,7 +279,8 @@ def _out_of_bounds(db: sqlite3.Connection) -> str | None:
 def _end(db: sqlite3.Connection, state: State, outcome: str, why: str) -> bool:
     """End a canary, once: whether it ended here."""
     row = (time.time(), outcome, why, state.number)
-    ended = db.execute("UPDATE canary SET ended = ?, outcome = ?, why = ? WHERE number = ? AND outcome IS NULL", row)
+    values = "ended = ?, outcome = ?, why = ?, salt = x''"
+    ended = db.execute(f"UPDATE canary SET {values} WHERE number = ? AND outcome IS NULL", row)
     for table in ("unit", "conversation", "reply"):
         db.execute(f"DELETE FROM {table}")
     return ended.rowcount == 1

@@ -26,7 +26,7 @@ def harm(candidate: int | np.ndarray, live: int | np.ndarray, share: float) -> n
     won, lost = np.log1p(STAKES * (1 - share) / (2 * share)), np.log1p(-STAKES / 2)
     products = np.multiply.outer(candidate, won) + np.multiply.outer(live, lost)
     most = products.max(axis=-1)
-    return np.exp(np.minimum(most + np.log(np.exp(products - most[..., None]).mean(axis=-1)), MOST))
+    return np.asarray(np.exp(np.minimum(most + np.log(np.exp(products - most[..., None]).mean(axis=-1)), MOST)))
 
 
 def chance_to_find(share: float, live: float, candidate: float, conversations: int) -> float:
@@ -67,7 +67,6 @@ def smallest_found(share: float, live: float, conversations: int) -> float | Non
 
 
 def _binomial(n: int, k: int, p: float) -> float:
-    if p >= 1:
-        return float(k == n)
+    p = min(p, 1 - 1e-12)
     ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
     return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
