@@ -16,6 +16,7 @@ from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.erasure.records import Selection, collect
 from fine_tuning.integration.app_pages import chat
 from fine_tuning.integration.app_pages.chat import _said
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import fitting_prompt, stream_reply
 from fine_tuning.integration.chat_session import pending_replies
 from fine_tuning.integration.conversation_index import ConversationIndex
@@ -843,3 +844,27 @@ def test_an_exported_conversation_is_whole(checkout):
     held = conversation(checkout)
     assert json.loads(chat_history.as_json(held)) == held
     assert chat_history.as_markdown(held, {}).startswith("# Hello?\n")
+
+
+def test_a_share_of_new_chats_is_answered_by_the_canary_and_bad_signs_are_observed(checkout):
+    with FakeOllama(reply="Restart it.") as ollama:
+        served(ollama.host, checkout)
+        live_version(ollama, 2)
+        layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:7", "size": 1}
+        ollama.manifests["whetstone:7"] = Manifest([layer], "{{ .Messages }}", "", {})
+        canary = Canary(checkout)
+        canary.begin("whetstone", 7, 2, 0.999999)
+        at = say(open_chat(), "My router is offline")
+        assert at.selectbox(key="model").value.startswith("Live")
+        at = say(at, "And now?")
+        assert [(e["metadata"]["model"], e["metadata"]["version"]) for e in logged(checkout)] == [
+            ("whetstone:7", 7)
+        ] * 2
+        assert canary.counts().candidate == 1
+        last = logged(checkout)[-1]["id"]
+        at.button(key=f"again-{last}").click().run()
+        settle(at)
+        assert canary.counts().candidate_bad == 1
+        canary.stop("by hand")
+        say(at, "Thank you")
+        assert logged(checkout)[-1]["metadata"]["model"] == "whetstone:live", "what is rolled back answers nobody"

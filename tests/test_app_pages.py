@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import streamlit as st
 import yaml
+from filelock import FileLock
 from streamlit.testing.v1 import AppTest
 
 from fine_tuning.common.errors import UserError
@@ -18,6 +19,7 @@ from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.evaluation.looks import record_looks
 from fine_tuning.integration import data_view, models_view, runs_view, votes
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import ChatModel, Sampling
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.jobs import Job, Jobs, jobs
@@ -492,6 +494,24 @@ def test_the_first_page_says_what_is_true_and_trains_on_what_is_new(candidate):
     assert finish(at).returncode == 0, jobs.latest.lines()
     assert "results and models are those of" in shown(at)
     assert registered.sh(candidate, "git log -1 --format=%s").startswith("Back to")
+
+
+def test_the_first_page_says_what_the_next_round_waits_for_and_stops_a_canary(candidate):
+    add_params(candidate)
+    canary = Canary(candidate)
+    canary.begin("trial", 7, 2, 0.5)
+    at = open_page("home")
+    said = shown(at)
+    assert "Canary: trial:7 answers 50% of new chats. 0 of 0 conversations with the candidate went badly" in said
+    assert "The next round waits" not in said, "nobody watches"
+    with FileLock(candidate / ".whetstone/rounds.lock"):
+        assert "The next round waits: 1 file changed and not committed (params.yaml); the canary of trial:7 runs" in (
+            shown(at.run())
+        )
+    at.button(key="stop-canary").click().run()
+    finish(at)
+    assert canary.state().outcome == "stopped"
+    assert "The canary of trial:7 is stopped: by hand." in shown(at)
 
 
 def test_the_training_form_has_the_comments_and_bounds_of_every_parameter_that_it_may_change():

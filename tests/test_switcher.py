@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import yaml
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import host_key
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.model_management.model_switcher import ModelSwitcher
@@ -284,3 +287,97 @@ def test_before_the_first_promotion_every_command_says_what_to_do(candidate, mon
             here("deploy")
         here("list")
     assert "has no version yet" in capsys.readouterr().out
+
+
+# --- canary ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(fake, capsys):
+    """Version 1 is live, and half of the new conversations are version 2's; the canary."""
+    here("deploy", "1")
+    here("deploy", "--canary")
+    assert "trial:2 answers 50% of the new conversations: " in last_line(capsys)
+    return Canary(Path.cwd())
+
+
+def set_rounds(**values: object) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["rounds"] |= values
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def decisions(number: int) -> list[str]:
+    tags = open_registry("trial").version(number).tags
+    return [tags[name] for name in sorted(tags) if name.startswith("canary.")]
+
+
+def talk(canary: Canary, bad: Literal["candidate", "nobody"]) -> None:
+    """Two hundred conversations."""
+    for number in range(200):
+        theirs = canary.candidate_for(f"c{number}", f"c{number}", new=True) is not None
+        if theirs and bad == "candidate":
+            canary.observe({"event": "feedback", "rating": -1, "conversation_id": f"c{number}"})
+
+
+def test_a_canary_goes_beside_the_live_version_and_harm_leaves_that_live(fake, beside, capsys):
+    assert fake.digest("trial:live") == fake.digest("trial:1") and fake.digest("trial:2")
+    here("canary")
+    assert "trial:2 answers 50% of the new conversations, version 1 the others" in capsys.readouterr().out
+    here("deploy", "--canary", "0.1")
+    assert beside.state().share == 0.1
+    talk(beside, bad="candidate")
+    here("canary")
+    assert last_line(capsys).startswith("the canary of trial:2 is rolled back: ")
+    assert fake.digest("trial:live") == fake.digest("trial:1")
+    begun, other, ended = decisions(2)
+    assert begun.startswith("begins with 50%") and other.startswith("begins with 10%")
+    assert ended.startswith("rolled back: ") and "e-value" in ended
+    here("canary")
+    assert decisions(2) == [begun, other, ended], "once"
+
+
+@pytest.mark.parametrize(("policy", "live"), [("ask", 1), ("canary", 2)])
+def test_a_canary_without_harm_becomes_live_or_asks(fake, beside, capsys, monkeypatch, policy, live):
+    set_rounds(promote=policy, notify="sh -c 'echo \"$1\" > heard' sh")
+    talk(beside, bad="nobody")
+    monkeypatch.setattr("fine_tuning.integration.canary.SIGNAL_SECONDS", -1.0)  # none can come any more
+    monkeypatch.setattr("fine_tuning.integration.canary.ENOUGH", 50)
+    here("canary")
+    assert last_line(capsys).startswith("the canary of trial:2 is finished: 0 of ")
+    assert fake.digest("trial:live") == fake.digest(f"trial:{live}")
+    asks = "`python -m fine_tuning switch 2` makes it live"
+    assert Path("heard").read_text().rstrip().endswith(asks if live == 1 else "it is live")
+
+
+def test_a_canary_is_stopped_by_hand_and_by_whatever_goes_live(fake, beside, capsys):
+    here("canary", "--stop")
+    assert last_line(capsys) == "the canary of trial:2 is stopped: by hand"
+    with pytest.raises(UserError, match="no canary runs"):
+        here("canary", "--stop")
+    here("deploy", "2", "--canary")
+    here("switch", "2")
+    here("canary")
+    assert last_line(capsys) == "the canary of trial:2 is stopped: version 2 went live"
+    assert [text.partition(" ")[0] for text in decisions(2)] == ["begins", "stopped:", "begins", "stopped:"]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("2", "--canary", "1.5"), "a share between 0 and 1"),
+        (("2", "--canary", "nan"), "a share between 0 and 1"),
+        (("1", "--canary"), "version 1 is live already"),
+        (("2", "--canary", "--host", "127.0.0.1:1"), "not on --host"),
+    ],
+)
+def test_a_canary_that_compares_nothing_is_refused(fake, words, why):
+    here("deploy", "1")
+    with pytest.raises(UserError, match=why):
+        here("deploy", *words)
+    assert Canary(Path.cwd()).state() is None
+
+
+def test_a_canary_needs_a_live_version(fake):
+    with pytest.raises(UserError, match="no version of ours is live"):
+        here("deploy", "2", "--canary")

@@ -53,6 +53,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--back", action="store_true", help="back to the last good state: data, results and models of that commit"
     )
 
+    command = add("rounds", "rounds:rounds", "what the next round waits for; with --watch, run one when enough is new")
+    command.add_argument("--watch", action="store_true", help="stay and run rounds, one at a time")
+    command.add_argument("--install", action="store_true", help="write a service (systemd, launchd) that watches")
+
     add(
         "params", "params:params", "check every parameter in params.yaml",
         "DVC removes the outputs of a stage before it runs it, so that a stage that refuses a parameter costs them. "
@@ -82,7 +86,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--unproven", action="store_true", help="go live although prompts or answers could not be compared"
     )
+    command.add_argument(
+        "--canary", type=float, nargs="?", const=0.5, metavar="SHARE",
+        help="put it beside the live version and let it answer this share of the new conversations (0.5)",
+    )  # fmt: skip
     add_host(command)
+    command = add("canary", "canary:canary", "how the canary does, and what follows from its end")
+    command.add_argument("--stop", action="store_true", help="all conversations go to the live version again")
     command = add("switch", "models:switch", "make a deployed version live")
     command.add_argument("version", help="a version's number")
     add_host(command)

@@ -10,10 +10,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from fine_tuning.commands.bundle import champion_bundle, kept_gguf, registered_bundle
+from fine_tuning.commands.canary import begin
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import parse_version
-from fine_tuning.common.project import root
+from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.settings import read_params
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.ollama_client import OllamaError, open_servers
 from fine_tuning.model_management.champion import read_champion
 from fine_tuning.model_management.model_deployer import DeploySettings, ModelDeployer
@@ -29,10 +31,15 @@ from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
 
 
 def deploy(arguments: argparse.Namespace) -> None:
-    """Deploy a version to every host, one after the other."""
-    for switcher in _each_server(arguments):
+    """Deploy a version to every host, one after the other; as a canary, beside what is live there."""
+    trial, live = arguments.canary is not None, None
+    if trial and (arguments.host or not 0 < arguments.canary < 1):
+        raise UserError("--canary takes a share between 0 and 1, such as 0.5, and acts on deploy.host, not on --host")
+    for switcher in each_server(arguments):
         server, registry = switcher.server, switcher.registry
         version = _chosen(registry, arguments.version)
+        if trial:
+            live = _beside(switcher, version)
         if version is None:
             bundle, record = champion_bundle(), None
         else:
@@ -40,28 +47,35 @@ def deploy(arguments: argparse.Namespace) -> None:
             record = partial(switcher.record, version.number)
         with _progress() as progress:
             deployer = ModelDeployer(server, registry.name, print, progress, unproven=arguments.unproven)
-            done = deployer.deploy(bundle, record)
-            if version is not None:
-                switcher.record_live(version.number)
+            done = deployer.deploy(bundle, record, live=not trial)
         for note in done.notes:
             print(f"note: {note}")
+        if trial:
+            continue
+        if version is not None:
+            switcher.record_live(version.number)
+        Canary(main_checkout()).stop(f"version {bundle.version} went live")
         if version is None:
             print("note: models/champion was deployed; the registry here does not know it, so switch cannot go back")
         print(f"{deployer.live} at {server.host} is version {bundle.version}: `ollama run {deployer.live}`")
+    if trial and version is not None and live is not None:
+        begin(registry, version.number, live, arguments.canary)
 
 
 def switch(arguments: argparse.Namespace) -> None:
     """Make a deployed version live on every host."""
     number = parse_version(arguments.version, _settings().name)
-    for switcher in _each_server(arguments):
+    for switcher in each_server(arguments):
         before = switcher.switch(number)
+        Canary(main_checkout()).stop(f"version {number} went live")
         print(f"{switcher.server.host}: {switcher.live_name} is version {number}{_was(before)}")
 
 
 def rollback(arguments: argparse.Namespace) -> None:
     """Make live on every host what was live there before."""
-    for switcher in _each_server(arguments):
+    for switcher in each_server(arguments):
         before, number = switcher.rollback()
+        Canary(main_checkout()).stop(f"version {number} went live")
         print(f"{switcher.server.host}: {switcher.live_name} is version {number} again{_was(before)}")
 
 
@@ -69,7 +83,7 @@ def prune(arguments: argparse.Namespace) -> None:
     """Take old versions off every host."""
     if arguments.keep < 1:
         raise UserError("--keep takes a number from 1 on: the newest version always stays")
-    for switcher in _each_server(arguments):
+    for switcher in each_server(arguments):
         gone = switcher.prune(arguments.keep)
         print(f"{switcher.server.host}: {', '.join(gone) or 'nothing'} removed; `deploy VERSION` brings one back")
         if gone:
@@ -110,7 +124,7 @@ def _settings() -> DeploySettings:
     return read_params("deploy", DeploySettings)
 
 
-def _each_server(arguments: argparse.Namespace) -> Iterator[ModelSwitcher]:
+def each_server(arguments: argparse.Namespace) -> Iterator[ModelSwitcher]:
     """Every host in its turn, with no other process of this checkout at it; none is begun with unless all answer."""
     settings = _settings()
     with open_servers(settings, arguments.host) as servers:
@@ -121,6 +135,18 @@ def _each_server(arguments: argparse.Namespace) -> Iterator[ModelSwitcher]:
             switcher = ModelSwitcher(server, registry)
             with _host_lock(switcher.key):
                 yield switcher
+
+
+def _beside(switcher: ModelSwitcher, version: ModelVersion | None) -> int:
+    """The live version of a server, beside which a canary of another one may run."""
+    live = switcher.live()
+    if version is None:
+        raise UserError("the registry here does not know this champion: a canary needs a version that it can switch to")
+    if live is None or live.version is None:
+        raise UserError(f"no version of ours is live on {switcher.server.host}: `deploy` without --canary makes one so")
+    if live.version == version.number:
+        raise UserError(f"version {version.number} is live already: give another version for the canary")
+    return live.version
 
 
 def _chosen(registry: ModelRegistry, given: str | None) -> ModelVersion | None:

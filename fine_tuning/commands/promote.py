@@ -63,8 +63,9 @@ def promote(arguments: argparse.Namespace) -> None:
         promote_candidate(registry, (arguments.force or "").strip() or None, who)
 
 
-def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> None:
-    """Register the candidate, make it the champion, keep its files for the next comparison."""
+def promote_candidate(registry: ModelRegistry, forced: str | None, who: str, *, register_only: bool = False) -> None:
+    """Register the candidate, make it the champion, keep its files for the next comparison. A canary is registered
+    only: it is the champion when it has done no harm."""
     compared = read_result(project.COMPARISON)
     check_unchanged(compared)
     check_verdict(compared)
@@ -83,6 +84,9 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str) -> 
             tags = version_tags(compared, files, forced)
             version, new = registry.register(content, folder, tags, evaluation_metrics())
         registry.nominate(version.number)
+        if register_only:
+            print(f"{version.name} version {version.number} is the registry's candidate")
+            return
         old = registry.promote(version.number, replaces)
         train = dvc_files.locate(Path.cwd(), dvc_files.read_lock(), project.PREPARED / "train.parquet")
         made = (("adapter", project.ADAPTER), ("merged", MERGED), ("package", project.PACKAGE))

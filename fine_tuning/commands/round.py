@@ -15,20 +15,29 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from fine_tuning.commands.conversations import MANIFEST, bring_sample, seal_inbox
+from fine_tuning.commands.models import deploy, each_server
+from fine_tuning.commands.promote import promote_candidate
 from fine_tuning.common import dvc_files
 from fine_tuning.common.dvc_files import LOCK, pipeline_stands_still, show_file
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, root, run_command
+from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, person_name, root, run_command
 from fine_tuning.common.records import read_line, read_object, replacing
+from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import FAILED, about, round_seconds
 from fine_tuning.data_collection.storage.shards import read_manifest
 from fine_tuning.evaluation.looks import looked_at
+from fine_tuning.integration.canary import FINISHED, Canary
+from fine_tuning.integration.round_policy import ROUND_LOCK, RoundsSettings, notify
+from fine_tuning.model_management.champion import read_champion
+from fine_tuning.model_management.model_deployer import DeploySettings
+from fine_tuning.model_management.model_registry import ADAPTER_TAG, CANDIDATE, open_registry
 
 SCRATCH = Path(".whetstone")
 BEFORE = SCRATCH / "round"  # the commit from before the round that runs or was killed
 RESULTS = (str(LOCK), "metrics", str(MANIFEST))
 LEDGER = "data/splits.txt"
 COMPARISON = "metrics/comparison.json"
+SHARE = 0.5  # of the new conversations that a canary gets: with it harm is found soonest
 
 
 def run_round(arguments: argparse.Namespace) -> None:
@@ -41,9 +50,9 @@ def run_round(arguments: argparse.Namespace) -> None:
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run rounds in the main checkout")
     SCRATCH.mkdir(exist_ok=True)
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        with FileLock(SCRATCH / "round.lock", timeout=0):
+        with FileLock(ROUND_LOCK, timeout=0):
             _refuse()
             if arguments.back:
                 _go_back()
@@ -53,7 +62,7 @@ def run_round(arguments: argparse.Namespace) -> None:
         raise UserError("another round is running in this checkout: wait for its end") from None
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """SIGTERM: end what was started as Ctrl-C does, which reaches it by itself."""
     import psutil
 
@@ -81,8 +90,9 @@ def _refuse() -> None:
 
 
 def _round() -> None:
+    settings = read_params("rounds", RoundsSettings)
     if not BEFORE.is_file():  # else a round was killed: what was before it is what was before this one
-        _commit("Results before the round")
+        commit_results("Results before the round")
         with replacing(BEFORE) as file:
             file.write(run_command("git", "rev-parse", "HEAD").encode())
     before = _conversations()
@@ -99,12 +109,48 @@ def _round() -> None:
         new = f", {total - before:+,} since the last round" if before and total != before else ""
         reasons = "\n".join(f"- {reason}" for reason in found.get("reasons", ()))
         text = f"{count_of(total, 'conversation')}{new}\n{reasons}"
-        commit = _commit(f"Round: {verdict}\n\n{text}\n\nVerdict: {verdict}")
+        message = f"Round: {verdict}\n\n{text}\n\nVerdict: {verdict}"
+        commit = commit_results(message) if settings.commit else None
     except BaseException:
         _put_back()
         raise
     BEFORE.unlink()
-    print(f"{text}\nVerdict: {verdict}, {f'committed as {commit}' if commit else 'as before: nothing is new'}")
+    kept = f"committed as {commit}" if commit else "as before: nothing is new" if settings.commit else "not committed"
+    print(f"{text}\nVerdict: {verdict}, {kept}", flush=True)
+    if commit or not settings.commit:
+        notify(settings, f"Round: {verdict}. {text}")
+    follow(settings)
+
+
+def follow(settings: RoundsSettings) -> None:
+    """Do with the candidate what rounds.promote allows; the champion is named last, when the candidate is in use. Done
+    again after a failure, it goes on where it was.
+
+    Raises:
+        UserError: a server is missing, or the candidate is no longer what was compared.
+    """
+    found = looked_at(read_object(COMPARISON))
+    adapter = found.get("adapter_sha256")
+    promoted = read_champion().get("adapter_sha256") == adapter
+    if settings.promote == "ask" or found.get("verdict") != "PROMOTE" or promoted:
+        return
+    registry, who, share = open_registry(read_params("deploy", DeploySettings).name), person_name(None), None
+    servers = each_server(argparse.Namespace(host=None)) if settings.promote == "canary" else ()
+    if any([switcher.live() for switcher in servers]):
+        state = Canary(Path.cwd()).state()
+        tried = [v.number for v in registry.versions() if v.tags.get(ADAPTER_TAG) == adapter]
+        if state is None or state.candidate not in tried:
+            share = SHARE
+        elif state.outcome != FINISHED:
+            return  # it runs, or did harm, or somebody stopped it
+    promote_candidate(registry, None, who, register_only=True)
+    version = registry.by_alias(CANDIDATE)
+    assert version is not None
+    deploy(argparse.Namespace(version=str(version.number), host=None, unproven=False, canary=share))
+    if share is None:
+        promote_candidate(registry, None, who)
+        if settings.commit:
+            commit_results(f"Promote version {version.number}\n\nrounds.promote: {settings.promote}")
 
 
 def _put_back() -> None:
@@ -123,7 +169,7 @@ def _why_failed() -> str:
     return f"the stage {failed['stage']}: {error}" if error else "`dvc repro`: its output says why"
 
 
-def _commit(message: str) -> str | None:
+def commit_results(message: str) -> str | None:
     """Commit what commands write, and nothing else; the short id, None where there was nothing to commit."""
     here = [path for path in WRITTEN if Path(path).exists()]
     run_command("git", "add", "--all", "--", *here)
@@ -158,11 +204,11 @@ def _go_back() -> None:
         print("the round that was interrupted is undone: results and models are as they were before it")
         return
     good, verdict = _last_good()
-    if saved := _commit("Before going back"):
+    if saved := commit_results("Before going back"):
         print(f"the present state is kept in {saved}")
     _take(good, *RESULTS)
     short = good[:10]
-    _commit(f"Back to {short}\n\nThe next round trains on all conversations again.\n\nVerdict: {verdict}")
+    commit_results(f"Back to {short}\n\nThe next round trains on all conversations again.\n\nVerdict: {verdict}")
     print(f"results and models are those of {short} ({verdict}); conversations, champion and what is live stay")
 
 

@@ -17,7 +17,7 @@ from fine_tuning.common.records import replacing
 RENAMED = {"evaluate.rivals": "evaluate.prompting_baselines"}
 SECTIONS = (
     "base", "chat", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare", "app", "gateway",
-    "serve", "deploy",
+    "serve", "deploy", "rounds",
 )  # fmt: skip
 
 

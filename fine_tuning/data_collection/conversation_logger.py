@@ -31,11 +31,14 @@ class ConversationLogger:
     Args:
         path: the log; it is made, readable by its owner only, with the first event.
         durable: wait until the disk has each event before returning (`fdatasync`).
+        on_event: called with each event that was written.
     """
 
-    def __init__(self, path: str | Path, durable: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, durable: bool = True, on_event: Callable[[dict], object] | None = None
+    ) -> None:
         self.path = Path(path)
-        self.durable = durable
+        self.durable, self._on_event = durable, on_event
 
     # -------------------------------------------------------------------------
     # writing
@@ -150,6 +153,8 @@ class ConversationLogger:
                 f"the conversation could not be logged to {self.path} ({error.strerror}): free some space or change "
                 f"its permissions with `chmod u+rw {self.path}`, then send it again"
             ) from None
+        if self._on_event is not None:
+            self._on_event(event)
 
     # -------------------------------------------------------------------------
     # reading

@@ -11,6 +11,7 @@ from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.protection import protect
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
@@ -76,7 +77,7 @@ def app() -> App:
         serve=serve,
         host=ollama_host(deploy.host),
         name=deploy.name,
-        logger=ConversationLogger(checkout / INBOX),
+        logger=ConversationLogger(checkout / INBOX, on_event=Canary(checkout).observe),
         person=signed_in(),
         owner=is_owner(),
     )

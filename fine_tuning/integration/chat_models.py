@@ -38,6 +38,7 @@ WHY_FIRST = {
     "Champion": "the champion: nothing is live on Ollama",
     "Base": "the base model: no model is live or champion, and no candidate has the verdict PROMOTE",
 }
+CANARY = "Canary"  # name of the model that answers a conversation instead of the live one
 NO_MODEL = "there is no model to talk to yet: run `make repro`"
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.integration.chat_models import ChatModel, Sampling
+from fine_tuning.integration.canary import Canary
+from fine_tuning.integration.chat_models import CANARY, ChatModel, Sampling
 from fine_tuning.integration.reply import Reply
 
 QUESTIONS = Path(
@@ -146,6 +147,8 @@ def ask(
     def log(reply: Reply) -> None:
         text = reply.text
         question.problem = reply.error
+        if reply.outcome == "failed":
+            Canary(checkout).failed(question.conversation_id)
         if not text.strip():
             question.problem = reply.error or "no reply came: send it again, or choose another model"
             return
@@ -156,7 +159,8 @@ def ask(
             "engine": question.model.engine,
             "settings": sampling.model_dump()
             | {"system_prompt": system_prompt}
-            | ({"examples": examples} if examples else {}),
+            | ({"examples": examples} if examples else {})
+            | ({"canary": True} if question.model.name == CANARY else {}),
             "seconds": round(reply.seconds, 2),
             "tokens": reply.pieces,
         }

@@ -62,4 +62,9 @@ def _default_of(person: str | None) -> str:
 
 def _of_newest_reply(conversation: dict | None) -> dict[str, Any]:
     replies = [m for m in (conversation or {}).get("messages", ()) if m["role"] == "assistant" and m.get("settings")]
-    return {**replies[-1]["settings"], "model": replies[-1].get("model")} if replies else {}
+    if not replies:
+        return {}
+    settings = replies[-1]["settings"]
+    # A conversation of the canary stays one of the live model, whichever version answers it next.
+    model = None if settings.get("canary") else replies[-1].get("model")
+    return {name: value for name, value in settings.items() if name in Choice.model_fields} | {"model": model}

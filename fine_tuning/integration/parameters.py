@@ -16,6 +16,7 @@ from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, Compar
 from fine_tuning.integration.chat_models import AppSettings
 from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.ollama_client import normalise_host
+from fine_tuning.integration.round_policy import RoundsSettings
 from fine_tuning.integration.served_examples import ServeSettings
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
@@ -38,6 +39,7 @@ MODELS: dict[str, type[Settings]] = {
     "gateway": GatewaySettings,
     "serve": ServeSettings,
     "deploy": DeploySettings,
+    "rounds": RoundsSettings,
 }
 
 

@@ -131,7 +131,7 @@ class ModelDeployer:
         self._progress = progress
         self._unproven = unproven
 
-    def deploy(self, bundle: Bundle, record: Callable[[str], None] | None) -> Deployment:
+    def deploy(self, bundle: Bundle, record: Callable[[str], None] | None, live: bool = True) -> Deployment:
         """Upload, create `name:version`, prove it, `record` its digest, and make it `name:live`.
 
         Killed or failing at any step, `name:live` is what it was; running again takes up what is there.
@@ -139,6 +139,7 @@ class ModelDeployer:
         Args:
             record: keeps the manifest digest; called once the version is proved and before it goes live. None where
                 no registry knows the version.
+            live: False leaves `name:live` as it is, as for a canary.
 
         Raises:
             UserError: a step failed; says which and what to do.
@@ -170,6 +171,9 @@ class ModelDeployer:
             record(done.digest)
         where = "not recorded: the registry here does not know it" if record is None else "recorded in the registry"
         self._say(f"7/9 manifest {done.digest[:12]} {where}")
+        if not live:
+            self._say(f"8/9 {self.live} stays as it is\n9/9 nothing to compare")
+            return done
         go_live(self.server, done.model, self.live, done.digest)
         self._say(f"8/9 {self.live} is now {done.model}\n9/9 both names have one digest")
         return done

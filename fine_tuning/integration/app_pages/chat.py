@@ -11,6 +11,7 @@ from fine_tuning.integration import chat_history, chat_models, chat_session, cha
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job
 from fine_tuning.integration.app_text import plain, show_text
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
 from fine_tuning.integration.conversation_index import conversation_index
@@ -356,7 +357,7 @@ def _origin(here: App, message: dict, edited: bool) -> str:
     for name, value in (message.get("settings") or {}).items():
         if name == "system_prompt" and value != usual[name]:
             parts.append("another system prompt")
-        elif name != "examples" and (name == "temperature" or value != usual.get(name)):
+        elif name not in ("examples", "canary") and (name == "temperature" or value != usual.get(name)):
             parts.append(f"{name.replace('_', ' ')} {value}")
     if edited:
         parts.append("edited, the edit is trained on")
@@ -454,6 +455,11 @@ def _said(conversation: dict | None, replaces: str | None) -> list[dict]:
 def _send(asking: Asking, question: Question, conversation: dict | None) -> bool:
     """Ask; False, and nothing is asked, where another page of the conversation waits for a reply."""
     here = asking.here
+    if question.model.name == "Live":
+        new = conversation is None and not question.history
+        identity = question.conversation_id
+        if (canary := Canary(here.checkout).candidate_for(identity, identity, new)) is not None:
+            question.model = ChatModel(chat_models.CANARY, "ollama", canary.tag, canary.candidate)
     said = question.history if conversation is None else _said(conversation, question.replaces)
     messages = [*said, {"role": "user", "content": question.text}]
     examples = here.examples().before(messages, asking.sampling.max_tokens) if here.serve.examples else []

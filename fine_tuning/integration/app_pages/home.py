@@ -4,16 +4,19 @@ import streamlit as st
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import changes_by_hand
+from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import about, round_seconds
 from fine_tuning.integration import data_view, models_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, confirm, show_job, start
 from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import WHY_FIRST
 from fine_tuning.integration.jobs import own_command
 from fine_tuning.integration.models_view import Candidate
+from fine_tuning.integration.round_policy import WATCH_LOCK, RoundsSettings, is_locked, waits_for
 
-TRAIN, SEAL, BACK = "Train", "Seal", "Back"
+TRAIN, SEAL, BACK, STOP = "Train", "Seal", "Back", "Stop the canary"
 IN_SHORT = {
     "PROMOTE": "The candidate is better",
     "HOLD": "Something speaks against the candidate",
@@ -39,6 +42,7 @@ def page() -> None:
             st.markdown(text)
             if (target := st.session_state.get("pages", {}).get(name)) is not None:
                 st.page_link(target)
+    _how_it_does(here)
     if here.owner:
         _train(here, logged, bool(logged + sealed) or candidate is None)
 
@@ -58,6 +62,26 @@ def _steps(here: App, total: int, new: int, candidate: Candidate | None) -> list
         ("models", "3 · Judge", plain(verdict)),
         ("models", "4 · Promote", plain(live)),
     ]
+
+
+def _how_it_does(here: App) -> None:
+    """How the canary does, and what the next round waits for."""
+    with st.container():
+        canary = Canary(here.checkout)
+        state = canary.state()
+        if state is not None and state.outcome is None:
+            st.markdown(plain(f"Canary: {state.tag} answers {state.share:.0%} of new chats. {canary.counts()}."))
+            if here.owner:
+                st.button(
+                    STOP, icon=":material/front_hand:", key="stop-canary", disabled=busy() is not None, help=busy(),
+                    on_click=start, args=(STOP, own_command("canary", "--stop"), here.checkout),
+                )  # fmt: skip
+        elif state is not None:
+            st.markdown(plain(f"The canary of {state.tag} is {state.outcome}: {state.why}."))
+        if is_locked(here.checkout / WATCH_LOCK):
+            waits = "; ".join(waits_for(here.checkout, read_params("rounds", RoundsSettings)))
+            st.caption(plain(f"The next round waits: {waits}." if waits else "The next round begins within a minute."))
+        show_job(STOP)
 
 
 def _train(here: App, logged: int, anything: bool) -> None:

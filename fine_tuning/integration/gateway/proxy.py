@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -155,6 +156,8 @@ class Proxy:
         asked = self.recorder.read(path, body, headers) if known else None
         ticket = self.recorder.begin(asked, headers) if asked else None
         shown: list[str] = []
+        if ticket is not None and full_name(ticket.asked.model) == f"{self.upstream.name}:live":
+            body = await asyncio.to_thread(self._for_candidate, body, ticket)
         if asked is not None and (self.serving.examples or self.serving.system_prompt):
             body, shown = await asyncio.to_thread(self._with_context, path, body, asked, ticket)
         relay = _Relay(self, path, ticket, shown)
@@ -171,6 +174,16 @@ class Proxy:
             await relay.end("stopped")
         if not passing.cancelled():
             passing.result()
+
+    def _for_candidate(self, body: bytes, ticket: Ticket) -> bytes:
+        """The request as the canary's candidate gets it, where the conversation is one of its."""
+        try:
+            if tag := self.recorder.candidate_for(ticket):
+                ticket.asked.model, ticket.served["canary"] = tag, True
+                return orjson.dumps(orjson.loads(body) | {"model": tag})
+        except Exception as error:  # a chat goes on without
+            self.recorder.failed(error)
+        return body
 
     def _with_context(self, path: str, body: bytes, asked: Asked, ticket: Ticket | None) -> tuple[bytes, list[str]]:
         """The request as the model gets it, and the conversations that its examples come from."""
@@ -241,6 +254,7 @@ class _Relay:
                 late = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
                 server = f"the model's server at {self._proxy.upstream.url}"
                 why = f"{server} is silent: look at its log" if late else f"{server} cannot be reached: is it running?"
+                self._failed()
                 await refusal(scope, 504 if late else 502, why)(scope, receive, send)
             else:
                 await self.end("failed")
@@ -261,6 +275,8 @@ class _Relay:
             own["x-whetstone-conversation-id"] = self._ticket.place.conversation
             own |= {} if self._ticket.request_id else {"x-request-id": self._ticket.id}
             headers += [(name.encode(), value.encode("latin-1", "replace")) for name, value in own.items()]
+        if response.status_code >= 500 or response.status_code == 404:
+            self._failed()
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         held = b""
         async with aclosing(_arrivals(response)) as arrivals:
@@ -279,6 +295,10 @@ class _Relay:
                     await send(_body_part(chunk))
         await self.end("complete")
         await send({"type": "http.response.body", "body": held})
+
+    def _failed(self) -> None:
+        if self._ticket is not None:
+            self._proxy.recorder.canary.failed(self._ticket.place.conversation)
 
     async def end(self, outcome: Outcome) -> None:
         """Log the exchange, once; the rest is passed on when the disk has it."""

@@ -25,6 +25,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.gateway.message_chain import SOURCE, MessageChain, Place, node_after, nodes_of
 from fine_tuning.integration.gateway.wire_formats import Asked, ReplyReader, read_request
@@ -91,7 +92,9 @@ class Recorder:
 
     def __init__(self, checkout: Path, record: str = "everyone") -> None:
         self.checkout, self._record = checkout, record
-        self.logger = ConversationLogger(checkout / INBOX, durable=False)  # `_write_waiting` syncs for all at once
+        self.canary = Canary(checkout)
+        # `_write_waiting` syncs for all at once.
+        self.logger = ConversationLogger(checkout / INBOX, durable=False, on_event=self.canary.observe)
         self.counts: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.problem: str | None = None
@@ -175,6 +178,14 @@ class Recorder:
             agreed[_digest(person)] = record
         self._agreed = agreed
 
+    def candidate_for(self, ticket: Ticket) -> str | None:
+        """The tag of the canary's candidate where it answers instead of the live version."""
+        place, asked = ticket.place, ticket.asked
+        first = next((said["content"] for said in asked.history if said["role"] == "user"), asked.question)
+        unit = f"id {place.root}" if ticket.name else f"opening {ticket.person}\0{first}"
+        state = self.canary.candidate_for(place.conversation, unit, place.turns == 1 and not place.replaces)
+        return state and state.tag
+
     # -----------------------------------------------------------------------------------------------------------------
 
     async def finish(self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model_of: ModelOf) -> None:
@@ -196,6 +207,8 @@ class Recorder:
         self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model: dict[str, Any]
     ) -> Callable[[], object] | None:
         asked, text = ticket.asked, reply.text
+        if outcome == "failed" or (outcome == "complete" and reply.readable and not reply.finished):
+            self.canary.failed(ticket.place.conversation)
         if not reply.readable or reply.calls or not text.strip():
             return self._leave_out("tool call" if reply.calls else "no reply" if reply.readable else "unreadable")
         if outcome == "complete":
@@ -283,9 +296,10 @@ class Recorder:
         return len(batch), ""
 
     async def retry(self) -> None:
-        """Write what waits, again and again, until cancelled."""
+        """Write what waits, again and again, until cancelled; and see whether the canary is over."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.to_thread(self.canary.check)
             if self._waiting:
                 await asyncio.get_running_loop().run_in_executor(self._writer, self._write_waiting)
 

@@ -1,0 +1,149 @@
+"""When a round begins by itself, what it may do, and who hears of it: section `rounds` of params.yaml."""
+
+import os
+import re
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import AfterValidator, Field
+
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.project import LOG, changes_by_hand
+from fine_tuning.common.records import read_object, write_json
+from fine_tuning.common.settings import Settings
+from fine_tuning.common.stage_times import about
+from fine_tuning.data_collection.conversation_logger import read_log
+from fine_tuning.integration import data_view
+from fine_tuning.integration.canary import Canary
+
+# {"failures", "at", "why"} of the rounds that failed since the last good one, and "left": conversations that were
+# still new after that.
+ROUNDS = Path(".whetstone/rounds.json")
+ROUND_LOCK, WATCH_LOCK = Path(".whetstone/round.lock"), Path(".whetstone/rounds.lock")
+NOTIFY_SECONDS = 30.0
+CHATS_WITHIN = 600.0  # seconds since the last event in the log, within which somebody is taken to chat
+BUSY_LOAD = 0.5  # of the processors, on average of the last minute
+FIRST_PAUSE, LONGEST_PAUSE = 900.0, 86_400.0  # seconds after a failure, twice as long after each further one
+
+
+def _hours(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"([01]?\d|2[0-3])-([01]?\d|2[0-3])", text):
+        raise ValueError("two hours of the day such as 22-6")
+    return text
+
+
+class RoundsSettings(Settings):
+    """Section `rounds` of params.yaml."""
+
+    promote: Literal["ask", "canary", "auto"]
+    min_conversations: int = Field(ge=1)
+    min_pairs: int = Field(ge=1)
+    hours: Annotated[str | None, AfterValidator(_hours)]
+    max_minutes: int | None = Field(ge=1)
+    commit: bool
+    notify: str | None
+
+
+def waits_for(checkout: Path, settings: RoundsSettings) -> list[str]:
+    """What has to happen before the next round begins by itself, in words; empty where it may begin."""
+    now, waits = time.time(), []
+    try:
+        if changed := changes_by_hand(checkout):
+            waits.append(f"{count_of(len(changed), 'file')} changed and not committed ({changed[0]})")
+    except UserError as error:
+        waits.append(str(error))
+    state = Canary(checkout).state()
+    if state is not None and state.outcome is None:
+        waits.append(f"the canary of {state.tag} runs")
+    kept = read_object(checkout / ROUNDS)
+    new, pairs = max(0, _new(checkout) - kept.get("left", 0)), new_pairs(checkout)
+    if new < settings.min_conversations and pairs < settings.min_pairs:
+        waits.append(
+            f"{new} of {settings.min_conversations} new conversations, {pairs} of {settings.min_pairs} edited or "
+            "preferred replies"
+        )
+    if left := pause_left(checkout):
+        waits.append(f"the last round failed ({kept.get('why')}): the next try is in {about(left)}")
+    if is_locked(checkout / ROUND_LOCK):
+        waits.append("another round is running")
+    elif not _within(settings.hours, time.localtime(now).tm_hour):
+        waits += _busy(checkout, now)
+    return waits
+
+
+def new_pairs(checkout: Path) -> int:
+    """Replies that were edited or preferred since the last seal."""
+    live = checkout / LOG
+    logs = [*sorted((live.parent / "closed").glob("*.jsonl")), live]
+    with suppress(FileNotFoundError):  # a seal moves one meanwhile
+        events = (event for log in logs if log.exists() for _, event in read_log(log))
+        return sum(bool(event and (event["event"] == "edit" or event.get("over"))) for event in events)
+    return 0
+
+
+def note_failure(checkout: Path, why: str) -> None:
+    """A round failed: the next one waits, twice as long as the last one did."""
+    with suppress(OSError):  # on a full disk
+        kept = read_object(checkout / ROUNDS)
+        failed = {"failures": kept.get("failures", 0) + 1, "at": time.time(), "why": why}
+        write_json(checkout / ROUNDS, kept | failed)
+
+
+def note_success(checkout: Path) -> None:
+    """What is still new after a round begins no other one."""
+    write_json(checkout / ROUNDS, {"left": _new(checkout)})
+
+
+def _new(checkout: Path) -> int:
+    _, logged, sealed = data_view.counts(checkout)
+    return logged + sealed
+
+
+def pause_left(checkout: Path) -> float:
+    """Seconds until the next try. Where the clock was set back, the failure lies ahead: nothing is left then."""
+    failed: dict[str, Any] = read_object(checkout / ROUNDS)
+    if not failed.get("failures"):
+        return 0.0
+    pause = min(FIRST_PAUSE * 2.0 ** min(failed["failures"] - 1, 20), LONGEST_PAUSE)
+    left = failed["at"] + pause - time.time()
+    return left if 0 < left <= pause else 0.0
+
+
+def _within(hours: str | None, hour: int) -> bool:
+    if hours is None:
+        return False
+    begin, end = map(int, hours.split("-"))
+    return begin <= hour < end if begin < end else hour >= begin or hour < end
+
+
+def _busy(checkout: Path, now: float) -> list[str]:
+    log = checkout / LOG
+    if log.exists() and 0 <= now - log.stat().st_mtime < CHATS_WITHIN:
+        return [f"somebody chats: nothing may be said for {about(CHATS_WITHIN)}"]
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    return [f"the machine is busy (load {load:.1f})"] if load > BUSY_LOAD * processors else []
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def notify(settings: RoundsSettings, text: str) -> None:
+    """Run the command that was configured, with the text as its last argument. One that fails or hangs is left."""
+    if settings.notify:
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                ["/bin/sh", "-c", f'{settings.notify} "$@"', "notify", text],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=NOTIFY_SECONDS,
+            )  # fmt: skip
