@@ -2,9 +2,8 @@
 
     make repro && python -m benchmarks.planted_preferences [--pairs 50,100,200,400] [--objectives sft,dpo,kto,auto]
 
-The person prefers replies shorter than 80 characters. For each prompt, a short first question of a training
-conversation, the base samples eight replies of at most 64 tokens; one that keeps the rule and one that breaks it make a
-pair. Prompts
+The person prefers replies shorter than 80 characters. For each prompt, a short question of the exported conversations,
+the base samples six replies of at most 48 tokens; one that keeps the rule and one that breaks it make a pair. Prompts
 that are held out give pairs, and are answered again by each trained model. Supervised fine-tuning learns from the
 chosen replies, DPO from the pairs, KTO from every reply with a thumb, `auto` from chosen replies and pairs together.
 Printed for the base and each run: the share of held-out pairs whose chosen reply is likelier a token, the share of
@@ -13,12 +12,11 @@ exclamation mark), and the mean probability of the right answers to the general 
 """
 
 import argparse
+import json
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -33,17 +31,15 @@ from fine_tuning.evaluation.scoring.scorer import likelihoods
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge
 from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.runtime.base_model import read_base_card
-from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, encode_prompt, load_tokenizer
 from fine_tuning.schema.preferences import Item, PreferredPair, Thumb, read_pairs, read_thumbs, write_preferences
-from fine_tuning.schema.prepared import PreparedRow, read_rows
+from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.lora_trainer import train_adapter
 from fine_tuning.training.settings import TrainSettings
 
 BASE = Path("models/base")
-GGUF = BASE / "base-Q8_0.gguf"
 LIMIT = 80  # characters: what the person calls short
-SAMPLES, MAX_TOKENS = 8, 64
+SAMPLES, MAX_TOKENS, BATCH = 6, 48, 16
 LONGEST_PROMPT = 200  # characters
 
 
@@ -62,9 +58,15 @@ def main() -> None:
     parser.add_argument("--pairs", default="50,100,200,400")
     parser.add_argument("--held-out", type=int, default=100, help="pairs that are measured and not learned from")
     parser.add_argument("--objectives", default="sft,dpo,kto,auto")
+    parser.add_argument("--judged", type=Path, help="file of the pairs: read where it exists, else written")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.pairs.split(",")]
-    judged = judge(max(sizes) + arguments.held_out)
+    if arguments.judged and arguments.judged.exists():
+        judged = json.loads(arguments.judged.read_text(encoding="utf-8"))
+    else:
+        judged = judge(max(sizes) + arguments.held_out)
+        if arguments.judged:
+            arguments.judged.write_text(json.dumps(judged), encoding="utf-8")
     held_out, learned = judged[: arguments.held_out], judged[arguments.held_out :]
     if too_many := [size for size in sizes if size > len(learned)]:
         print(f"left out, for {len(learned)} pairs are left to learn from: {too_many}", file=sys.stderr)
@@ -89,45 +91,48 @@ def show(name: str, size: int, found: Sequence[float]) -> None:
 
 def judge(count: int) -> list[dict[str, Any]]:
     """Pairs as `preference_items` reads them, of replies that the base samples; fewer where its replies are alike."""
-    tokenizer, system_prompt = load_tokenizer(BASE), read_params("chat", ChatSettings).system_prompt
-    rows = read_rows("data/prepared/train.parquet", ("id", "messages"))
-    first = [next(message for message in row.messages if message["role"] == "user") for row in rows]
-    prompts = sorted({message["content"] for message in first if len(message["content"]) <= LONGEST_PROMPT})
-    random.Random(0).shuffle(prompts)
+    chat, tokenizer = read_params("chat", ChatSettings), load_tokenizer(BASE)
+    model = load_with_adapter(BASE, None, read_params("evaluate", EvaluateSettings).threads)
+    with open("data/exports/openai.jsonl", encoding="utf-8") as exported:
+        said = [message for line in exported for message in json.loads(line)["messages"]]
+    asked = {message["content"] for message in said if message["role"] == "user"}
+    prompts = sorted((text for text in asked if len(text) <= LONGEST_PROMPT), key=len)  # alike lengths pad little
+    random.Random(0).shuffle(batches := [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)])
     pairs: list[dict[str, Any]] = []
-    with LlamaEngine(GGUF, context=512, threads=2, slots=SAMPLES) as engine, ThreadPoolExecutor(SAMPLES) as pool:
-        for number, prompt in enumerate(tqdm(prompts, desc="prompts")):
-            message = {"role": "user", "content": prompt}
-            ids = encode_prompt(tokenizer, [message], system_prompt)
-            replies = list(pool.map(partial(sample_reply, engine, ids), range(SAMPLES)))
-            sides = [[text for text in replies if text and keeps_rule(text) == kept] for kept in (True, False)]
+    for number, batch in enumerate(tqdm(batches, desc="batches of prompts")):
+        conversations = [[{"role": "user", "content": prompt}] for prompt in batch]
+        made = replies(model, tokenizer, conversations, chat, samples=SAMPLES, seed=number)
+        for place, conversation in enumerate(conversations):
+            sampled = made[place * SAMPLES : (place + 1) * SAMPLES]
+            sides = [[text for text in sampled if text and keeps_rule(text) == kept] for kept in (True, False)]
             if all(sides):
-                names = {"id": f"p{number}", "cluster": f"p{number}", "kind": "vote", "person": "planted"}
-                said = {"messages": [message], "chosen": sides[0][0], "rejected": sides[1][0]}
-                pairs.append(names | said | {"chosen_author": "base", "rejected_author": "base"})
-            if len(pairs) == count:
-                break
-    print(f"{len(pairs)} pairs of {number + 1} prompts", file=sys.stderr)
-    return pairs
+                name = f"p{number * BATCH + place}"
+                names = {"id": name, "cluster": name, "kind": "vote", "person": "planted"}
+                texts = {"messages": conversation, "chosen": sides[0][0], "rejected": sides[1][0]}
+                pairs.append(names | texts | {"chosen_author": "base", "rejected_author": "base"})
+        if len(pairs) >= count:
+            break
+    print(f"{len(pairs)} pairs of {min((number + 1) * BATCH, len(prompts))} prompts", file=sys.stderr)
+    random.Random(0).shuffle(pairs)
+    return pairs[:count]
 
 
-def sample_reply(engine: LlamaEngine, prompt: Sequence[int], seed: int) -> str:
-    """A reply of the base, drawn at temperature 1."""
-    return "".join(engine.complete_stream(prompt, MAX_TOKENS, temperature=1.0, seed=seed)).strip()
-
-
-def greedy_replies(model: Any, tokenizer: Any, conversations: Sequence[Any], chat: ChatSettings) -> list[str]:
-    """Greedy replies to conversations."""
+def replies(
+    model: Any, tokenizer: Any, conversations: Sequence[Any], chat: ChatSettings, samples: int = 0, seed: int = 0
+) -> list[str]:
+    """Greedy replies to conversations, or as many drawn at temperature 1 for each of them, one after the other."""
     import torch
 
     prompts = [encode_prompt(tokenizer, messages, chat.system_prompt) for messages in conversations]
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    drawn = {"temperature": 1.0, "top_k": 0, "num_return_sequences": samples} if samples else {}
+    torch.manual_seed(seed)
     with torch.inference_mode():
         made = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,
+            do_sample=bool(samples), **drawn,
         )  # fmt: skip
     return [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in made[:, longest:]]
 
@@ -165,11 +170,11 @@ def measure(adapter: Path | None, held_out: Sequence[dict[str, Any]]) -> tuple[f
     scores = likelihoods(model, items, evaluate.batch_tokens)
     # The base wrote both sides, whoever is asked.
     lines = preference_lines("candidate", held_out, items, scores, lambda author: False)[PREFERENCES]
-    replies = greedy_replies(model, tokenizer, [pair["messages"] for pair in held_out], chat)
+    greedy = replies(model, tokenizer, [pair["messages"] for pair in held_out], chat)
     questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
     known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
     return (
-        mean(map(prefers_chosen, lines)), mean(map(keeps_rule, replies)), mean(map(keeps_other_rule, replies)),
+        mean(map(prefers_chosen, lines)), mean(map(keeps_rule, greedy)), mean(map(keeps_other_rule, greedy)),
         mean(map(right_probability, known)),
     )  # fmt: skip
 

@@ -135,6 +135,7 @@ class FakeOllama:
         self.store = store
         self.blobs: MutableMapping[str, bytes] = {} if store is None else _Blobs(store / "blobs")
         self.manifests: dict[str, Manifest] = {}
+        self.on_gpu: dict[str, int] = {}  # bytes of its memory that a loaded model takes
         self.faults: dict[str, str] = {}
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -335,7 +336,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST /v1/messages":
                 self._anthropic_message(self._body())
             case "GET /api/ps":
-                self._answer({"models": []})
+                self._answer({"models": [{"name": n, "size_vram": b} for n, b in self.ollama.on_gpu.items()]})
             case "GET /v1/models":
                 self._answer({"object": "list", "data": [{"id": n, "object": "model"} for n in self.ollama.manifests]})
             case "POST /api/embed":
@@ -488,6 +489,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _chat(self, body: dict, generate: bool = False) -> None:
         manifest = self._manifest(body.get("model"))
+        if generate and "prompt" not in body and body.get("keep_alive") == 0:
+            self.ollama.on_gpu.pop(body["model"], None)
+            self._answer({"model": body["model"], "response": "", "done": True, "done_reason": "unload"})
+            return
         asked = [{"role": "user", "content": body["prompt"]}] if generate else body.get("messages") or []
         prompt = self.ollama.render(manifest, asked)
         self.ollama.prompts.append(prompt)

@@ -94,6 +94,18 @@ def test_only_what_is_new_is_read(tmp_path, monkeypatch):
     assert len(read) <= 6, "the new event, and those of its conversation"
 
 
+def test_ratings_are_counted_by_when_a_conversation_was_spoken_in_last(tmp_path):
+    log = tmp_path / "inbox/conversations.jsonl"
+    logger = ConversationLogger(log)
+    for rating in (1, 1, -1, None):
+        reply = logger.log_conversation("What is it?", "It.")
+        if rating:
+            logger.log_feedback(reply, rating=rating)
+    index = ConversationIndex(tmp_path)
+    assert index.ratings("2020-01-01", "2100-01-01") == (2, 3)
+    assert index.ratings("2020-01-01", "2021-01-01") == (0, 0)
+
+
 def test_a_search_finds_words_of_any_message_or_of_a_given_name(tmp_path):
     logger, index = ConversationLogger(tmp_path / INBOX, durable=False), ConversationIndex(tmp_path)
     for number, text in enumerate(("Über Äpfel", "100 % pears", "plums")):

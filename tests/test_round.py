@@ -17,6 +17,7 @@ from filelock import FileLock
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.common.stage_times import FAILED
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.integration import round_policy
 from tests import registered
 from tests.registered import environment, sh, type_command
 
@@ -115,10 +116,12 @@ def test_a_round_that_fails_leaves_everything_as_it_was_and_keeps_what_was_said(
     )
     assert results(project) == before
     assert not (project / ".whetstone/round").exists()
+    assert round_policy.last_failure(project).startswith("the last round failed (the round failed in `dvc repro`")
     shards = sorted((project / "data/conversations").glob("*-chat-*.jsonl"))
     assert len(shards) == 1 and "lamp" in shards[0].read_text()
     sh(project, "git checkout -q HEAD~1 -- measure.py && git commit -qm Mended measure.py")
     assert type_command(project, "round").returncode == 0, "the next one goes on"
+    assert round_policy.last_failure(project) is None
     assert "data/conversations.dvc" in sh(project, "git log --name-only --format= -2"), "with what was sealed"
     assert sh(project, "git status --porcelain") == ""
 

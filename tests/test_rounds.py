@@ -1,5 +1,6 @@
 """Rounds that need nobody: when one begins, what it does with the candidate, how it fails, and its service."""
 
+import json
 import os
 import plistlib
 import shutil
@@ -20,6 +21,7 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration import canary as canary_module
 from fine_tuning.integration import round_policy
 from fine_tuning.integration.canary import Canary
+from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.integration.round_policy import ROUNDS, RoundsSettings, waits_for
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.chat_format import load_tokenizer
@@ -101,7 +103,11 @@ def test_a_round_that_fails_or_takes_too_long_is_undone_and_told(project, monkey
     told = told.model_copy(update={"max_minutes": 0.4})
     monkeypatch.setattr(rounds, "own_command", lambda *words: [sys.executable, "-c", RUN, *words])
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    (why,) = rounds.step(project, told)
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script that ends with `&`
+    try:
+        (why,) = rounds.step(project, told)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert why == "it failed: it took longer than rounds.max_minutes (0.4): results are as they were"
     assert results(project) == before
     assert "took longer" in (project / "heard").read_text()
@@ -196,6 +202,41 @@ def test_watching_runs_what_is_due_once_and_ends_when_asked(project):
         watcher.send_signal(signal.SIGTERM)
     assert watcher.wait(30) == 130
     output.close()
+
+
+def test_what_is_followed_is_imported_once_an_hour_and_by_each_round(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    source = tmp_path / "chats.jsonl"
+
+    def chats(count: int) -> None:
+        lines = [{"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": "It."}]}
+                 for n in range(count)]  # fmt: skip
+        source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    chats(2)
+    following = settings(hours="0-0", follow=[str(source)])
+    assert "2 of 20 new conversations" in rounds.step(project, following)[0]
+    chats(3)
+    assert "2 of 20 new conversations" in rounds.step(project, following)[0], "an hour has not passed"
+    os.utime(project / "inbox/followed.json", (0, 0))
+    assert "3 of 20 new conversations" in rounds.step(project, following)[0]
+    chats(4)
+    change_params(project, rounds={"follow": [str(source)]})
+    done = type_command(project, "round")
+    assert done.returncode == 0, done.stderr
+    assert "4 conversations" in sh(project, "git log -1 --format=%B")
+    os.utime(project / "inbox/followed.json", (0, 0))
+    (why,) = rounds.step(project, following.model_copy(update={"follow": [str(tmp_path / "gone")], "min_conversations": 1}))
+    assert "not a file" in why
+    assert "not a file" in round_policy.last_failure(project)
+
+
+def test_what_holds_a_gpus_memory_is_unloaded_and_named(tiny_base):
+    with FakeOllama() as server, OllamaClient(server.host) as client:
+        server.manifests = {"a:latest": {}, "b:latest": {}}
+        server.on_gpu = {"a:latest": 4 << 30, "b:latest": 0}
+        assert client.unload_from_gpu() == ["a:latest"]
+        assert server.on_gpu == {"b:latest": 0}, "what is in main memory is in nobody's way"
 
 
 def test_the_service_is_one_that_systemd_takes(project, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import yaml
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST, root
+from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, MANIFEST, root
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 
 TRACKED = Path("data/conversations.dvc")
-FOLLOWED = Path("inbox/followed.json")  # {path: what `state_of` said of it} of the files that were followed
 SHOWN_PROBLEMS = 10
 
 

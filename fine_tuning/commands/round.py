@@ -8,18 +8,19 @@ are never taken back: what was sealed stays sealed, and the split of a conversat
 import argparse
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
-from fine_tuning.commands.conversations import MANIFEST, bring_sample, seal_inbox
+from fine_tuning.commands.conversations import MANIFEST, bring_sample, import_files, seal_inbox
 from fine_tuning.commands.models import deploy, each_server
 from fine_tuning.commands.promote import promote_candidate
 from fine_tuning.common import dvc_files
 from fine_tuning.common.dvc_files import LOCK, pipeline_stands_still, show_file
-from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.errors import UserError, count_of, line_of
 from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, person_name, root, run_command
 from fine_tuning.common.records import read_line, read_object, replacing
 from fine_tuning.common.settings import read_params
@@ -27,10 +28,12 @@ from fine_tuning.common.stage_times import FAILED, about, round_seconds
 from fine_tuning.data_collection.storage.shards import read_manifest
 from fine_tuning.evaluation.looks import looked_at
 from fine_tuning.integration.canary import FINISHED, Canary
-from fine_tuning.integration.round_policy import ROUND_LOCK, RoundsSettings, notify
+from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, is_local, ollama_host
+from fine_tuning.integration.round_policy import ROUND_LOCK, RoundsSettings, note_failure, note_success, notify
 from fine_tuning.model_management.champion import read_champion
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.model_registry import ADAPTER_TAG, CANDIDATE, open_registry
+from fine_tuning.runtime.hardware import detect_hardware
 
 SCRATCH = Path(".whetstone")
 BEFORE = SCRATCH / "round"  # the commit from before the round that runs or was killed
@@ -51,6 +54,8 @@ def run_round(arguments: argparse.Namespace) -> None:
         raise UserError("this is a temporary experiment's folder: run rounds in the main checkout")
     SCRATCH.mkdir(exist_ok=True)
     signal.signal(signal.SIGTERM, interrupt)
+    # A script that starts this with `&` has it ignore SIGINT, and the stages would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with FileLock(ROUND_LOCK, timeout=0):
             _refuse()
@@ -99,7 +104,9 @@ def _round() -> None:
     try:
         bring_sample(argparse.Namespace())
         seal_inbox()
+        take_followed(settings)
         FAILED.unlink(missing_ok=True)
+        free_gpu(read_params("deploy", DeploySettings))
         print(f"the pipeline runs what is out of date: {about(round_seconds(Path.cwd()))}", flush=True)
         if not dvc_files.reproduce():
             raise UserError(f"the round failed in {_why_failed()}; results and models are as they were")
@@ -111,15 +118,34 @@ def _round() -> None:
         text = f"{count_of(total, 'conversation')}{new}\n{reasons}"
         message = f"Round: {verdict}\n\n{text}\n\nVerdict: {verdict}"
         commit = commit_results(message) if settings.commit else None
-    except BaseException:
+    except BaseException as error:
         _put_back()
+        if isinstance(error, Exception):
+            note_failure(Path.cwd(), (line_of(error) or type(error).__name__).removeprefix("error: "))
         raise
     BEFORE.unlink()
+    note_success(Path.cwd())
     kept = f"committed as {commit}" if commit else "as before: nothing is new" if settings.commit else "not committed"
     print(f"{text}\nVerdict: {verdict}, {kept}", flush=True)
     if commit or not settings.commit:
         notify(settings, f"Round: {verdict}. {text}")
     follow(settings)
+
+
+def take_followed(settings: RoundsSettings) -> None:
+    """Import what is new in the sources of rounds.follow."""
+    if settings.follow:
+        import_files(argparse.Namespace(files=[Path(path).expanduser() for path in settings.follow], model=None, follow=True))
+
+
+def free_gpu(settings: DeploySettings) -> None:
+    """Where training will use a GPU of this machine, take what Ollama has loaded out of its memory, and say so."""
+    host = ollama_host(settings.host)
+    if not is_local(host) or detect_hardware("auto", None).device == "cpu":
+        return
+    with suppress(OllamaError), OllamaClient(host, timeout=settings.timeout) as client:
+        if names := client.unload_from_gpu():
+            print(f"Ollama unloaded {', '.join(names)}: training needs the GPU's memory", flush=True)
 
 
 def follow(settings: RoundsSettings) -> None:

@@ -18,7 +18,7 @@ from string import Template
 from filelock import FileLock, Timeout
 
 from fine_tuning.commands.canary import settle
-from fine_tuning.commands.round import follow, interrupt
+from fine_tuning.commands.round import follow, interrupt, take_followed
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import changes_by_hand, main_checkout, root
 from fine_tuning.common.records import replacing
@@ -67,6 +67,7 @@ def watch(checkout: Path) -> None:
 
 def step(checkout: Path, settings: RoundsSettings) -> list[str]:
     """Run what is due; what is waited for, where nothing is."""
+    failures = round_policy.failures(checkout)
     try:
         canary = Canary(checkout)
         canary.check()
@@ -75,15 +76,18 @@ def step(checkout: Path, settings: RoundsSettings) -> list[str]:
         if settings.promote != "ask" and not round_policy.pause_left(checkout) and not changes_by_hand(checkout):
             with FileLock(ROUND_LOCK, timeout=0):
                 follow(settings)
+        if round_policy.follow_is_due(checkout, settings):
+            with FileLock(ROUND_LOCK, timeout=0):
+                take_followed(settings)
         if waits := waits_for(checkout, settings):
             return waits
         run_round(checkout, settings)
-        round_policy.note_success(checkout)
         return []
     except Timeout:
         return ["another round is running"]
     except (UserError, OSError) as error:  # OSError: on a full disk
-        round_policy.note_failure(checkout, str(error))
+        if round_policy.failures(checkout) == failures:  # the round itself has not noted it
+            round_policy.note_failure(checkout, str(error))
         round_policy.notify(settings, f"The round failed: {error}")
         return [f"it failed: {error}"]
 

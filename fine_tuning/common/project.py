@@ -15,6 +15,7 @@ from fine_tuning.common.errors import UserError
 LIBRARY = Path(__file__).parents[1]
 # Paths in a checkout that several commands use, as dvc.yaml has them. A stage names its own.
 LOG = Path("inbox/conversations.jsonl")  # the live one
+FOLLOWED = Path("inbox/followed.json")  # {path: its state when `import --follow` read it}
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 FORGOTTEN = Path("data/forgotten.jsonl")

@@ -11,6 +11,7 @@ from fine_tuning.common.stage_times import TRAINING, about, expected_seconds, se
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import Job, jobs, own_command
 from fine_tuning.integration.parameters import check_all_params
+from fine_tuning.integration.round_policy import last_failure
 
 REFRESH_SECONDS = 1.0
 SHOWN_LINES = 14
@@ -29,6 +30,12 @@ def start(title: str, command: list[str], checkout: Path, pipeline: bool = False
 def busy() -> str | None:
     """Why no command can be started now."""
     return f"{jobs.running.title} is running" if jobs.running is not None else None
+
+
+def say_failure(checkout: Path) -> None:
+    """Say so where the last round failed."""
+    if why := last_failure(checkout):
+        st.warning(plain(f"{why[0].upper()}{why[1:]}. Everything is as it was."), icon=":material/error:")
 
 
 @st.dialog("Are you sure?")

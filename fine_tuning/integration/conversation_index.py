@@ -92,6 +92,13 @@ class ConversationIndex:
         logged, cleaned = numbers.get(None, 0), sum(numbers.get(shard, 0) for shard in shards)
         return (total := sum(numbers.values())), logged, total - logged - cleaned
 
+    def ratings(self, since: str, until: str) -> tuple[int, int]:
+        """(liked, liked or disliked) of the conversations that were last spoken in between two ISO 8601 times."""
+        query = "SELECT count(*) FILTER (WHERE rating > 0), count(*) FROM summary WHERE NOT gone AND rating != 0"
+        with self._up_to_date() as index:
+            ((liked, rated),) = index.rows(f"{query} AND last_spoken >= ? AND last_spoken < ?", since, until)
+        return liked, rated
+
     def deleted(self) -> list[Summary]:
         """The deleted conversations as they were, the newest first; one without messages was sealed as deleted."""
         with self._up_to_date() as index:

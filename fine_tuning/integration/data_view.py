@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CLEAN_METRICS = Path("metrics/clean.json")
 PREPARE_METRICS = Path("metrics/prepare.json")
 PREPARED = Path("data/prepared")
 LEDGER = Path("data/splits.txt")
+DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
 
 Span = tuple[str, str | None]  # text, and what is special about it
@@ -68,6 +70,26 @@ def entries(checkout: Path, words: str = "") -> list[Entry]:
 def counts(checkout: Path) -> tuple[int, int, int]:
     """Conversations: all, those with news that is not sealed, and those that are sealed and not cleaned yet."""
     return conversation_index(checkout).count(_cleaned(checkout))
+
+
+def liked(checkout: Path) -> str | None:
+    """Which share of the rated conversations people like, and liked before, in words; None where few are rated."""
+    now = datetime.now(UTC)
+    ends = [(now - timedelta(days=days)).isoformat(timespec="seconds") for days in (0, DAYS, 2 * DAYS)]
+    index = conversation_index(checkout)
+    (new, new_rated), (old, old_rated) = index.ratings(ends[1], ends[0]), index.ratings(ends[2], ends[1])
+    if new_rated < FEWEST_RATED:
+        return None
+    before = f"; in the {DAYS} days before {_share(old, old_rated)}" if old_rated >= FEWEST_RATED else ""
+    return f"liked in the last {DAYS} days: {_share(new, new_rated)}{before}"
+
+
+def _share(count: int, total: int) -> str:
+    """A share with its 95 % interval (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, total).proportion_ci(method="wilson")
+    return f"{count} of {total} rated conversations ({count / total:.0%} [{low:.0%}, {high:.0%}])"
 
 
 def _cleaned(checkout: Path) -> set[str]:

@@ -317,6 +317,14 @@ class OllamaClient:
         assert stream.stats is not None
         return stream.text, stream.stats
 
+    def unload_from_gpu(self) -> list[str]:
+        """Take every model that is loaded into a GPU's memory out of it; their names."""
+        loaded = self._json("GET", "/api/ps").get("models") or []
+        names = [model["name"] for model in loaded if model.get("size_vram")]
+        for name in names:
+            self._json("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
+        return names
+
     def _chat_lines(self, model: str, request: dict) -> Iterator[dict]:
         for line in self._stream("/api/chat", request):
             message, done = line.get("message", {}), line.get("done", False)

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field
 
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import LOG, changes_by_hand
+from fine_tuning.common.project import FOLLOWED, LOG, changes_by_hand
 from fine_tuning.common.records import read_object, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.common.stage_times import about
@@ -26,6 +26,7 @@ ROUNDS = Path(".whetstone/rounds.json")
 ROUND_LOCK, WATCH_LOCK = Path(".whetstone/round.lock"), Path(".whetstone/rounds.lock")
 NOTIFY_SECONDS = 30.0
 CHATS_WITHIN = 600.0  # seconds since the last event in the log, within which somebody is taken to chat
+FOLLOW_SECONDS = 3600.0  # between two looks at what is followed, where no round begins
 BUSY_LOAD = 0.5  # of the processors, on average of the last minute
 FIRST_PAUSE, LONGEST_PAUSE = 900.0, 86_400.0  # seconds after a failure, twice as long after each further one
 
@@ -44,6 +45,7 @@ class RoundsSettings(Settings):
     min_pairs: int = Field(ge=1)
     hours: Annotated[str | None, AfterValidator(_hours)]
     max_minutes: int | None = Field(ge=1)
+    follow: list[str]
     commit: bool
     notify: str | None
 
@@ -67,7 +69,7 @@ def waits_for(checkout: Path, settings: RoundsSettings) -> list[str]:
             "preferred replies"
         )
     if left := pause_left(checkout):
-        waits.append(f"the last round failed ({kept.get('why')}): the next try is in {about(left)}")
+        waits.append(f"{last_failure(checkout)}: the next try is in {about(left)}")
     if is_locked(checkout / ROUND_LOCK):
         waits.append("another round is running")
     elif not _within(settings.hours, time.localtime(now).tm_hour):
@@ -85,11 +87,28 @@ def new_pairs(checkout: Path) -> int:
     return 0
 
 
+def failures(checkout: Path) -> int:
+    """How many rounds failed since the last good one."""
+    return int(read_object(checkout / ROUNDS).get("failures") or 0)
+
+
+def last_failure(checkout: Path) -> str | None:
+    """That the last round failed, and why; None where it did not."""
+    return f"the last round failed ({read_object(checkout / ROUNDS).get('why')})" if failures(checkout) else None
+
+
+def follow_is_due(checkout: Path, settings: RoundsSettings) -> bool:
+    """Whether what is followed was not looked at within FOLLOW_SECONDS, and no failure is waited out."""
+    followed = checkout / FOLLOWED
+    last = followed.stat().st_mtime if followed.exists() else 0.0
+    return bool(settings.follow) and not pause_left(checkout) and not 0 <= time.time() - last < FOLLOW_SECONDS
+
+
 def note_failure(checkout: Path, why: str) -> None:
     """A round failed: the next one waits, twice as long as the last one did."""
     with suppress(OSError):  # on a full disk
         kept = read_object(checkout / ROUNDS)
-        failed = {"failures": kept.get("failures", 0) + 1, "at": time.time(), "why": why}
+        failed = {"failures": failures(checkout) + 1, "at": time.time(), "why": why}
         write_json(checkout / ROUNDS, kept | failed)
 
 
@@ -106,7 +125,7 @@ def _new(checkout: Path) -> int:
 def pause_left(checkout: Path) -> float:
     """Seconds until the next try. Where the clock was set back, the failure lies ahead: nothing is left then."""
     failed: dict[str, Any] = read_object(checkout / ROUNDS)
-    if not failed.get("failures"):
+    if not failures(checkout):
         return 0.0
     pause = min(FIRST_PAUSE * 2.0 ** min(failed["failures"] - 1, 20), LONGEST_PAUSE)
     left = failed["at"] + pause - time.time()

@@ -8,12 +8,13 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import about, round_seconds
 from fine_tuning.integration import data_view, models_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import busy, confirm, show_job, start
+from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_job, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.canary import Canary
-from fine_tuning.integration.chat_models import WHY_FIRST
+from fine_tuning.integration.chat_models import WHY_FIRST, ChatModel
 from fine_tuning.integration.jobs import own_command
 from fine_tuning.integration.models_view import Candidate
+from fine_tuning.integration.registered_models import live_since
 from fine_tuning.integration.round_policy import WATCH_LOCK, RoundsSettings, is_locked, waits_for
 
 TRAIN, SEAL, BACK, STOP = "Train", "Seal", "Back", "Stop the canary"
@@ -55,7 +56,7 @@ def _steps(here: App, total: int, new: int, candidate: Candidate | None) -> list
         reason = f": {candidate.reasons[0]}" if candidate.reasons else ""
         verdict = f"{candidate.verdict}. {IN_SHORT.get(candidate.verdict, 'See the report')}{reason}."
     first = WHY_FIRST.get(models[0].name, models[0].label) if models else "no model yet"
-    live = next((f"Live: {m.label}." for m in models if m.name == "Live"), f"Nothing is live. New chats: {first}.")
+    live = next((_live(here, m) for m in models if m.name == "Live"), f"Nothing is live. New chats: {first}.")
     return [
         ("chat", "1 · Chat", f"{count_of(total, 'conversation')}. Thumbs and edits say what a good reply is."),
         ("data", "2 · Train", f"{new:,} new or changed since the last training."),
@@ -64,9 +65,18 @@ def _steps(here: App, total: int, new: int, candidate: Candidate | None) -> list
     ]
 
 
+def _live(here: App, model: ChatModel) -> str:
+    """What is live and since when."""
+    since = model.version and live_since(here.checkout, here.name, here.host, model.version)
+    return f"Live: {model.label}" + (f", since {since.astimezone():%Y-%m-%d %H:%M}." if since else ".")
+
+
 def _how_it_does(here: App) -> None:
-    """How the canary does, and what the next round waits for."""
+    """How people like it, how the canary does, how the last round failed, and what the next one waits for."""
     with st.container():
+        if liked := data_view.liked(here.checkout):
+            st.markdown(plain(f"{liked[0].upper()}{liked[1:]}."))
+        say_failure(here.checkout)
         canary = Canary(here.checkout)
         state = canary.state()
         if state is not None and state.outcome is None:

@@ -7,7 +7,7 @@ import streamlit as st
 
 from fine_tuning.integration import models_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import busy, confirm, show_job
+from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_job
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.models_view import PROMOTE, Candidate, RegistryState
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion, open_registry
@@ -27,6 +27,7 @@ def page() -> None:
         st.set_page_config(layout="wide")
     here = app()
     st.title("Models")
+    say_failure(here.checkout)
     show_job(*TITLES)
     _candidate(here, models_view.candidate(here.checkout))
     st.header("Versions")

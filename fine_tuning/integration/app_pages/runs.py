@@ -9,7 +9,7 @@ import streamlit as st
 from fine_tuning.common.errors import UserError
 from fine_tuning.integration import runs_view
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_jobs import busy, show_job, show_loss, start
+from fine_tuning.integration.app_jobs import busy, say_failure, show_job, show_loss, start
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.integration.runs_view import Line, Parameter
@@ -23,6 +23,7 @@ def page() -> None:
     """The whole page."""
     here = app()
     st.title("Runs")
+    say_failure(here.checkout)
     _start(here)
     _table(here)
 
