@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fine_tuning.evaluation.scoring.scorer import likelihoods
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
-from fine_tuning.schema.prepared import read_rows
+from fine_tuning.schema.prepared import PreparedRow, read_rows
 from fine_tuning.training.lora_trainer import train_adapter
 from fine_tuning.training.settings import TrainSettings
 
@@ -48,7 +49,8 @@ def main() -> None:
     for seed in seeds:
         for rate, weight in product(rates, weights):
             changes = {"learning_rate": rate, "retention": weight, "seed": seed}
-            measured = measure(settings.model_copy(update=changes))
+            with tempfile.TemporaryDirectory() as folder:
+                measured = measure(settings.model_copy(update=changes), read_rows(TRAIN), Path(folder) / "adapter")
             found.setdefault((rate, weight), []).append(measured)
             said = ", ".join(f"{value:.4f}" for value in measured)
             print(f"seed {seed}, learning rate {rate:.1e}, retention {weight:g}: {said}", file=sys.stderr, flush=True)
@@ -58,17 +60,21 @@ def main() -> None:
         print(f"| {rate:.1e} | {weight:g} | {' | '.join(map(spread, zip(*runs, strict=True)))} | {len(runs)} |")
 
 
-def measure(settings: TrainSettings) -> tuple[float, float, float]:
-    """Loss of the validation split (nats a trained token), mean probability of right answers, and nats a byte of
-    general text, after one training."""
+def measure(
+    settings: TrainSettings, rows: Sequence[PreparedRow], output: Path, start_from: Path | None = None
+) -> tuple[float, float, float]:
+    """Train an adapter into the folder `output`.
+
+    Returns:
+        Loss of the validation split (nats a trained token), mean probability of right answers, and nats a byte of
+        general text.
+    """
     evaluate, chat = read_params("evaluate", EvaluateSettings), read_params("chat", ChatSettings)
     tokenizer = load_tokenizer(BASE)
     questions, texts = general_items(tokenizer, chat.system_prompt, chat.max_length), text_items(tokenizer)
-    name, rows, validation = read_base_card(BASE)["model"], read_rows(TRAIN), read_rows(VALIDATION)
-    with tempfile.TemporaryDirectory() as folder:
-        output, checkpoints = Path(folder) / "adapter", Path(folder) / "checkpoints"
-        result = train_adapter(BASE, name, rows, validation, settings, output, checkpoints)
-        model = load_with_adapter(BASE, output, evaluate.threads)
+    name, validation, checkpoints = read_base_card(BASE)["model"], read_rows(VALIDATION), output.with_suffix(".saved")
+    result = train_adapter(BASE, name, rows, validation, settings, output, checkpoints, start_from=start_from)
+    model = load_with_adapter(BASE, output, evaluate.threads)
     known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
     read = reading("candidate", texts, likelihoods(model, texts, evaluate.batch_tokens))
     means = statistics.mean(map(right_probability, known)), statistics.mean(map(nats_per_byte, read))
