@@ -157,7 +157,7 @@ def test_sealed_votes_are_tracked_and_counted_once_also_after_a_kill(checkout):
 
 def test_seal_hands_votes_over_too(checkout, capsys):
     answered(Review(open_pairs(), "ann"), "l")
-    assert seal_inbox() and "1 vote handed over" in capsys.readouterr().out
+    assert seal_inbox() == [VOTES] and "1 vote handed over" in capsys.readouterr().out, "and no conversation"
     assert not LIVE.exists() and len(read_all_votes(VOTES)) == 1
     assert not seal_inbox()
 

@@ -12,7 +12,7 @@ import yaml
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, MANIFEST, root
+from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, MANIFEST, VOTES, root
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
@@ -110,7 +110,7 @@ def import_files(args: argparse.Namespace) -> None:
         for shard, count in written:
             print(f"{count_of(count, 'conversation')} in {shard}")
         if written:
-            _say_next()
+            _say_next(TRACKED)
         elif not args.follow and not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
             problems = [(report.path, problem) for report in reports for problem in report.problems]
             raise UserError(_nothing_taken(files or args.files, problems))
@@ -200,12 +200,12 @@ def _nothing_taken(files: list[Path], problems: list[tuple[Path, Problem]]) -> s
 def seal(args: argparse.Namespace) -> None:
     """Close the live log and make a shard of it. Interrupted and run again, it ends in the same conversations."""
     root()
-    if seal_inbox():
-        _say_next()
+    if written := seal_inbox():
+        _say_next(*written)
 
 
-def seal_inbox() -> bool:
-    """What `seal` does, votes included; False where there was nothing to seal.
+def seal_inbox() -> list[Path]:
+    """What `seal` does, votes included; what of it is for git.
 
     Raises:
         UserError: a pipeline is running.
@@ -220,10 +220,10 @@ def seal_inbox() -> bool:
 
         votes = seal_votes()
     if votes:
-        print(f"{count_of(votes, 'vote')} handed over: `git add data/votes`")
+        print(f"{count_of(votes, 'vote')} handed over")
     elif not found:
         print(f"nothing to seal: {LOG} is empty")
-    return found or votes > 0
+    return [TRACKED] * found + [VOTES] * (votes > 0)
 
 
 def bring_sample(args: argparse.Namespace) -> None:
@@ -297,5 +297,5 @@ def _is_what_dvc_names() -> bool:
     return len(files) == out.get("nfiles") and sum(path.stat().st_size for path in files) == out.get("size")
 
 
-def _say_next() -> None:
-    print(f"next: `git add {TRACKED}`, then `dvc repro`")
+def _say_next(*written: Path) -> None:
+    print(f"next: `git add {' '.join(map(str, written))}`, then `dvc repro`")
