@@ -226,7 +226,8 @@ def test_what_is_followed_is_imported_once_an_hour_and_by_each_round(project, tm
     assert done.returncode == 0, done.stderr
     assert "4 conversations" in sh(project, "git log -1 --format=%B")
     os.utime(project / "inbox/followed.json", (0, 0))
-    (why,) = rounds.step(project, following.model_copy(update={"follow": [str(tmp_path / "gone")], "min_conversations": 1}))
+    gone = following.model_copy(update={"follow": [str(tmp_path / "gone")], "min_conversations": 1})
+    (why,) = rounds.step(project, gone)
     assert "not a file" in why
     assert "not a file" in round_policy.last_failure(project)
 

@@ -135,7 +135,8 @@ def _round() -> None:
 def take_followed(settings: RoundsSettings) -> None:
     """Import what is new in the sources of rounds.follow."""
     if settings.follow:
-        import_files(argparse.Namespace(files=[Path(path).expanduser() for path in settings.follow], model=None, follow=True))
+        files = [Path(path).expanduser() for path in settings.follow]
+        import_files(argparse.Namespace(files=files, model=None, follow=True))
 
 
 def free_gpu(settings: DeploySettings) -> None:
