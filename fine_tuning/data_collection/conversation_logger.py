@@ -314,11 +314,9 @@ def _open(path: Path) -> int:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        there = os.stat(path)
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _write_whole(descriptor: int, line: bytes, durable: bool) -> None:

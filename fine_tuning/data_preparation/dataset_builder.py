@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -116,7 +116,9 @@ class DatasetBuilder:
         newest = _newest(conversations)
         built = self.build(newest, clusters=_equal_clusters(newest))
         if not built.splits["train"]:
-            raise UserError(f"no conversation is left to train on: {_reasons(built.left_out)}")
+            reasons = sorted(Counter(built.left_out.values()).items())
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing was given"
+            raise UserError(f"no conversation is left to train on: {why}")
         return {split: [row.stored() for row in built.splits[split]] for split in SPLITS}
 
     def build(
@@ -199,7 +201,9 @@ class DatasetBuilder:
             return (row for row in catalogue.rows(split) if row.id not in without)
 
         spent: Counter[str] = Counter()
-        for row, windows in (pair for chunk in run(encode, _chunks(assigned())) for pair in chunk):
+        rows = assigned()
+        chunks = iter(lambda: list(islice(rows, CHUNK)), [])
+        for row, windows in chain.from_iterable(run(encode, chunks)):
             if isinstance(windows, str):
                 catalogue.leave_out([row], split, windows)
                 continue
@@ -254,11 +258,6 @@ def _fractions(validation: float, test: float, latest_from: str | None) -> Fract
         raise UserError(f"latest_from = {latest_from!r} is no date: give one such as 2026-01-31") from None
 
 
-def _chunks(rows: Iterator[AssignedRow]) -> Iterator[list[AssignedRow]]:
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk
-
-
 def _encode(
     rows: list[AssignedRow],
     conversations: Conversations,
@@ -291,9 +290,7 @@ def _encode(
     return pairs
 
 
-@lru_cache(maxsize=1)
-def _loaded(folder: Path) -> "PreTrainedTokenizerFast":
-    return load_tokenizer(folder)
+_loaded = lru_cache(maxsize=1)(load_tokenizer)
 
 
 def _shared_runs(
@@ -341,8 +338,3 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
         if (cluster := first.setdefault(key, identity)) != identity:
             clusters[identity] = cluster
     return clusters
-
-
-def _reasons(left_out: Mapping[str, str]) -> str:
-    counts = Counter(left_out.values())
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing was given"

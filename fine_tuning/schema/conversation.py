@@ -278,10 +278,10 @@ def short_hash(value: Any) -> str:
 
 def version_hash(conversation: dict[str, Any]) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
-    messages = [
-        [*map(m.get, ("role", "content", "model", "weight")), *sorted(_said(a) for a in m.get("alternatives") or [])]
-        for m in conversation["messages"]
-    ]
+    messages = []
+    for m in conversation["messages"]:
+        others = sorted([str(a.get("content")), str(a.get("model"))] for a in m.get("alternatives") or [])
+        messages.append([*map(m.get, ("role", "content", "model", "weight")), *others])
     feedback = [
         [*map(e.get, ("message_id", "rating", "comment", "edited", "by")), *_over(e)]
         for e in conversation.get("feedback") or []
@@ -292,10 +292,6 @@ def version_hash(conversation: dict[str, Any]) -> str:
 def _over(entry: dict[str, Any]) -> list[Any]:
     over = entry.get("over") or []
     return list(over) if isinstance(over, (list, tuple)) else [over]
-
-
-def _said(message: dict[str, Any]) -> list[str]:
-    return [str(message.get("content")), str(message.get("model"))]
 
 
 # -----------------------------------------------------------------------------
@@ -454,7 +450,9 @@ def _add_exchange(
     else:
         if not _replace(event, conversation, new["messages"]):
             conversation["messages"].extend(new["messages"])
-        conversation["metadata"] = _joined(conversation["metadata"], new["metadata"])
+        known, added = conversation["metadata"], new["metadata"]
+        people = speakers(known) | speakers(added)
+        conversation["metadata"] = added | known | ({"users": sorted(people)} if len(people) > 1 else {})
     for message in new["messages"]:
         owners[message["id"]] = conversation
     return True
@@ -465,12 +463,6 @@ def speakers(metadata: dict[str, Any]) -> set[str]:
     several = metadata.get("users")
     named = [metadata.get("user_id"), metadata.get("user"), *(several if isinstance(several, list) else [])]
     return {str(name) for name in named if name not in (None, "")}
-
-
-def _joined(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a conversation and of one more exchange; `users` names all who spoke, where they are several."""
-    people = speakers(known) | speakers(new)
-    return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
 
 
 def message_ids(conversation: dict[str, Any]) -> Iterator[str]:
