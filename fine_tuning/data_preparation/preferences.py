@@ -35,8 +35,7 @@ class Found:
 def settle(judgements: Iterable[Judgement], dropped: Counter[str]) -> tuple[list[Found], list[Found]]:
     """(pairs, replies with a thumb that are in no pair), in an order that depends on nothing but what was said.
 
-    Args:
-        dropped: counts what was dropped, by reason: `equal_replies`, `tie`.
+    `dropped` counts what was dropped, by reason: `equal_replies`, `tie`.
     """
     direct: dict[tuple[str, tuple[str, ...]], list[Judgement]] = defaultdict(list)
     thumbs: dict[tuple[str, tuple[str, ...]], list[Judgement]] = defaultdict(list)
@@ -86,19 +85,13 @@ def _decided(said: list[Judgement], answer: Callable[[Judgement], Any], dropped:
 
 @dataclass
 class PreferenceEncoder:
-    """Makes token ids and labels of pairs and thumbs, each in the split of its conversations.
-
-    Args:
-        builder: the one that assigned them.
-        split_of, cluster_of: by conversation id; one that is not named is in no split, and a cluster of its own.
-        dropped: counts what was dropped, by reason: `no_split`, `two_splits`, `overlaps_test`, `too_long`, `template`.
-    """
+    """Makes token ids and labels of pairs and thumbs, each in the split of its conversations."""
 
     tokenizer: "PreTrainedTokenizerFast"
-    builder: DatasetBuilder
-    split_of: Mapping[str, str]
-    cluster_of: Mapping[str, str]
-    dropped: Counter[str]
+    builder: DatasetBuilder  # the one that assigned the conversations
+    split_of: Mapping[str, str]  # by conversation id; one that is not named is in no split
+    cluster_of: Mapping[str, str]  # by conversation id; one that is not named is a cluster of its own
+    dropped: Counter[str]  # counts `no_split`, `two_splits`, `overlaps_test`, `too_long`, `template`
 
     def record(self, found: Found) -> tuple[str, PreferredPair | Thumb] | None:
         """(split, record) of a pair or of a reply with its thumb; None where it was dropped."""
