@@ -56,11 +56,7 @@ class ExportSettings(Settings):
 
 
 class DataExporter:
-    """Writes conversations into files of one folder.
-
-    Args:
-        folder: where the files go; made if it is not there.
-        compression: none, gzip or zstd.
+    """Writes conversations into files of one folder, which is made if it is not there.
 
     Raises:
         UserError: the compression is unknown.

@@ -216,9 +216,8 @@ def find_preferences(
     """The pairs and thumbs of clean conversations. What was judged is in memory, not the conversations.
 
     Args:
-        assigned: (conversation id, split) of every conversation.
+        assigned: (conversation id, split) of every conversation, by `builder`.
         clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
-        builder: the one that assigned them.
     """
     dropped: Counter[str] = Counter()
     judgements = [j for conversation in conversations for j in judgements_of(conversation)]
