@@ -68,17 +68,9 @@ class ConversationLogger:
         metadata = dict(metadata or {})
         identity = id or uuid.uuid4().hex
         session = metadata.get("session_id")
-        self._append(
-            {
-                "event": "exchange",
-                "id": identity,
-                "conversation_id": session_name(str(session)) if session else identity,
-                "user_message": user_message,
-                "assistant_response": assistant_response,
-                "timestamp": timestamp or now(),
-                "metadata": metadata,
-            }
-        )
+        named = {"id": identity, "conversation_id": session_name(str(session)) if session else identity}
+        said = {"user_message": user_message, "assistant_response": assistant_response}
+        self._append({"event": "exchange"} | named | said | {"timestamp": timestamp or now(), "metadata": metadata})
         return identity
 
     def log_feedback(
@@ -314,11 +306,9 @@ def _open(path: Path) -> int:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        there = os.stat(path)
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _write_whole(descriptor: int, line: bytes, durable: bool) -> None:

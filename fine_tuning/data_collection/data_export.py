@@ -56,11 +56,7 @@ class ExportSettings(Settings):
 
 
 class DataExporter:
-    """Writes conversations into files of one folder.
-
-    Args:
-        folder: where the files go; made if it is not there.
-        compression: none, gzip or zstd.
+    """Writes conversations into files of one folder, which is made if it is not there.
 
     Raises:
         UserError: the compression is unknown.
@@ -88,7 +84,12 @@ class DataExporter:
         files = FILES | JUDGED
         if unknown := [name for name in formats if name not in files]:
             raise UserError(f"unknown export format {unknown[0]!r}: choose from {', '.join(files)}")
-        self._make_folder()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if no_space(error):
+                raise
+            raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another folder") from None
         paths = {name: self.folder / (files[name] + SUFFIXES[self.compression]) for name in formats}
         self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
         with ExitStack() as stack:
@@ -106,14 +107,6 @@ class DataExporter:
     def export(self, conversations: Iterable[dict], format: ExportFormat) -> Path:
         """Write one format and return its file."""
         return self.export_all_formats(conversations, [format])[format]
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            if no_space(error):
-                raise
-            raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another folder") from None
 
     def _open(self, stack: ExitStack, name: str, path: Path) -> Callable[[dict], bool]:
         file = stack.enter_context(_compressed(stack.enter_context(replacing(path)), self.compression))
@@ -159,7 +152,7 @@ def _compressed(raw: BinaryIO, compression: str) -> AbstractContextManager[Binar
 # containers: a context that gives a function which writes one conversation and says whether it could
 
 
-def _json(convert: Callable[[dict], dict | None], array: bool = False) -> Callable:
+def _json(records: Callable[[dict], Iterable[dict]], array: bool = False) -> Callable:
     """JSON Lines, or one array of all."""
 
     @contextmanager
@@ -168,13 +161,12 @@ def _json(convert: Callable[[dict], dict | None], array: bool = False) -> Callab
 
         def write(conversation: dict) -> bool:
             nonlocal count
-            record = convert(conversation)
-            if record is None:
-                return False
-            line = to_line(record)
-            file.write((b",\n" if count else b"[\n") + line.rstrip(b"\n") if array else line)
-            count += 1
-            return True
+            before = count
+            for record in records(conversation):
+                line = to_line(record)
+                file.write((b",\n" if count else b"[\n") + line.rstrip(b"\n") if array else line)
+                count += 1
+            return count > before
 
         yield write
         if array:
@@ -183,20 +175,12 @@ def _json(convert: Callable[[dict], dict | None], array: bool = False) -> Callab
     return container
 
 
-def _judgements(convert: Callable[[Judgement], dict | None]) -> Callable:
-    """JSON Lines, one for each judgement that has a place in the format."""
+def _one(convert: Callable[[dict], dict | None]) -> Callable[[dict], Iterable[dict]]:
+    return lambda conversation: filter(None, [convert(conversation)])
 
-    @contextmanager
-    def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
-        def write(conversation: dict) -> bool:
-            records = [record for j in judgements_of(conversation) if (record := convert(j))]
-            for record in records:
-                file.write(to_line(record))
-            return bool(records)
 
-        yield write
-
-    return container
+def _each_judgement(convert: Callable[[Judgement], dict | None]) -> Callable[[dict], Iterable[dict]]:
+    return lambda conversation: filter(None, map(convert, judgements_of(conversation)))
 
 
 @contextmanager
@@ -348,15 +332,15 @@ def _judged(judgement: Judgement, name: str) -> dict:
 
 
 _CONTAINERS: dict[str, Callable] = {
-    "json": _json(lambda conversation: conversation, array=True),
+    "json": _json(lambda conversation: [conversation], array=True),
     "csv": _csv,
-    "chatml": _json(_chatml_line),
-    "alpaca": _json(to_alpaca, array=True),
-    "instruction": _json(to_instruction),
-    "openai": _json(to_openai),
-    "sharegpt": _json(to_sharegpt, array=True),
-    "dpo": _judgements(to_dpo),
-    "kto": _judgements(to_kto),
+    "chatml": _json(_one(_chatml_line)),
+    "alpaca": _json(_one(to_alpaca), array=True),
+    "instruction": _json(_one(to_instruction)),
+    "openai": _json(_one(to_openai)),
+    "sharegpt": _json(_one(to_sharegpt), array=True),
+    "dpo": _json(_each_judgement(to_dpo)),
+    "kto": _json(_each_judgement(to_kto)),
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -99,7 +99,17 @@ class DatasetBuilder:
             number = getattr(self, name)
             if number is not None and (not isinstance(number, int) or number < 0):
                 raise UserError(f"{name} = {number!r} is no whole number from 0: give one")
-        self.fractions = _fractions(self.validation_fraction, self.test_fraction, self.latest_from)
+        shares = (self.validation_fraction, self.test_fraction)
+        if not all(isinstance(share, (int, float)) and share >= 0 for share in shares) or sum(shares) >= 1:
+            raise UserError(
+                f"validation_fraction = {shares[0]!r} and test_fraction = {shares[1]!r} leave nothing to train on, or "
+                "are no shares: give two numbers from 0 that are below 1 together"
+            )
+        try:
+            day = self.latest_from and date.fromisoformat(self.latest_from).isoformat()
+        except (TypeError, ValueError):
+            raise UserError(f"latest_from = {self.latest_from!r} is no date: give one such as 2026-01-31") from None
+        self.fractions = Fractions(*shares, day)
         if isinstance(self.tokenizer, str):
             self.tokenizer = Path(self.tokenizer)
         self.held_out = HeldOut(self.decontamination_words)
@@ -116,7 +126,9 @@ class DatasetBuilder:
         newest = _newest(conversations)
         built = self.build(newest, clusters=_equal_clusters(newest))
         if not built.splits["train"]:
-            raise UserError(f"no conversation is left to train on: {_reasons(built.left_out)}")
+            reasons = sorted(Counter(built.left_out.values()).items())
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons) or "nothing was given"
+            raise UserError(f"no conversation is left to train on: {why}")
         return {split: [row.stored() for row in built.splits[split]] for split in SPLITS}
 
     def build(
@@ -132,10 +144,8 @@ class DatasetBuilder:
             assigned: conversation id → split of earlier builds (the ledger).
         """
         with Catalogue() as catalogue:
-            dealing = self.assign(
-                HeldConversations(conversations), catalogue, clusters.items(), (assigned or {}).items()
-            )
-            splits = {split: list(rows) for split, rows in dealing}
+            held, known = HeldConversations(conversations), (assigned or {}).items()
+            splits = {split: list(rows) for split, rows in self.assign(held, catalogue, clusters.items(), known)}
             return Build({split: splits[split] for split in SPLITS}, dict(catalogue.assigned()), catalogue.left_out())
 
     def assign(
@@ -167,7 +177,9 @@ class DatasetBuilder:
         repeated: Set[str] = frozenset()
         for split in ("test", "validation", "train"):
             if split == "train" and self.decontamination_words:
-                repeated = self._repeated(conversations, catalogue, held_out, run)
+                scan = partial(_shared_runs, conversations=conversations, train_on=self.train_on, held_out=held_out)
+                found = chain.from_iterable(map(dict.items, run(scan, catalogue.places("train"))))
+                repeated = repeating(dict(found), catalogue.count("train"))
                 overlapping = (row for row in catalogue.rows(split) if row.id in repeated)
                 catalogue.leave_out(overlapping, split, "overlaps_test")
             rows = self._prepared(split, repeated, conversations, catalogue, run)
@@ -176,14 +188,6 @@ class DatasetBuilder:
     def overlaps_test(self, messages: list[dict]) -> bool:
         """Whether messages share a run of words with the test split that was dealt last."""
         return bool(self.decontamination_words and self.held_out.shared_with(messages))
-
-    def _repeated(self, conversations: Conversations, catalogue: Catalogue, held_out: HeldOut, run: Map) -> Set[str]:
-        """The ids of train that repeat the test split."""
-        scan = partial(_shared_runs, conversations=conversations, train_on=self.train_on, held_out=held_out)
-        shared: dict[str, set[Run]] = {}
-        for found in run(scan, catalogue.places("train")):
-            shared |= found
-        return repeating(shared, catalogue.count("train"))
 
     def _prepared(
         self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map
@@ -199,7 +203,9 @@ class DatasetBuilder:
             return (row for row in catalogue.rows(split) if row.id not in without)
 
         spent: Counter[str] = Counter()
-        for row, windows in (pair for chunk in run(encode, _chunks(assigned())) for pair in chunk):
+        rows = assigned()
+        chunks = iter(lambda: list(islice(rows, CHUNK)), [])
+        for row, windows in chain.from_iterable(run(encode, chunks)):
             if isinstance(windows, str):
                 catalogue.leave_out([row], split, windows)
                 continue
@@ -239,26 +245,6 @@ def _some_windows(windows: list[PreparedRow], tokens: int, salt: str) -> list[Pr
     return kept
 
 
-def _fractions(validation: float, test: float, latest_from: str | None) -> Fractions:
-    if (
-        not all(isinstance(share, (int, float)) and share >= 0 for share in (validation, test))
-        or validation + test >= 1
-    ):
-        raise UserError(
-            f"validation_fraction = {validation!r} and test_fraction = {test!r} leave nothing to train on, or are no "
-            "shares: give two numbers from 0 that are below 1 together"
-        )
-    try:
-        return Fractions(validation, test, latest_from and date.fromisoformat(latest_from).isoformat())
-    except (TypeError, ValueError):
-        raise UserError(f"latest_from = {latest_from!r} is no date: give one such as 2026-01-31") from None
-
-
-def _chunks(rows: Iterator[AssignedRow]) -> Iterator[list[AssignedRow]]:
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk
-
-
 def _encode(
     rows: list[AssignedRow],
     conversations: Conversations,
@@ -291,9 +277,7 @@ def _encode(
     return pairs
 
 
-@lru_cache(maxsize=1)
-def _loaded(folder: Path) -> "PreTrainedTokenizerFast":
-    return load_tokenizer(folder)
+_loaded = lru_cache(maxsize=1)(load_tokenizer)
 
 
 def _shared_runs(
@@ -341,8 +325,3 @@ def _equal_clusters(conversations: Sequence[dict]) -> dict[str, str]:
         if (cluster := first.setdefault(key, identity)) != identity:
             clusters[identity] = cluster
     return clusters
-
-
-def _reasons(left_out: Mapping[str, str]) -> str:
-    counts = Counter(left_out.values())
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "nothing was given"

@@ -82,13 +82,10 @@ def _chatml(conversation: dict) -> dict[str, Any]:
     turns = [{"role": m["role"], "content": m["content"]} for m in conversation["messages"]]
     for turn in turns:
         if "<|im_" in turn["content"]:
-            turn["content"] = _plain(turn["content"])
+            # ChatML has no escape: a space in what looks like its marks, so that no turn is forged.
+            plain = turn["content"].replace("<|im_start|>", "<|im_start |>")
+            turn["content"] = plain.replace("<|im_end|>", "<|im_end |>")
     return to_chatml({"id": conversation["id"], "messages": turns}) | {"messages": turns}
-
-
-def _plain(content: str) -> str:
-    """ChatML text has no escape: what looks like its marks is written with a space, so that no turn is forged."""
-    return content.replace("<|im_start|>", "<|im_start |>").replace("<|im_end|>", "<|im_end |>")
 
 
 def _alternating(conversation: dict) -> dict:

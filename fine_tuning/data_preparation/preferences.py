@@ -6,8 +6,9 @@ contradicting judgements one person's newest counts, and of several people's the
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,24 +35,21 @@ class Found:
 def settle(judgements: Iterable[Judgement], dropped: Counter[str]) -> tuple[list[Found], list[Found]]:
     """(pairs, replies with a thumb that are in no pair), in an order that depends on nothing but what was said.
 
-    Args:
-        dropped: counts what was dropped, by reason: `equal_replies`, `tie`.
+    `dropped` counts what was dropped, by reason: `equal_replies`, `tie`.
     """
-    direct: dict[tuple[str, frozenset[str]], list[Judgement]] = defaultdict(list)
-    thumbs: dict[tuple[str, str], list[Judgement]] = defaultdict(list)
+    direct: dict[tuple[str, tuple[str, ...]], list[Judgement]] = defaultdict(list)
+    thumbs: dict[tuple[str, tuple[str, ...]], list[Judgement]] = defaultdict(list)
     for judgement in judgements:
-        texts = [folded(reply.text) for reply in (judgement.better, judgement.worse) if reply]
-        if len(texts) == 1:
-            thumbs[judgement.key, texts[0]].append(judgement)
-        elif texts[0] == texts[1]:
+        texts = tuple(sorted(folded(reply.text) for reply in _replies(judgement)))
+        if len(texts) > len(set(texts)):
             dropped["equal_replies"] += 1
         else:
-            direct[judgement.key, frozenset(texts)].append(judgement)
-    pairs = [_decided(said, lambda j: folded(j.better.text), dropped) for _, said in sorted(direct.items(), key=_order)]
+            (direct if judgement.worse else thumbs)[judgement.key, texts].append(judgement)
+    pairs = (_decided(said, lambda j: folded(j.better.text), dropped) for _, said in sorted(direct.items()))
     found = [pair for pair in pairs if pair]
     judged = {(pair.judgement.key, folded(r.text)) for pair in found for r in _replies(pair.judgement)}
     sides: dict[str, dict[bool, list[Found]]] = defaultdict(lambda: {True: [], False: []})
-    for _, said in sorted(thumbs.items(), key=_order):
+    for _, said in sorted(thumbs.items()):
         if decided := _decided(said, lambda j: j.liked, dropped):
             sides[decided.judgement.key][decided.judgement.liked].append(decided)
     single: list[Found] = []
@@ -59,7 +57,7 @@ def settle(judgements: Iterable[Judgement], dropped: Counter[str]) -> tuple[list
         taken = min(map(len, side.values()))
         for liked, disliked in zip(side[True], side[False], strict=False):
             first, second = liked.judgement, disliked.judgement
-            if (key, frozenset(folded(j.better.text) for j in (first, second))) in direct:
+            if (key, tuple(sorted(folded(j.better.text) for j in (first, second)))) in direct:
                 continue  # they were compared directly
             pair = Judgement(first.prompt, first.better, second.better, True, "thumbs", first.by, first.at, "")
             found.append(Found(pair, sorted({*liked.conversations, *disliked.conversations})))
@@ -68,13 +66,8 @@ def settle(judgements: Iterable[Judgement], dropped: Counter[str]) -> tuple[list
     return found, single
 
 
-def _order(item: tuple[tuple[str, Any], list[Judgement]]) -> tuple[str, list[str]]:
-    (key, texts), _ = item
-    return key, sorted(texts) if isinstance(texts, frozenset) else [texts]
-
-
 def _replies(judgement: Judgement) -> list[Reply]:
-    return [judgement.better, *([judgement.worse] if judgement.worse else [])]
+    return [reply for reply in (judgement.better, judgement.worse) if reply]
 
 
 def _decided(said: list[Judgement], answer: Callable[[Judgement], Any], dropped: Counter[str]) -> Found | None:
@@ -90,51 +83,40 @@ def _decided(said: list[Judgement], answer: Callable[[Judgement], Any], dropped:
     return Found(chosen, sorted({judgement.conversation for judgement in said}))
 
 
+@dataclass
 class PreferenceEncoder:
-    """Makes token ids and labels of pairs and thumbs, each in the split of its conversations.
+    """Makes token ids and labels of pairs and thumbs, each in the split of its conversations."""
 
-    Args:
-        split_of: conversation id -> its split, None where it is in none.
-        cluster_of: conversation id -> its cluster.
-        overlaps_test: whether messages share a run of words with the test split.
-        dropped: counts what was dropped, by reason: `no_split`, `two_splits`, `overlaps_test`, `too_long`, `template`.
-    """
+    tokenizer: "PreTrainedTokenizerFast"
+    builder: DatasetBuilder  # the one that assigned the conversations
+    split_of: Mapping[str, str]  # by conversation id; one that is not named is in no split
+    cluster_of: Mapping[str, str]  # by conversation id; one that is not named is a cluster of its own
+    dropped: Counter[str]  # counts `no_split`, `two_splits`, `overlaps_test`, `too_long`, `template`
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerFast",
-        system_prompt: str | None,
-        max_length: int,
-        split_of: Callable[[str], str | None],
-        cluster_of: Callable[[str], str],
-        overlaps_test: Callable[[list[dict[str, Any]]], bool],
-        dropped: Counter[str],
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.system_prompt = system_prompt
-        self.max_length = max_length
-        self.split_of = split_of
-        self.cluster_of = cluster_of
-        self.overlaps_test = overlaps_test
-        self.dropped = dropped
-
-    def pair(self, found: Found) -> tuple[str, PreferredPair] | None:
-        """(split, record) of a pair; None where it was dropped."""
-        judgement, worse = found.judgement, found.judgement.worse
-        assert worse is not None
+    def record(self, found: Found) -> tuple[str, PreferredPair | Thumb] | None:
+        """(split, record) of a pair or of a reply with its thumb; None where it was dropped."""
         if not (placed := self._placed(found)):
             return None
-        split, (chosen, rejected) = placed
+        split, encoded = placed
+        judgement, first = found.judgement, found.conversations[0]
+        better, worse = judgement.better, judgement.worse
+        shared: dict[str, Any] = {
+            "id": short_hash([judgement.key, *(reply.text for reply in _replies(judgement))]),
+            "cluster": self.cluster_of.get(first, first),
+            "person": judgement.by,
+            "conversations": found.conversations,
+            "messages": judgement.prompt,
+        }
+        if worse is None:
+            shared |= {"liked": judgement.liked, "reply": better.text, "author": better.author}
+            return split, Thumb(**shared, input_ids=encoded[0].input_ids, labels=encoded[0].labels)
+        chosen, rejected = encoded
         return split, PreferredPair(
-            id=short_hash([judgement.key, judgement.better.text, worse.text]),
-            cluster=self.cluster_of(found.conversations[0]),
+            **shared,
             kind=judgement.kind,
-            person=judgement.by,
-            conversations=found.conversations,
-            messages=judgement.prompt,
-            chosen=judgement.better.text,
+            chosen=better.text,
             rejected=worse.text,
-            chosen_author=judgement.better.author,
+            chosen_author=better.author,
             rejected_author=worse.author,
             chosen_ids=chosen.input_ids,
             chosen_labels=chosen.labels,
@@ -142,60 +124,34 @@ class PreferenceEncoder:
             rejected_labels=rejected.labels,
         )
 
-    def thumb(self, found: Found) -> tuple[str, Thumb] | None:
-        """(split, record) of a reply with its thumb; None where it was dropped."""
-        judgement = found.judgement
-        if not (placed := self._placed(found)):
-            return None
-        split, (encoded,) = placed
-        return split, Thumb(
-            id=short_hash([judgement.key, judgement.better.text]),
-            cluster=self.cluster_of(found.conversations[0]),
-            liked=judgement.liked,
-            person=judgement.by,
-            conversations=found.conversations,
-            messages=judgement.prompt,
-            reply=judgement.better.text,
-            author=judgement.better.author,
-            input_ids=encoded.input_ids,
-            labels=encoded.labels,
-        )
-
     def _placed(self, found: Found) -> tuple[str, list[Encoded]] | None:
-        reason, encoded = None, []
-        splits = {self.split_of(identity) for identity in found.conversations}
+        """The split of all its conversations, and its encoded replies."""
+        prompt = found.judgement.prompt
+        replies = [{"role": "assistant", "content": reply.text} for reply in _replies(found.judgement)]
+        splits = {self.split_of.get(identity) for identity in found.conversations}
         split = splits.pop()
-        if splits or split is None:
-            reason = "two_splits" if splits else "no_split"
+        if splits:
+            reason = "two_splits"
+        elif split is None:
+            reason = "no_split"
+        elif split == "train" and self.builder.overlaps_test([*prompt, *replies]):
+            reason = "overlaps_test"
         else:
-            replies = [{"role": "assistant", "content": r.text} for r in _replies(found.judgement)]
-            if split == "train" and self.overlaps_test([*found.judgement.prompt, *replies]):
-                reason = "overlaps_test"
-            else:
-                try:
-                    encoded = self._encode(found.judgement.prompt, replies)
-                except RenderError:
-                    reason = "template"
-                else:
-                    reason = None if encoded else "too_long"
-        if reason or split is None:
-            self.dropped[str(reason)] += 1
-            return None
-        return split, encoded
+            try:
+                if encoded := self._encode(prompt, replies):
+                    return split, encoded
+                reason = "too_long"
+            except RenderError:
+                reason = "template"
+        self.dropped[reason] += 1
+        return None
 
     def _encode(self, prompt: list[dict[str, Any]], replies: list[dict[str, Any]]) -> list[Encoded]:
         """All replies after the same prompt, without its oldest turns where it is too long; [] where none is left."""
+        limits = self.builder.system_prompt, self.builder.max_length
         while True:
-            encoded = [
-                encode_conversation(
-                    self.tokenizer,
-                    [*prompt, reply],
-                    self.system_prompt,
-                    self.max_length,
-                    [False] * len(prompt) + [True],
-                )
-                for reply in replies
-            ]
+            trained = [False] * len(prompt) + [True]
+            encoded = [encode_conversation(self.tokenizer, [*prompt, reply], *limits, trained) for reply in replies]
             dropped = max(one.dropped_messages for one in encoded)
             if not dropped:
                 return [] if any(one.cut_tokens for one in encoded) else encoded
@@ -260,28 +216,17 @@ def find_preferences(
     """The pairs and thumbs of clean conversations. What was judged is in memory, not the conversations.
 
     Args:
-        assigned: (conversation id, split) of every conversation.
+        assigned: (conversation id, split) of every conversation, by `builder`.
         clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
-        builder: the one that assigned them.
     """
     dropped: Counter[str] = Counter()
     judgements = [j for conversation in conversations for j in judgements_of(conversation)]
     judged = {judgement.conversation for judgement in judgements}
     split_of = {identity: split for identity, split in assigned if identity in judged and split != LEFT_OUT}
     cluster = {identity: name for identity, name in clusters if identity in judged}
-    encoder = PreferenceEncoder(
-        tokenizer,
-        builder.system_prompt,
-        builder.max_length,
-        split_of.get,
-        lambda identity: cluster.get(identity, identity),
-        builder.overlaps_test,
-        dropped,
-    )
+    encoder = PreferenceEncoder(tokenizer, builder, split_of, cluster, dropped)
     found = Preferences({split: [] for split in SPLITS}, {split: [] for split in SPLITS}, dropped)
-    pairs, thumbs = settle(judgements, dropped)
-    for pair in filter(None, map(encoder.pair, pairs)):
-        found.pairs[pair[0]].append(pair[1])
-    for thumb in filter(None, map(encoder.thumb, thumbs)):
-        found.thumbs[thumb[0]].append(thumb[1])
+    for split, record in filter(None, map(encoder.record, chain(*settle(judgements, dropped)))):
+        kind: dict[str, list[Any]] = found.pairs if isinstance(record, PreferredPair) else found.thumbs
+        kind[split].append(record)
     return found

@@ -95,8 +95,7 @@ def length_histogram(tallies: Mapping[str, Tally], bins: int = 16) -> list[dict[
 def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> Iterator[str]:
     """What was prepared, what was left out for what reason, and what no window holds: a line each.
 
-    Args:
-        new: conversations that had no split before.
+    `new` are conversations that had no split before.
     """
     totals = {split: tallies[split].totals for split in SPLITS}
     counts = ", ".join(f"{totals[split]['conversations']} {split}" for split in SPLITS)

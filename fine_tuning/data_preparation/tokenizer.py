@@ -6,7 +6,7 @@ control token typed by a user, such as `<|im_start|>`, stays ordinary text.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,7 @@ class TokenizerReport:
 
 
 class TokenizerUtils:
-    """Any fast Hugging Face tokenizer, and how it fares on conversations.
-
-    Args:
-        name: a folder, a tokenizer.json, a .gguf file or a hub id.
+    """Any fast Hugging Face tokenizer (a folder, a tokenizer.json, a .gguf file or a hub id) on conversations.
 
     Raises:
         UserError: there is no such tokenizer, it has no fast form, or its chat template does not end.
@@ -78,8 +75,11 @@ class TokenizerUtils:
         """
         counts: Counter[str] = Counter()
         unknown = self.tokenizer.unk_token_id
-        for conversation in conversations:
-            messages = _messages_of(conversation)
+        for record in conversations:
+            conversation = as_conversation(record) if isinstance(record, dict) else {}
+            if problem_of(conversation) is not None:
+                raise UserError("a conversation has no messages with role and content: give exchanges or conversations")
+            messages = conversation["messages"]
             contents = [message["content"] for message in messages]
             encoded = [self._encode_plain(content) for content in contents]
             tokens = sum(map(len, encoded))
@@ -166,22 +166,12 @@ def comparison_table(reports: Sequence[TokenizerReport]) -> str:
     """The reports side by side as a Markdown table, a column a tokenizer."""
     header = ["", *(report.name for report in reports)]
     rows = [header, ["---", *("---:" for _ in reports)]]
-    for field in ("vocabulary", "conversations", "turns"):
-        rows.append([field, *(f"{getattr(report, field):,}" for report in reports)])
-    for field in ("tokens_per_turn", "tokens_per_character"):
-        rows.append([field.replace("_", " "), *(f"{getattr(report, field):.3f}" for report in reports)])
-    for field in ("template_share", "truncated_share", "refused_share", "unknown_share", "lossy_share"):
-        shares = [getattr(report, field) for report in reports]
-        rows.append([field.replace("_", " "), *("unknown" if share is None else f"{share:.2%}" for share in shares)])
+    for name in [field.name for field in fields(TokenizerReport)][1:-1]:
+        form = ".2%" if name.endswith("_share") else ".3f" if name.startswith("tokens_per") else ","
+        numbers = [getattr(report, name) for report in reports]
+        rows.append([name.replace("_", " "), *("unknown" if n is None else format(n, form) for n in numbers)])
     rows.append(["special tokens", *("; ".join(report.problems).replace("|", r"\|") or "sound" for report in reports)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _messages_of(record: dict) -> list[dict]:
-    conversation = as_conversation(record) if isinstance(record, dict) else {}
-    if problem_of(conversation) is not None:
-        raise UserError("a conversation has no messages with role and content: give exchanges or conversations")
-    return conversation["messages"]
 
 
 def _load_any(name: str) -> "PreTrainedTokenizerFast":

@@ -26,9 +26,7 @@ LEARNED_FROM = "train"
 class ForgottenModels:
     """The versions and runs of one registry, seen from the conversations that are forgotten.
 
-    Args:
-        registry: the registry.
-        scratch: folder for temporary copies.
+    `scratch` is a folder for temporary copies.
     """
 
     def __init__(self, registry: ModelRegistry, scratch: Path) -> None:
@@ -47,15 +45,12 @@ class ForgottenModels:
 
     def continued(self, adapters: set[str]) -> set[str]:
         """The adapters, and those whose training went on from one of them, by the parameters of the runs."""
-        runs = [run for run in self._runs() if run.data.params.get("start_from", "None") != "None"]
+        runs = [run.data for run in self._runs()]
+        starts = [(run.tags.get("adapter_sha256"), run.params.get("start_from", "None")) for run in runs]
+        starts = [(adapter, start) for adapter, start in starts if adapter is not None and start != "None"]
         found = set(adapters)
         while True:
-            further = {
-                run.data.tags["adapter_sha256"]
-                for run in runs
-                if "adapter_sha256" in run.data.tags
-                and any(sha256.startswith(run.data.params["start_from"]) for sha256 in found)
-            }
+            further = {adapter for adapter, start in starts if any(sha256.startswith(start) for sha256 in found)}
             if further <= found:
                 return found
             found |= further

@@ -269,13 +269,9 @@ def git_objects_with(checkout: Path, traces: Traces) -> tuple[list[str], int]:
         if header[1] != b"tree" and traces.in_bytes(data):
             found.append(header[0].decode())
     process.wait()
-    return [_name_of(checkout, oid) for oid in found], count
-
-
-def _name_of(checkout: Path, oid: str) -> str:
-    listed = _git(checkout, "rev-list", "--all", "--objects").decode("utf-8", "replace")
-    name = next((line.partition(" ")[2] for line in listed.splitlines() if line.startswith(oid)), "")
-    return f"{name} ({oid[:9]})" if name else oid
+    listed = _git(checkout, "rev-list", "--all", "--objects").decode("utf-8", "replace") if found else ""
+    names = {oid: path for oid, _, path in (line.partition(" ") for line in listed.splitlines())}
+    return [f"{names[oid]} ({oid[:9]})" if names.get(oid) else oid for oid in found], count
 
 
 def _git(checkout: Path, *words: str) -> bytes:

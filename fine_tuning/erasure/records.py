@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +50,16 @@ class Selection:
 
 @dataclass
 class Found:
-    """The conversations of a selection.
-
-    Args:
-        ids: their ids.
-        messages: ids of their messages.
-        versions: every version, for tombstones. Never written anywhere.
-        by: the user whose judgements of other people's conversations go as well.
-        people: traces of what people wrote: messages, edits, comments.
-        models: traces of what models wrote, which a model may write again.
-        names: traces of ids of conversations and messages.
-        texts: the traces of each message, by which it can be said which messages cannot be searched for.
-    """
+    """The conversations of a selection."""
 
     ids: set[str] = field(default_factory=set)
-    messages: set[str] = field(default_factory=set)
-    versions: list[dict] = field(default_factory=list)
-    by: str | None = None
-    people: Traces = field(default_factory=lambda: Traces({}))
-    models: Traces = field(default_factory=lambda: Traces({}))
-    names: Traces = field(default_factory=lambda: Traces({}))
+    messages: set[str] = field(default_factory=set)  # their ids
+    versions: list[dict] = field(default_factory=list)  # every one, for tombstones; never written anywhere
+    by: str | None = None  # the user whose judgements of other people's conversations go as well
+    people: Traces = field(default_factory=lambda: Traces({}))  # of what people wrote: messages, edits, comments
+    models: Traces = field(default_factory=lambda: Traces({}))  # of what models wrote, which a model may write again
+    names: Traces = field(default_factory=lambda: Traces({}))  # of ids of conversations and messages
+    # The traces of each message, by which it can be said which messages cannot be searched for.
     texts: list[dict[str, int]] = field(default_factory=list)
 
     def leave_out(self, said: set[str]) -> None:
@@ -120,7 +111,9 @@ def collect(
                 said_by_people += [event[key] for key in ("content", "comment") if isinstance(event.get(key), str)]
     people = Traces.of(said_by_people, key) | Traces.of(said_about, key, kind=None)
     models, names = Traces.of(said_by_models, key), Traces.of(found.ids | found.messages, key, ID)
-    others = (people | models | names).all_in(decoded(_lines_of_others(shards, logs, found)))
+    lines = (line for shard in shards for line in _lines_that_stay(shard, found))
+    events = (line for log in logs for line, event in read_log(log) if event and not _concerns(event, found))
+    others = (people | models | names).all_in(decoded(chain(lines, events)))
     own = {trace for trace, kind in Traces.of(found.ids, key, ID).known.items() if kind == ID}
     found.people, found.models, found.names = people, models.without(people.known), names.without(others - own)
     found.leave_out(others)
@@ -175,9 +168,7 @@ def _messages(conversation: dict) -> Iterator[dict]:
 
 def _judgements(conversation: dict, user: str | None) -> list[dict]:
     """What a user said of a conversation's replies."""
-    return [
-        entry for entry in conversation.get("feedback") or [] if isinstance(entry, dict) and entry.get("by") == user
-    ]
+    return [e for e in conversation.get("feedback") or [] if isinstance(e, dict) and e.get("by") == user]
 
 
 def _texts_of(entry: dict) -> list[str]:
@@ -194,13 +185,6 @@ def _words(conversation: dict) -> tuple[list[str], list[str]]:
     for entry in conversation.get("feedback") or []:
         people += _texts_of(entry)
     return people, models
-
-
-def _lines_of_others(shards: list[Path], logs: list[Path], found: Found) -> Iterator[bytes]:
-    for shard in shards:
-        yield from _lines_that_stay(shard, found)
-    for log in logs:
-        yield from (line + b"\n" for line, event in read_log(log) if event and not _concerns(event, found))
 
 
 def _lines_that_stay(shard: Path, found: Found) -> Iterator[bytes]:
@@ -301,13 +285,12 @@ def _rename_in_manifest(path: Path, old: str, successor: Path | None) -> None:
     manifest = read_manifest(path)
     if all(entry["name"] != old for entry in manifest["shards"]):
         return
-    replaced = [] if successor is None else [describe_shard(successor)]
     kept: list[dict[str, Any]] = []
     for entry in manifest["shards"]:
-        if entry["name"] == old:
-            kept += replaced
-        elif successor is None or entry["name"] != successor.name:
-            kept.append(entry)
+        if entry["name"] != old:
+            kept += [entry] if successor is None or entry["name"] != successor.name else []
+        elif successor is not None:
+            kept.append(describe_shard(successor))
     write_json(path, manifest | {"shards": kept})
 
 

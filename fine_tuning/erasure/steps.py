@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,6 @@ class Work:
     known: dict[str, str] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
     journal: Path = field(default_factory=lambda: SCRATCH / f"forget-{uuid.uuid4().hex[:8]}.json")
-    _models: ForgottenModels | None = None
 
     @property
     def strict(self) -> Traces:
@@ -69,29 +69,23 @@ class Work:
     def everything(self) -> Traces:
         return self.strict | self.found.models
 
-    @property
+    @cached_property
     def models(self) -> ForgottenModels:
         """MLflow's side."""
-        if self._models is None:
-            registry = open_registry(read_params("deploy", DeploySettings).name)
-            self._models = ForgottenModels(registry, registry_locks())
-        return self._models
+        return ForgottenModels(open_registry(read_params("deploy", DeploySettings).name), registry_locks())
 
     def files_holding(self) -> list[Path]:
         """Files below the checkout, and those that killed commands left in the system's temporary folder, that hold
         some of it. Where models write, their words prove nothing."""
         everything, people = self.everything, self.strict
-        written_by_models = (
-            *WRITTEN_BY_MODELS,
-            *(() if self.options["pipeline"] else ("models/champion/evaluation/",)),
-        )
+        kept = () if self.options["pipeline"] else ("models/champion/evaluation/",)
         found = []
         for path in [*files_of_checkout(), *temporary_files()]:
             with suppress(FileNotFoundError):
                 kind = kind_of(path, everything, people)
                 if kind == "unread":
                     self.unread.add(str(path))
-                elif kind == "strict" or (kind and not path.as_posix().startswith(written_by_models)):
+                elif kind == "strict" or (kind and not path.as_posix().startswith(WRITTEN_BY_MODELS + kept)):
                     found.append(path)
         return found
 
@@ -126,22 +120,10 @@ class Work:
     def save(self) -> None:
         """Write the journal: ids and keyed fingerprints, no text."""
         found = self.found
-        write_json(
-            self.journal,
-            {
-                "ids": sorted(found.ids),
-                "messages": sorted(found.messages),
-                "by": found.by,
-                "key": key_name(found.people.key),
-                "people": found.people.known,
-                "models": found.models.known,
-                "names": found.names.known,
-                "texts": found.texts,
-                "learned": self.learned,
-                "options": self.options,
-                "done": self.done,
-            },
-        )
+        kept = {"ids": sorted(found.ids), "messages": sorted(found.messages), "by": found.by, "texts": found.texts}
+        traces = {kind: getattr(found, kind).known for kind in ("people", "models", "names")}
+        own = {"learned": self.learned, "options": self.options, "done": self.done}
+        write_json(self.journal, {"key": key_name(found.people.key)} | kept | traces | own)
         os.chmod(self.journal, 0o600)
 
     @classmethod

@@ -16,8 +16,10 @@ import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing, suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import orjson
@@ -30,7 +32,7 @@ SHORT = 8  # bytes of a text or an id that other things may be called as well
 FEWEST_BYTES = 5  # different ones in a window: `00000…` is in every binary file
 CHUNK = 1 << 16
 DOCUMENT = 64 << 20  # bytes of a JSON document of many lines that is decoded as a whole
-HEADER = 16 << 20  # of a file of weights: names, vocabulary and templates; numbers hold no text
+HEADER = 256  # chunks of a file of weights: names, vocabulary and templates; numbers hold no text
 TEXT, ID = -1, -2  # in place of a rolling hash
 TEXT_NAMES = re.compile(
     "assistant_response|chosen|comment|completion|content|edited|history|input|instruction|output|prompt|question|"
@@ -213,16 +215,9 @@ def is_weights(start: bytes) -> bool:
     return start[:4] == b"GGUF" or (start[8:10] == b'{"' and start[5:8] == b"\0\0\0")
 
 
-def _blocks(path: Path, limit: int | None = None) -> Iterator[bytes]:
+def _blocks(path: Path, most: int | None = None) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        yield from _read(file, limit)
-
-
-def _read(file: BinaryIO, limit: int | None = None) -> Iterator[bytes]:
-    size = 0
-    while (limit is None or size < limit) and (block := file.read(CHUNK)):
-        size += len(block)
-        yield block
+        yield from islice(iter(partial(file.read, CHUNK), b""), most)
 
 
 def _text(file: Any, path: Path) -> Iterator[bytes | list[Value]]:
@@ -233,7 +228,7 @@ def _text(file: Any, path: Path) -> Iterator[bytes | list[Value]]:
     elif ".csv" in path.suffixes or start.removeprefix(b"\xef\xbb\xbf").startswith(b"conversation_id,"):
         yield from _table(io.TextIOWrapper(file, "utf-8", "replace", newline=""))
     else:
-        yield from _read(file)
+        yield from iter(partial(file.read, CHUNK), b"")
 
 
 def _is_json(start: bytes) -> bool:

@@ -235,10 +235,29 @@ class _Turns:
 
     def encode(self, begin: int, first: int, last: int) -> Encoded:
         """Turns `begin` to `last` after the system message, trained from turn `first` on."""
-        at, new, end = self.starts[begin], self.starts[first], self._ends[last]
-        may = [False] * (self._head + new - at) + self._allowed[new:end]
-        messages = self.messages[: self._head] + self.messages[at:end]
-        return _encode(self._tokenizer, messages, self._system_prompt, may, dropped=at - self._head)
+        chat = _chat_format(self._tokenizer)
+        if not chat.closing:
+            raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
+        at, end, allowed = self.starts[begin], self._ends[last], self._allowed[self.starts[first] : self._ends[last]]
+        rendered = render(self._tokenizer, self.messages[: self._head] + self.messages[at:end], self._system_prompt)
+        before = [False] * (len(rendered.messages) - len(allowed))
+        regions = [
+            chat.trained_region(rendered.text, span)
+            for span, message, may in zip(rendered.spans, rendered.messages, before + allowed, strict=True)
+            if may and message["role"] == "assistant"
+        ]
+        tokens = _tokens(self._tokenizer, rendered)
+        labels, region = [], 0
+        for token, start in tokens:
+            while region < len(regions) and start >= regions[region][1]:
+                region += 1
+            inside = region < len(regions) and start >= regions[region][0]
+            labels.append(token if inside else NOT_TRAINED)
+        ids = [token for token, _ in tokens]
+        control = sum(token in chat.control_ids for token in ids)
+        places = [start for _, start in tokens]
+        begins = tuple(bisect_left(places, start) for start, _ in rendered.spans)
+        return Encoded(ids, labels, rendered.messages, at - self._head, 0, control, begins)
 
     @cached_property
     def _sums(self) -> tuple[list[int], int] | None:
@@ -295,37 +314,6 @@ def _apply_template(
         reason = str(error) if str(error) in (tokenizer.chat_template or "") else type(error).__name__
         roles = ", ".join(message["role"] for message in messages[:6])
         raise RenderError(f"the chat template refuses messages of the roles {roles}: {reason}") from None
-
-
-def _encode(
-    tokenizer: "PreTrainedTokenizerFast",
-    messages: list[dict[str, Any]],
-    system_prompt: str | None,
-    allowed: list[bool],
-    dropped: int,
-) -> Encoded:
-    chat = _chat_format(tokenizer)
-    if not chat.closing:
-        raise UserError("the chat template writes no end-of-turn token: choose another base.model in params.yaml")
-    rendered = render(tokenizer, messages, system_prompt)
-    allowed = [False] * (len(rendered.messages) - len(allowed)) + allowed
-    regions = [
-        chat.trained_region(rendered.text, span)
-        for span, message, may in zip(rendered.spans, rendered.messages, allowed, strict=True)
-        if may and message["role"] == "assistant"
-    ]
-    tokens = _tokens(tokenizer, rendered)
-    labels, region = [], 0
-    for token, start in tokens:
-        while region < len(regions) and start >= regions[region][1]:
-            region += 1
-        inside = region < len(regions) and start >= regions[region][0]
-        labels.append(token if inside else NOT_TRAINED)
-    ids = [token for token, _ in tokens]
-    control = sum(token in chat.control_ids for token in ids)
-    places = [start for _, start in tokens]
-    begins = tuple(bisect_left(places, start) for start, _ in rendered.spans)
-    return Encoded(ids, labels, rendered.messages, dropped, 0, control, begins)
 
 
 def _cut(encoded: Encoded, max_length: int) -> Encoded:

@@ -94,6 +94,9 @@ class Conversation(TypedDict, total=False):
     tools: list[dict[str, Any]]  # that the client offered, as JSON schemas
 
 
+Record = dict[str, Any]  # a conversation, message, entry of feedback or event, as JSON has it
+
+
 class Problem(NamedTuple):
     """Why a record is no sound conversation or is dropped, and the value that decided it."""
 
@@ -101,7 +104,7 @@ class Problem(NamedTuple):
     value: Any
 
 
-def each_record(conversations: Any) -> Iterator[dict[str, Any]]:
+def each_record(conversations: Any) -> Iterator[Record]:
     """The records of what a caller gives as conversations.
 
     Raises:
@@ -116,7 +119,7 @@ def each_record(conversations: Any) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def problem_of(conversation: dict[str, Any]) -> Problem | None:
+def problem_of(conversation: Record) -> Problem | None:
     """What is wrong with the form of a conversation; None for a sound one. What it says is judged by the cleaner.
 
     Messages are objects with a text, a role of ROLES and an id that tells them apart; feedback and metadata have the
@@ -159,8 +162,6 @@ def can_be_folded(record: Any) -> bool:
 
 def can_be_id(value: Any) -> bool:
     """Whether messages can be told apart by a value: no list, dict or set."""
-    if value is None or isinstance(value, str):
-        return True
     try:
         hash(value)
     except TypeError:
@@ -179,12 +180,12 @@ def is_feedback(entry: Any) -> bool:
     )
 
 
-def is_exchange(record: dict[str, Any]) -> bool:
+def is_exchange(record: Record) -> bool:
     """Whether a record is a logged exchange rather than a conversation with `messages`."""
     return "messages" not in record and "user_message" in record
 
 
-def from_exchange(exchange: dict[str, Any]) -> dict[str, Any]:
+def from_exchange(exchange: Record) -> Record:
     """A conversation of one logged exchange. The assistant message bears the exchange's id. `metadata["history"]` is
     what stands before it: {"role", "content"} of each message.
 
@@ -220,7 +221,7 @@ def from_exchange(exchange: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _context(identity: str, history: Any) -> Iterator[dict[str, Any]]:
+def _context(identity: str, history: Any) -> Iterator[Record]:
     """What a client sent before a logged question and the log does not have: context only, replies by nobody known."""
     for place, message in enumerate(history if isinstance(history, list) else ()):
         known = {"id": f"{identity}-{place}", "role": message["role"], "content": message["content"]}
@@ -231,12 +232,10 @@ def _time(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-_KEYS = frozenset(
-    ("id", "source", "started_at", "timestamp", "messages", "feedback", "metadata", "deleted", "restored")
-)
+_KEYS = {"id", "source", "started_at", "timestamp", "messages", "feedback", "metadata", "deleted", "restored"}
 
 
-def as_conversation(record: dict[str, Any]) -> dict[str, Any]:
+def as_conversation(record: Record) -> Record:
     """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
 
     Nothing is checked beyond the form: the cleaner judges roles and contents.
@@ -257,7 +256,7 @@ def as_conversation(record: dict[str, Any]) -> dict[str, Any]:
     return conversation
 
 
-def is_by_a_model(conversation: dict[str, Any], index: int) -> bool:
+def is_by_a_model(conversation: Record, index: int) -> bool:
     """Whether a model wrote the reply `messages[index]`: one is named, or it comes from a chat's export or the log."""
     messages, reply = conversation["messages"], conversation["messages"][index]
     # The log names a question after its reply.
@@ -266,7 +265,7 @@ def is_by_a_model(conversation: dict[str, Any], index: int) -> bool:
     return chat or reply.get("model") is not None
 
 
-def edits(conversation: dict[str, Any]) -> dict[str, str]:
+def edits(conversation: Record) -> dict[str, str]:
     """Message id → the text that a person put in its place; the latest edit wins."""
     return {entry["message_id"]: entry["edited"] for entry in conversation["feedback"] if entry.get("edited")}
 
@@ -276,39 +275,33 @@ def short_hash(value: Any) -> str:
     return hashlib.sha256(_CANONICAL.encode(value).encode("ascii")).hexdigest()[:24]
 
 
-def version_hash(conversation: dict[str, Any]) -> str:
+def version_hash(conversation: Record) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
-    messages = [
-        [*map(m.get, ("role", "content", "model", "weight")), *sorted(_said(a) for a in m.get("alternatives") or [])]
-        for m in conversation["messages"]
-    ]
-    feedback = [
-        [*map(e.get, ("message_id", "rating", "comment", "edited", "by")), *_over(e)]
-        for e in conversation.get("feedback") or []
-    ]
+    messages = []
+    for m in conversation["messages"]:
+        others = sorted([str(a.get("content")), str(a.get("model"))] for a in m.get("alternatives") or [])
+        messages.append([*map(m.get, ("role", "content", "model", "weight")), *others])
+    keys = ("message_id", "rating", "comment", "edited", "by")
+    feedback = [[*map(entry.get, keys), *_over(entry)] for entry in conversation.get("feedback") or []]
     return short_hash([messages, feedback, bool(conversation.get("deleted"))])
 
 
-def _over(entry: dict[str, Any]) -> list[Any]:
+def _over(entry: Record) -> list[Any]:
     over = entry.get("over") or []
     return list(over) if isinstance(over, (list, tuple)) else [over]
-
-
-def _said(message: dict[str, Any]) -> list[str]:
-    return [str(message.get("content")), str(message.get("model"))]
 
 
 # -----------------------------------------------------------------------------
 # feedback from version to version
 
 
-def with_feedback_of(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+def with_feedback_of(older: Record, newer: Record) -> Record:
     """`newer`, with what people said of the same words in `older`.
 
     Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
     """
     merged = copy.deepcopy(newer) | {"feedback": []}
-    said: dict[tuple[Any, Any], list[tuple[int, dict[str, Any]]]] = {}
+    said: dict[tuple[Any, Any], list[tuple[int, Record]]] = {}
     for place, message in enumerate(merged["messages"]):
         for version in versions_of(message):
             said.setdefault((version.get("role"), version["content"]), []).append((place, version))
@@ -324,17 +317,14 @@ def with_feedback_of(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, 
             _take_back(entry, merged["feedback"])
         if known := _entry_of(entry, merged["feedback"]):
             over = list(dict.fromkeys([*_over(known), *_over(entry)]))
-            known.update(
-                {key: value for key, value in entry.items() if value is not None} | ({"over": over} if over else {})
-            )
+            known |= {key: value for key, value in entry.items() if value is not None}
+            known |= {"over": over} if over else {}
         else:
             merged["feedback"].append(entry)
     return merged | ({"restored": True} if older.get("restored") else {})
 
 
-def carry_feedback(
-    feedback: list[dict[str, Any]], conversation: dict[str, Any], pairs: Iterable[tuple[dict[str, Any], dict[str, Any]]]
-) -> None:
+def carry_feedback(feedback: list[Record], conversation: Record, pairs: Iterable[tuple[Record, Record]]) -> None:
     """Add feedback on the first message of each pair to the second, which is `conversation`'s, and its alternatives."""
     names = {}
     for old, new in pairs:
@@ -358,16 +348,16 @@ def carry_feedback(
                 conversation["feedback"].append(moved)
 
 
-def versions_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+def versions_of(message: Record) -> list[Record]:
     """A reply and its alternatives."""
     return [message, *(message.get("alternatives") or [])]
 
 
-def _alone(message: dict[str, Any]) -> dict[str, Any]:
+def _alone(message: Record) -> Record:
     return {key: value for key, value in message.items() if key != "alternatives"}
 
 
-def _entry_of(entry: dict[str, Any], feedback: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _entry_of(entry: Record, feedback: list[Record]) -> Record | None:
     """The earlier feedback of the same person on the same message."""
     key = (entry.get("message_id"), entry.get("by"))
     return next((e for e in feedback if (e.get("message_id"), e.get("by")) == key), None)
@@ -381,7 +371,7 @@ _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _NINETEEN_DIGITS = b"0" * 19
 
 
-def to_line(record: dict[str, Any]) -> bytes:
+def to_line(record: Record) -> bytes:
     """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so.
 
     It does not write 1e+16, nor large integers, as Python does.
@@ -412,7 +402,7 @@ def has_long_number(line: bytes) -> bool:
 # events of the log
 
 
-def fold(events: Iterable[dict[str, Any]], conversations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def fold(events: Iterable[Record], conversations: dict[str, Record]) -> list[Record]:
     """Apply logged events in their order to `conversations` (id → newest version), which is changed in place.
 
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
@@ -439,9 +429,7 @@ def fold(events: Iterable[dict[str, Any]], conversations: dict[str, dict[str, An
     return unmatched
 
 
-def _add_exchange(
-    event: dict[str, Any], conversations: dict[str, dict[str, Any]], owners: dict[str, dict[str, Any]]
-) -> bool:
+def _add_exchange(event: Record, conversations: dict[str, Record], owners: dict[str, Record]) -> bool:
     """Whether it is there now, or was before; not if its id stands for another reply."""
     new = from_exchange(event)
     conversation = conversations.get(new["id"])
@@ -454,37 +442,33 @@ def _add_exchange(
     else:
         if not _replace(event, conversation, new["messages"]):
             conversation["messages"].extend(new["messages"])
-        conversation["metadata"] = _joined(conversation["metadata"], new["metadata"])
+        known, added = conversation["metadata"], new["metadata"]
+        people = speakers(known) | speakers(added)
+        conversation["metadata"] = added | known | ({"users": sorted(people)} if len(people) > 1 else {})
     for message in new["messages"]:
         owners[message["id"]] = conversation
     return True
 
 
-def speakers(metadata: dict[str, Any]) -> set[str]:
+def speakers(metadata: Record) -> set[str]:
     """The names of the people who spoke in a conversation, where its metadata tells them in any form."""
     several = metadata.get("users")
     named = [metadata.get("user_id"), metadata.get("user"), *(several if isinstance(several, list) else [])]
     return {str(name) for name in named if name not in (None, "")}
 
 
-def _joined(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a conversation and of one more exchange; `users` names all who spoke, where they are several."""
-    people = speakers(known) | speakers(new)
-    return new | known | ({"users": sorted(people)} if len(people) > 1 else {})
-
-
-def message_ids(conversation: dict[str, Any]) -> Iterator[str]:
+def message_ids(conversation: Record) -> Iterator[str]:
     """Ids of all messages, those of alternatives too."""
     for message in conversation["messages"]:
         yield from (m["id"] for m in versions_of(message) if isinstance(m.get("id"), str))
 
 
-def _replies(conversation: dict[str, Any]) -> dict[str | None, str]:
+def _replies(conversation: Record) -> dict[str | None, str]:
     """Contents of all messages by id, those of alternatives too."""
     return {m.get("id"): m["content"] for message in conversation["messages"] for m in versions_of(message)}
 
 
-def _replace(event: dict[str, Any], conversation: dict[str, Any], pair: list[dict[str, Any]]) -> bool:
+def _replace(event: Record, conversation: Record, pair: list[Record]) -> bool:
     """Put a reply that was asked for once more in the place of the one before, which becomes an alternative of it."""
     replaced = (event.get("metadata") or {}).get("replaces")
     if replaced is None:
@@ -498,7 +482,7 @@ def _replace(event: dict[str, Any], conversation: dict[str, Any], pair: list[dic
     return False
 
 
-def _prefer(event: dict[str, Any], conversation: dict[str, Any]) -> None:
+def _prefer(event: Record, conversation: Record) -> None:
     """Show the preferred reply where one of its alternatives stood."""
     chosen = event["message_id"]
     messages = conversation["messages"]
@@ -513,7 +497,7 @@ def _prefer(event: dict[str, Any], conversation: dict[str, Any]) -> None:
             return
 
 
-def _take_back(event: dict[str, Any], feedback: list[dict[str, Any]]) -> None:
+def _take_back(event: Record, feedback: list[Record]) -> None:
     """What the same person preferred before the other way round no longer holds."""
     for entry in feedback:
         same = entry.get("by") == event.get("by") and entry.get("message_id") in event["over"]
@@ -521,7 +505,7 @@ def _take_back(event: dict[str, Any], feedback: list[dict[str, Any]]) -> None:
             del entry["over"]
 
 
-def _delete(event: dict[str, Any], conversation: dict[str, Any]) -> None:
+def _delete(event: Record, conversation: Record) -> None:
     gone = event.get("message_id")
     if gone is None:
         conversation.update(messages=[], feedback=[], metadata={}, deleted=True)
@@ -543,7 +527,7 @@ def _delete(event: dict[str, Any], conversation: dict[str, Any]) -> None:
     conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), *lost})
 
 
-def _judge(event: dict[str, Any], conversation: dict[str, Any]) -> None:
+def _judge(event: Record, conversation: Record) -> None:
     """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
     if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
         return

@@ -124,14 +124,12 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         UserError: the file is missing.
     """
-    return [
-        Pair(
-            row["id"],
-            PreparedRow(f"{row['id']}/chosen", row["chosen_ids"], row["chosen_labels"]),
-            PreparedRow(f"{row['id']}/rejected", row["rejected_ids"], row["rejected_labels"]),
-        )
-        for row in read_preferences(path)
-    ]
+    pairs = []
+    for row in read_preferences(path):
+        chosen = PreparedRow(f"{row['id']}/chosen", row["chosen_ids"], row["chosen_labels"])
+        rejected = PreparedRow(f"{row['id']}/rejected", row["rejected_ids"], row["rejected_labels"])
+        pairs.append(Pair(row["id"], chosen, rejected))
+    return pairs
 
 
 def read_thumbs(path: Path) -> list[JudgedReply]:
@@ -146,14 +144,9 @@ def read_thumbs(path: Path) -> list[JudgedReply]:
         begin = next(at for at, label in enumerate(row["labels"]) if label != NOT_TRAINED)
         said = [label for label in other["labels"] if label != NOT_TRAINED]
         mixed = row["input_ids"][:begin] + said
-        replies.append(
-            JudgedReply(
-                row["id"],
-                PreparedRow(row["id"], row["input_ids"], row["labels"]),
-                PreparedRow(f"{row['id']}/mismatched", mixed, [NOT_TRAINED] * begin + said),
-                row["liked"],
-            )
-        )
+        reply = PreparedRow(row["id"], row["input_ids"], row["labels"])
+        mismatched = PreparedRow(f"{row['id']}/mismatched", mixed, [NOT_TRAINED] * begin + said)
+        replies.append(JudgedReply(row["id"], reply, mismatched, row["liked"]))
     return replies
 
 

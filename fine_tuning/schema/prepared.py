@@ -47,9 +47,8 @@ def encoded_row(encoded: Encoded, **fields: Any) -> PreparedRow:
         "control_tokens": encoded.control_ids,
         "lost_end_of_reply": int(encoded.cut_tokens > 0),
     }
-    return PreparedRow(
-        input_ids=encoded.input_ids, labels=encoded.labels, messages=encoded.messages, counts=counts, **fields
-    )
+    own: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels, "messages": encoded.messages}
+    return PreparedRow(**own, counts=counts, **fields)
 
 
 def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
@@ -62,11 +61,9 @@ def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
     from datasets.arrow_writer import get_parquet_column_options
     from pyarrow.parquet import ParquetWriter
 
-    features = Features(
-        {name: Value("string") for name in ("id", "source", "cluster", "messages")}
-        | {"window": Value("int32")}
-        | {name: List(Value("int32")) for name in ("input_ids", "labels")}
-    )
+    texts = dict.fromkeys(("id", "source", "cluster", "messages"), Value("string"))
+    numbers = dict.fromkeys(("input_ids", "labels"), List(Value("int32")))
+    features = Features(texts | {"window": Value("int32")} | numbers)
     # As `Dataset.to_parquet` writes it, which has to hold the whole of it.
     schema, chunking = features.arrow_schema, config.DEFAULT_CDC_OPTIONS
     options = get_parquet_column_options(features, schema)

@@ -8,11 +8,7 @@ from fine_tuning.common.errors import count_of
 
 
 def in_words(metrics: Mapping[str, Any]) -> list[str]:
-    """A sentence on what is trained on, then one a reason for what is not.
-
-    Args:
-        metrics: the content of metrics/prepare.json; {} where there is none.
-    """
+    """A sentence on what is trained on, then one a reason for what is not, by metrics/prepare.json; {} gives none."""
     if not metrics:
         return []
     train, characters = metrics["splits"]["train"], metrics.get("characters")  # None in metrics of earlier versions

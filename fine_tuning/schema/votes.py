@@ -107,13 +107,12 @@ def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # ty
     Raises:
         UserError: a line is no vote, or the folder holds a foreign file.
     """
-    foreign = (
-        [path for path in folder.iterdir() if path.suffix not in (".jsonl", ".dvc", ".md")] if folder.is_dir() else []
-    )
-    if foreign:
-        raise UserError(f"{sorted(foreign)[0]} is no file of votes: move it out of {folder}")
-    files = [path for path in folder.glob("*.jsonl") if path.name.endswith(JUDGES) == (form is JudgeVote)]
-    found = {vote.id: vote for path in sorted(files) for vote in read_votes(path, form)}
+    present = sorted(folder.iterdir()) if folder.is_dir() else []
+    if foreign := [path for path in present if path.suffix not in (".jsonl", ".dvc", ".md")]:
+        raise UserError(f"{foreign[0]} is no file of votes: move it out of {folder}")
+    files = (path for path in present if path.suffix == ".jsonl")
+    files = (path for path in files if path.name.endswith(JUDGES) == (form is JudgeVote))
+    found = {vote.id: vote for path in files for vote in read_votes(path, form)}
     return sorted(found.values(), key=lambda vote: (vote.at, vote.id))
 
 

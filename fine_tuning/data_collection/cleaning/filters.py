@@ -73,13 +73,8 @@ def without_unusable(messages: list[dict], shortest: int, longest: float) -> tup
     """The conversation without exchanges in which a message of user or assistant is empty, too short or too long.
 
     An exchange is a user message with all up to the next one. Of the messages that stay, one that followed an exchange
-    that went bears "gap": true.
-
-    Args:
-        shortest, longest: characters.
-
-    Returns:
-        (messages, why the first exchange went or None, how many went)
+    that went bears "gap": true. Lengths are characters. Returns (messages, why the first exchange went or None, how
+    many went).
     """
     kept, drop, gone, gap = [], None, 0, False
     head = int(messages[0]["role"] == "system")

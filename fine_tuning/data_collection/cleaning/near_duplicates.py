@@ -81,11 +81,8 @@ class Clusters:
     def add(self, rows: Iterable[tuple[bytes | None, list[str]]], duplicates: bool = True) -> list[int | None]:
         """Add the next rows, each a signature and keys in hexadecimal digits; without a signature, the keys only.
 
-        Args:
-            duplicates: whether they are wanted; without them, rows of one cluster are not compared again.
-
-        Returns:
-            For each the first earlier row that it nearly duplicates, or None.
+        Returns for each the first earlier row that it nearly duplicates, or None. Where no `duplicates` are wanted,
+        rows of one cluster are not compared again.
         """
         wanted = [([index_key(key) for key in keys], self._bands(signature), signature) for signature, keys in rows]
         # Sorted, and many in a statement: a key at a time costs ten times as much.

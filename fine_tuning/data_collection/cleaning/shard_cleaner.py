@@ -78,7 +78,12 @@ def clean_shards(
     common = _common(settings, control_tokens)
     pieces = list(_pieces(shards, common, piece_bytes))
     memo.mkdir(parents=True, exist_ok=True)
-    _clean_pieces([p for p in pieces if not (memo / p.key).is_dir()], memo, settings, control_tokens, progress)
+    new = [piece for piece in pieces if not (memo / piece.key).is_dir()]
+    processes = min(settings.processes or len(os.sched_getaffinity(0)), len(new))
+    work = partial(clean_piece, memo=memo.resolve(), settings=settings, control_tokens=control_tokens)
+    with open_engine(settings.engine if new else None, processes) as engine:
+        for done, _ in enumerate(engine(work, new), start=1):
+            progress(done, len(new))
     merged = memo / f"{MERGED}{hashlib.sha256(common.encode()).hexdigest()[:32]}"
     summary = merge([CleanPiece(piece.shard, memo / piece.key) for piece in pieces], merged, output, settings)
     _forget_unused(memo, {piece.key for piece in pieces}, merged.name)
@@ -91,8 +96,9 @@ def clean_shards(
 
 def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> str:
     """What the cleaning of every piece depends on, besides its bytes; refuses at once if a model is missing."""
+    made_by = [code_sha256("clean"), *map(version, LIBRARIES)]
     relevant = settings.model_dump(exclude={"processes", "engine"})
-    return json.dumps([_code_hash(), relevant, control_tokens, fingerprint(settings)], sort_keys=True)
+    return json.dumps([made_by, relevant, control_tokens, fingerprint(settings)], sort_keys=True)
 
 
 def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[Piece]:
@@ -100,25 +106,6 @@ def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[
         for start, end in [*line_ranges(path, size)] or [(0, 0)]:
             key = hashlib.sha256(f"{sha256}:{start}:{end}:{common}".encode()).hexdigest()[:32]
             yield Piece(path.name, str(path.resolve()), start, end, key)
-
-
-def _code_hash() -> str:
-    made_by = [code_sha256("clean"), *(version(name) for name in LIBRARIES)]
-    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
-
-
-def _clean_pieces(
-    pieces: list[Piece],
-    memo: Path,
-    settings: CleanSettings,
-    control_tokens: tuple[str, ...],
-    progress: Callable[[int, int], None],
-) -> None:
-    processes = min(settings.processes or len(os.sched_getaffinity(0)), len(pieces))
-    work = partial(clean_piece, memo=memo.resolve(), settings=settings, control_tokens=control_tokens)
-    with open_engine(settings.engine if pieces else None, processes) as engine:
-        for done, _ in enumerate(engine(work, pieces), start=1):
-            progress(done, len(pieces))
 
 
 def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_tokens: tuple[str, ...]) -> None:
@@ -134,19 +121,17 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
             stack.enter_context(open(temporary / name, "wb")) for name in ("cleaned.jsonl", "index.jsonl", "signatures")
         )
         for batch in _batches(_lines(piece)):
-            entries, shingles = [], []
+            shingles = []
             for number, line in batch:
                 entry, conversation, found = _clean_line(number, line, cleaner)
                 for name, values in found.items():
                     counts[name].update(values)
-                entries.append((entry, conversation))
-                if conversation is not None:
-                    shingles.append(near_duplicates.shingles(_spoken(conversation)))
-            signed.writelines(near_duplicates.signatures(shingles))
-            for entry, conversation in entries:
+                index.write(to_line(entry))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
-                index.write(to_line(entry))
+                    spoken = (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
+                    shingles.append(near_duplicates.shingles(spoken))
+            signed.writelines(near_duplicates.signatures(shingles))
     (temporary / "masked.json").write_text(json.dumps(counts, sort_keys=True))
     try:
         os.rename(temporary, target)
@@ -158,18 +143,14 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
     """(line number from 1 within the piece, line); None for a line that is longer than any conversation may be."""
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
-        number, position = 0, piece.start
-        while position < piece.end:
+        number = 0
+        while file.tell() < piece.end:
             number += 1
             line = file.readline(MAX_LINE_BYTES)
-            position += len(line)
-            if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
-                yield number, line
-                continue
-            while line and not line.endswith(b"\n"):
+            too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
+            yield number, None if too_long else line
+            while too_long and line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
-                position += len(line)
-            yield number, None
 
 
 def _batches(lines: Iterator[tuple[int, bytes | None]]) -> Iterator[list[tuple[int, bytes | None]]]:
@@ -244,10 +225,6 @@ def _parse_slowly(line: bytes) -> tuple[dict | None, str]:
     except (ValueError, RecursionError):
         return None, "not_json"
     return (record, "") if isinstance(record, dict) else (None, "not_an_object")
-
-
-def _spoken(conversation: dict) -> Iterator[str]:
-    return (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
 
 
 def _question_key(conversation: dict) -> str:

@@ -44,7 +44,6 @@ class TextRepair:
         self._tokens = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         self._token_starts = tuple({token[0] for token in tokens})
         self._fix_encoding = fix_encoding
-        self._ftfy = None
 
     def __call__(self, text: str) -> str:
         """The repaired text. Repairing it again changes nothing."""
@@ -85,7 +84,11 @@ class TextRepair:
             text = _ANSI.sub("", text)
         if not text.isascii():
             if self._fix_encoding:
-                text = self._mend_encoding(text)  # before U+0085 is a line end: it is the second half of Å
+                import ftfy  # most texts are ASCII and do without
+
+                # Before U+0085 is a line end: it is the second half of Å. fix_encoding alone neither uncurls quotes nor
+                # touches ligatures, widths or HTML entities.
+                text = "\n".join(line if line.isascii() else ftfy.fix_encoding(line) for line in text.split("\n"))
             text = _LINE_ENDS.sub("\n", text)
             text = unicodedata.normalize("NFC", text)
             if "\u200c" in text or "\u200d" in text:
@@ -94,14 +97,6 @@ class TextRepair:
                 text = _DIRECTION_MARK.sub("", text)
             text = _TAGS.sub(r"\1", text)
         return _INVISIBLE.sub("", text)
-
-    def _mend_encoding(self, text: str) -> str:
-        if self._ftfy is None:
-            import ftfy
-
-            self._ftfy = ftfy
-        # fix_encoding alone: it neither uncurls quotes nor touches ligatures, widths or HTML entities.
-        return "\n".join(self._ftfy.fix_encoding(line) if not line.isascii() else line for line in text.split("\n"))
 
 
 def _keep_joiner(match: re.Match[str]) -> str:

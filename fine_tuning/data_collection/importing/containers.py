@@ -98,9 +98,7 @@ def is_database(path: Path) -> bool:
         return file.read(16) == b"SQLite format 3\0"
 
 
-_COLUMNS = {"role", "content", "messages", "conversations", "instruction", "output"} | {
-    name for pair in PAIRS for name in pair
-}
+_COLUMNS = {"role", "content", "messages", "conversations", "instruction", "output", *sum(PAIRS, ())}
 
 
 def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
@@ -265,17 +263,14 @@ def _document(text: str) -> Iterator[tuple[int, Any] | Problem]:
     except ValueError:
         yield Problem(1, "not JSON")
         return
-    inner = next(
-        (document[k] for k in ("data", "conversations", "items", "chats") if _is_record_list(document, k)), None
-    )
-    yield from enumerate(inner if inner is not None else [document], start=1)
-
-
-def _is_record_list(document: Any, key: str) -> bool:
-    """Whether the document only wraps a list of records, rather than being one with turns under that key."""
-    rows = document.get(key) if isinstance(document, dict) else None
-    turns = {"from", "role", "value"}
-    return isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and not turns & rows[0].keys()
+    records = [document]
+    for key in ("chats", "items", "conversations", "data") if isinstance(document, dict) else ():
+        rows = document.get(key)
+        first = rows[0] if isinstance(rows, list) and rows else None
+        # A list of turns is part of a record; the document only wraps one of records.
+        if isinstance(first, dict) and not {"from", "role", "value"} & first.keys():
+            records = rows
+    yield from enumerate(records, start=1)
 
 
 def _array_elements(buffer: str, reader: io.TextIOWrapper) -> Iterator[tuple[int, Any] | Problem]:
@@ -349,7 +344,8 @@ def _csv_rows(file: BinaryIO) -> Iterator[tuple[int, dict] | Problem]:
     header = text.readline(CHUNK)
     delimiter = max(",;\t|", key=re.sub('"[^"]*"', "", header).count)
     rows = csv.reader(iter(partial(_at_most, text.readline), ""), delimiter=delimiter, strict=True)
-    columns = [_CONVERSATION.get(name, name) for name in _cells(header, delimiter)]
+    names = (cell.strip().lower() for cell in next(csv.reader([header], delimiter=delimiter), []))
+    columns = [_CONVERSATION.get(name, name) for name in names]
     while True:
         line = rows.line_num + 2
         try:
@@ -368,10 +364,6 @@ def _csv_rows(file: BinaryIO) -> Iterator[tuple[int, dict] | Problem]:
 
 
 _CONVERSATION = dict.fromkeys(("session_id", "thread_id", "chat_id"), "conversation_id")
-
-
-def _cells(line: str, delimiter: str) -> list[str]:
-    return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=delimiter), [])]
 
 
 _NEUTRALISED = re.compile(r"'+[=+\-@\t\r]")

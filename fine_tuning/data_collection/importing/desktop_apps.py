@@ -24,9 +24,8 @@ def read_lm_studio(record: dict) -> Found:
     for row in map(as_object, record["messages"]):
         versions = [_version(as_object(version), usual) for version in as_list(row.get("versions"))]
         shown = row.get("currentlySelected")
-        chosen = (
-            versions.pop(shown if isinstance(shown, int) and 0 <= shown < len(versions) else -1) if versions else []
-        )
+        known = isinstance(shown, int) and 0 <= shown < len(versions)
+        chosen = versions.pop(shown if known else -1) if versions else []
         if len(chosen) == 1 and chosen[0]["role"] == "assistant":
             others = [other[0] for other in versions if len(other) == 1 and "lost" not in other[0]]
             chosen[0] |= {"alternatives": others} if others else {}
@@ -76,13 +75,7 @@ def _jan_parts(part: dict) -> list[dict]:
     kind, text = part.get("type"), part.get("text")
     value = text.get("value") if isinstance(text, dict) else text
     if kind == "tool_call":
-        return [
-            {
-                "type": "tool_use",
-                "id": part.get("tool_call_id"),
-                "name": part.get("tool_name"),
-                "input": part.get("input"),
-            },
-            {"type": "tool_result", "content": part.get("output")},
-        ]
+        named = {"id": "tool_call_id", "name": "tool_name", "input": "input"}
+        call = {"type": "tool_use"} | {key: part.get(name) for key, name in named.items()}
+        return [call, {"type": "tool_result", "content": part.get("output")}]
     return [{"type": "thinking", "thinking": value} if kind == "reasoning" else {"type": kind, "text": value}]

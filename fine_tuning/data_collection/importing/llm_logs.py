@@ -51,9 +51,8 @@ def read_database(db: sqlite3.Connection, tables: set[str], since: float) -> Ite
             system, prompt = (_text(db, tables, kind, row) for kind in ("system", "prompt"))
             messages += _said("system", [{"type": "text", "text": system}] if system and not messages else [])
             files = [{"type": "file"} for _ in _rows(db, tables, "prompt_attachments", row["id"])]
-            messages += _said(
-                "user", [{"type": "text", "text": prompt}] * bool(prompt) + files, None, row["datetime_utc"]
-            )
+            asked = [{"type": "text", "text": prompt}] * bool(prompt) + files
+            messages += _said("user", asked, None, row["datetime_utc"])
             results = [_result(each["output"]) for each in _rows(db, tables, "tool_results", row["id"])]
             calls = [_call(each["name"], each["arguments"]) for each in _rows(db, tables, "tool_calls", row["id"])]
             reply = [{"type": "text", "text": row["response"] or ""}, *calls]

@@ -116,11 +116,8 @@ def read_feedback(record: dict) -> Found:
     data, meta, chat = record["data"], record["meta"], as_object(record["snapshot"].get("chat"))
     inner, judged = chat["chat"] if isinstance(chat.get("chat"), dict) else chat, meta.get("message_id")
     history = as_object(inner.get("history")) | {"currentId": judged}
-    known = {
-        "id": meta.get("chat_id"),
-        "created_at": chat.get("created_at"),
-        "user_id": chat.get("user_id") or record.get("user_id"),
-    }
+    owner = chat.get("user_id") or record.get("user_id")
+    known = {"id": meta.get("chat_id"), "created_at": chat.get("created_at"), "user_id": owner}
     found = read_chat(known | {"chat": {"history": history}})
     entry = _rating(data, record.get("user_id"))
     if entry is None or not found.messages or found.messages[-1].get("id") != judged:

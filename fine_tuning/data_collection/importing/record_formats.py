@@ -101,7 +101,8 @@ def recognise(record: Any) -> Found:
         record = {"messages": record}
     if not isinstance(record, dict):
         raise NotRecognised("the record is no object")
-    record = record | {key: _unpacked(key, record[key]) for key in _NESTED if isinstance(record.get(key), str)}
+    texts = {key: record[key] for key in _NESTED if isinstance(record.get(key), str)}
+    record = record | {key: _loads(key, text) for key, text in texts.items() if text.lstrip().startswith("[{")}
     for applies, read in _FORMS:
         if applies(record):
             return _whole(read(record))
@@ -141,16 +142,12 @@ def _own(record: dict) -> Found:
         raise NotRecognised("whetstone: `feedback` is no list of objects")
     if not all(isinstance(message, dict) for message in record["messages"]):
         raise NotRecognised("the turns are no list of objects")
-    return Found(
-        "whetstone",
-        [_own_message(message) for message in record["messages"]],
-        str(record["id"]),
-        record["source"] if isinstance(record["source"], str) else None,
-        record["started_at"],
-        _metadata(record),
-        [{key: value for key, value in entry.items() if key != "index"} for entry in feedback],
-        bool(record.get("restored")),
-    )
+    entries = [{key: value for key, value in entry.items() if key != "index"} for entry in feedback]
+    messages = list(map(_own_message, record["messages"]))
+    source = record["source"] if isinstance(record["source"], str) else None
+    found = Found("whetstone", messages, str(record["id"]), source, record["started_at"], _metadata(record), entries)
+    found.restored = bool(record.get("restored"))
+    return found
 
 
 def _own_message(original: dict) -> dict:
@@ -173,7 +170,7 @@ def _pair(record: dict) -> Found:
     (asked, answered), name = _pair_of(record)
     question, answer = record[asked], record[answered]
     if name == "exchange" and isinstance(question, str) and isinstance(answer, str):
-        return _exchange(record, name)
+        return _exchange(record)
     if name != "alpaca" and (isinstance(question, list) or isinstance(answer, list)):
         return _found(name, record, messages_in([*_as_turns(question, "user"), *_as_turns(answer, "assistant")]))
     return _flat(name, record, _question(record, asked), text_of(answer))
@@ -183,11 +180,11 @@ def _pair_of(record: dict) -> tuple[tuple[str, str], str] | None:
     return next((pair for pair in PAIRS.items() if pair[0][0] in record and pair[0][1] in record), None)
 
 
-def _exchange(record: dict, name: str) -> Found:
+def _exchange(record: dict) -> Found:
     """A logged exchange, or a row of the CSV export, which has the rating beside it."""
     metadata = _metadata(record)
     known = from_exchange(record | {"metadata": metadata})
-    found = _flat(name, record, record["user_message"], record["assistant_response"])
+    found = _flat("exchange", record, record["user_message"], record["assistant_response"])
     reply = {key: value for key, value in known["messages"][1].items() if key not in ("id", "at")}
     found.messages[-1] = reply | {key: value for key, value in found.messages[-1].items() if key == "model"}
     found.metadata, found.source = known["metadata"], known["source"]
@@ -373,11 +370,6 @@ def _as_turns(value: Any, role: str) -> list[Any]:
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
-def _unpacked(key: str, text: str) -> Any:
-    """Turns that a CSV or Parquet file holds as JSON text; other text as it is."""
-    return _loads(key, text) if text.lstrip().startswith("[{") else text
-
-
 def _loads(key: str, text: str) -> Any:
     try:
         return json.loads(text)
@@ -396,16 +388,14 @@ def _history(value: Any) -> list[Any]:
 
 
 def _started(record: dict) -> Any:
-    return next(
-        (record[key] for key in ("started_at", "timestamp", "created_at", "create_time") if record.get(key)), None
-    )
+    times = map(record.get, ("started_at", "timestamp", "created_at", "create_time"))
+    return next(filter(None, times), None)
 
 
 def _metadata(record: dict) -> dict:
     """The metadata of a record, and who spoke where the record says so beside its messages."""
-    named = {
-        key: record[key] for key in ("user_id", "user") if "messages" in record and isinstance(record.get(key), str)
-    }
+    keys = ("user_id", "user") if "messages" in record else ()
+    named = {key: record[key] for key in keys if isinstance(record.get(key), str)}
     return named | (record["metadata"] if isinstance(record.get("metadata"), dict) else {})
 
 

@@ -122,9 +122,8 @@ def _langfuse(row: dict) -> Found | None:
         said = [as_object(choice).get("message") for choice in said["choices"]]
     elif isinstance(said, str) or (isinstance(said, list) and "content" not in as_object((said or [0])[0])):
         said = {"content": said}
-    replies = [
-        {"role": "assistant"} | each for each in map(as_object, said if isinstance(said, list) else [said]) if each
-    ]
+    said = said if isinstance(said, list) else [said]
+    replies = [{"role": "assistant"} | each for each in map(as_object, said) if each]
     return _call(
         "langfuse",
         [{"role": "user", "content": asked}] if isinstance(asked, str) else list(map(as_object, as_list(asked))),
@@ -169,10 +168,8 @@ def _part(part: dict) -> dict:
     kind, text = str(part.get("type")), part.get("content")
     if kind.endswith("tool_call_response"):
         result = part.get("response", part.get(kind))
-        return {
-            "type": "tool_result",
-            "content": result if isinstance(result, str) else json.dumps(result, default=str),
-        }
+        text = result if isinstance(result, str) else json.dumps(result, default=str)
+        return {"type": "tool_result", "content": text}
     if kind.endswith("tool_call"):
         return {"input": part.get(kind)} | part | {"type": "tool_use"}
     known = {"text": {"type": "text", "text": text}, "reasoning": {"type": "thinking", "thinking": text}}

@@ -93,17 +93,8 @@ def find_cards(text: str) -> Iterator[tuple[int, int]]:
 
 def _is_card(digits: str, called: bool) -> bool:
     """Luhn checksum, and the length and prefix of a known scheme (ISO/IEC 7812) unless it is called a card."""
-    length, two, three, four = len(digits), int(digits[:2]), int(digits[:3]), int(digits[:4])
-    scheme = (
-        (digits[0] == "4" and length in (13, 16, 19))
-        or ((51 <= two <= 55 or 2221 <= four <= 2720) and length == 16)
-        or (two in (34, 37) and length == 15)
-        or ((300 <= three <= 305 or two in (36, 38, 39)) and 14 <= length <= 19)
-        or ((four == 6011 or two == 65 or 644 <= three <= 649 or two in (62, 81)) and 16 <= length <= 19)
-        or (3528 <= four <= 3589 and 16 <= length <= 19)
-        or (two in (50, 56, 57, 58, 60, 63, 67) and 12 <= length <= 19)
-        or ((2200 <= four <= 2205 or four in (8600, 9792, 9860) or two == 82) and length == 16)  # Mir, Troy, RuPay
-    )
+    schemes = PATTERNS["card"]["schemes"]
+    scheme = any(low <= digits[: len(low)] <= high and len(digits) in lengths for low, high, lengths in schemes)
     return (scheme or called) and len(set(digits)) > 1 and _stdnum("luhn").is_valid(digits)
 
 
@@ -150,9 +141,7 @@ def _called_number(value: str, before: str) -> str:
     return value if checks else ""
 
 
-_NOT_AN_ID = re.compile(
-    r"\b(?:order|user|item|ticket|session|case|invoice|tracking|customer)\W{0,2}id\b", re.IGNORECASE
-)
+_NOT_AN_ID = re.compile(rf"\b{any_of('national_id', 'other_ids')}\W{{0,2}}id\b", re.IGNORECASE)
 _GROUPED = re.compile(r"[ ./+-]")
 
 
@@ -165,6 +154,4 @@ def _stdnum(name: str) -> ModuleType:
     return import_module(f"stdnum.{name}")
 
 
-_NAMED_ID = re.compile(
-    r"(?:\b(?:pan|sin|aadhaar|aadhar|uid|tax|national|social|insurance|identity|id|personal)\b)", re.IGNORECASE
-)
+_NAMED_ID = re.compile(rf"\b{any_of('national_id', 'named')}\b", re.IGNORECASE)

@@ -62,10 +62,7 @@ _VERSION_BEFORE = re.compile(
 _SURE_ADDRESSES = ("192.168.", "192.0.2.", "198.51.100.", "203.0.113.")
 # what stands between two versions of which the first is known as one
 _BETWEEN_VERSIONS = re.compile(r"\s{0,2}(?:,|to|and|or|und|oder|et|ou|y|->|→|–|vs\.?|bis)\s{0,2}", re.IGNORECASE)
-_VERSION_AFTER = re.compile(
-    r"[-+~](?:alpha|beta|rc|snapshot|release|final|dev|pre|\d{1,3}ubuntu|\d{1,3}\.el)|\s(?:releases?d?|version)\b",
-    re.IGNORECASE,
-)
+_VERSION_AFTER = re.compile(rf"[-+~]{any_of('net', 'version_after')}|\s(?:releases?d?|version)\b", re.IGNORECASE)
 # EUI-48, and EUI-64 with two groups more
 _MAC = re.compile(
     rf"(?<!{WORD})(?<![:.-])" + r"(?:[0-9A-Fa-f]{2}(?::[0-9A-Fa-f]{2}){5}(?:(?::[0-9A-Fa-f]{2}){2})?|"

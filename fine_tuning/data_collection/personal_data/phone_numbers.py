@@ -22,9 +22,7 @@ _NATIONAL_PHONE = re.compile(
 _MOST_GROUPS = 8
 _AMERICAN = re.compile(r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])\d{3}[ .-]\d{4}")
 _MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$|\b(?:is|ist|est|es|[èé]|[äe]r|to|je)\s$", re.IGNORECASE)
-_EXTENSION = re.compile(
-    r"(?:\s{0,2}|, |;)(?:ext(?:ension|n)?\.?|x|#|durchwahl|poste)(?:\s{0,2}|: |=)\d{1,6}(?!\w)", re.IGNORECASE
-)
+_EXTENSION = re.compile(rf"(?:\s{{0,2}}|, |;){_any('extension')}(?:\s{{0,2}}|: |=)\d{{1,6}}(?!\w)", re.IGNORECASE)
 # The lists of patterns.toml that end before a number, and what may stand between.
 _CALLED_A_PHONE = re.compile(rf"\b{_any('called')}\b[^\d\n]{{0,24}}$", re.IGNORECASE)
 _LABELLED_A_PHONE = re.compile(
@@ -48,12 +46,7 @@ _PERSON = re.compile(
     r"(?:^|[\n,;(•*-])\s{0,3}([^\W\d_]{2,20})(?: [^\W\d_]{2,20})?\s?[:：]\s{0,2}$"
 )  # "Anna: 4156667777"
 _NO_PERSONS = frozenset(_WORDS["no_person"].split())
-# Kept free for fiction or given to nobody: invalid, but written for numbers in examples (NANPA, Ofcom, ARCEP)
-_FICTION = {
-    1: re.compile(r"555\d{7}"),
-    33: re.compile(r"63998\d{4}"),
-    44: re.compile(r"(?:7700900|1632960|3069990)\d{3}"),
-}
+_FICTION = {int(country): re.compile(form) for country, form in _WORDS["fiction"].items()}
 _CALLED_OTHERWISE = re.compile(
     rf"\b{_any('otherwise')}(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?"
     r"(?:\s(?:is|was|ist|est|lautet|es|[èé]|[äe]r|to|je))?\.?[^\w\n]{0,4}$"
@@ -151,12 +144,10 @@ def _is_phone(value: str, before: str, after: str, regions: tuple[str, ...]) -> 
             continue
         if called:
             return True
-        national = str(number.national_number)
-        groups = (
-            [national[:3]]
-            if prefix == "1"
-            else _GROUP.findall(phonenumbers.format_number(number, PhoneNumberFormat.NATIONAL))
-        )
+        if prefix == "1":
+            groups = [str(number.national_number)[:3]]
+        else:
+            groups = _GROUP.findall(phonenumbers.format_number(number, PhoneNumberFormat.NATIONAL))
         written = _GROUP.findall(value)
         if prefix == "0" and len(groups) == 2 and groups[1][0] == "0":
             continue  # no number after the area code starts with the prefix of long-distance calls

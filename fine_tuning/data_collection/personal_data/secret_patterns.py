@@ -230,14 +230,7 @@ _CALL = re.compile(r"[A-Za-z_$][\w$.:>?-]*+[(\[{]")
 _GOES_ON = re.compile(r"[^()\[\]{}]*+[)\]}][A-Za-z0-9]")
 _INTERLEAVED = re.compile(r"(?:[A-Za-z]+\d+){2}|(?:\d+[A-Za-z]+){2}")
 _NEXT_FIELD = re.compile(r"&[\w.]{1,40}=")
-_STAND_IN = re.compile(
-    r"(?:your[a-z]*|my|the|some|an?|example|placeholder|change|insert|enter|todo)"
-    r"(?:[_ -][a-z_ -]*|(?:password|passwd|secret|token|key|api|me|here)*)$"
-    r"|#(?:[0-9a-f]{3}){1,2}$|[\w.]{1,64}\.\$\d$"  # a colour, a theme's scope
-    r"|(?:your|insert|enter|replace|change)[_-]|.*(?:\.\.\.|…|_here$|xxxxxx)"
-    r"|(?:none|null|nil|true|false|string|undefined|required|optional|redacted|hidden|masked|empty)\W*$",
-    re.IGNORECASE,
-)
+_STAND_IN = re.compile(any_of("secret", "stand_ins"), re.IGNORECASE)
 _REFERENCE = ("#{", "os.", "process.", "env.", "\\x", "arn:", "op://", "http://", "https://", "/")
 # a variable of a shell, a template or PHP; other values that begin with the sign are passwords
 _VARIABLE = re.compile(
@@ -280,17 +273,12 @@ def _is_secret_value(value: str, name: str, quoted: bool, setting: bool, said: b
 
 def _is_credential(value: str, scheme: str, header: bool) -> bool:
     """Whether what follows a scheme of authorization (RFC 6750, RFC 7617) is a token rather than a word."""
-    if scheme == "basic":
-        return _is_basic(value)
+    if scheme == "basic":  # user:password in base 64
+        try:
+            pair = base64.b64decode(value, validate=True).decode()
+        except ValueError:
+            return False
+        return ":" in pair and pair.isprintable()
     if scheme == "token" and not header:
         return False
     return _DIGIT.search(value) is not None and (header or len(value) >= 16)
-
-
-def _is_basic(value: str) -> bool:
-    """Whether it is user:password in base 64."""
-    try:
-        pair = base64.b64decode(value, validate=True).decode()
-    except ValueError:
-        return False
-    return ":" in pair and pair.isprintable()

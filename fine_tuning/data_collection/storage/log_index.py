@@ -39,13 +39,10 @@ class LogIndex:
         self._db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_TABLES} {more_tables}")
 
     def add_log(self, log: Path, start: int = 0, closed: bool = True) -> tuple[int, list[tuple[int, int]]]:
-        """Index the events of a log from the byte `start` on.
+        """Index the events of a log from the byte `start` on. Of one that is not `closed`, but written to, a line
+        without its newline is not there yet.
 
-        Args:
-            closed: whether nobody writes to it any more. Of a live log, a line without its newline is not there yet.
-
-        Returns:
-            The byte behind the last line, and (start, length) of the lines that are no events.
+        Returns the byte behind the last line, and (start, length) of the lines that are no events.
         """
         number, torn = self._number(log), []
         with open(log, "rb") as file:
@@ -65,13 +62,13 @@ class LogIndex:
 
     def _insert(self, event: dict, number: int, start: int, length: int) -> None:
         exchange = event["id"] if event["event"] == "exchange" else None
-        conversation, message = event.get("conversation_id") or exchange, event.get("message_id")
-        owner = _key(conversation)
+        names = (event.get("conversation_id") or exchange, exchange, event.get("message_id"))
+        owner, exchange_key, message = (None if name is None else key_of(name) for name in names)
         if owner is None and message is not None:
-            exchanged = key_of(message.removesuffix("-user"))
-            found = self.rows("SELECT conversation FROM event WHERE exchange = ?", exchanged)
+            asked = message.removesuffix(b"-user")
+            found = self.rows("SELECT conversation FROM event WHERE exchange = ?", asked)
             owner = found[-1][0] if found else None
-        row = (number, start, length, owner, _key(exchange), _key(message))
+        row = (number, start, length, owner, exchange_key, message)
         self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def add_shards(self, paths: Iterable[Path], all_of_them: bool = False) -> set[bytes]:
@@ -183,7 +180,3 @@ class LogIndex:
 def key_of(identity: str) -> bytes:
     """An id as SQLite keeps it, lone surrogates too."""
     return identity.encode("utf-8", "surrogatepass")
-
-
-def _key(identity: str | None) -> bytes | None:
-    return None if identity is None else key_of(identity)

@@ -22,10 +22,7 @@ from fine_tuning.schema.conversation import message_ids
 
 
 class Tombstones:
-    """The tombstones of a file; a file that is not there has none.
-
-    Args:
-        path: the file; its keys are in the folder `conversations` beside it.
+    """The tombstones of a file; a file that is not there has none. Its keys are in `conversations` beside it.
 
     Raises:
         UserError: a line of it is damaged, or its key is not in this clone.
@@ -94,25 +91,22 @@ class Tombstones:
         return {self._keyed(key, id_hash(identity)) for key in (None, *self.keys)}
 
     def add(self, versions: Iterable[dict]) -> int:
-        """Remember versions of conversations as forgotten. Doing it again changes nothing.
+        """Remember versions of conversations as forgotten; returns how many lines that had no key have one now.
 
-        Returns:
-            How many lines that had no key have one now.
+        Doing it again changes nothing.
         """
         today, name = datetime.now(UTC).date().isoformat(), key_name(self.key)
         if name not in self.keys:
             with replacing(self.folder / f"forgotten-{name}.key") as file:
                 file.write(self.key)
             self.keys[name] = self.key
+        records = []
         for version in versions:
-            said = {
-                "contents": [content_hash(version)] if version["messages"] else [],
-                "messages": [id_hash(identity) for identity in message_ids(version)],
-            }
-            said = {kind: [self._keyed(name, value) for value in values] for kind, values in said.items()}
-            self._record(name, self._keyed(name, id_hash(version["id"])), today, said)
+            contents = [content_hash(version)] if version["messages"] else []
+            messages = list(map(id_hash, message_ids(version)))
+            records.append({"id": id_hash(version["id"]), "at": today, "contents": contents, "messages": messages})
         plain = [self._lines.pop(place) for place in [*self._lines] if place[0] is None]
-        for record in plain:
+        for record in records + plain:
             said = {kind: [self._keyed(name, value) for value in record[kind]] for kind in ("contents", "messages")}
             self._record(name, self._keyed(name, record["id"]), record["at"], said)
         with replacing(self.path) as file:
