@@ -28,7 +28,8 @@ CLIENT = """#!{python} -ISE
 import json, os, signal, socket, sys
 if sys.argv[0].endswith("/dvc"):
     sys.argv[1:1] = ["-m", "dvc"]
-if len(sys.argv) < 2 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c")):
+first = (sys.argv + [""])[1]
+if first not in ("-m", "-c") and (not first or first[0] == "-") or "PYTHONHASHSEED" in os.environ:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 server.connect({address!r})
@@ -72,11 +73,10 @@ def serve(listener: socket.socket) -> list[str]:
     """Fork for each client that connects, until the input ends; returns, in the forked process, what to run."""
     started = 0
     while True:
-        ended = sys.stdin in select.select([listener, sys.stdin], [], [])[0]
-        while started and os.waitpid(-1, 0 if ended else os.WNOHANG)[0]:
-            started -= 1
-        if ended:
+        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
             os._exit(0)
+        while started and os.waitpid(-1, os.WNOHANG)[0]:
+            started -= 1
         client, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
