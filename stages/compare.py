@@ -1,5 +1,6 @@
 """Records of the evaluation in; the verdict with its reasons, plots and an offline report out."""
 
+import sys
 from pathlib import Path
 
 from fine_tuning.common.project import sha256_file
@@ -34,15 +35,16 @@ PLOTS = {"differences": Path("metrics/plots/differences.svg"), "curve": Path("me
 
 def main() -> None:
     settings, evaluate = read_params("compare", CompareSettings), read_params("evaluate", EvaluateSettings)
-    # These import PyTorch, which takes seconds: a refused parameter is reported before.
+    # These take seconds to import: a refused parameter is reported before. evaluate would import transformers, and with
+    # it PyTorch, for pipelines that nothing here uses.
+    transformers = sys.modules.setdefault("transformers", None)
     from fine_tuning.evaluation.verdict.comparison import Evidence
     from fine_tuning.evaluation.verdict.slices import slices
 
-    found, evaluation, learning = (
-        Evidence.read(RECORDS, evaluate, VOTES),
-        read_json(EVALUATION),
-        read_json(LEARNING_CURVE),
-    )
+    if transformers is None:
+        del sys.modules["transformers"]  # a user's metric may want it
+    found = Evidence.read(RECORDS, evaluate, VOTES)
+    evaluation, learning = read_json(EVALUATION), read_json(LEARNING_CURVE)
     verdict = found.verdict(settings, sha256_file(ADAPTER), evaluation["suite"])
     if is_champion(CHAMPION, ADAPTER, GGUF):
         verdict = called_champion(verdict, read_json(CHAMPION))

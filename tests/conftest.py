@@ -141,7 +141,9 @@ def _enter_copy(project, tmp_path, monkeypatch):
     import shutil
 
     from fine_tuning.common.protection import protect
+    from tests.forked import folder as forked_python
 
+    monkeypatch.setattr(sys, "executable", str(forked_python() / "python"))
     folder = tmp_path / "project"
     shutil.copytree(project, folder, symlinks=True)
     protect(folder)

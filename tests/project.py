@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from fine_tuning.common.records import write_jsonl
+from tests.forked import folder as forked_python
 
 ROOT = Path(__file__).parents[1]
 OWN_DATA = ("data/", "models/champion.dvc", "dvc.lock", "metrics/")
@@ -47,10 +48,14 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, *command: str, check: bool = True) -> str:
-        """Run a command with the environment's programs first on the path; its output on failure."""
+    def run(self, *command: str, check: bool = True, forked: bool = True) -> str:
+        """Run a command with the environment's programs first on the path; its output on failure.
+
+        `forked` is whether its `python` is that of tests/forked.py.
+        """
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        programs = [forked_python()] * forked + [Path(sys.executable).parent]
+        environment["PATH"] = os.pathsep.join((*map(str, programs), environment["PATH"]))
         environment["OMP_NUM_THREADS"] = "1"
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
         output = done.stdout + done.stderr

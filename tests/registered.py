@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from fine_tuning.common.project import sha256_file
+from tests.forked import folder as forked_python
 
 ROOT = Path(__file__).parents[1]
 # Stands for train and package: the same paths, with weights that depend on one parameter.
@@ -75,19 +75,19 @@ write_json(Path("metrics/comparison.json"), found)
 PIPELINE = """
 stages:
   make:
-    cmd: {python} make.py
+    cmd: python make.py
     deps: [make.py, data/conversations]
     params: [train.seed]
     outs: [models/adapter, models/merged, models/package, data/prepared]
   evaluate:
-    cmd: {python} measure.py
+    cmd: python measure.py
     deps: [measure.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
     params: [trial.verdict, evaluate]
     outs: [data/evaluation, metrics/side_by_side.md]
     metrics:
-      - metrics/evaluation.json: {{cache: false}}
+      - metrics/evaluation.json: {cache: false}
   compare:
-    cmd: {python} judge.py
+    cmd: python judge.py
     deps:
       - judge.py
       - trial
@@ -97,7 +97,7 @@ stages:
       - models/package/model.gguf
     params: [evaluate, compare]
     metrics:
-      - metrics/comparison.json: {{cache: false}}
+      - metrics/comparison.json: {cache: false}
 """
 
 # Items, and the candidate's nats a token on them, the base's being 3.0.
@@ -157,7 +157,7 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     (folder / "data" / "manifest.json").write_text(json.dumps({"shards": [shard], "total_conversations": 4}))
     for name, script in (("make", MAKE), ("measure", MEASURE), ("judge", JUDGE)):
         (folder / f"{name}.py").write_text(script.replace("ROOT", str(ROOT)))
-    (folder / "dvc.yaml").write_text(PIPELINE.format(python=sys.executable))
+    (folder / "dvc.yaml").write_text(PIPELINE)
     (folder / "models" / "champion.json").write_text('{\n  "version": null\n}\n')
     shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
     set_params(folder)
@@ -200,8 +200,6 @@ def repro(folder: Path, **params: object) -> None:
 
 def sh(folder: Path, command: str) -> str:
     """Run git, dvc or a shell command in the project."""
-    if command.startswith("dvc "):
-        command = f"{sys.executable} -m {command}"
     done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -211,14 +209,15 @@ def environment(**more: str) -> dict[str, str]:
     """The test's own environment, the project importable, no proxies, no server but the one that is named."""
     drop = ("OLLAMA_HOST", "MLFLOW_TRACKING_URI")
     kept = {name: value for name, value in os.environ.items() if name not in drop}
-    return kept | {"PYTHONPATH": str(ROOT)} | more
+    path = os.pathsep.join((str(forked_python()), os.environ["PATH"]))
+    return kept | {"PYTHONPATH": str(ROOT), "PATH": path} | more
 
 
 def type_command(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess:
     """`python -m fine_tuning WORDS` as its own process."""
     program = "from tests.registered import run_words; run_words()"
     return subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=folder, capture_output=True, text=True, env=environment(**more)
+        ["python", "-c", program, *words], cwd=folder, capture_output=True, text=True, env=environment(**more)
     )
 
 

@@ -88,7 +88,7 @@ def checkout(template, tmp_path, monkeypatch):
 def strike(mode: str, target: str, number: int, **more: str) -> tuple[int, int, str]:
     """(how often it was killed, status of the last child, what it wrote on standard error)."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.strike", mode, target, str(number)],
+        ["python", "-m", "tests.strike", mode, target, str(number)],
         env=environment(OMP_NUM_THREADS="1", **more), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,8 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.data_collection.importers import Imported, Problem, import_file, import_records
 from fine_tuning.data_collection.importing.databases import last_change
 from fine_tuning.schema.conversation import version_hash
-from tests.test_importers import EXCHANGE, ODD, left_out, lines, problems, taken, turns, write
+from tests.test_importers import EXCHANGE, left_out, lines, problems, taken, turns, write
+from tests.test_importers import KNOWN as IMPORTED
 from tests.test_odd_records import changed, places
 
 WEBUI = Path(__file__).parent / "open_webui"
@@ -371,11 +372,16 @@ def test_the_same_trace_in_another_file_is_the_same_conversation_and_a_longer_on
     assert short == taken(tmp_path / "1.jsonl")
 
 
-KNOWN = [LM_STUDIO, jan_message(1, "assistant", said("a"), said("b", "reasoning")), LANGFUSE, API, TRACE]
+KNOWN = [*IMPORTED, LM_STUDIO, jan_message(1, "assistant", said("a"), said("b", "reasoning")), LANGFUSE, API, TRACE]
 KNOWN += [otlp(span(1, attributes([ASKED], [SAID, LAST]))), {"attributes": attributes([ASKED], [SAID])}]
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 9) | st.sampled_from(["", "user", "x", "<|im_start|>"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+    max_leaves=4,
+)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(st.data())
 def test_a_record_that_is_odd_anywhere_is_taken_or_a_problem(data):
     record = data.draw(st.sampled_from(KNOWN))

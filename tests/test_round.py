@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fine_tuning.common.stage_times import FAILED
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration import round_policy
 from tests import registered
+from tests.forked import INTERPRETER
 from tests.registered import environment, sh, type_command
 
 
@@ -145,7 +145,7 @@ def test_a_round_that_is_ended_is_undone_at_once_or_by_going_back(project, sign)
     change_params(project, train={"seed": 5})
     before = results(project)
     program = "from tests.registered import run_words; run_words()"
-    round_ = subprocess.Popen([sys.executable, "-c", program, "round"], cwd=project, env=environment(),
+    round_ = subprocess.Popen([INTERPRETER, "-c", program, "round"], cwd=project, env=environment(),
                               start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 120
     while not (project / "measuring").exists():

@@ -6,7 +6,6 @@ import plistlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from fine_tuning.integration.round_policy import ROUNDS, RoundsSettings, waits_f
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
+from tests.forked import INTERPRETER
 from tests.registered import environment, sh, type_command
 from tests.test_round import change_params, results, say
 
@@ -101,7 +101,7 @@ def test_a_round_that_fails_or_takes_too_long_is_undone_and_told(project, monkey
     before = results(project)
     told = settings(hours="0-0", min_conversations=1, notify="echo >> heard")
     told = told.model_copy(update={"max_minutes": 0.4})
-    monkeypatch.setattr(rounds, "own_command", lambda *words: [sys.executable, "-c", RUN, *words])
+    monkeypatch.setattr(rounds, "own_command", lambda *words: [INTERPRETER, "-c", RUN, *words])
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script that ends with `&`
     try:
@@ -184,10 +184,10 @@ def test_watching_runs_what_is_due_once_and_ends_when_asked(project):
     say(project)
     program = (
         "from fine_tuning.commands import rounds\nrounds.LOOK_SECONDS = 0.5\n"
-        f"rounds.own_command = lambda *words: {[sys.executable, '-c', RUN]!r} + [*words]\n{RUN}"
+        f"rounds.own_command = lambda *words: {[INTERPRETER, '-c', RUN]!r} + [*words]\n{RUN}"
     )
     output = open(project / "said", "w+")  # noqa: SIM115
-    watcher = subprocess.Popen([sys.executable, "-c", program, "rounds", "--watch"], cwd=project, env=environment(),
+    watcher = subprocess.Popen([INTERPRETER, "-c", program, "rounds", "--watch"], cwd=project, env=environment(),
                                stdout=output, stderr=output, start_new_session=True)  # fmt: skip
     try:
         deadline = time.monotonic() + 120
