@@ -44,7 +44,7 @@ def main() -> None:
         read_json(LEARNING_CURVE),
     )
     verdict = found.verdict(settings, sha256_file(ADAPTER), evaluation["suite"])
-    if is_champion(CHAMPION, ADAPTER, GGUF):
+    if is_champion(CHAMPION, ADAPTER, GGUF, verdict["kind"]):
         verdict = called_champion(verdict, read_json(CHAMPION))
     write_json(COMPARISON, verdict)
     if learning["points"] and learning["train_sha256"] != sha256_file(TRAIN):

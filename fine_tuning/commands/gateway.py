@@ -89,8 +89,9 @@ def _upstream(given: str | None, checkout: Path, stack: ExitStack) -> Upstream:
 
 def _serving(checkout: Path) -> Serving:
     serve, app = read_params("serve", ServeSettings), read_params("app", AppSettings)
-    examples = served_examples(checkout, serve.examples, context_of(app)) if serve.examples else None
-    return Serving(examples, serve.system_prompt, app.max_tokens)
+    context = context_of(app)
+    examples = served_examples(checkout, serve.examples, context) if serve.examples else None
+    return Serving(examples, serve.system_prompt, app.max_tokens, context)
 
 
 def _is_loopback(address: str) -> bool:
