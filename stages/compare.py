@@ -46,7 +46,7 @@ def main() -> None:
     found = Evidence.read(RECORDS, evaluate, VOTES)
     evaluation, learning = read_json(EVALUATION), read_json(LEARNING_CURVE)
     verdict = found.verdict(settings, sha256_file(ADAPTER), evaluation["suite"])
-    if is_champion(CHAMPION, ADAPTER, GGUF):
+    if is_champion(CHAMPION, ADAPTER, GGUF, verdict["kind"]):
         verdict = called_champion(verdict, read_json(CHAMPION))
     write_json(COMPARISON, verdict)
     if learning["points"] and learning["train_sha256"] != sha256_file(TRAIN):

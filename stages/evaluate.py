@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fine_tuning.common.errors import count_of
-from fine_tuning.common.project import main_checkout, sha256_file
+from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import write_json, write_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
@@ -29,6 +29,7 @@ from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
 from fine_tuning.schema.preferences import read_preferences
 
 TRAIN = Path("data/prepared/train.parquet")
+VALIDATION = Path("data/prepared/validation.parquet")
 TEST, PAIRS = Path("data/prepared/test.parquet"), Path("data/preferences/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
@@ -50,31 +51,36 @@ def main() -> None:
 
     find_people = people_finder(people)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
+    name = read_params("deploy", ProjectName).name
+    check_references(settings.references, BASE.folder, CHAMPION, name)
+    tokenizer, memo = load_tokenizer(BASE.folder), main_checkout() / MEMO
+    given = tokenizer, chat, settings, memo, find_people
+    # Chosen on validation: the best of several on the test split would be the luckiest.
+    validation = read_items(VALIDATION, tokenizer, settings.references, needed=False)
+    candidate, kind = Evaluator(validation, *given).choose_kind(BASE, CANDIDATE, TRAIN)
     champion, method = find_champion(CHAMPION), method_sha256(settings, chat, people)
-    if champion and is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
+    if champion and is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf, kind):
         if restore_records(CHAMPION, METRICS, method):
             print("evaluate: the candidate is the champion: the records that it was promoted by are restored")
             return
         champion = None  # a model is not compared with itself
-    name = read_params("deploy", ProjectName).name
-    check_references(settings.references, BASE.folder, CHAMPION, name)
-    tokenizer = load_tokenizer(BASE.folder)
     items, learned = without_learned(read_items(TEST, tokenizer, settings.references), CHAMPION)
     if learned:
         print(f"evaluate: {count_of(learned, 'held-out conversation')} {LEARNED}")
 
-    memo, is_compared = main_checkout() / MEMO, compared_models(BASE.folder, CHAMPION, name)
-    evaluator = Evaluator(items, tokenizer, chat, settings, memo, find_people, read_preferences(PAIRS), is_compared)
-    found = evaluator.run(BASE, champion, CANDIDATE, TRAIN)
+    is_compared = compared_models(BASE.folder, CHAMPION, name)
+    evaluator = Evaluator(items, *given, read_preferences(PAIRS), is_compared)
+    kind |= {} if candidate.kind == CANDIDATE.kind else evaluator.cost(candidate, TRAIN)
+    found = evaluator.run(BASE, champion, candidate, TRAIN)
     write_jsonl(RECORDS / "items.jsonl", found.records)
     for name, lines in found.guarded.items():
         write_jsonl(RECORDS / f"{name}.jsonl", lines)
     write_jsonl(RECORDS / "memory.jsonl", found.memory)
     write_jsonl(RECORDS / "prompts.jsonl", found.answer_lines(settings.test_prompts, find_people))
     PAGE.write_text(side_by_side(settings.test_prompts, found.answers), encoding="utf-8", errors="replace")
-    ggufs = {one.name: sha256_file(one.gguf) for one in (BASE, champion, CANDIDATE) if one}
+    ggufs = {one.name: one.identity() for one in (BASE, champion, candidate) if one}
     identity = {"learned_by_champion": learned, "signatures": signatures(metrics), "method_sha256": method}
-    identity |= {"ggufs": ggufs}
+    identity |= {"ggufs": ggufs, "kind": kind}
     table = found.table(metrics, settings.interval)
     write_json(METRICS, table | {"suite": evaluator.describe_suite() | identity})
     for name, row in table.items():

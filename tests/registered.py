@@ -49,10 +49,12 @@ from fine_tuning.evaluation.records.champion_records import is_champion, restore
 from fine_tuning.common.records import write_json
 champion, metrics = Path("models/champion.json"), Path("metrics/evaluation.json")
 candidate = Path("models/adapter/adapter_model.safetensors"), Path("models/package/model.gguf")
-if is_champion(champion, *candidate) and restore_records(champion, metrics, "trial"):
+trial = yaml.safe_load(open("params.yaml"))["trial"]
+suite = {"sha256": "e" * 64, "method_sha256": "trial"} | trial.get("suite", {})
+kind = suite.get("kind", {"name": "adapter"})
+if is_champion(champion, *candidate, kind) and restore_records(champion, metrics, "trial"):
     sys.exit()
-shutil.copytree(Path("trial", yaml.safe_load(open("params.yaml"))["trial"]["verdict"]), "data/evaluation")
-suite = {"sha256": "e" * 64, "method_sha256": "trial"}
+shutil.copytree(Path("trial", trial["verdict"]), "data/evaluation")
 write_json(metrics, {"candidate": {"perplexity": 9.2}, "items": 4, "suite": suite})
 Path("metrics/side_by_side.md").write_text("# Side by side\\n")
 """
@@ -68,7 +70,15 @@ adapter, champion = Path("models/adapter/adapter_model.safetensors"), Path("mode
 verdicts = {sha256_file(Path("trial", name, "items.jsonl")): name for name in ("PROMOTE", "HOLD", "INCONCLUSIVE")}
 name = verdicts[sha256_file(Path("data/evaluation/items.jsonl"))]
 found = read_json(Path(f"trial/{name}.json")) | {"adapter_sha256": sha256_file(adapter), "eval_set_sha256": "e" * 64}
-if is_champion(champion, adapter, Path("models/package/model.gguf")):
+suite = read_json(Path("metrics/evaluation.json"))["suite"]
+if "kind" in suite:
+    from fine_tuning.common.settings import read_params
+    from fine_tuning.evaluation.records.settings import EvaluateSettings
+    from fine_tuning.evaluation.verdict.comparison import CompareSettings, Evidence
+    settings = read_params("compare", CompareSettings)
+    evidence = Evidence.read(Path("data/evaluation"), read_params("evaluate", EvaluateSettings), Path("data/votes"))
+    found = evidence.verdict(settings, sha256_file(adapter), suite)
+if is_champion(champion, adapter, Path("models/package/model.gguf"), suite.get("kind", {"name": "adapter"})):
     found = called_champion(found, read_json(champion))
 write_json(Path("metrics/comparison.json"), found)
 """
@@ -82,7 +92,7 @@ stages:
   evaluate:
     cmd: python measure.py
     deps: [measure.py, models/champion.json, models/adapter/adapter_model.safetensors, models/package, trial]
-    params: [trial.verdict, evaluate]
+    params: [trial, evaluate]
     outs: [data/evaluation, metrics/side_by_side.md]
     metrics:
       - metrics/evaluation.json: {cache: false}
@@ -95,7 +105,7 @@ stages:
       - models/champion.json
       - models/adapter/adapter_model.safetensors
       - models/package/model.gguf
-    params: [evaluate, compare]
+    params: [trial, evaluate, compare]
     metrics:
       - metrics/comparison.json: {cache: false}
 """
@@ -177,12 +187,12 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     return folder
 
 
-def set_params(folder: Path, seed: int = 1, verdict: str = "PROMOTE") -> None:
-    """Write params.yaml."""
+def set_params(folder: Path, seed: int = 1, verdict: str = "PROMOTE", suite: dict | None = None) -> None:
+    """Write params.yaml; `suite` is recorded of the evaluation's."""
     ours = yaml.safe_load((ROOT / "params.yaml").read_bytes())
     params = ours | {
         "train": ours["train"] | {"seed": seed},
-        "trial": {"verdict": verdict},
+        "trial": {"verdict": verdict} | ({"suite": suite} if suite else {}),
         "chat": {"system_prompt": None, "max_length": 512},
         "evaluate": ours["evaluate"] | {"metrics": ["perplexity", "nll_per_byte", "token_accuracy"]},
         "compare": ours["compare"] | {"secondary": {"token_accuracy": 0.02}},

@@ -1,10 +1,12 @@
 """The pages Data, Models, Runs and Compare: AppTest over real shards, DVC, MLflow and a registry."""
 
+import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
 
+import httpx
 import pytest
 import streamlit as st
 import yaml
@@ -29,7 +31,7 @@ from fine_tuning.schema.chat_format import load_tokenizer
 from stages import clean, intake, prepare
 from tests import registered
 from tests.app_checkout import NOBODY, REPOSITORY, write_checkout
-from tests.fake_ollama import FakeOllama
+from tests.fake_ollama import FakeOllama, Manifest
 
 WORDS = ("router", "cable", "printer", "screen", "mouse", "battery", "window", "button", "server", "account")
 
@@ -127,6 +129,34 @@ def test_the_data_page_counts_and_shows_one_conversation_before_and_after(collec
     at.segmented_control(key="view").set_value("Tokens").run()
     assert "In the split" in shown(at)
     assert "&lt;|im_end|&gt;</span>" in at.html[0].proto.body, "the token that ends the reply is trained"
+
+
+def test_the_data_page_shows_what_a_running_gateway_counted_and_no_content(collected):
+    assert "No gateway runs" in shown(open_page("data"))
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["gateway"]["token"] = "a long random text"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    command = [sys.executable, "-m", "fine_tuning", "gateway", "--port", "0", "--upstream"]
+    with FakeOllama(reply="Knead it.") as ollama:
+        layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:1", "size": 1}]
+        ollama.manifests["baker:latest"] = Manifest(layers, "{{ .Prompt }}", "", {})
+        with subprocess.Popen([*command, ollama.host], stdout=subprocess.PIPE, text=True) as gateway:
+            try:
+                address = gateway.stdout.readline().split()[1]
+                headers = {"X-Whetstone-Token": "a long random text"}
+                with httpx.Client(base_url=address, headers=headers, trust_env=False) as client:
+                    for question, record in (("Bread?", "on"), ("Bread, again?", "on"), ("Bread, for me?", "off")):
+                        said = {"model": "baker", "messages": [{"role": "user", "content": question}]}
+                        client.post("/api/chat", json=said, headers={"X-Whetstone-Record": record})
+                text = shown(open_page("data"))
+                assert address in text and "recorded 2," in text and "left out (not wanted) 1" in text
+                assert "Bread" not in text
+                params["gateway"]["token"] = None
+                Path("params.yaml").write_text(yaml.safe_dump(params))
+                assert "set $WHETSTONE_GATEWAY_TOKEN for the app" in shown(open_page("data"))
+            finally:
+                gateway.terminate()
+    assert "No gateway runs" in shown(open_page("data"))
 
 
 def test_the_data_page_says_that_people_are_not_masked_until_they_are(collected):

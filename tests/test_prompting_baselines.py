@@ -4,7 +4,7 @@ import pytest
 
 from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
 from fine_tuning.evaluation.suite.items import read_items
-from fine_tuning.evaluation.suite.prompting_baselines import with_examples, with_system_prompt
+from fine_tuning.evaluation.suite.prompting_baselines import context, with_messages
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.evaluation_suite import conversation, evaluator_of, write_items
 
@@ -53,7 +53,7 @@ def test_training_exchanges_are_those_worth_imitating(tiny_base, tmp_path):
 def test_another_system_prompt_changes_the_prompt_and_no_reply(tiny_base, tokenizer, tmp_path):
     told = {"x": conversation("a", "b"), "y": [{"role": "system", "content": "Own."}, *conversation("a", "c d")]}
     items = items_of(tiny_base, tmp_path, told)
-    for item, other in zip(items, with_system_prompt(items, "Be short.", tokenizer, 400), strict=True):
+    for item, other in zip(items, with_messages(items, context("Be short."), tokenizer, 400), strict=True):
         assert other.texts == item.texts
         assert [other.labels[p] for s, e in other.runs for p in range(s, e)] == [
             item.labels[p] for s, e in item.runs for p in range(s, e)
@@ -64,7 +64,7 @@ def test_another_system_prompt_changes_the_prompt_and_no_reply(tiny_base, tokeni
 
 def test_examples_stand_before_the_conversation_and_are_no_references(tiny_base, tokenizer, tmp_path):
     items = items_of(tiny_base, tmp_path, {"x": conversation("Where is the router?", "Here.")})
-    (item,) = with_examples(items, Exchanges(EXCHANGES), 2, tokenizer, 400)
+    (item,) = with_messages(items, context(None, Exchanges(EXCHANGES), 2), tokenizer, 400)
     text = tokenizer.decode(item.input_ids)
     assert text.index("Pull the plug.") < text.index("Where is the router?")
     assert len(item.runs) == 1
@@ -76,7 +76,8 @@ def test_examples_stand_before_the_conversation_and_are_no_references(tiny_base,
 def test_examples_that_do_not_fit_are_left_out_and_never_the_conversation(tiny_base, tokenizer, tmp_path):
     items = items_of(tiny_base, tmp_path, {"x": conversation("Where is the router?", "Here.")})
     length = len(items[0].input_ids)
-    few, none = (with_examples(items, Exchanges(EXCHANGES), 2, tokenizer, length + room)[0] for room in (40, 0))
+    before = context(None, Exchanges(EXCHANGES), 2)
+    few, none = (with_messages(items, before, tokenizer, length + room)[0] for room in (40, 0))
     assert length < len(few.input_ids) <= length + 40
     assert none.input_ids == items[0].input_ids
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fine_tuning.common.records import write_json
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import write_shard
@@ -146,6 +147,25 @@ def test_the_model_sees_the_example_and_the_log_only_what_the_person_said(gatewa
     (talk,) = gateway.conversations()
     assert [m["content"] for m in talk["messages"]] == [ASKED[0]["content"], REPLY]
     assert talk["messages"][1]["settings"]["examples"] == 1
+
+
+def test_a_live_version_is_served_by_its_kind_and_other_models_as_section_serve_says(checkout, ollama):
+    for number, tags in (("3", ("3", "live")), ("4", ("4",))):
+        layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{number}", "size": 1}
+        ollama.manifests |= {f"whetstone:{tag}": Manifest([layer], TEMPLATE, "", {}) for tag in tags}
+    kind = {"kind": "prompt", "system_prompt": "Be brief.", "examples": 1}
+    write_json(checkout / "models/champion.json", {"name": "whetstone", "version": 3} | kind)
+    with running(checkout, ollama.host, serving=Serving(context=1000)) as gateway:
+        for model in ("whetstone:live", "whetstone:3"):
+            assert gateway.chat(*ASKED, model=model).headers["x-whetstone-examples"] == "router"
+            assert ollama.prompts[-1] == f"system: Be brief.\n{PROMPT}"
+        for model in ("baker", "whetstone:4"):
+            assert "x-whetstone-examples" not in gateway.chat(*ASKED, model=model).headers
+            assert ollama.prompts[-1] == f"user: {ASKED[0]['content']}\n"
+        # As `deploy` leaves it of a version that is no champion, such as a canary's candidate.
+        write_json(checkout / ".whetstone/served.json", {"whetstone:4": kind | {"system_prompt": None}})
+        gateway.chat(*ASKED, model="whetstone:4")
+        assert ollama.prompts[-1] == PROMPT
 
 
 @pytest.mark.parametrize("path", requests(None))

@@ -33,9 +33,9 @@ def registered_bundle(registry: ModelRegistry, version: ModelVersion, recorded_d
 
 
 def find_gguf(version: ModelVersion) -> Path:
-    """The version's GGUF: the champion's, the candidate's, or the object in DVC's cache; its SHA-256 is checked."""
+    """The version's GGUF: the champion's, candidate's, base's, or the object in DVC's cache; its SHA-256 is checked."""
     wanted = version.tags["gguf_sha256"]
-    for path in (champion.FOLDER / champion.GGUF, Path("models/package/model.gguf")):
+    for path in map(Path, (champion.FOLDER / champion.GGUF, "models/package/model.gguf", "models/base/base-Q8_0.gguf")):
         if path.is_file() and sha256_file(path) == wanted:
             return path
     fetch([version.tags["gguf_md5"]])

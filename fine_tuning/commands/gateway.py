@@ -14,6 +14,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.settings import parse_settings, read_params
 from fine_tuning.integration.chat_models import AppSettings, local_models
+from fine_tuning.integration.gateway.health import TOKEN, announce
 from fine_tuning.integration.gateway.proxy import Serving, Upstream, application
 from fine_tuning.integration.gateway.recorder import GatewaySettings, Recorder
 from fine_tuning.integration.ollama_client import normalise_host, ollama_host
@@ -22,7 +23,6 @@ from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.runtime.llama_engine import LlamaEngine
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-TOKEN = "WHETSTONE_GATEWAY_TOKEN"
 ENDS_WITHIN = 5  # seconds that streams have after SIGTERM
 
 
@@ -58,6 +58,7 @@ def serve(arguments: argparse.Namespace) -> None:
             print(
                 f"warning: whoever reaches {arguments.bind} and has the token can use it", file=sys.stderr, flush=True
             )
+        announce(checkout, arguments.bind, port)
         uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -88,8 +89,9 @@ def _upstream(given: str | None, checkout: Path, stack: ExitStack) -> Upstream:
 
 def _serving(checkout: Path) -> Serving:
     serve, app = read_params("serve", ServeSettings), read_params("app", AppSettings)
-    examples = served_examples(checkout, serve.examples, context_of(app)) if serve.examples else None
-    return Serving(examples, serve.system_prompt, app.max_tokens)
+    context = context_of(app)
+    examples = served_examples(checkout, serve.examples, context) if serve.examples else None
+    return Serving(examples, serve.system_prompt, app.max_tokens, context)
 
 
 def _is_loopback(address: str) -> bool:

@@ -14,9 +14,12 @@ from fine_tuning.commands.canary import begin
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import parse_version
 from fine_tuning.common.project import main_checkout, root
+from fine_tuning.common.records import updating
 from fine_tuning.common.settings import read_params
+from fine_tuning.evaluation.records.settings import ADAPTER
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.ollama_client import OllamaError, open_servers
+from fine_tuning.integration.served_examples import SERVED
 from fine_tuning.model_management.champion import read_champion
 from fine_tuning.model_management.model_deployer import DeploySettings, ModelDeployer
 from fine_tuning.model_management.model_registry import (
@@ -50,6 +53,18 @@ def deploy(arguments: argparse.Namespace) -> None:
             done = deployer.deploy(bundle, record, live=not trial)
         for note in done.notes:
             print(f"note: {note}")
+        served = read_champion() if version is None else version.tags
+        tag, examples = f"{registry.name}:{bundle.version}", int(served.get("examples") or 0)
+        with updating(main_checkout() / SERVED) as kept:
+            kept.pop(tag, None)
+            if served.get("kind", ADAPTER) != ADAPTER:
+                prompt = served.get("system_prompt")
+                kept[tag] = {"kind": served["kind"], "system_prompt": prompt, "examples": examples}
+        if examples:
+            print(
+                f"note: Ollama alone cannot look for the {examples} training exchanges that stand before each question "
+                "to this version: the gateway and the chat app do, so ask it through them"
+            )
         if trial:
             continue
         if version is not None:

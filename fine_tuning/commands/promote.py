@@ -23,13 +23,15 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.evaluation.looks import LOOKS, looked_at
 from fine_tuning.evaluation.records.champion_records import KEPT, called_champion, is_champion, kept_files
+from fine_tuning.evaluation.records.settings import ADAPTER, PROMPT
 from fine_tuning.model_management import champion
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion, open_registry
 from fine_tuning.training.tracking import flatten
 
 WEIGHTS = project.ADAPTER / "adapter_model.safetensors"
-MERGED = Path("models/merged")
+MERGED, BASE_GGUF = Path("models/merged"), Path("models/base/base-Q8_0.gguf")
+TRAIN = project.PREPARED / "train.parquet"  # where examples come from
 RECORDS = Path("data/evaluation")
 MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see CONTRIBUTING.md
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
@@ -76,24 +78,25 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str, *, 
         raise UserError(
             f"the verdict is {verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
         )
-    replaces = champion_compared_with(registry, bool(forced))
-    files = stage_files()
-    content, probes = content_hash(files), make_probes()
-    try:
-        with staged_artifacts(files, probes) as folder:
-            tags = version_tags(compared, files, forced)
-            version, new = registry.register(content, folder, tags, evaluation_metrics())
-        registry.nominate(version.number)
-        if register_only:
-            print(f"{version.name} version {version.number} is the registry's candidate")
-            return
-        old = registry.promote(version.number, replaces)
-        train = dvc_files.locate(Path.cwd(), dvc_files.read_lock(), project.PREPARED / "train.parquet")
-        made = (("adapter", project.ADAPTER), ("merged", MERGED), ("package", project.PACKAGE))
-        champion.keep_files((*made, *evaluation_files()), probes, train)
-        champion.name_champion(registry, version, tags, who)
-    finally:
-        shutil.rmtree(champion.STAGED, ignore_errors=True)
+    replaces, kind = champion_compared_with(registry, bool(forced)), kind_of(compared)
+    with packaged(kind) as package:
+        files = stage_files(package)
+        content, probes = content_hash(files), make_probes(kind)
+        try:
+            with staged_artifacts(files, probes) as folder:
+                tags = version_tags(compared, files, forced)
+                version, new = registry.register(content, folder, tags, evaluation_metrics())
+            registry.nominate(version.number)
+            if register_only:
+                print(f"{version.name} version {version.number} is the registry's candidate")
+                return
+            old = registry.promote(version.number, replaces)
+            train = dvc_files.locate(Path.cwd(), dvc_files.read_lock(), TRAIN)
+            made = (("adapter", project.ADAPTER), *model_files(kind), ("package", package))
+            champion.keep_files((*made, *evaluation_files()), probes, train)
+            champion.name_champion(registry, version, tags, who)
+        finally:
+            shutil.rmtree(champion.STAGED, ignore_errors=True)
     how = f"forced ({forced})" if forced else verdict
     print(f"{version.name} version {version.number} {'registered' if new else 'was registered already'}: {how}")
     compare_with_champion()
@@ -169,7 +172,8 @@ def champion_compared_with(registry: ModelRegistry, forced: bool) -> int | None:
 def candidate_is_champion() -> bool:
     """Whether the files of the candidate are those that models/champion.json names."""
     files = (WEIGHTS, project.PACKAGE / "model.gguf")
-    return all(file.is_file() for file in files) and is_champion(champion.RECORD, *files)
+    kind = kind_of(read_object(project.COMPARISON))
+    return all(file.is_file() for file in files) and is_champion(champion.RECORD, *files, kind)
 
 
 def evaluation_files() -> list[tuple[str, Path]]:
@@ -189,11 +193,47 @@ def compare_with_champion() -> None:
 # ------------------------------------------------------------------------------------------------------------ register
 
 
-def stage_files() -> dict[str, Path]:
+def kind_of(compared: dict[str, Any]) -> dict[str, Any]:
+    """What a comparison says of the candidate's kind; of an adapter where it is of before there were kinds."""
+    return compared.get("kind", {"name": ADAPTER})
+
+
+@contextmanager
+def packaged(kind: dict[str, Any]) -> Iterator[Path]:
+    """A folder with the package of the candidate: that of the stage, and beside it what stands before a question. A
+    prompt version's has the GGUF of the base and its system prompt."""
+    if kind["name"] == ADAPTER:
+        yield project.PACKAGE
+        return
+    from fine_tuning.model_management.packaging.model_package import write_modelfile
+
+    gguf = BASE_GGUF if kind["name"] == PROMPT else project.PACKAGE / "model.gguf"
+    request = read_json(project.PACKAGE / "create.json")
+    request |= {"system": kind["system_prompt"]} if kind["system_prompt"] else {}
+    request |= {"files": {"model.gguf": f"sha256:{project.sha256_file(gguf)}"}}
+    with tempfile.TemporaryDirectory(prefix="promote-") as name:
+        folder = Path(name)
+        (folder / "model.gguf").symlink_to(gguf.absolute())
+        (folder / "template.gotmpl").write_bytes(request["template"].encode())
+        (folder / "Modelfile").write_bytes(write_modelfile(request).encode())
+        write_json(folder / "create.json", request)
+        shown = {"kind": kind["name"], "system_prompt": kind["system_prompt"], "examples": kind["examples"]}
+        write_json(folder / Path(champion.KIND).name, shown)
+        yield folder
+
+
+def model_files(kind: dict[str, Any]) -> list[tuple[str, Path]]:
+    """(place in models/champion, path) of the model that was scored, for the next comparison."""
+    if kind["name"] != PROMPT:
+        return [("merged", MERGED)]
+    return [(f"merged/{file.name}", file) for file in BASE_GGUF.parent.iterdir() if file.suffix != ".gguf"]
+
+
+def stage_files(package: Path) -> dict[str, Path]:
     """{path in a version: file} of adapter and package."""
     return {
         f"{place}/{file.relative_to(folder).as_posix()}": file
-        for place, folder in (("adapter", project.ADAPTER), ("package", project.PACKAGE))
+        for place, folder in (("adapter", project.ADAPTER), ("package", package))
         for file in dvc_files.files_below(folder)
     }
 
@@ -203,7 +243,8 @@ def content_hash(files: dict[str, Path]) -> str:
     missing = [path for path in champion.CONTENT if path not in files]
     if missing:
         raise UserError(f"models/{missing[0]} is missing: run `dvc repro package`")
-    return champion.content_of({path: project.sha256_file(files[path]) for path in champion.CONTENT})
+    content = [path for path in (*champion.CONTENT, champion.KIND) if path in files]
+    return champion.content_of({path: project.sha256_file(files[path]) for path in content})
 
 
 @contextmanager
@@ -245,11 +286,11 @@ def split_members() -> dict[str, list[str]]:
     return members
 
 
-def make_probes() -> list[Probe]:
+def make_probes(kind: dict[str, Any]) -> list[Probe]:
     """The probes as the candidate's own tokenizer renders them, without those whose roles its template refuses."""
     from fine_tuning.schema.chat_format import ChatSettings, encode_prompt, load_tokenizer, render
 
-    system_prompt = read_params("chat", ChatSettings).system_prompt
+    system_prompt = kind.get("system_prompt") or read_params("chat", ChatSettings).system_prompt
     tokenizer = load_tokenizer(MERGED)
     probes = []
     for messages in PROBES:
@@ -278,7 +319,11 @@ def version_tags(compared: dict[str, Any], files: dict[str, Path], forced: str |
         "base_model": str(base.get("model") or "unknown"),
         "base_revision": str(base.get("revision") or "none"),
         "verdict": compared["verdict"],
+        "kind": (kind := kind_of(compared))["name"],
     }
+    if kind["name"] != ADAPTER:
+        tags |= {"examples": str(kind["examples"]), "examples_sha256": project.sha256_file(TRAIN)}
+        tags |= {"system_prompt": kind["system_prompt"]} if kind["system_prompt"] else {}
     return tags | ({"forced_reason": forced} if forced else {})
 
 

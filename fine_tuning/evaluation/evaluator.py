@@ -5,6 +5,7 @@ that the same base is scored on the same items once.
 """
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,23 +18,25 @@ from fine_tuning.common.project import sha256_file
 from fine_tuning.data_collection.personal_data.people import Find
 from fine_tuning.evaluation.records.measurements import GUARDS, Metrics, describe, guard_metrics, left_out, summarise
 from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, Item, Likelihood, Reply, conversation_of
-from fine_tuning.evaluation.records.settings import EvaluateSettings, IntervalSettings
+from fine_tuning.evaluation.records.settings import ADAPTER, KINDS, PROMPT, EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.scoring.memo import Memo
 from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, quantised_likelihoods, replies, scoring_hardware
-from fine_tuning.evaluation.suite.contenders import Contender
+from fine_tuning.evaluation.suite.contenders import Contender, of_kind
 from fine_tuning.evaluation.suite.examples import Exchanges
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
-from fine_tuning.evaluation.suite.items import chat_format, encoded_anew, sample, suite_sha256
+from fine_tuning.evaluation.suite.items import after, chat_format, encoded_anew, sample, suite_sha256
 from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
 from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.evaluation.suite.privacy import personal_data
-from fine_tuning.evaluation.suite.prompting_baselines import with_examples, with_system_prompt
+from fine_tuning.evaluation.suite.prompting_baselines import Before, context, with_messages
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings, encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+COSTED = 8  # prompts whose latency is measured
 
 
 @dataclass
@@ -78,6 +81,8 @@ class Evaluator:
         find_people: finds names, addresses and dates of birth in replies.
         pairs: held-out pairs of a preferred and another reply.
         is_compared: whether a reply's author is one of the models that are compared.
+        before: what stands before every conversation, which `items` have already.
+        plain: the items without it; None: the same.
     """
 
     def __init__(
@@ -90,16 +95,18 @@ class Evaluator:
         find_people: Find | None = None,
         pairs: Sequence[dict[str, Any]] = (),
         is_compared: Callable[[str], bool] = bool,
+        before: Before = lambda _: [],
+        plain: Sequence[Item] | None = None,
     ) -> None:
         self.items = items
+        self.plain = {item.id: item for item in plain or items}
+        self.before = before
         self.tokenizer = tokenizer
         self.chat = chat
         self.settings = settings
-        self.suite = suite_sha256(items, tokenizer)
-        self.prompts = [
-            encode_prompt(tokenizer, [{"role": "user", "content": text}], chat.system_prompt)
-            for text in settings.test_prompts
-        ]
+        self.suite = suite_sha256(plain or items, tokenizer)
+        questions = [[{"role": "user", "content": text}] for text in settings.test_prompts]
+        self.prompts = [encode_prompt(tokenizer, after(before(q), q), chat.system_prompt) for q in questions]
         longest = max([chat.max_length, *(len(prompt) for prompt in self.prompts)])
         self.context = longest + settings.generation.max_tokens
         self.hardware = scoring_hardware(settings.threads)
@@ -112,7 +119,7 @@ class Evaluator:
         """Everything that is asked of base, champion and candidate; `train` is the prepared training split."""
         found = Results()
         for contender in filter(None, (base, champion, candidate)):
-            own = self._with_tokenizer_of(contender)
+            own = self._asking(contender, train)
             if own.items:
                 lines, found.answers[contender.name] = own.evaluate(contender)
                 found.records += lines
@@ -126,17 +133,90 @@ class Evaluator:
                     f"evaluate: {contender.name} is not asked {len(missing)} of {len(self.items)} windows: its chat "
                     f"template refuses them or {self.chat.max_length} of its tokens do not hold them"
                 )
-        found.records += self.score_quantised(candidate) + self.score_prompting_baselines(base, train)
+        found.records += self._asking(candidate, train).score_quantised(candidate)
+        # Other kinds are those baselines: they were compared on validation.
+        found.records += self.score_prompting_baselines(base, train) if candidate.kind == ADAPTER else []
         found.memory = [line for contender in (base, candidate) for line in self.recall(contender, train)]
         return found
 
-    def _with_tokenizer_of(self, contender: Contender) -> "Evaluator":
+    def _asking(self, contender: Contender, train: Path) -> "Evaluator":
+        """The suite in the tokens of a contender, after what stands before a question."""
         own = load_tokenizer(contender.folder)
-        if chat_format(own) == chat_format(self.tokenizer):
+        known = chat_format(own) == chat_format(self.tokenizer)
+        if known and contender.kind == ADAPTER:
             return self
-        items = encoded_anew(self.items, own, self.chat.max_length)
-        more = self.memo.folder, self.find_people, self.pairs, self.is_compared
-        return Evaluator(items, own, self.chat, self.settings, *more)
+        chat, before = self.chat, self.before
+        plain = items = self.items if known else encoded_anew(self.items, own, chat.max_length)
+        if contender.kind != ADAPTER:
+            before = context(contender.system_prompt, Exchanges.read(train), contender.examples)
+            chat = chat.model_copy(update={"max_length": 2 * chat.max_length})
+            items = with_messages(plain, before, own, chat.max_length)
+        pairs = [pair | {"messages": after(before(pair["messages"]), pair["messages"])} for pair in self.pairs]
+        more = self.memo.folder, self.find_people, pairs, self.is_compared, before, plain
+        return Evaluator(items, own, chat, self.settings, *more)
+
+    def choose_kind(self, base: Contender, candidate: Contender, train: Path) -> tuple[Contender, dict[str, Any]]:
+        """The candidate as a version of the kind that evaluate.kind names, and what is recorded of the kind.
+
+        For `auto`, this evaluator's items are the validation split: a sample of them, as many as prompting baselines
+        are scored on, is scored with each kind, and the one with the fewest nats a token is chosen. Without
+        references there it is the adapter: by models' own words the model that wrote them would be chosen.
+
+        Returns:
+            (the contender, {"name", "system_prompt", "examples"} and for `auto` "validation": {"n",
+            "nats_per_token": {kind: nats}})
+        """
+        kind, prompting, measured = self.settings.kind, self.settings.prompting_baselines, {}
+        if kind == "auto":
+            some = sample([item for item in self.items if item.references], prompting.items)
+            more = self.memo.folder, self.find_people, (), self.is_compared
+            few = Evaluator(some, self.tokenizer, self.chat, self.settings, *more)
+            without = [ADAPTER, PROMPT] if prompting.system_prompt else [ADAPTER]
+            possible = (KINDS if prompting.examples else without) if some else ()
+            kinds = [of_kind(name, base, candidate, self.settings) for name in possible]
+            scored = {one.kind: few._nats_per_token(one, train) for one in kinds}
+            nats = {name: value for name, value in scored.items() if value is not None}
+            kind = min(nats, key=lambda name: (nats[name], KINDS.index(name)), default=ADAPTER)
+            measured = {"validation": {"n": len(some), "nats_per_token": nats}}
+        chosen = of_kind(kind, base, candidate, self.settings)
+        return chosen, {"name": kind, "system_prompt": chosen.system_prompt, "examples": chosen.examples} | measured
+
+    def _nats_per_token(self, contender: Contender, train: Path) -> float | None:
+        """Of the references; None where the chat template refuses some with what stands before them."""
+        own = self._asking(contender, train)
+        if len(own.items) < len(self.items):
+            return None
+        scores = own.score(contender, own.items, f"validation, {contender.kind}")
+        turns = [s.turns[place] for item, s in zip(own.items, scores, strict=True) for place in item.references]
+        nats, tokens, _ = (sum(numbers) for numbers in zip(*turns, strict=True))
+        return float(nats / tokens)
+
+    def cost(self, contender: Contender, train: Path) -> dict[str, Any]:
+        """What standing examples and system prompt cost: mean tokens of the prompts of references, and the median
+        seconds to the first token of its GGUF on up to COSTED of them, without and with what stands before."""
+        own = self._asking(contender, train)
+        pairs = [(self.plain[item.id], item) for item in own.items if item.references]
+        prompts = [[item.prompt_ids(item.asked) for item in pair] for pair in pairs]
+        few = prompts[:COSTED]
+
+        def compute() -> list:
+            def seconds(prompt: Sequence[int]) -> float:
+                started = time.monotonic()
+                engine.complete(prompt, 1)
+                return time.monotonic() - started
+
+            with own._engine(contender) as engine:
+                engine.complete(few[0][0][-8:], 1)  # the first one also warms up
+                return [[seconds(prompt) for prompt in column] for column in zip(*few, strict=True)]
+
+        if not few:
+            return {}
+        key = ["cost", sha256_file(contender.gguf), few, *own._engine_key()]
+        waited = self.memo.get(key, compute)
+        return {
+            "prompt_tokens": [statistics.fmean(map(len, column)) for column in zip(*prompts, strict=True)],
+            "first_token_seconds": [round(statistics.median(column), 3) for column in waited],
+        }
 
     def describe_suite(self) -> dict[str, Any]:
         """Identity and size of the suite, for metrics/evaluation.json."""
@@ -157,7 +237,7 @@ class Evaluator:
         for item, score in zip(self.items, scores, strict=True):
             line = self._line(contender.name, item, score, by_id.get(item.id))
             if "predictions" in line:
-                prompt = self.tokenizer.decode(item.prompt_ids(item.asked))
+                prompt = self.tokenizer.decode(self.plain[item.id].prompt_ids(item.asked))  # examples are others' words
                 line["personal_data"] = personal_data(line["predictions"], prompt, self.find_people)
             records.append(line)
         return records, answers[len(asked) :]
@@ -166,7 +246,7 @@ class Evaluator:
         """Lines of the file of each of MEASURES, by its stem; none of what is switched off."""
         name, found = contender.name, {guard: [] for guard in GUARDS}
         if self.settings.forgetting:
-            items = general_items(self.tokenizer, self.chat.system_prompt, self.chat.max_length)
+            items = general_items(self.tokenizer, self.chat.system_prompt, self.chat.max_length, self.before)
             found["general"] = knowledge(name, items, self.score(contender, items, "general knowledge"))
             items = text_items(self.tokenizer)
             found["general_text"] = reading(name, items, self.score(contender, items, "general text"))
@@ -184,10 +264,10 @@ class Evaluator:
         items = [item for item in self.items if item.references]
         asked = {}
         if chosen.system_prompt is not None:
-            asked[PROMPTED] = with_system_prompt(items, chosen.system_prompt, self.tokenizer, longest)
+            asked[PROMPTED] = with_messages(items, context(chosen.system_prompt), self.tokenizer, longest)
         if chosen.examples and chosen.items:
-            some = sample(items, chosen.items)
-            asked[FEW_SHOT] = with_examples(some, Exchanges.read(train), chosen.examples, self.tokenizer, longest)
+            some, before = sample(items, chosen.items), context(None, Exchanges.read(train), chosen.examples)
+            asked[FEW_SHOT] = with_messages(some, before, self.tokenizer, longest)
         return [
             self._line(name, item, score, None)
             for name, found in asked.items()
@@ -225,7 +305,8 @@ class Evaluator:
             with self._engine(contender) as engine, self._progress(contender, "scores as GGUF", count, "turn") as done:
                 return [score.as_json() for score in quantised_likelihoods(engine, chosen, done)]
 
-        key = ["quantised", sha256_file(contender.gguf), self.suite, [item.id for item in chosen], *self._engine_key()]
+        suite = suite_sha256(chosen, self.tokenizer)
+        key = ["quantised", sha256_file(contender.gguf), suite, *self._engine_key()]
         found = self.memo.get(key, compute) if chosen else []
         return [
             self._line(f"{contender.name}_quantised", item, Likelihood.from_json(turns), None)

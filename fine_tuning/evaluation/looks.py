@@ -11,6 +11,7 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import dump_line, read_line, read_lines
+from fine_tuning.evaluation.records.settings import ADAPTER
 
 LOOKS = Path("data/looks.jsonl")
 MOST = 20  # the look at one test split that is held, and all after it
@@ -56,5 +57,6 @@ def looked_at(comparison: dict[str, Any], ledger: Path = LOOKS) -> dict[str, Any
 
 
 def _pair(found: dict[str, Any]) -> tuple[str, str]:
-    """Hashes of test split and adapter, "" for none."""
-    return str(found.get("eval_set_sha256") or ""), str(found.get("adapter_sha256") or "")
+    """Hashes of test split and adapter, "" for none. Another kind of version of one adapter is another candidate."""
+    adapter, kind = str(found.get("adapter_sha256") or ""), found.get("kind", {}).get("name", ADAPTER)
+    return str(found.get("eval_set_sha256") or ""), adapter if kind == ADAPTER else f"{adapter} {kind}"

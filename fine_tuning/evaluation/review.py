@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import sha256_file
+from fine_tuning.common.project import EVALUATION, sha256_file
 from fine_tuning.common.records import read_object, replacing, updating, write_json
 from fine_tuning.data_collection.conversation_logger import append_line, rename_log, rewrite_log
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.evaluation.records.champion_records import is_champion, without_learned
 from fine_tuning.evaluation.records.record_types import Item, Reply, conversation_of
+from fine_tuning.evaluation.records.settings import KINDS as VERSION_KINDS
 from fine_tuning.evaluation.suite.contenders import Contender, find_champion
 from fine_tuning.evaluation.suite.items import read_items
 from fine_tuning.evaluation.verdict.judge import JudgeCount
@@ -88,10 +89,13 @@ class Pairs:
     def __init__(self, engine: Engine, sampling: dict[str, Any], context: int) -> None:
         if not ADAPTER.is_file() or not CANDIDATE.gguf.is_file():
             raise UserError("there is no candidate to review: run `dvc repro`, or `dvc pull` if it was made elsewhere")
-        if is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf):
+        kind = read_object(EVALUATION).get("suite", {}).get("kind", {"name": VERSION_KINDS[0]})
+        if is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf, kind):
             raise UserError("the candidate is the champion already: train another one, then review that")
         self.engine, self.sampling, self.context, self.folder = engine, sampling, context, REPLIES.absolute()
         self.candidate, self.against = CANDIDATE, find_champion(CHAMPION) or BASE
+        if {kind["name"], self.against.kind} != {VERSION_KINDS[0]}:
+            raise UserError(f"votes are taken on versions of kind {VERSION_KINDS[0]} only: evaluate.kind is for others")
         self.ggufs = {one.name: sha256_file(one.gguf) for one in (self.candidate, self.against)}
         self.tokenizers = {one.name: load_tokenizer(one.folder) for one in (self.candidate, self.against)}
         items, _ = without_learned(read_items(TEST, load_tokenizer(BASE.folder)), CHAMPION)

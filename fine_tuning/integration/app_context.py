@@ -47,9 +47,9 @@ class App:
         first = _models(str(self.checkout), self.host, self.name, stamp)
         return [*first, *registered_models(self.checkout, self.name, stamp)]
 
-    def examples(self) -> ServedExamples:
-        """What may stand before a question."""
-        return served_examples(self.checkout, self.serve.examples, context_of(self.settings))
+    def examples(self, count: int) -> ServedExamples:
+        """What may stand before a question, `count` at most."""
+        return served_examples(self.checkout, count, context_of(self.settings))
 
     def probe(self) -> OllamaClient:
         """The Ollama server, with little patience: for questions whose answer may be that it is not there."""

@@ -15,6 +15,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
+from fine_tuning.evaluation.records.settings import PROMPT
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, full_name
 from fine_tuning.runtime.llama_engine import LlamaEngine
@@ -146,12 +147,15 @@ def local_models(checkout: Path) -> list[ChatModel]:
     if (checkout / BASE_GGUF).is_file():
         tag = read_object(checkout / BASE / "base.json").get("model") or str(BASE_GGUF)
         models.append(ChatModel("Base", "embedded", tag, None, checkout / BASE_GGUF))
-    compared = read_object(checkout / COMPARISON).get("adapter_sha256")
+    comparison = read_object(checkout / COMPARISON)
+    compared, kind = comparison.get("adapter_sha256"), comparison.get("kind", {}).get("name")
     promoted = version is not None and compared == read_object(checkout / CHAMPION).get("adapter_sha256")
     if (checkout / CANDIDATE_GGUF).is_file() and not promoted:
         # The next candidate has the same path and is another model: part of the adapter's hash tells them apart.
         tag = f"{CANDIDATE_GGUF}@{compared[:8]}" if compared else str(CANDIDATE_GGUF)
-        models.append(ChatModel("Candidate", "embedded", tag, None, checkout / CANDIDATE_GGUF))
+        models.append(
+            ChatModel("Candidate", "embedded", tag, None, checkout / (BASE_GGUF if kind == PROMPT else CANDIDATE_GGUF))
+        )
     return models
 
 

@@ -60,7 +60,9 @@ def candidate(checkout: Path) -> Candidate | None:
     obstacle = None
     if not (checkout / ADAPTER).is_file():
         obstacle = "its files are not here: run `dvc pull` or `dvc repro`"
-    elif read_object(checkout / CHAMPION).get("adapter_sha256") == sha256:
+    elif (named := read_object(checkout / CHAMPION)).get("adapter_sha256") == sha256 and named.get(
+        "kind", "adapter"
+    ) == found.get("kind", {}).get("name", "adapter"):
         obstacle = "it is the champion already"
     return Candidate(verdict, reasons, sha256, obstacle)
 
@@ -137,4 +139,5 @@ def row(version: ModelVersion, live: Live | None) -> dict[str, Any]:
         "registered": version.created_at,
         "commit": version.tags.get("git_commit", "")[:10],
         "base": version.tags.get("base_model", ""),
+        "kind": version.tags.get("kind", "adapter"),
     }

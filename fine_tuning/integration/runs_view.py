@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset(
         "package": "merged_dtype quantisation",
         "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "
         "frequency_penalty",
-        "evaluate": "batch_tokens threads quantised_items forgetting other_histories",
+        "evaluate": "kind batch_tokens threads quantised_items forgetting other_histories",
         "evaluate.generation": "items max_tokens slots",
         "evaluate.interval": "draws confidence seed",
         "evaluate.prompting_baselines": "system_prompt examples items",
@@ -96,7 +96,9 @@ def record_lines(lines: list[Line]) -> None:
     """
     shown = [line.metrics for line in lines if not any(key.startswith("comparison.champion.") for key in line.metrics)]
     record_looks(
-        {"eval_set_sha256": one.get("comparison.eval_set_sha256"), "adapter_sha256": one.get(JUDGED)} for one in shown
+        {"eval_set_sha256": one.get("comparison.eval_set_sha256"), "adapter_sha256": one.get(JUDGED)}
+        | ({"kind": {"name": kind}} if (kind := one.get("comparison.kind.name")) else {})
+        for one in shown
     )
 
 

@@ -8,20 +8,24 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings, read_params
 from fine_tuning.data_collection.storage.tombstones import Tombstones
+from fine_tuning.evaluation.records.settings import ADAPTER
 from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
-from fine_tuning.integration.chat_models import AppSettings
+from fine_tuning.integration.chat_models import CANDIDATE_GGUF, CHAMPION, COMPARISON, AppSettings
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
 TRAIN = Path("data/prepared/train.parquet")
 FORGOTTEN = Path("data/forgotten.jsonl")
 TOKENIZER = Path("models/base/tokenizer.json")
+SERVED = Path(".whetstone/served.json")  # tag → what stands before questions to a version that was deployed from here
 TURN_TOKENS = 8  # of a turn beside its text, at most, in the chat templates of common models
 Message = dict[str, str]
 
@@ -31,6 +35,22 @@ class ServeSettings(Settings):
 
     examples: int = Field(ge=0, le=50)
     system_prompt: str | None
+
+
+def kind_served(checkout: Path, tag: str) -> dict[str, Any]:
+    """{"kind", "system_prompt", "examples"} of a version that was judged with something before the question: the
+    champion, the candidate of the last run, or one that was deployed from here; {} of any other model."""
+    champion, compared = read_object(checkout / CHAMPION), read_object(checkout / COMPARISON).get("kind", {})
+    if tag.startswith(str(CANDIDATE_GGUF)) and compared.get("name", ADAPTER) != ADAPTER:
+        return {"kind": compared["name"]} | compared
+    if "kind" in champion and tag == f"{champion.get('name')}:{champion.get('version')}":
+        return champion
+    return dict(read_object(checkout / SERVED).get(tag) or {})
+
+
+def has_kinds(checkout: Path) -> bool:
+    """Whether `kind_served` knows any version that a server has."""
+    return bool(read_object(checkout / SERVED)) or "kind" in read_object(checkout / CHAMPION)
 
 
 class ServedExamples:
@@ -111,7 +131,7 @@ def context_of(app: AppSettings) -> int:
     return min(app.context, read_params("package", PackageSettings).parameters.num_ctx)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def served_examples(checkout: Path, count: int, context: int) -> ServedExamples:
     """The examples of a checkout, read once a process."""
     return ServedExamples(checkout, count, context)

@@ -26,6 +26,7 @@ STAGED = Path("models/.champion.new")
 PROBES = "probes.json"
 WEIGHTS, GGUF, CREATE = "adapter/adapter_model.safetensors", "package/model.gguf", "package/create.json"
 MERGED = "merged/model.safetensors"
+KIND = "package/kind.json"  # of versions that are more than an adapter: kind, system prompt, number of examples
 # What makes a version another version; cards, reports and time stamps do not.
 CONTENT = (WEIGHTS, "adapter/adapter_config.json", GGUF, CREATE)
 VERDICT_TAGS = ("verdict", "forced_reason", "eval_set_sha256")
@@ -46,7 +47,7 @@ def read_champion() -> dict[str, Any]:
 
 def content_of(hashes: dict[str, str]) -> str:
     """SHA-256 of what a version is, from the SHA-256 of its files by their paths in it."""
-    wanted = {path: hashes.get(path) for path in CONTENT}
+    wanted = {path: hashes.get(path) for path in CONTENT} | ({KIND: hashes[KIND]} if KIND in hashes else {})
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
@@ -123,6 +124,7 @@ def name_champion(registry: ModelRegistry, version: ModelVersion, tags: dict[str
         **({"merged_sha256": sha256_file(merged)} if merged.is_file() else {}),
         "gguf_sha256": sha256_file(FOLDER / GGUF),
         **({"evaluation_sha256": files_sha256(files_below(kept), kept)} if kept.is_dir() else {}),
+        **(read_json(FOLDER / KIND) if (FOLDER / KIND).is_file() else {}),
         "git_commit": version.tags.get("git_commit"),
         **{key: known[key] for key in ("promoted_at", "promoted_by", *VERDICT_TAGS) if key in known},
     }

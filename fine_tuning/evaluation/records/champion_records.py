@@ -7,7 +7,7 @@ are restored byte for byte, so that the verdict behind the promotion stands and 
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,25 @@ from fine_tuning.common.records import read_json, read_jsonl
 from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.records.data_changes import MEMBERS
 from fine_tuning.evaluation.records.record_types import Item, conversation_of
+from fine_tuning.evaluation.records.settings import ADAPTER, PROMPT
 
 LEARNED = "left out: the champion was trained on the same or on near-duplicates"
 KEPT = "evaluation"  # in the champion's folder: the files of its evaluation, each at its path in the checkout
 
 
-def is_champion(record: Path, adapter: Path, gguf: Path) -> bool:
-    """Whether adapter and GGUF are those of the champion that the JSON file `record` names."""
+def is_champion(record: Path, adapter: Path, gguf: Path, kind: Mapping[str, Any]) -> bool:
+    """Whether adapter, GGUF and kind of version are those of the champion that the JSON file `record` names.
+
+    Args:
+        kind: "name" and, of other kinds than an adapter, "system_prompt" and "examples".
+    """
     champion = read_json(record)
-    pairs = (("adapter_sha256", adapter), ("gguf_sha256", gguf))
-    return champion.get("version") is not None and all(sha256_file(path) == champion.get(key) for key, path in pairs)
+    own = {"name": champion.get("kind", ADAPTER), "system_prompt": champion.get("system_prompt")}
+    own["examples"] = champion.get("examples", 0)
+    # The GGUF of a prompt version is the base's, which the adapter was made for.
+    pairs = (("adapter_sha256", adapter), *([] if own["name"] == PROMPT else [("gguf_sha256", gguf)]))
+    same = champion.get("version") is not None and all(own[key] == kind[key] for key in own if key in kind)
+    return same and all(sha256_file(path) == champion.get(key) for key, path in pairs)
 
 
 def method_sha256(*settings: Settings) -> str:

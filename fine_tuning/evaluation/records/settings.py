@@ -2,13 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from fine_tuning.common.settings import Settings
 
 METRIC_MODULES = Path(__file__).parents[1] / "metric_modules"
+
+
+# What answers in a version: the tuned model; the base after a system prompt and retrieved examples; the tuned model
+# after retrieved examples.
+ADAPTER, PROMPT, ADAPTER_EXAMPLES = KINDS = ("adapter", "prompt", "adapter+examples")
 
 
 def _metric_name(name: str) -> str:
@@ -70,6 +75,7 @@ class EvaluateSettings(Settings):
     threads: int | None = Field(ge=1)
     generation: GenerationSettings
     quantised_items: int = Field(ge=0)
+    kind: Literal["adapter", "prompt", "adapter+examples", "auto"] = ADAPTER
     prompting_baselines: PromptingBaselineSettings
     forgetting: bool
     other_histories: int = Field(ge=0)

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -14,6 +14,7 @@ from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.records.champion_records import champion_folder
+from fine_tuning.evaluation.records.settings import ADAPTER_EXAMPLES, KINDS, PROMPT, EvaluateSettings
 from fine_tuning.runtime.base_model import locate_base
 
 # Parts of a model's name that say how it is stored or tuned and not which one it is.
@@ -22,11 +23,25 @@ _VARIANT = re.compile(r"(?:^|(?<=[^a-z0-9]))(?:i?q\d\w*|b?f(?:16|32)|fp16|gguf|l
 
 @dataclass(frozen=True)
 class Contender:
-    """A model in its two forms: the folder that is scored and the GGUF that replies."""
+    """A model in its two forms, the folder that is scored and the GGUF that replies, and what stands before a question.
+
+    Args:
+        kind: see KINDS.
+        system_prompt: instead of a conversation's own; None: that one.
+        examples: how many training exchanges stand before a conversation.
+    """
 
     name: str
     folder: Path
     gguf: Path
+    kind: str = KINDS[0]
+    system_prompt: str | None = None
+    examples: int = 0
+
+    def identity(self) -> str:
+        """SHA-256 of the GGUF, and of what stands before a question where anything does."""
+        gguf, before = sha256_file(self.gguf), f"{self.kind} {self.examples} {self.system_prompt}"
+        return gguf if self.kind == KINDS[0] else hashlib.sha256(f"{gguf} {before}".encode()).hexdigest()
 
     def weights_sha256(self) -> str:
         """Hash of the folder's weights and configuration.
@@ -50,13 +65,32 @@ def find_champion(record: Path) -> Contender | None:
     if champion.get("version") is None:
         return None
     folder = champion_folder(record)
-    found = Contender("champion", folder / "merged", folder / "package" / "model.gguf")
+    context = {key: champion[key] for key in ("kind", "system_prompt", "examples") if key in champion}
+    found = Contender("champion", folder / "merged", folder / "package" / "model.gguf", **context)
     if not (found.folder / "config.json").is_file() or not found.gguf.is_file():
         raise UserError(f"the champion's files are missing in {folder}: run `dvc pull {folder}`")
     for key, file in (("gguf_sha256", found.gguf), ("merged_sha256", found.folder / "model.safetensors")):
         if champion.get(key) and not (file.is_file() and sha256_file(file) == champion[key]):
             raise UserError(f"{file} is not the file that was promoted: run `dvc checkout --force {folder}`")
     return found
+
+
+def of_kind(kind: str, base: Contender, candidate: Contender, settings: EvaluateSettings) -> Contender:
+    """The candidate as a version of a kind, with the system prompt and examples of evaluate.prompting_baselines.
+
+    Raises:
+        UserError: neither a system prompt nor examples are set, so the kind is none of its own.
+    """
+    prompting = settings.prompting_baselines
+    shown = {"kind": kind, "examples": prompting.examples}
+    if kind == PROMPT and (prompting.examples or prompting.system_prompt):
+        shown |= {"system_prompt": prompting.system_prompt}
+        return replace(candidate, folder=base.folder, gguf=base.gguf, **shown)
+    if kind == ADAPTER_EXAMPLES and prompting.examples:
+        return replace(candidate, **shown)
+    if kind in (PROMPT, ADAPTER_EXAMPLES):
+        raise UserError(f"evaluate.kind = {kind} needs evaluate.prompting_baselines.examples: set it in params.yaml")
+    return candidate
 
 
 class ProjectName(Settings):

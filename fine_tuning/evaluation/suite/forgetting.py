@@ -4,7 +4,7 @@ A question has a right and a wrong answer. Models are compared by the nats of bo
 nats a byte of the texts. Neither needs generation or a judge; guards.py decides on the records.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,17 @@ TEXTS = Path(__file__).with_name("general_texts.jsonl")
 ANSWERS = ("right", "wrong")
 
 
-def general_items(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int) -> list[Item]:
-    """Two items for each question, one for each answer without its end of turn: `<id>/right` and `<id>/wrong`."""
+def general_items(
+    tokenizer: "PreTrainedTokenizerFast",
+    system_prompt: str | None,
+    max_length: int,
+    before: Callable[[Sequence[dict]], list[dict]] = lambda _: [],
+) -> list[Item]:
+    """Two items for each question, one for each answer without its end of turn: `<id>/right` and `<id>/wrong`.
+
+    Args:
+        before: the messages that stand before a question.
+    """
     items, closing = [], end_of_turn_ids(tokenizer)
     for question in read_jsonl(SUITE):
         for answer in ANSWERS:
@@ -30,7 +39,9 @@ def general_items(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | Non
                 {"role": "user", "content": question["prompt"]},
                 {"role": "assistant", "content": question[answer]},
             ]
-            encoded = encode_conversation(tokenizer, messages, system_prompt, max_length)
+            shown = before(messages)
+            trained = [False] * (len(shown) + 1) + [True]
+            encoded = encode_conversation(tokenizer, [*shown, *messages], system_prompt, max_length, trained)
             runs = label_runs(encoded.labels)
             name = f"{question['id']}/{answer}"
             item = Item(

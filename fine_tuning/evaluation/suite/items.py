@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 COLUMNS = ["id", "window", "source", "cluster", "messages", "input_ids", "labels"]
 
 
-def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,)) -> list[Item]:
+def read_items(
+    path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,), needed: bool = True
+) -> list[Item]:
     """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
 
     Raises:
-        UserError: the file is missing, or no conversation in it holds a reply.
+        UserError: the file is missing, or no conversation in it holds a reply and one is `needed`.
     """
     items = []
     for row in read_rows(path, COLUMNS):
@@ -32,7 +34,7 @@ def read_items(path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Seque
         authors, texts = reply_authors(row.messages, len(runs)), reply_texts(tokenizer, row.input_ids, runs)
         stored = (row.source, row.cluster, row.messages, row.input_ids, row.labels)
         items.append(Item(item_id(row.id, row.window), *stored, runs, authors, texts, tuple(endorsed)))
-    if not items:
+    if needed and not items:
         raise UserError(
             "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
         )
@@ -56,10 +58,7 @@ def encoded_after(
     A system message among `before` takes the place of the conversation's.
     """
     scored = labelled_replies(item.messages, len(item.runs))
-    own = item.messages
-    if own[0]["role"] == "system":
-        before, own = [*([] if _has_system(before) else own[:1]), *before], own[1:]
-    messages = [*before, *own]
+    messages = after(before, item.messages)
     trained = [any(message is reply for reply in scored) for message in messages]
     try:
         # A system prompt that was configured is among the messages already.
@@ -69,11 +68,14 @@ def encoded_after(
     runs = label_runs(encoded.labels)
     if reply_texts(tokenizer, encoded.input_ids, runs) != item.texts:
         return None
-    return replace(item, input_ids=encoded.input_ids, labels=encoded.labels, runs=runs)
+    return replace(item, messages=messages, input_ids=encoded.input_ids, labels=encoded.labels, runs=runs)
 
 
-def _has_system(messages: Sequence[dict]) -> bool:
-    return any(message["role"] == "system" for message in messages)
+def after(before: Sequence[dict], messages: Sequence[dict]) -> list[dict]:
+    """Messages with others before them, whose system message takes the place of their own."""
+    head = 1 if messages and messages[0]["role"] == "system" else 0
+    replaced = any(message["role"] == "system" for message in before)
+    return [*([] if replaced else messages[:head]), *before, *messages[head:]]
 
 
 def reply_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int], runs: Sequence[tuple[int, int]]) -> list[str]:

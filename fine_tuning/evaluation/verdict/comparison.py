@@ -30,7 +30,7 @@ from fine_tuning.evaluation.records.measurements import (
     likelihood_columns,
 )
 from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, finite
-from fine_tuning.evaluation.records.settings import METRIC_MODULES, EvaluateSettings, IntervalSettings
+from fine_tuning.evaluation.records.settings import ADAPTER, METRIC_MODULES, EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
     CANDIDATE,
     LOOK_LEVEL,
@@ -96,12 +96,14 @@ class Evidence:
         """The content of metrics/comparison.json for a candidate that is not the champion; `suite` is the entry of
         metrics/evaluation.json."""
         people = VoteCount.of(self.votes, self.records, suite.get("ggufs", {}))
-        files = self.guarded, self.answers, self.memory
-        found = compare(self.records, self.metrics, settings, self.intervals, *files, people)
+        files, kind = (self.guarded, self.answers, self.memory), suite.get("kind", {"name": ADAPTER})
+        found = compare(self.records, self.metrics, settings, self.intervals, *files, people, kind["name"])
         # Judges come after the verdict: nothing that decides can read them.
         judges = JudgeCount.of(self.judged, self.votes, people, suite.get("ggufs", {}))
         found["reasons"] += [str(judge) for judge in judges]
         found["judges"] = [judge.as_json() for judge in judges]
+        found["reasons"] += kind_in_words(kind)
+        found["kind"] = kind
         if learned := suite.get("learned_by_champion"):
             found["reasons"].append(f"{count_of(learned, 'held-out conversation')} {LEARNED}")
         return found | {"adapter_sha256": adapter_sha256, "eval_set_sha256": suite["sha256"]}
@@ -116,6 +118,7 @@ def compare(
     answers: Sequence[dict[str, Any]] = (),
     memory: Sequence[dict[str, Any]] | None = None,
     people: VoteCount | None = None,
+    kind: str = ADAPTER,
 ) -> dict[str, Any]:
     """The content of metrics/comparison.json but for the identities of candidate and suite.
 
@@ -125,6 +128,7 @@ def compare(
         answers: lines of prompts.jsonl, the answers to the test prompts.
         memory: lines of memory.jsonl, what was kept of the training data; None: of no concern here.
         people: their votes; None: nobody voted.
+        kind: of version that the candidate is.
 
     Raises:
         UserError: the suites of the contenders differ, or a metric that is to decide was not measured.
@@ -176,7 +180,7 @@ def compare(
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
     notes += close + other_tokenizers(pairs, deciding, settings) + people.notes()
     notes += untested(remembered) if memory is not None else []
-    notes = [*switched_off(present, tables), *notes, *doubts]
+    notes = [*switched_off(present, tables, kind), *notes, *doubts]
 
     few = (
         [NO_REFERENCES]
@@ -259,7 +263,25 @@ def looping(pairs: Mapping[str, Mapping[str, Difference]]) -> list[str]:
     return [f"{found.candidate_value:.0%} of the candidate's {found.n} replies loop, {base}"]
 
 
-def switched_off(present: set[str], tables: Mapping[str, Any]) -> list[str]:
+def kind_in_words(kind: Mapping[str, Any]) -> list[str]:
+    """Which kind the candidate is, how that was chosen, and what it costs; nothing of an adapter by default."""
+    name, measured, tokens = kind["name"], kind.get("validation"), kind.get("prompt_tokens")
+    if name == ADAPTER and not measured:
+        return []
+    found = f"the candidate is of kind {name}"
+    if measured and measured["n"]:
+        nats = ", ".join(f"{one} {value:.3f}" for one, value in measured["nats_per_token"].items())
+        found += f", chosen by nats a token on {count_of(measured['n'], 'validation window')}: {nats}"
+    elif measured:
+        found += ": the validation split holds no reference to choose another by"
+    if tokens:
+        seconds = kind["first_token_seconds"]
+        found += f"; its prompts have {tokens[1]:.0f} tokens instead of {tokens[0]:.0f}, and its first token comes "
+        found += f"after {seconds[1]:.2f} s instead of {seconds[0]:.2f} s"
+    return [found]
+
+
+def switched_off(present: set[str], tables: Mapping[str, Any], kind: str) -> list[str]:
     """One note that names the guards without records, and the parameters that switch them on."""
     guards = {
         "forgetting (evaluate.forgetting)": tables["forgetting"] and tables["general_text"],
@@ -267,6 +289,8 @@ def switched_off(present: set[str], tables: Mapping[str, Any]) -> list[str]:
         "a system prompt that does as well (evaluate.prompting_baselines.system_prompt)": PROMPTED in present,
         "examples that do as well (evaluate.prompting_baselines.examples)": FEW_SHOT in present,
     }
+    if kind != ADAPTER:  # it is a prompting baseline, or was chosen among them
+        guards = {name: measured for name, measured in guards.items() if "prompting_baselines" not in name}
     off = [name for name, measured in guards.items() if not measured]
     return [f"switched off or without records, not guarded against: {', '.join(off)}"] if off else []
 

@@ -16,7 +16,7 @@ from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sam
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs, own_command
-from fine_tuning.integration.served_examples import after_examples, sources
+from fine_tuning.integration.served_examples import after_examples, kind_served, sources
 from fine_tuning.schema.conversation import edits
 
 REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
@@ -328,7 +328,7 @@ def _below_reply(
             st.code(text, language=None, wrap_lines=True)
         if asked is not None and (count := (message.get("settings") or {}).get("examples")):
             with st.popover(f"answered with {count} of your conversations", type="tertiary"):
-                _examples(here, asked["content"])
+                _examples(here, asked["content"], count)
         st.caption(plain(_origin(here, message, any(e.get("edited") for e in judged))))
     if rating is not None:
         st.text_input(
@@ -340,9 +340,9 @@ def _below_reply(
         _alternatives(here, conversation, message, others)
 
 
-def _examples(here: App, question: str) -> None:
+def _examples(here: App, question: str, count: int) -> None:
     """What would stand before a question now: what was forgotten or disliked meanwhile is not shown."""
-    for exchange in reversed(here.examples().before([{"role": "user", "content": question}], 0)):
+    for exchange in reversed(here.examples(count).before([{"role": "user", "content": question}], 0)):
         show_text(exchange.question, typed=True)
         show_text(exchange.answer)
         st.divider()
@@ -462,13 +462,18 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
             question.model = ChatModel(chat_models.CANARY, "ollama", canary.tag, canary.candidate)
     said = question.history if conversation is None else _said(conversation, question.replaces)
     messages = [*said, {"role": "user", "content": question.text}]
-    examples = here.examples().before(messages, asking.sampling.max_tokens) if here.serve.examples else []
+    model, prompt = question.model, asking.system_prompt
+    kind = kind_served(here.checkout, model.tag if model.version is None else f"{here.name}:{model.version}")
+    count = kind.get("examples", here.serve.examples)
+    examples = here.examples(count).before(messages, asking.sampling.max_tokens) if count else []
+    if prompt == here.chat.system_prompt:  # nobody chose another one
+        prompt = kind.get("system_prompt") or prompt
     stream = partial(
-        stream_reply, question.model, after_examples(messages, examples), asking.sampling, checkout=here.checkout,
-        system_prompt=asking.system_prompt, settings=here.settings, client=here.client(),
+        stream_reply, model, after_examples(messages, examples), asking.sampling, checkout=here.checkout,
+        system_prompt=prompt, settings=here.settings, client=here.client(),
     )  # fmt: skip
     return chat_session.ask(
-        here.checkout, question, stream, here.logger, asking.sampling, asking.system_prompt, here.person,
+        here.checkout, question, stream, here.logger, asking.sampling, prompt, here.person,
         examples=len(sources(examples)),
     )  # fmt: skip
 

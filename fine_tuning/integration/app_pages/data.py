@@ -17,6 +17,8 @@ from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Entry, Span
+from fine_tuning.integration.gateway.health import gateways
+from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.jobs import own_command
 from fine_tuning.schema.conversation import edits
 from fine_tuning.schema.reasons import in_words, reason_in_words
@@ -34,6 +36,7 @@ def page() -> None:
     st.title("Data")
     found = data_view.entries(here.checkout)
     _upload(here)
+    _gateways(here)
     if not found:
         st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
         return
@@ -57,6 +60,24 @@ def _upload(here: App) -> None:
             start(IMPORT, own_command("import", *words, "--", str(path)), here.checkout)
             st.rerun()
         show_job(IMPORT)
+
+
+def _gateways(here: App) -> None:
+    """What the gateways of this checkout counted since they started."""
+    found = gateways(here.checkout, read_params("gateway", GatewaySettings).token)
+    if not found:
+        st.caption("No gateway runs: `python -m fine_tuning gateway` records what other chat clients say.")
+    for address, health in found.items():
+        if isinstance(health, str):
+            st.warning(f"The gateway at {address}: {health}", icon=":material/lan:")
+            continue
+        counts = health["recording"]
+        numbers = {name: number for name, number in counts.items() if isinstance(number, int)}
+        numbers |= {f"left out ({reason})": number for reason, number in counts["left_out"].items()}
+        said = ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+        st.caption(f"Gateway {address} to {health['upstream']}, exchanges since it started: {plain(said)}")
+        if counts["problem"]:
+            st.warning(f"The gateway at {address}: {plain(counts['problem'])}", icon=":material/lan:")
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,7 +30,7 @@ from fine_tuning.integration.gateway.recorder import Outcome, Recorder, Ticket
 from fine_tuning.integration.gateway.wire_formats import READERS, Asked, ReplyReader, with_context
 from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_local
 from fine_tuning.integration.request_guard import is_own
-from fine_tuning.integration.served_examples import ServedExamples, sources
+from fine_tuning.integration.served_examples import ServedExamples, has_kinds, kind_served, served_examples, sources
 
 MOST_BYTES = 64 << 20  # of a request, images included
 MOST_WAITING = 1 << 18  # bytes of an answer that wait for a slow client
@@ -69,12 +69,14 @@ class Serving:
     """What stands before a question that clients do not send: see `served_examples`.
 
     Args:
+        context: tokens of prompt and reply together.
         reply_tokens: how long a reply may become where the client does not say.
     """
 
     examples: ServedExamples | None = None
     system_prompt: str | None = None
     reply_tokens: int = 512
+    context: int = 2048
 
 
 class Gateway:
@@ -158,8 +160,10 @@ class Proxy:
         shown: list[str] = []
         if ticket is not None and full_name(ticket.asked.model) == f"{self.upstream.name}:live":
             body = await asyncio.to_thread(self._for_candidate, body, ticket)
-        if asked is not None and (self.serving.examples or self.serving.system_prompt):
-            body, shown = await asyncio.to_thread(self._with_context, path, body, asked, ticket)
+        if asked is not None:
+            serving = await self._serving(asked.model)
+            if serving.examples or serving.system_prompt:
+                body, shown = await asyncio.to_thread(self._with_context, path, body, asked, ticket, serving)
         relay = _Relay(self, path, ticket, shown)
         passing = asyncio.create_task(relay.run(self._request(scope, body, bool(ticket)), scope, receive, send))
         leaving = asyncio.create_task(_gone(receive))
@@ -185,9 +189,23 @@ class Proxy:
             self.recorder.failed(error)
         return body
 
-    def _with_context(self, path: str, body: bytes, asked: Asked, ticket: Ticket | None) -> tuple[bytes, list[str]]:
+    async def _serving(self, model: str) -> Serving:
+        """What stands before questions to a model: what a version was judged with, else what section `serve` says."""
+        here, known = self.recorder.checkout, self.serving
+        try:
+            kind = kind_served(here, (await self.model_of(model)).get("model", "")) if has_kinds(here) else {}
+            if not kind:
+                return known
+            examples = served_examples(here, kind["examples"], known.context) if kind["examples"] else None
+            return replace(known, examples=examples, system_prompt=kind["system_prompt"] or known.system_prompt)
+        except Exception as error:  # a chat goes on without
+            self.recorder.failed(error)
+            return known
+
+    def _with_context(
+        self, path: str, body: bytes, asked: Asked, ticket: Ticket | None, serving: Serving
+    ) -> tuple[bytes, list[str]]:
         """The request as the model gets it, and the conversations that its examples come from."""
-        serving = self.serving
         try:
             said = [*asked.history, {"role": "user", "content": asked.question}]
             reply = next(
