@@ -75,7 +75,7 @@ class EvaluateSettings(Settings):
     threads: int | None = Field(ge=1)
     generation: GenerationSettings
     quantised_items: int = Field(ge=0)
-    kind: Literal["adapter", "prompt", "adapter+examples", "auto"] = ADAPTER
+    kind: Literal["adapter", "prompt", "adapter+examples", "auto"] = "adapter"
     prompting_baselines: PromptingBaselineSettings
     forgetting: bool
     other_histories: int = Field(ge=0)
