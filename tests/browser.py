@@ -15,6 +15,7 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from tests.app_checkout import REPOSITORY, environment
+from tests.forked import folder as forked_python
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: `apt-get install chromium`")
@@ -24,13 +25,13 @@ PHONE = {"width": 390, "height": 844}
 @contextmanager
 def running_app(checkout: Path, code: Path = REPOSITORY) -> Iterator[str]:
     """`streamlit run` in a checkout, as `make chat` does it; yields its address."""
-    with app_process(checkout, code) as (address, _):
+    with app_process(checkout, code, python=str(forked_python() / "python")) as (address, _):
         yield address
 
 
 @contextmanager
 def app_process(
-    checkout: Path, code: Path = REPOSITORY, modules: Path | None = None, **variables: str
+    checkout: Path, code: Path = REPOSITORY, modules: Path | None = None, python: str = sys.executable, **variables: str
 ) -> Iterator[tuple[str, subprocess.Popen]]:
     """(address, server) of the app in a checkout; `modules` is a folder of further Python modules."""
     with socket.socket() as probe:
@@ -38,7 +39,7 @@ def app_process(
         port = probe.getsockname()[1]
     app = code / "fine_tuning" / "integration" / "streamlit_app.py"
     server = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", str(app), "--server.port", str(port)],
+        [python, "-m", "streamlit", "run", str(app), "--server.port", str(port)],
         cwd=checkout,
         env=environment() | {"PYTHONPATH": f"{modules}:{code}" if modules else str(code)} | variables,
         stdout=subprocess.DEVNULL,

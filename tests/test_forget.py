@@ -7,7 +7,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -36,6 +35,7 @@ from fine_tuning.evaluation.review import seal_votes
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.votes import Side, Vote, read_all_votes, read_votes, vote_lines, votes_file
 from tests.fake_ollama import FakeOllama
+from tests.forked import folder as forked_python
 from tests.project import Project
 from tests.registered import environment, sh
 
@@ -131,7 +131,7 @@ def planted(tmp_path_factory) -> Path:
     (folder / "models").mkdir()
     (folder / "make.py").write_text(MAKE)
     (folder / "train.py").write_text(TRAIN)
-    (folder / "dvc.yaml").write_text(PIPELINE.format(python=sys.executable))
+    (folder / "dvc.yaml").write_text(PIPELINE.format(python="python"))
     (folder / "params.yaml").write_text(PARAMS)
     write_json(folder / "models/champion.json", {"version": None})
     for name in (".gitignore", ".gitattributes"):
@@ -146,6 +146,10 @@ def planted(tmp_path_factory) -> Path:
     shutil.copy(folder / ADAPTER, folder.parent / "never-saw-it.safetensors")
     second, _ = write_shard(shards, "20260102T000000000-chat", [canary(), judged()])
     step(folder, [first, second], "With it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        register(1, ["other-0", "other-1"], folder.parent / "never-saw-it.safetensors", "nothing")
     return folder
 
 
@@ -162,6 +166,7 @@ def project(planted, tmp_path, monkeypatch) -> Path:
     """A copy with a remote of its own, an inbox, notes of the app and a registry; the current folder."""
     for name in ("OLLAMA_HOST", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.executable", str(forked_python() / "python"))
     folder = tmp_path / "project"
     shutil.copytree(planted.parent / "remote", tmp_path / "remote")
     shutil.copytree(planted, folder, symlinks=True)
@@ -181,7 +186,6 @@ def project(planted, tmp_path, monkeypatch) -> Path:
         memo = Path(".whetstone/memo/clean") / name
         memo.parent.mkdir(parents=True)
         memo.write_text(json.dumps(canary()))
-    register(1, ["other-0", "other-1"], tmp_path / "never-saw-it.safetensors", "nothing")
     return folder
 
 
@@ -474,7 +478,7 @@ sys.argv = ["fine_tuning", "forget", *{words!r}]
 run(main)
 """
     return subprocess.run(
-        [sys.executable, "-c", program],
+        ["python", "-c", program],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -538,7 +542,7 @@ def test_without_the_key_tombstones_are_neither_guessed_nor_passed_over(project,
     file = tmp_path / "again.jsonl"
     write_jsonl(file, [said])
     for words in (("import", str(file)), ("seal",)):
-        command = [sys.executable, "-m", "fine_tuning", *words]
+        command = ["python", "-m", "fine_tuning", *words]
         done = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=environment())
         assert done.returncode == 1 and "cannot be checked" in done.stderr and "dvc pull" in done.stderr
     sh(clone, "dvc pull -q data/conversations")
@@ -597,7 +601,7 @@ def test_what_another_clone_brings_back_is_refused_and_forgotten_again(project):
 
 
 def fine_tuning(folder: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "fine_tuning", *words]
+    command = ["python", "-m", "fine_tuning", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -790,7 +794,7 @@ def test_after_forgetting_the_real_pipeline_trains_the_bytes_of_one_that_never_s
     assert sha256_file(project.folder / adapter) != sha256_file(trained_project.folder / adapter)
     assert len(places_with_words(project.folder)) > 20
     shutil.rmtree(project.folder / ".dvc/cache/runs")  # or DVC takes the adapter from there, and nothing is trained
-    shown = project.run("python", "-m", "fine_tuning", "forget", "--user", "zoe", "--yes")
+    shown = project.run("python", "-m", "fine_tuning", "forget", "--user", "zoe", "--yes", forked=False)
     assert "nothing of it is left there" in shown and "Running stage 'train'" in shown
     assert places_with_words(project.folder) == []
     assert sha256_file(project.folder / adapter) == sha256_file(trained_project.folder / adapter)

@@ -87,7 +87,7 @@ def test_three_processes_that_register_at_once_make_one_version(store, files):
     )
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(store), str(files)],
+            ["python", "-c", program, str(store), str(files)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

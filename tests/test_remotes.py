@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +81,7 @@ def commit(folder: Path) -> None:
 
 def failing(folder: Path, *words: str, **more: str) -> str:
     """Run a DVC command that has to fail; what it says without the tips."""
-    command = [sys.executable, "-m", "dvc", *words]
+    command = ["python", "-m", "dvc", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**more))
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr
@@ -168,7 +167,7 @@ def test_an_adapter_is_taken_and_imported_elsewhere(started, project, tmp_path):
 
 
 def run_dvc(folder: Path, *words: str, **more: str) -> None:
-    command = [sys.executable, "-m", "dvc", *words]
+    command = ["python", "-m", "dvc", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(**more))
     assert done.returncode == 0, done.stderr
 
