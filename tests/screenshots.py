@@ -29,9 +29,11 @@ def main() -> None:
         if folder:
             every_page(page, address, folder)
         else:
+            visit(page, address)
+            page.screenshot(path="docs/home.png")  # first: Home counts files that changed
             chat(page, address)
-            for name in ("home", "data", "models"):
-                visit(page, f"{address}/{name}" if name != "home" else address)
+            for name in ("data", "models"):
+                visit(page, f"{address}/{name}")
                 page.screenshot(path=f"docs/{name}.png")
         chromium.close()
 
