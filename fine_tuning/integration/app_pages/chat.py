@@ -328,7 +328,8 @@ def _below_reply(
             st.code(text, language=None, wrap_lines=True)
         if asked is not None and (count := (message.get("settings") or {}).get("examples")):
             with st.popover(f"answered with {count} of your conversations", type="tertiary"):
-                _examples(here, asked["content"], count)
+                kind = kind_served(here.checkout, str(message.get("model")))
+                _examples(here, asked["content"], kind.get("examples", here.serve.examples))
         st.caption(plain(_origin(here, message, any(e.get("edited") for e in judged))))
     if rating is not None:
         st.text_input(
