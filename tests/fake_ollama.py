@@ -91,7 +91,7 @@ class Manifest:
 
 
 class FakeOllama:
-    """Use as a context manager.
+    """Use as a context manager; used again, it listens at the same address with what it has.
 
     `faults["POST /api/create"] = "cut"` makes that call fail, once: hang, 500, 507, reset; and where the answer is a
     stream, after its first line: cut, error line, full disk, reset in stream, hang in stream, short, broken chunk, or
@@ -143,6 +143,7 @@ class FakeOllama:
         self.received_bytes = 0
         self.released = threading.Event()
         self.lock = threading.Lock()
+        self.port = 0
 
     def __enter__(self) -> "FakeOllama":
         fake = self
@@ -150,9 +151,11 @@ class FakeOllama:
         class Handler(_Handler):
             ollama = fake
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.released.clear()
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.server.daemon_threads = True
-        self.host = f"http://127.0.0.1:{self.server.server_port}"
+        self.port = self.server.server_port
+        self.host = f"http://127.0.0.1:{self.port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
         return self
@@ -276,6 +279,9 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------------- dispatch
 
     def _serve(self) -> None:
+        if self.ollama.released.is_set():  # a connection from before it ended
+            self._reset()
+            return
         call = re.sub(r"/sha256:.*", "", f"{self.command} {self.path}")
         with self.ollama.lock:
             self.ollama.requests.append(call)

@@ -83,11 +83,11 @@ def here(tmp_path, clock) -> Canary:
     return found
 
 
-def talk(here: Canary, name: str, **metadata) -> str:
+def talk(here: Canary, name: str, reply: str = "Good day to you.", **metadata) -> str:
     """One exchange of a conversation, logged as gateway and app do; returns its id."""
     here.candidate_for(name, name, new=True)
     logger = ConversationLogger(here.checkout / "inbox/conversations.jsonl", on_event=here.observe)
-    return logger.log_conversation("Hello", "Good day to you.", {"session_id": name, "seconds": 1.0, **metadata})
+    return logger.log_conversation("Hello", reply, {"session_id": name, "seconds": 1.0, **metadata})
 
 
 def dislike(here: Canary, name: str) -> None:
@@ -235,6 +235,14 @@ def test_a_candidate_that_fails_or_is_slow_is_rolled_back(tmp_path, clock):
     assert re.fullmatch("its last 50 replies took 2[.][1-9] times as long as the live version's", here.state().why)
 
 
+def test_short_replies_are_not_slow_for_what_comes_before_their_first_word(here):
+    (short,), (long,) = talks_of(here, True, 1), talks_of(here, False, 1)
+    for _ in range(canary.SLOWER_OF):
+        talk(here, short, reply="No.", seconds=0.6)
+        talk(here, long, reply="It is said to be so. " * 10, seconds=3.0)
+    assert here.state().outcome is None
+
+
 def test_chats_go_on_where_the_state_is_damaged(here):
     (here.checkout / canary.STATE).write_bytes(b"no database" * 100)
     assert here.candidate_for("c1", "c1", new=True) is None
@@ -300,6 +308,16 @@ def test_conversations_without_an_id_are_one_unit_where_they_begin_equally(serve
     assert models[:3] * 4 == models
     counts = served.canary.counts()
     assert counts.candidate + counts.live == 3
+
+
+def test_a_server_that_is_down_is_no_fault_of_the_candidate(served):
+    served.canary.begin("whetstone", 7, 2, 0.999999)
+    assert ask(served, "before", QUESTION).json()["model"] == "whetstone:7"
+    served.ollama.__exit__()
+    assert {ask(served, f"c{n}", QUESTION).status_code for n in range(6)} == {502}
+    with served.ollama:
+        assert served.canary.state().outcome is None
+        assert ask(served, "after", QUESTION).json()["model"] == "whetstone:7"
 
 
 def test_what_is_not_recorded_goes_to_the_live_version(served):

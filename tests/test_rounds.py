@@ -69,6 +69,22 @@ def test_it_says_what_the_next_round_waits_for(project, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_round_that_was_killed_goes_on_without_anything_new(project, monkeypatch):
+    monkeypatch.chdir(project)
+    say(project)
+    usual = (project / "measure.py").read_text()
+    (project / "measure.py").write_text("import os\nos.killpg(0, 9)\n")
+    sh(project, "git commit -qam 'Kills its round'")
+    round_ = subprocess.run([sys.executable, "-c", RUN, "round"], env=environment(), start_new_session=True)
+    assert round_.returncode == -signal.SIGKILL
+    (project / "data/clean/rejected.jsonl").touch()  # as after the stage `clean`: what was sealed is no longer new
+    assert waits_for(project, settings(hours="0-0")) == []
+    (project / "measure.py").write_text(usual)
+    sh(project, "git commit -qm Mended measure.py")
+    assert type_command(project, "round").returncode == 0
+    assert waits_for(project, settings(hours="0-0"))[0].startswith("0 of 20 new")
+
+
 @pytest.mark.parametrize(
     ("hours", "inside", "outside"),
     [("22-6", (22, 23, 0, 5), (6, 12, 21)), ("9-17", (9, 16), (8, 17)), (None, (), (3,))],

@@ -31,6 +31,7 @@ ENOUGH = 100  # conversations of the candidate that are over, after which the ca
 # the median time per character of the last replies is so many times that of the live version's.
 ERRORS, ERRORS_OF = 3, 20
 SLOWER, SLOWER_OF = 2.0, 50
+SHORT = 100  # characters that a shorter reply counts as: most of its time passes before its first word
 BUSY_SECONDS = 2.0  # for another process to finish its write; a chat waits no longer
 ROLLED_BACK, FINISHED, STOPPED = "rolled back", "finished", "stopped"
 _TABLES = """
@@ -164,7 +165,7 @@ class Canary:
         bad = "regenerated" if kind == "exchange" and metadata.get("replaces") else bad
         pace = None
         if kind == "exchange" and isinstance(metadata.get("seconds"), (int, float)) and "incomplete" not in metadata:
-            pace = metadata["seconds"] / max(len(event["assistant_response"]), 1)
+            pace = metadata["seconds"] / max(len(event["assistant_response"]), SHORT)
         if event.get("conversation_id") and (bad or kind == "exchange"):
             self._note(event["conversation_id"], bad, kind == "exchange", pace)
 

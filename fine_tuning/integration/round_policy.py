@@ -23,6 +23,7 @@ from fine_tuning.integration.canary import Canary
 # {"failures", "at", "why"} of the rounds that failed since the last good one, and "left": conversations that were
 # still new after that.
 ROUNDS = Path(".whetstone/rounds.json")
+BEFORE = Path(".whetstone/round")  # the commit from before the round that runs or was killed
 ROUND_LOCK, WATCH_LOCK = Path(".whetstone/round.lock"), Path(".whetstone/rounds.lock")
 NOTIFY_SECONDS = 30.0
 CHATS_WITHIN = 600.0  # seconds since the last event in the log, within which somebody is taken to chat
@@ -63,7 +64,8 @@ def waits_for(checkout: Path, settings: RoundsSettings) -> list[str]:
         waits.append(f"the canary of {state.tag} runs")
     kept = read_object(checkout / ROUNDS)
     new, pairs = max(0, _new(checkout) - kept.get("left", 0)), new_pairs(checkout)
-    if new < settings.min_conversations and pairs < settings.min_pairs:
+    killed = (checkout / BEFORE).is_file()  # what was new for that round may be cleaned by now
+    if new < settings.min_conversations and pairs < settings.min_pairs and not killed:
         waits.append(
             f"{new} of {settings.min_conversations} new conversations, {pairs} of {settings.min_pairs} edited or "
             "preferred replies"

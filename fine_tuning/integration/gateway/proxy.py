@@ -272,7 +272,8 @@ class _Relay:
                 late = isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout)
                 server = f"the model's server at {self._proxy.upstream.url}"
                 why = f"{server} is silent: look at its log" if late else f"{server} cannot be reached: is it running?"
-                self._failed()
+                if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):  # that is no version's fault
+                    self._failed()
                 await refusal(scope, 504 if late else 502, why)(scope, receive, send)
             else:
                 await self.end("failed")
