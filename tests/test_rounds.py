@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from filelock import FileLock
@@ -73,10 +74,17 @@ def test_a_round_that_was_killed_goes_on_without_anything_new(project, monkeypat
     monkeypatch.chdir(project)
     say(project)
     usual = (project / "measure.py").read_text()
-    (project / "measure.py").write_text("import os\nos.killpg(0, 9)\n")
-    sh(project, "git commit -qam 'Kills its round'")
-    round_ = subprocess.run([sys.executable, "-c", RUN, "round"], env=environment(), start_new_session=True)
-    assert round_.returncode == -signal.SIGKILL
+    (project / "measure.py").write_text("import time\nopen('.whetstone/measuring', 'w').close()\ntime.sleep(600)\n")
+    sh(project, "git commit -qam 'A stage that takes long'")
+    round_ = subprocess.Popen([INTERPRETER, "-c", RUN, "round"], env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (project / ".whetstone/measuring").exists():
+        assert round_.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    started = psutil.Process(round_.pid).children(recursive=True)
+    os.killpg(round_.pid, signal.SIGKILL)
+    assert round_.wait(60) == -signal.SIGKILL
+    psutil.wait_procs(started, 60)
     (project / "data/clean/rejected.jsonl").touch()  # as after the stage `clean`: what was sealed is no longer new
     assert waits_for(project, settings(hours="0-0")) == []
     (project / "measure.py").write_text(usual)
