@@ -205,6 +205,7 @@ def test_on_a_terminal_a_key_is_enough(monkeypatch):
         typing = threading.Timer(0.5, os.write, (master, b"1"))  # what is typed before the first question is dropped
         typing.start()
         assert next(pressed) == "1"
+        os.write(master, b"\x1b[B\x1b[2~\x1bOQ")  # arrow down, Insert, F2: B, 2 and Q are keys
         os.write(master, b"S\x04")
         assert list(pressed) == ["s"]
         assert termios.tcgetattr(terminal) == before

@@ -1,6 +1,8 @@
 """`review` and `judge`: a person, blind, or a model chooses between replies of the candidate and its baseline."""
 
 import argparse
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ ANSWERS: dict[str, Choice] = {
     "1": "left", "2": "right", "3": "tie", "t": "tie", "4": "both bad", "b": "both bad",
 }  # fmt: skip
 KEYS = "1 or 2 is better · 3 as good · 4 both bad · s skip · u undo · r results · q quit"
+ESCAPED = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # keys without a character (ECMA-48, 5.4)
 WAIT_SECONDS = 0.2
 
 
@@ -51,6 +54,8 @@ def judge(arguments: argparse.Namespace) -> None:
     settings = read_params("evaluate", EvaluateSettings).judge
     if settings is None or not settings.url or not settings.model:
         raise UserError("there is no judge: set evaluate.judge.url and evaluate.judge.model in params.yaml")
+    if arguments.pairs is not None and arguments.pairs < 1:
+        raise UserError(f"--pairs {arguments.pairs}: give 1 or more")
     pairs, asked = pairs_here(), Judge(settings.url, settings.model, settings.rubric)
     votes = []
     try:
@@ -60,7 +65,8 @@ def judge(arguments: argparse.Namespace) -> None:
     finally:
         with pipeline_stands_still() as repo:
             new = keep_votes(repo, VOTES / votes_file(settings.model, JUDGES), votes, JudgeVote)
-        print(f"pairs judged: {len(votes)}, new in data/votes: {new}. Next: `git add data/votes`, then `dvc repro`")
+        then = ". Next: `git add data/votes`, then `dvc repro`" if new else ""
+        print(f"pairs judged: {len(votes)}, new in data/votes: {new}{then}")
 
 
 def pairs_here() -> Pairs:
@@ -132,7 +138,11 @@ def keys() -> Iterator[str]:
     before = termios.tcgetattr(descriptor)
     try:
         tty.setcbreak(descriptor)
-        while (key := sys.stdin.read(1).lower()) not in ("", "\x04"):
-            yield key
+        # What a terminal sends for an arrow or a function key ends in a letter that may be a key of ours.
+        while pressed := os.read(descriptor, 1024):
+            for key in ESCAPED.sub("", pressed.decode(errors="replace")).lower():
+                if key == "\x04":
+                    return
+                yield key
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
