@@ -7,15 +7,14 @@
 Nothing but this code is needed. Runs with the same seed print the same numbers.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.verdict import markdown, percent
-from fine_tuning.common.errors import UserError, run
+from benchmarks.verdict import percent, print_simulations
+from fine_tuning.common.errors import run
 from fine_tuning.evaluation.verdict.win_rate import DECIDES
 from fine_tuning.model_management.canary_statistics import POWER, chance_to_find, harm, smallest_found
 
@@ -128,17 +127,7 @@ SIMULATIONS: dict[str, Callable[[int, np.random.Generator], Iterator[Row]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SIMULATIONS)}; all if none is named")
-    parser.add_argument("--runs", type=int, default=1000, help="simulated canaries a cell")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if unknown := set(arguments.names) - SIMULATIONS.keys():
-        raise UserError(f"no simulation is named {', '.join(sorted(unknown))}: choose from {', '.join(SIMULATIONS)}")
-    for name in arguments.names or SIMULATIONS:
-        text = " ".join((SIMULATIONS[name].__doc__ or "").split())
-        rows = list(SIMULATIONS[name](arguments.runs, np.random.default_rng(arguments.seed)))
-        print(f"\n**{name}.** {text}\n\n{markdown(rows)}", flush=True)
+    print_simulations(SIMULATIONS, __doc__, "simulated canaries a cell", 1000)
 
 
 if __name__ == "__main__":

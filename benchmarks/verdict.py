@@ -14,7 +14,7 @@ import argparse
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -513,6 +513,26 @@ def markdown(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_simulations(
+    simulations: Mapping[str, Callable[[int, np.random.Generator], Iterator[Row]]],
+    doc: str | None,
+    what: str,
+    runs: int,
+) -> None:
+    """The program of benchmarks whose simulations need a number of runs, `what` each of them is, and random numbers."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(simulations)}; all if none is named")
+    parser.add_argument("--runs", type=int, default=runs, help=what)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - simulations.keys():
+        raise UserError(f"no simulation is named {', '.join(sorted(unknown))}: choose from {', '.join(simulations)}")
+    for name in arguments.names or simulations:
+        text = " ".join((simulations[name].__doc__ or "").split())
+        rows = list(simulations[name](arguments.runs, np.random.default_rng(arguments.seed)))
+        print(f"\n**{name}.** {text}\n\n{markdown(rows)}", flush=True)
 
 
 def main() -> None:

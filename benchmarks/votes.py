@@ -1,13 +1,12 @@
 """How often votes promote a candidate that is no better, and how many votes find one that is: Markdown tables.
 
     python -m benchmarks.votes                    # every simulation
-    python -m benchmarks.votes power worthless    # some of them; --list names them
+    python -m benchmarks.votes power worthless    # some of them; --help names them
     python -m benchmarks.votes --runs 2000        # more runs of each: surer rates, more time
 
 Nothing but this code is needed. Runs with the same seed print the same numbers.
 """
 
-import argparse
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from benchmarks.verdict import markdown, percent
-from fine_tuning.common.errors import UserError, run
+from benchmarks.verdict import percent, print_simulations
+from fine_tuning.common.errors import run
 from fine_tuning.evaluation.records.statistics import Resampling, ratio_estimate
 from fine_tuning.evaluation.review import in_random_order
 from fine_tuning.evaluation.verdict.differences import LOOK_LEVEL
@@ -244,21 +243,7 @@ SIMULATIONS = {"power": power, "worthless": worthless, "required": surely_low, "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="simulations to run; all if none is named")
-    parser.add_argument("--list", action="store_true", help="name the simulations")
-    parser.add_argument("--runs", type=int, default=500, help="simulated candidates a row")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    if unknown := set(arguments.names) - SIMULATIONS.keys():
-        raise UserError(f"no simulation is named {', '.join(sorted(unknown))}: choose from {', '.join(SIMULATIONS)}")
-    if arguments.list:
-        print("\n".join(SIMULATIONS))
-        return
-    for name in arguments.names or SIMULATIONS:
-        text = " ".join((SIMULATIONS[name].__doc__ or "").split())
-        rows = list(SIMULATIONS[name](arguments.runs, np.random.default_rng(arguments.seed)))
-        print(f"\n**{name}.** {text}\n\n{markdown(rows)}", flush=True)
+    print_simulations(SIMULATIONS, __doc__, "simulated candidates a row", 500)
 
 
 if __name__ == "__main__":

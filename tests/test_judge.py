@@ -213,6 +213,13 @@ def test_a_judge_that_fails_is_one_line_that_quotes_nothing(checkout, status, co
     assert not list(VOTES.glob("*.jsonl")) and not MEMO.exists()
 
 
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(checkout, monkeypatch):
+    configure(checkout, NOBODY)
+    monkeypatch.setenv("WHETSTONE_JUDGE_KEY", "schlüssel")
+    with pytest.raises(UserError, match=r"^.WHETSTONE_JUDGE_KEY has characters that no key has: copy it again$"):
+        ask()
+
+
 def test_what_was_answered_before_the_server_went_down_is_kept(checkout, ollama):
     ask(pairs=2)
     configure(checkout, NOBODY)

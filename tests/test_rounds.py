@@ -251,6 +251,7 @@ def test_what_is_followed_is_imported_once_an_hour_and_by_each_round(project, tm
     assert "4 conversations" in sh(project, "git log -1 --format=%B")
     os.utime(project / "inbox/followed.json", (0, 0))
     gone = following.model_copy(update={"follow": [str(tmp_path / "gone")], "min_conversations": 1})
+    assert f"{tmp_path / 'gone'} of rounds.follow is missing: correct its path" in waits_for(project, gone)
     (why,) = rounds.step(project, gone)
     assert "not a file" in why
     assert "not a file" in round_policy.last_failure(project)

@@ -33,12 +33,17 @@ class Judge:
     Args:
         url: the server's address, or that of its API where that is not at /v1.
         rubric: what to look for, its system prompt.
+
+    Raises:
+        UserError: the key cannot be sent.
     """
 
     def __init__(self, url: str, model: str, rubric: str) -> None:
         self.url, self.model, self.rubric = url.rstrip("/"), model, rubric
         if not urlsplit(self.url).path:
             self.url += "/v1"
+        if not os.environ.get(KEY, "").isascii():
+            raise UserError(f"${KEY} has characters that no key has: copy it again")
         headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
         self._http = httpx.Client(timeout=SECONDS, headers=headers, trust_env=not local)

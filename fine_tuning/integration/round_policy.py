@@ -70,6 +70,8 @@ def waits_for(checkout: Path, settings: RoundsSettings) -> list[str]:
             f"{new} of {settings.min_conversations} new conversations, {pairs} of {settings.min_pairs} edited or "
             "preferred replies"
         )
+    gone = [name for name in settings.follow if not Path(name).expanduser().exists()]
+    waits += [f"{name} of rounds.follow is missing: correct its path" for name in gone]
     if left := pause_left(checkout):
         waits.append(f"{last_failure(checkout)}: the next try is in {about(left)}")
     if is_locked(checkout / ROUND_LOCK):
