@@ -39,7 +39,8 @@ def push(arguments: argparse.Namespace) -> None:
         raise UserError(f"{folder} is not what {champion.TRACKED} says: `dvc pull --force {champion.TRACKED}`")
     if named.get("kind") == "prompt" and what != "gguf":
         raise UserError("the champion is the base model after a system prompt: there is only a GGUF to push")
-    base = read_base_card(BASE)
+    own = folder / "adapter"  # champions of before had no base.json there
+    base = read_base_card(own if (own / "base.json").is_file() else BASE)
     if what == "adapter" and not hub_id(base):
         print(f"warning: no hub has the base model {Path(base['model']).name}: push it merged as well", flush=True)
     print(f"the model may repeat what it learned from conversations: {readable} can ask it", flush=True)

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def write_model(folder: Path, name: str, base: Path, card: dict[str, Any]) -> No
     from mlflow.models import ModelSignature
     from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that type hints could stand for the signature
         code = Path(scratch, LIBRARY.name)
         for room in ROOMS:
             shutil.copytree(LIBRARY / room, code / room, ignore=shutil.ignore_patterns("__pycache__"))
