@@ -56,7 +56,7 @@ class Hub:
             key = f"{asked.get('type', 'model')}s/{name}"
             known = key in self.repositories
             if not known:
-                self.repositories[key] = Repository(bool(asked.get("private")))
+                self.repositories[key] = Repository(asked.get("visibility") == "private")
                 self.repositories[key].commit({})
             return (409 if known else 200), {"url": f"{self.url}/{key.removeprefix('models/')}", "name": name}
         if path.endswith(".git/info/lfs/objects/batch"):
@@ -79,7 +79,7 @@ class Hub:
 
     def _upload(self, entry: dict[str, Any]) -> dict[str, Any]:
         actions = {"upload": {"href": f"{self.url}/objects/{entry['oid']}"}}
-        return {**entry, "actions": {} if entry["oid"] in self.objects else actions}
+        return entry if entry["oid"] in self.objects else {**entry, "actions": actions}
 
     def get(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a question."""
@@ -88,7 +88,8 @@ class Hub:
             if key not in self.repositories:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b""
             sha, files = self.repositories[key].at(revision or "main")
-            about = {"id": key.partition("/")[2], "sha": sha, "siblings": [{"rfilename": name} for name in files]}
+            about = {"id": key.partition("/")[2], "sha": sha, "private": self.repositories[key].private}
+            about |= {"siblings": [{"rfilename": name} for name in files]}
             tree = [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
             return 200, {}, json.dumps(tree if what == "tree" else about).encode()
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

@@ -113,6 +113,8 @@ def test_conversations_are_pushed_on_demand_with_a_warning(promoted, hub, tmp_pa
     assert "warning: masking misses some personal data: everybody will read" in pushed.stdout, pushed.stderr
     repository = hub.repositories["datasets/me/chats"]
     assert not repository.private and b"3 conversations" in repository.at("main")[1]["README.md"]
+    again = type_command(promoted, *command[:-1], **variables(hub, tmp_path))
+    assert again.returncode == 1 and "is public already: give --public" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,12 @@ def upload(repo: str, files: Mapping[str, Path | bytes], message: str, kind: str
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=not public, exist_ok=True)
+        if not public and not api.repo_info(repo, repo_type=kind).private:
+            raise UserError(f"{repo} is public already: give --public if everybody may read this, or another name")
         operations = [CommitOperationAdd(path, file) for path, file in files.items()]
         return str(api.create_commit(repo, operations, commit_message=message, repo_type=kind).commit_url)
+    except UserError:
+        raise
     except Exception as error:  # by whatever the network, the hub or a missing token raises
         reason = getattr(getattr(error, "response", None), "status_code", None) or type(error).__name__
         raise UserError(
