@@ -244,6 +244,18 @@ def test_an_address_that_is_none_is_refused_where_parameters_are_read(checkout, 
 
 
 @pytest.mark.parametrize(
+    "url",
+    ["http://me:hidden@host/v1", "http://me:hid/den?hidden@host", "https://host/v1?key=hidden", "http://h/#hidden"],
+)
+def test_a_refused_address_is_told_in_words_and_without_its_secrets(checkout, url):
+    configure(checkout, url)
+    with pytest.raises(UserError, match="should be an address such as http://localhost:11434 without user") as caught:
+        read_params("evaluate", EvaluateSettings)
+    said = str(caught.value)
+    assert "hid" not in said and "^https" not in said and "WHETSTONE_JUDGE_KEY" in said
+
+
+@pytest.mark.parametrize(
     ("answer", "preference"),
     [
         ("1", "left"), (" **2**.\n", "right"), ("Tie", "tie"), ("Reply 2 is better.", "right"),

@@ -169,6 +169,31 @@ def test_a_damaged_file_of_votes_is_one_line(checkout):
         Review(open_pairs(), "ann")
 
 
+def test_a_damaged_line_in_the_inbox_stops_neither_review_nor_seal_and_is_kept(checkout, capsys):
+    answered(Review(open_pairs(), "ann"), "l")
+    review.CLOSED.write_bytes(b'{"torn\n' + LIVE.read_bytes().replace(b"left", b"best", 1))
+    LIVE.write_bytes(LIVE.read_bytes() + b"[]\n\n")
+    assert len(Review(open_pairs(), "ann").votes) == 1
+    damaged = [*review.CLOSED.read_bytes().splitlines(), b"[]"]
+    assert seal_votes() == 1 and len(read_all_votes(VOTES)) == 1
+    assert review.TORN.read_bytes().splitlines() == damaged
+    assert "2 lines of inbox/votes.jsonl set aside in inbox/votes.jsonl.torn" in capsys.readouterr().out
+    assert not LIVE.exists() and not review.CLOSED.exists() and seal_votes() == 0
+
+
+def test_a_damaged_file_that_is_tracked_is_mended_by_the_command_that_the_error_names(checkout):
+    answered(Review(open_pairs(), "ann"), "l")
+    seal_votes()
+    (path,) = VOTES.glob("*.jsonl")
+    before = path.read_bytes()
+    path.unlink()
+    path.write_bytes(before + b"torn\n")
+    with pytest.raises(UserError, match="line 2, is no vote") as caught:
+        seal_votes() or Review(open_pairs(), "ann")
+    sh(checkout, re.search("`(dvc .*)`", str(caught.value))[1])
+    assert path.read_bytes() == before and len(Review(open_pairs(), "ann").votes) == 1
+
+
 def test_there_is_nothing_to_review_without_a_candidate(checkout):
     (checkout / "models/package/model.gguf").unlink()
     with pytest.raises(UserError, match="there is no candidate to review"):

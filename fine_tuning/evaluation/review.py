@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
-from fine_tuning.common.errors import UserError
+from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import EVALUATION, sha256_file
-from fine_tuning.common.records import read_object, replacing, updating, write_json
+from fine_tuning.common.records import read_lines, read_object, replacing, updating, write_json
 from fine_tuning.data_collection.conversation_logger import append_line, rename_log, rewrite_log
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.evaluation.records.champion_records import is_champion, without_learned
@@ -38,6 +38,7 @@ from fine_tuning.schema.votes import (
     Vote,
     read_all_votes,
     read_votes,
+    scan_votes,
     vote_lines,
     votes_file,
 )
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
+TORN = Path("inbox/votes.jsonl.torn")  # lines that are no votes
 VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
 TEST = Path("data/prepared/test.parquet")
 CHAMPION = Path("models/champion.json")
@@ -192,7 +194,7 @@ class Review:
     def __init__(self, pairs: Pairs, person: str) -> None:
         self.pairs, self.person = pairs, person
         pairs.problem = None  # tried again
-        votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
+        votes = [*read_all_votes(VOTES), *scan_votes(CLOSED)[0], *scan_votes(LIVE)[0]]
         self.votes = sorted(votes, key=lambda vote: (vote.at, vote.id))
         self.skipped: list[str] = []
         self.last: Vote | None = None
@@ -286,10 +288,11 @@ class Review:
 def seal_votes() -> int:
     """Move the votes of the inbox into data/votes, one file a person, tracked with DVC; returns how many.
 
-    Killed and run again, it ends at the same place. Votes on forgotten conversations are left out.
+    Killed and run again, it ends at the same place. Votes on forgotten conversations are left out. Lines that are no
+    votes are kept in TORN.
 
     Raises:
-        UserError: a pipeline runs, or a file is damaged.
+        UserError: a pipeline runs, or a file in data/votes is damaged.
     """
     if not LIVE.is_file() and not CLOSED.is_file():
         return 0
@@ -297,12 +300,24 @@ def seal_votes() -> int:
     with pipeline_stands_still() as repo:
         for _ in range(2):  # what an earlier run left, then what came since
             by_file: dict[Path, list[Vote]] = {}
-            for vote in read_votes(CLOSED):
+            votes, damaged = scan_votes(CLOSED)
+            for vote in votes:
                 by_file.setdefault(VOTES / votes_file(vote.by), []).append(vote)
+            _set_aside([line for line in damaged.values() if line.strip()])
             count += sum(keep_votes(repo, path, new) for path, new in by_file.items())
             CLOSED.unlink(missing_ok=True)
             rename_log(LIVE, CLOSED)
     return count
+
+
+def _set_aside(lines: list[bytes]) -> None:
+    """Keep damaged lines, each once, and say so."""
+    known = {line for _, line in read_lines(TORN)} if TORN.is_file() else set()
+    for line in lines:
+        if line not in known:
+            append_line(TORN, line + b"\n")
+    if lines:
+        print(f"{count_of(len(lines), 'line')} of {LIVE} set aside in {TORN}: no votes")
 
 
 def keep_votes(repo: "Repo", path: Path, votes: Iterable[Vote], form: type[Vote] = Vote) -> int:
