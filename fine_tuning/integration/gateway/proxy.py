@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fine_tuning.integration.chat_models import served_models
+from fine_tuning.integration.gateway.connections import PlainTransport
 from fine_tuning.integration.gateway.recorder import Outcome, Recorder, Ticket
 from fine_tuning.integration.gateway.wire_formats import READERS, Asked, ReplyReader, with_context
 from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_local
@@ -34,6 +36,7 @@ from fine_tuning.integration.served_examples import ServedExamples, has_kinds, k
 
 MOST_BYTES = 64 << 20  # of a request, images included
 MOST_WAITING = 1 << 18  # bytes of an answer that wait for a slow client
+KEPT_ADDRESSES = 256  # of the server's routes
 KEPT_CONNECTIONS = 64  # connecting is the largest part of what a request would wait for in here
 VERSIONS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
 OF_ONE_CONNECTION = {
@@ -129,13 +132,18 @@ class Proxy:
     def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool, serving: Serving) -> None:
         self.upstream, self.recorder, self._manage, self.serving = upstream, recorder, manage_models, serving
         self._base = httpx.URL(upstream.url)
+        self._url = lru_cache(KEPT_ADDRESSES)(lambda path: self._base.copy_with(raw_path=path))
         local = is_local(upstream.url)
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS),
-            trust_env=not local,
-            verify=upstream.url.startswith("https:"),
-        )
+        self._timeout = httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None)
+        self.client: httpx.AsyncClient | PlainTransport
+        if local and self._base.scheme == "http":
+            self.client = PlainTransport(KEPT_CONNECTIONS)
+            self.send = self.client.handle_async_request
+        else:  # the environment may name a proxy
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
+            verify = upstream.url.startswith("https:")
+            self.client = httpx.AsyncClient(limits=limits, trust_env=not local, verify=verify)
+            self.send = partial(self.client.send, stream=True)
         self._versions: tuple[float, dict[str, int | None]] = (-VERSIONS_SECONDS, {})
         self.streams = 0
 
@@ -231,9 +239,11 @@ class Proxy:
         headers = [(name, value) for name, value in scope["headers"] if name not in OF_ONE_CONNECTION | replaced]
         headers += [(b"accept-encoding", b"identity")] if read else []
         headers += [(b"authorization", f"Bearer {self.upstream.key}".encode())] if self.upstream.key else []
-        url = self._base.copy_with(raw_path=path + query)
         content = body if body or scope["method"] == "POST" else None
-        return self.client.build_request(scope["method"], url, headers=headers, content=content)
+        timeout = {"timeout": self._timeout.as_dict()}
+        return httpx.Request(
+            scope["method"], self._url(path + query), headers=headers, content=content, extensions=timeout
+        )
 
     async def model_of(self, said: str) -> dict[str, Any]:
         """What is logged of the model that a reply names: `whetstone:live` is a version, which moves on."""
@@ -259,13 +269,13 @@ class _Relay:
         self._reply: ReplyReader | None = None
 
     async def run(self, request: httpx.Request, scope: Scope, receive: Receive, send: Send) -> None:
-        client, response = self._proxy.client, None
+        response = None
         try:
             try:
-                response = await client.send(request, stream=True)
+                response = await self._proxy.send(request)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 # A kept connection that the server has just closed looks like a server that hangs up.
-                response = await client.send(request, stream=True)
+                response = await self._proxy.send(request)
             await self._pass(response, send)
         except httpx.HTTPError as error:
             if response is None:
