@@ -221,9 +221,9 @@ def _has_output(terminal: int) -> bool:
 @pytest.mark.parametrize("kind", ["prompt", "adapter+examples"])
 def test_a_version_of_another_kind_replies_after_what_stands_before_its_questions(checkout, tiny_base, kind):
     plain = open_pairs()
-    lamps = {f"t{n}": conversation(f"Where is lamp number {n}?", f"Lamp {n} is there.") for n in range(9)}
+    lamps = {f"t{n}": conversation(f"Where is lamp number {n}?", f"Lamp {n} is there.") for n in range(40)}
     write_items(checkout / "data/prepared/train.parquet", tiny_base, lamps)
-    shown = {"name": kind, "system_prompt": "Say where." if kind == "prompt" else None, "examples": 9}
+    shown = {"name": kind, "system_prompt": "Say where." if kind == "prompt" else None, "examples": 40}
     write_json(checkout / "metrics/evaluation.json", {"suite": {"kind": shown}})
     pairs = open_pairs()
     assert pairs.candidate.gguf == (review.BASE if kind == "prompt" else review.CANDIDATE).gguf
@@ -231,7 +231,7 @@ def test_a_version_of_another_kind_replies_after_what_stands_before_its_question
     item = pairs.items[pairs.order[0]]
     asked = pairs.tokenizers["candidate"].decode(pairs._prompt(pairs.candidate, item))
     fitting = asked.count("Lamp ")
-    assert 0 < fitting < 9 and ("Say where." in asked) == (kind == "prompt")
+    assert 0 < fitting < 40 and ("Say where." in asked) == (kind == "prompt")
     assert asked.index("Lamp ") < asked.index("Where is box") and "Lamp" not in (
         pairs.tokenizers["base"].decode(pairs._prompt(pairs.against, item))
     )
