@@ -1,11 +1,10 @@
 """Connections to the model's server: httpcore's, with fewer system calls for each request and each part of an answer.
 
-A connection of anyio stops and resumes reading around every part, and head and body of a request are two packets. Both
-count where an answer has a hundred parts and many are under way.
+A connection of anyio stops and resumes reading around every part, and sends head and body of a request apart. That
+counts where an answer has a hundred parts and many are under way.
 """
 
 import asyncio
-from collections.abc import Iterable
 from typing import Any
 
 import httpcore
@@ -19,8 +18,7 @@ class _Connection(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
     def __init__(self) -> None:
         self._arrived, self._held = bytearray(), bytearray()
-        self._news, self._writable = asyncio.Event(), asyncio.Event()
-        self._writable.set()
+        self._news = asyncio.Event()
         self._ended, self._error = False, ""
 
     def connection_made(self, transport: Any) -> None:
@@ -39,17 +37,16 @@ class _Connection(asyncio.Protocol, httpcore.AsyncNetworkStream):
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended, self._error = True, str(exc or "")
         self._news.set()
-        self._writable.set()
 
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Take in a part of a request."""
+        self._held += buffer
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """What has arrived; b"" at the end."""
-        await self._send(timeout)
+        if self._held:
+            self._transport.write(bytes(self._held))
+            self._held.clear()
         if not self._arrived and not self._ended:
             self._news.clear()
             try:
@@ -64,23 +61,6 @@ class _Connection(asyncio.Protocol, httpcore.AsyncNetworkStream):
         self._transport.resume_reading()  # nothing where it was not paused
         return data
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Take in a part of a request."""
-        self._held += buffer
-        if len(self._held) > MOST_UNREAD:
-            await self._send(timeout)
-
-    async def _send(self, timeout: float | None) -> None:
-        if self._held:
-            self._transport.write(bytes(self._held))
-            self._held.clear()
-        if not self._writable.is_set():
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._writable.wait()
-            except TimeoutError:
-                raise httpcore.WriteTimeout from None
-
     async def aclose(self) -> None:
         """Close it, whatever is under way."""
         self._transport.abort()
@@ -92,9 +72,8 @@ class _Connection(asyncio.Protocol, httpcore.AsyncNetworkStream):
 
 class _Backend(httpcore.AsyncNetworkBackend):
     async def connect_tcp(
-        self, host: str, port: int, timeout: float | None = None, local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:  # fmt: skip
+        self, host: str, port: int, timeout: float | None = None, **_: Any
+    ) -> httpcore.AsyncNetworkStream:
         try:
             async with asyncio.timeout(timeout):
                 _, connection = await asyncio.get_running_loop().create_connection(_Connection, host, port)
@@ -103,9 +82,6 @@ class _Backend(httpcore.AsyncNetworkBackend):
         except OSError as error:
             raise httpcore.ConnectError(str(error)) from None
         return connection
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
 
 
 class PlainTransport(httpx.AsyncHTTPTransport):
