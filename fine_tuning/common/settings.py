@@ -87,7 +87,7 @@ def _has_a_stage(section: str, pipeline: Path) -> bool:
     return any(section == str(name).partition(".")[0] for s in stages.values() for name in s.get("params", ()))
 
 
-def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:
+def write_param(section: str, name: str, value: int | str | None, path: str | Path = "params.yaml") -> None:
     """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes.
 
     Raises:
@@ -96,8 +96,8 @@ def write_param(section: str, name: str, value: int | None, path: str | Path = "
     text = Path(path).read_bytes().decode()
     number, _ = YAML().load(text)[section].lc.key(name)
     lines = text.splitlines(keepends=True)
-    shown = "null" if value is None else str(value)
-    known = rf"(\b{name}:[ \t]+)(?:null|~|[\d.]+)(?![^\s,}}])"
+    shown = "null" if value is None else repr(value)
+    known = rf"(\b{name}:[ \t]+)(?:null|~|'?[0-9a-f.]+'?)(?![^\s,}}])"
     lines[number], found = re.subn(known, rf"\g<1>{shown}", lines[number], count=1)
     if not found:
         raise UserError(f"{section}.{name} in {path} is in a form that is not changed here: set it to {shown} by hand")

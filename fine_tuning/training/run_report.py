@@ -25,6 +25,9 @@ def announcement(
         left_out: {reason: conversations} of preparation.
         speed: what `read_speed` found.
     """
+    if settings.max_steps == 0:
+        yield "the adapter of train.start_from is taken as it is (train.max_steps: 0)"
+        return
     yield (
         f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "
         f"train.epochs {settings.epochs:g}: {expected(tokens, settings, speed)}"
@@ -61,7 +64,8 @@ def quality(result: TrainingResult) -> dict[str, float]:
     measured = {
         name.removeprefix("eval_"): v for name, v in result.validation.items() if "pairs" in name or "thumbs" in name
     }
-    return {name: getattr(result, name) for name in names} | {"validation_perplexity": perplexity} | measured
+    found = {name: value for name in names if (value := getattr(result, name)) is not None}
+    return found | {"validation_perplexity": perplexity} | measured
 
 
 def speed(result: TrainingResult) -> dict[str, float]:
