@@ -11,7 +11,7 @@ from fine_tuning.common.stage_times import TRAINING
 from fine_tuning.training.run_guard import Progress
 from fine_tuning.training.tracking import Run
 
-CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
+CURVES = ("loss", "learning_rate", "grad_norm")  # and all that is measured on the validation split
 
 
 @contextmanager
@@ -27,7 +27,9 @@ def progress_bar(tracked: Run) -> Iterator[Progress]:
     def show(values: dict[str, float]) -> None:
         nonlocal began
         step, steps = int(values["step"]), int(values["steps"])
-        tracked.log_step({name: values[name] for name in CURVES if name in values}, step)
+        tracked.log_step(
+            {name: value for name, value in values.items() if name in CURVES or name.startswith("eval_")}, step
+        )
         if "loss" not in values:
             return
         with open(live, "a") as curve:
