@@ -115,10 +115,6 @@ class ThumbPreference(Referenced):
         self.class_weights = {liked: max(counts.values()) / count for liked, count in counts.items()}
         self.liked = {reply.id: reply.liked for reply in replies}
 
-    def batches(self, items: Sequence[Any], budget: int, multiple: int = 1) -> list[list[Any]]:
-        """Items of like length, with at most `budget` padded tokens in the judged rows: the others come after them."""
-        return batch_by_tokens(items, budget, multiple)
-
     @staticmethod
     def rows_of(reply: JudgedReply) -> tuple[PreparedRow, PreparedRow]:
         """The judged reply after its prompt, and after the same prompt the reply to another one."""
