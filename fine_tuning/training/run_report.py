@@ -7,7 +7,7 @@ from typing import Any
 from fine_tuning.common.errors import count_of
 from fine_tuning.training.lora_trainer import TrainingResult
 from fine_tuning.training.settings import TrainSettings
-from fine_tuning.training.speed import expected
+from fine_tuning.training.speed import Speed, expected
 
 CAPS = ("max_train_tokens", "max_sample_tokens")
 PREFERENCES = (*(f"{kind}_{what}" for what in ("accuracy", "margin", "kl") for kind in ("pairs", "thumbs")),
@@ -20,7 +20,7 @@ def announcement(
     conversations: int,
     tokens: int,
     left_out: Mapping[str, int],
-    speed: tuple[float, str] | None,
+    speed: Speed | None,
 ) -> Iterator[str]:
     """What is about to be trained on, for how long, and which parameters limit it.
 
