@@ -17,12 +17,14 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from tqdm import tqdm
 
+from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.learning_curve import load_with_adapter
 from fine_tuning.evaluation.records.measurements import PREFERENCES, prefers_chosen, right_probability
@@ -93,8 +95,8 @@ def judge(count: int) -> list[dict[str, Any]]:
     """Pairs as `preference_items` reads them, of replies that the base samples; fewer where its replies are alike."""
     chat, tokenizer = read_params("chat", ChatSettings), load_tokenizer(BASE)
     model = load_with_adapter(BASE, None, read_params("evaluate", EvaluateSettings).threads)
-    with open("data/exports/openai.jsonl", encoding="utf-8") as exported:
-        said = [message for line in exported for message in json.loads(line)["messages"]]
+    exported = chain.from_iterable(map(read_jsonl, sorted(Path("data/exports/openai").glob("*.jsonl"))))
+    said = [message for conversation in exported for message in conversation["messages"]]
     asked = {message["content"] for message in said if message["role"] == "user"}
     prompts = sorted((text for text in asked if len(text) <= LONGEST_PROMPT), key=len)  # alike lengths pad little
     random.Random(0).shuffle(batches := [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)])
