@@ -26,8 +26,8 @@ from fine_tuning.model_management.answer_check import AnswersDiffer, compare_ans
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe, heal
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, open_registry
 from fine_tuning.model_management.model_switcher import ModelSwitcher, live_history
-from fine_tuning.model_management.ollama_store import damaged_blobs
 from fine_tuning.model_management.sqlite_registry import ModelVersion
+from fine_tuning.runtime.ollama_store import damaged_blobs
 
 DAMAGED, OPEN, NOTE = "damaged", "open", "note"
 
