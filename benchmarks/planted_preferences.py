@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -114,8 +115,8 @@ def judge(count: int) -> list[dict[str, Any]]:
     What was sampled is in a file of the hash of base, prompts and rule: a run that is cut off continues it.
     """
     chat, tokenizer, cores = read_params("chat", ChatSettings), load_tokenizer(BASE), scoring_hardware(None).threads
-    with open("data/exports/openai.jsonl", encoding="utf-8") as exported:
-        said = [message for line in exported for message in json.loads(line)["messages"]]
+    exported = chain.from_iterable(map(read_jsonl, sorted(Path("data/exports/openai").glob("*.jsonl"))))
+    said = [message for conversation in exported for message in conversation["messages"]]
     prompts = sorted({m["content"] for m in said if m["role"] == "user" and len(m["content"]) <= LONGEST_PROMPT})
     random.Random(0).shuffle(prompts)
     named = [sha256_file(GGUF), chat.model_dump(), prompts, LIMIT, SAMPLES, SHORT_TOKENS, MAX_TOKENS]
