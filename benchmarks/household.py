@@ -411,13 +411,14 @@ class Household:
         self.start_gateway()
 
     def killed_round(self, day: Day) -> None:
-        """A round is killed, with all its processes, while it trains."""
-        adapter = self.checkout / "models/adapter"
+        """A round is killed, with all its processes, while it trains or later."""
         before = adapter_sha256(self.checkout)
         command = [INTERPRETER, "-m", "fine_tuning", "round"]
         output = subprocess.DEVNULL
         round_ = psutil.Popen(command, cwd=self.checkout, env=self.environment(), stdout=output, stderr=output)
-        while round_.poll() is None and adapter.exists() and adapter_sha256(self.checkout) == before:
+        while round_.poll() is None and not (
+            (self.checkout / BEFORE).exists() and (before is None or adapter_sha256(self.checkout) != before)
+        ):
             time.sleep(0.05)
         time.sleep(self.draw.random() * 5)
         processes = [*round_.children(recursive=True), round_] if round_.is_running() else []
