@@ -61,11 +61,14 @@ promote: $(VENV)/installed ## Register the candidate and make it champion
 bench: $(VENV)/installed ## List the benchmarks, which are run by hand
 	@for script in benchmarks/[!_]*.py; do echo "python -m benchmarks.$$(basename $$script .py)"; sed -n '1s/"""//gp' $$script; done
 
-lint: $(VENV)/installed-dev ## Check style and types, and that git holds no secret
+lint: $(VENV)/installed-dev ## Check style, types and container files, and that git holds no secret
 	@ruff check .
 	@ruff format --check .
 	@python -m mypy
 	@python -m tests.remote_config
+	@check-jsonschema --quiet --builtin-schema vendor.compose-spec compose.yaml
+	@check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@hadolint Containerfile
 
 format: $(VENV)/installed-dev ## Put the code in style
 	@ruff check --fix .

@@ -18,7 +18,7 @@ from fine_tuning.training.launch import launch, train_without_output
 from fine_tuning.training.model_card import model_card
 from fine_tuning.training.row_checks import check_only_assistants_train
 from fine_tuning.training.settings import TrainSettings
-from fine_tuning.training.speed import SPEED, read_speed, record_speed
+from fine_tuning.training.speed import SPEED, Speed, read_speed, record_speed
 from fine_tuning.training.tracking import find_adapter, flatten, open_store, training_runs
 
 BASE = Path("models/base")
@@ -74,7 +74,8 @@ def main() -> None:
             tracked.log_step({**metrics, **speed(result)}, 0)
             pipeline.log_artifacts(ADAPTER, "adapter")
         remove_checkpoints(checkpoints)
-    record_speed(main_checkout() / SPEED, result.tokens_per_second, f"{base['model']}, {settings.method}")
+    pace = Speed(result.tokens_per_second, f"{base['model']}, {settings.method}", base["parameters"])
+    record_speed(main_checkout() / SPEED, pace)
     print(summary(settings, result))
 
 

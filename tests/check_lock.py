@@ -8,7 +8,6 @@ vector instructions, cores and torch are those of metrics/made_on.json: other on
 import argparse
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.dvc_files import LOCK, md5_file, parse_lock, read_lock, show_file
+from fine_tuning.common.parallel import cores
 from fine_tuning.common.records import write_json
 
 MADE_ON = Path("metrics/made_on.json")
@@ -35,8 +35,7 @@ def this_machine() -> dict[str, Any]:
             flags |= {flag for flag in value.split() if VECTORS.fullmatch(flag)}
         elif name == "vendor_id":
             vendor = value
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": vendor, "cpu_flags": sorted(flags), "cores": cores, "torch": metadata.version("torch")}
+    return {"cpu": vendor, "cpu_flags": sorted(flags), "cores": cores(), "torch": metadata.version("torch")}
 
 
 def differences(committed: Stages, found: Stages, outputs: bool) -> Iterator[str]:

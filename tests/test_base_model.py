@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.runtime.base_model import (
@@ -15,6 +16,8 @@ from fine_tuning.runtime.base_model import (
     read_base_card,
     write_base,
 )
+from fine_tuning.runtime.gguf_writer import architecture_of, write_gguf
+from fine_tuning.training.memory import probe, read_shape
 from tests.tiny import CHAT_TEMPLATE, base_settings
 
 
@@ -37,6 +40,75 @@ def test_the_default_base_comes_with_the_installation():
 def test_a_base_that_is_not_there_is_one_line(model, words):
     with pytest.raises(UserError, match=words):
         locate_base(model, None)
+
+
+def keep_in_ollama(store, name, gguf, more=()):
+    """Lay a GGUF out as Ollama keeps a model; the model's id."""
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    (store / "blobs").mkdir(parents=True, exist_ok=True)
+    shutil.copy(gguf, store / "blobs" / f"sha256-{digest}")
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"}, *more]
+    manifest = store / "manifests/registry.ollama.ai" / name
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_base, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(tiny_base, path, "F16")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    return tmp_path
+
+
+def test_a_model_of_the_local_ollama_becomes_a_base_and_is_pinned_by_its_id(gguf, tiny_base, store, tmp_path):
+    identity = keep_in_ollama(store, "library/tiny/latest", gguf)
+    about = write_base(base_settings("ollama:tiny"), tmp_path / "base")
+    assert about["revision"] == identity
+    assert about["architecture"] == "llama"
+    model, original = load_model(tmp_path / "base", torch.float32), load_model(tiny_base, torch.float32)
+    for name, weight in original.state_dict().items():
+        assert torch.allclose(weight, model.state_dict()[name], atol=1e-3), name
+    assert locate_base("ollama:tiny:latest", identity).gguf.is_file()
+    with pytest.raises(UserError, match=f"accept it by base.revision = {identity}"):
+        write_base(base_settings("ollama:tiny", "0123456789ab"), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("ollama:absent:4b", "is not on this machine: `ollama pull absent:4b`"),
+        ("ollama:../../etc/passwd", "is no name of a model"),
+        ("ollama:tiny:adapted", "a base with an adapter"),
+        ("ollama:tiny:lost", "is missing: `ollama pull tiny:lost`"),
+        ("ollama:tiny:damaged", "cannot be read"),
+        ("ollama:tiny:tensors", "not kept as one GGUF"),
+    ],
+)
+def test_a_model_that_the_local_ollama_cannot_give_is_one_line(gguf, store, model, words):
+    adapter = {"mediaType": "application/vnd.ollama.image.adapter", "digest": "sha256:0"}
+    keep_in_ollama(store, "library/tiny/adapted", gguf, [adapter])
+    for tag, content in (
+        ("lost", {"layers": [adapter | {"mediaType": "application/vnd.ollama.image.model"}]}),
+        ("damaged", ["layers"]),
+        ("tensors", {"layers": [adapter | {"mediaType": "application/vnd.ollama.image.tensor"}]}),
+    ):
+        (store / "manifests/registry.ollama.ai/library/tiny" / tag).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        locate_base(model, None)
+
+
+def test_the_sizes_of_a_base_are_read_from_a_folder_and_from_its_gguf_alike(gguf, tiny_base):
+    (of_folder, config), (of_gguf, read) = probe(str(tiny_base), None), probe(str(gguf), None)
+    assert of_folder == of_gguf == read_shape(tiny_base)
+    assert of_folder.parameters == sum(weight.numel() for weight in load_model(tiny_base, torch.float32).parameters())
+    assert architecture_of(config) == architecture_of(read)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -102,7 +102,7 @@ def check_accelerate(words: list[str]) -> None:
 
 
 # Programs whose words are not looked into: they are no part of the requirements, or of the shell.
-UNCHECKED = ("curl", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head")
+UNCHECKED = ("curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head")
 
 
 def check(words: list[str]) -> None:

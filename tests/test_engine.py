@@ -1,5 +1,6 @@
 """Cleaning and preparing on a Dask cluster of two workers, or in processes: the same bytes as in one process."""
 
+import os
 import shutil
 
 import pytest
@@ -7,9 +8,10 @@ import yaml
 
 from benchmarks.load import add_shard, write_checkout
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.parallel import open_engine
+from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.catalogue import ConversationFiles
+from fine_tuning.runtime.hardware import detect_hardware
 from stages import clean, intake, prepare
 
 STAGES = (intake, clean, prepare)
@@ -117,3 +119,9 @@ def test_the_parameter_is_read(single, section):
 
     model = {"clean": CleanSettings, "prepare": PrepareSettings}[section]
     assert read_params(section, model, single / "params.yaml").engine is None
+
+
+def test_threads_are_counted_on_a_system_that_cannot_bind_a_process_to_processors(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    assert cores() == os.cpu_count()
+    assert detect_hardware("float32", None).threads == os.cpu_count()

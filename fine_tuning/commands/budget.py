@@ -25,11 +25,14 @@ def budget(arguments: argparse.Namespace) -> None:
     speed = read_speed(main_checkout() / SPEED)
     if speed is None:
         raise UserError("nothing was trained here yet, so its speed is not known: run `dvc repro train` once")
-    tokens = int(seconds * speed[0] / settings.epochs)
+    tokens = int(seconds * speed.tokens_per_second / settings.epochs)
     if tokens < settings.batch_tokens:
-        raise UserError(f"{arguments.time} is too short for one batch at {speed[0]:.0f} tokens/s: give more time")
+        raise UserError(
+            f"{arguments.time} is too short for one batch at {speed.tokens_per_second:.0f} tokens/s: give more time"
+        )
     write_param("prepare", "max_train_tokens", tokens)
     print(
-        f"prepare.max_train_tokens is {tokens}: {arguments.time} at {speed[0]:.0f} tokens/s ({speed[1]}) for "
-        f"train.epochs {settings.epochs:g}; `dvc repro` trains on as much, your own conversations first"
+        f"prepare.max_train_tokens is {tokens}: {arguments.time} at {speed.tokens_per_second:.0f} tokens/s "
+        f"({speed.what}) for train.epochs {settings.epochs:g}; `dvc repro` trains on as much, your own conversations "
+        "first"
     )

@@ -147,6 +147,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "Needs evaluate.judge in params.yaml: its server reads held-out conversations.",
     )  # fmt: skip
     command.add_argument("--pairs", type=int, metavar="N", help="the first N of the review's pairs; all if left out")
+    command = add(
+        "fit", "fit:fit", "what a base model needs here (memory, disk, time), before any download",
+        "Exit status 1 if it does not fit. Estimates, meant to be right within a factor of two.",
+    )  # fmt: skip
+    command.add_argument("model", nargs="?", metavar="MODEL", help="as base.model takes it; base.model if left out")
     command = add("summary", "summary:summary", "print what decided in the last `dvc repro`")
     command.add_argument("--all", action="store_true", help="every metric, and what was left out")
     add("experiments", "experiments:experiments", "compare what was tried: a table, and the losses as a drawing")

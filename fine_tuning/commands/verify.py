@@ -16,6 +16,7 @@ from fine_tuning.commands.bundle import kept_gguf
 from fine_tuning.commands.rebuild import rebuild
 from fine_tuning.common.dvc_files import cache_folder, dvc_objects, files_below, md5_file, open_repo, used_objects
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import cores
 from fine_tuning.common.project import root, sha256_file
 from fine_tuning.common.protection import FOLDERS, OTHERS, open_to_others
 from fine_tuning.common.settings import read_params
@@ -26,8 +27,8 @@ from fine_tuning.model_management.answer_check import AnswersDiffer, compare_ans
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe, heal
 from fine_tuning.model_management.model_registry import CHAMPION, CONTENT_TAG, ModelRegistry, open_registry
 from fine_tuning.model_management.model_switcher import ModelSwitcher, live_history
-from fine_tuning.model_management.ollama_store import damaged_blobs
 from fine_tuning.model_management.sqlite_registry import ModelVersion
+from fine_tuning.runtime.ollama_store import damaged_blobs
 
 DAMAGED, OPEN, NOTE = "damaged", "open", "note"
 
@@ -99,7 +100,7 @@ def check_cache(checkout: Path) -> Checked:
     """Hash every object of DVC's cache: its name is its MD5."""
     checked, damaged = Checked(f"DVC's cache {cache_folder(checkout)}"), []
     objects = list(dvc_objects(checkout))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(cores()) as pool:  # hashing lets other threads run
         hashes = tqdm(pool.map(md5_file, objects), "cache", len(objects), unit="file", disable=None, leave=False)
         for path, md5 in zip(objects, hashes, strict=True):
             checked.count(path)

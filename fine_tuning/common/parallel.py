@@ -5,6 +5,7 @@ checkout with `dask worker ADDRESS`. Whoever reaches a scheduler can run code on
 your own.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +18,11 @@ Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
 TIMEOUT = 10  # seconds for a scheduler to answer
 AHEAD = 3  # pieces a worker may be ahead of what was taken
+
+
+def cores() -> int:
+    """Processors that this process may use: of the machine where the system does not say, as on macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

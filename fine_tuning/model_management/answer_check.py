@@ -5,12 +5,12 @@ Greedy replies are followed token by token. Runtimes add in another order, so th
 server's token must be about as likely as the likeliest one here. A change that moves no likeliest token is not seen.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import cores
 from fine_tuning.runtime.llama_engine import LlamaEngine
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def compare_answers(server: "ModelServer", model: str, gguf: Path, probes: "Sequ
         UserError: the server fails, llama.cpp cannot load the GGUF here, or nothing could be compared.
     """
     agreed = 0
-    context, threads = max(probe.tokens for probe in probes) + 4 * ANSWER_TOKENS, len(os.sched_getaffinity(0))
+    context, threads = max(probe.tokens for probe in probes) + 4 * ANSWER_TOKENS, cores()
     with LlamaEngine(gguf, context=context, threads=threads) as engine:
         for number, probe in enumerate(probes, 1):
             reply, stats = server.chat(model, probe.messages, {**GREEDY, "num_predict": ANSWER_TOKENS})

@@ -16,9 +16,9 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import check_model_name
 from fine_tuning.common.settings import Settings
 from fine_tuning.model_management.answer_check import GREEDY, AnswersDiffer, compare_answers
-from fine_tuning.model_management.ollama_store import damaged_blobs, stores
 from fine_tuning.model_management.packaging.chat_template import first_difference
 from fine_tuning.runtime.base_model import gguf_field
+from fine_tuning.runtime.ollama_store import damaged_blobs, stores
 
 LIVE = "live"
 OLDEST_SERVER = (0, 5, 5)  # the first whose /api/create takes `files`

@@ -15,6 +15,7 @@ from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.runtime.gguf_writer import known_pre_tokenizers
+from fine_tuning.runtime.ollama_store import model_gguf
 from fine_tuning.schema.template_trial import try_template
 
 # Files of a hub repository that make a model: never pickles, which run code when they are opened.
@@ -33,10 +34,11 @@ class BaseSettings(Settings):
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model's files are: a folder, and a GGUF file's name if it comes as one."""
+    """Where a base model's files are: a folder, a GGUF file's name if it comes as one, and the revision that it is."""
 
     folder: Path
     gguf_file: str | None
+    revision: str | None = None
 
     @property
     def gguf(self) -> Path | None:
@@ -48,29 +50,43 @@ def locate_base(model: str, revision: str | None, code: bool = False) -> BaseSou
     """Find a base model's files; a hub id is downloaded into the hub's own cache.
 
     Args:
-        model: `package:NAME` (an installed Python package that carries one GGUF file), a folder, a `.gguf` file, or
-            a Hugging Face id `owner/name`.
-        revision: commit, tag or branch of a hub id; ignored otherwise.
+        model: `package:NAME` (an installed Python package that carries one GGUF file), `ollama:NAME` (a model that
+            Ollama has on this machine), a folder, a `.gguf` file, or a Hugging Face id `owner/name`.
+        revision: commit, tag or branch of a hub id, id of Ollama's model; a label for all others.
         code: download the Python code that a hub's repository brings, too.
 
     Raises:
-        UserError: nothing is there, or the hub cannot be reached.
+        UserError: nothing is there, it is another revision, or the hub cannot be reached.
     """
     if model.startswith("package:"):
-        return _locate_in_package(model.removeprefix("package:"))
+        return _locate_in_package(model.removeprefix("package:"), revision)
+    if model.startswith("ollama:"):
+        blob, identity = model_gguf(model.removeprefix("ollama:"))
+        if revision is not None and revision[:12] != identity:
+            raise UserError(
+                f"{model} is not the one that is pinned: its id is {identity}; accept it by base.revision = {identity}"
+            )
+        return BaseSource(blob.parent, blob.name, identity)
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return BaseSource(path.parent, path.name)
+        return BaseSource(path.parent, path.name, revision)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"base.model = {model}: the folder has no config.json: give a Hugging Face model folder")
-        return BaseSource(path, None)
-    if path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~")) or model.count("/") != 1:
+        return BaseSource(path, None, revision)
+    if not is_hub_id(model):
         raise UserError(f"base.model = {model}: no such file or folder: correct base.model in params.yaml")
     return _download_from_hub(model, revision, [*HUB_FILES, "*.py"] if code else HUB_FILES)
 
 
-def _locate_in_package(name: str) -> BaseSource:
+def is_hub_id(model: str) -> bool:
+    """Whether a base model would be looked for on the Hugging Face hub."""
+    path = Path(model).expanduser()
+    elsewhere = path.exists() or path.is_absolute() or path.suffix == ".gguf" or model.startswith((".", "~"))
+    return model.count("/") == 1 and not elsewhere and not model.startswith(("package:", "ollama:"))
+
+
+def _locate_in_package(name: str, revision: str | None) -> BaseSource:
     try:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
@@ -80,7 +96,7 @@ def _locate_in_package(name: str) -> BaseSource:
     for file in files:
         if file.suffix == ".gguf":
             path = Path(str(file.locate()))
-            return BaseSource(path.parent, path.name)
+            return BaseSource(path.parent, path.name, revision)
     raise UserError(f"the package {name} carries no .gguf file: correct base.model in params.yaml")
 
 
@@ -94,7 +110,7 @@ def _download_from_hub(model: str, revision: str | None, files: list[str]) -> Ba
             f"base.model = {model}, revision {revision or 'main'}: the hub did not deliver it "
             f"({type(error).__name__}): check the id, the network and `hf auth login`, or give a local folder"
         ) from None
-    return BaseSource(Path(folder), None)
+    return BaseSource(Path(folder), None, Path(folder).name)  # a snapshot's folder is named by its commit
 
 
 def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
@@ -273,8 +289,7 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     tokenizer.save_pretrained(folder)
     about = {
         "model": settings.model,
-        # The hub's cache keeps a snapshot in a folder named by its commit, which is what "main" meant today.
-        "revision": source.folder.name if source.folder.parent.name == "snapshots" else settings.revision,
+        "revision": source.revision,
         "sha256": hash_weights(folder),
         "chat_template_sha256": template_sha256,
         "license": _license(source),

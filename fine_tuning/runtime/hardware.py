@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import cores
 
 
 def is_main_process() -> bool:
@@ -42,7 +43,7 @@ def detect_hardware(precision: str, threads: int | None) -> Hardware:
     """
     import torch
 
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // local_process_count())
+    threads = threads or max(1, cores() // local_process_count())
     if torch.cuda.is_available():
         automatic = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         device, name = "cuda", torch.cuda.get_device_name()

@@ -3,10 +3,14 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.base_model import is_hub_id, locate_base
 from fine_tuning.runtime.hardware import Hardware, local_process_count, process_count
 from fine_tuning.training.settings import TrainSettings
+
+PROGRAM = 0.5e9  # bytes that the program itself takes
 
 
 @dataclass(frozen=True)
@@ -26,25 +30,76 @@ def read_shape(folder: Path) -> Shape:
     Raises:
         UserError: the folder holds no model.
     """
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig
+    from safetensors import SafetensorError
 
-    parameters = 0
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="numpy") as weights:
-                names = weights.keys()
-                parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+        return _shape(_config(folder), _count_safetensors(folder))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not load ({type(error).__name__}): make it again with `dvc repro`") from None
-    tables = 1 if config.tie_word_embeddings else 2
+
+
+def probe(model: str, revision: str | None) -> tuple[Shape, dict[str, Any]]:
+    """Sizes and configuration of a base model; of a hub's, without downloading its weights.
+
+    Args:
+        model, revision: as `locate_base` takes them.
+
+    Raises:
+        UserError: it is not there, or its files do not say its sizes.
+    """
+    try:
+        if is_hub_id(model):
+            from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+            config = _config(Path(hf_hub_download(model, "config.json", revision=revision)).parent)
+            counts = get_safetensors_metadata(model, revision=revision).parameter_count
+            return _shape(config, sum(counts.values())), config.to_dict()
+        source = locate_base(model, revision)
+        config = _config(source.folder, gguf_file=source.gguf_file)
+        if source.gguf is None:
+            return _shape(config, _count_safetensors(source.folder)), config.to_dict()
+        from gguf import GGUFReader
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)]
+        tensors = GGUFReader(source.gguf).tensors
+        config.tie_word_embeddings = all(tensor.name != "output.weight" for tensor in tensors)
+        return _shape(config, sum(int(tensor.n_elements) for tensor in tensors)), config.to_dict()
+    except UserError:
+        raise
+    except Exception as error:  # of foreign files and of a network
+        raise UserError(
+            f"{model}: its sizes cannot be read ({type(error).__name__}): check the name and the network"
+        ) from None
+
+
+def _config(folder: Path, **options: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+
+
+def _count_safetensors(folder: Path) -> int:
+    """Parameters of a folder's model, from the headers of its weights."""
+    from safetensors import safe_open
+
+    parameters = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as weights:
+            names = weights.keys()  # safe_open is no mapping that can be iterated over
+            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    return parameters
+
+
+def _shape(config: Any, parameters: int) -> Shape:
+    text = config.get_text_config()
+    tables = 1 if text.tie_word_embeddings else 2
     return Shape(
         parameters=parameters,
-        embedding=tables * config.vocab_size * config.hidden_size,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
+        embedding=tables * text.vocab_size * text.hidden_size,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
     )
 
 
@@ -67,12 +122,12 @@ def memory_needed(shape: Shape, settings: TrainSettings, hardware: Hardware) -> 
 
 
 def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
-    """Refuse to start what does not fit, with half a gigabyte for the program itself.
+    """Refuse to start what does not fit.
 
     Raises:
         UserError: the estimate exceeds the free memory; says what to change.
     """
-    needed = sum(memory_needed(shape, settings, hardware)) + 0.5e9
+    needed = sum(memory_needed(shape, settings, hardware)) + PROGRAM
     if hardware.device == "cpu":
         needed *= local_process_count()
     free = free_memory(hardware.device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from fine_tuning.common.errors import count_of
 from fine_tuning.training.lora_trainer import TrainingResult
 from fine_tuning.training.settings import TrainSettings
-from fine_tuning.training.speed import expected
+from fine_tuning.training.speed import Speed, expected
 
 CAPS = ("max_train_tokens", "max_sample_tokens")
 Curve = tuple[list[str], list[list[float]]]
@@ -17,7 +17,7 @@ def announcement(
     conversations: int,
     tokens: int,
     left_out: Mapping[str, int],
-    speed: tuple[float, str] | None,
+    speed: Speed | None,
 ) -> Iterator[str]:
     """What is about to be trained on, for how long, and which parameters limit it.
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -13,33 +14,41 @@ SPEED = Path(".whetstone/speed.json")  # in the main checkout
 _DURATION = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,7})s)?")
 
 
-def record_speed(path: Path, tokens_per_second: float, what: str) -> None:
-    """Remember the speed of a run that has ended, and with what base and method it was reached.
+class Speed(NamedTuple):
+    """Tokens a second, what trained at that speed, and its parameters where they were recorded."""
+
+    tokens_per_second: float
+    what: str
+    parameters: int | None = None
+
+
+def record_speed(path: Path, speed: Speed) -> None:
+    """Remember the speed of a run that has ended.
 
     0 is not recorded: a run that was resumed after its last step had nothing left to train.
     """
-    if tokens_per_second > 0:
-        write_json(path, {"tokens_per_second": tokens_per_second, "what": what})
+    if speed.tokens_per_second > 0:
+        write_json(path, speed._asdict())
 
 
-def read_speed(path: Path) -> tuple[float, str] | None:
-    """(tokens a second, what trained at that speed) of the last run here; None where none was measured."""
+def read_speed(path: Path) -> Speed | None:
+    """Speed of the last run here; None where none was measured."""
     try:
         found = read_json(path)
-        return float(found["tokens_per_second"]), str(found["what"])
+        return Speed(float(found["tokens_per_second"]), str(found["what"]), found.get("parameters"))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def expected(tokens: int, settings: TrainSettings, speed: tuple[float, str] | None) -> str:
+def expected(tokens: int, settings: TrainSettings, speed: Speed | None) -> str:
     """How long training on `tokens` will take, in words."""
     wanted = tokens * settings.epochs
     if settings.max_steps is not None:
         wanted = min(wanted, settings.max_steps * settings.batch_tokens * settings.gradient_accumulation)
     if speed is None:
         return "how long that takes is not known yet: nothing was trained here before"
-    pace, what = speed
-    return f"about {tqdm.format_interval(wanted / pace)} at the {pace:.0f} tokens/s last measured here ({what})"
+    pace = speed.tokens_per_second
+    return f"about {tqdm.format_interval(wanted / pace)} at the {pace:.0f} tokens/s last measured here ({speed.what})"
 
 
 def parse_duration(text: str) -> int:

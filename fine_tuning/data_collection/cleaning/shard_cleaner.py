@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from fine_tuning.common.parallel import open_engine
+from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.project import code_sha256
 from fine_tuning.common.records import STRICT_JSON, line_ranges
 from fine_tuning.common.writing_systems import WORDLIKE
@@ -79,7 +79,7 @@ def clean_shards(
     pieces = list(_pieces(shards, common, piece_bytes))
     memo.mkdir(parents=True, exist_ok=True)
     new = [piece for piece in pieces if not (memo / piece.key).is_dir()]
-    processes = min(settings.processes or len(os.sched_getaffinity(0)), len(new))
+    processes = min(settings.processes or cores(), len(new))
     work = partial(clean_piece, memo=memo.resolve(), settings=settings, control_tokens=control_tokens)
     with open_engine(settings.engine if new else None, processes) as engine:
         for done, _ in enumerate(engine(work, new), start=1):

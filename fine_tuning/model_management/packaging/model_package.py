@@ -5,7 +5,6 @@ The bundle is read back from disk for the proof: what is proven is what is deplo
 
 import hashlib
 import json
-import os
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import cores
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, read_object, write_json
 from fine_tuning.common.settings import Settings
@@ -255,7 +255,7 @@ def prove_package(
     report["merge"] = prove_merge(
         adapted, merged, settings, lambda: _is_rounded_sum(adapter, merged_dir, settings.merged_dtype)
     )
-    threads = settings.threads or len(os.sched_getaffinity(0))
+    threads = settings.threads or cores()
     context = max(chat.max_length, 512) + 64
     with LlamaEngine(package_dir / "model.gguf", context=context, threads=threads) as engine:
         report["tokens"] = prove_tokens(tokenizer, engine, sample, chat)

@@ -4,18 +4,59 @@ A store is a folder of `manifests/<registry>/<namespace>/<model>/<tag>`, JSON fi
 `blobs/sha256-<digest>`. The digest that the server reports for a model is the SHA-256 of its manifest's bytes.
 """
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_NAME = re.compile(
+    r"(?:(?:(?P<host>[\w.-]+(?::\d+)?)/)?(?P<space>[\w-]+)/)?(?P<model>\w[\w.-]*)(?::(?P<tag>\w[\w.-]*))?"
+)
 # Where Ollama's documentation says that models are: of a user's own server, of the Linux service.
 STORES = (Path("~/.ollama/models"), Path("/usr/share/ollama/.ollama/models"))
+
+
+def model_gguf(name: str) -> tuple[Path, str]:
+    """The weights of a model that Ollama has on this machine, and its id, as `ollama list` shows it.
+
+    Args:
+        name: as Ollama takes it, such as `qwen3:4b` or `hf.co/owner/name:Q4_K_M`.
+
+    Raises:
+        UserError: it is not here, cannot be read, is no single GGUF, or is itself a base with an adapter.
+    """
+    if not (found := _NAME.fullmatch(name)):
+        raise UserError(f"ollama:{name} is no name of a model: give one that `ollama list` shows, such as qwen3:4b")
+    place = Path(found["host"] or "registry.ollama.ai", found["space"] or "library", found["model"])
+    for store in stores("http://localhost"):
+        manifest = store / "manifests" / place / (found["tag"] or "latest")
+        try:
+            content = manifest.read_bytes()
+            parts = [(part["mediaType"].rpartition(".")[2], part["digest"]) for part in json.loads(content)["layers"]]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{manifest} cannot be read ({type(error).__name__}): `ollama pull {name}`") from None
+        if "adapter" in dict(parts):
+            raise UserError(f"ollama:{name} is a base with an adapter: give the base that its Modelfile names")
+        models = [digest for kind, digest in parts if kind == "model"]
+        if len(models) != 1:
+            raise UserError(f"ollama:{name} is not kept as one GGUF file: give its Hugging Face id as base.model")
+        blob = store / "blobs" / models[0].replace(":", "-")
+        if not blob.is_file():
+            raise UserError(f"ollama:{name}: {blob} is missing: `ollama pull {name}`")
+        return blob, hashlib.sha256(content).hexdigest()[:12]
+    raise UserError(
+        f"ollama:{name} is not on this machine: `ollama pull {name}`, or set OLLAMA_MODELS to the folder of its models"
+    )
 
 
 def blobs_of(host: str, digest: str, uploaded: str) -> list[Path] | None:
