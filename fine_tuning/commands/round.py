@@ -104,8 +104,9 @@ def _refuse() -> None:
 def _round() -> None:
     settings, canary = read_params("rounds", RoundsSettings), Canary(Path.cwd())
     settle(canary)
-    finish(settings)
-    state = canary.state()
+    if (state := canary.state()) is not None and state.outcome == FINISHED:
+        finish(settings)
+        state = canary.state()
     if settings.promote == "canary" and state is not None and state.outcome is None:
         raise UserError(f"the canary of {state.tag} runs: wait for its end, or `python -m fine_tuning canary --stop`")
     if not BEFORE.is_file():  # else a round was killed: what was before it is what was before this one
