@@ -33,6 +33,7 @@ ADAPTER = Path("models/adapter")
 METRICS = Path("metrics/train.json")
 LOSS_CURVE = Path("metrics/plots/train_loss.csv")
 VALIDATION_CURVE = Path("metrics/plots/validation_loss.csv")
+PREFERENCE_CURVE = Path("metrics/plots/preferences.csv")
 LIVE = {  # rewritten at the end with what was measured before this session
     LOSS_CURVE: {name: name for name in ("step", "loss", "learning_rate", "grad_norm")},
     VALIDATION_CURVE: {"step": "step", "validation_loss": "eval_loss"},
@@ -43,9 +44,9 @@ SCRATCH = main_checkout() / ".whetstone"
 def main() -> None:
     settings = read_params("train", TrainSettings)
     # These import PyTorch, which takes seconds: a refused parameter is reported before.
+    from fine_tuning.training import run_report as report
     from fine_tuning.training.lora_trainer import train_adapter
     from fine_tuning.training.progress import progress_bar
-    from fine_tuning.training.run_report import announcement, learning_curve, quality, speed, summary, validation_curve
 
     client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
     if settings.max_steps == 0 and not settings.start_from:
@@ -64,7 +65,7 @@ def main() -> None:
         return
     left_out = read_json(PREPARED).get("left_out", {}) if PREPARED.is_file() else {}
     size = len({row.id for row in rows}), sum(len(row.input_ids) for row in rows)
-    for line in announcement(settings, *size, left_out, read_speed(main_checkout() / SPEED)):
+    for line in report.announcement(settings, *size, left_out, read_speed(main_checkout() / SPEED)):
         print(f"train: {line}", flush=True)
     print(f"train: {learning_from}", flush=True)
     parameters, tags = flatten(settings.model_dump()), run_tags(base["model"])
@@ -72,10 +73,11 @@ def main() -> None:
         with training_runs(client, experiment, parameters, tags) as (pipeline, tracked):
             with progress_bar(tracked, LIVE) as progress:
                 result = train_adapter(*what, progress, start, SCRATCH / "references")
-            metrics = quality(result)
+            metrics = report.quality(result)
             write_json(METRICS, metrics)
-            write_csv(LOSS_CURVE, *learning_curve(result))
-            write_csv(VALIDATION_CURVE, *validation_curve(result))
+            write_csv(LOSS_CURVE, *report.learning_curve(result))
+            write_csv(VALIDATION_CURVE, *report.validation_curve(result))
+            write_csv(PREFERENCE_CURVE, *report.preference_curve(result))
             hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
             name_base(ADAPTER, base, BASE)
             origin = read_object(ADAPTER / ORIGIN).get("origin")
@@ -83,12 +85,12 @@ def main() -> None:
             for one in (pipeline, tracked):
                 one.log_data({"validation": VALIDATION} | ({} if origin else LEARNED_FROM))
                 one.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"), **vars(result.hardware))
-            tracked.log_step({**metrics, **speed(result)}, 0)
+            tracked.log_step({**metrics, **report.speed(result)}, 0)
             pipeline.log_artifacts(ADAPTER, "adapter")
         remove_checkpoints(checkpoints)
     pace = Speed(result.tokens_per_second, f"{base['model']}, {settings.method}", base["parameters"])
     record_speed(main_checkout() / SPEED, pace)
-    print(summary(settings, result))
+    print(report.summary(settings, result))
 
 
 def read_prepared(rows: Path) -> Prepared:

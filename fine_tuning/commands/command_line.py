@@ -45,6 +45,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command = add("stats", "conversations:show_stats", "count what was logged since the last seal, or all with --all")
     command.add_argument("--all", action="store_true", help="count the sealed and imported conversations too")
 
+    command = add("export", "conversations:export", "write the clean conversations into one file for other tools")
+    command.add_argument(
+        "format", metavar="FORMAT", help="json, csv, chatml, alpaca, instruction, openai, sharegpt, dpo or kto"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="below data/ if left out; compressed if it ends in .gz or .zst"
+    )
+
     command = add(
         "round", "round:run_round", "seal, run the pipeline, commit what came of it with its verdict",
         "A round that fails or is stopped leaves results and models as they were. What was sealed stays sealed.",

@@ -13,7 +13,7 @@ from fine_tuning.common.stage_times import TRAINING
 from fine_tuning.training.run_guard import Progress
 from fine_tuning.training.tracking import Run
 
-CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
+CURVES = ("loss", "learning_rate", "grad_norm")  # and all that is measured on the validation split
 
 
 @contextmanager
@@ -36,7 +36,9 @@ def progress_bar(tracked: Run, curves: Mapping[Path, Mapping[str, str]]) -> Iter
     def show(values: dict[str, float]) -> None:
         nonlocal began
         step, steps = int(values["step"]), int(values["steps"])
-        tracked.log_step({name: values[name] for name in CURVES if name in values}, step)
+        tracked.log_step(
+            {name: value for name, value in values.items() if name in CURVES or name.startswith("eval_")}, step
+        )
         for path, columns in curves.items():
             if values.keys() >= set(columns.values()):
                 _write_row(path, [values[name] for name in columns.values()], "a")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fine_tuning.common.errors import count_of
 from fine_tuning.training.lora_trainer import TrainingResult
@@ -9,7 +10,9 @@ from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.speed import Speed, expected
 
 CAPS = ("max_train_tokens", "max_sample_tokens")
-Curve = tuple[list[str], list[list[float]]]
+PREFERENCES = (*(f"{kind}_{what}" for what in ("accuracy", "margin", "kl") for kind in ("pairs", "thumbs")),
+               "pairs_chosen", "pairs_rejected")  # fmt: skip
+Curve = tuple[list[str], list[list[Any]]]
 
 
 def announcement(
@@ -84,3 +87,11 @@ def validation_curve(result: TrainingResult) -> Curve:
     """Columns and rows: validation loss by step, that before training at step 0."""
     measured = [[entry["step"], entry["eval_loss"]] for entry in result.history if "eval_loss" in entry]
     return ["step", "validation_loss"], [[0, result.validation_loss_before], *measured]
+
+
+def preference_curve(result: TrainingResult) -> Curve:
+    """Columns and rows: what was measured on validation pairs and thumbs by step; no rows where there were none."""
+    measured = [entry for entry in result.history if any(f"eval_{name}" in entry for name in PREFERENCES)]
+    return ["step", *PREFERENCES], [
+        [entry["step"], *(entry.get(f"eval_{name}", "") for name in PREFERENCES)] for entry in measured
+    ]
