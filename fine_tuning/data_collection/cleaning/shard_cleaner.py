@@ -6,7 +6,6 @@ with one entry a conversation. The second pass is `shard_merger`'s, over the ind
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
