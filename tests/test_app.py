@@ -868,3 +868,23 @@ def test_a_share_of_new_chats_is_answered_by_the_canary_and_bad_signs_are_observ
         canary.stop("by hand")
         say(at, "Thank you")
         assert logged(checkout)[-1]["metadata"]["model"] == "whetstone:live", "what is rolled back answers nobody"
+
+
+def test_a_server_that_is_gone_is_no_fault_of_the_canary_and_one_that_fails_is(checkout):
+    with FakeOllama(reply="Restart it.") as ollama:
+        served(ollama.host, checkout)
+        live_version(ollama, 2)
+        layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:7", "size": 1}
+        ollama.manifests["whetstone:7"] = Manifest([layer], "{{ .Messages }}", "", {})
+        canary = Canary(checkout)
+        canary.begin("whetstone", 7, 2, 0.999999)
+        at = say(open_chat(), "My router is offline")
+        ollama.__exit__()
+        at = say(at, "And now?")
+        assert "no Ollama answers" in at.error[0].value
+        assert (canary.counts().candidate, canary.counts().candidate_bad) == (1, 0)
+        with ollama:
+            ollama.faults["POST /api/chat"] = "500"
+            at.button(key="again").click().run()
+            settle(at)
+            assert (canary.counts().candidate, canary.counts().candidate_bad) == (1, 1)

@@ -189,6 +189,47 @@ def test_auto_promotes_and_deploys_and_canary_waits_until_it_did_no_harm(project
     assert sum(name.startswith("canary.") for name in tags) == 2
 
 
+def test_a_round_first_does_what_a_canary_that_has_ended_leads_to_and_waits_for_one_that_runs(
+    project, ollama, monkeypatch
+):
+    change_params(project, rounds={"promote": "canary"})
+    assert type_command(project, "round").returncode == 0
+    change_params(project, train={"seed": 5})
+    assert type_command(project, "round").returncode == 0
+    change_params(project, train={"seed": 6})
+    refused = type_command(project, "round")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "error: the canary of trial:2 runs: wait for its end, or `python -m fine_tuning canary --stop`\n"
+    )
+    here = Canary(project)
+    for number in range(40):
+        here.candidate_for(f"c{number}", f"c{number}", new=True)
+    monkeypatch.setattr(canary_module, "SIGNAL_SECONDS", -1.0)
+    monkeypatch.setattr(canary_module, "ENOUGH", 5)
+    here.check()
+    done = type_command(project, "round")
+    assert done.returncode == 0, done.stderr
+    assert sh(project, "git log --format=%s").splitlines()[:3] == [
+        "Round: PROMOTE",
+        "Promote version 2",
+        "Other parameters",
+    ]
+    assert (here.state().candidate, here.state().live, here.state().outcome) == (3, 2, None)
+
+
+def test_a_candidate_that_has_to_be_judged_again_holds_up_no_round(project, monkeypatch):
+    monkeypatch.chdir(project)
+    change_params(project, rounds={"promote": "auto", "min_conversations": 1})
+    say(project)
+    assert "no Ollama answers" in type_command(project, "round").stderr
+    tried = settings(promote="auto", min_conversations=20, hours="0-0")
+    assert "it failed: no Ollama answers" in rounds.step(project, tried)[0]
+    change_params(project, trial={"verdict": "HOLD"})
+    monkeypatch.setattr(round_policy, "FIRST_PAUSE", 0.0)
+    assert "1 of 20 new conversations" in rounds.step(project, tried)[0]
+
+
 def test_a_candidate_that_did_harm_is_not_tried_again(project, ollama):
     change_params(project, rounds={"promote": "auto"})
     assert type_command(project, "round").returncode == 0

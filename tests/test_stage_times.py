@@ -35,7 +35,7 @@ def test_a_stage_says_how_far_the_run_is_and_keeps_its_time(tmp_path):
     done = subprocess.run(
         [sys.executable, "package.py"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert done.stdout == "stage 7 of 9, package: about 2 min to the verdict\nworking\n", done.stderr
+    assert done.stdout == "stage 7 of 9, package: about 4 min to the verdict\nworking\n", done.stderr
     assert list(read_json(tmp_path / TIMES)) == ["package"]
 
 

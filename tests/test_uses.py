@@ -48,6 +48,16 @@ def test_the_pipeline_leaves_a_bundle_a_verdict_and_nothing_to_do(trained):
     assert "Modelfile" in summary
 
 
+def test_an_objective_without_anything_to_learn_from_is_refused_before_the_adapter_is_gone(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    before = sha256_file(project.folder / WEIGHTS)
+    for objective, lacking in (("dpo", "has no pair"), ("kto", "of 0 single thumbs")):
+        project.set_params(train={"objective": objective})
+        said = project.run("dvc", "repro", check=False)
+        assert f"error: train.objective = {objective}, and " in said and lacking in said
+        assert sha256_file(project.folder / WEIGHTS) == before
+
+
 def test_new_conversations_are_trained_on_by_the_next_repro(trained, tmp_path):
     project = trained.copy(tmp_path / "project")
     before, adapter = read(project, "metrics/clean.json"), _adapter(project)

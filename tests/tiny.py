@@ -23,11 +23,12 @@ Please restart the router, then check whether the cable is plugged in. Hello! Ho
 def add(a, b):\n    return a + b\n1. First\n2. Second\n2024-01-31 10:15 3.14159"""
 
 
-def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512, spread: float = 0.02) -> Path:
+def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512, spread: float = 0.02, text: str = TEXT) -> Path:
     """Write a loadable Hugging Face model folder: 2 layers, hidden size 64, 4 heads, 2 key-value heads.
 
-    Another size of vocabulary is another tokenizer; 259 is the least: every byte and three control tokens. Weights of
-    a small spread make a model that repeats the last token; with 1.0 its reply depends on the whole prompt.
+    Another size of vocabulary, or another text, is another tokenizer; 259 is the least: every byte and three control
+    tokens. Weights of a small spread make a model that repeats the last token; with 1.0 its reply depends on the whole
+    prompt.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -45,7 +46,7 @@ def write_tiny_base(folder: Path, seed: int = 0, vocabulary: int = 512, spread: 
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    core.train_from_iterator(TEXT.splitlines(), trainer)
+    core.train_from_iterator(text.splitlines(), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )

@@ -23,7 +23,6 @@ def canary(arguments: argparse.Namespace) -> None:
     here = Canary(main_checkout(root()))
     if arguments.stop and not here.stop("by hand"):
         raise UserError("no canary runs: `python -m fine_tuning deploy VERSION --canary` begins one")
-    here.check()
     settle(here)
     state = here.state()
     if state is None:
@@ -37,10 +36,11 @@ def canary(arguments: argparse.Namespace) -> None:
 
 
 def settle(here: Canary) -> None:
-    """Keep the outcome of a canary that is over in the registry, and make its version live where it did no harm and
-    rounds.promote allows it. Done again after a failure, it ends at the same place."""
+    """See whether a canary is over; if so, keep its outcome in the registry, and make its version live where it did no
+    harm and rounds.promote allows it. Done again after a failure, it ends at the same place."""
     from fine_tuning.commands.models import each_server  # which begins canaries
 
+    here.check()
     with FileLock(registry_locks() / "canary.lock"):
         state = here.state()
         if state is None or state.outcome is None or state.settled:

@@ -126,13 +126,17 @@ def promote_again(registry: ModelRegistry, number: int, who: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- may it?
 
 
+class Outdated(UserError):
+    """The pipeline has to run again before the candidate can be promoted."""
+
+
 def check_unchanged(compared: dict[str, Any]) -> None:
     """See that the files on disk are the candidate that was compared, made by the pipeline that dvc.lock describes."""
     if not WEIGHTS.is_file():
         raise UserError(f"{WEIGHTS} is missing: run `dvc pull` or `dvc repro`")
     adapter_sha256 = compared.get("adapter_sha256")
     if project.sha256_file(WEIGHTS) != adapter_sha256:
-        raise UserError("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
+        raise Outdated("models/adapter is not the one that was compared: run `dvc repro`, then promote again")
     stages, named = dvc_files.read_lock(), str(champion.RECORD)
     made = (project.ADAPTER, MERGED, project.PACKAGE)
     changed = [str(path) for path in made if dvc_files.md5_path(path) != dvc_files.locked_md5(stages, path)]
@@ -140,9 +144,9 @@ def check_unchanged(compared: dict[str, Any]) -> None:
     if champion.read_champion().get("adapter_sha256") == adapter_sha256:  # a promotion that was cut off
         changed = [path for path in changed if path != named]
     if named in changed:
-        raise UserError("the champion has changed since the comparison: run `dvc repro`, then promote again")
+        raise Outdated("the champion has changed since the comparison: run `dvc repro`, then promote again")
     if changed:
-        raise UserError(f"{changed[0]} is not what dvc.lock describes: run `dvc repro`, then promote again")
+        raise Outdated(f"{changed[0]} is not what dvc.lock describes: run `dvc repro`, then promote again")
 
 
 def check_verdict(compared: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+from fine_tuning.commands.canary import settle
 from fine_tuning.commands.conversations import MANIFEST, bring_sample, import_files, seal_inbox
 from fine_tuning.commands.models import deploy, each_server
-from fine_tuning.commands.promote import promote_candidate
+from fine_tuning.commands.promote import Outdated, promote_candidate
 from fine_tuning.common import dvc_files
 from fine_tuning.common.dvc_files import LOCK, pipeline_stands_still, show_file
 from fine_tuning.common.errors import UserError, count_of, line_of
@@ -101,7 +102,13 @@ def _refuse() -> None:
 
 
 def _round() -> None:
-    settings = read_params("rounds", RoundsSettings)
+    settings, canary = read_params("rounds", RoundsSettings), Canary(Path.cwd())
+    settle(canary)
+    if (state := canary.state()) is not None and state.outcome == FINISHED:
+        finish(settings)
+        state = canary.state()
+    if settings.promote == "canary" and state is not None and state.outcome is None:
+        raise UserError(f"the canary of {state.tag} runs: wait for its end, or `python -m fine_tuning canary --stop`")
     if not BEFORE.is_file():  # else a round was killed: what was before it is what was before this one
         commit_results("Results before the round")
         with replacing(BEFORE) as file:
@@ -155,6 +162,14 @@ def free_gpu(settings: DeploySettings) -> None:
             print(f"Ollama unloaded {', '.join(names)}: training needs the GPU's memory", flush=True)
 
 
+def finish(settings: RoundsSettings) -> None:
+    """Before a round: what the last one could not do, such as without a server, or what a canary has led to. Where the
+    pipeline has to run first, or a round was killed, that is left to the round."""
+    if not BEFORE.is_file():
+        with suppress(Outdated):
+            follow(settings)
+
+
 def follow(settings: RoundsSettings) -> None:
     """Do with the candidate what rounds.promote allows; the champion is named last, when the candidate is in use. Done
     again after a failure, it goes on where it was.
@@ -162,10 +177,12 @@ def follow(settings: RoundsSettings) -> None:
     Raises:
         UserError: a server is missing, or the candidate is no longer what was compared.
     """
+    if settings.promote == "ask":
+        return
     found = looked_at(read_object(COMPARISON))
     adapter = found.get("adapter_sha256")
     promoted = read_champion().get("adapter_sha256") == adapter
-    if settings.promote == "ask" or found.get("verdict") != "PROMOTE" or promoted:
+    if found.get("verdict") != "PROMOTE" or promoted:
         return
     registry, who, share = open_registry(read_params("deploy", DeploySettings).name), person_name(None), None
     servers = each_server(argparse.Namespace(host=None)) if settings.promote == "canary" else ()

@@ -18,7 +18,7 @@ from string import Template
 from filelock import FileLock, Timeout
 
 from fine_tuning.commands.canary import settle
-from fine_tuning.commands.round import follow, interrupt, take_followed
+from fine_tuning.commands.round import finish, interrupt, take_followed
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import changes_by_hand, main_checkout, root
 from fine_tuning.common.records import replacing
@@ -69,13 +69,10 @@ def step(checkout: Path, settings: RoundsSettings) -> list[str]:
     """Run what is due; what is waited for, where nothing is."""
     failures = round_policy.failures(checkout)
     try:
-        canary = Canary(checkout)
-        canary.check()
-        settle(canary)
-        # What a round could not finish, such as without a server, or what a canary that has ended leads to.
-        if settings.promote != "ask" and not round_policy.pause_left(checkout) and not changes_by_hand(checkout):
+        settle(Canary(checkout))
+        if not round_policy.pause_left(checkout) and not changes_by_hand(checkout):
             with FileLock(ROUND_LOCK, timeout=0):
-                follow(settings)
+                finish(settings)
         if round_policy.follow_is_due(checkout, settings):
             with FileLock(ROUND_LOCK, timeout=0):
                 take_followed(settings)

@@ -15,8 +15,8 @@ TRAINING = Path(".whetstone/training.csv")  # step, steps and loss of the traini
 FAILED = Path(".whetstone/stage_failed.json")  # {"stage", "error"} of the stage that failed last
 # Seconds of the sample's run on two AVX2 cores. They stand for a stage until it has run here once.
 SAMPLE = {
-    "base": 30.0, "intake": 3.0, "clean": 3.0, "export": 2.0, "prepare": 5.0, "train": 180.0, "package": 37.0,
-    "evaluate": 60.0, "compare": 3.0,
+    "base": 30.0, "intake": 1.0, "clean": 1.0, "export": 1.0, "prepare": 4.0, "train": 140.0, "package": 34.0,
+    "evaluate": 180.0, "compare": 5.0,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from fine_tuning.common.records import read_object, updating
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import CANARY, ChatModel, Sampling
+from fine_tuning.integration.ollama_client import OllamaUnreachable
 from fine_tuning.integration.reply import Reply
 
 QUESTIONS = Path(
@@ -147,7 +148,8 @@ def ask(
     def log(reply: Reply) -> None:
         text = reply.text
         question.problem = reply.error
-        if reply.outcome == "failed":
+        # As in the gateway, a server that is not there is no version's fault.
+        if reply.outcome == "failed" and not isinstance(reply.failure, OllamaUnreachable):
             Canary(checkout).failed(question.conversation_id)
         if not text.strip():
             question.problem = reply.error or "no reply came: send it again, or choose another model"

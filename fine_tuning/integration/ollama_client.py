@@ -44,6 +44,10 @@ class OllamaUnavailable(OllamaError):
     """Nothing answers at the address, or not in time."""
 
 
+class OllamaUnreachable(OllamaUnavailable):
+    """Nothing listens at the address, or nothing that lets itself be connected with."""
+
+
 class OllamaNotFound(OllamaError):
     """The server has no model of that name."""
 
@@ -396,7 +400,7 @@ class OllamaClient:
 
     def _lost(self, error: httpx.HTTPError, path: str, deadline: _Deadline) -> OllamaError:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-            return OllamaUnavailable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
+            return OllamaUnreachable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
         if deadline.over or isinstance(error, httpx.TimeoutException):
             return OllamaUnavailable(
                 f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"

@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fine_tuning.common.dvc_files import LOCK, locked_md5, read_dvc, read_lock
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings, load_params
@@ -24,6 +25,8 @@ from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 from fine_tuning.runtime.base_model import BaseSettings
 from fine_tuning.schema.chat_format import ChatSettings
+from fine_tuning.schema.preferences import read_pairs, read_thumbs
+from fine_tuning.training.items import Prepared, choose_items
 from fine_tuning.training.settings import TrainSettings
 
 MODELS: dict[str, type[Settings]] = {
@@ -47,7 +50,7 @@ MODELS: dict[str, type[Settings]] = {
 
 def check_all_params(path: Path) -> None:
     """See that every section of params.yaml can be read, and that what it names is there: metrics and the values that
-    decide, the base's package and modules, addresses.
+    decide, the base's package and modules, pairs or thumbs to learn from, addresses.
 
     Raises:
         UserError: one cannot, or is not; names every wrong parameter.
@@ -119,6 +122,20 @@ def _target_modules(path: Path, found: Any) -> Iterator[str]:
         yield f"train.lora.target_modules names {', '.join(missing)}, which the base lacks: it has {known}"
 
 
+def _objective(path: Path, found: Any) -> Iterator[str]:
+    """See that there is what train.objective learns from, where all that was sealed has been prepared."""
+    train, checkout = found["train"], path.parent
+    pairs, thumbs = (checkout / f"data/{kind}/train.parquet" for kind in ("preferences", "thumbs"))
+    lock, shards = checkout / LOCK, Path("data/conversations")
+    if train.objective not in ("dpo", "kto") or not (pairs.is_file() and thumbs.is_file() and lock.is_file()):
+        return
+    if read_dvc(checkout / f"{shards}.dvc") == locked_md5(read_lock(lock), shards, "deps"):
+        try:
+            choose_items(train, Prepared((), read_pairs(pairs), read_thumbs(thumbs)), Prepared((), (), ()))
+        except UserError as error:
+            yield str(error)
+
+
 def _is_installed(package: str) -> bool:
     try:
         return bool(metadata.distribution(package))
@@ -131,6 +148,7 @@ CHECKS: tuple[tuple[Callable[[Path, Any], Iterator[str]], set[str]], ...] = (
     (_deciding, {"compare", "evaluate"}),
     (_package, {"base"}),
     (_target_modules, {"train", "base"}),
+    (_objective, {"train"}),
     (_hosts, {"deploy"}),
 )
 """Each with the sections that it reads"""

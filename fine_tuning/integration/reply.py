@@ -27,6 +27,7 @@ class Reply:
         self.state: State = "writing"
         self.outcome: State | None = None
         self.error: str | None = None
+        self.failure: Exception | None = None
         self.pieces = 0
         self.started = time.monotonic()
         self.first_piece: float | None = None
@@ -76,8 +77,10 @@ class Reply:
                     self.pieces += 1
             self._end("complete")
         except UserError as error:
+            self.failure = error
             self._end("failed", str(error))
         except Exception as error:
+            self.failure = error
             self._end("failed", f"the reply failed ({type(error).__name__}): try again, or choose another model")
         finally:
             close = getattr(pieces, "close", None)
