@@ -34,6 +34,11 @@ repro: $(VENV)/installed ## Run the pipeline on what is new and print the summar
 	@python -m dvc repro
 	@python -m fine_tuning summary
 
+pull: $(VENV)/installed ## Bring data and models from the default DVC remote
+	@python -m dvc config core.remote > /dev/null 2>&1 \
+	  || { echo "no default remote: \`dvc remote add -d storage ADDRESS\` (docs/teams.md), then again" >&2; exit 1; }
+	@python -m dvc pull
+
 round: $(VENV)/installed ## Seal what was said, run the pipeline, commit the result with its verdict
 	@python -m fine_tuning round
 

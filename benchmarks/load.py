@@ -1,16 +1,18 @@
 """Time and memory of intake, clean, export and prepare as conversations grow a hundredfold, and of a thousand more.
 
-    python -m benchmarks.load [--sizes 10000 100000 1000000] [--more 1000] [--folder DIR] [--engine ADDRESS]
+    python -m benchmarks.load [--sizes 10000 100000 1000000] [--more 1000] [--before CHECKOUT] [--folder DIR]
 
 For each size a checkout of its own is made in a temporary folder (of DIR), the stages run in it as `dvc repro` runs
-them, each in a process of its own, and again after a shard of a thousand conversations has arrived. Printed are wall
-and CPU seconds and the peak of the memory of the stage's processes together (PSS, looked at five times a second). Half
-of the conversations have one exchange, the others two or three; 15 % hold personal data, 5 % are exact duplicates and
-5 % near-duplicates of another. `--engine` cleans and tokenises on the Dask cluster at that address.
+them, each in a process of its own; again after a shard of a thousand new conversations has arrived ("new"); and again
+after one of which 5 % are newer versions of earlier conversations and 2 % delete one ("mixed"). Printed are wall and
+CPU seconds, the peak of the memory of the stage's processes together (PSS, looked at five times a second) and what they
+wrote; with --before, the code of another checkout runs on the same data first, and the ratio of CPU seconds, which
+other users of the machine disturb less, is printed. Half of the conversations have one exchange, the others two or
+three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. `--engine` cleans and
+tokenises on the Dask cluster at that address.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -18,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import yaml
@@ -83,11 +86,11 @@ def _sentence(draw: random.Random, least: int, most: int) -> str:
 # a checkout
 
 
-def write_checkout(folder: Path, base: Path, count: int, engine: str | None) -> None:
-    """Parameters, the tokenizer of `base` and shards with `count` conversations."""
+def write_checkout(folder: Path, root: Path, base: Path, count: int, engine: str | None) -> None:
+    """The parameters of the checkout `root`, the tokenizer of `base` and shards with `count` conversations."""
     folder.mkdir(parents=True)
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    params = yaml.safe_load((ROOT / "params.yaml").read_bytes())
+    shutil.copy(root / "dvc.yaml", folder)
+    params = yaml.safe_load((root / "params.yaml").read_bytes())
     params["intake"]["sample"] = False
     if engine:
         params["clean"]["engine"] = params["prepare"]["engine"] = engine
@@ -96,35 +99,59 @@ def write_checkout(folder: Path, base: Path, count: int, engine: str | None) -> 
     for name in TOKENIZER:
         shutil.copy(base / name, folder / "models/base")
     for start in range(0, count, SHARD):
-        add_shard(folder, start, min(start + SHARD, count))
+        add_shard(folder, start, conversations(start, min(start + SHARD, count)))
 
 
-def add_shard(folder: Path, start: int, end: int) -> None:
-    """Write the conversations `start` to `end` as the next shard."""
-    write_shard(folder / "data/conversations", f"20260101T{start:09d}-import", conversations(start, end))
+def add_shard(folder: Path, number: int, talks: Iterable[dict]) -> None:
+    """Write conversations as the next shard."""
+    write_shard(folder / "data/conversations", f"20260101T{number:09d}-import", talks)
+
+
+def mixed(start: int, end: int) -> Iterator[dict]:
+    """`conversations`, but of a hundred five are longer versions of earlier ones, and two delete one."""
+    for number, talk in enumerate(conversations(start, end)):
+        if number % 100 < 7:
+            earlier = random.Random(number).randrange(start)
+            if number % 100 < 2:
+                yield next(conversations(earlier, earlier + 1)) | {"messages": [], "deleted": True}
+                continue
+            longer = talk["messages"]
+            talk = next(conversations(earlier, earlier + 1))
+            talk["messages"] += longer
+        yield talk
 
 
 # -----------------------------------------------------------------------------
 # measuring
 
 
-def run_stage(folder: Path, stage: str) -> tuple[float, float, float]:
-    """(wall seconds, CPU seconds, peak MB of all its processes) of a stage."""
-    before, start = os.times(), time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
-    peak = 0
-    while process.poll() is None:
+class Measured(NamedTuple):
+    """What a stage took."""
+
+    wall: float  # seconds
+    cpu: float
+    peak: float  # MB
+    written: float  # MB
+
+
+def run_stage(folder: Path, root: Path, stage: str) -> Measured:
+    """Run a stage of the checkout `root` in a folder."""
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false"}
+    with open(folder / "errors.txt", "wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )  # fmt: skip
+    peak, ended = 0, 0
+    while not ended:
         peak = max(peak, _memory(process.pid))
-        time.sleep(0.2)
-    wall, after = time.perf_counter() - start, os.times()
-    if process.returncode:
-        sys.exit(process.stderr.read().decode()[-2000:])
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return wall, cpu, peak / 1e6
+        time.sleep(0.1)
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    if status:
+        sys.exit((folder / "errors.txt").read_text()[-2000:])
+    cpu = used.ru_utime + used.ru_stime
+    return Measured(time.perf_counter() - start, cpu, peak / 1e6, used.ru_oublock * 512 / 1e6)
 
 
 def _memory(pid: int) -> int:
@@ -137,43 +164,47 @@ def _memory(pid: int) -> int:
     return total
 
 
-def measure(folder: Path, label: str, count: int) -> list[float]:
-    """Run the stages, print a line for each; their wall seconds."""
-    walls = []
-    for stage in STAGES:
-        wall, cpu, peak = run_stage(folder, stage)
-        walls.append(wall)
-        print(
-            f"{label:>12} {stage:<9}{wall:9.1f} s{cpu:9.1f} s CPU{1e6 * cpu / count:9.0f} us each{peak:8.0f} MB",
-            flush=True,
-        )
-    return walls
+def measure(folder: Path, root: Path, count: int, options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
+    """What arrived → stage → what it took, the code being that of the checkout `root`."""
+    write_checkout(folder, root, options.base, count, options.engine)
+    found = {"all": {stage: run_stage(folder, root, stage) for stage in STAGES}}
+    for number, (name, talks) in enumerate((("new", conversations), ("mixed", mixed)), start=1):
+        first = count + (number - 1) * options.more
+        add_shard(folder, first, talks(first, first + options.more))
+        found[name] = {stage: run_stage(folder, root, stage) for stage in STAGES}
+    for stages in found.values():
+        every = list(stages.values())
+        walls, cpus, peaks, written = zip(*every, strict=True)
+        stages["together"] = Measured(sum(walls), sum(cpus), max(peaks), sum(written))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--more", type=int, default=1000, help="conversations that arrive afterwards")
+    parser.add_argument("--before", type=Path, help="a checkout of other code to compare with")
     parser.add_argument("--base", type=Path, default=Path("models/base"), help="folder with a tokenizer")
-    parser.add_argument("--folder", type=Path, help="where to work; needs 8 GB for a million")
+    parser.add_argument("--folder", type=Path, help="where to work; needs 16 GB for a million")
     parser.add_argument("--engine", help="address of a Dask scheduler; without one, processes of this machine")
     options = parser.parse_args()
+    columns = ("of", "arrived", "stage", "s", "CPU s", "MB of memory", "MB written", "CPU of all", "before", "ratio")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for count in options.sizes:
-        with tempfile.TemporaryDirectory(prefix="load-", dir=options.folder) as name:
-            folder = Path(name) / "checkout"
-            write_checkout(folder, options.base, count, options.engine)
-            size = sum(path.stat().st_size for path in (folder / "data/conversations").iterdir())
-            print(f"{count:,} conversations, {size / 1e6:.0f} MB, {len(os.sched_getaffinity(0))} cores", flush=True)
-            whole = sum(measure(folder, f"{count:,}", count))
-            add_shard(folder, count, count + options.more)
-            more = sum(measure(folder, f"+{options.more:,}", count))
-            clean, prepare = (json.loads((folder / f"metrics/{s}.json").read_text()) for s in ("clean", "prepare"))
-            print(
-                f"{count:,}: {whole:.1f} s; {options.more:,} more: {more:.1f} s, {100 * more / whole:.0f} % of it; "
-                f"{clean['kept']:,} kept in {clean['clusters']:,} clusters, {prepare['splits']['train']['tokens']:,} "
-                "tokens to train on",
-                flush=True,
-            )
+        runs = []
+        for root in filter(None, (options.before and options.before.resolve(), ROOT)):
+            with tempfile.TemporaryDirectory(prefix="load-", dir=options.folder) as name:
+                runs.append(measure(Path(name) / "checkout", root, count, options))
+        for arrived, stages in runs[-1].items():
+            for stage, now in stages.items():
+                share = now.cpu / runs[-1]["all"][stage].cpu
+                earlier = runs[0][arrived][stage].cpu
+                compared = f"{earlier:.1f} | {now.cpu / earlier:.2f}" if options.before else " | "
+                print(
+                    f"| {count:,} | {arrived} | {stage} | {now.wall:.1f} | {now.cpu:.1f} | {now.peak:.0f} | "
+                    f"{now.written:.0f} | {share:.0%} | {compared} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

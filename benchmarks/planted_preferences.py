@@ -2,35 +2,43 @@
 
     make repro && python -m benchmarks.planted_preferences [--pairs 50,100,200,400] [--objectives sft,dpo,kto,auto]
 
-The person prefers replies shorter than 80 characters. For each prompt, a short question of the exported conversations,
-the base samples six replies of at most 48 tokens; one that keeps the rule and one that breaks it make a pair. Prompts
-that are held out give pairs, and are answered again by each trained model. Supervised fine-tuning learns from the
-chosen replies, DPO from the pairs, KTO from every reply with a thumb, `auto` from chosen replies and pairs together.
-Printed for the base and each run: the share of held-out pairs whose chosen reply is likelier a token, the share of
-greedy replies to held-out prompts that keep the rule, the share that keeps another rule nobody voted on (no
-exclamation mark), and the mean probability of the right answers to the general questions.
+The person prefers replies shorter than 80 characters. To each prompt, a short question of the exported conversations,
+the base's GGUF samples replies, many prompts at once, until one keeps the rule and one breaks it; only replies that it
+ends itself count, as in `prepare`. What was sampled is kept in `.whetstone/planted` and used again. Prompts that are
+held out give pairs, and are answered again by each trained model. Supervised fine-tuning learns from the chosen
+replies, DPO from the pairs, KTO from every reply with a thumb, `auto` from chosen replies and pairs together; `sft>dpo`
+trains one after the other. Printed for the base and each run: the share of held-out pairs whose chosen reply is
+likelier a token, the share of greedy replies to held-out prompts that keep the rule, the share that keeps another rule
+nobody voted on (no exclamation mark), and the mean probability of the right answers to the general questions.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from tqdm import tqdm
 
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.learning_curve import load_with_adapter
 from fine_tuning.evaluation.records.measurements import PREFERENCES, prefers_chosen, right_probability
 from fine_tuning.evaluation.records.settings import EvaluateSettings
-from fine_tuning.evaluation.scoring.scorer import likelihoods
+from fine_tuning.evaluation.scoring.scorer import likelihoods, scoring_hardware
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge
 from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.runtime.base_model import read_base_card
+from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, encode_prompt, load_tokenizer
 from fine_tuning.schema.preferences import Item, PreferredPair, Thumb, read_pairs, read_thumbs, write_preferences
 from fine_tuning.schema.prepared import PreparedRow
@@ -38,8 +46,10 @@ from fine_tuning.training.lora_trainer import train_adapter
 from fine_tuning.training.settings import TrainSettings
 
 BASE = Path("models/base")
+GGUF = BASE / "base-Q8_0.gguf"
 LIMIT = 80  # characters: what the person calls short
-SAMPLES, MAX_TOKENS, BATCH = 6, 48, 16
+SAMPLES, SLOTS = 8, 32
+SHORT_TOKENS, MAX_TOKENS = 24, 64  # a reply of less than 80 characters ends in 24
 LONGEST_PROMPT = 200  # characters
 
 
@@ -58,15 +68,9 @@ def main() -> None:
     parser.add_argument("--pairs", default="50,100,200,400")
     parser.add_argument("--held-out", type=int, default=100, help="pairs that are measured and not learned from")
     parser.add_argument("--objectives", default="sft,dpo,kto,auto")
-    parser.add_argument("--judged", type=Path, help="file of the pairs: read where it exists, else written")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.pairs.split(",")]
-    if arguments.judged and arguments.judged.exists():
-        judged = json.loads(arguments.judged.read_text(encoding="utf-8"))
-    else:
-        judged = judge(max(sizes) + arguments.held_out)
-        if arguments.judged:
-            arguments.judged.write_text(json.dumps(judged), encoding="utf-8")
+    judged = judge(max(sizes) + arguments.held_out)
     held_out, learned = judged[: arguments.held_out], judged[arguments.held_out :]
     if too_many := [size for size in sizes if size > len(learned)]:
         print(f"left out, for {len(learned)} pairs are left to learn from: {too_many}", file=sys.stderr)
@@ -77,11 +81,27 @@ def main() -> None:
     for size in (size for size in sizes if size <= len(learned)):
         for objective in arguments.objectives.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                place, name = Path(folder), read_base_card(BASE)["model"]
-                adapter, items = place / "adapter", items_of(objective, learned[:size], place / "train")
-                validation = items_of(objective, held_out[:20], place / "validation")
-                train_adapter(BASE, name, items, validation, settings, adapter, place / "checkpoints")
+                adapter = learn(objective.split(">"), learned[:size], held_out[:20], settings, Path(folder))
                 show(objective, size, measure(adapter, held_out))
+
+
+def learn(
+    objectives: Sequence[str],
+    pairs: Sequence[dict[str, Any]],
+    validation: Sequence[dict[str, Any]],
+    settings: TrainSettings,
+    folder: Path,
+) -> Path:
+    """Train on each objective, one after the other, each from the adapter of the one before: the last adapter."""
+    adapter = None
+    for objective in objectives:
+        place, name = folder / objective, read_base_card(BASE)["model"]
+        items, held_out = (
+            items_of(objective, some, place / part) for part, some in (("train", pairs), ("validation", validation))
+        )
+        train_adapter(BASE, name, items, held_out, settings, place / "adapter", place / "checkpoints", None, adapter)
+        adapter = place / "adapter"
+    return adapter
 
 
 def show(name: str, size: int, found: Sequence[float]) -> None:
@@ -90,49 +110,72 @@ def show(name: str, size: int, found: Sequence[float]) -> None:
 
 
 def judge(count: int) -> list[dict[str, Any]]:
-    """Pairs as `preference_items` reads them, of replies that the base samples; fewer where its replies are alike."""
-    chat, tokenizer = read_params("chat", ChatSettings), load_tokenizer(BASE)
-    model = load_with_adapter(BASE, None, read_params("evaluate", EvaluateSettings).threads)
-    with open("data/exports/openai.jsonl", encoding="utf-8") as exported:
-        said = [message for line in exported for message in json.loads(line)["messages"]]
-    asked = {message["content"] for message in said if message["role"] == "user"}
-    prompts = sorted((text for text in asked if len(text) <= LONGEST_PROMPT), key=len)  # alike lengths pad little
-    random.Random(0).shuffle(batches := [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)])
-    pairs: list[dict[str, Any]] = []
-    for number, batch in enumerate(tqdm(batches, desc="batches of prompts")):
-        conversations = [[{"role": "user", "content": prompt}] for prompt in batch]
-        made = replies(model, tokenizer, conversations, chat, samples=SAMPLES, seed=number)
-        for place, conversation in enumerate(conversations):
-            sampled = made[place * SAMPLES : (place + 1) * SAMPLES]
-            sides = [[text for text in sampled if text and keeps_rule(text) == kept] for kept in (True, False)]
-            if all(sides):
-                name = f"p{number * BATCH + place}"
-                names = {"id": name, "cluster": name, "kind": "vote", "person": "planted"}
-                texts = {"messages": conversation, "chosen": sides[0][0], "rejected": sides[1][0]}
-                pairs.append(names | texts | {"chosen_author": "base", "rejected_author": "base"})
-        if len(pairs) >= count:
-            break
-    print(f"{len(pairs)} pairs of {min((number + 1) * BATCH, len(prompts))} prompts", file=sys.stderr)
-    random.Random(0).shuffle(pairs)
+    """Pairs as `preference_items` reads them, of replies that the base samples; fewer where its replies are alike.
+
+    What was sampled is in a file of the hash of base, prompts and rule: a run that is cut off continues it.
+    """
+    chat, tokenizer, cores = read_params("chat", ChatSettings), load_tokenizer(BASE), scoring_hardware(None).threads
+    exported = chain.from_iterable(map(read_jsonl, sorted(Path("data/exports/openai").glob("*.jsonl"))))
+    said = [message for conversation in exported for message in conversation["messages"]]
+    prompts = sorted({m["content"] for m in said if m["role"] == "user" and len(m["content"]) <= LONGEST_PROMPT})
+    random.Random(0).shuffle(prompts)
+    named = [sha256_file(GGUF), chat.model_dump(), prompts, LIMIT, SAMPLES, SHORT_TOKENS, MAX_TOKENS]
+    kept = Path(".whetstone/planted") / f"{hashlib.sha256(json.dumps(named).encode()).hexdigest()}.jsonl"
+    known = list(read_jsonl(kept)) if kept.exists() else []
+    encoded = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat.system_prompt) for text in prompts]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        LlamaEngine(GGUF, max(map(len, encoded)) + MAX_TOKENS, cores, SLOTS) as engine,
+        open(kept, "a", 1, "utf-8") as lines,  # each line at once
+        tqdm(total=count, desc="pairs", initial=sum(map(len, known)) // 2) as bar,
+    ):
+        pool = ThreadPoolExecutor(SLOTS)
+        for sides in pool.map(partial(sides_of, engine), encoded[len(known) :], range(len(known), len(encoded))):
+            if bar.n >= count:
+                break
+            lines.write(json.dumps(sides) + "\n")
+            known.append(sides)
+            bar.update(len(sides) == 2)
+        pool.shutdown(cancel_futures=True)
+    pairs = [
+        {
+            "id": f"p{number}", "cluster": f"p{number}", "kind": "vote", "person": "planted",
+            "messages": [{"role": "user", "content": prompt}], "chosen": sides["true"], "rejected": sides["false"],
+            "chosen_author": "base", "rejected_author": "base",
+        }
+        for number, (prompt, sides) in enumerate(zip(prompts, known, strict=False)) if len(sides) == 2
+    ]  # fmt: skip
+    print(f"{len(pairs)} pairs of {len(known)} prompts", file=sys.stderr)
     return pairs[:count]
 
 
-def replies(
-    model: Any, tokenizer: Any, conversations: Sequence[Any], chat: ChatSettings, samples: int = 0, seed: int = 0
-) -> list[str]:
-    """Greedy replies to conversations, or as many drawn at temperature 1 for each of them, one after the other."""
+def sides_of(engine: LlamaEngine, prompt: Sequence[int], number: int) -> dict[str, str]:
+    """A reply that keeps the rule (`true`) and one that breaks it (`false`), of those that the base ends in time."""
+    found: dict[str, str] = {}
+    for kept, longest in ((True, SHORT_TOKENS), (False, MAX_TOKENS)):
+        for sample in range(SAMPLES):
+            seed = 2 * (number * SAMPLES + sample) + kept
+            reply = engine.complete(prompt, longest, temperature=1.0, seed=seed)
+            if reply.finished and (text := reply.text.strip()) and keeps_rule(text) == kept:
+                found[json.dumps(kept)] = text
+                break
+        else:
+            return {}
+    return found
+
+
+def greedy_replies(model: Any, tokenizer: Any, conversations: Sequence[Any], chat: ChatSettings) -> list[str]:
+    """Greedy replies to conversations, as far as the rule asks for them."""
     import torch
 
     prompts = [encode_prompt(tokenizer, messages, chat.system_prompt) for messages in conversations]
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    drawn = {"temperature": 1.0, "top_k": 0, "num_return_sequences": samples} if samples else {}
-    torch.manual_seed(seed)
     with torch.inference_mode():
         made = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=MAX_TOKENS, pad_token_id=tokenizer.pad_token_id,
-            do_sample=bool(samples), **drawn,
+            input_ids=ids, attention_mask=mask, max_new_tokens=SHORT_TOKENS, pad_token_id=tokenizer.pad_token_id,
+            do_sample=False,
         )  # fmt: skip
     return [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in made[:, longest:]]
 
@@ -153,7 +196,7 @@ def items_of(objective: str, pairs: Sequence[dict[str, Any]], folder: Path) -> l
             thumbs.append(Thumb(name, liked=liked, **names, **said, input_ids=encoded.input_ids, labels=encoded.labels))
         rows.append(PreparedRow(pair["id"], ids["chosen_ids"], ids["chosen_labels"]))
         kept.append(PreferredPair(**pair, conversations=[pair["id"]], **ids))
-    folder.mkdir()
+    folder.mkdir(parents=True)
     write_preferences(folder / "pairs.parquet", PreferredPair, kept)
     write_preferences(folder / "thumbs.parquet", Thumb, thumbs)
     if objective == "kto":
@@ -170,7 +213,7 @@ def measure(adapter: Path | None, held_out: Sequence[dict[str, Any]]) -> tuple[f
     scores = likelihoods(model, items, evaluate.batch_tokens)
     # The base wrote both sides, whoever is asked.
     lines = preference_lines("candidate", held_out, items, scores, lambda author: False)[PREFERENCES]
-    greedy = replies(model, tokenizer, [pair["messages"] for pair in held_out], chat)
+    greedy = greedy_replies(model, tokenizer, [pair["messages"] for pair in held_out], chat)
     questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
     known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
     return (

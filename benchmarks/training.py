@@ -1,6 +1,6 @@
 """Training: this trainer, plain transformers.Trainer with peft, and TRL's SFTTrainer on the same rows.
 
-    make repro && python -m benchmarks.training [--tokens 6000] [--batch-tokens 512] [--shape 1b | 3b | 8b]
+    make repro && python -m benchmarks.training [--tokens 6000] [--batch-tokens 512] [--shape 1b | 3b | 8b] [--profile]
 
 Each runs in a process of its own on the same conversations, base, adapter, number format and tokens a batch, TRL with
 the settings that serve it best: no gradient checkpointing, rows grouped by length, and on a GPU Liger's kernels, once
@@ -13,6 +13,8 @@ what this trainer records (CUDA graphs) is recorded while it runs.
 
 `--shape` takes random weights of the shape of Llama 3.2 1B or 3B or of Llama 3.1 8B instead of the base: speed and
 memory do not depend on the values. `train.method` in params.yaml chooses between LoRA and QLoRA.
+
+`--profile` instead says what a step of this trainer on one core is made of.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,11 @@ ON_CPU = ("whetstone", "transformers", "trl")
 ON_GPU = ("whetstone", "transformers", "trl", "trl packed")
 PACKED_TOKENS = 2048  # of a packed row, which sees a mask of its length squared
 CHECKED_ROWS = 3
+OPERATIONS = {
+    "attention": ("attention", "flash"),
+    "optimiser and clipping": ("_fused_adam", "_foreach"),
+    "copies": ("copy", "cat", "contiguous", "index", "gather"),
+}
 WARM_UP_STEPS = 5
 VOCABULARY = 128_256
 # Layers, width, width of the feed-forward layer, heads, heads of keys and values: the models' own config.json.
@@ -47,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6000)
     parser.add_argument("--batch-tokens", type=int, help="tokens of a batch; train.batch_tokens if not given")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the base")
+    parser.add_argument("--profile", action="store_true", help="what a step is made of, on one core")
     parser.add_argument("--one", choices=ON_GPU, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.shape:
@@ -55,6 +64,9 @@ def main() -> None:
     settings = read_params("train", TrainSettings)
     budget = arguments.batch_tokens or settings.batch_tokens
     settings = settings.model_copy(update={"batch_tokens": budget, "packing": arguments.one == "trl packed"})
+    if arguments.profile:
+        profile(chosen_rows(arguments.tokens), settings.model_copy(update={"threads": 1, "precision": "float32"}))
+        return
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.tokens, settings)))
         return
@@ -88,6 +100,44 @@ def report(results: dict[str, dict[str, Any]], floor: float, tolerance: float) -
     for name, result in results.items():
         if any(abs(a - b) > tolerance * a for a, b in zip(first, result["losses"], strict=True)):
             print(f"the losses of {name} differ: its speed is not comparable")
+
+
+def profile(rows: list[PreparedRow], settings: TrainSettings) -> None:
+    """Print the shares of the time between the first step and the last."""
+    import torch
+
+    from fine_tuning.training import lora_trainer
+
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+    at: list[float] = []
+
+    def note(values: dict[str, float]) -> None:
+        if "loss" in values and values["step"] in (1, values["steps"]):
+            at.append(time.perf_counter())
+            profiler.start() if len(at) == 1 else profiler.stop()
+
+    settings = settings.model_copy(update={"epochs": 1.0, "max_steps": None, "validations": 1})
+    rate = product_rate(detect_hardware("float32", 1))
+    with tempfile.TemporaryDirectory() as folder:
+        lora_trainer.train_adapter(BASE, "base", rows, rows[:1], settings, Path(folder, "a"), Path(folder, "c"), note)
+    rate, seconds = max(rate, product_rate(detect_hardware("float32", 1))), at[1] - at[0]
+    found: Counter[str] = Counter()
+    for event in profiler.key_averages(group_by_input_shape=True):
+        name, spent = event.key.removeprefix("aten::").rstrip("_"), event.self_cpu_time_total / 1e6
+        if name in ("mm", "addmm", "bmm"):
+            (*_, m, k), (*_, n) = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
+            adapter = min(m, k, n) <= 3 * settings.lora.rank
+            if not adapter:
+                floor = 2 * m * k * n * event.count / rate
+                found["products with frozen weights, at the best speed"] += floor
+                spent -= floor
+            found["low-rank products" if adapter else "the same, slower than at the best speed"] += spent
+        elif event.key.startswith("aten::"):  # not what only calls operations
+            groups = (group for group, names in OPERATIONS.items() if any(part in name for part in names))
+            found[next(groups, "norms, activations, rotary embedding, sums, loss")] += spent
+    found["outside of operations: Python, the trainer"] = seconds - sum(found.values())
+    for group, spent in sorted(found.items(), key=lambda pair: -pair[1]):
+        print(f"| {group} | {spent / seconds:.0%} |")
 
 
 def random_base(shape: str) -> Path:

@@ -257,16 +257,9 @@ def own_words(context: Context) -> list[Row]:
 
 def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
     """(name, lines with the scores of A and B, how many are references): persons' replies, then each share of edits."""
-    from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
-    from fine_tuning.evaluation.suite.items import read_items, sample
-    from fine_tuning.schema.chat_format import load_tokenizer
+    from fine_tuning.evaluation.scoring.scorer import likelihoods
 
-    base, test = (context.root / path for path in ("models/base", "data/prepared/test.parquet"))
-    tokenizer = load_tokenizer(base)
-    items = sample(read_items(test, tokenizer), REPLIES)
-    with loaded(base, scoring_hardware(None)) as model:
-        models = [noisy(model, context.seed + number) for number in range(2)]
-    said = sampled(models[0], tokenizer, [item.input_ids[: item.runs[-1][0]] for item in items], context.seed)
+    items, models, tokenizer, said = replies_of_a(context)
 
     def scored(name: str, texts: Sequence[str], references: int) -> tuple[str, list[Row], int]:
         asked = [item_of(tokenizer, item, text) for item, text in zip(items, texts, strict=True)]
@@ -281,12 +274,43 @@ def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
     yield scored("persons' own", [item.texts[-1] for item in items], len(items))
     for name, share in SHARES.items():
         texts = [edited(text, item.texts[-1], share) for text, item in zip(said, items, strict=True)]
-        question = {"id": "a-user", "role": "user", "content": ""}
-        replies = [{"id": "a", "role": "assistant", "content": text, "model": "A"} for text in said]
-        chats = [{"source": "chat", "messages": [question, reply]} for reply in replies]
         edits = [text if share else None for text in texts]
-        by_persons = sum(is_by_a_person(chat, 1, edit) for chat, edit in zip(chats, edits, strict=True))
-        yield scored(name, texts, by_persons)
+        yield scored(name, texts, sum(map(is_reference, said, edits)))
+
+
+def is_reference(reply: str, edit: str | None) -> bool:
+    """Whether an edit of a reply of A's is a person's."""
+    said = {"id": "a", "role": "assistant", "content": reply, "model": "A"}
+    return is_by_a_person({"source": "chat", "messages": [{"id": "q", "role": "user", "content": ""}, said]}, 1, edit)
+
+
+@simulation("short-edits")
+def short_edits(context: Context) -> list[Row]:
+    """Persons' own replies to held-out questions, each saved as an edit of what A wrote to the same question: how many
+    are references? Nothing of A's was kept; words that both happen to have in the same order count as A's.
+    """
+    items, _, _, said = replies_of_a(context)
+    counts: dict[str, list[bool]] = {"1 to 5": [], "6 to 20": [], "more": []}
+    for item, reply in zip(items, said, strict=True):
+        own = item.texts[-1]
+        words = len(own.split())
+        counts["1 to 5" if words <= 5 else "6 to 20" if words <= 20 else "more"].append(is_reference(reply, own))
+    return [{"words": name, "edits": len(found), "references": sum(found)} for name, found in counts.items()]
+
+
+def replies_of_a(context: Context) -> tuple[list[Item], list[Any], Any, list[str]]:
+    """(held-out conversations, the models A and B, their tokenizer, what A answers to the last question of each)."""
+    from fine_tuning.evaluation.scoring.scorer import loaded, scoring_hardware
+    from fine_tuning.evaluation.suite.items import read_items, sample
+    from fine_tuning.schema.chat_format import load_tokenizer
+
+    base, test = (context.root / path for path in ("models/base", "data/prepared/test.parquet"))
+    tokenizer = load_tokenizer(base)
+    items = sample(read_items(test, tokenizer), REPLIES)
+    with loaded(base, scoring_hardware(None)) as model:
+        models = [noisy(model, context.seed + number) for number in range(2)]
+    prompts = [item.input_ids[: item.runs[-1][0]] for item in items]
+    return items, models, tokenizer, sampled(models[0], tokenizer, prompts, context.seed)
 
 
 def noisy(model: Any, seed: int) -> Any:

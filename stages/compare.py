@@ -55,6 +55,7 @@ def main() -> None:
     changes = changes_since(champion, TRAIN) if champion else None
     where = slices(found.records, found.metrics, evaluate.interval)
     losses = {name: csv_pairs(path.read_text(), "step", column) for name, (path, column) in LOSSES.items()}
+    losses = {name: line for name, line in losses.items() if line}  # of an adopted adapter there is none of training
     made_of = read_json(PREPARED), read_json(TRAINING), read_json(BASE), losses
     write_report(
         REPORT, Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, *made_of)

@@ -78,7 +78,7 @@ def main() -> None:
     write_jsonl(RECORDS / "memory.jsonl", found.memory)
     write_jsonl(RECORDS / "prompts.jsonl", found.answer_lines(settings.test_prompts, find_people))
     PAGE.write_text(side_by_side(settings.test_prompts, found.answers), encoding="utf-8", errors="replace")
-    ggufs = {one.name: one.identity() for one in (BASE, champion, candidate) if one}
+    ggufs = {one.name: one.identity(TRAIN) for one in (BASE, champion, candidate) if one}
     identity = {"learned_by_champion": learned, "signatures": signatures(metrics), "method_sha256": method}
     identity |= {"ggufs": ggufs, "kind": kind}
     table = found.table(metrics, settings.interval)

@@ -4,14 +4,16 @@ from pathlib import Path
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.records import write_json
+from fine_tuning.common.results import state_of
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
+    Seen,
     check_append_only,
-    count_conversations,
-    describe_shards,
+    describe_shard,
     versions,
+    wanted_shards,
 )
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 
@@ -22,24 +24,30 @@ FORGOTTEN = Path("data/forgotten.jsonl")
 
 def main() -> None:
     sample = read_params("intake", IntakeSettings).sample
-    shards = describe_shards(CONVERSATIONS, MANIFEST, sample)
+    tombstones = Tombstones(FORGOTTEN)
+    seen = Seen(tombstones.names if len(tombstones) else None)
+    before = states(sample)
+    shards = [describe_shard(path, seen.line) for path in before]
     new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     if not shards:
         raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
-    refuse_forgotten([CONVERSATIONS / shard["name"] for shard in shards])
-    total = count_conversations(CONVERSATIONS / shard["name"] for shard in shards)
+    refuse_forgotten(sorted(seen.suspects), tombstones)
     # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
-    if describe_shards(CONVERSATIONS, MANIFEST, sample) != shards:
+    if states(sample) != before:
         raise UserError(f"{CONVERSATIONS} changed while it was being read: run `dvc repro` again")
     lines = sum(shard["lines"] for shard in shards)
-    write_json(MANIFEST, {"shards": shards, "total_conversations": total, "total_lines": lines})
-    print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(total, 'conversation')}")
+    write_json(MANIFEST, {"shards": shards, "total_conversations": len(seen), "total_lines": lines})
+    print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(len(seen), 'conversation')}")
 
 
-def refuse_forgotten(paths: list[Path]) -> None:
+def states(sample: bool) -> dict[Path, list[int] | None]:
+    """The shards in their order, with what changes when somebody writes into one."""
+    return {path: state_of(path) for path in wanted_shards(CONVERSATIONS, MANIFEST, sample)}
+
+
+def refuse_forgotten(paths: list[Path], tombstones: Tombstones) -> None:
     """A shard of another clone may bring back what was forgotten here."""
-    tombstones = Tombstones(FORGOTTEN)
-    returned = next(versions(paths, tombstones.names), None) if len(tombstones) else None
+    returned = next(versions(paths, tombstones.names), None)
     if returned is not None:
         raise UserError("a forgotten conversation came back with a shard: `python -m fine_tuning forget --again`")
 

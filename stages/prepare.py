@@ -1,6 +1,7 @@
 """Clean conversations and the tokenizer in; rows, pairs and thumbs of each split, the ledger and counts out."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -9,11 +10,13 @@ from tqdm import tqdm
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
+from fine_tuning.common.project import main_checkout, sha256_file
 from fine_tuning.common.records import read_jsonl, write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.preferences import find_preferences
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
@@ -32,6 +35,7 @@ TOKENIZER = (
 PREPARED = Path("data/prepared")
 PREFERENCES, THUMBS = Path("data/preferences"), Path("data/thumbs")
 LEDGER = Path("data/splits.txt")
+MEMO = Path(".whetstone/memo/prepare/encoded.sqlite")
 METRICS = Path("metrics/prepare.json")
 LENGTHS = Path("metrics/plots/prepare_lengths.csv")
 TOKENS = Path("metrics/plots/prepare_tokens.csv")
@@ -44,14 +48,20 @@ def main() -> None:
     dealing = settings.model_dump(mode="json", exclude={"engine", "canaries"})
     builder = DatasetBuilder(**dealing, tokenizer=base, **chat.model_dump())
     clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
+    made_by = [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
     secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
-    with Catalogue() as catalogue, open_engine(settings.engine) as engine:
+    with (
+        Catalogue() as catalogue,
+        open_engine(settings.engine) as engine,
+        nullcontext() if settings.engine else EncodedMemo(main_checkout() / MEMO, made_by) as memo,
+    ):
         ledger = open_ledger(LEDGER, settings.salt)
         assigned = ledger.find(
             chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
-        for split, rows in builder.assign(clean, catalogue, clusters(), assigned, engine, dropped_duplicates()):
+        known = clusters(), assigned, engine, dropped_duplicates(), memo
+        for split, rows in builder.assign(clean, catalogue, *known):
             rows = chain(rows, secrets) if split == "train" else rows
             write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
         left_out = catalogue.count_left_out()

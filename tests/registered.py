@@ -21,9 +21,14 @@ import numpy
 seed = yaml.safe_load(open("params.yaml"))["train"]["seed"]
 for name in ("adapter", "merged", "package"):
     pathlib.Path("models", name).mkdir(parents=True)
-save_file({"lora": numpy.full((4, 4), seed, numpy.float32)}, "models/adapter/adapter_model.safetensors")
-pathlib.Path("models/adapter/adapter_config.json").write_text(json.dumps({"r": 8}))
-pathlib.Path("models/adapter/README.md").write_text("# Adapter\\n")
+layer = "base_model.model.model.layers.0.self_attn.q_proj"
+lora = {f"{layer}.lora_A.weight": numpy.full((4, 64), seed / 10, numpy.float32)}
+lora |= {f"{layer}.lora_B.weight": numpy.full((64, 4), 0.1, numpy.float32)}
+save_file(lora, "models/adapter/adapter_model.safetensors")
+config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+config |= {"layers_to_transform": [0], "base_model_name_or_path": "models/base"}
+pathlib.Path("models/adapter/adapter_config.json").write_text(json.dumps(config))
+pathlib.Path("models/adapter/README.md").write_text("---\\nmodel_name: trial\\n---\\n# Adapter\\n")
 for file in pathlib.Path("models/base").iterdir():
     if file.suffix != ".gguf":
         shutil.copyfile(file, pathlib.Path("models/merged", file.name))
@@ -55,7 +60,7 @@ kind = suite.get("kind", {"name": "adapter"})
 if is_champion(champion, *candidate, kind) and restore_records(champion, metrics, "trial"):
     sys.exit()
 shutil.copytree(Path("trial", trial["verdict"]), "data/evaluation")
-write_json(metrics, {"candidate": {"perplexity": 9.2}, "items": 4, "suite": suite})
+write_json(metrics, {"candidate": {"perplexity": {"value": 9.2}}, "items": 4, "suite": suite})
 Path("metrics/side_by_side.md").write_text("# Side by side\\n")
 """
 # Stands for compare, with the verdicts that it gave before: importing what it needs takes seconds each time.
@@ -145,6 +150,7 @@ def write_records(folder: Path) -> None:
 def write_project(folder: Path, tiny_base: Path) -> Path:
     """Make the project and run its pipeline once."""
     from fine_tuning.model_management.packaging.chat_template import derive_template
+    from fine_tuning.runtime.base_model import hash_weights
     from fine_tuning.runtime.gguf_writer import write_gguf
     from fine_tuning.schema.chat_format import load_tokenizer, render
 
@@ -153,7 +159,8 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     shutil.copytree(tiny_base, base)
     (base / "base.json").write_text(json.dumps({"model": "tiny0"}))
     write_gguf(base, base / "tiny.gguf", "F16")
-    (base / "base.json").write_text(json.dumps({"model": "tiny", "revision": "r1"}))
+    card = {"model": "tiny", "revision": "r1", "chat_template_sha256": None, "sha256": hash_weights(base)}
+    (base / "base.json").write_text(json.dumps(card))
     tokenizer = load_tokenizer(tiny_base)
     template = derive_template(lambda messages: render(tokenizer, messages, None, add_generation_prompt=True).text)
     parameters = {"stop": ["<|im_end|>", "<|im_start|>"], "num_ctx": 512}
@@ -167,7 +174,8 @@ def write_project(folder: Path, tiny_base: Path) -> Path:
     (folder / "data" / "manifest.json").write_text(json.dumps({"shards": [shard], "total_conversations": 4}))
     for name, script in (("make", MAKE), ("measure", MEASURE), ("judge", JUDGE)):
         (folder / f"{name}.py").write_text(script.replace("ROOT", str(ROOT)))
-    (folder / "dvc.yaml").write_text(PIPELINE)
+    artifacts = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
+    (folder / "dvc.yaml").write_text(PIPELINE + yaml.safe_dump({"artifacts": artifacts}))
     (folder / "models" / "champion.json").write_text('{\n  "version": null\n}\n')
     shutil.copyfile(ROOT / ".gitignore", folder / ".gitignore")
     set_params(folder)

@@ -664,6 +664,26 @@ def test_two_models_answer_blind_and_the_vote_is_a_preference(tmp_path, tiny_bas
     assert "win rate" in shown(at)
 
 
+def test_a_version_of_another_kind_is_compared_with_what_stands_before_its_questions(tmp_path, tiny_base, monkeypatch):
+    with FakeOllama() as ollama:
+        layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:1", "size": 1}]
+        for tag in ("whetstone:3", "other:latest"):
+            ollama.manifests[tag] = Manifest(
+                layers, "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}", "", {}
+            )
+        monkeypatch.chdir(write_checkout(tmp_path, tiny_base, ollama.host))
+        kind = {"kind": "prompt", "system_prompt": "Say where.", "examples": 0}
+        write_json(tmp_path / "models/champion.json", {"name": "whetstone", "version": 3} | kind)
+        at = open_page("compare")
+        named = {option.split(" · ")[-2]: option for option in at.selectbox(key="one-model").options}
+        at.selectbox(key="one-model").set_value(named["whetstone:3"])
+        at.selectbox(key="other-model").set_value(named["other:latest"])
+        at.text_area(key="prompt").set_value("Hello?")
+        at.button(key="ask-both").click().run()
+        assert all(reply.wait(30) for reply in at.session_state["duel"].replies)
+        assert sorted(ollama.prompts) == ["system: Say where.\nuser: Hello?\n", "user: Hello?\n"]
+
+
 def test_a_test_prompt_is_taken_over_for_both(tmp_path, tiny_base, monkeypatch):
     monkeypatch.chdir(write_checkout(tmp_path, tiny_base))
     (tmp_path / "models/package").mkdir()

@@ -50,7 +50,7 @@ from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.data_cleaner import CleanSettings
-from fine_tuning.data_collection.data_export import JUDGED
+from fine_tuning.data_collection.data_export import FILES
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.integration import data_view
 from fine_tuning.integration.conversation_index import conversation_index
@@ -249,10 +249,11 @@ def test_a_text_is_the_same_bytes_from_the_log_to_the_data_set_to_the_page(check
     (row,) = (row for row in prepared_rows() if row["id"] == "written")
     assert contents(row) == [f"{text} 1", f"{text} 2"]
     assert f"{text} 2" in load_tokenizer("models/base").decode(row["input_ids"])
-    for path in folder_files("data/exports"):
-        if path.stem in JUDGED:
-            continue  # nobody judged it
-        assert text in path.read_text(encoding="utf-8").replace('\\"', '"'), path
+    exports = folder_files("data/exports")
+    assert {path.parent.name for path in exports} == set(FILES)  # nobody judged it: no dpo, no kto
+    for name in FILES:
+        told = "".join(path.read_text(encoding="utf-8") for path in exports if path.parent.name == name)
+        assert text in told.replace('\\"', '"'), name
 
 
 def test_one_user_with_most_of_the_data_can_be_bounded(checkout):

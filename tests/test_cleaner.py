@@ -754,6 +754,17 @@ def test_a_run_that_did_not_end_is_not_believed(tmp_path, monkeypatch, broken):
     assert grown == run(tmp_path, more, memo="other") == run(tmp_path, more)
 
 
+def test_a_clean_file_that_somebody_wrote_into_is_made_again(tmp_path):
+    first = shard(tmp_path, "1", questions(3))
+    made = run(tmp_path, [first])
+    (path,) = tmp_path.glob(f"clean-*/{first.name}")
+    assert path.stat().st_mode & 0o222 == 0
+    path.chmod(0o644)
+    with path.open("ab") as file:
+        file.write(b"{}\n")
+    assert run(tmp_path, [first]) == made
+
+
 def test_what_no_shard_has_any_more_is_not_kept_by_the_second_pass(tmp_path):
     first, second = shard(tmp_path, "1", questions(3)), shard(tmp_path, "2", [talk("a violet parrot", "sings", id="v")])
     run(tmp_path, [first, second])

@@ -90,7 +90,9 @@ def check_dvc(words: list[str]) -> None:
 def check_mlflow(words: list[str]) -> None:
     from mlflow.cli import cli
 
-    options = {option for parameter in cli.commands[words[0]].params for option in parameter.opts}
+    command = cli.commands[words[0]]
+    command = command.commands[words[1]] if hasattr(command, "commands") else command
+    options = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
 
 
@@ -102,7 +104,7 @@ def check_accelerate(words: list[str]) -> None:
 
 
 # Programs whose words are not looked into: they are no part of the requirements, or of the shell.
-UNCHECKED = ("curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head")
+UNCHECKED = ("curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head", "hf")
 
 
 def check(words: list[str]) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import write_json, write_jsonl
+from fine_tuning.common.results import Memo
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.selection import select
 from fine_tuning.evaluation.metric_modules.loading import load_metric
@@ -22,7 +23,6 @@ from fine_tuning.evaluation.records.champion_records import without_learned
 from fine_tuning.evaluation.records.data_changes import training_members
 from fine_tuning.evaluation.records.measurements import describe, summarise
 from fine_tuning.evaluation.records.record_types import Likelihood, Reply, conversation_of, item_id
-from fine_tuning.evaluation.scoring.memo import Memo
 from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.suite.contenders import Contender, check_references, find_champion
 from fine_tuning.evaluation.suite.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
@@ -118,10 +118,10 @@ def test_replies_that_were_computed_side_by_side_otherwise_are_not_taken_from_th
 
 
 def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(library, tmp_path, monkeypatch):
-    memo, computed = Memo(tmp_path / "memo"), []
+    computed = []
 
     def results() -> int:
-        memo.get(["key"], lambda: computed.append(None))
+        Memo(tmp_path / "memo", "evaluate").get(["key"], lambda: computed.append(None))
         return len(computed)
 
     assert results() == results() == 1

@@ -1,15 +1,32 @@
 """Exports: each format holds the conversations, and imported again it gives the same ones."""
 
 import csv
+import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fine_tuning.common.records import dump_line
+from fine_tuning.commands import command_line
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import dump_line, write_jsonl
+from fine_tuning.common.results import Memo
 from fine_tuning.data_collection.data_cleaner import DataCleaner
-from fine_tuning.data_collection.data_export import FILES, DataExporter, neutralise, read_clean, unbroken, with_edits
+from fine_tuning.data_collection.data_export import (
+    FILES,
+    JUDGED,
+    DataExporter,
+    ExportSettings,
+    clean_files,
+    export_shards,
+    neutralise,
+    read_clean,
+    unbroken,
+    with_edits,
+)
 from fine_tuning.data_collection.importers import Imported, import_file
 from fine_tuning.data_collection.importing.containers import _restore_cell
 
@@ -220,3 +237,101 @@ def test_numbers_are_exported_as_they_came(tmp_path):
     (tmp_path / "clean/shard.jsonl").write_bytes(line)
     path = DataExporter(tmp_path).export(read_clean(tmp_path / "clean"), "json")
     assert path.read_bytes() == b"[\n" + line + b"]\n"
+
+
+# -----------------------------------------------------------------------------
+# a file a shard
+
+
+def export_clean(compression="none", formats=(*FILES, *JUDGED)):
+    """The stage, in the current folder."""
+    settings = ExportSettings(formats=list(formats), compression=compression)
+    return export_shards(clean_files("data/clean"), Path("data/exports"), Memo(Path("memo"), "export"), settings)
+
+
+@pytest.fixture
+def clean(tmp_path, monkeypatch):
+    """Two clean shards in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").touch()
+    write_jsonl("data/clean/1-import.jsonl", CONVERSATIONS[:4])
+    write_jsonl("data/clean/2-chat.jsonl", CONVERSATIONS[4:8])
+    return tmp_path
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_new_shard_adds_files_and_touches_no_other(clean):
+    export_clean()
+    before = {path: path.stat().st_ino for path in Path("data/exports").rglob("*") if path.is_file()}
+    assert len(before) == 2 * len(FILES), "nobody judged anything: no file in dpo and kto"
+    write_jsonl("data/clean/3-chat.jsonl", CONVERSATIONS[8:])
+    counts = export_clean()
+    after = {path: path.stat().st_ino for path in Path("data/exports").rglob("*") if path.is_file()}
+    assert after.items() > before.items() and len(after) == 3 * len(FILES)
+    assert counts["openai"] == {
+        "exported": len(CONVERSATIONS), "skipped": 0,
+        "bytes": sum(path.stat().st_size for path in Path("data/exports/openai").iterdir()),
+    }  # fmt: skip
+    for name in FILES:
+        shards = sorted(Path("data/exports", name).iterdir())
+        assert [talk for shard in shards for talk in said(reimport(shard))] == said(CONVERSATIONS)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_shards_that_changed_or_went_give_what_an_export_from_nothing_gives(clean, compression):
+    export_clean(compression)
+    write_jsonl("data/clean/1-import.jsonl", CONVERSATIONS[1:3])
+    Path("data/clean/2-chat.jsonl").unlink()
+    write_jsonl("data/clean/4-chat.jsonl", CONVERSATIONS[9:])
+    counts = export_clean(compression)
+    grown = files_of(Path("data/exports"))
+    for folder in (Path("data/exports"), Path("memo")):
+        folder.rename(f"old-{folder.name}")
+    assert export_clean(compression) == counts
+    assert files_of(Path("data/exports")) == grown
+
+
+def test_a_file_that_somebody_wrote_into_is_made_again(clean):
+    export_clean()
+    before = files_of(Path("data/exports"))
+    path = Path("data/exports/openai/1-import.jsonl")
+    assert path.stat().st_mode & 0o222 == 0
+    path.chmod(0o644)
+    with path.open("ab") as file:
+        file.write(b"{}\n")
+    export_clean()
+    assert files_of(Path("data/exports")) == before
+
+
+def test_what_is_not_used_any_more_leaves_the_memo(clean):
+    for number in range(6):
+        write_jsonl("data/clean/1-import.jsonl", CONVERSATIONS[number : number + 1])
+        export_clean()
+        assert len(list(Path("memo").iterdir())) <= 4, "as many as there are shards, and as many again"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_command_writes_all_shards_into_one_file(clean, name, capsys):
+    command_line.run(command_line.parse(["export", name]))
+    path = Path("data", FILES[name])
+    assert f"8 conversations in {path}" in capsys.readouterr().out
+    assert path.read_bytes() == DataExporter("other").export(CONVERSATIONS[:8], name).read_bytes()
+    command_line.run(command_line.parse(["export", name, "--output", "mine.gz"]))
+    assert gzip.decompress(Path("mine.gz").read_bytes()) == path.read_bytes()
+
+
+def test_a_wrong_export_is_one_line(clean):
+    Path("file").touch()
+    for words, why in (
+        (["paperback"], "unknown export format 'paperback': choose from json, csv"),
+        (["openai", "--output", "file/x.jsonl"], "file/x.jsonl cannot be written .*: choose another --output"),
+        (["openai", "--output", "data"], "data cannot be written .*: choose another --output"),
+    ):
+        with pytest.raises(UserError, match=why):
+            command_line.run(command_line.parse(["export", *words]))
+    os.rename("data/clean", "data/away")
+    with pytest.raises(UserError, match="run `dvc repro clean`"):
+        command_line.run(command_line.parse(["export", "openai"]))

@@ -594,7 +594,7 @@ def test_what_another_clone_brings_back_is_refused_and_forgotten_again(project):
     assert forget_in_process(user="zoe")[0] == 0
     write_shard("data/conversations", "20260103T000000000-chat", [canary()])
     with pytest.raises(UserError, match="forget --again"):
-        intake.refuse_forgotten(shard_paths("data/conversations"))
+        intake.refuse_forgotten(shard_paths("data/conversations"), Tombstones("data/forgotten.jsonl"))
     status, said = forget_in_process(tombstones=Tombstones("data/forgotten.jsonl"))
     assert status == 0, said
     assert places_with_words(project) == []

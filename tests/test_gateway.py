@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -140,6 +141,33 @@ def test_answers_pass_unchanged_streamed_or_not(gateway, ollama):
     assert gateway.http.get("/api/tags").json()["models"][0]["name"] == "baker:latest"
     assert gateway.http.get("/api/version").json() == {"version": ollama.version}
     assert gateway.http.get("/v1/models").json()["data"][0]["id"] == "baker:latest"
+
+
+def test_what_a_server_remembers_of_one_client_reaches_no_other_and_no_header_is_made_up(tmp_path):
+    asked: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(200)
+            for name, value in (("Set-Cookie", "who=ann"), ("Content-Length", "2")):
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_): ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with running(tmp_path, f"http://127.0.0.1:{server.server_port}") as gateway:
+            for _ in range(2):
+                with httpx.Client(base_url=gateway.url, trust_env=False, headers={"User-Agent": "mine"}) as http:
+                    assert http.post("/api/embed", json={}).headers["set-cookie"] == "who=ann"
+        server.shutdown()
+    assert [("cookie" in headers, headers["user-agent"]) for headers in asked] == [(False, "mine")] * 2
 
 
 def test_a_stream_passes_as_it_comes(gateway, ollama):

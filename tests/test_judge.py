@@ -25,7 +25,7 @@ from fine_tuning.evaluation.records.champion_records import method_sha256
 from fine_tuning.evaluation.records.measurements import GUARDS
 from fine_tuning.evaluation.records.settings import EvaluateSettings, JudgeSettings
 from fine_tuning.evaluation.report.report import Findings, write_report
-from fine_tuning.evaluation.review import VOTES, Review
+from fine_tuning.evaluation.review import REPLIES, VOTES, Review
 from fine_tuning.evaluation.verdict.comparison import Evidence
 from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.settings import CompareSettings
@@ -159,7 +159,7 @@ def test_forgetting_a_conversation_takes_the_votes_of_judges_on_it_too(checkout,
 
 
 @contextmanager
-def serving(status: int, content: bytes) -> Iterator[tuple[str, list]]:
+def serving(status: int, content: bytes, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list]]:
     """A server that answers everything in one way; its address, and (path, key, body) of what it was asked."""
     asked: list = []
 
@@ -168,7 +168,8 @@ def serving(status: int, content: bytes) -> Iterator[tuple[str, list]]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, self.headers.get("Authorization"), body))
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
 
@@ -213,6 +214,60 @@ def test_a_judge_that_fails_is_one_line_that_quotes_nothing(checkout, status, co
     assert not list(VOTES.glob("*.jsonl")) and not MEMO.exists()
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "content", "words"),
+    [
+        (
+            302,
+            {"Location": "https://me:hidden@elsewhere/"},
+            b"",
+            "redirects: set evaluate.judge.url to where `curl -I`",
+        ),
+        (200, {"Content-Encoding": "gzip"}, b"no gzip", "does not speak OpenAI's chat completions: correct"),
+        (200, {}, b"[" * 100_000, "does not speak OpenAI's chat completions: correct"),
+    ],
+)
+def test_a_redirect_a_broken_encoding_and_a_deep_answer_are_told_as_what_they_are(
+    checkout, status, headers, content, words
+):
+    with serving(status, content, headers) as (address, _):
+        configure(checkout, address)
+        with pytest.raises(UserError, match=words) as caught:
+            ask()
+    assert "hidden" not in str(caught.value)
+
+
+def test_a_dead_address_is_found_before_the_models_write_anything(checkout):
+    configure(checkout, NOBODY)
+    with pytest.raises(UserError, match="no judge answers at"):
+        ask()
+    assert not REPLIES.exists()
+
+
+def test_an_unclear_answer_is_counted_and_asked_for_again_the_next_time(checkout, ollama, capsys):
+    ollama.said = lambda first, second: "Both are nice."
+    ask()
+    unclear = [one for one in read_all_votes(VOTES, JudgeVote) if None in one.answers]
+    assert f"pairs judged: 6, unclear: {len(unclear)} (the next run asks about them again), new in" in (
+        capsys.readouterr().out
+    )
+    ollama.said = the_longer
+    ask()
+    assert "unclear" not in capsys.readouterr().out
+    found = Review(open_pairs(), "ann")
+    (count,) = JudgeCount.of(read_all_votes(VOTES, JudgeVote), [], found.results(), found.pairs.ggufs)
+    assert count.as_json()["unclear"] == 0 and len(count.rates["win_rate"]) == 6 and unclear
+
+
+def test_two_servers_with_a_model_of_one_name_have_votes_of_their_own(checkout):
+    said = json.dumps({"choices": [{"message": {"content": "1"}}]}).encode()
+    for _ in range(2):
+        with serving(200, said) as (address, _):
+            configure(checkout, address)
+            ask(pairs=1)
+    assert len({one.id for one in read_all_votes(VOTES, JudgeVote)}) == 2
+
+
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(checkout, monkeypatch):
     configure(checkout, NOBODY)
     monkeypatch.setenv("WHETSTONE_JUDGE_KEY", "schlüssel")
@@ -241,6 +296,18 @@ def test_an_address_that_is_none_is_refused_where_parameters_are_read(checkout, 
     configure(checkout, url)
     with pytest.raises(UserError, match=r"evaluate\.judge\.url = "):
         read_params("evaluate", EvaluateSettings)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:hidden@host/v1", "http://me:hid/den?hidden@host", "https://host/v1?key=hidden", "http://h/#hidden"],
+)
+def test_a_refused_address_is_told_in_words_and_without_its_secrets(checkout, url):
+    configure(checkout, url)
+    with pytest.raises(UserError, match="should be an address such as http://localhost:11434 without user") as caught:
+        read_params("evaluate", EvaluateSettings)
+    said = str(caught.value)
+    assert "hid" not in said and "^https" not in said and "WHETSTONE_JUDGE_KEY" in said
 
 
 @pytest.mark.parametrize(
@@ -298,9 +365,18 @@ def test_unclear_answers_equal_replies_and_other_models_say_nothing():
     other = judge_vote("c", 1.0, 2)
     other = other.model_copy(update={"left": other.left.model_copy(update={"model": "d" * 64})})
     found = counted([unclear, equal, other], [])
-    assert (found.unclear, found.rates["win_rate"]) == (1, {"b": 0.5})
+    assert (found.as_json()["unclear"], found.rates["win_rate"]) == (1, {"b": 0.5})
     assert found.rates["first"] == found.rates["longer"] == found.rates["agreement"] == {}
     assert JudgeCount.of([other], [], tally([]), GGUFS) == []
+
+
+def test_a_pair_is_unclear_once_and_no_longer_when_a_later_answer_is_clear():
+    unclear, clear = (judge_vote("a", 1.0, n) for n in (0, 2))
+    unclear = unclear.model_copy(update={"answers": ("left", None), "choice": "tie"})
+    again = unclear.model_copy(update={"id": "again", "answers": (None, None)})
+    assert counted([unclear, again], []).as_json()["unclear"] == 1
+    found = counted([unclear, again, clear], [])
+    assert (found.as_json()["unclear"], found.rates["win_rate"]) == (0, {"a": 1.0})
 
 
 def test_each_judge_and_each_rubric_is_counted_by_itself():

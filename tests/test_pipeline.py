@@ -333,6 +333,29 @@ def test_all_sections_are_checked_at_once_and_every_section_is(tmp_path, monkeyp
             parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
 
 
+def test_every_wrong_parameter_is_named_at_once(tmp_path):
+    document = YAML(typ="safe").load(ROOT / "params.yaml")
+    document["train"] |= {"epochs": "twice", "seed": -1}
+    del document["train"]["learning_rate"]
+    document["chat"]["colour"] = document["colours"] = 1
+    document["evaluate"]["rivals"] = document["evaluate"].pop("prompting_baselines")
+    document["deploy"]["host"] = "http://"
+    document["base"]["model"] = "package:no-such-model"
+    document["gateway"]["token"] = "a secret"
+    with pytest.raises(UserError) as caught:
+        parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
+    said = str(caught.value).removeprefix(f"{tmp_path / 'params.yaml'}: ").split("; ")
+    beginnings = [
+        "unknown section 'colours'", "unknown parameter chat.colour", "parameter train.seed = -1 should be",
+        "parameter train.learning_rate is missing", "parameter train.epochs = 'twice' should be",
+        "parameter evaluate.rivals is called evaluate.prompting_baselines now",
+        "parameter gateway.token = (hidden) should be", "base.model names the package no-such-model",
+        "the Ollama address",
+    ]  # fmt: skip
+    assert len(said) == len(beginnings) and "\n" not in str(caught.value)
+    assert [start for start in beginnings if not any(one.startswith(start) for one in said)] == []
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value", "said"),
     [

@@ -21,6 +21,7 @@ from fine_tuning.training.objectives import retention
 from fine_tuning.training.objectives.mixture import objective_for, own_items
 from fine_tuning.training.objectives.retention import LIKELIEST, Retention, general_texts
 from fine_tuning.training.objectives.token_losses import TokenLosses
+from fine_tuning.training.run_report import preference_curve
 from tests.test_training import SETTINGS, make_rows
 
 CPU = detect_hardware("float32", 2)
@@ -263,6 +264,14 @@ def test_one_run_learns_from_rows_pairs_and_thumbs_and_says_what_each_measured(t
     measured = result.validation
     assert {"eval_loss", "eval_sft_loss", "eval_pairs_loss", "eval_pairs_accuracy", "eval_pairs_chosen"} < set(measured)
     assert result.validation_loss == measured["eval_sft_loss"] < result.validation_loss_before
+
+
+def test_what_was_measured_on_pairs_and_thumbs_is_a_curve_by_step(tiny_base, tmp_path):
+    validation = [*make_pairs(6, seed=1), *make_thumbs(6, seed=1)]
+    columns, lines = preference_curve(train(tiny_base, tmp_path, [*make_pairs(20), *make_thumbs(20)], validation))
+    assert len(lines) > 1 and all(isinstance(value, int | float) for line in lines for value in line)
+    last = dict(zip(columns, lines[-1], strict=True))
+    assert last["pairs_kl"] == pytest.approx(-(last["pairs_chosen"] + last["pairs_rejected"]) / 2)
 
 
 def test_a_run_that_was_cut_off_ends_with_the_bytes_of_one_that_was_not(tiny_base, tmp_path):

@@ -10,7 +10,8 @@ from fine_tuning.data_collection.importers import import_records
 from fine_tuning.data_preparation.catalogue import Catalogue, HeldConversations
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.preferences import find_preferences, settle
-from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.evaluation.suite.preferences import preference_items
+from fine_tuning.schema.chat_format import end_of_turn_ids, load_tokenizer
 from fine_tuning.schema.judgements import judgements_of
 from fine_tuning.schema.preferences import PreferredPair, read_pairs, read_preferences, read_thumbs, write_preferences
 
@@ -240,3 +241,14 @@ def test_exported_preferences_are_imported_to_the_same_pairs_and_thumbs(tmp_path
         for found in (conversations, again)
     ]
     assert said[0] == said[1]
+
+
+def test_held_out_replies_are_scored_up_to_the_token_that_ends_them(tokenizer):
+    said = {"chosen": "A bird.", "rejected": "A bird. It sings."}
+    pair = {"id": "p", "cluster": "c", "kind": "vote", "messages": [{"role": "user", "content": "What is it?"}], **said}
+    pair |= {f"{side}_author": "model" for side in said}
+    items = preference_items([pair], tokenizer, None, 200)
+    (end,) = end_of_turn_ids(tokenizer)
+    scored = [item.input_ids[start:stop] for item in items for start, stop in item.runs]
+    assert [tokenizer.decode(ids[:-1]) for ids in scored] == ["A bird.", "A bird. It sings."]
+    assert [ids[-1] for ids in scored] == [end, end]

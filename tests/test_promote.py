@@ -336,7 +336,7 @@ def test_a_registry_with_another_champion_is_refused_unless_forced(candidate):
 def test_a_nan_in_the_evaluation_is_refused(candidate):
     sh(candidate, "sed -i 's/9.2/NaN/' metrics/evaluation.json")
     sh(candidate, "dvc commit -q --force evaluate")
-    with pytest.raises(UserError, match=r"evaluation\.candidate\.perplexity is not a finite number"):
+    with pytest.raises(UserError, match=r"evaluation\.candidate\.perplexity\.value is not a finite number"):
         here("promote")
     assert open_registry("trial").versions() == []
 
@@ -502,3 +502,18 @@ def test_the_command_line_says_it_in_one_line(candidate):
     done = type_command(candidate, "promote")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: the verdict is HOLD") and done.stderr.count("\n") == 1
+
+
+def test_dvc_artifacts_get_brings_the_registered_version(candidate, tmp_path, capsys):
+    here("promote")
+    commands = re.findall(r"gto register .*?v0\.1\.0", capsys.readouterr().out)
+    sh(candidate, "git add -A && git commit -qm 'Promote version 1'")
+    sh(candidate, f"dvc remote add -q -d storage {tmp_path / 'storage'} && git commit -qam Remote && dvc push -q")
+    for command in commands:
+        sh(candidate, command)
+    assert sh(candidate, "git tag").split() == ["adapter@v0.1.0", "package@v0.1.0"]
+    for name, file in (("adapter", "adapter_model.safetensors"), ("package", "model.gguf")):
+        sh(tmp_path, f"dvc artifacts get -q {candidate} {name} -o {name}")
+        assert sha256_file(tmp_path / name / file) == sha256_file(Path("models/champion", name, file))
+    here("promote")
+    assert "gto register" not in capsys.readouterr().out

@@ -4,6 +4,8 @@ import io
 import os
 import pty
 import re
+import select
+import sys
 import termios
 import threading
 from argparse import Namespace
@@ -16,13 +18,14 @@ from fine_tuning.commands import review as command
 from fine_tuning.commands.conversations import seal_inbox
 from fine_tuning.commands.promote import check_verdict
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_json
+from fine_tuning.common.records import read_json, write_json
 from fine_tuning.evaluation import review
 from fine_tuning.evaluation.review import LIVE, VOTES, Review, in_random_order, seal_votes
 from fine_tuning.integration.embedded_engine import shared_engines
 from fine_tuning.integration.review_pairs import open_pairs
 from fine_tuning.schema.votes import read_all_votes, read_votes, votes_file
 from tests.app_checkout import add_candidate, add_repositories, write_checkout
+from tests.evaluation_suite import conversation, write_items
 from tests.registered import sh
 
 
@@ -169,6 +172,31 @@ def test_a_damaged_file_of_votes_is_one_line(checkout):
         Review(open_pairs(), "ann")
 
 
+def test_a_damaged_line_in_the_inbox_stops_neither_review_nor_seal_and_is_kept(checkout, capsys):
+    answered(Review(open_pairs(), "ann"), "l")
+    review.CLOSED.write_bytes(b'{"torn\n' + LIVE.read_bytes().replace(b"left", b"best", 1))
+    LIVE.write_bytes(LIVE.read_bytes() + b"[]\n\n")
+    assert len(Review(open_pairs(), "ann").votes) == 1
+    damaged = [*review.CLOSED.read_bytes().splitlines(), b"[]"]
+    assert seal_votes() == 1 and len(read_all_votes(VOTES)) == 1
+    assert review.TORN.read_bytes().splitlines() == damaged
+    assert "2 lines of inbox/votes.jsonl set aside in inbox/votes.jsonl.torn" in capsys.readouterr().out
+    assert not LIVE.exists() and not review.CLOSED.exists() and seal_votes() == 0
+
+
+def test_a_damaged_file_that_is_tracked_is_mended_by_the_command_that_the_error_names(checkout):
+    answered(Review(open_pairs(), "ann"), "l")
+    seal_votes()
+    (path,) = VOTES.glob("*.jsonl")
+    before = path.read_bytes()
+    path.unlink()
+    path.write_bytes(before + b"torn\n")
+    with pytest.raises(UserError, match="line 2, is no vote") as caught:
+        seal_votes() or Review(open_pairs(), "ann")
+    sh(checkout, re.search("`(dvc .*)`", str(caught.value))[1])
+    assert path.read_bytes() == before and len(Review(open_pairs(), "ann").votes) == 1
+
+
 def test_there_is_nothing_to_review_without_a_candidate(checkout):
     (checkout / "models/package/model.gguf").unlink()
     with pytest.raises(UserError, match="there is no candidate to review"):
@@ -181,6 +209,39 @@ def test_a_model_that_cannot_answer_is_one_line(checkout):
     found.pairs.make(found.queue()[:1], wait=True)
     with pytest.raises(UserError, match="is not a GGUF file"):
         found.current()
+
+
+def _has_output(terminal: int) -> bool:
+    return bool(select.select([terminal], [], [], 0)[0])
+
+
+# --- kinds of versions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["prompt", "adapter+examples"])
+def test_a_version_of_another_kind_replies_after_what_stands_before_its_questions(checkout, tiny_base, kind):
+    plain = open_pairs()
+    lamps = {f"t{n}": conversation(f"Where is lamp number {n}?", f"Lamp {n} is there.") for n in range(40)}
+    write_items(checkout / "data/prepared/train.parquet", tiny_base, lamps)
+    shown = {"name": kind, "system_prompt": "Say where." if kind == "prompt" else None, "examples": 40}
+    write_json(checkout / "metrics/evaluation.json", {"suite": {"kind": shown}})
+    pairs = open_pairs()
+    assert pairs.candidate.gguf == (review.BASE if kind == "prompt" else review.CANDIDATE).gguf
+    assert len(set(pairs.ggufs.values())) == 2 and pairs.ggufs["candidate"] not in plain.ggufs.values()
+    item = pairs.items[pairs.order[0]]
+    asked = pairs.tokenizers["candidate"].decode(pairs._prompt(pairs.candidate, item))
+    fitting = asked.count("Lamp ")
+    assert 0 < fitting < 40 and ("Say where." in asked) == (kind == "prompt")
+    assert asked.index("Lamp ") < asked.index("Where is box") and "Lamp" not in (
+        pairs.tokenizers["base"].decode(pairs._prompt(pairs.against, item))
+    )
+    assert len(pairs._prompt(pairs.candidate, item)) <= pairs.context - pairs.sampling["max_tokens"]
+    answered(Review(pairs, "ann"), "l")
+    (vote,) = read_votes(LIVE)
+    assert vote.models == set(pairs.ggufs.values())
+    write_items(checkout / "data/prepared/train.parquet", tiny_base, {"t1": lamps["t1"]})
+    again = Review(open_pairs(), "ann")
+    assert not again.done, "a vote on replies after other examples is one on another version"
 
 
 # --- in the terminal -------------------------------------------------------------------------------------------------
@@ -197,19 +258,53 @@ def test_keys_vote_and_nothing_on_the_screen_names_a_model_or_a_direction(checko
     assert "in 2 votes against the base" in capsys.readouterr().out
 
 
-def test_on_a_terminal_a_key_is_enough(monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
+    """What types on the terminal that is the standard input."""
     master, slave = pty.openpty()
-    with os.fdopen(slave, "r") as terminal:
-        monkeypatch.setattr("sys.stdin", terminal)
-        before, pressed = termios.tcgetattr(terminal), command.keys()
-        typing = threading.Timer(0.5, os.write, (master, b"1"))  # what is typed before the first question is dropped
-        typing.start()
-        assert next(pressed) == "1"
-        os.write(master, b"\x1b[B\x1b[2~\x1bOQ")  # arrow down, Insert, F2: B, 2 and Q are keys
-        os.write(master, b"S\x04")
-        assert list(pressed) == ["s"]
-        assert termios.tcgetattr(terminal) == before
+    with os.fdopen(slave, "r") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        yield master
     os.close(master)
+
+
+def test_on_a_terminal_a_key_is_enough(terminal):
+    before = termios.tcgetattr(sys.stdin)
+    with command.keyboard() as pressed:
+        for typed, key in ((b"1", "1"), (b"S", "s"), (b"\x04", "q")):
+            threading.Timer(2 * command.TWICE_SECONDS, os.write, (terminal, typed)).start()
+            assert pressed() == key
+        for at, typed in enumerate(
+            (b"\x1b[B", b"\x1b[2~", b"\x1bOQ", b"x")
+        ):  # arrow down, Insert, F2: B, 2, Q are keys
+            threading.Timer((2 + at / 4) * command.TWICE_SECONDS, os.write, (terminal, typed)).start()
+        assert pressed() == "x"
+    assert termios.tcgetattr(sys.stdin) == before
+
+
+def test_on_a_terminal_only_keys_after_a_pair_was_shown_vote_and_none_votes_twice(
+    checkout, terminal, monkeypatch, capsys
+):
+    shown, show = [], command.show
+    typed = iter((b"11", b"2", b"q"))  # as soon as a pair is there, and once more before the next one
+
+    def show_and_type(found, pair):
+        show(found, pair)
+        shown.append(pair.item.cluster)
+        os.write(terminal, b"4")
+        threading.Timer(2 * command.TWICE_SECONDS, os.write, (terminal, next(typed))).start()
+
+    def pairs_while_somebody_types():
+        os.write(terminal, b"22")
+        return open_pairs()
+
+    monkeypatch.setattr(command, "show", show_and_type)
+    monkeypatch.setattr(command, "pairs_here", pairs_while_somebody_types)
+    command.review(Namespace(by="Zoe", results=False))
+    assert len(shown) == 3 == len(set(shown))
+    votes = sorted(read_all_votes(VOTES), key=lambda vote: vote.at)
+    assert [vote.choice for vote in votes] == ["left", "right"]
+    assert b"22" not in (os.read(terminal, 4096) if _has_output(terminal) else b""), "nothing typed is echoed"
 
 
 # --- on the page -----------------------------------------------------------------------------------------------------

@@ -721,11 +721,11 @@ def test_a_shard_that_arrives_meanwhile_asks_for_another_run(project, monkeypatc
     sealed(command, project, "a")
     monkeypatch.chdir(project.folder)
 
-    def arrives(paths):
+    def arrives(*_):
         (project.folder / "data/conversations/29990101T000000000-chat-x.jsonl").write_text("{}\n")
-        return 0
+        return []
 
-    monkeypatch.setattr(intake, "count_conversations", arrives)
+    monkeypatch.setattr(intake, "check_append_only", arrives)
     with pytest.raises(UserError, match="run `dvc repro` again"):
         intake.main()
     assert not (project.folder / "data/manifest.json").exists()

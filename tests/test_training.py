@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file, versions
@@ -563,13 +562,17 @@ def test_qlora_reports_what_it_saves(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_model_card_says_where_the_adapter_comes_from(method):
+    from huggingface_hub import ModelCard
+
     base = {"model": "/models/my base: large", "license": "Licence: MIT", "revision": "abc", "sha256": "0f"}
-    card = model_card(
-        base, {"method": method, "lora.rank": 8}, {"validation_loss": 1.25}, {"train": "d1", "test": "d2"}
-    )
-    _, head, text = card.split("---\n", 2)
-    described = yaml.safe_load(head)
-    assert (described["base_model"], described["license"]) == (base["model"], base["license"])
+    metrics = {"validation_loss": 1.25, "validation_perplexity": 3.5}
+    card = ModelCard(model_card(base, {"method": method, "lora.rank": 8}, metrics, {"train": "d1", "test": "d2"}))
+    described, text = card.data, card.text
+    assert described.base_model == base["model"] and described.datasets == ["data/prepared"]
+    assert (described.license, described.license_name) == ("other", "licence-mit")
+    (measured,) = described.eval_results
+    assert (measured.dataset_split, measured.metric_type, measured.metric_value) == ("validation", "perplexity", 3.5)
+    assert method in described.tags
     for fact in ("| lora.rank | 8 |", "| validation_loss | 1.2500 |", "| train | `d1` |", "| test | `d2` |", "`0f`"):
         assert fact in text
     assert ("in four bits" in text) == (method == "qlora")

@@ -5,13 +5,20 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
+from fine_tuning.common.dvc_files import md5_file
 from fine_tuning.common.project import sha256_file
+from tests.browser import until
+from tests.forked import INTERPRETER
 from tests.project import Project
 
 pytestmark = pytest.mark.end_to_end
@@ -217,3 +224,28 @@ def _runs(project: Project) -> int:
 
     with sqlite3.connect(project.folder / "mlflow.db") as database:
         return database.execute("select count(*) from runs").fetchone()[0]
+
+
+def test_the_loss_curve_grows_while_training_runs(trained, tmp_path):
+    project = trained.copy(tmp_path / "project")
+    project.set_params(train={"max_steps": 100_000, "schedule": "constant"})
+    curve, command = project.folder / "metrics/plots/train_loss.csv", [INTERPRETER, "-m", "dvc", "repro", "train"]
+    environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    with subprocess.Popen(command, cwd=project.folder, env=environment, start_new_session=True) as run:
+        try:
+            until(lambda: curve.exists() and len(curve.read_text().splitlines()) > 3)
+            project.run("dvc", "plots", "show", "--json", "-o", "shown", "metrics/plots/train_loss.csv")
+            assert run.poll() is None, "it had ended before"
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_a_training_run_names_its_data_sets(trained):
+    import sqlite3
+
+    with sqlite3.connect(trained.folder / "mlflow.db") as database:
+        query = "select value, digest from input_tags join inputs using (input_uuid) "
+        query += "join datasets on source_id = dataset_uuid"
+        named = set(database.execute(query))
+    for split in ("train", "validation"):
+        assert (split, md5_file(trained.folder / f"data/prepared/{split}.parquet")) in named

@@ -173,16 +173,32 @@ def test_votes_are_read_as_they_were_written_in_order_of_time_each_once(tmp_path
 def test_a_line_that_is_no_vote_is_one_line_without_what_it_says(tmp_path, line):
     path = tmp_path / "ann.jsonl"
     path.write_bytes(vote_lines(cast(("a", "ann", 1.0))) + line + b"\n")
-    with pytest.raises(UserError, match=r"ann\.jsonl, line 2, is no vote: take the line out, or") as caught:
+    untracked = r"ann\.jsonl, line 2, is no vote: take the line out, or move the file away: `mv \S+ \.`"
+    with pytest.raises(UserError, match=untracked) as caught:
         read_all_votes(tmp_path)
     assert "private" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_foreign_file_among_the_votes_is_one_line(tmp_path):
-    for name in ("README.md", "ann.jsonl.dvc", "notes.txt"):
-        (tmp_path / name).write_text("x")
+    for name in ("README.md", "ann.jsonl", "ann.jsonl.dvc", ".DS_Store", "._ann.jsonl"):
+        (tmp_path / name).write_text("")
+    assert read_all_votes(tmp_path) == []
+    (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"notes\.txt is no file of votes: move it out of"):
         read_all_votes(tmp_path)
+
+
+def test_a_folder_a_dangling_link_and_a_file_that_was_not_pulled_are_one_line_each(tmp_path):
+    for make, words in (
+        (lambda: (tmp_path / "ann.jsonl").mkdir(), r"ann\.jsonl is no file of votes: move it out of"),
+        (lambda: (tmp_path / "bob.jsonl").symlink_to("nowhere"), r"bob\.jsonl is a link to nothing: remove it"),
+        (lambda: (tmp_path / "bob.jsonl.dvc").touch(), r"bob\.jsonl is not here: run `dvc pull .*bob\.jsonl`"),
+    ):
+        make()
+        with pytest.raises(UserError, match=words):
+            read_all_votes(tmp_path)
+        if (tmp_path / "ann.jsonl").is_dir():
+            (tmp_path / "ann.jsonl").rmdir()
 
 
 def test_people_whose_names_look_alike_have_files_of_their_own():

@@ -45,6 +45,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command = add("stats", "conversations:show_stats", "count what was logged since the last seal, or all with --all")
     command.add_argument("--all", action="store_true", help="count the sealed and imported conversations too")
 
+    command = add("export", "conversations:export", "write the clean conversations into one file for other tools")
+    command.add_argument(
+        "format", metavar="FORMAT", help="json, csv, chatml, alpaca, instruction, openai, sharegpt, dpo or kto"
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="below data/ if left out; compressed if it ends in .gz or .zst"
+    )
+
     command = add(
         "round", "round:run_round", "seal, run the pipeline, commit what came of it with its verdict",
         "A round that fails or is stopped leaves results and models as they were. What was sealed stays sealed.",
@@ -77,6 +85,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--bind", default="127.0.0.1", metavar="ADDRESS", help="other than this machine only with a token (127.0.0.1)"
     )
 
+    command = add(
+        "adopt", "adopt:adopt", "take an adapter that was trained elsewhere as the candidate",
+        "A LoRA adapter of peft, such as Unsloth, LLaMA-Factory and axolotl write, on the same base model.",
+    )  # fmt: skip
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="with adapter_config.json and .safetensors")
+    command.add_argument("--origin", metavar="TEXT", help="where it comes from, for the lineage; the folder's name")
+    command.add_argument("--same-base", action="store_true", help="it names base.model by another name")
     command = add("promote", "promote:promote", "register the candidate and make it the champion")
     command.add_argument("version", nargs="?", help="a version that was champion before, instead of the candidate")
     command.add_argument("--force", metavar="WHY", help="promote without the verdict PROMOTE; the reason is recorded")
@@ -93,6 +108,17 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_host(command)
     command = add("canary", "canary:canary", "how the canary does, and what follows from its end")
     command.add_argument("--stop", action="store_true", help="all conversations go to the live version again")
+    command = add(
+        "push", "push:push", "put the champion on the Hugging Face hub, with a model card",
+        "Logs in as `hf auth login` did, or with HF_TOKEN. The repository is private unless --public is given.",
+    )  # fmt: skip
+    command.add_argument("where", choices=["hub"])
+    command.add_argument("repo", metavar="OWNER/NAME")
+    command.add_argument(
+        "--what", choices=["adapter", "merged", "gguf", "data"], default="adapter",
+        help="data: the masked conversations, as a data set (adapter)",
+    )  # fmt: skip
+    command.add_argument("--public", action="store_true", help="readable for everybody")
     command = add("switch", "models:switch", "make a deployed version live")
     command.add_argument("version", help="a version's number")
     add_host(command)

@@ -1,4 +1,4 @@
-"""Commands that bring conversations in: import, seal, sample; and stats."""
+"""Commands that bring conversations in: import, seal, sample; and stats and export."""
 
 import argparse
 import json
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
-from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.errors import UserError, count_of, no_space
 from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, MANIFEST, VOTES, root
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
+from fine_tuning.data_collection.data_export import file_of, read_clean, write_formats
 from fine_tuning.data_collection.importers import Imported, Problem, files_in, import_file, state_of
 from fine_tuning.data_collection.storage import shards
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 TRACKED = Path("data/conversations.dvc")
+CLEAN = Path("data/clean")
 SHOWN_PROBLEMS = 10
 
 
@@ -262,6 +264,22 @@ def show_stats(args: argparse.Namespace) -> None:
     print(json.dumps(conversation_stats(kept), ensure_ascii=False, indent=2))
     if not args.all and not kept and (sealed := shards.count_conversations(found)):
         print(f"nothing was logged since the last seal; --all counts the {sealed:,} sealed ones", file=sys.stderr)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the clean conversations in one format into one file; the stage `export` writes a file a shard."""
+    root()
+    if not CLEAN.is_dir():
+        raise UserError(f"{CLEAN} is missing: run `dvc repro clean`")
+    output = args.output or CLEAN.parent / file_of(args.format)
+    try:
+        counts = write_formats(read_clean(CLEAN), {args.format: output})[args.format]
+    except OSError as error:
+        if no_space(error):
+            raise
+        raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from None
+    skipped = f", {counts['skipped']:,} skipped, for which {args.format} has no place" if counts["skipped"] else ""
+    print(f"{count_of(counts['exported'], 'conversation')} in {output}{skipped}")
 
 
 # -----------------------------------------------------------------------------

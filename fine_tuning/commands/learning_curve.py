@@ -21,11 +21,11 @@ def learning_curve(arguments: argparse.Namespace) -> None:
 
     from fine_tuning.common.project import main_checkout, sha256_file
     from fine_tuning.common.records import write_json
+    from fine_tuning.common.results import Memo
     from fine_tuning.common.settings import read_params
     from fine_tuning.evaluation.metric_modules.loading import load_metric
     from fine_tuning.evaluation.records.record_types import Likelihood
     from fine_tuning.evaluation.records.settings import EvaluateSettings
-    from fine_tuning.evaluation.scoring.memo import Memo
     from fine_tuning.evaluation.suite.contenders import ProjectName, check_references
     from fine_tuning.evaluation.suite.items import read_items, suite_sha256
     from fine_tuning.runtime.base_model import read_base_card
@@ -42,7 +42,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     items = read_items(VALIDATION, tokenizer, evaluate.references)
     rows, validation = read_rows(TRAIN), read_rows(VALIDATION)
     scratch = main_checkout() / ".whetstone"
-    memo, suite = Memo(scratch / "memo/learning_curve"), suite_sha256(items, tokenizer)
+    memo, suite = Memo(scratch / "memo/learning_curve", "evaluate"), suite_sha256(items, tokenizer)
 
     def scores_of(chosen: list[PreparedRow]) -> list[Likelihood]:
         key = checkpoint_key(settings, chosen, base["sha256"], validation)

@@ -123,6 +123,7 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
         "promoted": {"at": tags.get("promoted_at"), "by": tags.get("promoted_by")},
         "run": {"id": version.run_id, "tracking": registry.uri, "artifacts": version.artifacts},
         "commit": {"id": commit, "dirty": tags.get("git_dirty") == "true", "subject": _subject(commit)},
+        "adopted_from": tags.get("adopted_from"),
         "adapter_commit": {"id": (made := tags.get("adapter_commit", "none")), "subject": _subject(made)},
         "dvc_lock": {
             "sha256": tags.get("dvc_lock_sha256"),
@@ -237,7 +238,9 @@ def _version_text(version: dict[str, Any]) -> Iterator[str]:
     lock = version["dvc_lock"]
     where = "the commit has it" if lock["in_commit"] else "kept by the registry" if lock["kept"] else "lost"
     yield f"  dvc.lock      sha256 {lock['sha256']}, {where}"
-    for section in SHOWN_SECTIONS:
+    if version["adopted_from"]:
+        yield f"  adopted from  {version['adopted_from']}: trained elsewhere, on data that is not known here"
+    for section in (name for name in SHOWN_SECTIONS if name != "train" or not version["adopted_from"]):
         values = (version["parameters"] or {}).get(section)
         if isinstance(values, dict):
             pairs = " ".join(f"{key}={value}" for key, value in flatten(values).items())

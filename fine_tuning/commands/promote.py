@@ -25,14 +25,20 @@ from fine_tuning.evaluation.looks import LOOKS, looked_at
 from fine_tuning.evaluation.records.champion_records import KEPT, called_champion, is_champion, kept_files
 from fine_tuning.evaluation.records.settings import ADAPTER, PROMPT
 from fine_tuning.model_management import champion
+from fine_tuning.model_management.mlflow_model import write_model
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion, open_registry
+from fine_tuning.runtime.base_model import read_base_card
+from fine_tuning.training.adopted import ORIGIN
 from fine_tuning.training.tracking import flatten
 
 WEIGHTS = project.ADAPTER / "adapter_model.safetensors"
-MERGED, BASE_GGUF = Path("models/merged"), Path("models/base/base-Q8_0.gguf")
+MERGED, BASE = Path("models/merged"), Path("models/base")
+BASE_GGUF = BASE / "base-Q8_0.gguf"
 TRAIN = project.PREPARED / "train.parquet"  # where examples come from
 RECORDS = Path("data/evaluation")
+DATA = {split: project.PREPARED / f"{split}.parquet" for split in SPLITS} | {"preferences": Path("data/preferences")}
+LEARNED = ("train", "preferences")  # of DATA, by an adapter that was trained here
 MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see CONTRIBUTING.md
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
 REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
@@ -83,9 +89,11 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str, *, 
         files = stage_files(package)
         content, probes = content_hash(files), make_probes(kind)
         try:
-            with staged_artifacts(files, probes) as folder:
+            with staged_artifacts(registry.name, files, probes) as folder:
                 tags = version_tags(compared, files, forced)
-                version, new = registry.register(content, folder, tags, evaluation_metrics())
+                shown = description(registry.name, compared, tags)
+                data = {name: DATA[name] for name in DATA if not (name in LEARNED and "adopted_from" in tags)}
+                version, new = registry.register(content, folder, tags, evaluation_metrics(), shown, data)
             registry.nominate(version.number)
             if register_only:
                 print(f"{version.name} version {version.number} is the registry's candidate")
@@ -252,10 +260,11 @@ def content_hash(files: dict[str, Path]) -> str:
 
 
 @contextmanager
-def staged_artifacts(files: dict[str, Path], probes: list[Probe]) -> Iterator[Path]:
-    """A folder of all that the registry keeps of a version. The GGUF stays with DVC; its hashes are kept."""
-    with tempfile.TemporaryDirectory(prefix="promote-") as name:
-        folder = Path(name)
+def staged_artifacts(name: str, files: dict[str, Path], probes: list[Probe]) -> Iterator[Path]:
+    """A folder of all that the registry keeps of a version, an MLflow model. The GGUF stays with DVC; its hashes are
+    kept."""
+    with tempfile.TemporaryDirectory(prefix="promote-") as place:
+        write_model(folder := Path(place), name, BASE, read_base_card(BASE))
         for path, file in files.items():
             if path != champion.GGUF:
                 champion.copy_file(file, folder / path)
@@ -277,7 +286,8 @@ def staged_artifacts(files: dict[str, Path], probes: list[Probe]) -> Iterator[Pa
 
 
 def split_members() -> dict[str, list[str]]:
-    """{split: ids of its conversations} of the data that the adapter was trained on, by dvc.lock."""
+    """{split: ids of its conversations} of the data that the adapter was trained on, by dvc.lock; an adopted one was
+    trained on none that is known."""
     import pyarrow.parquet
 
     stages, members = dvc_files.read_lock(), {}
@@ -287,7 +297,7 @@ def split_members() -> dict[str, list[str]]:
         if file is None:
             raise UserError(f"{path} is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
         members[split] = pyarrow.parquet.read_table(file, columns=["id"])["id"].unique().to_pylist()
-    return members
+    return members | ({"train": []} if adopted_from() else {})
 
 
 def make_probes(kind: dict[str, Any]) -> list[Probe]:
@@ -325,10 +335,30 @@ def version_tags(compared: dict[str, Any], files: dict[str, Path], forced: str |
         "verdict": compared["verdict"],
         "kind": (kind := kind_of(compared))["name"],
     }
+    tags |= {"adopted_from": origin} if (origin := adopted_from()) else {}
     if kind["name"] != ADAPTER:
         tags |= {"examples": str(kind["examples"]), "examples_sha256": project.sha256_file(TRAIN)}
         tags |= {"system_prompt": kind["system_prompt"]} if kind["system_prompt"] else {}
     return tags | ({"forced_reason": forced} if forced else {})
+
+
+def adopted_from() -> str | None:
+    """Where the adapter comes from, if it was trained elsewhere."""
+    return read_object(project.ADAPTER / ORIGIN).get("origin")
+
+
+def description(name: str, compared: dict[str, Any], tags: dict[str, str]) -> str:
+    """What MLflow shows of a version, in Markdown."""
+    forced = f", forced: {tags['forced_reason']}" if "forced_reason" in tags else ""
+    reasons = "".join(f"- {reason}\n" for reason in compared["reasons"])
+    return f"""Verdict **{compared["verdict"]}**{forced}
+
+{reasons}
+Adapter `{tags["adapter_sha256"][:12]}` on {tags["base_model"]}, revision {tags["base_revision"]}. Model card:
+`adapter/README.md`. Report: `reports/report.html`. GGUF: DVC's object `{tags["gguf_md5"]}`.
+
+    mlflow.pyfunc.load_model("models:/{name}@champion").predict({{"messages": [{{"role": "user", "content": "Hi"}}]}})
+"""
 
 
 def adapter_commit() -> str | None:
@@ -360,4 +390,8 @@ def report(version: ModelVersion, old: ModelVersion | None) -> None:
     print(f"  git commit -m 'Promote version {version.number}' && dvc push")
     if not candidate_is_champion():
         print("  dvc repro   # compares the candidate with it")
+    elif not project.run_command("git", "tag", "--list", f"adapter@v0.{version.number}.0"):
+        for artifact in ("adapter", "package"):
+            print(f"  gto register {artifact} --version v0.{version.number}.0   # for `dvc artifacts get`")
+        print("  git push --tags")
     print("  python -m fine_tuning deploy")

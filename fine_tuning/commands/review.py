@@ -5,7 +5,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ ANSWERS: dict[str, Choice] = {
 KEYS = "1 or 2 is better · 3 as good · 4 both bad · s skip · u undo · r results · q quit"
 ESCAPED = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|O.|.)?", re.DOTALL)  # keys without a character (ECMA-48, 5.4)
 WAIT_SECONDS = 0.2
+TWICE_SECONDS = 0.3  # a key so soon after a pair was shown is the one before, pressed twice
 
 
 def review(arguments: argparse.Namespace) -> None:
@@ -34,19 +36,21 @@ def review(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: there is nothing to review.
     """
-    found = Review(pairs_here(), person_name(arguments.by))
     if arguments.results:
-        print(*found.result_lines(), sep="\n")
+        print(*Review(pairs_here(), person_name(arguments.by)).result_lines(), sep="\n")
         return
-    try:
-        ask(found, keys())
-    finally:
-        if sealed := seal_votes():
-            print(f"{count_of(sealed, 'vote')} in data/votes. Next: `git add data/votes`, then `dvc repro`")
+    with keyboard() as pressed:  # from the beginning: what is typed while models are loaded is no answer
+        found = Review(pairs_here(), person_name(arguments.by))
+        try:
+            ask(found, pressed)
+        finally:
+            if sealed := seal_votes():
+                print(f"{count_of(sealed, 'vote')} in data/votes. Next: `git add data/votes`, then `dvc repro`")
 
 
 def judge(arguments: argparse.Namespace) -> None:
-    """Let the model of evaluate.judge vote on the first pairs of the review; what it answered once is not asked again.
+    """Let the model of evaluate.judge vote on the first pairs of the review; what it clearly answered once is not asked
+    again.
 
     Raises:
         UserError: there is no judge or nothing to review, or the judge does not answer; what it said before is kept.
@@ -60,13 +64,17 @@ def judge(arguments: argparse.Namespace) -> None:
     votes = []
     try:
         for cluster in tqdm(pairs.order[: arguments.pairs], desc="judge", unit="pair", disable=None):
-            pairs.make([cluster], wait=True)
+            if pairs.replies(cluster) is None:
+                asked.check()  # making replies takes long
+                pairs.make([cluster], wait=True)
             votes.append(asked.vote(pairs, cluster))
     finally:
         with pipeline_stands_still() as repo:
             new = keep_votes(repo, VOTES / votes_file(settings.model, JUDGES), votes, JudgeVote)
+        unclear = sum(None in vote.answers for vote in votes)
+        said = f", unclear: {unclear} (the next run asks about them again)" if unclear else ""
         then = ". Next: `git add data/votes`, then `dvc repro`" if new else ""
-        print(f"pairs judged: {len(votes)}, new in data/votes: {new}{then}")
+        print(f"pairs judged: {len(votes)}{said}, new in data/votes: {new}{then}")
 
 
 def pairs_here() -> Pairs:
@@ -80,11 +88,11 @@ def pairs_here() -> Pairs:
     return open_pairs()
 
 
-def ask(found: Review, pressed: Iterator[str]) -> None:
+def ask(found: Review, pressed: Callable[[], str]) -> None:
     """Show pairs and obey keys; ends with `q` or the last pair."""
     while (shown := next_pair(found)) is not None:
         show(found, shown)
-        key = next(pressed, "q")
+        key = pressed()
         if key == "q":
             return
         if key in ANSWERS:
@@ -126,23 +134,29 @@ def show(found: Review, shown: Shown) -> None:
     console.print(KEYS)
 
 
-def keys() -> Iterator[str]:
-    """Keys as they are pressed; where there is no terminal, the first letter of each line."""
+@contextmanager
+def keyboard() -> Iterator[Callable[[], str]]:
+    """Waits for a key that is pressed from then on; where there is no terminal, takes the first letter of a line."""
     if not sys.stdin.isatty():
-        yield from (line.strip()[:1].lower() for line in sys.stdin)
+        yield lambda: next(sys.stdin, "q").strip()[:1].lower()
         return
     import termios
     import tty
 
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
+
+    def pressed() -> str:
+        time.sleep(TWICE_SECONDS)
+        termios.tcflush(descriptor, termios.TCIFLUSH)
+        while typed := os.read(descriptor, 1024):
+            # What a terminal sends for an arrow or a function key ends in a letter that may be a key of ours.
+            if key := ESCAPED.sub("", typed.decode(errors="replace")).lower()[:1]:
+                return "q" if key == "\x04" else key
+        return "q"
+
     try:
         tty.setcbreak(descriptor)
-        # What a terminal sends for an arrow or a function key ends in a letter that may be a key of ours.
-        while pressed := os.read(descriptor, 1024):
-            for key in ESCAPED.sub("", pressed.decode(errors="replace")).lower():
-                if key == "\x04":
-                    return
-                yield key
+        yield pressed
     finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)

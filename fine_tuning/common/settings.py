@@ -1,7 +1,7 @@
 """Parameters: one section of params.yaml, checked against a typed model where it is loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +41,19 @@ def read_params(section: str, model: type[SettingsT], path: str | Path = "params
 
 
 def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "params.yaml") -> dict[str, SettingsT]:
-    """Load the sections of the YAML file at `path`, each as its model; errors are those of `read_params`."""
+    """Load sections of the YAML file at `path`, each as its model; its errors are those of `read_params`."""
+    found, problems = load_params(models, path)
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return found
+
+
+def load_params(models: Mapping[str, type[SettingsT]], path: str | Path) -> tuple[dict[str, SettingsT], list[str]]:
+    """(the sections that can be loaded, what is wrong with the others) of the YAML file at `path`.
+
+    Raises:
+        UserError: there is no such file, or it is not plain YAML.
+    """
     try:
         # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
         document = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
@@ -51,17 +63,22 @@ def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "para
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(f"{path} is not plain YAML{where}: correct it, or `git checkout {path}`") from None
-    found = document if isinstance(document, dict) else {}
-    missing = [section for section in models if section not in found]
-    for name in found:
+    sections = document if isinstance(document, dict) else {}
+    missing, problems = [section for section in models if section not in sections], []
+    for name in sections:
         if name not in (*SECTIONS, *models) and not _has_a_stage(str(name), Path(path).with_name("dvc.yaml")):
             close = get_close_matches(str(name), SECTIONS, 1)
             if close or not missing:  # what is missing may be what is misspelt
                 known = ", or ".join(close or SECTIONS)
-                raise UserError(f"{path}: unknown section {name!r}: rename it to {known}, or take it out")
-    if missing:
-        raise UserError(f"{path}: the section {missing[0]!r} is missing: restore it with `git checkout {path}`")
-    return {section: parse_settings(section, found[section], model, path) for section, model in models.items()}
+                problems.append(f"unknown section {name!r}: rename it to {known}, or take it out")
+    problems += [f"the section {name!r} is missing: restore it with `git checkout {path}`" for name in missing]
+    found = {}
+    for section in (section for section in models if section in sections):
+        try:
+            found[section] = models[section].model_validate(sections[section])
+        except ValidationError as error:
+            problems += _problems(section, error)
+    return found, problems
 
 
 def _has_a_stage(section: str, pipeline: Path) -> bool:
@@ -70,7 +87,7 @@ def _has_a_stage(section: str, pipeline: Path) -> bool:
     return any(section == str(name).partition(".")[0] for s in stages.values() for name in s.get("params", ()))
 
 
-def write_param(section: str, name: str, value: int | None, path: str | Path = "params.yaml") -> None:
+def write_param(section: str, name: str, value: int | str | None, path: str | Path = "params.yaml") -> None:
     """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes.
 
     Raises:
@@ -79,8 +96,8 @@ def write_param(section: str, name: str, value: int | None, path: str | Path = "
     text = Path(path).read_bytes().decode()
     number, _ = YAML().load(text)[section].lc.key(name)
     lines = text.splitlines(keepends=True)
-    shown = "null" if value is None else str(value)
-    known = rf"(\b{name}:[ \t]+)(?:null|~|[\d.]+)(?![^\s,}}])"
+    shown = "null" if value is None else repr(value)
+    known = rf"(\b{name}:[ \t]+)(?:null|~|'?[0-9a-f.]+'?)(?![^\s,}}])"
     lines[number], found = re.subn(known, rf"\g<1>{shown}", lines[number], count=1)
     if not found:
         raise UserError(f"{section}.{name} in {path} is in a form that is not changed here: set it to {shown} by hand")
@@ -110,25 +127,36 @@ def parse_settings(section: str, values: object, model: type[SettingsT], path: s
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(section, error)}") from None
+        raise UserError(f"{path}: {'; '.join(_problems(section, error))}") from None
 
 
-def _first_problem(section: str, error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    for problem in problems:
-        if new := RENAMED.get(_name(section, problem)):
-            return f"parameter {_name(section, problem)} is called {new} now: rename it"
-    problem, place, name = problems[0], _place(problems[0]), _name(section, problems[0])
-    if problem["type"] == "extra_forbidden":
+def _problems(section: str, error: ValidationError) -> list[str]:
+    """Each wrong parameter of a section in words."""
+    found: dict[str, list[Any]] = {}  # where one of several forms would do, pydantic has a problem with each
+    for problem in error.errors(include_url=False):
+        found.setdefault(".".join(str(part) for part in (section, *_place(problem))), []).append(problem)
+    renamed = {RENAMED[name] for name in found if name in RENAMED}
+    return [
+        _in_words(name, problems)
+        for name, problems in found.items()
+        if not (name in renamed and problems[0]["type"] == "missing")
+    ]
+
+
+def _in_words(name: str, problems: Sequence[Any]) -> str:
+    kind, given = problems[0]["type"], problems[0]["input"]
+    if name in RENAMED:
+        return f"parameter {name} is called {RENAMED[name]} now: rename it"
+    if kind == "extra_forbidden":
         return f"unknown parameter {name}: check its spelling"
-    if problem["type"] == "missing":
+    if kind == "missing":
         return f"parameter {name} is missing: restore it from git"
-    given = problem["input"]
-    scalar = not given or isinstance(given, (str, int, float))
-    shown = repr(given) if scalar else type(given).__name__
-    # Where one of several forms would do, pydantic has a problem with each.
-    reasons = [_expected(other) for other in problems if _place(other) == place]
-    return f"parameter {name} = {shown} should be {', or '.join(reasons)}"
+    shown = repr(given) if not given or isinstance(given, (str, int, float)) else type(given).__name__
+    if name.endswith("token"):
+        shown = "(hidden)"
+    elif "://" in shown:  # no password
+        shown = re.sub(r"[?#].*(?=')", "?...", re.sub("//.*@", "//...@", shown))
+    return f"parameter {name} = {shown} should be {', or '.join(map(_expected, problems))}"
 
 
 def _expected(problem: Any) -> str:
@@ -138,10 +166,6 @@ def _expected(problem: Any) -> str:
     if problem["type"] == "too_short":
         return f"a list of at least {problem['ctx']['min_length']}"
     return str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
-
-
-def _name(section: str, problem: Any) -> str:
-    return ".".join(str(part) for part in (section, *_place(problem)))
 
 
 def _place(problem: Any) -> list[int | str]:

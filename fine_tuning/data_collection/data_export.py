@@ -8,14 +8,18 @@ import csv
 import gzip
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from fine_tuning.common.errors import UserError, no_space
+from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import replacing
+from fine_tuning.common.results import Memo, link
 from fine_tuning.common.settings import Settings
 from fine_tuning.schema.conversation import (
     as_conversation,
@@ -81,36 +85,88 @@ class DataExporter:
             UserError: a format is unknown, the folder cannot be made, or these are no conversations.
         """
         formats = (formats,) if isinstance(formats, str) else tuple(formats)
-        files = FILES | JUDGED
-        if unknown := [name for name in formats if name not in files]:
-            raise UserError(f"unknown export format {unknown[0]!r}: choose from {', '.join(files)}")
+        paths = {name: self.folder / file_of(name, self.compression) for name in formats}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if no_space(error):
                 raise
             raise UserError(f"{self.folder} cannot be made ({error.strerror}): choose another folder") from None
-        paths = {name: self.folder / (files[name] + SUFFIXES[self.compression]) for name in formats}
-        self.counts = {name: {"exported": 0, "skipped": 0} for name in formats}
-        with ExitStack() as stack:
-            writers = {name: self._open(stack, name, path) for name, path in paths.items()}
-            for record in each_record(conversations):
-                conversation = as_conversation(record)
-                sound = problem_of(conversation) is None
-                final = unbroken(with_edits(conversation)) if sound else []
-                for name, write in writers.items():
-                    parts = [conversation] if sound and (name == "json" or name in JUDGED) else final
-                    taken = any([write(part) for part in parts])
-                    self.counts[name]["exported" if taken else "skipped"] += 1
+        self.counts = write_formats(conversations, paths)
         return paths
 
     def export(self, conversations: Iterable[dict], format: ExportFormat) -> Path:
         """Write one format and return its file."""
         return self.export_all_formats(conversations, [format])[format]
 
-    def _open(self, stack: ExitStack, name: str, path: Path) -> Callable[[dict], bool]:
-        file = stack.enter_context(_compressed(stack.enter_context(replacing(path)), self.compression))
-        return stack.enter_context(_CONTAINERS[name](file))
+
+def file_of(name: str, compression: str = "none") -> str:
+    """The name of the file of a format.
+
+    Raises:
+        UserError: the format is unknown.
+    """
+    files = FILES | JUDGED
+    if name not in files:
+        raise UserError(f"unknown export format {name!r}: choose from {', '.join(files)}")
+    return files[name] + SUFFIXES[compression]
+
+
+def export_shards(
+    shards: Iterable[Path], folder: Path, memo: Memo, settings: ExportSettings
+) -> dict[ExportFormat, Counter[str]]:
+    """Write FOLDER/FORMAT/SHARD for each clean shard and format; where a format takes nothing there is no file.
+
+    Shards that were exported before come from the memo.
+
+    Returns:
+        Format → conversations `exported` and `skipped`, and `bytes` written.
+    """
+    counts = {name: Counter(exported=0, skipped=0, bytes=0) for name in settings.formats}
+    files = {name: file_of(name, settings.compression) for name in counts}
+    stale = {path for path in folder.rglob("*") if path.is_file()}
+    for shard in shards:
+
+        def export(place: Path, shard: Path = shard) -> dict[str, dict[str, int]]:
+            # No fsync for each file: a file that a power cut leaves short is made again.
+            paths = {name: place / file for name, file in files.items()}
+            return write_formats(read_shard(shard), paths, partial(open, mode="wb"))
+
+        made, found = memo.files([sha256_file(shard), files], export)
+        for name, file in files.items():
+            counts[name].update(found[name])
+            if found[name]["exported"]:
+                source, target = made / file, folder / name / (shard.stem + file[file.index(".") :])
+                counts[name]["bytes"] += source.stat().st_size
+                link(source, target)
+                stale.discard(target)
+    for path in stale:
+        path.unlink()
+    memo.remove_unused()
+    return counts
+
+
+def write_formats(
+    conversations: Iterable[dict],
+    paths: Mapping[str, Path],
+    opened: Callable[[Path], AbstractContextManager[BinaryIO]] = replacing,
+) -> dict[str, dict[str, int]]:
+    """Write each format into its file, compressed as its name ends; how many conversations each took and skipped."""
+    counts = {name: {"exported": 0, "skipped": 0} for name in paths}
+    with ExitStack() as stack:
+        writers = {}
+        for name, path in paths.items():
+            file = stack.enter_context(_compressed(stack.enter_context(opened(path)), path.suffix))
+            writers[name] = stack.enter_context(_CONTAINERS[name](file))
+        for record in each_record(conversations):
+            conversation = as_conversation(record)
+            sound = problem_of(conversation) is None
+            final = unbroken(with_edits(conversation)) if sound else []
+            for name, write in writers.items():
+                parts = [conversation] if sound and (name == "json" or name in JUDGED) else final
+                taken = any([write(part) for part in parts])
+                counts[name]["exported" if taken else "skipped"] += 1
+    return counts
 
 
 def unbroken(conversation: dict) -> list[dict]:
@@ -138,10 +194,10 @@ def with_edits(conversation: dict) -> dict:
     return conversation | {"messages": messages}
 
 
-def _compressed(raw: BinaryIO, compression: str) -> AbstractContextManager[BinaryIO]:
-    if compression == "gzip":
+def _compressed(raw: BinaryIO, ending: str) -> AbstractContextManager[BinaryIO]:
+    if ending == SUFFIXES["gzip"]:
         return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)
-    if compression == "zstd":
+    if ending == SUFFIXES["zstd"]:
         import zstandard
 
         return zstandard.ZstdCompressor(level=10).stream_writer(raw, closefd=False)
@@ -344,11 +400,18 @@ _CONTAINERS: dict[str, Callable] = {
 }
 
 
+def clean_files(folder: str | Path) -> list[Path]:
+    """The files of a folder of clean conversations that hold conversations."""
+    return sorted(p for p in Path(folder).glob("*.jsonl") if p.name not in ("rejected.jsonl", "clusters.jsonl"))
+
+
 def read_clean(folder: str | Path) -> Iterator[dict]:
     """The conversations of a folder of clean shards, shard by shard."""
-    for path in sorted(Path(folder).glob("*.jsonl")):
-        if path.name in ("rejected.jsonl", "clusters.jsonl"):
-            continue
-        with open(path, "rb") as file:
-            for line in file:
-                yield from_line(line)
+    return chain.from_iterable(map(read_shard, clean_files(folder)))
+
+
+def read_shard(path: Path) -> Iterator[dict]:
+    """The conversations of a clean shard."""
+    with open(path, "rb") as file:
+        for line in file:
+            yield from_line(line)

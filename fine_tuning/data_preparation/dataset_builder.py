@@ -16,11 +16,12 @@ from fine_tuning.common.parallel import Map
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_preparation.catalogue import AssignedRow, Catalogue, Conversations, HeldConversations
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
 from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
 from fine_tuning.schema.chat_format import RenderError, encode_windows, load_tokenizer
 from fine_tuning.schema.conversation import each_record
-from fine_tuning.schema.prepared import PreparedRow, encoded_row
+from fine_tuning.schema.prepared import PreparedRow, encoded_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -156,6 +157,7 @@ class DatasetBuilder:
         assigned: Iterable[tuple[str, str]],
         run: Map = map,
         dropped_duplicates: Iterable[tuple[str, str]] = (),
+        memo: EncodedMemo | None = None,
     ) -> Iterator[tuple[str, Iterator[PreparedRow]]]:
         """The test, validation and train split, each with its rows; take each to its end before the next.
 
@@ -168,6 +170,7 @@ class DatasetBuilder:
             assigned: (conversation id, split) of earlier builds (the ledger).
             run: what maps a function over pieces of work, in order: `map`, or an engine's.
             dropped_duplicates: (id of one, id of the conversation that stays for it), which inherits the other's split.
+            memo: of conversations that this tokenizer encoded before, where `run` is `map`.
         """
         scan = partial(conversations.scan, train_on=self.train_on)
         for scans in run(scan, range(len(conversations.parts))):
@@ -182,7 +185,7 @@ class DatasetBuilder:
                 repeated = repeating(dict(found), catalogue.count("train"))
                 overlapping = (row for row in catalogue.rows(split) if row.id in repeated)
                 catalogue.leave_out(overlapping, split, "overlaps_test")
-            rows = self._prepared(split, repeated, conversations, catalogue, run)
+            rows = self._prepared(split, repeated, conversations, catalogue, run, memo)
             yield split, held_out.watch(rows) if split == "test" and self.decontamination_words else rows
 
     def overlaps_test(self, messages: list[dict]) -> bool:
@@ -190,13 +193,14 @@ class DatasetBuilder:
         return bool(self.decontamination_words and self.held_out.shared_with(messages))
 
     def _prepared(
-        self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map
-    ) -> Iterator[PreparedRow]:
+        self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map,
+        memo: EncodedMemo | None,
+    ) -> Iterator[PreparedRow]:  # fmt: skip
         limits = ("max_train_tokens", "max_sample_tokens") if split == "train" else ("max_held_out_tokens",)
         train_on = self.train_on if split == "train" else "not_disliked"
         encode = partial(
             _encode, conversations=conversations, train_on=train_on, tokenizer=self.tokenizer,
-            system_prompt=self.system_prompt, max_length=self.max_length,
+            system_prompt=self.system_prompt, max_length=self.max_length, memo=memo,
         )  # fmt: skip
 
         def assigned() -> Iterator[AssignedRow]:
@@ -252,6 +256,7 @@ def _encode(
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
     max_length: int,
+    memo: EncodedMemo | None,
 ) -> list[tuple[AssignedRow, list[PreparedRow] | str]]:
     """The windows of each conversation, or why there are none."""
     if isinstance(tokenizer, Path):
@@ -265,16 +270,30 @@ def _encode(
         if tokenizer is None:
             pairs.append((row, [PreparedRow(messages=messages, **fields)]))
             continue
-        try:
-            found = encode_windows(tokenizer, messages, system_prompt, max_length, trained)
-        except RenderError:
-            pairs.append((row, "template"))
-            continue
-        windows = [encoded_row(encoded, window=number, **fields) for number, encoded in enumerate(found.encoded)]
-        if windows:
-            windows[0].counts |= {"lost_turns": found.lost_turns, "lost_reply_tokens": found.lost_tokens}
-        pairs.append((row, windows or "too_long"))
+        encode = partial(_windows, tokenizer, messages, system_prompt, max_length, trained)
+        found = memo.get([messages, trained], encode) if memo else encode()
+        if isinstance(found, list):
+            found = [PreparedRow(window=number, **own, **fields) for number, own in enumerate(found)]
+        pairs.append((row, found))
     return pairs
+
+
+def _windows(
+    tokenizer: "PreTrainedTokenizerFast",
+    messages: list[dict],
+    system_prompt: str | None,
+    max_length: int,
+    trained: list[bool],
+) -> list[dict[str, Any]] | str:
+    """Of each window the fields of its row that only the conversation decides, or why there are none."""
+    try:
+        found = encode_windows(tokenizer, messages, system_prompt, max_length, trained)
+    except RenderError:
+        return "template"
+    windows = list(map(encoded_fields, found.encoded))
+    if windows:
+        windows[0]["counts"] |= {"lost_turns": found.lost_turns, "lost_reply_tokens": found.lost_tokens}
+    return windows or "too_long"
 
 
 _loaded = lru_cache(maxsize=1)(load_tokenizer)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fine_tuning.common.project import sha256_file
+from fine_tuning.common.results import Memo
 from fine_tuning.data_collection.personal_data.people import Find
 from fine_tuning.evaluation.records.measurements import GUARDS, Metrics, describe, guard_metrics, left_out, summarise
 from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, Item, Likelihood, Reply, conversation_of
 from fine_tuning.evaluation.records.settings import ADAPTER, KINDS, PROMPT, EvaluateSettings, IntervalSettings
-from fine_tuning.evaluation.scoring.memo import Memo
 from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, quantised_likelihoods, replies, scoring_hardware
 from fine_tuning.evaluation.suite.contenders import Contender, of_kind
 from fine_tuning.evaluation.suite.examples import Exchanges
@@ -110,7 +110,7 @@ class Evaluator:
         longest = max([chat.max_length, *(len(prompt) for prompt in self.prompts)])
         self.context = longest + settings.generation.max_tokens
         self.hardware = scoring_hardware(settings.threads)
-        self.memo = Memo(memo)
+        self.memo = Memo(memo, "evaluate")
         self.find_people = find_people
         self.pairs = pairs
         self.is_compared = is_compared

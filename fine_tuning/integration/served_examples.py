@@ -4,6 +4,7 @@ They are found as those of the prompting baseline are. Only the prepared split `
 is shown; and of it no conversation that is forgotten, deleted or disliked by now.
 """
 
+import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -50,7 +51,21 @@ def kind_served(checkout: Path, tag: str) -> dict[str, Any]:
 
 def has_kinds(checkout: Path) -> bool:
     """Whether `kind_served` knows any version that a server has."""
+    return _has_kinds(checkout, *(_stamp(checkout / path) for path in (SERVED, CHAMPION)))
+
+
+@lru_cache(maxsize=8)
+def _has_kinds(checkout: Path, *_: tuple[int, int] | None) -> bool:
     return bool(read_object(checkout / SERVED)) or "kind" in read_object(checkout / CHAMPION)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 class ServedExamples:
@@ -105,7 +120,7 @@ class ServedExamples:
     def _refresh(self) -> None:
         """Read the data again where they changed."""
         paths = [self.checkout / path for path in (TRAIN, FORGOTTEN)]
-        stamps = tuple(path.stat().st_mtime_ns if path.exists() else None for path in paths)
+        stamps = tuple(map(_stamp, paths))
         if stamps != self._stamps:
             self._exchanges, self._tombstones = Exchanges.read(paths[0]), Tombstones(paths[1])
             conversation_index(self.checkout).conversation("")  # the first question after a start takes long

@@ -26,7 +26,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import check_model_name
 from fine_tuning.common.project import artifact_root, main_checkout, tracking_uri
 from fine_tuning.model_management.sqlite_registry import ModelVersion, read_versions
-from fine_tuning.training.tracking import open_store
+from fine_tuning.training.tracking import data_inputs, open_store
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
 CONTENT_TAG = "content_sha256"
@@ -75,12 +75,22 @@ class ModelRegistry:
     # ------------------------------------------------------------------------------------------------------- register
 
     def register(
-        self, content_sha256: str, folder: Path, tags: dict[str, str], metrics: dict[str, float]
+        self,
+        content_sha256: str,
+        folder: Path,
+        tags: dict[str, str],
+        metrics: dict[str, float],
+        description: str | None = None,
+        data: dict[str, Path] | None = None,
     ) -> tuple[ModelVersion, bool]:
         """Register the files in `folder` as a version, unless a version of this content exists.
 
         The files are stored before the version appears, so a version that can be seen is whole. The version belongs
         to the training run that wrote the adapter (found by its tag `adapter_sha256`), else to a run made here.
+
+        Args:
+            description: Markdown that MLflow shows.
+            data: {context: path} of the data sets behind the version; `metrics` were measured on `test`.
 
         Returns:
             (the version, whether it is new)
@@ -99,9 +109,13 @@ class ModelRegistry:
             run_id, uri = self._run_of(tags.get(ADAPTER_TAG))
             place = f"versions/{content_sha256[:16]}"
             self._client.log_artifacts(run_id, str(folder), place)
-            self._log_metrics(run_id, metrics)
+            inputs = data_inputs(data or {})
+            self._client.log_inputs(run_id, inputs)
+            self._log_metrics(run_id, metrics, {entry.tags[0].value: entry.dataset for entry in inputs}.get("test"))
             tags = {**tags, CONTENT_TAG: content_sha256}
-            made = self._client.create_model_version(self.name, f"{uri}/{place}", run_id, tags=tags)
+            made = self._client.create_model_version(
+                self.name, f"{uri}/{place}", run_id, tags=tags, description=description
+            )
             return self.version(int(made.version)), True
 
     def _ensure_model(self) -> None:
@@ -125,11 +139,12 @@ class ModelRegistry:
         self._client.set_terminated(run.info.run_id)
         return run.info.run_id, run.info.artifact_uri
 
-    def _log_metrics(self, run_id: str, metrics: dict[str, float]) -> None:
+    def _log_metrics(self, run_id: str, metrics: dict[str, float], test: Any) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        entries = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        measured_on = {"dataset_name": test.name, "dataset_digest": test.digest} if test else {}
+        entries = [Metric(name, float(value), now, 0, **measured_on) for name, value in metrics.items()]
         for start in range(0, len(entries), 500):
             self._client.log_batch(run_id, metrics=entries[start : start + 500])
 

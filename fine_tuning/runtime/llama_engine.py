@@ -304,10 +304,14 @@ class LlamaEngine:
         """Score all (prompt, target) pairs, as many side by side as there are slots."""
         return self._side_by_side(lambda pair: self.score(*pair), pairs, on_done)
 
-    def complete(self, prompt: Sequence[int] | str, max_tokens: int) -> Completion:
-        """Continue `prompt` greedily. Token ids are taken as they are; text gets the model's BOS."""
+    def complete(self, prompt: Sequence[int] | str, max_tokens: int, **sampling: Any) -> Completion:
+        """Continue `prompt`, greedily unless `temperature` and `seed` say otherwise.
+
+        Token ids are taken as they are; text gets the model's BOS.
+        """
         given = prompt if isinstance(prompt, str) else list(prompt)
-        answer = self._post("/completion", GREEDY | {"prompt": given, "n_predict": max_tokens, "return_tokens": True})
+        body = {"prompt": given, "n_predict": max_tokens, "return_tokens": True}
+        answer = self._post("/completion", GREEDY | body | sampling)
         return Completion(answer["content"], answer["tokens"], answer["stop_type"] in ("eos", "word"))
 
     def complete_many(

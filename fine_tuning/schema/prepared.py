@@ -41,14 +41,19 @@ class PreparedRow:
 
 
 def encoded_row(encoded: Encoded, **fields: Any) -> PreparedRow:
-    """The row of a window; its `counts` are those of the window's tokens."""
+    """The row of a window."""
+    return PreparedRow(**encoded_fields(encoded), **fields)
+
+
+def encoded_fields(encoded: Encoded) -> dict[str, Any]:
+    """The fields of a row that its window decides; its `counts` are those of the window's tokens."""
     counts = {
         "trained_tokens": encoded.trained_tokens,
         "control_tokens": encoded.control_ids,
         "lost_end_of_reply": int(encoded.cut_tokens > 0),
     }
-    own: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels, "messages": encoded.messages}
-    return PreparedRow(**own, counts=counts, **fields)
+    ids, labels = encoded.input_ids, encoded.labels
+    return {"input_ids": ids, "labels": labels, "messages": encoded.messages, "counts": counts}
 
 
 def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:

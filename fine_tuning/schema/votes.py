@@ -85,19 +85,29 @@ class JudgeVote(Vote):
 VoteT = TypeVar("VoteT", bound=Vote)
 
 
+def scan_votes(path: Path, form: type[VoteT] = Vote) -> tuple[list[VoteT], dict[int, bytes]]:  # type: ignore[assignment]
+    """(votes, {number: line} of the lines that are none) of a file; nothing where there is no file."""
+    votes, damaged = [], {}
+    for number, line in read_lines(path) if path.is_file() else ():
+        try:
+            votes.append(form.model_validate_json(line))
+        except ValidationError:
+            damaged[number] = line
+    return votes, damaged
+
+
 def read_votes(path: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
     """The votes of a file in the order of its lines; none where there is no file.
 
     Raises:
         UserError: a line is no vote, or of another version of this project; names it.
     """
-    votes = []
-    for number, line in read_lines(path) if path.is_file() else ():
-        try:
-            votes.append(form.model_validate_json(line))
-        except ValidationError:
-            mend = f"take the line out, or bring the file's last version back with `dvc checkout --force {path}`"
-            raise UserError(f"{path}, line {number}, is no vote: {mend}") from None
+    votes, damaged = scan_votes(path, form)
+    if damaged:
+        tracked = path.with_name(f"{path.name}.dvc").exists()
+        back = f"bring the file's last version back with `dvc checkout --force {path}`"
+        mend = f"take the line out, or {back if tracked else f'move the file away: `mv {path} .`'}"
+        raise UserError(f"{path}, line {min(damaged)}, is no vote: {mend}")
     return votes
 
 
@@ -105,11 +115,18 @@ def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # ty
     """People's votes, or judges', of every file of a folder, in order of time; the same vote in two files counts once.
 
     Raises:
-        UserError: a line is no vote, or the folder holds a foreign file.
+        UserError: a line is no vote, or the folder holds something else, or lacks a file that DVC tracks there.
     """
-    present = sorted(folder.iterdir()) if folder.is_dir() else []
-    if foreign := [path for path in present if path.suffix not in (".jsonl", ".dvc", ".md")]:
-        raise UserError(f"{foreign[0]} is no file of votes: move it out of {folder}")
+    present = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    for path in present:
+        data = path.with_suffix("") if path.suffix == ".dvc" else path
+        if not data.exists():
+            tracked = data.with_name(f"{data.name}.dvc") in present
+            raise UserError(
+                f"{data} {f'is not here: run `dvc pull {data}`' if tracked else 'is a link to nothing: remove it'}"
+            )
+        if not path.is_file() or path.suffix not in (".jsonl", ".dvc", ".md"):
+            raise UserError(f"{path} is no file of votes: move it out of {folder}")
     files = (path for path in present if path.suffix == ".jsonl")
     files = (path for path in files if path.name.endswith(JUDGES) == (form is JudgeVote))
     found = {vote.id: vote for path in files for vote in read_votes(path, form)}

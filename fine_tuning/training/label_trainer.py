@@ -76,13 +76,17 @@ class LabelTrainer(Trainer):
 
     def note_references(self, known: dict[str, tuple[float, float]]) -> None:
         """Measure the log-likelihoods of preference items under the model as it is now, where `known` lacks them."""
-        for batch in (*self.train_dataset, *self.eval_dataset):
-            items, part = own_items(batch), self.objective.parts[type(batch[0])]
-            if isinstance(part, Referenced):
-                if any(item.id not in known for item in items):
-                    found = self._without_gradients(part.log_likelihoods, part.collate(items)).tolist()
-                    known |= {item.id: tuple(values) for item, values in zip(items, found, strict=True)}
-                part.references |= {item.id: known[item.id] for item in items}
+        batches = [own_items(batch) for batch in (*self.train_dataset, *self.eval_dataset)]
+        batches = [batch for batch in batches if isinstance(self.objective.parts[type(batch[0])], Referenced)]
+        missing = [batch for batch in batches if any(item.id not in known for item in batch)]
+        for batch, found in zip(missing, self._pool.map(self._reference, missing), strict=True):
+            known |= {item.id: tuple(values) for item, values in zip(batch, found, strict=True)}
+        for batch in batches:
+            self.objective.parts[type(batch[0])].references |= {item.id: known[item.id] for item in batch}
+
+    def _reference(self, batch: Sequence[Any]) -> list[list[float]]:
+        part = self.objective.parts[type(batch[0])]
+        return self._without_gradients(part.log_likelihoods, part.collate(batch)).tolist()
 
     def validate(self) -> dict[str, float]:
         """Means over the validation items: `eval_loss` over all units, and of each objective what it measures.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments, set_seed
@@ -27,6 +27,7 @@ from fine_tuning.schema.preferences import Item, JudgedReply, Pair, rows_of
 from fine_tuning.schema.prepared import PreparedRow, count_labels
 from fine_tuning.training.acceleration.accelerate import accelerated
 from fine_tuning.training.acceleration.micro_batches import count_micro_batches
+from fine_tuning.training.adopted import take_adapter
 from fine_tuning.training.checkpoints import is_outdated, newest_checkpoint, sort_adapter_config
 from fine_tuning.training.label_trainer import LabelTrainer
 from fine_tuning.training.memory import check_memory, read_shape
@@ -46,10 +47,11 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "lio
 @dataclass
 class TrainingResult:
     """What a run measured. Losses are mean negative log-likelihoods a trained token, in nats; without supervised rows
-    those of the preference objective. `validation` has what every objective measured, by name."""
+    those of the preference objective; without steps there is no training loss. `validation` has what every objective
+    measured, by name."""
 
     steps: int
-    train_loss: float
+    train_loss: float | None
     validation_loss_before: float
     validation_loss: float
     trained_tokens: int
@@ -84,7 +86,8 @@ def train_adapter(
         base_name: what the adapter's configuration calls its base, such as the id on the hub.
         checkpoints: folder of this run's checkpoints, named by `checkpoint_key`; emptied by the caller when done.
         progress: called with each logged step's values (step, loss, learning_rate, grad_norm, eval_loss).
-        start_from: folder of an adapter of the same shape to continue training, instead of a new one.
+        start_from: folder of an adapter of the same shape to continue training, instead of a new one. With
+            `settings.max_steps` 0 it is measured and copied as it is, whatever its shape.
         references: folder where log-likelihoods of preference items under the model before training are kept.
 
     Raises:
@@ -100,8 +103,9 @@ def train_adapter(
     plain = load_base(base, settings, hardware)
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     texts = general_texts(base, plain, longest) if settings.retention else ()
-    model = attach_adapter(plain, settings)
-    if start_from:
+    adopted = start_from if settings.max_steps == 0 else None
+    model = attach_trained(plain, adopted) if adopted else attach_adapter(plain, settings)
+    if start_from and not adopted:
         check_adapter(start_from, base_name, settings)
         load_adapter(model, start_from / "adapter_model.safetensors")
     token_losses = TokenLosses(model.config.get_text_config().pad_token_id or 0, settings.packing)
@@ -123,17 +127,20 @@ def train_adapter(
         before = first_loss(trainer)
         note_references(trainer, base, start_from, references)
         started = time.monotonic()
-        tokens = run_steps(trainer, guard, checkpoints)
+        tokens = 0 if adopted else run_steps(trainer, guard, checkpoints)
         seconds = time.monotonic() - started
         after = trainer.validate()
-    steps, history = trainer.state.global_step, trainer.state.log_history
+    steps, history = trainer.state.global_step, [] if adopted else trainer.state.log_history
     loss = supervised_loss(after)
     check_loss("validation", loss, steps)
-    save_adapter(model, base_name, output)
+    if adopted:
+        take_adapter(adopted, output)
+    else:
+        save_adapter(model, base_name, output)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainingResult(
         steps=steps,
-        train_loss=sum(losses) / len(losses),
+        train_loss=sum(losses) / len(losses) if losses else None,
         validation_loss_before=before,
         validation_loss=loss,
         trained_tokens=count_labels(train_rows),
@@ -288,14 +295,29 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
     return adapted
 
 
+def attach_trained(model: PreTrainedModel, adapter: Path) -> Any:
+    """Put an adapter on the base as its own configuration says.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    model.config.use_cache = False
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(f"the adapter of train.start_from does not fit the base ({reason}): adopt another") from None
+
+
 def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> None:
     """Refuse to continue an adapter on another base or with another scale than it was trained with.
 
     Raises:
         UserError: its configuration names another base or scale, which its shapes do not show.
     """
-    config = json.loads((adapter / "adapter_config.json").read_bytes())
-    named, lora = config["base_model_name_or_path"], settings.lora
+    config, card = read_json(adapter / "adapter_config.json"), adapter / "base.json"
+    named = read_json(card)["model"] if card.is_file() else config["base_model_name_or_path"]
+    lora = settings.lora
     if named != base_name:
         raise UserError(
             f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"

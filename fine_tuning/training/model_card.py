@@ -1,15 +1,51 @@
-"""The model card that travels with an adapter."""
+"""What travels with an adapter: its model card and the name of its base."""
 
-import json
+import re
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from fine_tuning.common.records import read_json, write_json
+from fine_tuning.runtime.base_model import hub_id
 
 _QUANTISED = """ The base was held in four bits (NF4, double
 quantisation) while it learned. The adapter is merged into the 16-bit base that the packed one came from; that merged
 model is what is shipped and evaluated."""
+DATA = "data/prepared"  # what `load_dataset` takes in the project
+PROMPT = "How do I restart the router?"
+
+
+def name_base(adapter: Path, base: dict[str, Any], folder: Path) -> None:
+    """Name the base so that peft finds it: by its hub id and commit, or, where no hub knows it, by its folder from the
+    project's top. The base's card is put beside the adapter.
+
+    Args:
+        base: content of base.json.
+        folder: the base's folder.
+    """
+    path = adapter / "adapter_config.json"
+    known = hub_id(base)
+    named = {"base_model_name_or_path": known or folder.as_posix(), "revision": base["revision"] if known else None}
+    write_json(path, read_json(path) | named)
+    write_json(adapter / "base.json", base)
+
+
+def results(split: str, metrics: dict[str, float]) -> list[EvalResult]:
+    """Entries of a card's `model-index`: metrics on a split of the prepared conversations."""
+    about = {"task_type": "text-generation", "dataset_type": DATA, "dataset_name": "prepared conversations"}
+    return [
+        EvalResult(**about, dataset_split=split, metric_type=name, metric_name=f"{split} {name}", metric_value=value)
+        for name, value in metrics.items()
+    ]
 
 
 def model_card(
-    base: dict[str, Any], settings: dict[str, Any], metrics: dict[str, float], hashes: dict[str, str]
+    base: dict[str, Any],
+    settings: dict[str, Any],
+    metrics: dict[str, float],
+    hashes: dict[str, str],
+    origin: str | None = None,
 ) -> str:
     """Markdown with the metadata block that model hubs read: base, licence, data hashes, parameters, metrics.
 
@@ -18,24 +54,39 @@ def model_card(
         settings: the section `train`, flattened.
         metrics: what training measured; losses in nats a token.
         hashes: SHA-256 of the training and validation files.
+        origin: where an adapter comes from that was not trained here.
     """
-    # Quoted: the first line of a licence or the name of a folder may hold a colon.
-    base_model, license_name = (
-        json.dumps(text, ensure_ascii=False) for text in (base["model"], base["license"] or "other")
-    )
+    if origin:
+        settings, hashes = {"method": "lora"}, {"validation": hashes["validation"]}
+    # A hub knows licences by short names; anything else is `other` with a name.
+    license_id = base["license"] or ""
+    known = bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id))
+    head = ModelCardData(
+        base_model=base["model"],
+        datasets=[DATA],
+        eval_results=results("validation", {"perplexity": metrics["validation_perplexity"]}),
+        library_name="peft",
+        license=license_id if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", license_id.lower()).strip("-") or None,
+        model_name=f"{settings['method']} adapter",
+        pipeline_tag="text-generation",
+        tags=[settings["method"], "chat", "whetstone"],
+        widget=[{"messages": [{"role": "user", "content": PROMPT}]}],
+    ).to_yaml()
+    quantised = _QUANTISED if settings["method"] == "qlora" else ""
+    made = f"A {settings['method']} adapter, trained on assistant tokens only.{quantised}"
+    if origin:
+        made = f"Trained elsewhere ({origin}) and measured here. What it learned from is not known."
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     measured = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     data = "\n".join(f"| {name} | `{value}` |" for name, value in hashes.items())
     return f"""---
-base_model: {base_model}
-license: {license_name}
-library_name: peft
-pipeline_tag: text-generation
+{head}
 ---
 
 # Adapter for {base["model"]}
 
-A {settings["method"]} adapter, trained on assistant tokens only.{_QUANTISED if settings["method"] == "qlora" else ""}
+{made}
 
 | base | |
 |---|---|

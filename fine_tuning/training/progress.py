@@ -1,8 +1,10 @@
 """Progress of a run: a bar on a terminal, lines elsewhere, with tokens a second and the time left."""
 
+import csv
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,12 +13,19 @@ from fine_tuning.common.stage_times import TRAINING
 from fine_tuning.training.run_guard import Progress
 from fine_tuning.training.tracking import Run
 
-CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
+CURVES = ("loss", "learning_rate", "grad_norm")  # and all that is measured on the validation split
 
 
 @contextmanager
-def progress_bar(tracked: Run) -> Iterator[Progress]:
-    """A bar on a terminal, ten lines elsewhere; every step is logged to `tracked`, and for the app in TRAINING."""
+def progress_bar(tracked: Run, curves: Mapping[Path, Mapping[str, str]]) -> Iterator[Progress]:
+    """A bar on a terminal, ten lines elsewhere; every step is logged to `tracked`, and for the app in TRAINING.
+
+    Args:
+        curves: CSV files that grow with the run, so that `dvc plots show` and DVC's extension draw it, and which
+            value stands in which column.
+    """
+    for path, columns in curves.items():
+        _write_row(path, list(columns), "w")
     live = main_checkout() / TRAINING
     live.parent.mkdir(exist_ok=True)
     live.write_text("step,steps,loss\n")
@@ -27,7 +36,12 @@ def progress_bar(tracked: Run) -> Iterator[Progress]:
     def show(values: dict[str, float]) -> None:
         nonlocal began
         step, steps = int(values["step"]), int(values["steps"])
-        tracked.log_step({name: values[name] for name in CURVES if name in values}, step)
+        tracked.log_step(
+            {name: value for name, value in values.items() if name in CURVES or name.startswith("eval_")}, step
+        )
+        for path, columns in curves.items():
+            if values.keys() >= set(columns.values()):
+                _write_row(path, [values[name] for name in columns.values()], "a")
         if "loss" not in values:
             return
         with open(live, "a") as curve:
@@ -50,3 +64,9 @@ def progress_bar(tracked: Run) -> Iterator[Progress]:
         yield show
     finally:
         bar.close()
+
+
+def _write_row(path: Path, row: Sequence[object], mode: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode, newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(row)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fine_tuning.common.errors import count_of
 from fine_tuning.training.lora_trainer import TrainingResult
@@ -9,7 +10,9 @@ from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.speed import Speed, expected
 
 CAPS = ("max_train_tokens", "max_sample_tokens")
-Curve = tuple[list[str], list[list[float]]]
+PREFERENCES = (*(f"{kind}_{what}" for what in ("accuracy", "margin", "kl") for kind in ("pairs", "thumbs")),
+               "pairs_chosen", "pairs_rejected")  # fmt: skip
+Curve = tuple[list[str], list[list[Any]]]
 
 
 def announcement(
@@ -25,6 +28,9 @@ def announcement(
         left_out: {reason: conversations} of preparation.
         speed: what `read_speed` found.
     """
+    if settings.max_steps == 0:
+        yield "the adapter of train.start_from is taken as it is (train.max_steps: 0)"
+        return
     yield (
         f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "
         f"train.epochs {settings.epochs:g}: {expected(tokens, settings, speed)}"
@@ -61,7 +67,8 @@ def quality(result: TrainingResult) -> dict[str, float]:
     measured = {
         name.removeprefix("eval_"): v for name, v in result.validation.items() if "pairs" in name or "thumbs" in name
     }
-    return {name: getattr(result, name) for name in names} | {"validation_perplexity": perplexity} | measured
+    found = {name: value for name in names if (value := getattr(result, name)) is not None}
+    return found | {"validation_perplexity": perplexity} | measured
 
 
 def speed(result: TrainingResult) -> dict[str, float]:
@@ -80,3 +87,11 @@ def validation_curve(result: TrainingResult) -> Curve:
     """Columns and rows: validation loss by step, that before training at step 0."""
     measured = [[entry["step"], entry["eval_loss"]] for entry in result.history if "eval_loss" in entry]
     return ["step", "validation_loss"], [[0, result.validation_loss_before], *measured]
+
+
+def preference_curve(result: TrainingResult) -> Curve:
+    """Columns and rows: what was measured on validation pairs and thumbs by step; no rows where there were none."""
+    measured = [entry for entry in result.history if any(f"eval_{name}" in entry for name in PREFERENCES)]
+    return ["step", *PREFERENCES], [
+        [entry["step"], *(entry.get(f"eval_{name}", "") for name in PREFERENCES)] for entry in measured
+    ]

@@ -40,7 +40,7 @@ class TrainSettings(Settings):
     launch: Literal["single", "ddp", "fsdp"]
     seed: int = Field(ge=0, lt=2**32)
     epochs: float = Field(gt=0)
-    max_steps: int | None = Field(ge=1)
+    max_steps: int | None = Field(ge=0)
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"]
     warmup_ratio: float = Field(ge=0, lt=1)

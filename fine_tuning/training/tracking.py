@@ -1,6 +1,7 @@
 """Runs in MLflow: one store for the checkout and all its temporary experiments."""
 
 import contextlib
+import json
 import os
 import sqlite3
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fine_tuning.common.dvc_files import md5_path
 from fine_tuning.common.errors import UserError, no_space
 from fine_tuning.common.project import sha256_file
 
@@ -132,10 +134,28 @@ class Run:
         """Copy a folder into the run's artifacts."""
         self.client.log_artifacts(self.id, str(folder), name)
 
+    def log_data(self, files: dict[str, Path]) -> None:
+        """Note the data sets that the run read, by what they were for."""
+        self.client.log_inputs(self.id, data_inputs(files))
+
     def tag(self, **tags: Any) -> None:
         """Set tags."""
         for key, value in tags.items():
             self.client.set_tag(self.id, key, str(value))
+
+
+def data_inputs(files: dict[str, Path]) -> list[Any]:
+    """MLflow's entries for data sets by context (train, test): path in the project and DVC's hash, and no content."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    return [
+        DatasetInput(
+            Dataset(path.name, str(md5_path(path)), "local", json.dumps({"uri": path.as_posix()})),
+            [InputTag("mlflow.data.context", context)],
+        )
+        for context, path in files.items()
+        if path.exists()
+    ]
 
 
 @contextmanager

@@ -6,9 +6,7 @@ with one entry a conversation. The second pass is `shard_merger`'s, over the ind
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +20,7 @@ import orjson
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.project import code_sha256
 from fine_tuning.common.records import STRICT_JSON, line_ranges
+from fine_tuning.common.results import making_folder, remove_oldest
 from fine_tuning.common.writing_systems import WORDLIKE
 from fine_tuning.data_collection.cleaning import near_duplicates
 from fine_tuning.data_collection.cleaning.shard_merger import CleanPiece, merge, remove_unused
@@ -111,14 +110,10 @@ def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[
 def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_tokens: tuple[str, ...]) -> None:
     """Clean one piece into the folder `memo/<key>`, which appears whole or not at all."""
     cleaner = DataCleaner(settings=settings, control_tokens=control_tokens)
-    target = memo / piece.key
-    temporary = memo / f".{piece.key}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     counts: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
-    with ExitStack() as stack:
+    with making_folder(memo / piece.key) as folder, ExitStack() as stack:
         cleaned, index, signed = (
-            stack.enter_context(open(temporary / name, "wb")) for name in ("cleaned.jsonl", "index.jsonl", "signatures")
+            stack.enter_context(open(folder / name, "wb")) for name in ("cleaned.jsonl", "index.jsonl", "signatures")
         )
         for batch in _batches(_lines(piece)):
             shingles = []
@@ -132,11 +127,7 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
                     spoken = (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
                     shingles.append(near_duplicates.shingles(spoken))
             signed.writelines(near_duplicates.signatures(shingles))
-    (temporary / "masked.json").write_text(json.dumps(counts, sort_keys=True))
-    try:
-        os.rename(temporary, target)
-    except OSError:  # another run cleaned the same piece meanwhile
-        shutil.rmtree(temporary)
+        (folder / "masked.json").write_text(json.dumps(counts, sort_keys=True))
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
@@ -251,10 +242,8 @@ def _forget_unused(memo: Path, used: set[str], merged: str) -> None:
 
     A merge result is as large as all that was cleaned: besides this run's only the newest is kept.
     """
-    entries = sorted((p for p in memo.iterdir() if p.name not in used), key=lambda p: p.stat().st_mtime, reverse=True)
+    entries = [path for path in memo.iterdir() if path.name not in used]
     others = [path for path in entries if path.name.startswith(MERGED) and path.name != merged]
-    pieces = [path for path in entries if not path.name.startswith(MERGED)]
-    for path in others[1:]:
+    for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
         remove_unused(path)
-    for path in pieces[4 * len(used) + 16 :]:
-        shutil.rmtree(path, ignore_errors=True)
+    remove_oldest([path for path in entries if not path.name.startswith(MERGED)], keep=4 * len(used) + 16)

@@ -7,6 +7,7 @@ with the number of conversations, but for eight bytes each.
 """
 
 import fcntl
+import os
 import shutil
 import sqlite3
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from fine_tuning.common.records import read_json, read_object, replacing, sync, write_json
+from fine_tuning.common.results import link, state_of
 from fine_tuning.data_collection.cleaning.near_duplicates import SIGNATURE_BYTES, Clusters, index_key
 from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgements
 from fine_tuning.schema.conversation import Problem, from_line, to_line
@@ -119,6 +121,9 @@ class _Merge:
     def __init__(self, folder: Path, settings: CleanSettings) -> None:
         self._folder, self._settings = folder, settings
         known = _take(folder / "state.json")
+        kept = known.get("kept_files", {})
+        if kept != {name: state_of(folder / "kept" / name) for name in kept}:  # somebody wrote into data/clean
+            known = {}
         if not known:
             _empty(folder)
             (folder / "kept").mkdir()
@@ -151,7 +156,8 @@ class _Merge:
         (folder / "parents").write_bytes(self._clusters.parents.tobytes())
         for path in (*folder.rglob("*"), folder):
             sync(path)
-        state = self.counts() | {"pieces": _names(pieces), "candidates": self._candidates}
+        kept = {path.name: state_of(path) for path in (folder / "kept").iterdir()}
+        state = self.counts() | {"pieces": _names(pieces), "candidates": self._candidates, "kept_files": kept}
         write_json(folder / "state.json", state)
 
     def resume(self, pieces: list[CleanPiece]) -> bool:
@@ -237,6 +243,7 @@ class _Merge:
                         lines += self._piece(piece, lines, kept.write, rejected.write)
                         for name, found in read_json(piece.folder / "masked.json").items():
                             getattr(self, name).update(found)
+                    os.fchmod(kept.fileno(), 0o444)  # it becomes a file of the output
 
     def _piece(
         self, piece: CleanPiece, lines_before: int, keep: Callable[[bytes], Any], reject: Callable[[bytes], Any]
@@ -342,14 +349,15 @@ class _Merge:
     def write(self, output: Path) -> array:
         """Write what stays of each shard, what was rejected and the clusters; returns as `_write_clusters`."""
         kept = {path.name: path for path in (self._folder / "kept").iterdir()}
-        written = kept | {"rejected.jsonl": self._folder / "rejected.jsonl"}
-        for name, path in written.items():
-            with open(path, "rb") as source, replacing(output / name) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+        for name, path in kept.items():
+            link(path, output / name)
+        with open(self._folder / "rejected.jsonl", "rb") as source, replacing(output / "rejected.jsonl") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
         with replacing(output / "clusters.jsonl") as file:
             sizes = self._write_clusters(file.write)
-        for stale in {*output.glob("*.jsonl")} - {output / name for name in (*written, "clusters.jsonl")}:
-            stale.unlink()
+        for path in output.glob("*.jsonl"):
+            if path.name not in (*kept, "rejected.jsonl", "clusters.jsonl"):
+                path.unlink()
         return sizes
 
     def _write_clusters(self, write: Callable[[bytes], Any]) -> array:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync
+from fine_tuning.common.records import dump_line, read_json, read_line, sync
 from fine_tuning.common.settings import Settings
 from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded
 
@@ -132,27 +132,52 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: restore it with `git checkout {path}`") from None
 
 
-def describe_shard(path: Path) -> dict[str, Any]:
-    """{"name", "sha256", "bytes", "lines", "source"} of a shard; its source is what its name says it is."""
+def describe_shard(path: Path, see: Callable[[Path, bytes], None] = lambda path, line: None) -> dict[str, Any]:
+    """{"name", "sha256", "bytes", "lines", "source"} of a shard, which is read once; `see` gets each of its lines.
+
+    Raises:
+        UserError: it is gone.
+    """
     digest, size, lines = hashlib.sha256(), 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-            lines += block.count(b"\n")
-            last = block[-1:]
-    lines += bool(size) and last != b"\n"
-    source = next((kind for kind in ("chat", "import", "sample") if kind in path.stem.split("-")), "other")
-    return {"name": path.name, "sha256": digest.hexdigest(), "bytes": size, "lines": lines, "source": source}
-
-
-def describe_shards(folder: str | Path, manifest: str | Path, sample: bool) -> list[dict[str, Any]]:
-    """Describe the shards of a folder in their order, the sample's only if it is wanted."""
     try:
-        shards = [describe_shard(path) for path in shard_paths(folder, manifest)]
-    except FileNotFoundError as error:
-        raise UserError(f"the shard {error.filename} is gone: {bring_back(error.filename)}, then `dvc repro`") from None
-    return [shard for shard in shards if sample or shard["source"] != "sample"]
+        with open(path, "rb") as file:
+            for line in file:
+                digest.update(line)
+                size += len(line)
+                lines += 1
+                see(path, line)
+    except FileNotFoundError:
+        raise UserError(f"the shard {path} is gone: {bring_back(path)}, then `dvc repro`") from None
+    return {"name": path.name, "sha256": digest.hexdigest(), "bytes": size, "lines": lines, "source": _source(path)}
+
+
+def _source(path: Path) -> str:
+    """What a shard's name says it is."""
+    return next((kind for kind in ("chat", "import", "sample") if kind in path.stem.split("-")), "other")
+
+
+def wanted_shards(folder: str | Path, manifest: str | Path, sample: bool) -> list[Path]:
+    """The shards of a folder in their order, the sample's only if it is wanted."""
+    return [path for path in shard_paths(folder, manifest) if sample or _source(path) != "sample"]
+
+
+class Seen:
+    """What `describe_shard` lets see of all shards: the conversations, eight bytes each, and which may be forgotten."""
+
+    def __init__(self, forgotten: Callable[[str], bool] | None = None) -> None:
+        self._forgotten = forgotten
+        self._ids: set[int] = set()
+        self.suspects: set[Path] = set()  # shards in which a line may be of a conversation that was forgotten
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def line(self, path: Path, line: bytes) -> None:
+        """Take a line of a shard in."""
+        start = _ID_FIRST.match(line)
+        self._ids.add(hash(start.group(1) if start else line.rstrip(b"\n")))
+        if self._forgotten and (not start or self._forgotten(start.group(1).decode("utf-8", "replace"))):
+            self.suspects.add(path)
 
 
 def bring_back(shard: str | Path) -> str:
@@ -192,11 +217,9 @@ def check_append_only(manifest: str | Path, folder: str | Path, current: list[di
 
 def count_conversations(paths: Iterable[Path]) -> int:
     """Number of different conversation ids in the shards, in eight bytes an id."""
-    seen: set[int] = set()
+    seen = Seen()
     for path in paths:
-        for _, line in read_lines(path):
-            start = _ID_FIRST.match(line)
-            seen.add(hash(start.group(1) if start else line))
+        describe_shard(path, seen.line)
     return len(seen)
 
 

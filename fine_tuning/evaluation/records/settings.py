@@ -58,10 +58,20 @@ class IntervalSettings(Settings):
     seed: int = Field(ge=0)
 
 
+def _address(url: str | None) -> str | None:
+    """No user, password or query: a key is no parameter, and errors name the address."""
+    if url is None or re.fullmatch(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d+)?(/[^\s?#@]*)?", url):
+        return url
+    raise ValueError(
+        "an address such as http://localhost:11434 without user, password and query: a key goes into the variable "
+        "WHETSTONE_JUDGE_KEY"
+    )
+
+
 class JudgeSettings(Settings):
     """Section `evaluate.judge`: a model that judges replies beside people; none without address or name."""
 
-    url: str | None = Field(pattern=r"^https?://([\w.-]+|\[[0-9a-f:]+\])(:\d+)?(/\S*)?$")
+    url: Annotated[str | None, AfterValidator(_address)]
     model: str | None = Field(min_length=1, max_length=200)
     rubric: str = Field(min_length=1)
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict
 
@@ -38,9 +39,11 @@ class Contender:
     system_prompt: str | None = None
     examples: int = 0
 
-    def identity(self) -> str:
-        """SHA-256 of the GGUF, and of what stands before a question where anything does."""
-        gguf, before = sha256_file(self.gguf), f"{self.kind} {self.examples} {self.system_prompt}"
+    def identity(self, train: Path) -> str:
+        """SHA-256 of the GGUF, and of what stands before a question where anything does; examples are those of the
+        prepared training split `train`."""
+        gguf, data = sha256_file(self.gguf), sha256_file(train) if self.examples else ""
+        before = f"{self.kind} {self.examples} {data} {self.system_prompt}"
         return gguf if self.kind == KINDS[0] else hashlib.sha256(f"{gguf} {before}".encode()).hexdigest()
 
     def weights_sha256(self) -> str:
@@ -82,15 +85,19 @@ def of_kind(kind: str, base: Contender, candidate: Contender, settings: Evaluate
         UserError: neither a system prompt nor examples are set, so the kind is none of its own.
     """
     prompting = settings.prompting_baselines
-    shown = {"kind": kind, "examples": prompting.examples}
-    if kind == PROMPT and (prompting.examples or prompting.system_prompt):
-        shown |= {"system_prompt": prompting.system_prompt}
-        return replace(candidate, folder=base.folder, gguf=base.gguf, **shown)
-    if kind == ADAPTER_EXAMPLES and prompting.examples:
-        return replace(candidate, **shown)
-    if kind in (PROMPT, ADAPTER_EXAMPLES):
+    system_prompt = prompting.system_prompt if kind == PROMPT else None
+    if kind in (PROMPT, ADAPTER_EXAMPLES) and not (prompting.examples or system_prompt):
         raise UserError(f"evaluate.kind = {kind} needs evaluate.prompting_baselines.examples: set it in params.yaml")
-    return candidate
+    return as_kind({"name": kind, "system_prompt": system_prompt, "examples": prompting.examples}, base, candidate)
+
+
+def as_kind(kind: Mapping[str, Any], base: Contender, candidate: Contender) -> Contender:
+    """The candidate as a version of a kind: "name", "system_prompt" and "examples", as metrics/evaluation.json says."""
+    if kind["name"] not in (PROMPT, ADAPTER_EXAMPLES):
+        return candidate
+    files = {"folder": base.folder, "gguf": base.gguf} if kind["name"] == PROMPT else {}
+    shown = {"system_prompt": kind.get("system_prompt"), "examples": kind.get("examples", 0)}
+    return replace(candidate, kind=kind["name"], **shown, **files)
 
 
 class ProjectName(Settings):

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from fine_tuning.evaluation.records.measurements import PREFERENCES, PREFERENCES_APART
 from fine_tuning.evaluation.records.record_types import Item, Likelihood, finite
-from fine_tuning.evaluation.suite.items import content_only, label_runs
-from fine_tuning.schema.chat_format import RenderError, encode_conversation, end_of_turn_ids
+from fine_tuning.evaluation.suite.items import label_runs
+from fine_tuning.schema.chat_format import RenderError, encode_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,11 +18,12 @@ Pair = dict[str, Any]  # a row of the prepared pairs
 def preference_items(
     pairs: Sequence[Pair], tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
 ) -> list[Item]:
-    """Two items for each pair, `<id>/chosen` and `<id>/rejected`, without the tokens that end a turn.
+    """Two items for each pair, `<id>/chosen` and `<id>/rejected`.
 
-    Left out are pairs that the tokenizer's template refuses, or of which `max_length` tokens do not hold both replies.
+    The tokens that end a turn are scored, too: where a reply stops is part of what people prefer. Left out are pairs
+    that the tokenizer's template refuses, or of which `max_length` tokens do not hold both replies.
     """
-    items, closing = [], end_of_turn_ids(tokenizer)
+    items = []
     for pair in pairs:
         sides = []
         for side in SIDES:
@@ -35,11 +36,10 @@ def preference_items(
             runs = label_runs(encoded.labels)
             if encoded.cut_tokens or encoded.dropped_messages or len(runs) != 1:
                 break
-            item = Item(
+            sides.append(Item(
                 f"{pair['id']}/{side}", pair["kind"], pair["cluster"], messages, encoded.input_ids, encoded.labels,
                 runs, [pair[f"{side}_author"]], [pair[side]],
-            )  # fmt: skip
-            sides.append(content_only(item, 0, closing))
+            ))  # fmt: skip
         if len(sides) == len(SIDES):
             items += sides
     return items

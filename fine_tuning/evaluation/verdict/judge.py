@@ -29,14 +29,14 @@ class JudgeCount:
 
     Args:
         rates: values of each of RATES by cluster.
-        unclear: pairs where it said nothing that could be understood.
+        unclear: clusters of pairs where it said nothing that could be understood, so far.
     """
 
     judge: str
     rubric: str
     against: str
     rates: dict[str, dict[str, float]] = field(default_factory=lambda: {name: {} for name in RATES})
-    unclear: int = 0
+    unclear: set[str] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -63,8 +63,9 @@ class JudgeCount:
 
     def _add(self, cluster: str, judged: JudgeVote, vote: Vote | None, candidate: str) -> None:
         if None in judged.answers:
-            self.unclear += 1
+            self.unclear.add(cluster)
             return
+        self.unclear.discard(cluster)
         values = {"win_rate": judged.value_for(candidate)}
         if judged.left.reply != judged.right.reply:  # else nobody was asked
             places = zip(judged.answers, ("left", "right"), strict=True)
@@ -83,9 +84,15 @@ class JudgeCount:
     def as_json(self) -> dict[str, Any]:
         """For metrics/comparison.json."""
         rates = {name: asdict(WinRate.of([*values.values()])) for name, values in self.rates.items()}
-        return {"judge": self.judge, "rubric": self.rubric, "against": self.against, "unclear": self.unclear} | rates
+        return {
+            "judge": self.judge,
+            "rubric": self.rubric,
+            "against": self.against,
+            "unclear": len(self.unclear),
+        } | rates
 
     def __str__(self) -> str:
         found = [(what, WinRate.of([*self.rates[name].values()])) for name, what in RATES.items()]
         said = [f"{what} {one.value:.0%} [{one.low:.0%}, {one.high:.0%}] of {one.n}" for what, one in found if one.n]
-        return f"judge {self.judge}, rubric {self.rubric[:8]}, only advises: {'; '.join(said)}; unclear: {self.unclear}"
+        said.append(f"unclear: {len(self.unclear)}")
+        return f"judge {self.judge}, rubric {self.rubric[:8]}, only advises: {'; '.join(said)}"

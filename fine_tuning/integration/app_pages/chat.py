@@ -463,12 +463,8 @@ def _send(asking: Asking, question: Question, conversation: dict | None) -> bool
             question.model = ChatModel(chat_models.CANARY, "ollama", canary.tag, canary.candidate)
     said = question.history if conversation is None else _said(conversation, question.replaces)
     messages = [*said, {"role": "user", "content": question.text}]
-    model, prompt = question.model, asking.system_prompt
-    kind = kind_served(here.checkout, model.tag if model.version is None else f"{here.name}:{model.version}")
-    count = kind.get("examples", here.serve.examples)
-    examples = here.examples(count).before(messages, asking.sampling.max_tokens) if count else []
-    if prompt == here.chat.system_prompt:  # nobody chose another one
-        prompt = kind.get("system_prompt") or prompt
+    model = question.model
+    examples, prompt = here.before(model, messages, asking.sampling.max_tokens, asking.system_prompt)
     stream = partial(
         stream_reply, model, after_examples(messages, examples), asking.sampling, checkout=here.checkout,
         system_prompt=prompt, settings=here.settings, client=here.client(),

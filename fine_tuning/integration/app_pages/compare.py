@@ -14,6 +14,7 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply
 from fine_tuning.integration.reply import Reply
+from fine_tuning.integration.served_examples import after_examples
 
 REFRESH_SECONDS = 0.2
 SIDES = ("Left", "Right")
@@ -71,10 +72,14 @@ def _take_test_prompt() -> None:
 def _ask(here: App, prompt: str, one: ChatModel, other: ChatModel) -> Duel:
     models = (one, other) if random.random() < 0.5 else (other, one)
     sampling, messages = default_sampling(here.settings), [{"role": "user", "content": prompt}]
-    given = {"checkout": here.checkout, "system_prompt": here.chat.system_prompt, "settings": here.settings}
-    left, right = (
-        Reply(partial(stream_reply, model, messages, sampling, client=here.client(), **given)) for model in models
-    )
+    given = {"checkout": here.checkout, "settings": here.settings, "client": here.client()}
+
+    def reply(model: ChatModel) -> Reply:
+        examples, system_prompt = here.before(model, messages, sampling.max_tokens)
+        asked = after_examples(messages, examples)
+        return Reply(partial(stream_reply, model, asked, sampling, system_prompt=system_prompt, **given))
+
+    left, right = map(reply, models)
     return Duel(prompt, models, sampling, (left, right))
 
 

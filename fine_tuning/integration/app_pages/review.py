@@ -5,7 +5,7 @@ from pathlib import Path
 import streamlit as st
 
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import person_name
+from fine_tuning.common.project import EVALUATION, person_name
 from fine_tuning.evaluation import review
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_text import plain, show_text
@@ -44,8 +44,9 @@ def page() -> None:
 
 
 def _review(here: App) -> review.Review:
-    """This visitor's; a new one where candidate, champion or test split changed."""
-    files = (review.CANDIDATE.gguf, review.ADAPTER, review.CHAMPION, review.TEST, Path("params.yaml"))
+    """This visitor's; a new one where candidate, champion or data changed."""
+    models = (review.CANDIDATE.gguf, review.ADAPTER, review.CHAMPION, EVALUATION)
+    files = (*models, review.TEST, review.TRAIN, Path("params.yaml"))
     stamp = short_hash([path.stat().st_mtime_ns if path.exists() else 0 for path in files])
     person = here.person or person_name(None)
     if st.session_state.get("review-of") != (stamp, person):

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +27,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fine_tuning.integration.chat_models import served_models
-from fine_tuning.integration.gateway.recorder import Outcome, Recorder, Ticket
+from fine_tuning.integration.gateway.connections import PlainTransport
+from fine_tuning.integration.gateway.recorder import Headers, Outcome, Recorder, Ticket
 from fine_tuning.integration.gateway.wire_formats import READERS, Asked, ReplyReader, with_context
 from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_local
 from fine_tuning.integration.request_guard import is_own
@@ -34,6 +36,8 @@ from fine_tuning.integration.served_examples import ServedExamples, has_kinds, k
 
 MOST_BYTES = 64 << 20  # of a request, images included
 MOST_WAITING = 1 << 18  # bytes of an answer that wait for a slow client
+SENT_WITHIN = 0.001  # seconds that a request takes from here to the server
+KEPT_ADDRESSES = 256  # of the server's routes
 KEPT_CONNECTIONS = 64  # connecting is the largest part of what a request would wait for in here
 VERSIONS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
 OF_ONE_CONNECTION = {
@@ -129,13 +133,18 @@ class Proxy:
     def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool, serving: Serving) -> None:
         self.upstream, self.recorder, self._manage, self.serving = upstream, recorder, manage_models, serving
         self._base = httpx.URL(upstream.url)
+        self._url = lru_cache(KEPT_ADDRESSES)(lambda path: self._base.copy_with(raw_path=path))
         local = is_local(upstream.url)
-        self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS),
-            trust_env=not local,
-            verify=upstream.url.startswith("https:"),
-        )
+        self._timeout = httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None)
+        self.client: httpx.AsyncClient | PlainTransport
+        if local and self._base.scheme == "http":
+            self.client = PlainTransport(KEPT_CONNECTIONS)
+            self.send = self.client.handle_async_request
+        else:  # the environment may name a proxy
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
+            verify = upstream.url.startswith("https:")
+            self.client = httpx.AsyncClient(limits=limits, trust_env=not local, verify=verify)
+            self.send = partial(self.client.send, stream=True)
         self._versions: tuple[float, dict[str, int | None]] = (-VERSIONS_SECONDS, {})
         self.streams = 0
 
@@ -156,16 +165,15 @@ class Proxy:
         known = scope["method"] == "POST" and path in READERS
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         asked = self.recorder.read(path, body, headers) if known else None
-        ticket = self.recorder.begin(asked, headers) if asked else None
-        shown: list[str] = []
-        if ticket is not None and full_name(ticket.asked.model) == f"{self.upstream.name}:live":
+        relay = _Relay(self, path, asked, headers)
+        if asked is not None and full_name(asked.model) == f"{self.upstream.name}:live" and (ticket := relay.begin()):
             body = await asyncio.to_thread(self._for_candidate, body, ticket)
         if asked is not None:
             serving = await self._serving(asked.model)
             if serving.examples or serving.system_prompt:
-                body, shown = await asyncio.to_thread(self._with_context, path, body, asked, ticket, serving)
-        relay = _Relay(self, path, ticket, shown)
-        passing = asyncio.create_task(relay.run(self._request(scope, body, bool(ticket)), scope, receive, send))
+                ticket = relay.begin()
+                body, relay.shown = await asyncio.to_thread(self._with_context, path, body, asked, ticket, serving)
+        passing = asyncio.create_task(relay.run(self._request(scope, body, asked is not None), scope, receive, send))
         leaving = asyncio.create_task(_gone(receive))
         self.streams += 1
         try:
@@ -231,9 +239,11 @@ class Proxy:
         headers = [(name, value) for name, value in scope["headers"] if name not in OF_ONE_CONNECTION | replaced]
         headers += [(b"accept-encoding", b"identity")] if read else []
         headers += [(b"authorization", f"Bearer {self.upstream.key}".encode())] if self.upstream.key else []
-        url = self._base.copy_with(raw_path=path + query)
         content = body if body or scope["method"] == "POST" else None
-        return self.client.build_request(scope["method"], url, headers=headers, content=content)
+        timeout = {"timeout": self._timeout.as_dict()}
+        return httpx.Request(
+            scope["method"], self._url(path + query), headers=headers, content=content, extensions=timeout
+        )
 
     async def model_of(self, said: str) -> dict[str, Any]:
         """What is logged of the model that a reply names: `whetstone:live` is a version, which moves on."""
@@ -254,18 +264,28 @@ def _versions(upstream: Upstream) -> dict[str, int | None]:
 class _Relay:
     """One request on its way to the server, and its answer on the way back."""
 
-    def __init__(self, proxy: Proxy, path: str, ticket: Ticket | None, shown: list[str]) -> None:
-        self._proxy, self._path, self._ticket, self._shown = proxy, path, ticket, shown
+    def __init__(self, proxy: Proxy, path: str, asked: Asked | None, headers: Headers) -> None:
+        self._proxy, self._path, self._asked, self._headers = proxy, path, asked, headers
+        self._ticket: Ticket | None = None
         self._reply: ReplyReader | None = None
+        self.shown: list[str] = []
+
+    def begin(self) -> Ticket | None:
+        """Where the question belongs, once: while the model thinks, unless somebody has to know before."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            self._ticket = self._proxy.recorder.begin(asked, self._headers)
+        return self._ticket
 
     async def run(self, request: httpx.Request, scope: Scope, receive: Receive, send: Send) -> None:
-        client, response = self._proxy.client, None
+        response = None
+        asyncio.get_running_loop().call_later(SENT_WITHIN, self.begin)
         try:
             try:
-                response = await client.send(request, stream=True)
+                response = await self._proxy.send(request)
             except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 # A kept connection that the server has just closed looks like a server that hangs up.
-                response = await client.send(request, stream=True)
+                response = await self._proxy.send(request)
             await self._pass(response, send)
         except httpx.HTTPError as error:
             if response is None:
@@ -284,15 +304,15 @@ class _Relay:
     async def _pass(self, response: httpx.Response, send: Send) -> None:
         headers = [(name.lower(), value) for name, value in response.headers.raw]
         headers = [h for h in headers if h[0] not in OF_ONE_CONNECTION and not h[0].startswith(b"access-control-")]
-        if self._shown:
-            headers.append((b"x-whetstone-examples", ",".join(self._shown).encode("latin-1", "replace")))
-        if self._ticket is not None and response.status_code == 200:
+        if self.shown:
+            headers.append((b"x-whetstone-examples", ",".join(self.shown).encode("latin-1", "replace")))
+        if (ticket := self.begin()) is not None and response.status_code == 200:
             kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
             self._reply = ReplyReader(self._path, kind, response.headers.get("content-encoding", "identity"))
-            self._ticket.request_id = response.headers.get("x-request-id")
-            own = {"x-whetstone-message-id": self._ticket.id}
-            own["x-whetstone-conversation-id"] = self._ticket.place.conversation
-            own |= {} if self._ticket.request_id else {"x-request-id": self._ticket.id}
+            ticket.request_id = response.headers.get("x-request-id")
+            own = {"x-whetstone-message-id": ticket.id}
+            own["x-whetstone-conversation-id"] = ticket.place.conversation
+            own |= {} if ticket.request_id else {"x-request-id": ticket.id}
             headers += [(name.encode(), value.encode("latin-1", "replace")) for name, value in own.items()]
         if response.status_code >= 500 or response.status_code == 404:
             self._failed()
@@ -316,12 +336,12 @@ class _Relay:
         await send({"type": "http.response.body", "body": held})
 
     def _failed(self) -> None:
-        if self._ticket is not None:
-            self._proxy.recorder.canary.failed(self._ticket.place.conversation)
+        if (ticket := self.begin()) is not None:
+            self._proxy.recorder.canary.failed(ticket.place.conversation)
 
     async def end(self, outcome: Outcome) -> None:
         """Log the exchange, once; the rest is passed on when the disk has it."""
-        reply, ticket, self._ticket = self._reply, self._ticket, None
+        reply, ticket, self._ticket = self._reply, self.begin(), None
         if reply is not None and ticket is not None:
             await self._proxy.recorder.finish(ticket, reply, outcome, self._proxy.model_of)
 

@@ -76,7 +76,10 @@ class PairPreference(Referenced):
         return pair.chosen, pair.rejected
 
     def measure(self, model: Any, inputs: Batch) -> dict[str, torch.Tensor]:
-        """`loss`; `accuracy` and `margin` of the implicit reward; `chosen` and `rejected`, their log-ratios (nats)."""
+        """`loss`; `accuracy` and `margin` of the implicit reward; `chosen` and `rejected`, their log-ratios (nats).
+
+        `kl`, minus their mean, is the divergence of the reference from the model (nats a reply) where it wrote both.
+        """
         found = self.log_likelihoods(model, inputs)
         ratios = found - inputs["reference"]
         lengths = (inputs["labels"][:, :, 1:] >= 0).sum(-1)
@@ -93,7 +96,7 @@ class PairPreference(Referenced):
         if settings.sft_weight:
             losses = losses - settings.sft_weight * found[:, 0] / lengths[:, 0]
         chosen, rejected = ratios.detach().sum(0)
-        described = {"accuracy": (margin > 0).sum(), "margin": margin.detach().sum()}
+        described = {"accuracy": (margin > 0).sum(), "margin": margin.detach().sum(), "kl": -(chosen + rejected) / 2}
         return {"loss": self.weight * losses.sum(), **described, "chosen": chosen, "rejected": rejected}
 
 

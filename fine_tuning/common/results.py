@@ -1,0 +1,107 @@
+"""Results on disk under a hash of all that they depend on, so that nothing is computed twice."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fine_tuning.common.project import code_sha256, versions
+from fine_tuning.common.records import read_json, read_object, replacing, write_json
+
+ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
+
+
+class Memo:
+    """A folder of results of one stage."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder = folder
+        self._made_by = [code_sha256(stage), versions()]
+        self._used: set[str] = set()
+
+    def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+        """The JSON value stored under `key`, or that of `compute()`, stored.
+
+        `key` names the inputs and settings; the stage's code and the versions of what it calls are added here.
+        """
+        path = self.folder / f"{self._name(key)}.json"
+        try:
+            value = read_json(path)
+        except (OSError, ValueError):
+            write_json(path, compute())
+            return read_json(path)
+        return value
+
+    def files(self, key: Sequence[Any], make: Callable[[Path], Any]) -> tuple[Path, Any]:
+        """(folder, JSON value) of the files that `make(folder)` wrote, and of what it returned.
+
+        The files are read-only and may be linked elsewhere: one that was changed there in place is made again.
+        """
+        folder = self.folder / self._name(key)
+        self._used.add(folder.name)
+        known = read_object(folder / ENTRY)
+        if known and known["files"] == {name: state_of(folder / name) for name in known["files"]}:
+            os.utime(folder)
+            return folder, known["value"]
+        shutil.rmtree(folder, ignore_errors=True)
+        with making_folder(folder) as temporary:
+            value = make(temporary)
+            for path in temporary.iterdir():
+                path.chmod(0o444)
+            states = {path.name: state_of(path) for path in temporary.iterdir()}
+            write_json(temporary / ENTRY, {"value": value, "files": states})
+        return folder, value
+
+    def remove_unused(self) -> None:
+        """Remove folders that `files` did not give, but for the newest, as many as it gave: they hold conversations."""
+        remove_oldest([path for path in self.folder.glob("*") if path.name not in self._used], len(self._used))
+
+    def _name(self, key: Sequence[Any]) -> str:
+        return hashlib.sha256(json.dumps([self._made_by, *key], sort_keys=True).encode()).hexdigest()
+
+
+def state_of(path: Path) -> list[int] | None:
+    """Bytes and time of a file, which change when somebody writes into it; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+@contextmanager
+def making_folder(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` at the end: it appears whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another run made the same meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_oldest(folders: Collection[Path], keep: int) -> None:
+    """Remove all but the `keep` newest."""
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy where the file system does not link. Never write into it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with open(source, "rb") as file, replacing(target) as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)

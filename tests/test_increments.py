@@ -1,0 +1,203 @@
+"""What arrives is worked into what is there: the result is byte for byte that of a full run with the same ledger."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fine_tuning.data_collection.storage.shards import write_shard
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo
+from stages import clean, export, intake, prepare
+from tests.project import ROOT
+
+STAGES = (intake, clean, export, prepare)
+OUTS = ("clean", "exports", "prepared", "preferences", "thumbs")
+KINDS = ("new", "new", "new", "longer", "duplicate", "near", "delete", "restore", "liked", "edited")
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory, tiny_base):
+    """What the stages read of a checkout, with the tokenizer of the tiny base and no conversations."""
+    folder = tmp_path_factory.mktemp("empty") / "checkout"
+    (folder / "models/base").mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_base / name, folder / "models/base")
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["intake"]["sample"], params["clean"]["processes"] = False, 1
+    params["prepare"]["decontamination_words"] = 4
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    return folder
+
+
+def talk(number):
+    texts = (f"What is subject {number}, and why number {number * 7}?", f"Subject {number} has {number * 3} things.")
+    messages = [
+        {"id": f"t{number}-{n}", "role": ("user", "assistant")[n], "content": text} for n, text in enumerate(texts)
+    ]
+    return {
+        "id": f"t{number}", "source": "test", "started_at": f"2026-01-{number % 28 + 1:02d}T00:00:00.000Z",
+        "messages": messages, "feedback": [], "metadata": {},
+    }  # fmt: skip
+
+
+class Arrivals:
+    """Shards of what arrives: new conversations, and what becomes of earlier ones."""
+
+    def __init__(self):
+        self.shards, self.talks = 0, []
+
+    def shard(self, actions):
+        """Write the next shard into the current folder."""
+        records = [self._record(*action) for action in actions]
+        write_shard("data/conversations", f"20260101T{self.shards:09d}-chat", records)
+        self.shards += 1
+
+    def _record(self, kind, place):
+        fresh = talk(len(self.talks))
+        if kind == "new" or not self.talks:
+            self.talks.append(fresh)
+            return fresh
+        place %= len(self.talks)
+        old = self.talks[place]
+        if kind in ("duplicate", "near"):
+            messages = [dict(message) for message in old["messages"]]
+            messages[-1]["content"] += " Good luck!" * (kind == "near")
+            self.talks.append(fresh | {"messages": messages})
+            return self.talks[-1]
+        reply = old["messages"][1]["id"]
+        changes = {
+            "longer": {"messages": [*old["messages"], *talk(place + 500)["messages"]]},
+            "delete": {"messages": [], "deleted": True},
+            "restore": {"restored": True},
+            "liked": {"feedback": [{"message_id": reply, "rating": 1, "by": "zoe"}]},
+            "edited": {"feedback": [{"message_id": reply, "edited": f"Subject {place} in better words."}]},
+        }[kind]
+        if kind != "delete":
+            self.talks[place] = old | changes
+        return old | changes
+
+
+def run_all():
+    for stage in STAGES:
+        stage.main()
+
+
+def written():
+    files = [path for name in OUTS for path in Path("data", name).rglob("*")]
+    files += [Path("data/splits.txt"), Path("data/manifest.json"), *Path("metrics").rglob("*")]
+    return {str(path): path.read_bytes() for path in files if path.is_file()}
+
+
+def from_nothing(ledger):
+    """What a full run gives with the ledger of before, None for none."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        made = shutil.ignore_patterns(*OUTS, ".whetstone", "metrics", "splits.txt")
+        shutil.copytree(here, f"{folder}/full", ignore=made)
+        os.chdir(f"{folder}/full")
+        try:
+            if ledger is not None:
+                Path("data/splits.txt").write_bytes(ledger)
+            run_all()
+            return written()
+        finally:
+            os.chdir(here)
+
+
+def ledger_now():
+    return Path("data/splits.txt").read_bytes() if Path("data/splits.txt").exists() else None
+
+
+action = st.tuples(st.sampled_from(KINDS), st.integers(0, 99))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(action, min_size=1, max_size=12), min_size=1, max_size=3))
+def test_any_sequence_of_arrivals_gives_what_a_full_run_gives(empty, arrivals):
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(empty, f"{folder}/checkout", symlinks=True)
+        os.chdir(f"{folder}/checkout")
+        try:
+            shards = Arrivals()
+            shards.shard([("new", 0)] * 30)
+            run_all()
+            for actions in arrivals:
+                shards.shard(actions)
+                before = ledger_now()
+                run_all()
+                assert written() == from_nothing(before)
+        finally:
+            os.chdir(here)
+
+
+@pytest.mark.parametrize(("stage", "stride"), [("clean", 4), ("export", 4), ("prepare", 25)])
+def test_a_run_that_was_killed_at_any_write_gives_what_a_full_run_gives(empty, tmp_path, monkeypatch, stage, stride):
+    shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
+    monkeypatch.chdir(tmp_path / "checkout")
+    shards = Arrivals()
+    shards.shard([("new", 0)] * 30)
+    run_all()
+    shards.shard([("new", 0), ("longer", 3), ("near", 4), ("delete", 5), ("edited", 6)])
+    before = ledger_now()
+    for earlier in STAGES[: [one.__name__ for one in STAGES].index(f"stages.{stage}")]:
+        earlier.main()
+    words = [sys.executable, "-m", "tests.strike", "kill", f"stages.{stage}:main", str(stride)]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["kills"] > 1 and told["status"] == 0, done.stderr
+    run_all()
+    assert written() == from_nothing(before)
+
+
+# -----------------------------------------------------------------------------
+# what was encoded before
+
+
+def asked(path, *keys, settings=()):
+    """The keys that had to be computed."""
+    computed = []
+    with EncodedMemo(path, settings) as memo:
+        for key in keys:
+            value = [{"input_ids": [1, 2, key], "labels": [-100, 2, key], "messages": [{"content": "ü \u2028"}]}]
+            assert memo.get([key], lambda key=key, value=value: computed.append(key) or value) == value
+    return computed
+
+
+def test_nothing_is_encoded_twice_and_what_nobody_asks_for_goes(tmp_path):
+    path = tmp_path / "memo/encoded.sqlite"
+    assert asked(path, 1, 2, 3) == [1, 2, 3]
+    assert asked(path, 3, 1) == []
+    assert asked(path, 2) == [2], "the second run had no use for it"
+    assert asked(path, 2, settings=["another tokenizer"]) == [2]
+
+
+def test_a_memo_in_use_or_damaged_costs_time_only(tmp_path):
+    path = tmp_path / "encoded.sqlite"
+    with EncodedMemo(path, ()) as memo:
+        memo.get([1], lambda: "too_long")
+        assert asked(path, 1) == [1]
+    path.write_bytes(b"no database")
+    assert asked(path, 1) == [1]
+    assert asked(path, 1) == []
+
+
+def test_a_failed_run_keeps_what_was_encoded(tmp_path):
+    path = tmp_path / "encoded.sqlite"
+    assert asked(path, 1, 2) == [1, 2]
+    with pytest.raises(ZeroDivisionError), EncodedMemo(path, ()) as memo:
+        memo.get([3], lambda: "too_long")
+        memo.get([4], lambda: 1 / 0)
+    with EncodedMemo(path, ()) as memo:
+        assert memo.get([3], pytest.fail) == "too_long"
+    assert asked(path, 1) == [1], "that run asked for the third only"
