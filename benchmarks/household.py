@@ -431,12 +431,13 @@ class Household:
 
     def full_disk(self, day: Day) -> None:
         """A round on a disk that takes no file longer than FULL bytes."""
-        before = self.project.run("git", "rev-parse", "HEAD"), adapter_sha256(self.checkout)
+        before = adapter_sha256(self.checkout)
         said = self.project.run("python", "-c", FULL_DISK + SOON + STEP, check=False, forked=False)
         print(f"full disk: {said.strip().splitlines()[-1][-300:]}", file=sys.stderr, flush=True)
         if "it failed" not in said:
             self.problems.append(f"no round fails on a full disk: {said[-300:]}")
-        if before[1] != adapter_sha256(self.checkout) or (self.checkout / BEFORE).exists():
+        # Where even going back needs space, the next round goes on from there, as after a kill.
+        if before != adapter_sha256(self.checkout) and not (self.checkout / BEFORE).exists():
             self.problems.append("a round on a full disk changed the model")
 
     def poison(self, day: Day) -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import write_jsonl
 from tests.fake_hub import Repository, running_hub
 from tests.forked import INTERPRETER
 from tests.registered import ROOT, type_command
@@ -105,10 +106,11 @@ def test_a_base_from_a_hub_is_known_by_its_commit(hub, tiny_base, tmp_path):
 def test_conversations_are_pushed_on_demand_with_a_warning(promoted, hub, tmp_path):
     command = ("push", "hub", "me/chats", "--what", "data", "--public")
     refused = type_command(promoted, *command, **variables(hub, tmp_path))
-    assert refused.returncode == 1 and "add openai to export.formats" in refused.stderr
-    exports = promoted / "data/exports"
-    exports.mkdir()
-    (exports / "openai.jsonl").write_text('{"messages": []}\n' * 3)
+    assert refused.returncode == 1 and "run `dvc repro clean`" in refused.stderr
+    talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello!"}]
+    for name in "abc":
+        record = {"id": name, "source": "test", "started_at": None, "messages": talk, "feedback": [], "metadata": {}}
+        write_jsonl(promoted / f"data/clean/{name}-chat.jsonl", [record])
     pushed = type_command(promoted, *command, **variables(hub, tmp_path))
     assert "warning: masking misses some personal data: everybody will read" in pushed.stdout, pushed.stderr
     repository = hub.repositories["datasets/me/chats"]

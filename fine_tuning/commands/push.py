@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import tempfile
 from pathlib import Path
 
 from fine_tuning.common.dvc_files import md5_path, read_dvc
@@ -12,7 +13,7 @@ from fine_tuning.evaluation.records.champion_records import KEPT
 from fine_tuning.model_management import champion
 from fine_tuning.runtime.base_model import hub_id, read_base_card
 
-CONVERSATIONS = Path("data/exports/openai.jsonl")
+CLEAN = Path("data/clean")
 BASE = Path("models/base")
 
 
@@ -22,15 +23,20 @@ def push(arguments: argparse.Namespace) -> None:
     repo, what = arguments.repo, arguments.what
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{repo[:80]!r} is not a repository: give OWNER/NAME")
+    from fine_tuning.data_collection.data_export import read_clean, write_formats
     from fine_tuning.model_management.hub import champion_card, champion_files, dataset_card, upload
 
     readable = "everybody" if arguments.public else f"whoever may read {repo}"
     if what == "data":
-        if not CONVERSATIONS.is_file():
-            raise UserError(f"{CONVERSATIONS} is missing: add openai to export.formats and run `dvc repro export`")
+        if not CLEAN.is_dir():
+            raise UserError(f"{CLEAN} is missing: run `dvc repro clean`")
         print(f"warning: masking misses some personal data: {readable} will read these conversations", flush=True)
-        files = {"conversations.jsonl": CONVERSATIONS, "README.md": dataset_card(CONVERSATIONS)}
-        print(upload(repo, files, "Add conversations", "dataset", arguments.public))
+        # One file: what is forgotten leaves the newest commit of the repository with the next push.
+        with tempfile.TemporaryDirectory(prefix="clean-") as folder:
+            lines = Path(folder) / "conversations.jsonl"
+            count = write_formats(read_clean(CLEAN), {"openai": lines})["openai"]["exported"]
+            files = {lines.name: lines, "README.md": dataset_card(count)}
+            print(upload(repo, files, "Add conversations", "dataset", arguments.public))
         return
     named, folder = champion.read_champion(), champion.FOLDER
     if not named["version"]:
