@@ -54,7 +54,7 @@ def test_an_objective_without_anything_to_learn_from_is_refused_before_the_adapt
     for objective, lacking in (("dpo", "has no pair"), ("kto", "of 0 single thumbs")):
         project.set_params(train={"objective": objective})
         said = project.run("dvc", "repro", check=False)
-        assert f"error: train.objective = {objective}, and " in said and lacking in said
+        assert f"error: params.yaml: train.objective = {objective}, and " in said and lacking in said
         assert sha256_file(project.folder / WEIGHTS) == before
 
 
