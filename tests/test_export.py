@@ -327,6 +327,7 @@ def test_a_wrong_export_is_one_line(clean):
     Path("file").touch()
     for words, why in (
         (["paperback"], "unknown export format 'paperback': choose from json, csv"),
+        (["paperback", "--output", "x.jsonl"], "unknown export format 'paperback': choose from json, csv"),
         (["openai", "--output", "file/x.jsonl"], "file/x.jsonl cannot be written .*: choose another --output"),
         (["openai", "--output", "data"], "data cannot be written .*: choose another --output"),
     ):

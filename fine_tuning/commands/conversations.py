@@ -271,7 +271,8 @@ def export(args: argparse.Namespace) -> None:
     root()
     if not CLEAN.is_dir():
         raise UserError(f"{CLEAN} is missing: run `dvc repro clean`")
-    output = args.output or CLEAN.parent / file_of(args.format)
+    name = file_of(args.format)
+    output = args.output or CLEAN.parent / name
     try:
         counts = write_formats(read_clean(CLEAN), {args.format: output})[args.format]
     except OSError as error:
