@@ -58,18 +58,19 @@ MISMATCHES = {
     "was trained on elsewhere/other and base.model is": lambda f: change_config(
         f, base_model_name_or_path="elsewhere/other"
     ),
-    "fits neither the base's [64, 128] nor rank {8}": lambda f: change_config(f, r=8),
+    "does not fit the base's [64, 128] at rank 8: adopt it": lambda f: change_config(f, r=8),
     "is a IA3 adapter": lambda f: change_config(f, peft_type="IA3"),
     "which this base lacks": lambda f: change_tensors(
         f, lambda t: {n.replace("layers.1", "layers.9"): v for n, v in t.items()}
     ),
-    "fits neither the base's": lambda f: change_tensors(
+    "does not fit the base's": lambda f: change_tensors(
         f, lambda t: {n: v[:, :2] if "lora_A" in n else v for n, v in t.items()}
     ),
     "holds a pickle, which can run code": pickled,
     "has no adapter_model.safetensors": lambda f: (f / "adapter_model.safetensors").unlink(),
     "adapter_model.safetensors is damaged": lambda f: (f / "adapter_model.safetensors").write_bytes(b"{}"),
     "has no adapter_config.json": lambda f: (f / "adapter_config.json").unlink(),
+    "adapter_config.json is damaged: copy it again": lambda f: (f / "adapter_config.json").write_text("[1"),
 }
 
 

@@ -84,7 +84,7 @@ def test_a_model_of_the_local_ollama_becomes_a_base_and_is_pinned_by_its_id(gguf
     ("model", "words"),
     [
         ("ollama:absent:4b", "is not on this machine: `ollama pull absent:4b`"),
-        ("ollama:../../etc/passwd", "is no name of a model"),
+        ("ollama:../../etc/passwd", "is not the name of a model"),
         ("ollama:tiny:adapted", "a base with an adapter"),
         ("ollama:tiny:lost", "is missing: `ollama pull tiny:lost`"),
         ("ollama:tiny:damaged", "cannot be read"),

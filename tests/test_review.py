@@ -368,3 +368,8 @@ def test_votes_run_the_comparison_alone_and_promote_computes_it_again(trained_pr
     with pytest.raises(UserError, match="is not what its records give"):
         check_verdict(compared | {"votes": {}})
     assert "Data and pipelines are up to date" in project.run("dvc", "repro")
+
+
+def test_the_command_answers_before_anything_heavy_is_imported():
+    code = "import sys, fine_tuning.commands.review; print({'torch', 'evaluate', 'datasets'} & set(sys.modules))"
+    assert sh(Path(__file__).parents[1], f'{sys.executable} -c "{code}"').strip() == "set()"

@@ -68,6 +68,11 @@ def test_fit_says_what_a_base_needs_and_fails_where_it_does_not_fit(checkout, ti
     said = capsys.readouterr().out
     assert f"{tiny_base}: 0.00 billion parameters" in said
     assert "about 05:00 for 30000 tokens, train.epochs 2: 200 tokens/s" in said
+    (damaged := checkout / "damaged.gguf").write_bytes(b"no GGUF")
+    with pytest.raises(UserError, match=r"damaged\.gguf: its sizes cannot be read .*: copy or download it again"):
+        fit(Namespace(model=str(damaged)))
+    with pytest.raises(UserError, match=r"params\.yaml: neither a folder nor a \.gguf file"):
+        fit(Namespace(model="params.yaml"))
     write_param("train", "batch_tokens", 10**9)
     with pytest.raises(UserError, match=r"does not fit: lower train\.batch_tokens"):
         fit(Namespace(model=str(tiny_base)))

@@ -184,13 +184,13 @@ def test_a_foreign_file_among_the_votes_is_one_line(tmp_path):
         (tmp_path / name).write_text("")
     assert read_all_votes(tmp_path) == []
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match=r"notes\.txt is no file of votes: move it out of"):
+    with pytest.raises(UserError, match=r"notes\.txt is not a file of votes: move it out of"):
         read_all_votes(tmp_path)
 
 
 def test_a_folder_a_dangling_link_and_a_file_that_was_not_pulled_are_one_line_each(tmp_path):
     for make, words in (
-        (lambda: (tmp_path / "ann.jsonl").mkdir(), r"ann\.jsonl is no file of votes: move it out of"),
+        (lambda: (tmp_path / "ann.jsonl").mkdir(), r"ann\.jsonl is not a file of votes: move it out of"),
         (lambda: (tmp_path / "bob.jsonl").symlink_to("nowhere"), r"bob\.jsonl is a link to nothing: remove it"),
         (lambda: (tmp_path / "bob.jsonl.dvc").touch(), r"bob\.jsonl is not here: run `dvc pull .*bob\.jsonl`"),
     ):

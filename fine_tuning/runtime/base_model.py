@@ -75,6 +75,8 @@ def locate_base(model: str, revision: str | None, code: bool = False) -> BaseSou
         if not (path / "config.json").is_file():
             raise UserError(f"base.model = {model}: the folder has no config.json: give a Hugging Face model folder")
         return BaseSource(path, None, revision)
+    if path.is_file():
+        raise UserError(f"base.model = {model}: neither a folder nor a .gguf file: correct base.model in params.yaml")
     if not is_hub_id(model):
         raise UserError(f"base.model = {model}: no such file or folder: correct base.model in params.yaml")
     return _download_from_hub(model, revision, [*HUB_FILES, "*.py"] if code else HUB_FILES)

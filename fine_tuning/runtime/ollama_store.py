@@ -34,7 +34,9 @@ def model_gguf(name: str) -> tuple[Path, str]:
         UserError: it is not here, cannot be read, is no single GGUF, or is itself a base with an adapter.
     """
     if not (found := _NAME.fullmatch(name)):
-        raise UserError(f"ollama:{name} is no name of a model: give one that `ollama list` shows, such as qwen3:4b")
+        raise UserError(
+            f"ollama:{name} is not the name of a model: give one that `ollama list` shows, such as qwen3:4b"
+        )
     place = Path(found["host"] or "registry.ollama.ai", found["space"] or "library", found["model"])
     for store in stores("http://localhost"):
         manifest = store / "manifests" / place / (found["tag"] or "latest")

@@ -126,7 +126,7 @@ def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # ty
                 f"{data} {f'is not here: run `dvc pull {data}`' if tracked else 'is a link to nothing: remove it'}"
             )
         if not path.is_file() or path.suffix not in (".jsonl", ".dvc", ".md"):
-            raise UserError(f"{path} is no file of votes: move it out of {folder}")
+            raise UserError(f"{path} is not a file of votes: move it out of {folder}")
     files = (path for path in present if path.suffix == ".jsonl")
     files = (path for path in files if path.name.endswith(JUDGES) == (form is JudgeVote))
     found = {vote.id: vote for path in files for vote in read_votes(path, form)}

@@ -28,9 +28,10 @@ def read_adapter(folder: Path, base: Path, card: dict[str, Any], same_base: bool
     Raises:
         UserError: a file is missing, damaged or a pickle; it is not LoRA, or was made for another base.
     """
-    config = read_object(folder / CONFIG)
-    if not config:
+    if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no {CONFIG}: give the folder that peft's save_pretrained wrote")
+    if not (config := read_object(folder / CONFIG)):
+        raise UserError(f"{folder / CONFIG} is damaged: copy it again")
     if not (folder / WEIGHTS).is_file():
         pickled = any(folder.glob("adapter_model.bin"))
         cause = "holds a pickle, which can run code" if pickled else f"has no {WEIGHTS}"
@@ -38,7 +39,7 @@ def read_adapter(folder: Path, base: Path, card: dict[str, Any], same_base: bool
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} is a {config.get('peft_type')} adapter: only LoRA can be merged into a GGUF")
     named = str(config.get("base_model_name_or_path"))
-    if not same_base and _plain(named) != _plain(card["model"]):
+    if not same_base and named != base.as_posix() and _plain(named) != _plain(card["model"]):
         raise UserError(
             f"{folder} was trained on {named} and base.model is {card['model']}: change base.model, or give "
             "--same-base if it is the same model by another name"
@@ -73,7 +74,11 @@ def _check_shapes(folder: Path, base: Path, ranks: set[int | None]) -> None:
             continue
         *_, rank, width = shape if found[2] == "A" else reversed(shape)
         if len(shape) != 2 or rank not in ranks or width != weight[found[2] == "A"]:
-            raise UserError(f"{name} has the shape {shape}, which fits neither the base's {weight} nor rank {ranks}")
+            known = " or ".join(map(str, sorted(filter(None, ranks))))
+            raise UserError(
+                f"{folder}: {name} has the shape {shape}, which does not fit the base's {weight} at rank {known}: "
+                "adopt it on the base it was trained on, with its own adapter_config.json"
+            )
 
 
 def stage_adapter(folder: Path, config: dict[str, Any], origin: str, target: Path) -> str:

@@ -50,7 +50,9 @@ def probe(model: str, revision: str | None) -> tuple[Shape, dict[str, Any]]:
     try:
         if is_hub_id(model):
             from huggingface_hub import get_safetensors_metadata, hf_hub_download
+            from huggingface_hub.utils import logging
 
+            logging.set_verbosity_error()  # its retries are not the person's
             config = _config(Path(hf_hub_download(model, "config.json", revision=revision)).parent)
             counts = get_safetensors_metadata(model, revision=revision).parameter_count
             return _shape(config, sum(counts.values())), config.to_dict()
@@ -68,9 +70,8 @@ def probe(model: str, revision: str | None) -> tuple[Shape, dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # of foreign files and of a network
-        raise UserError(
-            f"{model}: its sizes cannot be read ({type(error).__name__}): check the name and the network"
-        ) from None
+        mend = "check the name and the network" if is_hub_id(model) else "copy or download it again"
+        raise UserError(f"{model}: its sizes cannot be read ({type(error).__name__}): {mend}") from None
 
 
 def _config(folder: Path, **options: Any) -> Any:

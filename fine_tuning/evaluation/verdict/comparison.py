@@ -29,10 +29,9 @@ from fine_tuning.evaluation.records.measurements import (
     by_contender,
     likelihood_columns,
 )
-from fine_tuning.evaluation.records.record_types import FEW_SHOT, PROMPTED, finite
+from fine_tuning.evaluation.records.record_types import CANDIDATE, FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import ADAPTER, METRIC_MODULES, EvaluateSettings, IntervalSettings
 from fine_tuning.evaluation.verdict.differences import (
-    CANDIDATE,
     LOOK_LEVEL,
     Difference,
     Records,

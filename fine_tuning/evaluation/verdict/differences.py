@@ -9,11 +9,10 @@ import numpy as np
 
 from fine_tuning.evaluation.metric_modules.loading import TOKEN_COLUMNS, columns_of, direction
 from fine_tuning.evaluation.records.measurements import Metrics, estimates
-from fine_tuning.evaluation.records.record_types import finite
+from fine_tuning.evaluation.records.record_types import CANDIDATE, finite
 from fine_tuning.evaluation.records.settings import IntervalSettings
 from fine_tuning.evaluation.records.statistics import Estimate, Resampling, holm
 
-CANDIDATE = "candidate"
 Records = Sequence[dict[str, Any]]
 POWER = 3.0  # standard errors that a margin of non-inferiority has to have
 ALONE = "chrf"

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from fine_tuning.evaluation.records.measurements import MEASURES, Files, by_contender, clusters_of, golden_lead
+from fine_tuning.evaluation.records.record_types import CANDIDATE
 from fine_tuning.evaluation.records.statistics import clustered_mean
-from fine_tuning.evaluation.verdict.differences import CANDIDATE, Difference, format_difference
+from fine_tuning.evaluation.verdict.differences import Difference, format_difference
 
 Verdict = tuple[dict[str, Any], list[str], list[str]]  # part of comparison.json, reasons to hold, notes
 LEVEL = 0.05  # one-sided, of the tests for loss of general knowledge

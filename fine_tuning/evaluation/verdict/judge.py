@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fine_tuning.evaluation.verdict.differences import CANDIDATE
+from fine_tuning.evaluation.records.record_types import CANDIDATE
 from fine_tuning.evaluation.verdict.votes import VoteCount
 from fine_tuning.evaluation.verdict.win_rate import WinRate
 from fine_tuning.schema.votes import JudgeVote, Vote

@@ -5,11 +5,11 @@ win rate is over the votes as they were given, and each person's own is beside i
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fine_tuning.evaluation.verdict.differences import CANDIDATE, Records
+from fine_tuning.evaluation.records.record_types import CANDIDATE
 from fine_tuning.evaluation.verdict.settings import CompareSettings
 from fine_tuning.evaluation.verdict.win_rate import DECIDES, WinRate, evidence
 from fine_tuning.schema.votes import NOBODY, Vote
@@ -41,7 +41,7 @@ class VoteCount:
     after_results: int = 0
 
     @classmethod
-    def of(cls, votes: Iterable[Vote], records: Records, ggufs: Mapping[str, str]) -> "VoteCount":
+    def of(cls, votes: Iterable[Vote], records: Sequence[dict[str, Any]], ggufs: Mapping[str, str]) -> "VoteCount":
         """Count votes, given in order of time.
 
         Args:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fine_tuning.common.errors import count_of
+
 STAKES = np.linspace(0.005, 0.995, 100)  # as shares of half of what may be staked, so that few losses ruin none
 DECIDES = 20.0  # evidence that decides: wrong in at most one case of twenty
 EVEN = 0.5
@@ -61,7 +63,7 @@ class WinRate:
     def __str__(self) -> str:
         if self.value is None or self.low is None or self.high is None:
             return "no vote yet"
-        return f"win rate {self.value:.0%} [{self.low:.0%}, {self.high:.0%}] in {self.n} votes"
+        return f"win rate {self.value:.0%} [{self.low:.0%}, {self.high:.0%}] in {count_of(self.n, 'vote')}"
 
 
 def lowest_not_rejected(bets: np.ndarray) -> float:
