@@ -451,6 +451,27 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_by_the_next(tmp_path)
     assert killed > 3
 
 
+def test_a_store_whose_last_writer_was_killed_is_rolled_back_and_used(tmp_path, files):
+    first, _ = register(open_registry(tmp_path, "name"), files, FIRST)
+
+    def killed():
+        store = sqlite3.connect(tmp_path / "mlflow.db")
+        store.execute("PRAGMA cache_size = 1")  # what does not fit is written before it is committed
+        store.execute("BEGIN")
+        store.execute("UPDATE model_version_tags SET value = 'half'")
+        store.execute(
+            "CREATE TABLE filler AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 9999) "
+            "SELECT i, hex(randomblob(50)) FROM n"
+        )
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WIFSIGNALED(in_child(lambda: None, killed))
+    assert (tmp_path / "mlflow.db-journal").stat().st_size
+    second, _ = register(open_registry(tmp_path, "name"), files, SECOND)
+    assert [v.tags["adapter_sha256"] for v in open_registry(tmp_path, "name").versions()] == [FIRST, SECOND]
+    assert (first.number, second.number) == (1, 2)
+
+
 def test_a_store_address_that_is_none_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="MLflow store"):

@@ -111,7 +111,8 @@ def _refuse_foreign_file(path: Path) -> None:
             # Alembic's temporary table, left by a migration that was killed.
             foreign = bool(names) and not names & {"experiments", "_alembic_tmp_experiments"}
     except sqlite3.DatabaseError as error:
-        foreign = "locked" not in str(error)
+        # Readonly: a command that was killed left a journal, which the next one that writes rolls back.
+        foreign = not any(state in str(error) for state in ("locked", "readonly"))
     if foreign:
         raise UserError(f"{path} is not an MLflow store, so nothing was written to it: correct MLFLOW_TRACKING_URI")
 
