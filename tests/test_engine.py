@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks.load import add_shard, write_checkout
+from benchmarks.load import add_shard, conversations, write_checkout
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.settings import read_params
@@ -14,6 +15,7 @@ from fine_tuning.data_preparation.catalogue import ConversationFiles
 from fine_tuning.runtime.hardware import detect_hardware
 from stages import clean, intake, prepare
 
+ROOT = Path(__file__).parents[1]
 STAGES = (intake, clean, prepare)
 
 
@@ -29,9 +31,9 @@ def cluster():
 def single(tiny_base, tmp_path_factory):
     """A checkout with 600 conversations in three shards that one process cleaned and prepared."""
     folder = tmp_path_factory.mktemp("single") / "checkout"
-    write_checkout(folder, tiny_base, 200, None)
+    write_checkout(folder, ROOT, tiny_base, 200, None)
     for start in (200, 400):
-        add_shard(folder, start, start + 200)
+        add_shard(folder, start, conversations(start, start + 200))
     change(folder, {"processes": 1}, {"max_train_tokens": None, "max_held_out_tokens": None})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
