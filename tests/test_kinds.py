@@ -111,6 +111,7 @@ def kind(name: str, system_prompt: str | None = None) -> dict:
     return {"kind": {"name": name, "system_prompt": system_prompt, "examples": 3}}
 
 
+@pytest.mark.end_to_end
 def test_promote_and_deploy_take_a_prompt_version_with_the_base_and_say_what_ollama_cannot_do(candidate, capsys):
     shutil.copy("models/base/tiny.gguf", "models/base/base-Q8_0.gguf")
     repro(candidate, suite=kind("prompt", "Say where it is."))
@@ -140,6 +141,7 @@ def test_promote_and_deploy_take_a_prompt_version_with_the_base_and_say_what_oll
     assert len(open_registry("trial").versions()) == 1
 
 
+@pytest.mark.end_to_end
 def test_another_kind_of_the_same_adapter_is_another_candidate_and_another_version(candidate):
     here("promote")
     assert "kind" not in read_json("models/champion.json")

@@ -409,6 +409,7 @@ def test_every_value_of_the_metrics_that_come_along_may_decide(tmp_path):
     parameters.check_all_params(write(tmp_path, yaml.safe_dump(document)))
 
 
+@pytest.mark.end_to_end
 def test_dvc_repro_refuses_a_parameter_before_it_removes_an_output(tmp_path, tiny_base):
     """DVC removes a stage's outputs before it runs the stage: a typing error would cost the adapter."""
     (tmp_path / "project").mkdir()

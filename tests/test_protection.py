@@ -271,6 +271,8 @@ def hook(event, values):
             os.killpg(0, signal.SIGKILL)
 sys.addaudithook(hook)
 from dvc.cli import main
+
+pytestmark = pytest.mark.end_to_end
 sys.exit(main(["repro", "-f", "-s", "intake", "clean", "export"]))
 """
 

@@ -21,6 +21,8 @@ from tests import registered
 from tests.forked import INTERPRETER
 from tests.registered import environment, sh, type_command
 
+pytestmark = pytest.mark.end_to_end
+
 
 @pytest.fixture
 def project(candidate) -> Path:

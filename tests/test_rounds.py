@@ -30,6 +30,8 @@ from tests.forked import INTERPRETER
 from tests.registered import environment, sh, type_command
 from tests.test_round import change_params, results, say
 
+pytestmark = pytest.mark.end_to_end
+
 USUAL = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())["rounds"]
 
 
