@@ -6,9 +6,10 @@ Real gateway, git, DVC, training, verdict, registry, canary and llama.cpp, on a 
 that was taught a small language: it answers most questions with 25 polite words. The people like replies of at most 12
 words: they give thumbs, and write replies of their own in place of others. Five conversations in a hundred are a
 hostile person's, who likes and dislikes the opposite. On the way: the model's server breaks off and is gone, a round
-and the gateway are killed (SIGKILL), a disk is full, and somebody imports 600 conversations with replies that nobody
-likes, as a person's; they are forgotten after the canary has taken their candidate back. An hour, in which a canary
-waits for signals, lasts two seconds here; everything else is as in params.yaml but for what `PARAMETERS` says.
+and the gateway are killed (SIGKILL), a disk is full, and somebody imports 600 preferences for replies that nobody
+likes, and gives their candidate half of the conversations although the verdict holds it; they are
+forgotten after the canary has taken it back. An hour, in which a canary waits for signals, lasts two seconds here;
+everything else is as in params.yaml but for what `PARAMETERS` says.
 
 Printed: for each round the share of thumbs that are up with its 95 % interval (Wilson), the verdict and how the canary
 ended; what was checked; the repository's log. The exit status is 1 where a check failed.
@@ -76,7 +77,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     # The language is small: conversations are alike.
     "clean": {"near_duplicate_threshold": 1.1, "processes": 1},
     "prepare": {"decontamination_words": 0, "test_fraction": 0.3},
-    "train": {"max_steps": None},
+    "train": {"max_steps": None, "learning_rate": 2e-4},
     # The base knows nothing general, and what is said by heart here is the language.
     "evaluate": {
         "forgetting": False, "quantised_items": 16, "other_histories": 50,
@@ -100,6 +101,16 @@ from fine_tuning.commands.rounds import step
 from fine_tuning.common.settings import read_params
 print(step(Path.cwd(), read_params("rounds", round_policy.RoundsSettings)))
 """
+FORCED = """
+from fine_tuning.commands import command_line
+from fine_tuning.commands.promote import promote_candidate
+from fine_tuning.common.settings import read_params
+from fine_tuning.model_management.model_deployer import DeploySettings
+from fine_tuning.model_management.model_registry import open_registry
+registry = open_registry(read_params("deploy", DeploySettings).name)
+promote_candidate(registry, "let us see", "mallory", register_only=True)
+command_line.run(command_line.parse(["deploy", str(registry.by_alias("candidate").number), "--canary"]))
+"""
 FULL = 400_000
 FULL_DISK = f"""
 import resource, signal
@@ -109,7 +120,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({FULL}, {FULL}))
 # By round, names of methods: what happens in the middle of its chats, and before it.
 FAULTS: dict[int, tuple[list[str], list[str]]] = {
     2: ([], ["killed round"]), 3: (["broken upstream"], []), 4: ([], ["full disk"]), 5: (["killed gateway"], []),
-    6: (["poison"], []), 7: ([], ["poison forgotten"]),
+    6: (["poison"], []), 7: (["forced canary"], ["poison forgotten"]),
 }  # fmt: skip
 
 
@@ -283,8 +294,8 @@ class Household:
             self.gateway.wait()
 
     def step(self) -> str:
-        """What `rounds --watch` does once a minute; what it waits for is the last line that it says."""
-        return self.project.run("python", "-c", SOON + STEP, check=False)
+        """What `rounds --watch` does once a minute; what it waits for then."""
+        return waits_of(self.project.run("python", "-c", SOON + STEP, check=False))
 
     # ----------------------------------------------------------------------------------------------------------- chats
 
@@ -336,21 +347,23 @@ class Household:
         Args:
             amid_chats, before_round: what happens then, see FAULTS.
         """
-        day, began = Day(happened=", ".join([*amid_chats, *before_round])), self.running()
+        day, began = Day(happened=", ".join([*amid_chats, *before_round])), None
         self.days.append(day)
-        number = 0
+        number = first = 0
         while number < self.chats or (self.running() and number < 8 * ENOUGH):
             for name in amid_chats if number == self.chats // 2 else ():
                 getattr(self, name.replace(" ", "_"))(day)
+            if began is None and (began := self.running()):
+                first = number
             self.chat(day)
             number += 1
             if began and not self.running() and not day.canary:
-                day.canary = f"{self.ended()} after {number} conversations"
+                day.canary = f"{self.ended()} after {number - first} conversations"
         time.sleep(HOUR + 0.5)
         for name in before_round:
             getattr(self, name.replace(" ", "_"))(day)
         for _ in range(3):  # the first may only see that a canary is over
-            said = self.step().strip().splitlines()[-1]
+            said = self.step()
             if said == "[]":
                 break
             print(f"round {len(self.days)} waits: {said[-300:]}", file=sys.stderr, flush=True)
@@ -432,8 +445,8 @@ class Household:
     def full_disk(self, day: Day) -> None:
         """A round on a disk that takes no file longer than FULL bytes."""
         before = adapter_sha256(self.checkout)
-        said = self.project.run("python", "-c", FULL_DISK + SOON + STEP, check=False, forked=False)
-        print(f"full disk: {said.strip().splitlines()[-1][-300:]}", file=sys.stderr, flush=True)
+        said = waits_of(self.project.run("python", "-c", FULL_DISK + SOON + STEP, check=False, forked=False))
+        print(f"full disk: {said[-300:]}", file=sys.stderr, flush=True)
         if "it failed" not in said:
             self.problems.append(f"no round fails on a full disk: {said[-300:]}")
         # Where even going back needs space, the next round goes on from there, as after a kill.
@@ -441,11 +454,17 @@ class Household:
             self.problems.append("a round on a full disk changed the model")
 
     def poison(self, day: Day) -> None:
-        """Somebody imports conversations with replies that nobody here likes, as a person's."""
+        """Somebody imports preferences for replies that nobody here likes."""
         file = self.checkout.parent / "poison.jsonl"
         some = [next(self.asked) for _ in range(POISON)]
-        write_jsonl(file, [{"messages": asked.messages(asked.long), "user_id": POISONER} for asked in some])
+        pairs = [{"prompt": asked.text, "chosen": asked.long, "rejected": asked.short} for asked in some]
+        write_jsonl(file, [pair | {"metadata": {"user_id": POISONER}} for pair in pairs])
         self.project.run("python", "-m", "fine_tuning", "import", str(file))
+
+    def forced_canary(self, day: Day) -> None:
+        """Where the verdict holds the poisoned candidate, somebody gives it half of the conversations all the same."""
+        if self.running() is None:
+            self.project.run("python", "-c", FORCED)
 
     def poison_forgotten(self, day: Day) -> None:
         """What was imported is forgotten, after its candidate has been rolled back."""
@@ -463,6 +482,11 @@ class Household:
         logged = ConversationLogger(self.checkout / "inbox/conversations.jsonl").read_conversations()
         kept |= {conversation["id"]: conversation for conversation in logged}
         return [name for name, told in self.told.items() if not is_kept(kept.get(told.conversation), name, told)]
+
+
+def waits_of(said: str) -> str:
+    """What STEP printed: warnings of libraries stand around it."""
+    return next((line for line in reversed(said.splitlines()) if line.startswith("[")), said)
 
 
 def is_kept(conversation: dict[str, Any] | None, name: str, told: Told) -> bool:
