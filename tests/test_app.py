@@ -846,14 +846,20 @@ def test_an_exported_conversation_is_whole(checkout):
     assert chat_history.as_markdown(held, {}).startswith("# Hello?\n")
 
 
+def canary_of_everybody(ollama, checkout):
+    """A canary of version 7 beside version 2, with (nearly) all new conversations."""
+    served(ollama.host, checkout)
+    live_version(ollama, 2)
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:7", "size": 1}
+    ollama.manifests["whetstone:7"] = Manifest([layer], "{{ .Messages }}", "", {})
+    canary = Canary(checkout)
+    canary.begin("whetstone", 7, 2, 0.999999)
+    return canary
+
+
 def test_a_share_of_new_chats_is_answered_by_the_canary_and_bad_signs_are_observed(checkout):
     with FakeOllama(reply="Restart it.") as ollama:
-        served(ollama.host, checkout)
-        live_version(ollama, 2)
-        layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:7", "size": 1}
-        ollama.manifests["whetstone:7"] = Manifest([layer], "{{ .Messages }}", "", {})
-        canary = Canary(checkout)
-        canary.begin("whetstone", 7, 2, 0.999999)
+        canary = canary_of_everybody(ollama, checkout)
         at = say(open_chat(), "My router is offline")
         assert at.selectbox(key="model").value.startswith("Live")
         at = say(at, "And now?")
@@ -872,12 +878,7 @@ def test_a_share_of_new_chats_is_answered_by_the_canary_and_bad_signs_are_observ
 
 def test_a_server_that_is_gone_is_no_fault_of_the_canary_and_one_that_fails_is(checkout):
     with FakeOllama(reply="Restart it.") as ollama:
-        served(ollama.host, checkout)
-        live_version(ollama, 2)
-        layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:7", "size": 1}
-        ollama.manifests["whetstone:7"] = Manifest([layer], "{{ .Messages }}", "", {})
-        canary = Canary(checkout)
-        canary.begin("whetstone", 7, 2, 0.999999)
+        canary = canary_of_everybody(ollama, checkout)
         at = say(open_chat(), "My router is offline")
         ollama.__exit__()
         at = say(at, "And now?")
