@@ -22,6 +22,8 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.shards import shard_paths
 from tests.project import Project, conversations, new_project
 
+pytestmark = pytest.mark.end_to_end
+
 SECRET = "the kingfisher nests at the third bend"
 ROOT_USER = os.geteuid() == 0
 NOBODY = 65534
@@ -271,8 +273,6 @@ def hook(event, values):
             os.killpg(0, signal.SIGKILL)
 sys.addaudithook(hook)
 from dvc.cli import main
-
-pytestmark = pytest.mark.end_to_end
 sys.exit(main(["repro", "-f", "-s", "intake", "clean", "export"]))
 """
 
