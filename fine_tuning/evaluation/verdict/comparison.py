@@ -28,6 +28,7 @@ from fine_tuning.evaluation.records.measurements import (
     Metrics,
     by_contender,
     likelihood_columns,
+    measures_of,
 )
 from fine_tuning.evaluation.records.record_types import CANDIDATE, FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import ADAPTER, METRIC_MODULES, EvaluateSettings, IntervalSettings
@@ -174,6 +175,9 @@ def compare(
         against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
     secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
     notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
+    outside = measures_of(files).keys() - MEASURES.keys()
+    measured = {name: {m: paired(files, m, name, intervals.confidence) for m in sorted(outside)} for name in pairs}
+    notes += surely_lost(measured, (), (1 - intervals.confidence) / 2)
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
