@@ -175,9 +175,12 @@ def compare(
         against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
     secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
     notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
-    outside = measures_of(files).keys() - MEASURES.keys()
-    measured = {name: {m: paired(files, m, name, intervals.confidence) for m in sorted(outside)} for name in pairs}
-    notes += surely_lost(measured, (), (1 - intervals.confidence) / 2)
+    asked = sorted(measures_of(files).keys() - MEASURES.keys())
+    benchmarks = {
+        name: {metric: row for metric in asked if (row := paired(files, metric, name, intervals.confidence))}
+        for name in pairs
+    }
+    notes += surely_lost(benchmarks, (), (1 - intervals.confidence) / 2)
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
