@@ -2,15 +2,17 @@
 
 import importlib.util
 import json
+from collections import Counter
 
 import pytest
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.results import Memo
 from fine_tuning.evaluation.metric_modules.loading import load_metric
-from fine_tuning.evaluation.records.measurements import BENCHMARKS, GUARDS, guard_metrics
+from fine_tuning.evaluation.records.measurements import BENCHMARKS, GUARDS, golden_lead, guard_metrics
 from fine_tuning.evaluation.scoring.benchmarks import HARNESS, Benchmarks
 from fine_tuning.evaluation.scoring.scorer import scoring_hardware
+from fine_tuning.evaluation.suite.forgetting import general_items, knowledge
 from fine_tuning.evaluation.verdict.comparison import compare
 from tests.evaluation_suite import MODULES, SETTINGS, THINGS, build_suite, evaluator_of
 from tests.test_comparison import SETTINGS as COMPARE
@@ -23,7 +25,7 @@ dataset_kwargs: {data_files: {test: %(data)s}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{question}}"
-doc_to_choice: ["{{answer}}", "{{other}}"]
+doc_to_choice: "{{[answer, other]}}"
 doc_to_target: 0
 target_delimiter: ""
 metric_list:
@@ -85,11 +87,12 @@ def test_each_question_of_a_local_task_is_a_line_of_each_model(lines):
     }
     assert len(found) == 4 * len(THINGS)
     assert all(line["better"] == 1 and line["value"] in (0, 1) for line in found)
-    spoken = {name: 0 for name in ("base", "candidate")}
+    sums = Counter()
     for line in found:
-        spoken[line["contender"]] += line["value"] if line["metric"] == "where_spoken/exact_match/box" else 0
-    assert spoken["base"] == 0
-    assert spoken["candidate"] > len(THINGS) / 2
+        sums[line["contender"], line["metric"]] += line["value"]
+    assert sums["base", "where_spoken/exact_match/box"] == 0
+    assert sums["candidate", "where_spoken/exact_match/box"] > len(THINGS) / 2
+    assert sums["candidate", "where_choice/acc"] == len(THINGS)
 
 
 def test_a_model_is_asked_a_question_once(lines, suite, tasks, monkeypatch):
@@ -130,11 +133,16 @@ def test_benchmarks_stand_beside_the_suite_with_paired_intervals_and_decide_noth
     assert any(reason.startswith("surely worse: where_spoken/exact_match/box") for reason in reasons)
 
 
-def test_the_example_reads_the_projects_own_questions(suite, tmp_path, monkeypatch):
+def test_the_example_says_what_the_projects_own_evaluation_says_of_the_same_questions(suite, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    benchmarks = Benchmarks(["general_questions"], 5, ROOT / "configs/benchmarks")
+    benchmarks = Benchmarks(["general_questions"], 40, ROOT / "configs/benchmarks")
     found = benchmarks.ask(suite.base, None, scoring_hardware(1), Memo(tmp_path, "evaluate"))
-    assert [line["metric"] for line in found] == ["general_questions/acc"] * 5
+    evaluator = evaluator_of(suite.items, suite.base.folder, tmp_path)
+    items = general_items(evaluator.tokenizer, None, 200)
+    own = knowledge("base", items, evaluator.score(suite.base, items))[:40]
+    assert {line["value"] for line in found} == {0, 1}
+    same = [line["value"] == (golden_lead(asked) > 0) for line, asked in zip(found, own, strict=True)]
+    assert sum(same) >= 36  # the harness tokenises question and answer apart
 
 
 @pytest.mark.parametrize(
