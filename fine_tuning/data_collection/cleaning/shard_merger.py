@@ -6,7 +6,6 @@ was decided, the next run goes on from there; otherwise it begins anew. The resu
 with the number of conversations, but for eight bytes each.
 """
 
-import fcntl
 import os
 import shutil
 import sqlite3
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+from filelock import lock_descriptor
 
 from fine_tuning.common.records import read_json, read_object, replacing, sync, write_json
 from fine_tuning.common.results import link, state_of
@@ -80,11 +80,7 @@ def _alone(folder: Path) -> Iterator[Path]:
     """The folder while no other run uses it, or a temporary one in its stead."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as lock, tempfile.TemporaryDirectory(prefix="clean-") as temporary:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            folder = Path(temporary)
-        yield folder
+        yield folder if lock_descriptor(lock.fileno(), blocking=False) else Path(temporary)
 
 
 def remove_unused(folder: Path) -> None:
