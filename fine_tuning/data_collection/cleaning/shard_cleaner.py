@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-import pyarrow as pa
 
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.project import code_sha256
@@ -25,7 +24,7 @@ from fine_tuning.common.records import STRICT_JSON, line_ranges
 from fine_tuning.common.results import Memo, making_folder, remove_oldest
 from fine_tuning.common.writing_systems import WORDLIKE
 from fine_tuning.data_collection.cleaning import near_duplicates
-from fine_tuning.data_collection.cleaning.shard_merger import SCHEMA, CleanPiece, merge
+from fine_tuning.data_collection.cleaning.shard_merger import ROW, CleanPiece, merge
 from fine_tuning.data_collection.data_cleaner import (
     CleanSettings,
     DataCleaner,
@@ -116,33 +115,26 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
     cleaner = DataCleaner(settings=settings, control_tokens=control_tokens)
     counts: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
     with making_folder(memo / piece.key) as folder, ExitStack() as stack:
-        cleaned, signed = (stack.enter_context(open(folder / name, "wb")) for name in ("cleaned.jsonl", "signatures"))
-        index = stack.enter_context(pa.ipc.new_file(str(folder / "index.arrow"), SCHEMA))
+        files = ("cleaned.jsonl", "told.jsonl", "index", "signatures", "bands")
+        cleaned, told, index, signed, bands = (stack.enter_context(open(folder / name, "wb")) for name in files)
         for batch in _batches(_lines(piece)):
             shingles, rows = [], []
             for line in batch:
-                row, conversation, found = _clean_line(line, cleaner)
+                row, about, conversation, found = _clean_line(line, cleaner)
                 for name, values in found.items():
                     counts[name].update(values)
+                told.write(to_line(about))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                     spoken = (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
                     shingles.append(near_duplicates.shingles(spoken))
-                rows.append(row | {"end": cleaned.tell()})
+                row |= {"end": cleaned.tell(), "told": told.tell()}
+                rows.append(tuple([row.get(name, 0) for name in ROW.names]))
             signatures = b"".join(near_duplicates.signatures(shingles))
             signed.write(signatures)
-            index.write_batch(_columns(rows, near_duplicates.band_keys(signatures)))
+            bands.write(near_duplicates.band_keys(signatures).tobytes())
+            index.write(np.array(rows, ROW).tobytes())
         (folder / "masked.json").write_text(json.dumps(counts, sort_keys=True))
-
-
-def _columns(rows: list[dict[str, Any]], bands: np.ndarray) -> pa.RecordBatch:
-    columns = {name: [row.get(name, 0) for row in rows] for name in SCHEMA.names}
-    columns |= {name: [row.get(name) for row in rows] for name in ("id", "started_at", "details")}
-    passed = np.array(columns["passed"], bool)
-    for number, keys in enumerate(bands.T):
-        columns[f"band{number}"] = np.zeros(len(rows), np.uint64)
-        columns[f"band{number}"][passed] = keys
-    return pa.record_batch(columns, SCHEMA)
 
 
 def _lines(piece: Piece) -> Iterator[bytes | None]:
@@ -170,21 +162,20 @@ def _batches(lines: Iterator[bytes | None]) -> Iterator[list[bytes | None]]:
         yield batch
 
 
-def _clean_line(line: bytes | None, cleaner: DataCleaner) -> tuple[dict, dict | None, dict[str, Any]]:
-    """(row of the index, cleaned conversation or None, values by type that were masked and flagged)."""
+def _clean_line(line: bytes | None, cleaner: DataCleaner) -> tuple[dict, list, dict | None, dict[str, Any]]:
+    """(numbers and texts for the index, cleaned conversation or None, values by type that were masked and flagged)."""
     record, reason = _parse(line)
     if record is None:
-        return {"details": to_line({"reason": reason, "value": None})}, None, {}
+        return {}, [None, "", {"reason": reason, "value": None}], None, {}
     cleaned = cleaner.clean_conversation(record)
     conversation = cleaned.conversation
     identity = str(record.get("id") or "") or None if conversation is None else conversation["id"]
-    row: dict[str, Any] = {"id": identity, "id_key": _key(identity) if identity else 0}
+    row: dict[str, Any] = {"id_key": _key(identity) if identity else 0}
     if conversation is None:
-        return row | {"details": to_line({"reason": cleaned.drop.reason, "value": cleaned.drop.value})}, None, {}
+        return row, [identity, "", {"reason": cleaned.drop.reason, "value": cleaned.drop.value}], None, {}
     contents = [near_duplicates.index_key(key) for key in duplicate_keys(conversation)]
     row |= {
         "passed": 1,
-        "started_at": str(conversation["started_at"] or ""),
         "own": contents[0],
         "shared": contents[-1],
         "question": _question_key(conversation),
@@ -196,13 +187,14 @@ def _clean_line(line: bytes | None, cleaner: DataCleaner) -> tuple[dict, dict | 
     person = (metadata.get("user_id") or metadata.get("user")) if isinstance(metadata, dict) else None
     if person:
         row["person"] = _key(str(person))
+    details: dict[str, Any] = {}
     if conversation["feedback"]:
-        details: dict[str, Any] = {"feedback": feedback_counts(conversation)}
+        details["feedback"] = feedback_counts(conversation)
         row["standing"] = standing(conversation)
         if said := judgements(conversation):
             details["judgements"], row["judged"] = said, 1
-        row["details"] = to_line(details)
-    return row, conversation, {"masked": cleaned.masked, "flagged": cleaned.flagged}
+    told = [identity, str(conversation["started_at"] or ""), details]
+    return row, told, conversation, {"masked": cleaned.masked, "flagged": cleaned.flagged}
 
 
 def _parse(line: bytes | None) -> tuple[dict | None, str]:

@@ -5,7 +5,6 @@ million conversations. A shard's lines are written again where a decision about 
 """
 
 import hashlib
-import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-import pyarrow as pa
 
 from fine_tuning.common.records import read_json, replacing
 from fine_tuning.common.results import Memo, link
@@ -31,16 +29,15 @@ from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgemen
 from fine_tuning.schema.conversation import from_line, to_line
 
 LARGEST = 5  # clusters whose sizes are reported
-PORTION = 1 << 16  # conversations whose ids are in memory at a time
 KEPT = "kept.jsonl"
-# One row a line of the shard. Keys are hashes; `end` is where its cleaned line ends; `details` is JSON, where there is
-# any: the reason and value of a drop, or feedback by kind and judgements.
-SCHEMA = pa.schema(
-    [("id", pa.string()), ("started_at", pa.string()), ("details", pa.binary()), ("gone", pa.int32())]
-    + [("end", pa.int64()), *((name, pa.int8()) for name in ("passed", "standing", "restored", "judged"))]
-    + [(name, pa.uint64()) for name in ("id_key", "own", "shared", "question", "reply", "person")]
-    + [(f"band{number}", pa.uint64()) for number in range(BANDS)]
+# `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
+# told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
+ROW = np.dtype(
+    [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
+    + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
+    + [(name, np.int8) for name in ("passed", "standing", "restored", "judged")]
 )
+_ID, _STARTED_AT, _DETAILS = range(3)
 VERDICTS = ("kept", "superseded", "rejected", "duplicate", "near_duplicate", "same_reply", "user_share")
 _KEPT, _SUPERSEDED, _REJECTED, _DUPLICATE, _NEAR_DUPLICATE, _SAME_REPLY, _USER_SHARE = range(len(VERDICTS))
 
@@ -85,40 +82,48 @@ def merge(pieces: list[CleanPiece], memo: Memo, output: Path, settings: CleanSet
 
 
 class _Index:
-    """The columns of all pieces, which stay on disk until they are asked for."""
+    """What the first pass noted of all pieces; it stays on disk until it is asked for."""
 
     def __init__(self, pieces: list[CleanPiece]) -> None:
         self.pieces = pieces
-        tables = [pa.ipc.open_file(pa.memory_map(str(piece.folder / "index.arrow"))).read_all() for piece in pieces]
-        self._table = pa.concat_tables([SCHEMA.empty_table(), *tables])
-        self.starts = np.cumsum([0, *map(len, tables)])  # the first row of each piece, and how many there are
+        self.tables = [_mapped(piece.folder / "index", ROW) for piece in pieces]
+        self.starts = np.cumsum([0, *map(len, self.tables)])  # the first row of each piece, and how many there are
+        self.passed = self.column("passed") > 0
+        self._signed = np.cumsum(self.passed) - 1  # the place of its signature
 
     def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """A column of numbers."""
-        numbers = self._table[name].to_numpy()
+        numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
 
-    def piece(self, name: str, number: int) -> np.ndarray:
-        """A column of one piece."""
-        start, end = self.starts[number : number + 2]
-        return self._table[name].slice(start, end - start).to_numpy()
+    def told(self, what: int, rows: np.ndarray) -> Iterator[Any]:
+        """A column of texts, of rows in any order."""
+        numbers = np.searchsorted(self.starts, rows, "right") - 1
+        files = [_mapped(piece.folder / "told.jsonl", np.uint8).data for piece in self.pieces]
+        for number, row in zip(numbers.tolist(), (rows - self.starts[numbers]).tolist(), strict=True):
+            ends = self.tables[number]["told"]
+            yield orjson.loads(files[number][ends[row - 1] if row else 0 : ends[row]])[what]
 
-    def texts(self, name: str, rows: np.ndarray) -> Iterator[Any]:
-        """Texts of a column."""
-        column = self._table[name].combine_chunks()
-        for start in range(0, len(rows), PORTION):
-            yield from column.take(pa.array(rows[start : start + PORTION])).to_pylist()
+    def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """The keys of each band of signatures."""
+        tables = [_mapped(piece.folder / "bands", np.uint64, BANDS) for piece in self.pieces]
+        return (np.concatenate([table[:, band] for table in tables])[self._signed[rows]] for band in range(BANDS))
 
     def signatures(self, rows: np.ndarray) -> np.ndarray:
-        """The signatures of conversations that passed."""
+        """Signatures of conversations that passed."""
         found = np.empty((len(rows), PERMUTATIONS), np.uint32)
-        for number in np.unique(np.searchsorted(self.starts, rows, "right") - 1):
-            start, end = self.starts[number : number + 2]
-            own = (rows >= start) & (rows < end)
-            signed = np.memmap(self.pieces[number].folder / "signatures", np.uint32, "r").reshape(-1, PERMUTATIONS)
-            passed = np.cumsum(self.piece("passed", number)) - 1
-            found[own] = signed[passed[rows[own] - start]]
+        numbers = np.searchsorted(self.starts, rows, "right") - 1
+        for number in np.unique(numbers):
+            table = _mapped(self.pieces[number].folder / "signatures", np.uint32, PERMUTATIONS)
+            before = int(self.passed[: self.starts[number]].sum())
+            found[numbers == number] = table[self._signed[rows[numbers == number]] - before]
         return found
+
+
+def _mapped(path: Path, kind: Any, *width: int) -> np.ndarray:
+    """Rows of a file as an array; an empty file cannot be mapped."""
+    found = np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
+    return found.reshape(-1, *width)
 
 
 # -----------------------------------------------------------------------------
@@ -135,8 +140,7 @@ class _Decided:
 
 
 def _decide(index: _Index, settings: CleanSettings) -> _Decided:
-    passed, id_keys = index.column("passed") > 0, index.column("id_key")
-    every = np.arange(len(passed))
+    passed, id_keys, every = index.passed, index.column("id_key"), np.arange(len(index.passed))
     superseded = (-least_of_equal(id_keys, -every) != every) & (id_keys > 0)
     verdict = np.select([superseded, ~passed], [_SUPERSEDED, _REJECTED], _KEPT).astype(np.int8)
     value = np.zeros(len(passed), np.int64)
@@ -150,8 +154,8 @@ def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     nearest = np.full(len(rows), len(rows))
     if settings.near_duplicate_threshold <= 1:
         signed = np.flatnonzero(alone)
-        bands = (index.column(f"band{number}", rows[signed]) for number in range(BANDS))
-        similar = similar_pairs(bands, lambda at: index.signatures(rows[signed[at]]), settings.near_duplicate_threshold)
+        signatures_of = lambda places: index.signatures(rows[signed[places]])  # noqa: E731
+        similar = similar_pairs(index.bands(rows[signed]), signatures_of, settings.near_duplicate_threshold)
         edges.append(signed[similar])
         np.minimum.at(nearest, edges[1][1], edges[1][0])
     near = alone & (nearest < len(rows)) & (standing <= 0) & settings.drop_near_duplicates
@@ -182,7 +186,7 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     several = sizes[group] > 1
     involved = np.unique(members[several])
-    order = zip(-standing[involved].astype(int), index.texts("started_at", rows[involved]), involved, strict=True)
+    order = zip(-standing[involved].astype(int), index.told(_STARTED_AT, rows[involved]), involved, strict=True)
     ranked = np.array([place for *_, place in sorted(order)], int)
     rank = np.zeros(len(rows), int)
     rank[ranked] = np.arange(len(ranked))
@@ -196,8 +200,8 @@ def _judgements(index: _Index, rows: np.ndarray, kept: np.ndarray, shared: np.nd
     """Row → what was said of exact duplicates of it, for candidates that are kept."""
     judged = np.flatnonzero(index.column("judged", rows))
     said: dict[int, list[tuple[int, dict]]] = {}
-    for place, details in zip(judged, index.texts("details", rows[judged]), strict=True):
-        said.setdefault(int(shared[place]), []).append((rows[place], orjson.loads(details)["judgements"]))
+    for place, details in zip(judged, index.told(_DETAILS, rows[judged]), strict=True):
+        said.setdefault(int(shared[place]), []).append((rows[place], details["judgements"]))
     added = {}
     for place in np.flatnonzero(kept & np.isin(shared, shared[judged])):
         if others := [one for row, one in said[int(shared[place])] if row != rows[place]]:
@@ -234,7 +238,7 @@ def _write_shards(index: _Index, decided: _Decided, memo: Memo, output: Path) ->
 
 def _write_piece(index: _Index, decided: _Decided, number: int, write: Callable[[Any], Any]) -> None:
     first, last = index.starts[number : number + 2]
-    ends = index.piece("end", number)
+    ends = np.array(index.tables[number]["end"])
     begins = np.concatenate([[0], ends[:-1]])
     kept = np.flatnonzero(decided.verdict[first:last] == _KEPT)
     if not len(kept):
@@ -242,16 +246,11 @@ def _write_piece(index: _Index, decided: _Decided, number: int, write: Callable[
     changed = np.isin(first + kept, list(decided.added))
     broken = (begins[kept][1:] != ends[kept][:-1]) | changed[1:] | changed[:-1]
     stretches = np.split(kept, np.flatnonzero(broken) + 1)
-    path = index.pieces[number].folder / "cleaned.jsonl"
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as cleaned:
-        for stretch in stretches:
-            others = decided.added.get(int(first + stretch[0]))
-            begin, end = begins[stretch[0]], ends[stretch[-1]]
-            if others:
-                write(to_line(add_judgements(from_line(cleaned[begin:end]), others)))
-            else:
-                with memoryview(cleaned) as view, view[begin:end] as lines:
-                    write(lines)
+    cleaned = _mapped(index.pieces[number].folder / "cleaned.jsonl", np.uint8).data
+    for stretch in stretches:
+        lines = cleaned[begins[stretch[0]] : ends[stretch[-1]]]
+        others = decided.added.get(int(first + stretch[0]))
+        write(to_line(add_judgements(from_line(bytes(lines)), others)) if others else lines)
 
 
 def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any]) -> Iterator[str]:
@@ -261,11 +260,11 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
     shards = [piece.shard for piece in index.pieces]
     places = np.searchsorted(index.starts, rows, "right") - 1
     firsts = index.starts[[shards.index(shard) for shard in shards]][places]
-    others = index.texts("id", np.where(np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE)), values, 0))
-    told = zip(index.texts("id", rows), index.texts("details", rows), others, strict=True)
+    others = index.told(_ID, np.where(np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE)), values, 0))
+    told = zip(index.told(_ID, rows), index.told(_DETAILS, rows), others, strict=True)
     numbers = zip(rows - firsts + 1, places, verdicts, values, strict=True)
     for (line, place, verdict, value), (identity, details, other) in zip(numbers, told, strict=True):
-        said = orjson.loads(details) if details else {}
+        said = details or {}
         reason, because = VERDICTS[verdict], None
         if verdict == _REJECTED:
             reason, because = said["reason"], said["value"]
@@ -287,11 +286,11 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
     rows, cluster = decided.candidates, decided.cluster
     oldest = np.arange(len(rows))
     several = np.flatnonzero(np.bincount(cluster, minlength=len(rows))[cluster] > 1)
-    dated = zip(index.texts("started_at", rows[several]), index.texts("id", rows[several]), several, strict=True)
+    dated = zip(index.told(_STARTED_AT, rows[several]), index.told(_ID, rows[several]), several, strict=True)
     for *_, place in sorted(dated, reverse=True):
         oldest[cluster[place]] = place
     kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
-    names = index.texts("id", rows[oldest[cluster[kept]]])
-    for identity, name in zip(index.texts("id", rows[kept]), names, strict=True):
+    names = index.told(_ID, rows[oldest[cluster[kept]]])
+    for identity, name in zip(index.told(_ID, rows[kept]), names, strict=True):
         write(to_line({"id": identity, "cluster": name}))
     return np.bincount(cluster[kept], minlength=len(rows))
