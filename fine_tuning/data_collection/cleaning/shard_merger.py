@@ -223,10 +223,11 @@ def _write_shards(index: _Index, decided: _Decided, memo: Memo, output: Path) ->
         added = {str(row - start): said for row, said in decided.added.items() if start <= row < end}
         key = [[index.pieces[number].folder.name for number in numbers], hashlib.sha256(kept).hexdigest(), added]
 
-        def write(place: Path, numbers: list[int] = numbers) -> None:
+        def write(place: Path, _: object, numbers: list[int] = numbers) -> int:
             with open(place / KEPT, "wb") as file:
                 for number in numbers:
                     _write_piece(index, decided, number, file.write)
+            return len(numbers)
 
         link(memo.files(key, write)[0] / KEPT, output / shard)
         written.add(shard)
