@@ -15,7 +15,7 @@ from fine_tuning.common.records import read_jsonl, write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
-from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings, loaded
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.preferences import find_preferences
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
@@ -44,12 +44,13 @@ TOKENS = Path("metrics/plots/prepare_tokens.csv")
 def main() -> None:
     settings, chat = read_params("prepare", PrepareSettings), read_params("chat", ChatSettings)
     base = TOKENIZER[0].parent.resolve()
-    tokenizer = load_tokenizer(base)
+    if not all(path.is_file() for path in TOKENIZER):
+        load_tokenizer(base)  # which says what is missing
     dealing = settings.model_dump(mode="json", exclude={"engine", "canaries"})
     builder = DatasetBuilder(**dealing, tokenizer=base, **chat.model_dump())
     clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
     made_by = [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
-    secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
+    secrets = settings.canaries and planted(settings.canaries, loaded(base), chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with (
         Catalogue() as catalogue,
@@ -62,13 +63,13 @@ def main() -> None:
         )
         known = clusters(), assigned, engine, dropped_duplicates(), memo
         for split, rows in builder.assign(clean, catalogue, *known):
-            rows = chain(rows, secrets) if split == "train" else rows
+            rows = chain(rows, secrets) if secrets and split == "train" else rows
             write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
         new = ledger.append(catalogue.assigned())
         metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
-        preferred = find_preferences(clean.conversations(), catalogue.assigned(), clusters(), builder, tokenizer)
+        preferred = find_preferences(clean.judged(), catalogue.assigned(), clusters(), builder)
         preferred.write(PREFERENCES, THUMBS)
         metrics["preferences"] = preferred.statistics()
     write_json(METRICS, metrics)
