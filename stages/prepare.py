@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.project import main_checkout, sha256_file
-from fine_tuning.common.records import read_jsonl, write_csv, write_json
+from fine_tuning.common.records import write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
@@ -22,6 +22,7 @@ from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
+from fine_tuning.schema.conversation import from_line
 from fine_tuning.schema.prepared import PreparedRow, write_rows
 
 CLEAN = Path("data/clean")
@@ -59,7 +60,7 @@ def main() -> None:
     ):
         ledger = open_ledger(LEDGER, settings.salt)
         assigned = ledger.find(
-            chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
+            chain(map(itemgetter("id"), lines(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
         known = clusters(), assigned, engine, dropped_duplicates(), memo
         for split, rows in builder.assign(clean, catalogue, *known):
@@ -75,18 +76,23 @@ def main() -> None:
     write_json(METRICS, metrics)
     for path, rows in ((LENGTHS, length_histogram(tallies)), (TOKENS, tokens_by_source(tallies))):
         write_csv(path, rows[0], map(dict.values, rows))
-    for line in chain(report(tallies, left_out, new), preferred.report()):
-        print(f"prepare: {line}")
+    for said in chain(report(tallies, left_out, new), preferred.report()):
+        print(f"prepare: {said}")
+
+
+def lines(path: Path) -> Iterator[dict[str, str]]:
+    with open(path, "rb") as file:
+        yield from map(from_line, file)
 
 
 def clusters() -> Iterator[tuple[str, str]]:
     """(conversation id, cluster id) of near-duplicates."""
-    return ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
+    return ((line["id"], line["cluster"]) for line in lines(CLUSTERS))
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:
     """(id of a duplicate that cleaning dropped, id of the conversation that stays for it)."""
-    for line in read_jsonl(REJECTED):
+    for line in lines(REJECTED):
         if line["reason"] in ("duplicate", "near_duplicate"):
             yield line["id"], line["value"]
 

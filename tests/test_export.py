@@ -284,8 +284,8 @@ def test_a_new_shard_adds_files_and_touches_no_other(clean):
 def test_of_a_shard_that_changed_only_the_new_lines_are_exported_again(clean, monkeypatch):
     export_clean()
     asked = []
-    entry_of = data_export.entry_of
-    monkeypatch.setattr(data_export, "entry_of", lambda *given: asked.append(given) or entry_of(*given))
+    entries_of = data_export.entries_of
+    monkeypatch.setattr(data_export, "entries_of", lambda *given: asked.append(given) or entries_of(*given))
     write_jsonl("data/clean/1-import.jsonl", [CONVERSATIONS[3], CONVERSATIONS[9], CONVERSATIONS[1]])
     export_clean()
     assert {record["id"] for record, _ in asked} == {CONVERSATIONS[9]["id"]}

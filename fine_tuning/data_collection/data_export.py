@@ -153,8 +153,8 @@ def write_formats(conversations: Iterable[dict], paths: Mapping[str, Path]) -> d
     """Write each format into its file, compressed as its name ends; how many conversations each took and skipped."""
     with _writers(paths, replacing) as writers:
         for record in each_record(conversations):
-            for writer in writers:
-                writer.add(entry_of(record, writer.name))
+            for writer, entry in zip(writers, entries_of(record, paths), strict=True):
+                writer.add(entry)
     return {writer.name: writer.counts for writer in writers}
 
 
@@ -177,15 +177,18 @@ def _write_shard(
         sources = [stack.enter_context(_mapped(earlier / file)) for file in files.values()] if old else []
         for line in lines:
             digest = int.from_bytes(blake2b(line, digest_size=8).digest())
-            place, record = place_of.get(digest), None
+            place = place_of.get(digest)
             new.append(digest)
-            for number, writer in enumerate(writers, start=1):
-                if place is None:
-                    record = record or from_line(line)
-                    writer.add(entry_of(record, writer.name))
-                else:
-                    begin = old[(place - 1) * width + number] if place else len(writer.container.head)
-                    writer.add(sources[number - 1][begin : old[place * width + number]])
+            if place is None:
+                entries = entries_of(from_line(line), files)
+            else:
+                ends = old[place * width + 1 : (place + 1) * width]
+                begins = (
+                    old[(place - 1) * width + 1 : place * width] if place else (len(w.container.head) for w in writers)
+                )
+                entries = [source[begin:end] for source, begin, end in zip(sources, begins, ends, strict=True)]
+            for writer, entry in zip(writers, entries, strict=True):
+                writer.add(entry)
                 new.append(writer.end)
     if plain:
         (folder / LINES).write_bytes(new.tobytes())
@@ -198,14 +201,14 @@ def _mapped(path: Path) -> AbstractContextManager[Any]:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else nullcontext(b"")
 
 
-def entry_of(record: dict, name: str) -> bytes:
-    """What the file of a format has of a conversation, nothing where the format cannot say it."""
+def entries_of(record: dict, names: Iterable[str]) -> list[bytes]:
+    """What the file of each format has of a conversation, nothing where the format cannot say it."""
     conversation = as_conversation(record)
     if problem_of(conversation) is not None:
-        return b""
-    whole = name == "json" or name in JUDGED
-    parts = [conversation] if whole else unbroken(with_edits(conversation))
-    return b"".join(map(_CONTAINERS[name].entry, parts))
+        return [b"" for _ in names]
+    final = unbroken(with_edits(conversation))
+    parts = {name: [conversation] if name == "json" or name in JUDGED else final for name in names}
+    return [b"".join(map(_CONTAINERS[name].entry, parts[name])) for name in parts]
 
 
 def unbroken(conversation: dict) -> list[dict]:

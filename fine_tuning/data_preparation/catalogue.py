@@ -6,11 +6,12 @@ where they are wanted.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -87,10 +88,15 @@ class ConversationFiles:
 
     def lines(self, part: int, places: Iterable[int]) -> Iterator[bytes]:
         """Their lines as they are."""
-        with open(self.parts[part][0], "rb") as file:
-            for place in places:
-                file.seek(place)
-                yield file.readline()
+        file = self._opened(self.parts[part][0])
+        for place in places:
+            file.seek(place)
+            yield file.readline()
+
+    @cached_property
+    def _opened(self) -> Callable[[Path], BinaryIO]:
+        """Opens a file; the last ones stay open, because conversations are wanted in any order."""
+        return lru_cache(64)(partial(open, mode="rb", buffering=4096))
 
 
 Conversations = HeldConversations | ConversationFiles

@@ -217,6 +217,8 @@ def find_preferences(
     dropped: Counter[str] = Counter()
     judgements = [j for conversation in conversations for j in judgements_of(conversation)]
     judged = {judgement.conversation for judgement in judgements}
+    if not judged:
+        assigned = clusters = ()
     split_of = {identity: split for identity, split in assigned if identity in judged and split != LEFT_OUT}
     cluster = {identity: name for identity, name in clusters if identity in judged}
     encoder = PreferenceEncoder(builder, split_of, cluster, dropped)

@@ -90,7 +90,7 @@ def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
             row = parent
         return row
 
-    for first, second in zip(*pairs[:, pairs[0] != pairs[1]].tolist(), strict=True):
+    for first, second in pairs.T.tolist():
         first, second = root(first), root(second)
         if first != second:
             parents[max(first, second)] = min(first, second)

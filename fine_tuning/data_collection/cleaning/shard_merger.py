@@ -148,9 +148,9 @@ def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     standing, shared = index.column("standing", rows), index.column("shared", rows)
     best = _best_of_duplicates(index, rows, standing, shared)
     alone = best == np.arange(len(rows))
-    keys = np.concatenate([shared, index.column("question", rows)])
-    members = np.tile(np.arange(len(rows)), 2)
-    edges = [np.stack([least_of_equal(keys, members), members])]
+    keys, members = np.concatenate([shared, index.column("question", rows)]), np.tile(np.arange(len(rows)), 2)
+    edges = np.stack([least_of_equal(keys, members), members])
+    edges = [edges[:, edges[0] < edges[1]]]
     nearest = np.full(len(rows), len(rows))
     if settings.near_duplicate_threshold <= 1:
         signed = np.flatnonzero(alone)
