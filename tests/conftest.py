@@ -1,5 +1,6 @@
 """Fixtures shared by the whole suite: a tiny real base model, built once."""
 
+import gc
 import os
 import sys
 
@@ -19,6 +20,7 @@ SLOWEST = (
     "test_training", "test_uses", "test_promote", "test_app_browser", "test_faults", "test_forget", "test_champion",
     "test_forget_promoted", "test_hostile_bases", "test_app_journey", "test_preference_pipeline", "test_remotes",
 )  # fmt: skip
+NEW_MODULES = 100  # so many are worth a collection
 END_TO_END = "end_to_end: a browser, servers, kills, or whole pipelines; `make test` leaves it out"
 
 
@@ -36,6 +38,21 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter, config):
     if left_out := len(terminalreporter.stats.get("deselected", [])):
         terminalreporter.write_line(f"{left_out} end-to-end tests were left out: `make test-all` runs them")
+
+
+def pytest_runtest_logfinish():
+    """Exempt what was imported from garbage collection.
+
+    With torch and MLflow loaded a full collection walks millions of objects for 0.7 s; accelerate asks for one in each
+    training, Streamlit after each run of a page.
+    """
+    if len(sys.modules) > pytest_runtest_logfinish.modules + NEW_MODULES:
+        gc.collect()
+        gc.freeze()
+        pytest_runtest_logfinish.modules = len(sys.modules)
+
+
+pytest_runtest_logfinish.modules = 0
 
 
 @pytest.fixture(scope="session")

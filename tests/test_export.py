@@ -341,6 +341,12 @@ def test_one_command_writes_all_shards_into_one_file(clean, name, capsys):
     assert gzip.decompress(Path("mine.gz").read_bytes()) == path.read_bytes()
 
 
+@pytest.mark.parametrize(("name", "what"), [("dpo", "prefer or edit replies"), ("kto", "rate replies with a thumb")])
+def test_an_export_of_what_nobody_judged_says_so(clean, name, what):
+    with pytest.raises(UserError, match=f"data/{name}.jsonl is empty, .*: {what}"):
+        command_line.run(command_line.parse(["export", name]))
+
+
 def test_a_wrong_export_is_one_line(clean):
     Path("file").touch()
     for words, why in (

@@ -5,8 +5,10 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -77,10 +79,15 @@ def sha256_file(path: Path) -> str:
 def code_sha256(stage: str) -> str:
     """SHA-256 of the code that dvc.yaml names as a stage's dependencies, data files among it included."""
     checkout = LIBRARY.parent
-    deps = yaml.safe_load((checkout / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    deps = _stages((checkout / "dvc.yaml").read_bytes())[stage]["deps"]
     named = [checkout / dep for dep in deps if dep.startswith(("stages/", f"{LIBRARY.name}/"))]
     files = [file for path in named for file in (path.rglob("*") if path.is_dir() else [path])]
     return files_sha256([file for file in files if file.is_file() and file.suffix != ".pyc"], checkout)
+
+
+@lru_cache(maxsize=4)
+def _stages(pipeline: bytes) -> Any:
+    return yaml.safe_load(pipeline)["stages"]
 
 
 def files_sha256(files: Iterable[Path], folder: Path) -> str:

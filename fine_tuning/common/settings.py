@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,8 +56,7 @@ def load_params(models: Mapping[str, type[SettingsT]], path: str | Path) -> tupl
         UserError: there is no such file, or it is not plain YAML.
     """
     try:
-        # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
-        document = YAML(typ="safe", pure=True).load(Path(path).read_bytes())
+        document = _parsed(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: restore it with `git checkout {path}`") from None
     except (YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -81,9 +81,16 @@ def load_params(models: Mapping[str, type[SettingsT]], path: str | Path) -> tupl
     return found, problems
 
 
+@lru_cache(maxsize=4)
+def _parsed(text: bytes) -> Any:
+    """The document, not to be changed: a stage reads several sections, and the parser takes 0.1 s for params.yaml."""
+    # As DVC reads and rewrites it: YAML 1.2, where off and no are words. PyYAML makes booleans of them.
+    return YAML(typ="safe", pure=True).load(text)
+
+
 def _has_a_stage(section: str, pipeline: Path) -> bool:
     """Whether a stage that somebody added to dvc.yaml reads a section."""
-    stages = YAML(typ="safe", pure=True).load(pipeline.read_bytes()).get("stages", {}) if pipeline.is_file() else {}
+    stages = _parsed(pipeline.read_bytes()).get("stages", {}) if pipeline.is_file() else {}
     return any(section == str(name).partition(".")[0] for s in stages.values() for name in s.get("params", ()))
 
 

@@ -61,7 +61,7 @@ class Pair:
     rejected: PreparedRow
 
     @property
-    def input_ids(self) -> list[int]:
+    def input_ids(self) -> Sequence[int]:
         """Of the longer row."""
         return max(self.chosen.input_ids, self.rejected.input_ids, key=len)
 
@@ -79,7 +79,7 @@ class JudgedReply:
     liked: bool
 
     @property
-    def input_ids(self) -> list[int]:
+    def input_ids(self) -> Sequence[int]:
         """Of the longer row."""
         return max(self.reply.input_ids, self.mismatched.input_ids, key=len)
 

@@ -182,8 +182,8 @@ def collate(batch: Sequence[PreparedRow], pad_token_id: int, shape: tuple[int, i
     # One tensor of all: one for each row takes longer than a step on a GPU has to spare.
     spare = rows - len(batch)
 
-    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in (*values, *([[]] * spare))])
+    def padded(values: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*row, *([filler] * (longest - len(row)))] for row in (*values, *([[]] * spare))])
 
     return {
         "input_ids": padded([row.input_ids for row in batch], pad_token_id),
