@@ -16,14 +16,7 @@ from pydantic import Field
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.settings import Settings
-from fine_tuning.data_preparation.catalogue import (
-    NO_FEEDBACK,
-    AssignedRow,
-    Catalogue,
-    ConversationFiles,
-    Conversations,
-    HeldConversations,
-)
+from fine_tuning.data_preparation.catalogue import NO_FEEDBACK, AssignedRow, Catalogue, Conversations, HeldConversations
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
@@ -179,7 +172,7 @@ class DatasetBuilder:
             assigned: (conversation id, split) of earlier builds (the ledger).
             run: what maps a function over pieces of work, in order: `map`, or an engine's.
             dropped_duplicates: (id of one, id of the conversation that stays for it), which inherits the other's split.
-            memo: of conversations that this tokenizer encoded before, where `run` is `map`.
+            memo: of conversations in files that this tokenizer encoded before, where `run` is `map`.
         """
         scan = partial(conversations.scan, train_on=self.train_on)
         for scans in run(scan, range(len(conversations.parts))):
@@ -272,7 +265,7 @@ def _encode(
     pairs: list[tuple[AssignedRow, list[PreparedRow] | str]] = []
     encode = partial(_windows, tokenizer=tokenizer, system_prompt=system_prompt, max_length=max_length)
     for row in rows:
-        if memo and isinstance(conversations, ConversationFiles):
+        if memo:
             (line,) = conversations.lines(row.part, [row.place])
             # Without feedback it is the same whatever is trained on.
             key = line if NO_FEEDBACK in line else train_on.encode() + line

@@ -85,11 +85,13 @@ def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
         ) as writer,
     ):  # fmt: skip
         while group := list(islice(rows, ROW_GROUP)):
-            arrays = [_string_array([getattr(row, name) for row in group]) for name in texts[:3]]
+            arrays = [_string_array(pyarrow, [getattr(row, name) for row in group]) for name in texts[:3]]
             # JSON, because the optional keys of messages would become nulls in every Arrow struct.
-            arrays.append(_string_array([m if isinstance(m := row.messages, str) else as_json(m) for row in group]))
-            arrays.append(_number_array([row.window for row in group]))
-            arrays += [_list_array([getattr(row, name) for row in group]) for name in ("input_ids", "labels")]
+            arrays.append(
+                _string_array(pyarrow, [m if isinstance(m := row.messages, str) else as_json(m) for row in group])
+            )
+            arrays.append(_number_array(pyarrow, [row.window for row in group]))
+            arrays += [_list_array(pyarrow, [getattr(row, name) for row in group]) for name in ("input_ids", "labels")]
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
         writer.add_key_value_metadata({"content_defined_chunking": json.dumps(chunking)})
 
@@ -102,29 +104,23 @@ def as_json(messages: Sequence[dict[str, Any]]) -> str:
 # From buffers, because `pyarrow.array` imports pandas, which takes a second.
 
 
-def _number_array(numbers: Iterable[int]) -> Any:
-    import pyarrow
-
+def _number_array(pa: Any, numbers: Iterable[int]) -> Any:
     held = array("i", numbers)
-    return pyarrow.Array.from_buffers(pyarrow.int32(), len(held), [None, pyarrow.py_buffer(held)])
+    return pa.Array.from_buffers(pa.int32(), len(held), [None, pa.py_buffer(held)])
 
 
-def _string_array(texts: list[str]) -> Any:
-    import pyarrow
-
+def _string_array(pa: Any, texts: list[str]) -> Any:
     encoded = [text.encode() for text in texts]
     ends = array("i", accumulate(map(len, encoded), initial=0))
-    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
-def _list_array(lists: list[Any]) -> Any:
-    import pyarrow
-
+def _list_array(pa: Any, lists: list[Any]) -> Any:
     held, ends = array("i"), array("i", accumulate(map(len, lists), initial=0))
     for one in lists:
         held.extend(one)
-    kind, buffers = pyarrow.list_(pyarrow.int32()), [None, pyarrow.py_buffer(ends)]
-    return pyarrow.ListArray.from_buffers(kind, len(lists), buffers, children=[_number_array(held)])
+    buffers, numbers = [None, pa.py_buffer(ends)], _number_array(pa, held)
+    return pa.ListArray.from_buffers(pa.list_(pa.int32()), len(lists), buffers, children=[numbers])
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:

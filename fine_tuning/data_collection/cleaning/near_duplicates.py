@@ -130,8 +130,3 @@ def _by_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 _MIXER = np.uint64(0x9E3779B97F4A7C15)
 _PORTION = 1 << 14  # pairs whose signatures are in memory at a time
-
-
-def index_key(digest: str) -> int:
-    """A hex digest's first 60 bits."""
-    return int(digest[:15], 16)

@@ -173,7 +173,7 @@ def _clean_line(line: bytes | None, cleaner: DataCleaner) -> tuple[dict, list, d
     row: dict[str, Any] = {"id_key": _key(identity) if identity else 0}
     if conversation is None:
         return row, [identity, "", {"reason": cleaned.drop.reason, "value": cleaned.drop.value}], None, {}
-    contents = [near_duplicates.index_key(key) for key in duplicate_keys(conversation)]
+    contents = [int(key[:16], 16) for key in duplicate_keys(conversation)]
     row |= {
         "passed": 1,
         "own": contents[0],

@@ -17,14 +17,7 @@ import orjson
 
 from fine_tuning.common.records import read_json, replacing
 from fine_tuning.common.results import Memo, link
-from fine_tuning.data_collection.cleaning.near_duplicates import (
-    BANDS,
-    PERMUTATIONS,
-    clusters,
-    counts_within,
-    least_of_equal,
-    similar_pairs,
-)
+from fine_tuning.data_collection.cleaning import near_duplicates
 from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgements
 from fine_tuning.schema.conversation import from_line, to_line
 
@@ -106,15 +99,18 @@ class _Index:
 
     def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The keys of each band of signatures."""
-        tables = [_mapped(piece.folder / "bands", np.uint64, BANDS) for piece in self.pieces]
-        return (np.concatenate([table[:, band] for table in tables])[self._signed[rows]] for band in range(BANDS))
+        tables = [_mapped(piece.folder / "bands", np.uint64, near_duplicates.BANDS) for piece in self.pieces]
+        return (
+            np.concatenate([table[:, band] for table in tables])[self._signed[rows]]
+            for band in range(near_duplicates.BANDS)
+        )
 
     def signatures(self, rows: np.ndarray) -> np.ndarray:
         """Signatures of conversations that passed."""
-        found = np.empty((len(rows), PERMUTATIONS), np.uint32)
+        found = np.empty((len(rows), near_duplicates.PERMUTATIONS), np.uint32)
         numbers = np.searchsorted(self.starts, rows, "right") - 1
         for number in np.unique(numbers):
-            table = _mapped(self.pieces[number].folder / "signatures", np.uint32, PERMUTATIONS)
+            table = _mapped(self.pieces[number].folder / "signatures", np.uint32, near_duplicates.PERMUTATIONS)
             before = int(self.passed[: self.starts[number]].sum())
             found[numbers == number] = table[self._signed[rows[numbers == number]] - before]
         return found
@@ -141,7 +137,7 @@ class _Decided:
 
 def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     passed, id_keys, every = index.passed, index.column("id_key"), np.arange(len(index.passed))
-    superseded = (-least_of_equal(id_keys, -every) != every) & (id_keys > 0)
+    superseded = (-near_duplicates.least_of_equal(id_keys, -every) != every) & (id_keys > 0)
     verdict = np.select([superseded, ~passed], [_SUPERSEDED, _REJECTED], _KEPT).astype(np.int8)
     value = np.zeros(len(passed), np.int64)
     rows = np.flatnonzero(verdict == _KEPT)
@@ -149,13 +145,15 @@ def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     best = _best_of_duplicates(index, rows, standing, shared)
     alone = best == np.arange(len(rows))
     keys, members = np.concatenate([shared, index.column("question", rows)]), np.tile(np.arange(len(rows)), 2)
-    edges = np.stack([least_of_equal(keys, members), members])
+    edges = np.stack([near_duplicates.least_of_equal(keys, members), members])
     edges = [edges[:, edges[0] < edges[1]]]
     nearest = np.full(len(rows), len(rows))
     if settings.near_duplicate_threshold <= 1:
         signed = np.flatnonzero(alone)
         signatures_of = lambda places: index.signatures(rows[signed[places]])  # noqa: E731
-        similar = similar_pairs(index.bands(rows[signed]), signatures_of, settings.near_duplicate_threshold)
+        similar = near_duplicates.similar_pairs(
+            index.bands(rows[signed]), signatures_of, settings.near_duplicate_threshold
+        )
         edges.append(signed[similar])
         np.minimum.at(nearest, edges[1][1], edges[1][0])
     near = alone & (nearest < len(rows)) & (standing <= 0) & settings.drop_near_duplicates
@@ -169,12 +167,12 @@ def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     ):
         found = index.column(column, rows)
         asked = np.flatnonzero(reached & (found > 0))
-        counts = counts_within(found[asked])
+        counts = near_duplicates.counts_within(found[asked])
         late = asked[counts > limit]
         own[late], values[late], reached[late] = reason, counts[counts > limit], False
     own[alone & (index.column("restored", rows) > 0)] = _KEPT  # of a duplicate the other one is kept
     verdict[rows], value[rows] = own, values
-    cluster = clusters(len(rows), np.concatenate(edges, axis=1))
+    cluster = near_duplicates.clusters(len(rows), np.concatenate(edges, axis=1))
     return _Decided(verdict, value, rows, cluster, _judgements(index, rows, own == _KEPT, shared))
 
 
@@ -192,7 +190,7 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     rank[ranked] = np.arange(len(ranked))
     best = np.arange(len(rows))
     mine = several[: len(rows)]
-    best[mine] = ranked[least_of_equal(keys, rank[members])[: len(rows)][mine]]
+    best[mine] = ranked[near_duplicates.least_of_equal(keys, rank[members])[: len(rows)][mine]]
     return best
 
 
