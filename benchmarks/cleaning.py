@@ -164,19 +164,24 @@ def _documents(path: Path) -> list[list[str]]:
 
 
 def our_near_duplicates(path: Path) -> Callable[[], object]:
-    import sqlite3
+    import numpy as np
 
-    from fine_tuning.data_collection.cleaning.near_duplicates import Clusters, signatures
+    from fine_tuning.data_collection.cleaning.near_duplicates import (
+        PERMUTATIONS,
+        band_keys,
+        clusters,
+        signatures,
+        similar_pairs,
+    )
 
     documents = _documents(path)
     signatures(documents[:1])
 
     def work() -> int:
-        with tempfile.TemporaryFile(buffering=0) as file:
-            clusters = Clusters(sqlite3.connect(""), file, 0.8)
-            for start in range(0, len(documents), 256):
-                clusters.add([(signature, []) for signature in signatures(documents[start : start + 256])])
-            return len({clusters.cluster(row) for row in range(len(documents))})
+        signed = b"".join(signatures(documents))
+        numbers = np.frombuffer(signed, np.uint32).reshape(-1, PERMUTATIONS)
+        pairs = similar_pairs(band_keys(signed).T, numbers.__getitem__, 0.8)
+        return len(np.unique(clusters(len(documents), pairs)))
 
     return work
 

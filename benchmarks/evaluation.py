@@ -1,8 +1,6 @@
 """This evaluator beside lm-evaluation-harness: the same model, the same questions, the same numbers, the time of both.
 
-    python -m venv .venv-lm-eval
-    .venv-lm-eval/bin/pip install -r requirements.txt -r benchmarks/requirements-lm-eval.txt
-    python -m benchmarks.evaluation [--peer .venv-lm-eval/bin/python] [--questions 84] [--threads 1]
+    python -m benchmarks.evaluation [--questions 84] [--threads 1]
 
 Both sides score both answers of the general questions, without the tokens that end a turn: the harness through its own
 `hf` model and `loglikelihood` requests of text, this project by token ids; each in a process of its own, float32 on a
@@ -28,7 +26,6 @@ TOLERANCE = 0.01  # nats an answer: what other batches and padding move in float
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peer", default=".venv-lm-eval/bin/python", help="Python of the harness's environment")
     parser.add_argument("--questions", type=int, default=84)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16, help="of the harness; this project counts tokens")
@@ -43,8 +40,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.requests = Path(folder) / "requests.json"
         arguments.requests.write_text(json.dumps(requests(arguments.questions)))
-        for side, python in (("ours", sys.executable), ("theirs", arguments.peer)):
-            command = [python, "-m", "benchmarks.evaluation", "--one", side, "--requests", str(arguments.requests)]
+        for side in ("ours", "theirs"):
+            command = [sys.executable, "-m", "benchmarks.evaluation", "--one", side]
+            command += ["--requests", str(arguments.requests)]
             command += ["--threads", str(arguments.threads), "--batch-size", str(arguments.batch_size)]
             command += ["--questions", str(arguments.questions)]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -3,13 +3,15 @@
     make repro && python -m benchmarks.planted_preferences [--pairs 50,100,200,400] [--objectives sft,dpo,kto,auto]
 
 The person prefers replies shorter than 80 characters. To each prompt, a short question of the exported conversations,
-the base's GGUF samples replies, many prompts at once, until one keeps the rule and one breaks it; only replies that it
-ends itself count, as in `prepare`. What was sampled is kept in `.whetstone/planted` and used again. Prompts that are
-held out give pairs, and are answered again by each trained model. Supervised fine-tuning learns from the chosen
-replies, DPO from the pairs, KTO from every reply with a thumb, `auto` from chosen replies and pairs together; `sft>dpo`
-trains one after the other. Printed for the base and each run: the share of held-out pairs whose chosen reply is
-likelier a token, the share of greedy replies to held-out prompts that keep the rule, the share that keeps another rule
-nobody voted on (no exclamation mark), and the mean probability of the right answers to the general questions.
+the base's GGUF samples replies, many prompts at once, until one keeps the rule and one breaks it. It is asked to be
+brief for the one that keeps it, which it would write to a tenth of the prompts otherwise; what is learned from and
+measured has the prompt alone. Only replies that it ends itself count, as in `prepare`. What was sampled is kept in
+`.whetstone/planted` and used again. Prompts that are held out give pairs, and are answered again by each trained
+model. Supervised fine-tuning learns from the chosen replies, DPO from the pairs, KTO from every reply with a thumb,
+`auto` from chosen replies and pairs together; `sft>dpo` trains one after the other. Printed for the base and each
+run: the share of held-out pairs whose chosen reply is likelier a token, the share of greedy replies to held-out
+prompts that keep the rule, the share that keeps another rule nobody voted on (no exclamation mark), and the mean
+probability of the right answers to the general questions.
 """
 
 import argparse
@@ -51,6 +53,7 @@ LIMIT = 80  # characters: what the person calls short
 SAMPLES, SLOTS = 8, 32
 SHORT_TOKENS, MAX_TOKENS = 24, 64  # a reply of less than 80 characters ends in 24
 LONGEST_PROMPT = 200  # characters
+BRIEFLY = "\n\nAnswer in one short sentence."
 
 
 def keeps_rule(reply: str) -> bool:
@@ -116,16 +119,17 @@ def judge(count: int) -> list[dict[str, Any]]:
     """
     chat, tokenizer, cores = read_params("chat", ChatSettings), load_tokenizer(BASE), scoring_hardware(None).threads
     exported = chain.from_iterable(map(read_jsonl, sorted(Path("data/exports/openai").glob("*.jsonl"))))
-    said = [message for conversation in exported for message in conversation["messages"]]
-    prompts = sorted({m["content"] for m in said if m["role"] == "user" and len(m["content"]) <= LONGEST_PROMPT})
+    messages = [message for conversation in exported for message in conversation["messages"]]
+    prompts = sorted({m["content"] for m in messages if m["role"] == "user" and len(m["content"]) <= LONGEST_PROMPT})
     random.Random(0).shuffle(prompts)
-    named = [sha256_file(GGUF), chat.model_dump(), prompts, LIMIT, SAMPLES, SHORT_TOKENS, MAX_TOKENS]
+    named = [sha256_file(GGUF), chat.model_dump(), prompts, BRIEFLY, LIMIT, SAMPLES, SHORT_TOKENS, MAX_TOKENS]
     kept = Path(".whetstone/planted") / f"{hashlib.sha256(json.dumps(named).encode()).hexdigest()}.jsonl"
     known = list(read_jsonl(kept)) if kept.exists() else []
-    encoded = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat.system_prompt) for text in prompts]
+    said = [[[{"role": "user", "content": text + hint}] for hint in (BRIEFLY, "")] for text in prompts]
+    encoded = [[encode_prompt(tokenizer, asked, chat.system_prompt) for asked in both] for both in said]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (
-        LlamaEngine(GGUF, max(map(len, encoded)) + MAX_TOKENS, cores, SLOTS) as engine,
+        LlamaEngine(GGUF, max(map(len, chain(*encoded))) + MAX_TOKENS, cores, SLOTS) as engine,
         open(kept, "a", 1, "utf-8") as lines,  # each line at once
         tqdm(total=count, desc="pairs", initial=sum(map(len, known)) // 2) as bar,
     ):
@@ -149,10 +153,16 @@ def judge(count: int) -> list[dict[str, Any]]:
     return pairs[:count]
 
 
-def sides_of(engine: LlamaEngine, prompt: Sequence[int], number: int) -> dict[str, str]:
-    """A reply that keeps the rule (`true`) and one that breaks it (`false`), of those that the base ends in time."""
+def sides_of(engine: LlamaEngine, prompts: Sequence[Sequence[int]], number: int) -> dict[str, str]:
+    """A reply that keeps the rule (`true`) and one that breaks it (`false`), of those that the base ends in time.
+
+    Args:
+        engine: of the base.
+        prompts: token ids of the prompt that asks for a brief reply, and of the prompt alone.
+        number: of the prompt, from which seeds follow.
+    """
     found: dict[str, str] = {}
-    for kept, longest in ((True, SHORT_TOKENS), (False, MAX_TOKENS)):
+    for prompt, kept, longest in zip(prompts, (True, False), (SHORT_TOKENS, MAX_TOKENS), strict=True):
         for sample in range(SAMPLES):
             seed = 2 * (number * SAMPLES + sample) + kept
             reply = engine.complete(prompt, longest, temperature=1.0, seed=seed)

@@ -38,6 +38,7 @@ CHAMPION = Path("models/champion.json")
 RECORDS = Path("data/evaluation")
 METRICS = Path("metrics/evaluation.json")
 PAGE = Path("metrics/side_by_side.md")
+TASKS = Path("configs/benchmarks")
 MODULES = Path("fine_tuning/evaluation/metric_modules")
 MEMO = Path(".whetstone/memo/evaluate")
 
@@ -48,9 +49,12 @@ def main() -> None:
     # These import PyTorch, which takes seconds: a refused parameter is reported before.
     from fine_tuning.evaluation.evaluator import Evaluator
     from fine_tuning.evaluation.metric_modules.loading import load_metric, signatures
+    from fine_tuning.evaluation.records.measurements import BENCHMARKS
+    from fine_tuning.evaluation.scoring.benchmarks import Benchmarks
 
     find_people = people_finder(people)
     metrics = [load_metric(name, MODULES) for name in settings.metrics]
+    benchmarks = Benchmarks(settings.benchmarks, settings.benchmark_questions, TASKS)
     name = read_params("deploy", ProjectName).name
     check_references(settings.references, BASE.folder, CHAMPION, name)
     tokenizer, memo = load_tokenizer(BASE.folder), main_checkout() / MEMO
@@ -71,14 +75,16 @@ def main() -> None:
     is_compared = compared_models(BASE.folder, CHAMPION, name)
     evaluator = Evaluator(items, *given, read_preferences(PAIRS), is_compared)
     kind |= {} if candidate.kind == CANDIDATE.kind else evaluator.cost(candidate, TRAIN)
-    found = evaluator.run(BASE, champion, candidate, TRAIN)
+    found, contenders = evaluator.run(BASE, champion, candidate, TRAIN), [c for c in (BASE, champion, candidate) if c]
+    asked = chat.system_prompt, evaluator.hardware, evaluator.memo
+    found.guarded[BENCHMARKS] = [line for one in contenders for line in benchmarks.ask(one, *asked)]
     write_jsonl(RECORDS / "items.jsonl", found.records)
     for name, lines in found.guarded.items():
         write_jsonl(RECORDS / f"{name}.jsonl", lines)
     write_jsonl(RECORDS / "memory.jsonl", found.memory)
     write_jsonl(RECORDS / "prompts.jsonl", found.answer_lines(settings.test_prompts, find_people))
     PAGE.write_text(side_by_side(settings.test_prompts, found.answers), encoding="utf-8", errors="replace")
-    ggufs = {one.name: one.identity(TRAIN) for one in (BASE, champion, candidate) if one}
+    ggufs = {one.name: one.identity(TRAIN) for one in contenders}
     identity = {"learned_by_champion": learned, "signatures": signatures(metrics), "method_sha256": method}
     identity |= {"ggufs": ggufs, "kind": kind}
     table = found.table(metrics, settings.interval)

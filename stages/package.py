@@ -30,7 +30,7 @@ def main() -> None:
     print(f"package: merging the adapter into the base, in {settings.merged_dtype}", flush=True)
     merge_adapter(BASE, ADAPTER, MERGED, settings.merged_dtype)
     print(f"package: writing {PACKAGE}/model.gguf in {settings.quantisation}, Modelfile and create.json", flush=True)
-    write_package(MERGED, PACKAGE, settings, chat, converter)
+    write_package(BASE, ADAPTER, MERGED, PACKAGE, settings, chat, converter)
     print("package: proving that it says what was trained", flush=True)
     report = prove_package(BASE, ADAPTER, MERGED, PACKAGE, read_prepared(CONVERSATIONS), settings, chat)
     write_json(PACKAGE / "parity.json", report)
@@ -44,6 +44,7 @@ def main() -> None:
             "gguf_top1": report["gguf"]["top1"],
             "template_conversations": report["template"]["bank"] + report["template"]["real_prompts"],
             "tokenised_texts": report["tokens"]["conversations"] + report["tokens"]["odd_strings"],
+            **({"adapter_gguf_mean_kl": report["adapter_gguf"]["mean_kl"]} if settings.adapter_gguf else {}),
         },
     )
     if left_out := report["template"]["left_out_for_tools"]:

@@ -11,17 +11,18 @@ from tqdm import tqdm
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.project import main_checkout, sha256_file
-from fine_tuning.common.records import read_jsonl, write_csv, write_json
+from fine_tuning.common.records import write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
-from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings, loaded
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.preferences import find_preferences
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
+from fine_tuning.schema.conversation import from_line
 from fine_tuning.schema.prepared import PreparedRow, write_rows
 
 CLEAN = Path("data/clean")
@@ -44,12 +45,13 @@ TOKENS = Path("metrics/plots/prepare_tokens.csv")
 def main() -> None:
     settings, chat = read_params("prepare", PrepareSettings), read_params("chat", ChatSettings)
     base = TOKENIZER[0].parent.resolve()
-    tokenizer = load_tokenizer(base)
+    if not all(path.is_file() for path in TOKENIZER):
+        load_tokenizer(base)  # which says what is missing
     dealing = settings.model_dump(mode="json", exclude={"engine", "canaries"})
     builder = DatasetBuilder(**dealing, tokenizer=base, **chat.model_dump())
     clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
     made_by = [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
-    secrets = planted(settings.canaries, tokenizer, chat.system_prompt, chat.max_length)
+    secrets = settings.canaries and planted(settings.canaries, loaded(base), chat.system_prompt, chat.max_length)
     tallies = {split: Tally() for split in SPLITS}
     with (
         Catalogue() as catalogue,
@@ -58,34 +60,39 @@ def main() -> None:
     ):
         ledger = open_ledger(LEDGER, settings.salt)
         assigned = ledger.find(
-            chain(map(itemgetter("id"), read_jsonl(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
+            chain(map(itemgetter("id"), lines(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
         )
         known = clusters(), assigned, engine, dropped_duplicates(), memo
         for split, rows in builder.assign(clean, catalogue, *known):
-            rows = chain(rows, secrets) if split == "train" else rows
+            rows = chain(rows, secrets) if secrets and split == "train" else rows
             write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
         left_out = catalogue.count_left_out()
         require_every_split(catalogue)
         new = ledger.append(catalogue.assigned())
         metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
-        preferred = find_preferences(clean.conversations(), catalogue.assigned(), clusters(), builder, tokenizer)
+        preferred = find_preferences(clean.judged(), catalogue.assigned(), clusters(), builder)
         preferred.write(PREFERENCES, THUMBS)
         metrics["preferences"] = preferred.statistics()
     write_json(METRICS, metrics)
     for path, rows in ((LENGTHS, length_histogram(tallies)), (TOKENS, tokens_by_source(tallies))):
         write_csv(path, rows[0], map(dict.values, rows))
-    for line in chain(report(tallies, left_out, new), preferred.report()):
-        print(f"prepare: {line}")
+    for said in chain(report(tallies, left_out, new), preferred.report()):
+        print(f"prepare: {said}")
+
+
+def lines(path: Path) -> Iterator[dict[str, str]]:
+    with open(path, "rb") as file:
+        yield from map(from_line, file)
 
 
 def clusters() -> Iterator[tuple[str, str]]:
     """(conversation id, cluster id) of near-duplicates."""
-    return ((line["id"], line["cluster"]) for line in read_jsonl(CLUSTERS))
+    return ((line["id"], line["cluster"]) for line in lines(CLUSTERS))
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:
     """(id of a duplicate that cleaning dropped, id of the conversation that stays for it)."""
-    for line in read_jsonl(REJECTED):
+    for line in lines(REJECTED):
         if line["reason"] in ("duplicate", "near_duplicate"):
             yield line["id"], line["value"]
 

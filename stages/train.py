@@ -101,6 +101,8 @@ def run_tags(base: str) -> dict[str, str]:
     """What an MLflow run says of the code and the packages that it was made with."""
     commit, dirty = git_commit(Path.cwd())
     tags = {"git_commit": commit or "none", "git_dirty": str(dirty), "base_model": base}
+    tags |= {"mlflow.source.name": "python -m stages.train", "mlflow.source.type": "LOCAL"}  # MLflow's page shows them
+    tags |= {"mlflow.source.git.commit": commit} if commit else {}
     return tags | {f"version_{name}": version for name, version in versions().items()}
 
 

@@ -55,6 +55,7 @@ from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.integration import data_view
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.training.settings import TrainSettings
 from stages import clean, export, intake, prepare
 from tests.project import ROOT, TOPICS, Project, new_project
 from tests.project import conversations as sound_conversations
@@ -576,6 +577,14 @@ def test_a_parameter_of_cleaning_that_means_nothing_is_one_line_with_its_name(tm
     with pytest.raises(UserError, match=rf"parameter clean\.{name}(\.\d)? = .* should be") as told:
         read_params("clean", CleanSettings, path)
     assert "\n" not in str(told.value)
+
+
+def test_a_parameter_of_another_form_is_said_in_words(tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["train"]["start_from"] = "the old one"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match="should be 8 to 64 digits of an adapter's SHA-256"):
+        read_params("train", TrainSettings, tmp_path / "params.yaml")
 
 
 def test_what_is_read_is_never_unpickled():

@@ -1,19 +1,18 @@
 """Cleaning: what is repaired, what is dropped and why, and that doing it again changes nothing."""
 
-import fcntl
 import json
 import random
 import time
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import dump_line, read_jsonl
-from fine_tuning.data_collection.cleaning import shard_merger
 from fine_tuning.data_collection.cleaning.filters import check_content, repetition
-from fine_tuning.data_collection.cleaning.near_duplicates import PERMUTATIONS, _differing, shingles, signatures
+from fine_tuning.data_collection.cleaning.near_duplicates import shingles, signatures
 from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
@@ -659,19 +658,17 @@ def test_only_new_shards_are_cleaned_again(tmp_path):
     assert len(list((tmp_path / "memo").glob("*/cleaned.jsonl"))) == 2
 
 
-def test_with_new_shards_the_second_pass_goes_on_from_the_last_run(tmp_path, monkeypatch):
-    decided = []
-    decide = shard_merger._Merge.decide
-    monkeypatch.setattr(shard_merger._Merge, "decide", lambda merge, p: (decided.append(len(p)), decide(merge, p)))
+def test_a_shard_of_which_the_same_is_kept_stays_the_same_file(tmp_path):
+    def inodes(shards):
+        run(tmp_path, shards)
+        newest = max(tmp_path.glob("clean-*"), key=lambda path: path.stat().st_ctime_ns)
+        return {path.name: (newest / path.name).stat().st_ino for path in shards}
+
     first = [shard(tmp_path, number, questions(5, start=5 * int(number))) for number in "12"]
-    run(tmp_path, first)
-    more = [*first, shard(tmp_path, "3", questions(5, start=40))]
-    grown = run(tmp_path, more)
-    again = run(tmp_path, more)
-    newer = run(tmp_path, [*more, shard(tmp_path, "4", questions(1, start=5))])
-    assert decided == [2, 1, 0, 4]
-    assert grown == again == run(tmp_path, more, memo="other")
-    assert newer[0]["reasons"] == {"superseded": 1}
+    before = inodes(first)
+    newer = inodes([*first, shard(tmp_path, "3", [*questions(5, start=40), *questions(1, start=5)])])
+    assert newer[first[0].name] != before[first[0].name], "one of its conversations has a newer version"
+    assert newer[first[1].name] == before[first[1].name]
 
 
 DRAWN = ("lake", "pond", "river", "sea")
@@ -705,10 +702,7 @@ def drawn_records(draw: random.Random, count: int) -> list[dict]:
         {"near_duplicate_threshold": 1.1},
     ],
 )
-def test_whatever_comes_and_goes_the_bytes_are_those_of_a_full_run(tmp_path, monkeypatch, changes):
-    gone_on = []
-    note = shard_merger._Merge.note
-    monkeypatch.setattr(shard_merger._Merge, "note", lambda m, p: note(m, p) and (gone_on.append(m.covered), True)[1])
+def test_whatever_comes_and_goes_the_bytes_are_those_of_a_full_run(tmp_path, changes):
     draw = random.Random(str(changes))
     shards: list = []
     for step in range(25):
@@ -727,31 +721,6 @@ def test_whatever_comes_and_goes_the_bytes_are_those_of_a_full_run(tmp_path, mon
         assert run(tmp_path, shards, piece_bytes=piece_bytes, **settings) == run(
             tmp_path, shards, memo=f"fresh-{step}", **settings
         )
-    assert 3 < sum(covered > 0 for covered in gone_on) < 22 or "max_user_share" in changes
-
-
-@pytest.mark.parametrize("broken", ["no state", "killed", "in use"])
-def test_a_run_that_did_not_end_is_not_believed(tmp_path, monkeypatch, broken):
-    first = [shard(tmp_path, "1", questions(20))]
-    run(tmp_path, first)
-    (merged,) = (tmp_path / "memo").glob("merged-*")
-    more = [*first, shard(tmp_path, "2", [*questions(10, start=15), *questions(5, start=50)])]
-    if broken == "no state":
-        (merged / "state.json").write_text("{")
-    elif broken == "killed":
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(shard_merger, "replacing", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-            run(tmp_path, more)
-        assert not (merged / "state.json").exists()
-    if broken == "in use":
-        before = (merged / "state.json").read_bytes()
-        with open(merged / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            grown = run(tmp_path, more)
-        assert (merged / "state.json").read_bytes() == before
-    else:
-        grown = run(tmp_path, more)
-    assert grown == run(tmp_path, more, memo="other") == run(tmp_path, more)
 
 
 def test_a_clean_file_that_somebody_wrote_into_is_made_again(tmp_path):
@@ -765,16 +734,14 @@ def test_a_clean_file_that_somebody_wrote_into_is_made_again(tmp_path):
     assert run(tmp_path, [first]) == made
 
 
-def test_what_no_shard_has_any_more_is_not_kept_by_the_second_pass(tmp_path):
+def test_of_what_no_shard_has_any_more_no_more_is_kept_than_of_shards(tmp_path):
     first, second = shard(tmp_path, "1", questions(3)), shard(tmp_path, "2", [talk("a violet parrot", "sings", id="v")])
     run(tmp_path, [first, second])
-    for number in range(3):  # and of other parameters only the last
-        run(tmp_path, [first, second], near_duplicate_threshold=0.5 + number / 10)
-    assert len(list((tmp_path / "memo").glob("merged-*"))) == 2
-    run(tmp_path, [first], near_duplicate_threshold=0.7)
-    run(tmp_path, [first, second], max_user_share=0.9)
-    kept = [path for merged in (tmp_path / "memo").glob("merged-*") for path in merged.rglob("*.jsonl")]
-    assert kept and not any(b"parrot" in path.read_bytes() for path in kept)
+    for words in ("blue", "green"):
+        first = shard(tmp_path, f"1-{words}", [talk(f"a {words} bird", "sings", id=words)])
+        run(tmp_path, [first])
+    kept = [path.read_bytes() for path in (tmp_path / "memo/kept").glob("*/kept.jsonl")]
+    assert len(kept) == 2 and not any(b"parrot" in lines for lines in kept)
 
 
 def test_rejected_lines_and_errors_hold_no_content(tmp_path):
@@ -785,8 +752,8 @@ def test_rejected_lines_and_errors_hold_no_content(tmp_path):
 
 def test_signatures_estimate_similarity():
     def similarity(first: bytes, second: bytes) -> float:
-        differing = _differing(int.from_bytes(first, "little") ^ int.from_bytes(second, "little"))
-        return 1 - differing / PERMUTATIONS
+        one, other = (np.frombuffer(signature, np.uint32) for signature in (first, second))
+        return (one == other).mean()
 
     words = [f"w{i}" for i in range(101)]
     one, two, three = signatures([shingles([" ".join(w)]) for w in (words, words[:81] + ["x"] * 3, words[::-1])])

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.load import add_shard, conversations, write_checkout
@@ -127,3 +128,20 @@ def test_threads_are_counted_on_a_system_that_cannot_bind_a_process_to_processor
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS
     assert cores() == os.cpu_count()
     assert detect_hardware("float32", None).threads == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("system", "answers", "expected"),
+    [
+        ("xpu", {"is_bf16_supported": lambda **_: True, "get_device_name": lambda: "Arc"}, ("bfloat16", "Arc")),
+        ("xpu", {"is_bf16_supported": lambda **_: False, "get_device_name": lambda: "Iris"}, ("float32", "Iris")),
+        ("mps", {}, ("float32", "Apple GPU")),
+    ],
+)
+def test_gpus_of_intel_and_apple_are_found_with_their_precision(monkeypatch, system, answers, expected):
+    place = torch.xpu if system == "xpu" else torch.backends.mps
+    for name, answer in ({"is_available": lambda: True} | answers).items():
+        monkeypatch.setattr(place, name, answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = detect_hardware("auto", 1)
+    assert (found.device, found.precision, found.name) == (system, *expected)

@@ -14,6 +14,7 @@ from fine_tuning.commands import command_line
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import dump_line, write_jsonl
 from fine_tuning.common.results import Memo
+from fine_tuning.data_collection import data_export
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.data_export import (
     FILES,
@@ -280,6 +281,21 @@ def test_a_new_shard_adds_files_and_touches_no_other(clean):
         assert [talk for shard in shards for talk in said(reimport(shard))] == said(CONVERSATIONS)
 
 
+def test_of_a_shard_that_changed_only_the_new_lines_are_exported_again(clean, monkeypatch):
+    export_clean()
+    asked = []
+    entries_of = data_export.entries_of
+    monkeypatch.setattr(data_export, "entries_of", lambda *given: asked.append(given) or entries_of(*given))
+    write_jsonl("data/clean/1-import.jsonl", [CONVERSATIONS[3], CONVERSATIONS[9], CONVERSATIONS[1]])
+    export_clean()
+    assert {record["id"] for record, _ in asked} == {CONVERSATIONS[9]["id"]}
+    grown = files_of(Path("data/exports"))
+    for folder in (Path("data/exports"), Path("memo")):
+        folder.rename(f"old-{folder.name}")
+    export_clean()
+    assert files_of(Path("data/exports")) == grown
+
+
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_shards_that_changed_or_went_give_what_an_export_from_nothing_gives(clean, compression):
     export_clean(compression)
@@ -310,7 +326,9 @@ def test_what_is_not_used_any_more_leaves_the_memo(clean):
     for number in range(6):
         write_jsonl("data/clean/1-import.jsonl", CONVERSATIONS[number : number + 1])
         export_clean()
-        assert len(list(Path("memo").iterdir())) <= 4, "as many as there are shards, and as many again"
+        assert len([path for path in Path("memo").iterdir() if path.is_dir()]) <= 4, (
+            "as many as there are shards, and as many again"
+        )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -321,6 +339,12 @@ def test_one_command_writes_all_shards_into_one_file(clean, name, capsys):
     assert path.read_bytes() == DataExporter("other").export(CONVERSATIONS[:8], name).read_bytes()
     command_line.run(command_line.parse(["export", name, "--output", "mine.gz"]))
     assert gzip.decompress(Path("mine.gz").read_bytes()) == path.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "what"), [("dpo", "prefer or edit replies"), ("kto", "rate replies with a thumb")])
+def test_an_export_of_what_nobody_judged_says_so(clean, name, what):
+    with pytest.raises(UserError, match=f"data/{name}.jsonl is empty, .*: {what}"):
+        command_line.run(command_line.parse(["export", name]))
 
 
 def test_a_wrong_export_is_one_line(clean):

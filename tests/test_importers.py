@@ -830,6 +830,36 @@ def test_an_imported_exchange_keeps_its_author_and_that_it_was_broken_off(tmp_pa
     assert talk["metadata"] == {"user_id": "ann"}
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        {"prompt": "hi", "completion": "ho"},
+        {"instruction": "hi", "output": "ho"},
+        {"prompt": "hi", "chosen": "ho", "rejected": "no"},
+        {"text": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"},
+        {"chatml": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    ],
+    ids=lambda record: "-".join(record),
+)
+@pytest.mark.parametrize(("given", "kept"), [("ann", "ann"), (7, "7")])
+def test_whose_conversation_it_is_stays_known_in_every_form(tmp_path, record, given, kept):
+    (talk,) = taken(lines(tmp_path / "f.jsonl", record | {"user_id": given}))
+    assert talk["metadata"]["user_id"] == kept
+
+
+def test_a_question_under_user_is_no_persons_name(tmp_path):
+    (talk,) = taken(lines(tmp_path / "f.jsonl", {"prompt": "hi", "completion": "ho", "user": "What?"}))
+    assert "user" not in talk["metadata"]
+
+
+def test_whose_rows_of_csv_they_are_stays_known(tmp_path):
+    (tmp_path / "f.csv").write_text("conversation_id,user_id,role,content\na,ann,user,hi\na,ann,assistant,ho\n")
+    (talk,) = taken(tmp_path / "f.csv")
+    assert talk["metadata"]["user_id"] == "ann"
+
+
 SOUND = {"content_type": "audio_asset_pointer", "asset_pointer": "sediment://file_1", "format": "wav"}
 
 

@@ -170,7 +170,7 @@ def asked(path, *keys, settings=()):
     with EncodedMemo(path, settings) as memo:
         for key in keys:
             value = [{"input_ids": [1, 2, key], "labels": [-100, 2, key], "messages": [{"content": "ü \u2028"}]}]
-            assert memo.get([key], lambda key=key, value=value: computed.append(key) or value) == value
+            assert memo.get(b"%d" % key, lambda key=key, value=value: computed.append(key) or value) == value
     return computed
 
 
@@ -185,7 +185,7 @@ def test_nothing_is_encoded_twice_and_what_nobody_asks_for_goes(tmp_path):
 def test_a_memo_in_use_or_damaged_costs_time_only(tmp_path):
     path = tmp_path / "encoded.sqlite"
     with EncodedMemo(path, ()) as memo:
-        memo.get([1], lambda: "too_long")
+        memo.get(b"1", lambda: "too_long")
         assert asked(path, 1) == [1]
     path.write_bytes(b"no database")
     assert asked(path, 1) == [1]
@@ -196,8 +196,8 @@ def test_a_failed_run_keeps_what_was_encoded(tmp_path):
     path = tmp_path / "encoded.sqlite"
     assert asked(path, 1, 2) == [1, 2]
     with pytest.raises(ZeroDivisionError), EncodedMemo(path, ()) as memo:
-        memo.get([3], lambda: "too_long")
-        memo.get([4], lambda: 1 / 0)
+        memo.get(b"3", lambda: "too_long")
+        memo.get(b"4", lambda: 1 / 0)
     with EncodedMemo(path, ()) as memo:
-        assert memo.get([3], pytest.fail) == "too_long"
+        assert memo.get(b"3", pytest.fail) == "too_long"
     assert asked(path, 1) == [1], "that run asked for the third only"

@@ -1,5 +1,6 @@
 """The package stage: what it makes, and that every planted fault fails its proof."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.model_management.packaging import model_package
 from fine_tuning.runtime import gguf_writer
+from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
 from stages import package as stage
 
@@ -125,6 +127,51 @@ def test_the_stage_writes_the_bundle_its_proof_and_its_metrics(made):
     assert report["stops"]["stop"] == ["<|im_end|>", "<|im_start|>"]
     assert report["tokens"]["as_prepared"] == len(CONVERSATIONS)
     assert report["template"]["real_prompts"] == len(CONVERSATIONS) and not report["template"]["left_out_for_tools"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_adapters_own_gguf_on_the_bases_is_what_was_trained(checkout, rslora):
+    write_gguf(checkout / "models/base", checkout / "models/base/base-Q8_0.gguf", "Q8_0")
+    config = checkout / "models/adapter/adapter_config.json"
+    write_json(config, read_json(config) | {"use_rslora": rslora})
+    change_params(checkout / "params.yaml", "package", adapter_gguf=True, quantisation="Q8_0")
+    stage.main()
+    report = read_json(checkout / "models/package/parity.json")
+    assert report["adapter_gguf"]["mean_kl"] < 2e-2 and report["adapter_gguf"]["top1"] > 0.8
+    first = (checkout / "models/package/adapter.gguf").read_bytes()
+    assert report["files"]["adapter.gguf"] == hashlib.sha256(first).hexdigest()
+    stage.main()
+    assert (checkout / "models/package/adapter.gguf").read_bytes() == first
+
+
+def test_a_wrong_scale_of_the_adapters_gguf_fails_the_stage(checkout, monkeypatch):
+    write_gguf(checkout / "models/base", checkout / "models/base/base-Q8_0.gguf", "Q8_0")
+    change_params(checkout / "params.yaml", "package", adapter_gguf=True, quantisation="Q8_0")
+    real = gguf.GGUFWriter.add_float32
+
+    def halved(self, key, value):
+        real(self, key, value / 2 if key == "adapter.lora.alpha" else value)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_float32", halved)
+    with pytest.raises(UserError, match=r"base-Q8_0.gguf with adapter.gguf"):
+        stage.main()
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_dora": True}, {"alpha_pattern": {"q_proj": 8}}, {"modules_to_save": ["norm"]}]
+)
+def test_an_adapter_of_more_than_lora_pairs_has_no_gguf(checkout, change):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkout / "models/base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **change)).save_pretrained(
+        checkout / "models/adapter"
+    )
+    with pytest.raises(UserError, match=r"set package.adapter_gguf to false"):
+        gguf_writer.write_adapter_gguf(
+            checkout / "models/base", checkout / "models/adapter", checkout / "models/adapter.gguf"
+        )
 
 
 def test_the_same_inputs_give_the_same_bytes(made, checkout):

@@ -133,7 +133,7 @@ def prepared(conversations, tokenizer, dealt=None, **settings):
         held = HeldConversations(conversations)
         for _, examples in builder.assign(held, catalogue, [], (dealt or {}).items()):
             list(examples)
-        return find_preferences(conversations, catalogue.assigned(), [], builder, tokenizer)
+        return find_preferences(conversations, catalogue.assigned(), [], builder)
 
 
 def many(count: int) -> list[dict]:

@@ -35,5 +35,6 @@ def adopt(arguments: argparse.Namespace) -> None:
     print(f"adopted {origin}: LoRA of rank {config['r']}, SHA-256 {sha256[:12]}")
     print("params.yaml names it (train.start_from) and takes it as it is (train.max_steps: 0). Next:")
     print("  dvc repro                   # packages, evaluates and compares it")
+    print("every repro and round takes it until both parameters are null again:")
     print("  git checkout params.yaml    # trains here again")
     print("if it was trained on conversations of the test split, the comparison favours it: nothing here can see that")

@@ -28,6 +28,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             "--host", action="append", help="an Ollama to act on instead of deploy.host; may be repeated"
         )
 
+    command = add("new", "new:new", "make a project of your own in a folder, with git, DVC and the app")
+    command.add_argument("folder", type=Path, metavar="FOLDER")
     command = add(
         "import", "conversations:import_files", "take conversations from files of other tools",
         "Recognised: OpenAI, Anthropic or Hugging Face messages, ShareGPT, Alpaca, Dolly, prompt/completion, ChatML "

@@ -16,7 +16,7 @@ from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, 
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
-from fine_tuning.data_collection.data_export import file_of, read_clean, write_formats
+from fine_tuning.data_collection.data_export import JUDGED, file_of, read_clean, write_formats
 from fine_tuning.data_collection.importers import Imported, Problem, files_in, import_file, state_of
 from fine_tuning.data_collection.storage import shards
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
@@ -279,6 +279,11 @@ def export(args: argparse.Namespace) -> None:
         if no_space(error):
             raise
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from None
+    if args.format in JUDGED and not counts["exported"]:
+        missing = "prefer or edit replies" if args.format == "dpo" else "rate replies with a thumb"
+        raise UserError(
+            f"{output} is empty, since nobody judged a reply in this way: {missing}, then `dvc repro clean`"
+        )
     skipped = f", {counts['skipped']:,} skipped, for which {args.format} has no place" if counts["skipped"] else ""
     print(f"{count_of(counts['exported'], 'conversation')} in {output}{skipped}")
 

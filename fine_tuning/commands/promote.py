@@ -41,7 +41,7 @@ DATA = {split: project.PREPARED / f"{split}.parquet" for split in SPLITS} | {"pr
 LEARNED = ("train", "preferences")  # of DATA, by an adapter that was trained here
 MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see CONTRIBUTING.md
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
-REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md")
+REPORTS = ("metrics/*.json", "metrics/*.html", "metrics/*.md", "metrics/plots/*")
 PROVENANCE = ("dvc.lock", "dvc.yaml", "params.yaml", "data/manifest.json")
 
 # Made-up conversations that a server must render as training did: with and without a system prompt, several turns.

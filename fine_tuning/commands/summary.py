@@ -33,7 +33,8 @@ def summary(arguments: argparse.Namespace) -> None:
     if not console.is_terminal:
         console.width = 120
     decide = {comparison["primary"]["metric"], *comparison["secondary"], *GUARDS}
-    metrics = [name for name in sorted(evaluation["candidate"], key=place) if arguments.all or name in decide]
+    shown = {name for name in evaluation["candidate"] if arguments.all or name in decide or "/" in name}
+    metrics = sorted(shown, key=place)
     console.print(metric_table(evaluation, comparison, metrics))
     verdict = comparison["verdict"]
     colour = COLOURS.get(verdict, "default")

@@ -1,7 +1,6 @@
 """JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all."""
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -67,10 +66,12 @@ def read_object(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def updating(path: str | Path) -> Iterator[dict[str, Any]]:
     """The JSON object in a file, written again when the block ends; meanwhile no other thread or process updates it."""
+    from filelock import lock_descriptor  # brings asyncio, which takes long for those who only read
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_descriptor(lock.fileno(), poll_interval=0.001)
         value = read_object(path)
         yield value
         write_json(path, value)

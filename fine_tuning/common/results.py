@@ -36,32 +36,48 @@ class Memo:
             return read_json(path)
         return value
 
-    def files(self, key: Sequence[Any], make: Callable[[Path], Any]) -> tuple[Path, Any]:
-        """(folder, JSON value) of the files that `make(folder)` wrote, and of what it returned.
+    def files(
+        self, key: Sequence[Any], make: Callable[[Path, Path | None], Any], last: Sequence[Any] = ()
+    ) -> tuple[Path, Any]:
+        """(folder, JSON value) of the files that `make(folder, earlier)` wrote, and of what it returned.
 
         The files are read-only and may be linked elsewhere: one that was changed there in place is made again.
+        `earlier` is the folder that was given before for the key `last`, None where there is none.
         """
-        folder = self.folder / self._name(key)
+        folder, pointer = self.folder / self._name(key), self.folder / f"{self._name(['last', *last])}.json"
         self._used.add(folder.name)
-        known = read_object(folder / ENTRY)
-        if known and known["files"] == {name: state_of(folder / name) for name in known["files"]}:
+        if (known := _sound(folder)) is not None:
             os.utime(folder)
-            return folder, known["value"]
+            return folder, known
         shutil.rmtree(folder, ignore_errors=True)
+        earlier = self.folder / read_object(pointer).get("folder", "none")
         with making_folder(folder) as temporary:
-            value = make(temporary)
+            value = make(temporary, earlier if last and _sound(earlier) is not None else None)
             for path in temporary.iterdir():
                 path.chmod(0o444)
             states = {path.name: state_of(path) for path in temporary.iterdir()}
             write_json(temporary / ENTRY, {"value": value, "files": states})
+        if last:
+            write_json(pointer, {"folder": folder.name})
         return folder, value
 
     def remove_unused(self) -> None:
         """Remove folders that `files` did not give, but for the newest, as many as it gave: they hold conversations."""
-        remove_oldest([path for path in self.folder.glob("*") if path.name not in self._used], len(self._used))
+        others = [path for path in self.folder.glob("*") if path.is_dir() and path.name not in self._used]
+        remove_oldest(others, len(self._used))
+        for pointer in self.folder.glob("*.json"):
+            if not (self.folder / read_object(pointer).get("folder", "none")).is_dir():
+                pointer.unlink()
 
     def _name(self, key: Sequence[Any]) -> str:
         return hashlib.sha256(json.dumps([self._made_by, *key], sort_keys=True).encode()).hexdigest()
+
+
+def _sound(folder: Path) -> Any:
+    """The value of a folder of results in which no file was changed; None for any other folder."""
+    known = read_object(folder / ENTRY)
+    sound = known and known["files"] == {name: state_of(folder / name) for name in known["files"]}
+    return known["value"] if sound else None
 
 
 def state_of(path: Path) -> list[int] | None:

@@ -5,7 +5,6 @@ The file is opened for each event, so that a log that `seal` has renamed away is
 """
 
 import errno
-import fcntl
 import json
 import os
 import uuid
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Any
+
+from filelock import lock_descriptor
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import session_name
@@ -285,7 +286,7 @@ def _locked(path: Path) -> Iterator[int]:
     while True:
         descriptor = _open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_descriptor(descriptor, poll_interval=0.001)
             if _is_at(descriptor, path):
                 yield descriptor
                 return

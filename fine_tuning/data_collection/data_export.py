@@ -7,14 +7,18 @@ the end. A person's edit stands in the place of the reply, except in the `json` 
 import csv
 import gzip
 import io
+import mmap
+import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from hashlib import blake2b
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from fine_tuning.common.errors import UserError, no_space
 from fine_tuning.common.project import sha256_file
@@ -47,6 +51,7 @@ SUFFIXES = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 CSV_COLUMNS = (
     "conversation_id", "turn", "started_at", "source", "model", "system", "user_message", "assistant_response", "rating"
 )  # fmt: skip
+LINES = "lines"  # in the memo
 SHAREGPT_ROLES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool"}
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _FORMULA_STARTS = frozenset("'=+-@\t\r")
@@ -127,12 +132,10 @@ def export_shards(
     stale = {path for path in folder.rglob("*") if path.is_file()}
     for shard in shards:
 
-        def export(place: Path, shard: Path = shard) -> dict[str, dict[str, int]]:
-            # No fsync for each file: a file that a power cut leaves short is made again.
-            paths = {name: place / file for name, file in files.items()}
-            return write_formats(read_shard(shard), paths, partial(open, mode="wb"))
+        def export(place: Path, earlier: Path | None, shard: Path = shard) -> dict[str, dict[str, int]]:
+            return _write_shard(shard, files, place, earlier)
 
-        made, found = memo.files([sha256_file(shard), files], export)
+        made, found = memo.files([sha256_file(shard), files], export, [shard.name, files])
         for name, file in files.items():
             counts[name].update(found[name])
             if found[name]["exported"]:
@@ -146,27 +149,66 @@ def export_shards(
     return counts
 
 
-def write_formats(
-    conversations: Iterable[dict],
-    paths: Mapping[str, Path],
-    opened: Callable[[Path], AbstractContextManager[BinaryIO]] = replacing,
-) -> dict[str, dict[str, int]]:
+def write_formats(conversations: Iterable[dict], paths: Mapping[str, Path]) -> dict[str, dict[str, int]]:
     """Write each format into its file, compressed as its name ends; how many conversations each took and skipped."""
-    counts = {name: {"exported": 0, "skipped": 0} for name in paths}
-    with ExitStack() as stack:
-        writers = {}
-        for name, path in paths.items():
-            file = stack.enter_context(_compressed(stack.enter_context(opened(path)), path.suffix))
-            writers[name] = stack.enter_context(_CONTAINERS[name](file))
+    with _writers(paths, replacing) as writers:
         for record in each_record(conversations):
-            conversation = as_conversation(record)
-            sound = problem_of(conversation) is None
-            final = unbroken(with_edits(conversation)) if sound else []
-            for name, write in writers.items():
-                parts = [conversation] if sound and (name == "json" or name in JUDGED) else final
-                taken = any([write(part) for part in parts])
-                counts[name]["exported" if taken else "skipped"] += 1
-    return counts
+            for writer, entry in zip(writers, entries_of(record, paths), strict=True):
+                writer.add(entry)
+    return {writer.name: writer.counts for writer in writers}
+
+
+def _write_shard(
+    shard: Path, files: Mapping[str, str], folder: Path, earlier: Path | None
+) -> dict[str, dict[str, int]]:
+    """`write_formats` of a clean shard; what was written of its lines before is copied from the folder `earlier`.
+
+    LINES in such a folder has of each line of the shard a hash, and where it ends in each file. Compressed files are
+    not copied from.
+    """
+    width, old, new = 1 + len(files), array("Q"), array("Q")
+    plain = not any(file.endswith((SUFFIXES["gzip"], SUFFIXES["zstd"])) for file in files.values())
+    if earlier and plain:
+        old.frombytes((earlier / LINES).read_bytes())
+    place_of = {digest: place for place, digest in enumerate(old[::width])}
+    # No fsync for each file: a file that a power cut leaves short is made again.
+    paths = {name: folder / file for name, file in files.items()}
+    with _writers(paths, partial(open, mode="wb")) as writers, open(shard, "rb") as lines, ExitStack() as stack:
+        sources = [stack.enter_context(_mapped(earlier / file)) for file in files.values()] if old else []
+        for line in lines:
+            digest = int.from_bytes(blake2b(line, digest_size=8).digest())
+            place = place_of.get(digest)
+            new.append(digest)
+            if place is None:
+                entries = entries_of(from_line(line), files)
+            else:
+                ends = old[place * width + 1 : (place + 1) * width]
+                begins = (
+                    old[(place - 1) * width + 1 : place * width] if place else (len(w.container.head) for w in writers)
+                )
+                entries = [source[begin:end] for source, begin, end in zip(sources, begins, ends, strict=True)]
+            for writer, entry in zip(writers, entries, strict=True):
+                writer.add(entry)
+                new.append(writer.end)
+    if plain:
+        (folder / LINES).write_bytes(new.tobytes())
+    return {writer.name: writer.counts for writer in writers}
+
+
+def _mapped(path: Path) -> AbstractContextManager[Any]:
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else nullcontext(b"")
+
+
+def entries_of(record: dict, names: Iterable[str]) -> list[bytes]:
+    """What the file of each format has of a conversation, nothing where the format cannot say it."""
+    conversation = as_conversation(record)
+    if problem_of(conversation) is not None:
+        return [b"" for _ in names]
+    final = unbroken(with_edits(conversation))
+    parts = {name: [conversation] if name == "json" or name in JUDGED else final for name in names}
+    return [b"".join(map(_CONTAINERS[name].entry, parts[name])) for name in parts]
 
 
 def unbroken(conversation: dict) -> list[dict]:
@@ -205,30 +247,58 @@ def _compressed(raw: BinaryIO, ending: str) -> AbstractContextManager[BinaryIO]:
 
 
 # -----------------------------------------------------------------------------
-# containers: a context that gives a function which writes one conversation and says whether it could
+# containers
 
 
-def _json(records: Callable[[dict], Iterable[dict]], array: bool = False) -> Callable:
+class _Container(NamedTuple):
+    """How conversations stand in a file: each as an entry, after a head; those of an array begin with a comma."""
+
+    entry: Callable[[dict], bytes]
+    array: bool = False
+    head: bytes = b""
+
+
+class _Writer:
+    """Writes entries into a file and counts them."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self.name, self._file, self.container = name, file, _CONTAINERS[name]
+        self.counts = {"exported": 0, "skipped": 0}
+        self.end = file.write(self.container.head)
+
+    def add(self, entry: bytes) -> None:
+        """Write what a format has of the next conversation."""
+        self.counts["exported" if entry else "skipped"] += 1
+        if self.container.array and entry:
+            entry = (b"," if self.end else b"[") + entry[1:]
+        self._file.write(entry)
+        self.end += len(entry)
+
+    def close(self) -> None:
+        """Write what ends the file."""
+        if self.container.array:
+            self._file.write(b"\n]\n" if self.end else b"[]\n")
+
+
+@contextmanager
+def _writers(
+    paths: Mapping[str, Path], opened: Callable[[Path], AbstractContextManager[BinaryIO]]
+) -> Iterator[list[_Writer]]:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(opened(path)) for name, path in paths.items()}
+        writers = [
+            _Writer(name, stack.enter_context(_compressed(file, paths[name].suffix))) for name, file in files.items()
+        ]
+        yield writers
+        for writer in writers:
+            writer.close()
+
+
+def _json(records: Callable[[dict], Iterable[dict]], array: bool = False) -> _Container:
     """JSON Lines, or one array of all."""
-
-    @contextmanager
-    def container(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
-        count = 0
-
-        def write(conversation: dict) -> bool:
-            nonlocal count
-            before = count
-            for record in records(conversation):
-                line = to_line(record)
-                file.write((b",\n" if count else b"[\n") + line.rstrip(b"\n") if array else line)
-                count += 1
-            return count > before
-
-        yield write
-        if array:
-            file.write(b"\n]\n" if count else b"[]\n")
-
-    return container
+    if array:
+        return _Container(lambda talk: b"".join(b",\n" + to_line(record)[:-1] for record in records(talk)), True)
+    return _Container(lambda talk: b"".join(map(to_line, records(talk))))
 
 
 def _one(convert: Callable[[dict], dict | None]) -> Callable[[dict], Iterable[dict]]:
@@ -239,42 +309,34 @@ def _each_judgement(convert: Callable[[Judgement], dict | None]) -> Callable[[di
     return lambda conversation: filter(None, map(convert, judgements_of(conversation)))
 
 
-@contextmanager
-def _csv(file: BinaryIO) -> Iterator[Callable[[dict], bool]]:
+def _csv(conversation: dict) -> bytes:
     """One row an exchange; consecutive rows with one conversation_id are one conversation."""
+    parts = split_turns(conversation)
+    if parts is None:
+        return b""
+    system, exchanges = parts
+    ratings = {e.get("message_id"): e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
+    rows = []
+    for turn, (question, reply) in enumerate(exchanges, start=1):
+        row = (
+            conversation["id"],
+            turn,
+            conversation["started_at"] or "",
+            conversation["source"],
+            reply.get("model") or "",
+            _system_cell(system) if turn == 1 else "",
+            question["content"],
+            reply["content"],
+            ratings.get(reply.get("id"), ""),
+        )
+        rows.append([neutralise(cell) if isinstance(cell, str) else cell for cell in row])
+    return _csv_rows(rows)
+
+
+def _csv_rows(rows: Iterable[Iterable[Any]]) -> bytes:
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\r\n")  # RFC 4180; a bare \r within a cell is quoted only so
-
-    def flush() -> None:
-        file.write(text.getvalue().encode("utf-8", "replace"))
-        text.seek(0)
-        text.truncate()
-
-    def write(conversation: dict) -> bool:
-        parts = split_turns(conversation)
-        if parts is None:
-            return False
-        system, exchanges = parts
-        ratings = {e.get("message_id"): e["rating"] for e in conversation["feedback"] if e.get("rating") is not None}
-        for turn, (question, reply) in enumerate(exchanges, start=1):
-            row = (
-                conversation["id"],
-                turn,
-                conversation["started_at"] or "",
-                conversation["source"],
-                reply.get("model") or "",
-                _system_cell(system) if turn == 1 else "",
-                question["content"],
-                reply["content"],
-                ratings.get(reply.get("id"), ""),
-            )
-            table.writerow([neutralise(cell) if isinstance(cell, str) else cell for cell in row])
-        flush()
-        return True
-
-    table.writerow(CSV_COLUMNS)
-    yield write
-    flush()
+    csv.writer(text, lineterminator="\r\n").writerows(rows)  # RFC 4180; a bare \r within a cell is quoted only so
+    return text.getvalue().encode("utf-8", "replace")
 
 
 def _system_cell(system: str | None) -> str:
@@ -387,9 +449,9 @@ def _judged(judgement: Judgement, name: str) -> dict:
     return {"prompt": judgement.prompt, name: [reply], "models": models}
 
 
-_CONTAINERS: dict[str, Callable] = {
+_CONTAINERS: dict[str, _Container] = {
     "json": _json(lambda conversation: [conversation], array=True),
-    "csv": _csv,
+    "csv": _Container(_csv, head=_csv_rows([CSV_COLUMNS])),
     "chatml": _json(_one(_chatml_line)),
     "alpaca": _json(_one(to_alpaca), array=True),
     "instruction": _json(_one(to_instruction)),

@@ -6,11 +6,12 @@ where they are wanted.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -20,6 +21,7 @@ from fine_tuning.data_preparation.sorted_rows import SortedRows
 from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS, Fractions, SplitAssignment, salted_fractions
 
 PART_BYTES = 16 << 20
+NO_FEEDBACK = b'"feedback":[]'  # in the line of a conversation that has none; within a text quotes are escaped
 _SCAN, _CLUSTER, _SPLIT, _DUPLICATE_OF, _INHERITED = range(5)  # the facts about a conversation
 _FIRST = itemgetter(0)
 
@@ -62,11 +64,11 @@ class ConversationFiles:
     def __init__(self, paths: Iterable[Path], part_bytes: int = PART_BYTES) -> None:
         self.parts = [(path.resolve(), *ends) for path in paths for ends in line_ranges(path, part_bytes)]
 
-    def conversations(self) -> Iterator[dict]:
-        """All of them, in order."""
+    def judged(self) -> Iterator[dict]:
+        """Those with feedback, in order."""
         for path in dict.fromkeys(path for path, *_ in self.parts):
             with open(path, "rb") as file:
-                yield from (read_conversation(orjson.loads(line)) for line in file)
+                yield from (read_conversation(orjson.loads(line)) for line in file if NO_FEEDBACK not in line)
 
     def scan(self, part: int, train_on: TrainOn) -> list[Scan]:
         """Scan every conversation of a part."""
@@ -82,10 +84,19 @@ class ConversationFiles:
 
     def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
         """The conversations at these places of a part."""
-        with open(self.parts[part][0], "rb") as file:
-            for place in places:
-                file.seek(place)
-                yield read_conversation(orjson.loads(file.readline()))
+        return (read_conversation(orjson.loads(line)) for line in self.lines(part, places))
+
+    def lines(self, part: int, places: Iterable[int]) -> Iterator[bytes]:
+        """Their lines as they are."""
+        file = self._opened(self.parts[part][0])
+        for place in places:
+            file.seek(place)
+            yield file.readline()
+
+    @cached_property
+    def _opened(self) -> Callable[[Path], BinaryIO]:
+        """Opens a file; the last ones stay open, because conversations are wanted in any order."""
+        return lru_cache(64)(partial(open, mode="rb", buffering=4096))
 
 
 Conversations = HeldConversations | ConversationFiles

@@ -1,7 +1,8 @@
 """Datasets: conversations in; sticky train, validation and test splits with token ids and labels out."""
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache, partial
@@ -9,19 +10,27 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import orjson
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.settings import Settings
-from fine_tuning.data_preparation.catalogue import AssignedRow, Catalogue, Conversations, HeldConversations
+from fine_tuning.data_preparation.catalogue import (
+    NO_FEEDBACK,
+    AssignedRow,
+    Catalogue,
+    ConversationFiles,
+    Conversations,
+    HeldConversations,
+)
 from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
 from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
 from fine_tuning.schema.chat_format import RenderError, encode_windows, load_tokenizer
 from fine_tuning.schema.conversation import each_record
-from fine_tuning.schema.prepared import PreparedRow, encoded_fields
+from fine_tuning.schema.prepared import PreparedRow, as_json, encoded_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -199,7 +208,7 @@ class DatasetBuilder:
         limits = ("max_train_tokens", "max_sample_tokens") if split == "train" else ("max_held_out_tokens",)
         train_on = self.train_on if split == "train" else "not_disliked"
         encode = partial(
-            _encode, conversations=conversations, train_on=train_on, tokenizer=self.tokenizer,
+            _encode, conversations=conversations, split=split, train_on=train_on, tokenizer=self.tokenizer,
             system_prompt=self.system_prompt, max_length=self.max_length, memo=memo,
         )  # fmt: skip
 
@@ -252,6 +261,7 @@ def _some_windows(windows: list[PreparedRow], tokens: int, salt: str) -> list[Pr
 def _encode(
     rows: list[AssignedRow],
     conversations: Conversations,
+    split: str,
     train_on: TrainOn,
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
@@ -259,10 +269,26 @@ def _encode(
     memo: EncodedMemo | None,
 ) -> list[tuple[AssignedRow, list[PreparedRow] | str]]:
     """The windows of each conversation, or why there are none."""
-    if isinstance(tokenizer, Path):
-        tokenizer = _loaded(tokenizer)
     pairs: list[tuple[AssignedRow, list[PreparedRow] | str]] = []
+    encode = partial(_windows, tokenizer=tokenizer, system_prompt=system_prompt, max_length=max_length)
     for row in rows:
+        if memo and isinstance(conversations, ConversationFiles):
+            (line,) = conversations.lines(row.part, [row.place])
+            # Without feedback it is the same whatever is trained on.
+            key = line if NO_FEEDBACK in line else train_on.encode() + line
+            found = memo.get(key, partial(_packed, line, train_on, encode))
+            if not isinstance(found, str):
+                source, windows = found
+                whole = _selected(line, train_on)[0] if split == "test" else ()  # decontamination needs it
+                found = [
+                    PreparedRow(
+                        row.id, array("i", ids), array("i", labels), source, row.cluster, number, messages, whole,
+                        counts=counts,
+                    )
+                    for number, (ids, labels, messages, counts) in enumerate(windows)
+                ]  # fmt: skip
+            pairs.append((row, found))
+            continue
         (conversation,) = conversations.read(row.part, [row.place])
         messages, trained = select(conversation, train_on)
         fields = {"id": row.id, "source": conversation.get("source") or "unknown", "cluster": row.cluster}
@@ -270,24 +296,43 @@ def _encode(
         if tokenizer is None:
             pairs.append((row, [PreparedRow(messages=messages, **fields)]))
             continue
-        encode = partial(_windows, tokenizer, messages, system_prompt, max_length, trained)
-        found = memo.get([messages, trained], encode) if memo else encode()
-        if isinstance(found, list):
-            found = [PreparedRow(window=number, **own, **fields) for number, own in enumerate(found)]
-        pairs.append((row, found))
+        encoded = encode(messages, trained)
+        if isinstance(encoded, list):
+            encoded = [PreparedRow(window=number, **own, **fields) for number, own in enumerate(encoded)]
+        pairs.append((row, encoded))
     return pairs
 
 
+def _selected(line: bytes, train_on: TrainOn) -> tuple[list[dict], list[bool]]:
+    return select(read_conversation(orjson.loads(line)), train_on)
+
+
+def _packed(line: bytes, train_on: TrainOn, encode: Callable[..., list[dict[str, Any]] | str]) -> Any:
+    """(source, [ids, labels, messages and counts of each window]) as plain values, or why there is no window."""
+    windows = encode(*_selected(line, train_on))
+    if isinstance(windows, str):
+        return windows
+    return orjson.loads(line).get("source") or "unknown", [
+        (
+            array("i", window["input_ids"]).tobytes(),
+            array("i", window["labels"]).tobytes(),
+            as_json(window["messages"]),
+            window["counts"],
+        )
+        for window in windows
+    ]
+
+
 def _windows(
-    tokenizer: "PreTrainedTokenizerFast",
     messages: list[dict],
+    trained: list[bool],
+    tokenizer: "PreTrainedTokenizerFast | Path",
     system_prompt: str | None,
     max_length: int,
-    trained: list[bool],
 ) -> list[dict[str, Any]] | str:
     """Of each window the fields of its row that only the conversation decides, or why there are none."""
     try:
-        found = encode_windows(tokenizer, messages, system_prompt, max_length, trained)
+        found = encode_windows(loaded(tokenizer), messages, system_prompt, max_length, trained)
     except RenderError:
         return "template"
     windows = list(map(encoded_fields, found.encoded))
@@ -296,7 +341,12 @@ def _windows(
     return windows or "too_long"
 
 
-_loaded = lru_cache(maxsize=1)(load_tokenizer)
+_load = lru_cache(maxsize=1)(load_tokenizer)
+
+
+def loaded(tokenizer: "PreTrainedTokenizerFast | Path") -> "PreTrainedTokenizerFast":
+    """The tokenizer, or that of a folder; what needs none does not wait for its libraries."""
+    return _load(tokenizer) if isinstance(tokenizer, Path) else tokenizer
 
 
 def _shared_runs(

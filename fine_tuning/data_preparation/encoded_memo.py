@@ -36,13 +36,14 @@ class EncodedMemo:
     def _open(self, name: str) -> None:
         self._database = sqlite3.connect(name, timeout=0, isolation_level=None)
         self._database.execute("PRAGMA secure_delete=ON")  # they hold conversations
+        self._database.execute("PRAGMA cache_size=-65536")  # kilobytes; keys come in any order
         self._database.execute("BEGIN EXCLUSIVE")
         self._database.execute("CREATE TABLE IF NOT EXISTS encoded (row INTEGER PRIMARY KEY, key UNIQUE, value)")
 
-    def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
+    def get(self, key: bytes, compute: Callable[[], Any]) -> Any:
         """What `compute()` gave for the same key, or gives now; both are plain values."""
         digest = self._common.copy()
-        digest.update(json.dumps(key).encode())
+        digest.update(key)
         name = digest.digest()
         found = self._database.execute("SELECT row, value FROM encoded WHERE key = ?", (name,)).fetchone()
         if found is None:

@@ -10,18 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fine_tuning.common.errors import count_of
-from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
+from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, loaded
 from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS
 from fine_tuning.schema.chat_format import Encoded, RenderError, encode_conversation
 from fine_tuning.schema.conversation import short_hash
 from fine_tuning.schema.judgements import Judgement, Reply, folded, judgements_of
 from fine_tuning.schema.preferences import PreferredPair, Thumb, write_preferences
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass
@@ -87,7 +84,6 @@ def _decided(said: list[Judgement], answer: Callable[[Judgement], Any], dropped:
 class PreferenceEncoder:
     """Makes token ids and labels of pairs and thumbs, each in the split of its conversations."""
 
-    tokenizer: "PreTrainedTokenizerFast"
     builder: DatasetBuilder  # the one that assigned the conversations
     split_of: Mapping[str, str]  # by conversation id; one that is not named is in no split
     cluster_of: Mapping[str, str]  # by conversation id; one that is not named is a cluster of its own
@@ -148,10 +144,10 @@ class PreferenceEncoder:
 
     def _encode(self, prompt: list[dict[str, Any]], replies: list[dict[str, Any]]) -> list[Encoded]:
         """All replies after the same prompt, without its oldest turns where it is too long; [] where none is left."""
-        limits = self.builder.system_prompt, self.builder.max_length
+        tokenizer, limits = loaded(self.builder.tokenizer), (self.builder.system_prompt, self.builder.max_length)
         while True:
             trained = [False] * len(prompt) + [True]
-            encoded = [encode_conversation(self.tokenizer, [*prompt, reply], *limits, trained) for reply in replies]
+            encoded = [encode_conversation(tokenizer, [*prompt, reply], *limits, trained) for reply in replies]
             dropped = max(one.dropped_messages for one in encoded)
             if not dropped:
                 return [] if any(one.cut_tokens for one in encoded) else encoded
@@ -211,7 +207,6 @@ def find_preferences(
     assigned: Iterable[tuple[str, str]],
     clusters: Iterable[tuple[str, str]],
     builder: DatasetBuilder,
-    tokenizer: "PreTrainedTokenizerFast",
 ) -> Preferences:
     """The pairs and thumbs of clean conversations. What was judged is in memory, not the conversations.
 
@@ -222,9 +217,11 @@ def find_preferences(
     dropped: Counter[str] = Counter()
     judgements = [j for conversation in conversations for j in judgements_of(conversation)]
     judged = {judgement.conversation for judgement in judgements}
+    if not judged:
+        assigned = clusters = ()
     split_of = {identity: split for identity, split in assigned if identity in judged and split != LEFT_OUT}
     cluster = {identity: name for identity, name in clusters if identity in judged}
-    encoder = PreferenceEncoder(tokenizer, builder, split_of, cluster, dropped)
+    encoder = PreferenceEncoder(builder, split_of, cluster, dropped)
     found = Preferences({split: [] for split in SPLITS}, {split: [] for split in SPLITS}, dropped)
     for split, record in filter(None, map(encoder.record, chain(*settle(judgements, dropped)))):
         kind: dict[str, list[Any]] = found.pairs if isinstance(record, PreferredPair) else found.thumbs

@@ -122,7 +122,7 @@ class ModelRegistry:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._client.create_registered_model(self.name)
+            self._client.create_registered_model(self.name, None, "Chat models of one project, each with its verdict.")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

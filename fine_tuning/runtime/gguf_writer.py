@@ -1,7 +1,8 @@
 """A Hugging Face model folder to one GGUF file, the format that llama.cpp and Ollama run.
 
 Covered: Llama (SmolLM2, Mistral and others of its shape), Qwen2, Qwen3 and Gemma 3 text models, with a byte-level
-BPE tokenizer or a SentencePiece one. The same folder gives the same bytes every time.
+BPE tokenizer or a SentencePiece one. The same folder gives the same bytes every time. A LoRA adapter gets a file of
+its own, which llama.cpp applies to the base's.
 """
 
 import json
@@ -137,6 +138,54 @@ def _write_gguf(model_dir: Path, path: Path, quantisation: str) -> None:
         for tensor in tensors:
             writer.write_tensor_data(gguf.quantize(tensor.load(), _kind(tensor, quantisation)))
         writer.flush()
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+def write_adapter_gguf(base_dir: Path, adapter_dir: Path, path: Path) -> None:
+    """Write a peft LoRA adapter as `path` in the form that llama.cpp's `--lora` takes, float32 as it was trained.
+
+    llama.cpp scales each pair by alpha / rank, so that alpha carries rsLoRA's factor (Kalajdzievski 2023).
+
+    Raises:
+        UserError: the adapter is more than pairs of LoRA matrices, or the architecture is not covered.
+    """
+    import gguf
+    from safetensors.numpy import load_file
+
+    config, lora = _read_config(base_dir), read_object(adapter_dir / "adapter_config.json")
+    try:
+        architecture = architecture_of(config)
+    except NotCovered:
+        raise UserError("adapters of this base have no GGUF here: set package.adapter_gguf to false") from None
+    alpha = float(lora["lora_alpha"]) * (math.sqrt(lora["r"]) if lora.get("use_rslora") else 1.0)
+    uneven = lora.get("alpha_pattern") or (lora.get("use_rslora") and lora.get("rank_pattern"))
+    weights = load_file(adapter_dir / "adapter_model.safetensors")
+    pairs = {key: re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key) for key in weights}
+    strange = next((key for key, match in pairs.items() if match is None), "alpha_pattern" if uneven else None)
+    if strange is not None:
+        raise UserError(f"an adapter with {strange} has no GGUF form: set package.adapter_gguf to false")
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(temporary, architecture.name)
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for key in sorted(weights, key=_natural):
+            module, side = pairs[key].groups()
+            name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+            values = weights[key].astype("float32")
+            if side == "B":  # the rows of B are those of the weight
+                values = _change(f"{module}.weight", config, architecture)(values)
+            writer.add_tensor(f"{name}.lora_{side.lower()}", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
         writer.close()
         os.replace(temporary, path)
     finally:

@@ -27,7 +27,7 @@ def local_process_count() -> int:
 class Hardware:
     """Where training runs and in which number format."""
 
-    device: Literal["cuda", "mps", "cpu"]
+    device: Literal["cuda", "xpu", "mps", "cpu"]
     precision: Literal["float32", "bfloat16", "float16"]
     threads: int
     name: str
@@ -47,6 +47,9 @@ def detect_hardware(precision: str, threads: int | None) -> Hardware:
     if torch.cuda.is_available():
         automatic = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         device, name = "cuda", torch.cuda.get_device_name()
+    elif torch.xpu.is_available():
+        automatic = "bfloat16" if torch.xpu.is_bf16_supported(including_emulation=False) else "float32"
+        device, name = "xpu", torch.xpu.get_device_name()
     elif torch.backends.mps.is_available():
         automatic, device, name = "float32", "mps", "Apple GPU"
     else:

@@ -67,20 +67,30 @@ class LlamaEngine:
         threads: one for each core that is free; more than that and llama.cpp spins.
         slots: conversations computed side by side.
         timeout: seconds that starting and any single answer may take.
+        adapters: GGUF files of LoRA adapters, applied in full where a request has no `lora`, such as
+            `lora=[{"id": 0, "scale": 1.0}]` for the first one alone and `lora=[]` for the model without any.
 
     Raises:
         UserError: the file is missing or no usable GGUF, the process died, or a time-out passed.
     """
 
-    def __init__(self, gguf: Path, context: int, threads: int, slots: int = 1, timeout: float = 300.0) -> None:
-        self.gguf = Path(gguf)
+    def __init__(
+        self,
+        gguf: Path,
+        context: int,
+        threads: int,
+        slots: int = 1,
+        timeout: float = 300.0,
+        adapters: Sequence[Path] = (),
+    ) -> None:
+        self.gguf, self.adapters = Path(gguf), [Path(adapter) for adapter in adapters]
         self.context = context
         self.slots = slots
         self.timeout = timeout
         self.api_key = secrets.token_urlsafe(24)
         self.base_url = ""
         self._request = {"gguf": str(self.gguf.resolve()), "context": context, "threads": threads, "slots": slots}
-        self._request |= {"api_key": self.api_key}
+        self._request |= {"api_key": self.api_key, "adapters": [str(path.resolve()) for path in self.adapters]}
         self._process: subprocess.Popen[str] | None = None
         self._client: httpx.Client | None = None
 
@@ -94,8 +104,9 @@ class LlamaEngine:
 
     def start(self) -> "LlamaEngine":
         """Load the model and wait until it answers. Without a `with` block, call close()."""
-        if not self.gguf.is_file():
-            raise UserError(f"{self.gguf} is missing: run `dvc repro`, or `dvc pull` where it was made elsewhere")
+        for path in (self.gguf, *self.adapters):
+            if not path.is_file():
+                raise UserError(f"{path} is missing: run `dvc repro`, or `dvc pull` where it was made elsewhere")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
         command, pipe = [sys.executable, "-P", llama_server.__file__], subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True)
@@ -150,6 +161,11 @@ class LlamaEngine:
         self._log.close()
         if self._client is not None:
             self._client.close()
+
+    @property
+    def files(self) -> str:
+        """Names of the files that it runs."""
+        return " with ".join(path.name for path in (self.gguf, *self.adapters))
 
     @property
     def pid(self) -> int | None:

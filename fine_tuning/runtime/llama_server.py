@@ -12,11 +12,15 @@ from typing import Any
 
 
 def parameters(request: dict[str, Any]) -> Any:
-    """llama.cpp's parameters for {"gguf", "context", "threads", "slots", "api_key"}; context is tokens a slot."""
+    """llama.cpp's parameters for the request of LlamaEngine; `context` is tokens a slot."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = request["gguf"]
+    for path in request["adapters"]:
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path = path
+        params.lora_adapters = [*params.lora_adapters, adapter]
     params.n_ctx = request["context"] * request["slots"]
     params.n_parallel = request["slots"]
     params.n_threads_http = request["slots"] + 2

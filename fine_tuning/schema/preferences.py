@@ -61,7 +61,7 @@ class Pair:
     rejected: PreparedRow
 
     @property
-    def input_ids(self) -> list[int]:
+    def input_ids(self) -> Sequence[int]:
         """Of the longer row."""
         return max(self.chosen.input_ids, self.rejected.input_ids, key=len)
 
@@ -79,7 +79,7 @@ class JudgedReply:
     liked: bool
 
     @property
-    def input_ids(self) -> list[int]:
+    def input_ids(self) -> Sequence[int]:
         """Of the longer row."""
         return max(self.reply.input_ids, self.mismatched.input_ids, key=len)
 
@@ -115,7 +115,10 @@ def write_preferences(path: Path, kind: type[PreferredPair] | type[Thumb], recor
     for row in rows:
         row["messages"] = json.dumps(row["messages"], ensure_ascii=False)
     with replacing(path) as file:
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema), file)
+        # `from_pylist` imports pandas, which takes a second.
+        empty = [pyarrow.nulls(0, column.type) for column in schema]
+        table = pyarrow.Table.from_pylist(rows, schema) if rows else pyarrow.Table.from_arrays(empty, schema=schema)
+        parquet.write_table(table, file)
 
 
 def read_pairs(path: Path) -> list[Pair]:

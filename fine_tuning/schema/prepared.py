@@ -1,9 +1,10 @@
 """Prepared rows: how they are stored, read and made into batches."""
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ class PreparedRow:
 
     `labels[i]` is `input_ids[i]` where it is trained, else -100. A conversation that fits is one window; the windows of
     a longer one share `id`, `source` and `cluster`. Not stored are `conversation` (all of its messages), `trained`
-    (which of them enter the loss) and `counts` (see `Tally`).
+    (which of them enter the loss) and `counts` (see `Tally`). What comes from the memo of preparation has arrays of ids
+    and labels, and `messages` as JSON, which is how they are stored.
     """
 
     id: str
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    input_ids: Sequence[int] = field(default_factory=list)
+    labels: Sequence[int] = field(default_factory=list)
     source: str = ""
     cluster: str = ""
     window: int = 0
-    messages: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] | str = field(default_factory=list)
     conversation: Sequence[dict[str, Any]] = ()
     trained: Sequence[bool] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -60,29 +62,69 @@ def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
     """Write encoded rows as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
 
     The windows of a conversation follow each other. The same rows give the same bytes. Few are in memory at a time.
+    They are those of `Dataset.to_parquet`, which holds all rows, without three seconds of importing `datasets`.
     """
     import pyarrow
-    from datasets import Features, List, Value, config
-    from datasets.arrow_writer import get_parquet_column_options
     from pyarrow.parquet import ParquetWriter
 
-    texts = dict.fromkeys(("id", "source", "cluster", "messages"), Value("string"))
-    numbers = dict.fromkeys(("input_ids", "labels"), List(Value("int32")))
-    features = Features(texts | {"window": Value("int32")} | numbers)
-    # As `Dataset.to_parquet` writes it, which has to hold the whole of it.
-    schema, chunking = features.arrow_schema, config.DEFAULT_CDC_OPTIONS
-    options = get_parquet_column_options(features, schema)
+    texts = ("id", "source", "cluster", "messages")
+    types = dict.fromkeys(texts, pyarrow.string()) | {"window": pyarrow.int32()}
+    types |= dict.fromkeys(("input_ids", "labels"), pyarrow.list_(pyarrow.int32()))
+    features: dict[str, Any] = {key: {"dtype": "string", "_type": "Value"} for key in texts}
+    features["window"] = number = {"dtype": "int32", "_type": "Value"}
+    features |= {key: {"feature": number, "_type": "List"} for key in ("input_ids", "labels")}
+    schema = pyarrow.schema(types, {"huggingface": json.dumps({"info": {"features": features}})})
+    chunking = {"min_chunk_size": 262144, "max_chunk_size": 1048576, "norm_level": 0}
+    columns = [f"{name}.list.element" if name in ("input_ids", "labels") else name for name in types]
     rows = iter(rows)
     with (
         replacing(path) as file,
-        ParquetWriter(file, schema, use_content_defined_chunking=chunking, write_page_index=True, **options) as writer,
-    ):
+        ParquetWriter(
+            file, schema, use_content_defined_chunking=chunking, write_page_index=True, use_dictionary=columns,
+            compression=dict.fromkeys(columns, "snappy"), column_encoding={},
+        ) as writer,
+    ):  # fmt: skip
         while group := list(islice(rows, ROW_GROUP)):
-            columns = {name: [getattr(row, name) for row in group] for name in features}
+            arrays = [_string_array([getattr(row, name) for row in group]) for name in texts[:3]]
             # JSON, because the optional keys of messages would become nulls in every Arrow struct.
-            columns["messages"] = [json.dumps(messages, ensure_ascii=False) for messages in columns["messages"]]
-            writer.write_table(pyarrow.table(columns, schema))
+            arrays.append(_string_array([m if isinstance(m := row.messages, str) else as_json(m) for row in group]))
+            arrays.append(_number_array([row.window for row in group]))
+            arrays += [_list_array([getattr(row, name) for row in group]) for name in ("input_ids", "labels")]
+            writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
         writer.add_key_value_metadata({"content_defined_chunking": json.dumps(chunking)})
+
+
+def as_json(messages: Sequence[dict[str, Any]]) -> str:
+    """Messages as a file holds them."""
+    return json.dumps(messages, ensure_ascii=False)
+
+
+# From buffers, because `pyarrow.array` imports pandas, which takes a second.
+
+
+def _number_array(numbers: Iterable[int]) -> Any:
+    import pyarrow
+
+    held = array("i", numbers)
+    return pyarrow.Array.from_buffers(pyarrow.int32(), len(held), [None, pyarrow.py_buffer(held)])
+
+
+def _string_array(texts: list[str]) -> Any:
+    import pyarrow
+
+    encoded = [text.encode() for text in texts]
+    ends = array("i", accumulate(map(len, encoded), initial=0))
+    return pyarrow.StringArray.from_buffers(len(texts), pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(encoded)))
+
+
+def _list_array(lists: list[Any]) -> Any:
+    import pyarrow
+
+    held, ends = array("i"), array("i", accumulate(map(len, lists), initial=0))
+    for one in lists:
+        held.extend(one)
+    kind, buffers = pyarrow.list_(pyarrow.int32()), [None, pyarrow.py_buffer(ends)]
+    return pyarrow.ListArray.from_buffers(kind, len(lists), buffers, children=[_number_array(held)])
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
@@ -144,8 +186,8 @@ def collate(batch: Sequence[PreparedRow], pad_token_id: int, shape: tuple[int, i
     # One tensor of all: one for each row takes longer than a step on a GPU has to spare.
     spare = rows - len(batch)
 
-    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in (*values, *([[]] * spare))])
+    def padded(values: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*row, *([filler] * (longest - len(row)))] for row in (*values, *([[]] * spare))])
 
     return {
         "input_ids": padded([row.input_ids for row in batch], pad_token_id),

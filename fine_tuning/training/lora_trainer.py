@@ -170,8 +170,9 @@ def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
     quiet_transformers()
     micro_batches = count_micro_batches(settings, hardware)
     torch.set_num_threads(hardware.threads // micro_batches)
+    if hardware.device != "cpu":
+        torch.accelerator.empty_cache()
     if hardware.device == "cuda":
-        torch.cuda.empty_cache()
         # By default attention and matrix products on a GPU do not add in a fixed order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -414,8 +415,8 @@ def training_arguments(settings: TrainSettings, hardware: Hardware, folder: Path
 
 def peak_memory_mb(hardware: Hardware) -> float:
     """Peak memory in MB: the GPU's allocation, or the process's resident set."""
-    if hardware.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+    if hardware.device in ("cuda", "xpu"):
+        return torch.accelerator.max_memory_allocated() / 1e6
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes elsewhere

@@ -152,9 +152,11 @@ def free_memory(device: str) -> int:
     import psutil
     import torch
 
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device in ("cuda", "xpu"):
+        return torch.accelerator.get_memory_info()[0]
     free, group = psutil.virtual_memory().available, group_memory()
+    if device == "mps":  # a share of the machine's memory
+        free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return free if group is None else min(free, group)
 
 

@@ -29,7 +29,7 @@ def announcement(
         speed: what `read_speed` found.
     """
     if settings.max_steps == 0:
-        yield "the adapter of train.start_from is taken as it is (train.max_steps: 0)"
+        yield "the adapter of train.start_from is taken as it is (train.max_steps: 0); set both to null to train again"
         return
     yield (
         f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "

@@ -1,8 +1,9 @@
 """The section `train` of params.yaml."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fine_tuning.common.settings import Settings
 
@@ -29,6 +30,12 @@ class PreferenceSettings(Settings):
     sft_weight: float = Field(ge=0)
 
 
+def _hash(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{8,64}", text):
+        raise ValueError("8 to 64 digits of an adapter's SHA-256")
+    return text
+
+
 class TrainSettings(Settings):
     """The section `train`."""
 
@@ -36,7 +43,7 @@ class TrainSettings(Settings):
     preference: PreferenceSettings
     retention: float = Field(ge=0)
     method: Literal["lora", "qlora"]
-    start_from: str | None = Field(pattern="^[0-9a-f]{8,64}$")
+    start_from: Annotated[str, AfterValidator(_hash)] | None
     launch: Literal["single", "ddp", "fsdp"]
     seed: int = Field(ge=0, lt=2**32)
     epochs: float = Field(gt=0)

@@ -5,24 +5,17 @@ band with probability 0.99, one at 0.5 with 0.32 and one at 0.3 with 0.03; the s
 Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4).
 """
 
-import os
 import re
-import sqlite3
 from array import array
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from io import FileIO
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+
+import numpy as np
 
 PERMUTATIONS = 60
 BANDS = 12
 ROWS = PERMUTATIONS // BANDS
 SEED = 1
-SIGNATURE_BYTES = 4 * PERMUTATIONS
-_WIDTH = 4 * ROWS
-_BAND_STARTS = range(0, SIGNATURE_BYTES, _WIDTH)
-_TOP_BITS = int.from_bytes(b"\x00\x00\x00\x80" * PERMUTATIONS, "little")
-_LOW_BITS = int.from_bytes(b"\xff\xff\xff\x7f" * PERMUTATIONS, "little")
 _WORD = re.compile(r"\w+")
 
 
@@ -50,107 +43,95 @@ def signatures(documents: list[list[str]]) -> list[bytes]:
     return [array("I", digest).tobytes() for digest in RMinHash.digests_from_token_sets(documents, PERMUTATIONS, SEED)]
 
 
-def _differing(bits: int) -> int:
-    """How many 32-bit lanes are not zero, all at once: a tenth of the time of a loop."""
-    return ((((bits & _LOW_BITS) + _LOW_BITS) | bits) & _TOP_BITS).bit_count()
+def band_keys(signed: bytes) -> np.ndarray:
+    """(signatures, bands): a key of each band of signatures; those whose numbers in it are the same have the same."""
+    bands = np.frombuffer(signed, np.uint32).reshape(-1, BANDS, ROWS).astype(np.uint64)
+    keys = np.zeros(bands.shape[:2], np.uint64)
+    for number in range(ROWS):
+        keys = (keys ^ bands[:, :, number]) * _MIXER
+        keys ^= keys >> np.uint64(29)
+    return keys
 
 
-class Clusters:
-    """Joins rows 0, 1, 2, … that are near-duplicates or share a key. Its index lives in an SQLite database.
+def similar_pairs(
+    bands: Iterable[np.ndarray], signatures_of: Callable[[np.ndarray], np.ndarray], threshold: float
+) -> np.ndarray:
+    """(2, pairs): rows and earlier ones that they nearly duplicate, the earlier ones first.
+
+    A row is compared with the first that has the same key in a band.
 
     Args:
-        database: where bands and keys are kept; a file bounds the memory, and one that is kept can be continued.
-        signatures: a file, unbuffered, for the signatures: a third of the time that a table of them takes.
-        threshold: estimated Jaccard similarity from which two conversations are near-duplicates; above 1: never.
-        parents: what the `parents` of earlier rows were, to go on from them.
+        bands: of each band the keys of all rows.
+        signatures_of: (rows, 60), the signatures of some rows.
+        threshold: estimated Jaccard similarity from which two rows are near-duplicates.
     """
+    found = []
+    for keys in bands:
+        rows = np.arange(len(keys), dtype=np.uint64)
+        first = least_of_equal(keys, rows)
+        found.append((first << np.uint64(32) | rows)[first < rows])
+    pairs = np.unique(np.concatenate(found))
+    first, later = (pairs >> np.uint64(32)).astype(int), (pairs & np.uint64(0xFFFFFFFF)).astype(int)
+    similar = np.zeros(len(pairs), bool)
+    for start in range(0, len(pairs), _PORTION):
+        portion = slice(start, start + _PORTION)
+        differing = (signatures_of(first[portion]) != signatures_of(later[portion])).sum(axis=1)
+        similar[portion] = 1 - differing / PERMUTATIONS >= threshold
+    return np.stack([first[similar], later[similar]])
 
-    def __init__(
-        self, database: sqlite3.Connection, signatures: FileIO, threshold: float, parents: Iterable[int] = ()
-    ) -> None:
-        self._database, self._threshold = database, threshold
-        self.parents = array("I", parents)
-        database.execute("CREATE TABLE IF NOT EXISTS band (key INTEGER PRIMARY KEY, row INTEGER)")
-        self._signatures = signatures.fileno()
-        # Those that begin a band are asked for again and again.
-        self._signature_of = lru_cache(1024)(self._read_signature)
 
-    def _read_signature(self, row: int) -> int:
-        return int.from_bytes(os.pread(self._signatures, SIGNATURE_BYTES, row * SIGNATURE_BYTES), "little")
+def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
+    """Of each of `count` rows the first row that it is joined with by a chain of pairs, (2, pairs)."""
+    parents: dict[int, int] = {}
 
-    def add(self, rows: Iterable[tuple[bytes | None, list[str]]], duplicates: bool = True) -> list[int | None]:
-        """Add the next rows, each a signature and keys in hexadecimal digits; without a signature, the keys only.
-
-        Returns for each the first earlier row that it nearly duplicates, or None. Where no `duplicates` are wanted,
-        rows of one cluster are not compared again.
-        """
-        wanted = [([index_key(key) for key in keys], self._bands(signature), signature) for signature, keys in rows]
-        # Sorted, and many in a statement: a key at a time costs ten times as much.
-        asked = sorted({key for shared, bands, _ in wanted for key in (*shared, *bands)})
-        found: dict[int, int] = {}
-        for keys in _portions(asked):
-            marks = ",".join("?" * len(keys))
-            found.update(self._database.execute(f"SELECT key, row FROM band WHERE key IN ({marks})", keys))
-        new: dict[int, int] = {}
-        nearest = []
-        for shared, bands, signature in wanted:
-            row = len(self.parents)
-            self.parents.append(row)
-            for key in shared:
-                if key in found:
-                    self._join(found[key], row)
-            nearest.append(self._join_similar(row, signature, bands, found, duplicates) if bands else None)
-            for key in (*shared, *bands):
-                if key not in found:
-                    found[key] = new[key] = row
-        for keys in _portions(sorted(new)):
-            marks = ",".join(["(?,?)"] * len(keys))
-            values = [value for key in keys for value in (key, new[key])]
-            self._database.execute(f"INSERT INTO band VALUES {marks}", values)
-        return nearest
-
-    def _bands(self, signature: bytes | None) -> list[int]:
-        if signature is None or self._threshold > 1:
-            return []
-        return [(int.from_bytes(signature[at : at + _WIDTH], "little") + at) % _PRIME for at in _BAND_STARTS]
-
-    def _join_similar(
-        self, row: int, signature: bytes, bands: list[int], found: dict[int, int], duplicates: bool
-    ) -> int | None:
-        first_alike, own, root = None, int.from_bytes(signature, "little"), self.cluster(row)
-        for first in sorted({found[key] for key in bands if key in found}):
-            if not duplicates and self.cluster(first) == root:
-                continue
-            if 1 - _differing(own ^ self._signature_of(first)) / PERMUTATIONS >= self._threshold:
-                self._join(first, row)
-                root = self.cluster(row)
-                first_alike = first if first_alike is None else first_alike
-        os.pwrite(self._signatures, signature, row * SIGNATURE_BYTES)
-        return first_alike
-
-    def cluster(self, row: int) -> int:
-        """The first row of the cluster that a row is in."""
-        parents = self.parents
-        while parents[row] != row:
-            parents[row] = parents[parents[row]]
-            row = parents[row]
+    def root(row: int) -> int:
+        while (parent := parents.get(row, row)) != row:
+            parents[row] = parents.get(parent, parent)
+            row = parent
         return row
 
-    def _join(self, first: int, second: int) -> None:
-        first, second = self.cluster(first), self.cluster(second)
+    for first, second in pairs.T.tolist():
+        first, second = root(first), root(second)
         if first != second:
-            self.parents[max(first, second)] = min(first, second)
+            parents[max(first, second)] = min(first, second)
+    found = np.arange(count)
+    found[list(parents)] = [root(row) for row in list(parents)]
+    return found
 
 
-_PRIME = (1 << 61) - 1
-_PORTION = 400  # keys in a statement
+# -----------------------------------------------------------------------------
+# columns
+
+
+def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Of each row the least value of all that have its key."""
+    order, starts, sizes = _by_key(keys)
+    found = np.empty_like(values)
+    if len(keys):
+        found[order] = np.repeat(np.minimum.reduceat(values[order], starts), sizes)
+    return found
+
+
+def counts_within(keys: np.ndarray) -> np.ndarray:
+    """Of each row how many have its key up to there, itself included."""
+    order, starts, sizes = _by_key(keys)
+    found = np.empty(len(keys), int)
+    found[order] = np.arange(1, len(keys) + 1) - np.repeat(starts, sizes)
+    return found
+
+
+def _by_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows in order of their keys, where each key begins, how many have it)."""
+    order = np.argsort(keys, kind="stable")
+    ranked = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(keys) else order
+    return order, starts, np.diff(starts, append=len(keys))
+
+
+_MIXER = np.uint64(0x9E3779B97F4A7C15)
+_PORTION = 1 << 14  # pairs whose signatures are in memory at a time
 
 
 def index_key(digest: str) -> int:
-    """A hex digest's first 60 bits: as a key of an index an integer is quickest, and the same in every process."""
+    """A hex digest's first 60 bits."""
     return int(digest[:15], 16)
-
-
-def _portions(keys: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(keys), _PORTION):
-        yield keys[start : start + _PORTION]

@@ -1,7 +1,7 @@
 """Cleaning of whole shards: each piece of a shard on its own and only once, then what concerns all of them together.
 
-First pass, in parallel and memoised: every piece (a range of lines of a shard) → cleaned lines, drops, and an index
-with one entry a conversation. The second pass is `shard_merger`'s, over the index and in order.
+First pass, in parallel and memoised: every piece (a range of lines of a shard) → cleaned lines, signatures and an index
+with one row a line. The second pass is `shard_merger`'s, over the index.
 """
 
 import hashlib
@@ -15,15 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.project import code_sha256
 from fine_tuning.common.records import STRICT_JSON, line_ranges
-from fine_tuning.common.results import making_folder, remove_oldest
+from fine_tuning.common.results import Memo, making_folder, remove_oldest
 from fine_tuning.common.writing_systems import WORDLIKE
 from fine_tuning.data_collection.cleaning import near_duplicates
-from fine_tuning.data_collection.cleaning.shard_merger import CleanPiece, merge, remove_unused
+from fine_tuning.data_collection.cleaning.shard_merger import ROW, CleanPiece, merge
 from fine_tuning.data_collection.data_cleaner import (
     CleanSettings,
     DataCleaner,
@@ -36,8 +37,8 @@ from fine_tuning.data_collection.personal_data.people import fingerprint
 from fine_tuning.schema.conversation import has_long_number, to_line
 
 PIECE_BYTES = 64 << 20
-BATCH = 256
-MERGED = "merged-"  # begins the names of folders of the second pass
+BATCH = 1024
+KEPT = "kept"  # the folder of the second pass's memo
 MAX_LINE_BYTES = 64 << 20
 SAYS_SOMETHING = 12  # words, or characters that say as much; as prepare.decontamination_words counts them
 _WORDLIKE = re.compile(f"[{WORDLIKE}]")
@@ -83,9 +84,11 @@ def clean_shards(
     with open_engine(settings.engine if new else None, processes) as engine:
         for done, _ in enumerate(engine(work, new), start=1):
             progress(done, len(new))
-    merged = memo / f"{MERGED}{hashlib.sha256(common.encode()).hexdigest()[:32]}"
-    summary = merge([CleanPiece(piece.shard, memo / piece.key) for piece in pieces], merged, output, settings)
-    _forget_unused(memo, {piece.key for piece in pieces}, merged.name)
+    cleaned = [CleanPiece(piece.shard, memo / piece.key) for piece in pieces]
+    summary = merge(cleaned, Memo(memo / KEPT, "clean"), output, settings)
+    # They hold conversations. Some of other parameters stay.
+    used = {KEPT, *(piece.key for piece in pieces)}
+    remove_oldest([path for path in memo.iterdir() if path.name not in used], keep=4 * len(used) + 16)
     return summary
 
 
@@ -112,44 +115,46 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
     cleaner = DataCleaner(settings=settings, control_tokens=control_tokens)
     counts: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
     with making_folder(memo / piece.key) as folder, ExitStack() as stack:
-        cleaned, index, signed = (
-            stack.enter_context(open(folder / name, "wb")) for name in ("cleaned.jsonl", "index.jsonl", "signatures")
-        )
+        files = ("cleaned.jsonl", "told.jsonl", "index", "signatures", "bands")
+        cleaned, told, index, signed, bands = (stack.enter_context(open(folder / name, "wb")) for name in files)
         for batch in _batches(_lines(piece)):
-            shingles = []
-            for number, line in batch:
-                entry, conversation, found = _clean_line(number, line, cleaner)
+            shingles, rows = [], []
+            for line in batch:
+                row, about, conversation, found = _clean_line(line, cleaner)
                 for name, values in found.items():
                     counts[name].update(values)
-                index.write(to_line(entry))
+                told.write(to_line(about))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                     spoken = (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
                     shingles.append(near_duplicates.shingles(spoken))
-            signed.writelines(near_duplicates.signatures(shingles))
+                row |= {"end": cleaned.tell(), "told": told.tell()}
+                rows.append(tuple([row.get(name, 0) for name in ROW.names]))
+            signatures = b"".join(near_duplicates.signatures(shingles))
+            signed.write(signatures)
+            bands.write(near_duplicates.band_keys(signatures).tobytes())
+            index.write(np.array(rows, ROW).tobytes())
         (folder / "masked.json").write_text(json.dumps(counts, sort_keys=True))
 
 
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1 within the piece, line); None for a line that is longer than any conversation may be."""
+def _lines(piece: Piece) -> Iterator[bytes | None]:
+    """The lines of a piece; None for one that is longer than any conversation may be."""
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
-        number = 0
         while file.tell() < piece.end:
-            number += 1
             line = file.readline(MAX_LINE_BYTES)
             too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
-            yield number, None if too_long else line
+            yield None if too_long else line
             while too_long and line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
 
 
-def _batches(lines: Iterator[tuple[int, bytes | None]]) -> Iterator[list[tuple[int, bytes | None]]]:
-    batch: list[tuple[int, bytes | None]] = []
+def _batches(lines: Iterator[bytes | None]) -> Iterator[list[bytes | None]]:
+    batch: list[bytes | None] = []
     size = 0
-    for item in lines:
-        batch.append(item)
-        size += len(item[1] or b"")
+    for line in lines:
+        batch.append(line)
+        size += len(line or b"")
         if len(batch) == BATCH or size > 4 << 20:
             yield batch
             batch, size = [], 0
@@ -157,37 +162,39 @@ def _batches(lines: Iterator[tuple[int, bytes | None]]) -> Iterator[list[tuple[i
         yield batch
 
 
-def _clean_line(number: int, line: bytes | None, cleaner: DataCleaner) -> tuple[dict, dict | None, dict[str, Any]]:
-    """(index entry, cleaned conversation or None, values by type that were masked and flagged)."""
+def _clean_line(line: bytes | None, cleaner: DataCleaner) -> tuple[dict, list, dict | None, dict[str, Any]]:
+    """(numbers and texts for the index, cleaned conversation or None, values by type that were masked and flagged)."""
     record, reason = _parse(line)
     if record is None:
-        return {"line": number, "reason": reason, "value": None}, None, {}
+        return {}, [None, "", {"reason": reason, "value": None}], None, {}
     cleaned = cleaner.clean_conversation(record)
-    identity = str(record.get("id") or "") or None
-    entry: dict[str, Any] = {"line": number, "id": identity}
-    if cleaned.conversation is None:
-        return entry | {"reason": cleaned.drop.reason, "value": cleaned.drop.value}, None, {}
     conversation = cleaned.conversation
-    entry |= {
-        "id": conversation["id"],
-        "started_at": str(conversation["started_at"] or ""),
-        "content": duplicate_keys(conversation),
+    identity = str(record.get("id") or "") or None if conversation is None else conversation["id"]
+    row: dict[str, Any] = {"id_key": _key(identity) if identity else 0}
+    if conversation is None:
+        return row, [identity, "", {"reason": cleaned.drop.reason, "value": cleaned.drop.value}], None, {}
+    contents = [near_duplicates.index_key(key) for key in duplicate_keys(conversation)]
+    row |= {
+        "passed": 1,
+        "own": contents[0],
+        "shared": contents[-1],
         "question": _question_key(conversation),
-        "reply": _short_digest(conversation["messages"][-1]["content"]),
+        "reply": _key(conversation["messages"][-1]["content"]),
+        "gone": cleaned.gone,
+        "restored": int(bool(record.get("restored"))),
     }
-    if cleaned.gone:
-        entry["gone"] = cleaned.gone
-    if record.get("restored"):
-        entry["restored"] = True
     metadata = record.get("metadata")
     person = (metadata.get("user_id") or metadata.get("user")) if isinstance(metadata, dict) else None
     if person:
-        entry["person"] = _short_digest(str(person))
+        row["person"] = _key(str(person))
+    details: dict[str, Any] = {}
     if conversation["feedback"]:
-        entry |= {"standing": standing(conversation), "feedback": feedback_counts(conversation)}
+        details["feedback"] = feedback_counts(conversation)
+        row["standing"] = standing(conversation)
         if said := judgements(conversation):
-            entry["judgements"] = said
-    return entry, conversation, {"masked": cleaned.masked, "flagged": cleaned.flagged}
+            details["judgements"], row["judged"] = said, 1
+    told = [identity, str(conversation["started_at"] or ""), details]
+    return row, told, conversation, {"masked": cleaned.masked, "flagged": cleaned.flagged}
 
 
 def _parse(line: bytes | None) -> tuple[dict | None, str]:
@@ -218,7 +225,7 @@ def _parse_slowly(line: bytes) -> tuple[dict | None, str]:
     return (record, "") if isinstance(record, dict) else (None, "not_an_object")
 
 
-def _question_key(conversation: dict) -> str:
+def _question_key(conversation: dict) -> int:
     """Conversations that begin with the same question belong together, or the answer to a test question is trained.
 
     The key also has the user's second message, and more until it has SAYS_SOMETHING words, so that a shared greeting
@@ -230,20 +237,9 @@ def _question_key(conversation: dict) -> str:
         words += near_duplicates.words_of(turn)
         if number and len(words) + len(_WORDLIKE.findall(" ".join(words))) >= SAYS_SOMETHING:
             break
-    return _short_digest(" ".join(words) or turns[0])
+    return _key(" ".join(words) or turns[0])
 
 
-def _short_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
-
-
-def _forget_unused(memo: Path, used: set[str], merged: str) -> None:
-    """Remove cached results that no shard needs, since they hold conversations; keep some of other parameters.
-
-    A merge result is as large as all that was cleaned: besides this run's only the newest is kept.
-    """
-    entries = [path for path in memo.iterdir() if path.name not in used]
-    others = [path for path in entries if path.name.startswith(MERGED) and path.name != merged]
-    for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
-        remove_unused(path)
-    remove_oldest([path for path in entries if not path.name.startswith(MERGED)], keep=4 * len(used) + 16)
+def _key(text: str) -> int:
+    """A hash of 64 bits that is never 0."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") or 1

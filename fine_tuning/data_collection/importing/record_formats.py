@@ -312,7 +312,9 @@ def _of_csv(rows: list[dict]) -> Found:
     """Rows of one conversation in a CSV file: a message a row (role, content) or an exchange a row."""
     first, identity = rows[0], unique_id({"id": rows[0].get("conversation_id")})
     if {"role", "content"} <= first.keys():
-        return _whole(replace(_found("csv", {}, _rows(rows)), id=identity, started_at=_started(first)))
+        return _whole(
+            replace(_found("csv", {}, _rows(rows)), id=identity, started_at=_started(first), metadata=_metadata(first))
+        )
     whole = None
     for row in rows:
         part = _recognise_row(row)
@@ -394,8 +396,9 @@ def _started(record: dict) -> Any:
 
 def _metadata(record: dict) -> dict:
     """The metadata of a record, and who spoke where the record says so beside its messages."""
-    keys = ("user_id", "user") if "messages" in record else ()
-    named = {key: record[key] for key in keys if isinstance(record.get(key), str)}
+    # In a record of question and answer, `user` may be the question.
+    keys = ("user_id", "user") if {"messages", "conversations", "chosen"} & record.keys() else ("user_id",)
+    named = {key: str(record[key]) for key in keys if isinstance(record.get(key), str | int)}
     return named | (record["metadata"] if isinstance(record.get("metadata"), dict) else {})
 
 
@@ -422,7 +425,7 @@ _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
     (_pair_of, _pair),
     (
         lambda record: _has_turns(record.get("chatml")),
-        lambda record: _found("chatml", {}, _chatml_turns(record["chatml"])),
+        lambda record: _found("chatml", record, _chatml_turns(record["chatml"])),
     ),
     (lambda record: isinstance(record.get("text"), str) and "<|im_start|>" in record["text"], _chatml),
 ]

@@ -147,7 +147,7 @@ def prefers_chosen(line: Line) -> float:
 
 
 PREFERENCES, PREFERENCES_APART = "preferences", "preferences_apart"
-# Metric → the stem of the file that holds its lines, its value on a line, and 1 where more is better, else -1.
+# Metric → the stem of the file that holds its lines, its value on a line, and 1 where more is better, else -1 or 0.
 MEASURES: dict[str, tuple[str, Callable[[Line], float], int]] = {
     "general_knowledge": ("general", right_probability, 1),
     "general_text": ("general_text", nats_per_byte, -1),
@@ -155,7 +155,8 @@ MEASURES: dict[str, tuple[str, Callable[[Line], float], int]] = {
     "preference_accuracy": (PREFERENCES, prefers_chosen, 1),
     "preference_accuracy_apart": (PREFERENCES_APART, prefers_chosen, 0),  # one side is a compared model's own
 }
-GUARDS = tuple(file for file, _, _ in MEASURES.values())
+BENCHMARKS = "benchmarks"  # a line is one metric of a public benchmark on one question
+GUARDS = (*(file for file, _, _ in MEASURES.values()), BENCHMARKS)
 Files = Mapping[str, Sequence[Line]]  # lines of the file of each of MEASURES, by its stem
 
 
@@ -167,6 +168,20 @@ def by_contender(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
     return found
 
 
+def measures_of(files: Files) -> dict[str, tuple[Sequence[Line], Callable[[Line], float], int]]:
+    """{metric: (lines, its value on a line, 1 where more is better, else -1 or 0)}: MEASURES and benchmarks."""
+    found = {metric: (files[file], value, better) for metric, (file, value, better) in MEASURES.items()}
+    asked: dict[str, list[Line]] = {}
+    for line in files.get(BENCHMARKS, ()):
+        asked.setdefault(line["metric"], []).append(line)
+    return found | {metric: (lines, benchmark_value, lines[0]["better"]) for metric, lines in asked.items()}
+
+
+def benchmark_value(line: Line) -> float:
+    """What a benchmark's metric says of one question."""
+    return np.nan if line["value"] is None else float(line["value"])
+
+
 def clusters_of(lines: Iterable[Line]) -> list[str]:
     """Clusters of lines; questions and texts are their own."""
     return [line.get("cluster", line["id"]) for line in lines]
@@ -175,8 +190,8 @@ def clusters_of(lines: Iterable[Line]) -> list[str]:
 def guard_metrics(files: Files, confidence: float) -> dict[str, dict[str, dict[str, Any]]]:
     """{contender: {metric: {value, low, high, n}}} for metrics/evaluation.json."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
-    for metric, (file, value, _) in MEASURES.items():
-        for contender, lines in by_contender(files[file]).items():
+    for metric, (every, value, _) in measures_of(files).items():
+        for contender, lines in by_contender(every).items():
             mean = clustered_mean([value(line) for line in lines.values()], clusters_of(lines.values()))
             numbers = {key: finite(number) for key, number in asdict(mean.interval(confidence)).items()}
             table.setdefault(contender, {})[metric] = numbers | {"n": len(lines)}

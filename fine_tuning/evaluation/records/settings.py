@@ -90,6 +90,8 @@ class EvaluateSettings(Settings):
     forgetting: bool
     other_histories: int = Field(ge=0)
     memory: MemorySettings
+    benchmarks: list[str] = Field(default_factory=list)
+    benchmark_questions: int | None = Field(100, ge=1)
     interval: IntervalSettings
     test_prompts: list[str]
     judge: JudgeSettings | None = Field(None, exclude=True)  # no part of how models are evaluated

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,9 @@ LEAST_SHARED = 8  # tokens: below that, computing a common beginning once saves 
 
 
 def scoring_hardware(threads: int | None) -> Hardware:
-    """float32 on a CPU, so that scores are the same on any; bfloat16 on a GPU that computes in it."""
+    """bfloat16 on NVIDIA's or Intel's GPU that computes in it, else float32: scores are then the same on any CPU."""
     found = detect_hardware("auto", threads)
-    return Hardware(found.device, found.precision if found.device == "cuda" else "float32", found.threads, found.name)
+    return found if found.device in ("cuda", "xpu") else replace(found, precision="float32")
 
 
 @contextlib.contextmanager
@@ -41,8 +42,8 @@ def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
         yield model.to(hardware.device).eval()
     finally:
         del model
-        if hardware.device == "cuda":
-            torch.cuda.empty_cache()
+        if hardware.device != "cpu":
+            torch.accelerator.empty_cache()
 
 
 def likelihoods(

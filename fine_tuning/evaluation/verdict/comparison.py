@@ -28,6 +28,7 @@ from fine_tuning.evaluation.records.measurements import (
     Metrics,
     by_contender,
     likelihood_columns,
+    measures_of,
 )
 from fine_tuning.evaluation.records.record_types import CANDIDATE, FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import ADAPTER, METRIC_MODULES, EvaluateSettings, IntervalSettings
@@ -174,6 +175,12 @@ def compare(
         against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
     secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
     notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
+    asked = sorted(measures_of(files).keys() - MEASURES.keys())
+    benchmarks = {
+        name: {metric: row for metric in asked if (row := paired(files, metric, name, intervals.confidence))}
+        for name in pairs
+    }
+    notes += surely_lost(benchmarks, (), (1 - intervals.confidence) / 2)
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fine_tuning.evaluation.records.measurements import MEASURES, Files, by_contender, clusters_of, golden_lead
+from fine_tuning.evaluation.records.measurements import Files, by_contender, clusters_of, golden_lead, measures_of
 from fine_tuning.evaluation.records.record_types import CANDIDATE
 from fine_tuning.evaluation.records.statistics import clustered_mean
 from fine_tuning.evaluation.verdict.differences import Difference, format_difference
@@ -21,8 +21,8 @@ ENOUGH = 50  # clusters; with fewer not even a help of the prompt that did not c
 
 def paired(files: Files, metric: str, baseline: str, confidence: float, share: float = 1.0) -> Difference | None:
     """Mean of candidate - `share` * baseline on the items of both, with Student's interval; None without such items."""
-    file, value, better = MEASURES[metric]
-    lines = by_contender(files[file])
+    every, value, better = measures_of(files)[metric]
+    lines = by_contender(every)
     ours, theirs = lines.get(CANDIDATE, {}), lines.get(baseline, {})
     if not (ids := sorted(ours.keys() & theirs.keys())):
         return None
@@ -56,7 +56,11 @@ def guard(
 def guard_differences(files: Files, baselines: Iterable[str], confidence: float) -> dict[str, dict[str, Any]]:
     """{baseline: {metric: paired difference}} as comparison.json has them for other metrics."""
     return {
-        baseline: {metric: row.as_json() for metric in MEASURES if (row := paired(files, metric, baseline, confidence))}
+        baseline: {
+            metric: row.as_json()
+            for metric in measures_of(files)
+            if (row := paired(files, metric, baseline, confidence))
+        }
         for baseline in baselines
     }
 

@@ -27,7 +27,14 @@ from fine_tuning.model_management.packaging.chat_template import (
     turn_openers,
 )
 from fine_tuning.runtime.base_model import load_model
-from fine_tuning.runtime.gguf_writer import PROBES, NotCovered, architecture_of, rope_parameters, write_gguf
+from fine_tuning.runtime.gguf_writer import (
+    PROBES,
+    NotCovered,
+    architecture_of,
+    rope_parameters,
+    write_adapter_gguf,
+    write_gguf,
+)
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings, end_of_turn_ids, load_tokenizer, render
 
@@ -38,6 +45,8 @@ if TYPE_CHECKING:
 
 Quantisation = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 
+BASE_KIND: Quantisation = "Q8_0"
+BASE_GGUF = f"base-{BASE_KIND}.gguf"  # what the base stage writes beside the base, and adapter.gguf is applied to
 # Next tokens whose probabilities are compared one by one; the others count as one. Merging outcomes can only lower
 # a divergence (Cover and Thomas, Elements of Information Theory, section 2.8), and these hold nearly all of the mass.
 COMPARED_TOKENS = 200
@@ -73,6 +82,7 @@ class PackageSettings(Settings):
 
     merged_dtype: Literal["float32", "float16", "bfloat16"]
     quantisation: Quantisation
+    adapter_gguf: bool
     parameters: OllamaParameters
     parity: ParitySettings
     threads: int | None = Field(ge=1)
@@ -139,9 +149,16 @@ def _load(folder: Path) -> Any:
 
 
 def write_package(
-    merged_dir: Path, package_dir: Path, settings: PackageSettings, chat: ChatSettings, converter: str | None = None
+    base_dir: Path,
+    adapter_dir: Path,
+    merged_dir: Path,
+    package_dir: Path,
+    settings: PackageSettings,
+    chat: ChatSettings,
+    converter: str | None = None,
 ) -> None:
-    """Write model.gguf, template.gotmpl, Modelfile and create.json into `package_dir`; for `converter`, see write_gguf.
+    """Write model.gguf, template.gotmpl, Modelfile and create.json into `package_dir`, and adapter.gguf if it is asked
+    for; for `converter`, see write_gguf.
 
     Raises:
         UserError: `num_ctx` is shorter than the training length, or the architecture, the tokenizer or the chat
@@ -160,6 +177,8 @@ def write_package(
         )
     package_dir.mkdir(parents=True, exist_ok=True)
     write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation, converter)
+    if settings.adapter_gguf:
+        write_adapter_gguf(base_dir, adapter_dir, package_dir / "adapter.gguf")
     request: dict[str, Any] = {
         "files": {"model.gguf": f"sha256:{sha256_file(package_dir / 'model.gguf')}"},
         "template": derive_template(jinja_renderer(tokenizer, chat.system_prompt)),
@@ -260,7 +279,12 @@ def prove_package(
     with LlamaEngine(package_dir / "model.gguf", context=context, threads=threads) as engine:
         report["tokens"] = prove_tokens(tokenizer, engine, sample, chat)
         prove_ends(tokenizer, engine, passages[0], report["stops"]["trained_ends"])
-        report["gguf"] = prove_predictions(engine, passages, merged, settings)
+        report["gguf"] = prove_predictions(engine, passages, merged, settings.parity, settings.quantisation)
+    if settings.adapter_gguf:
+        path = package_dir / "adapter.gguf"
+        report["files"]["adapter.gguf"] = sha256_file(path)
+        with LlamaEngine(base_dir / BASE_GGUF, context=context, threads=threads, adapters=[path]) as engine:
+            report["adapter_gguf"] = prove_predictions(engine, passages, adapted, settings.parity, BASE_KIND)
     return report
 
 
@@ -503,39 +527,48 @@ def prove_merge(
 
 
 def prove_predictions(
-    engine: LlamaEngine, passages: Sequence[_Passage], merged: "np.ndarray", settings: PackageSettings
+    engine: LlamaEngine, passages: Sequence[_Passage], reference: "np.ndarray", parity: ParitySettings, kind: str
 ) -> dict[str, float]:
-    """llama.cpp with the GGUF predicts what the merged model predicts, as far as its quantisation can."""
+    """llama.cpp predicts what the torch model predicts whose log-probabilities `reference` holds, as far as weights of
+    `kind` can."""
+    found = measure_predictions(engine, passages, reference)
+    max_kl, min_top1 = _threshold(parity.max_kl, kind), _threshold(parity.min_top1, kind)
+    if not found["mean_kl"] <= max_kl:
+        raise _unproven(
+            f"mean KL of {engine.files} and what was trained is {found['mean_kl']:.2g}, more than "
+            f"package.parity.max_kl.{kind} = {max_kl:g}",
+            "choose a quantisation with more bits or raise the threshold",
+        )
+    if not found["top1"] >= min_top1:
+        raise _unproven(
+            f"{engine.files} and what was trained agree on {found['top1']:.0%} of the next tokens, "
+            f"fewer than package.parity.min_top1.{kind} = {min_top1:g}",
+            "choose a quantisation with more bits or lower the threshold",
+        )
+    return found
+
+
+def measure_predictions(engine: LlamaEngine, passages: Sequence[_Passage], reference: "np.ndarray") -> dict[str, float]:
+    """Divergence (nats) and agreement of llama.cpp's next tokens and those of `reference`, over the passages."""
     import numpy as np
 
-    wanted = min(COMPARED_TOKENS, merged.shape[-1])
+    wanted = min(COMPARED_TOKENS, reference.shape[-1])
     answers = []
     for passage in passages:
         answers += engine.forced_logprobs(passage.ids[: passage.start], passage.ids[passage.start :], wanted)
     divergences, agreeing = [], 0
-    for answer, reference in zip(answers, merged, strict=True):
+    for answer, row in zip(answers, reference, strict=True):
         numbers = np.array([number for number, _ in answer])
         found = np.array([value for _, value in answer], dtype=np.float64)
-        expected = reference[numbers].astype(np.float64)
+        expected = row[numbers].astype(np.float64)
         rest = [max(1.0 - float(np.exp(values).sum()), 1e-8) for values in (expected, found)]
         divergence = float((np.exp(expected) * (expected - found)).sum()) + rest[0] * float(np.log(rest[0] / rest[1]))
         divergences.append(max(divergence, 0.0))
-        agreeing += int(numbers[found.argmax()]) == int(reference.argmax())
-    kl, top1 = float(np.mean(divergences)), agreeing / len(answers)
-    kind = settings.quantisation
-    max_kl, min_top1 = _threshold(settings.parity.max_kl, kind), _threshold(settings.parity.min_top1, kind)
-    if not kl <= max_kl:
-        raise _unproven(
-            f"mean KL of GGUF and merged model is {kl:.2g}, more than package.parity.max_kl.{kind} = {max_kl:g}",
-            "choose a quantisation with more bits or raise the threshold",
-        )
-    if not top1 >= min_top1:
-        raise _unproven(
-            f"GGUF and merged model agree on {top1:.0%} of the next tokens, "
-            f"fewer than package.parity.min_top1.{kind} = {min_top1:g}",
-            "choose a quantisation with more bits or lower the threshold",
-        )
-    return {"mean_kl": kl, "max_kl": max(divergences), "top1": top1, "positions": len(answers)}
+        agreeing += int(numbers[found.argmax()]) == int(row.argmax())
+    top1 = agreeing / len(answers)
+    return {
+        "mean_kl": float(np.mean(divergences)), "max_kl": max(divergences), "top1": top1, "positions": len(answers),
+    }  # fmt: skip
 
 
 def _threshold(thresholds: dict[Any, float], kind: str) -> float:
