@@ -3,7 +3,9 @@
 import hmac
 import itertools
 import re
+import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,6 +69,18 @@ class Clock:
 
     def time(self) -> float:
         return self.now
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    """Hundreds of conversations are a transaction each."""
+
+    class Connection(sqlite3.Connection):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.execute("PRAGMA synchronous = OFF")
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
 
 
 @pytest.fixture

@@ -435,10 +435,11 @@ HUB = """
 import sys
 from fine_tuning.data_preparation.tokenizer import TokenizerUtils
 from fine_tuning.common.errors import UserError
-try:
-    TokenizerUtils(sys.argv[1])
-except UserError as error:
-    print(error)
+for name in sys.argv[1:]:
+    try:
+        TokenizerUtils(name)
+    except UserError as error:
+        print(error)
 """
 
 
@@ -461,13 +462,13 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_one_for_no_path(tmp_path):
         Thread(target=hub.serve_forever, daemon=True).start()
         settings = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
         settings |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
-        for name in ("nobody/nothing", "some/where/tokenizer.json"):
-            command = [sys.executable, "-c", HUB, name]
-            shown = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
-            assert shown.stdout.startswith(f"no tokenizer '{name}'")
-            if name == "nobody/nothing":
-                assert len([path for path in asked if "nothing" in path]) == 1
+        names = ("nobody/nothing", "some/where/tokenizer.json")
+        command = [sys.executable, "-c", HUB, *names]
+        shown = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+        for name, line in zip(names, shown.stdout.splitlines(), strict=True):
+            assert line.startswith(f"no tokenizer '{name}'")
         hub.shutdown()
+    assert len([path for path in asked if "nothing" in path]) == 1
     assert not [path for path in asked if "where" in path]
 
 

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from typing import Any
 
 SECONDS, MEMORY = 10, 4 << 30  # of CPU, and bytes of address space; a real template needs milliseconds
@@ -23,11 +24,17 @@ def try_template(tokenizer: Any) -> None:
     Raises:
         UserError: it takes more than SECONDS or MEMORY, or can write none of them.
     """
+    request = {"template": tokenizer.chat_template, "tokens": tokenizer.special_tokens_map, "seconds": SECONDS}
+    _try(json.dumps(request).encode())
+
+
+@lru_cache(maxsize=16)
+def _try(request: bytes) -> None:
+    """A template that passed is not tried again in this process."""
     from fine_tuning.common.errors import UserError
 
-    request = {"template": tokenizer.chat_template, "tokens": tokenizer.special_tokens_map, "seconds": SECONDS}
     command = [sys.executable, "-P", __file__]
-    status = subprocess.run(command, input=json.dumps(request).encode(), stderr=subprocess.DEVNULL).returncode
+    status = subprocess.run(command, input=request, stderr=subprocess.DEVNULL).returncode
     if status:
         problem = "refuses every conversation" if status == REFUSED else f"needs over {SECONDS} s or {MEMORY >> 30} GiB"
         raise UserError(f"the chat template {problem}: choose another base.model, or mend its chat_template.jinja")
