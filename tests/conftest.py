@@ -21,6 +21,7 @@ SLOWEST = (
     "test_forget_promoted", "test_hostile_bases", "test_app_journey", "test_preference_pipeline", "test_remotes",
 )  # fmt: skip
 NEW_MODULES = 100  # so many are worth a collection
+gc.disable()  # while tests are collected, which imports everything
 END_TO_END = "end_to_end: a browser, servers, kills, or whole pipelines; `make test` leaves it out"
 
 
@@ -38,6 +39,11 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter, config):
     if left_out := len(terminalreporter.stats.get("deselected", [])):
         terminalreporter.write_line(f"{left_out} end-to-end tests were left out: `make test-all` runs them")
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_runtest_logfinish():
