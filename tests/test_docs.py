@@ -104,7 +104,10 @@ def check_accelerate(words: list[str]) -> None:
 
 
 # Programs whose words are not looked into: they are no part of the requirements, or of the shell.
-UNCHECKED = ("curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head", "hf")
+UNCHECKED = (
+    "curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head", "hf", "vllm",
+    "llama-server",
+)  # fmt: skip
 
 
 def check(words: list[str]) -> None:

@@ -126,6 +126,7 @@ def test_the_guards_lines_hold_all_that_is_compared_and_nothing_where_they_are_o
     found = evaluator_of(items, tiny_base, tmp_path / "memo").guard_lines(base)
     assert {name: len(lines) for name, lines in found.items()} == {
         "general": 84, "general_text": 50, "prompt_help": 8, "preferences": 0, "preferences_apart": 0,
+        "benchmarks": 0,
     }  # fmt: skip
     assert all(len(line["others"]) == len(line["after"]) == 3 for line in found["prompt_help"])
     off = evaluator_of(items, tiny_base, tmp_path / "memo", other_histories=0, forgetting=False)

@@ -170,7 +170,7 @@ def by_contender(lines: Iterable[Line]) -> dict[str, dict[str, Line]]:
 
 def measures_of(files: Files) -> dict[str, tuple[Sequence[Line], Callable[[Line], float], int]]:
     """{metric: (lines, its value on a line, 1 where more is better, else -1 or 0)}: MEASURES and benchmarks."""
-    found = {metric: (files[file], value, better) for metric, (file, value, better) in MEASURES.items()}
+    found = {metric: (files.get(file, ()), value, better) for metric, (file, value, better) in MEASURES.items()}
     asked: dict[str, list[Line]] = {}
     for line in files.get(BENCHMARKS, ()):
         asked.setdefault(line["metric"], []).append(line)
