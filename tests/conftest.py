@@ -19,6 +19,7 @@ from tests.tiny import write_tiny_base
 SLOWEST = (
     "test_training", "test_uses", "test_promote", "test_app_browser", "test_faults", "test_forget", "test_champion",
     "test_forget_promoted", "test_hostile_bases", "test_app_journey", "test_preference_pipeline", "test_remotes",
+    "test_app_pages", "test_bad_input", "test_verify", "test_benchmarks", "test_seal_intake", "test_deployer",
 )  # fmt: skip
 NEW_MODULES = 100  # so many are worth a collection
 gc.disable()  # while tests are collected, which imports everything

@@ -220,6 +220,7 @@ def test_a_corrected_reply_is_an_edit_in_the_log_and_shown(collected):
     assert "1 to seal" in shown(at)
 
 
+@pytest.mark.end_to_end
 def test_an_uploaded_file_goes_through_the_importers_and_leaves_no_copy(collected):
     registered.sh(collected, "git init -q && dvc init -q")
     at = open_page("data")
@@ -308,6 +309,7 @@ def finish(at: AppTest, seconds: float = 90.0) -> Job:
     return jobs.latest
 
 
+@pytest.mark.end_to_end
 def test_every_action_is_confirmed_then_done_and_told(promoted, tiny_base):
     tokenizer = load_tokenizer(tiny_base)
     with FakeOllama(count_tokens=lambda prompt: len(tokenizer(prompt, add_special_tokens=False).input_ids)) as ollama:
@@ -438,6 +440,7 @@ def test_the_verdicts_that_the_page_shows_are_looks_but_for_a_champions(tmp_path
     assert record_looks([]) == [("s", "a"), ("s", "b")]
 
 
+@pytest.mark.end_to_end
 def test_an_experiment_is_started_with_changed_parameters_and_compared(candidate):
     add_params(candidate)
     registered.sh(candidate, "git commit -qam 'More parameters'")
@@ -556,6 +559,7 @@ def test_the_training_form_has_the_comments_and_bounds_of_every_parameter_that_i
     assert arguments == ["-S", "train.learning_rate=0.0001", "-S", "train.max_steps=null"]
 
 
+@pytest.mark.end_to_end
 def test_a_run_that_failed_shows_nothing_of_the_commit_it_started_from(candidate):
     registered.sh(candidate, "dvc exp run -q --queue -n broken -S train.seed=none")
     try:

@@ -18,6 +18,8 @@ from tests.evaluation_suite import MODULES, SETTINGS, THINGS, build_suite, evalu
 from tests.test_comparison import SETTINGS as COMPARE
 from tests.test_pipeline import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 CHOICE = """\
 task: where_choice
 dataset_path: json

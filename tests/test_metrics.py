@@ -133,6 +133,7 @@ def test_a_corpus_score_comes_from_sums_alone(metrics, name):
         assert {key: values[row] for key, values in drawn.items()} == pytest.approx(texts(metric, p, r))
 
 
+@pytest.mark.end_to_end
 def test_every_metric_also_loads_through_evaluate_itself_without_a_hub(tmp_path):
     script = (
         "import evaluate\n"

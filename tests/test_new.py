@@ -10,6 +10,8 @@ import pytest
 
 from tests.project import ROOT
 
+pytestmark = pytest.mark.end_to_end
+
 IDENTITY = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 

@@ -596,6 +596,7 @@ def type_follow(*paths):
     command_line.run(command_line.parse(["import", "--follow", *paths]))
 
 
+@pytest.mark.end_to_end
 def test_a_follow_that_is_killed_at_any_write_loses_nothing_and_doubles_nothing(project, tmp_path, monkeypatch):
     file = write_lines(
         tmp_path / "f.jsonl", *({"prompt": f"What is {n}?", "completion": "A number."} for n in range(5))
@@ -686,6 +687,7 @@ def test_a_vanished_shard_is_one_line_with_the_command_that_mends_it(project, co
     assert len(read_json(project.folder / "data/manifest.json")["shards"]) == 2
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("rewritten", [True, False])
 @pytest.mark.parametrize("damage", ["gone", "changed"])
 def test_the_commands_that_intake_names_bring_the_shard_back(project, command, intake_stage, damage, rewritten):

@@ -16,6 +16,8 @@ from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
 from tests.registered import here, sh
 
+pytestmark = pytest.mark.end_to_end
+
 GGUF = Path("models/package/model.gguf")
 
 
