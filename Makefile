@@ -21,9 +21,9 @@ $(VENV)/installed: requirements.txt requirements-base.txt
 	@$(PIP) $(VENV)/install.log --no-deps -r requirements-base.txt
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-people.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-people.txt requirements-quantise.txt
 	@$(PIP) $(VENV)/install-dev.log -r requirements.txt -r requirements-dev.txt
-	@$(PIP) $(VENV)/install-dev.log --no-deps -r requirements-people.txt
+	@$(PIP) $(VENV)/install-dev.log --no-deps -r requirements-people.txt -r requirements-quantise.txt
 	@touch $@
 
 install: $(VENV)/installed ## Make the environment, and close the project's folders to other users

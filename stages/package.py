@@ -12,6 +12,7 @@ from fine_tuning.model_management.packaging.model_package import (
     read_prepared,
     write_package,
 )
+from fine_tuning.model_management.packaging.quantisation_choice import choose_quantisation
 from fine_tuning.runtime.base_model import BaseSettings
 from fine_tuning.schema.chat_format import ChatSettings
 
@@ -19,6 +20,7 @@ BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 MERGED = Path("models/merged")
 PACKAGE = Path("models/package")
+TRAIN = Path("data/prepared/train.parquet")
 CONVERSATIONS = Path("data/prepared/validation.parquet")
 METRICS = Path("metrics/package.json")
 
@@ -29,10 +31,18 @@ def main() -> None:
     converter = read_params("base", BaseSettings).gguf_converter
     print(f"package: merging the adapter into the base, in {settings.merged_dtype}", flush=True)
     merge_adapter(BASE, ADAPTER, MERGED, settings.merged_dtype)
+    conversations, measured = read_prepared(CONVERSATIONS), {}
+    if settings.quantisation == "auto":
+        settings, measured = choose_quantisation(MERGED, PACKAGE, conversations, TRAIN, settings, chat, converter)
+        for kind, found in measured.items():
+            print(
+                f"package: {kind:6} {found['bytes'] / 1e6:7.1f} MB, {found['tokens_per_second']:.0f} tokens/s, mean KL "
+                f"{found['mean_kl']:.1e}, top-1 {found['top1']:.0%}, perplexity {found['perplexity_increase']:+.1%}"
+            )
     print(f"package: writing {PACKAGE}/model.gguf in {settings.quantisation}, Modelfile and create.json", flush=True)
-    write_package(BASE, ADAPTER, MERGED, PACKAGE, settings, chat, converter)
+    write_package(BASE, ADAPTER, MERGED, PACKAGE, TRAIN, settings, chat, converter)
     print("package: proving that it says what was trained", flush=True)
-    report = prove_package(BASE, ADAPTER, MERGED, PACKAGE, read_prepared(CONVERSATIONS), settings, chat)
+    report = prove_package(BASE, ADAPTER, MERGED, PACKAGE, conversations, settings, chat)
     write_json(PACKAGE / "parity.json", report)
     write_json(
         METRICS,
@@ -45,6 +55,7 @@ def main() -> None:
             "template_conversations": report["template"]["bank"] + report["template"]["real_prompts"],
             "tokenised_texts": report["tokens"]["conversations"] + report["tokens"]["odd_strings"],
             **({"adapter_gguf_mean_kl": report["adapter_gguf"]["mean_kl"]} if settings.adapter_gguf else {}),
+            **({"quantisations": measured} if measured else {}),
         },
     )
     if left_out := report["template"]["left_out_for_tools"]:

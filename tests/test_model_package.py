@@ -3,9 +3,11 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +15,8 @@ import yaml
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json, write_json
 from fine_tuning.model_management.packaging import model_package
-from fine_tuning.runtime import gguf_writer
+from fine_tuning.runtime import gguf_writer, llama_quantiser, llama_quantize
+from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
 from stages import package as stage
@@ -127,6 +130,104 @@ def test_the_stage_writes_the_bundle_its_proof_and_its_metrics(made):
     assert report["stops"]["stop"] == ["<|im_end|>", "<|im_start|>"]
     assert report["tokens"]["as_prepared"] == len(CONVERSATIONS)
     assert report["template"]["real_prompts"] == len(CONVERSATIONS) and not report["template"]["left_out_for_tools"]
+
+
+@pytest.fixture(scope="module")
+def wide(inputs, tmp_path_factory):
+    """The same checkout with a base that is wide enough for K-quants, and a training split."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide") / "checkout"
+    shutil.copytree(inputs, folder)
+    config = LlamaConfig.from_pretrained(folder / "models/base")
+    config.hidden_size, config.intermediate_size, config.head_dim, config.initializer_range = 256, 320, 64, 0.06
+    torch.manual_seed(1)
+    LlamaForCausalLM(config).save_pretrained(folder / "models/base")
+    shutil.rmtree(folder / "models/adapter")
+    write_adapter(folder / "models/base", folder / "models/adapter")
+    shutil.copy(folder / "data/prepared/validation.parquet", folder / "data/prepared/train.parquet")
+    parity = yaml.safe_load((folder / "params.yaml").read_text())["package"]["parity"]
+    parity["min_top1"]["Q4_K_M"] = 0.4  # a random model is sure of nothing
+    change_params(folder / "params.yaml", "package", merged_dtype="float32", parity=parity)
+    return folder
+
+
+@pytest.fixture
+def wide_checkout(wide, tmp_path, monkeypatch):
+    folder = tmp_path / "checkout"
+    shutil.copytree(wide, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_k_quants_are_llama_cpps_and_rows_that_they_do_not_fit_get_the_next_larger_kind(wide_checkout):
+    change_params(wide_checkout / "params.yaml", "package", quantisation="Q4_K_M")
+    stage.main()
+    path = wide_checkout / "models/package/model.gguf"
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q4_K" and kinds["token_embd.weight"] == "Q6_K"
+    assert kinds["blk.0.ffn_down.weight"] in ("Q5_0", "Q8_0")  # its rows have 320 weights
+    first = path.read_bytes()
+    stage.main()
+    assert path.read_bytes() == first
+
+
+def test_the_users_own_quantiser_gets_an_importance_matrix_of_training_conversations(wide_checkout):
+    """As llama-quantize takes it: the sums of squares of what enters each layer, and of how many tokens."""
+    model, kept = wide_checkout / "models/base", {}
+    program = wide_checkout / "quantise.sh"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --imatrix ] && cp "$2" kept.gguf && shift 2 && exec {sys.executable} -P '
+                       f'{llama_quantize.__file__} "$@"\n')  # fmt: skip
+    text = load_tokenizer(model)("The quick brown fox jumps over the lazy dog.")["input_ids"]
+    made = wide_checkout / "made.gguf"
+    llama_quantiser.write_k_quant(model, made, "Q4_K_M", [text], threads=1, command=f"sh {program}")
+    assert gguf.GGUFReader(made).get_field("general.file_type").contents() == gguf.LlamaFileType.MOSTLY_Q4_K_M
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(wide_checkout / "kept.gguf").tensors}
+    base = load_model(model, torch.float32)
+    base.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, given: kept.update(inputs=given[0]))
+    base(torch.tensor([text]))
+    expected = kept["inputs"][0].detach().square().sum(0)
+    assert np.allclose(found["blk.1.ffn_down.weight.in_sum2"].ravel(), expected, rtol=1e-4)
+    assert found["blk.1.ffn_down.weight.counts"].item() == len(text)
+
+
+def test_auto_takes_the_smallest_within_the_bounds_and_lists_what_each_costs(wide_checkout, capsys):
+    change_params(wide_checkout / "params.yaml", "package", quantisation="auto")
+    loose = yaml.safe_load((wide_checkout / "params.yaml").read_text())["package"]["parity"]
+    loose |= {"max_perplexity_increase": 9.0, "max_kl": dict.fromkeys(loose["max_kl"], 9.0)}
+    loose["min_top1"] = dict.fromkeys(loose["min_top1"], 0.0)
+    change_params(wide_checkout / "params.yaml", "package", parity=loose)
+    stage.main()
+    assert read_json(wide_checkout / "models/package/parity.json")["quantisation"] == "Q4_K_M"
+    found = read_json(wide_checkout / "metrics/package.json")["quantisations"]
+    sizes = [found[kind]["bytes"] for kind in ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")]
+    assert sizes == sorted(sizes) and found["Q8_0"]["mean_kl"] < found["Q4_K_M"]["mean_kl"]
+    assert all(row["tokens_per_second"] > 0 for row in found.values()) and "package: Q6_K" in capsys.readouterr().out
+    change_params(
+        wide_checkout / "params.yaml", "package", parity=loose | {"max_kl": loose["max_kl"] | {"Q4_K_M": 0.0}}
+    )
+    stage.main()
+    assert read_json(wide_checkout / "models/package/parity.json")["quantisation"] == "Q5_K_M"
+    change_params(wide_checkout / "params.yaml", "package", parity=loose | {"max_kl": {"Q8_0": 0.0}})
+    with pytest.raises(UserError, match="none of Q4_K_M, Q5_K_M, Q6_K, Q8_0 stays within the bounds"):
+        stage.main()
+
+
+def test_a_quantiser_that_is_missing_or_fails_is_one_clear_line(wide_checkout, monkeypatch):
+    missing = wide_checkout / "missing"
+    missing.mkdir()
+    (missing / "cyllama.py").write_text("""raise ModuleNotFoundError("No module named 'cyllama'")""")
+    monkeypatch.setenv("PYTHONPATH", str(missing))
+    change_params(wide_checkout / "params.yaml", "package", quantisation="Q6_K")
+    with pytest.raises(
+        UserError, match=r"Q6_K needs llama.cpp's quantiser: run `pip install --no-deps -r requirements-"
+    ):
+        stage.main()
+    for command, reason in (("/no/such/program", "does not start"), ("false", "failed")):
+        change_params(wide_checkout / "params.yaml", "package", llama_quantize=command)
+        with pytest.raises(UserError, match=reason):
+            stage.main()
+    assert not list((wide_checkout / "models/package").iterdir())
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -36,6 +36,7 @@ from fine_tuning.runtime.gguf_writer import (
     write_gguf,
 )
 from fine_tuning.runtime.llama_engine import LlamaEngine
+from fine_tuning.runtime.llama_quantiser import K_QUANTS, write_k_quant
 from fine_tuning.schema.chat_format import ChatSettings, end_of_turn_ids, load_tokenizer, render
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
-Quantisation = Literal["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+Quantisation = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 
 BASE_KIND: Quantisation = "Q8_0"
 BASE_GGUF = f"base-{BASE_KIND}.gguf"  # what the base stage writes beside the base, and adapter.gguf is applied to
@@ -75,13 +76,15 @@ class ParitySettings(Settings):
     max_merge_difference: float = Field(gt=0)
     max_kl: dict[Quantisation, float]
     min_top1: dict[Quantisation, float]
+    max_perplexity_increase: float = Field(ge=0)
 
 
 class PackageSettings(Settings):
     """The section `package`."""
 
     merged_dtype: Literal["float32", "float16", "bfloat16"]
-    quantisation: Quantisation
+    quantisation: Quantisation | Literal["auto"]
+    llama_quantize: str | None
     adapter_gguf: bool
     parameters: OllamaParameters
     parity: ParitySettings
@@ -133,13 +136,13 @@ def _load_adapted(base_dir: Path, adapter_dir: Path) -> Any:
     if not (adapter_dir / "adapter_model.safetensors").is_file():
         raise UserError(f"{adapter_dir} holds no adapter: train one with `dvc repro train`")
     try:
-        return PeftModel.from_pretrained(_load(base_dir), str(adapter_dir)).eval()
+        return PeftModel.from_pretrained(load_float32(base_dir), str(adapter_dir)).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:160]
         raise UserError(f"the adapter does not fit the base ({reason}): `dvc repro -f -s train && dvc repro`") from None
 
 
-def _load(folder: Path) -> Any:
+def load_float32(folder: Path) -> Any:
     import torch
 
     return load_model(folder, torch.float32).eval()
@@ -153,12 +156,13 @@ def write_package(
     adapter_dir: Path,
     merged_dir: Path,
     package_dir: Path,
+    train: Path,
     settings: PackageSettings,
     chat: ChatSettings,
     converter: str | None = None,
 ) -> None:
     """Write model.gguf, template.gotmpl, Modelfile and create.json into `package_dir`, and adapter.gguf if it is asked
-    for; for `converter`, see write_gguf.
+    for; for `train` and `converter`, see write_weights.
 
     Raises:
         UserError: `num_ctx` is shorter than the training length, or the architecture, the tokenizer or the chat
@@ -176,7 +180,7 @@ def write_package(
             "of the folder with a fixed date in its chat_template.jinja"
         )
     package_dir.mkdir(parents=True, exist_ok=True)
-    write_gguf(merged_dir, package_dir / "model.gguf", settings.quantisation, converter)
+    write_weights(merged_dir, package_dir / "model.gguf", settings, train, converter)
     if settings.adapter_gguf:
         write_adapter_gguf(base_dir, adapter_dir, package_dir / "adapter.gguf")
     request: dict[str, Any] = {
@@ -191,6 +195,22 @@ def write_package(
     write_json(package_dir / "create.json", request)
     (package_dir / "template.gotmpl").write_bytes(request["template"].encode())
     (package_dir / "Modelfile").write_bytes(write_modelfile(request).encode())
+
+
+def write_weights(
+    merged_dir: Path, path: Path, settings: PackageSettings, train: Path, converter: str | None = None
+) -> None:
+    """Write the merged model as GGUF at `path`; for `converter`, see write_gguf.
+
+    Args:
+        train: the prepared training split, of which K-quants take their importance matrix.
+    """
+    kind = settings.quantisation
+    if kind not in K_QUANTS:
+        write_gguf(merged_dir, path, kind, converter)
+        return
+    texts = [row.input_ids for row in read_prepared(train)]
+    write_k_quant(merged_dir, path, kind, texts, settings.threads or cores(), settings.llama_quantize, converter)
 
 
 def find_stops(tokenizer: "PreTrainedTokenizerFast", chat: ChatSettings) -> list[str]:
@@ -268,9 +288,9 @@ def prove_package(
     report["metadata"] = prove_metadata(merged_dir, package_dir / "model.gguf")
     report["template"] = prove_rendering(tokenizer, request, sample, chat)
     report["stops"] = prove_stops(tokenizer, request, conversations)
-    passages = _passages(sample, settings.parity.positions)
-    adapted = _log_probabilities(adapter := _load_adapted(base_dir, adapter_dir), passages)
-    merged = _log_probabilities(_load(merged_dir), passages)
+    passages = reply_passages(sample, settings.parity.positions)
+    adapted = log_probabilities(adapter := _load_adapted(base_dir, adapter_dir), passages)
+    merged = log_probabilities(load_float32(merged_dir), passages)
     report["merge"] = prove_merge(
         adapted, merged, settings, lambda: _is_rounded_sum(adapter, merged_dir, settings.merged_dtype)
     )
@@ -403,7 +423,7 @@ def prove_stops(
 
 
 def prove_ends(
-    tokenizer: "PreTrainedTokenizerFast", engine: LlamaEngine, passage: "_Passage", ends: Sequence[int]
+    tokenizer: "PreTrainedTokenizerFast", engine: LlamaEngine, passage: "Passage", ends: Sequence[int]
 ) -> None:
     """What ends a reply in training ends it in the GGUF as well, where no Modelfile names the stops."""
     for number in ends:
@@ -456,14 +476,14 @@ def adversarial_strings(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Passage:
+class Passage:
     """The beginning of a reply, `ids[start:]`, after everything before it."""
 
     ids: list[int]
     start: int
 
 
-def _passages(sample: Sequence[PreparedConversation], positions: int) -> list[_Passage]:
+def reply_passages(sample: Sequence[PreparedConversation], positions: int) -> list[Passage]:
     """Beginnings of last replies, spread over the sample, with about `positions` tokens in all."""
     each = max(8, -(-positions // len(sample)))
     passages = []
@@ -472,11 +492,11 @@ def _passages(sample: Sequence[PreparedConversation], positions: int) -> list[_P
         start = end
         while start > 1 and row.labels[start - 1] >= 0:
             start -= 1
-        passages.append(_Passage(row.input_ids[: min(end, start + each)], start))
+        passages.append(Passage(row.input_ids[: min(end, start + each)], start))
     return passages
 
 
-def _log_probabilities(model: Any, passages: Sequence[_Passage]) -> "np.ndarray":
+def log_probabilities(model: Any, passages: Sequence[Passage]) -> "np.ndarray":
     """Natural-log probabilities at every token of the passages, float32, shape (tokens, vocabulary)."""
     import numpy as np
     import torch
@@ -493,7 +513,7 @@ def _is_rounded_sum(adapter: Any, merged_dir: Path, dtype: str) -> bool:
     """Whether the merged weights are, bit by bit, the sum of base and adapter rounded to `dtype`."""
     import torch
 
-    exact, saved = adapter.merge_and_unload().state_dict(), _load(merged_dir).state_dict()
+    exact, saved = adapter.merge_and_unload().state_dict(), load_float32(merged_dir).state_dict()
     rounded = {name: weight.to(getattr(torch, dtype)) for name, weight in exact.items()}
     return rounded.keys() == saved.keys() and all(
         torch.equal(weight, saved[name].to(weight.dtype)) for name, weight in rounded.items()
@@ -527,7 +547,7 @@ def prove_merge(
 
 
 def prove_predictions(
-    engine: LlamaEngine, passages: Sequence[_Passage], reference: "np.ndarray", parity: ParitySettings, kind: str
+    engine: LlamaEngine, passages: Sequence[Passage], reference: "np.ndarray", parity: ParitySettings, kind: str
 ) -> dict[str, float]:
     """llama.cpp predicts what the torch model predicts whose log-probabilities `reference` holds, as far as weights of
     `kind` can."""
@@ -548,7 +568,7 @@ def prove_predictions(
     return found
 
 
-def measure_predictions(engine: LlamaEngine, passages: Sequence[_Passage], reference: "np.ndarray") -> dict[str, float]:
+def measure_predictions(engine: LlamaEngine, passages: Sequence[Passage], reference: "np.ndarray") -> dict[str, float]:
     """Divergence (nats) and agreement of llama.cpp's next tokens and those of `reference`, over the passages."""
     import numpy as np
 
