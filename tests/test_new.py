@@ -63,9 +63,25 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "mine/notes.txt").write_text("mine")
     done = new(tmp_path / "mine", ROOT)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("mine is there and not empty: choose another folder")
+    assert done.stderr.strip().endswith("mine already exists and is not empty: choose another folder")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("folder", ["notes.txt", "notes.txt/deep/project"])
+def test_a_file_in_the_way_is_one_line(tmp_path, folder):
+    (tmp_path / "notes.txt").write_text("mine")
+    command = [sys.executable, "-m", "fine_tuning", "new", folder]
+    done = run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().endswith("notes.txt is a file: choose another folder")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_that_leads_nowhere_becomes_the_project_where_it_leads(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "project")
+    done = new(tmp_path / "link", ROOT)
+    assert done.returncode == 0 and (tmp_path / "project/dvc.yaml").is_file(), done.stderr
 
 
 def test_without_a_git_identity_it_says_what_to_do(tmp_path):

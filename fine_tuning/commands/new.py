@@ -22,9 +22,12 @@ STATE = {  # what no stage writes and the pipeline reads
 
 def new(arguments: argparse.Namespace) -> None:
     """Write the project, bring in the sample conversations, and commit."""
-    folder = arguments.folder.absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there and not empty: choose another folder")
+    folder = arguments.folder.resolve()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{above} is a file: choose another folder")
+    if above == folder and any(folder.iterdir()):
+        raise UserError(f"{folder} already exists and is not empty: choose another folder")
     if shutil.which("git") is None:
         raise UserError("git is missing: install it, and try again")
     with making_folder(folder) as made:
@@ -48,10 +51,10 @@ def new(arguments: argparse.Namespace) -> None:
     print(f"  cd {arguments.folder}")
     print("  make repro        # an environment in .venv, then the pipeline on the sample conversations")
     if not sample.returncode:
-        print("  dvc repro         # or the pipeline in the environment of now")
+        print("  dvc repro         # or the pipeline in the current environment")
     print("  make chat         # the app")
     if not committed:
-        print("nothing is committed, since git does not know you: `git config --global user.name` and `user.email`")
+        print("nothing is committed: git has no name and e-mail: `git config --global user.name` and `user.email`")
 
 
 def parts() -> dict[str, Path]:
