@@ -451,6 +451,34 @@ def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
         assert batch.num_rows + tally.statistics()["windows_left_out"] == len(trained)
 
 
+def test_rows_out_of_the_memo_are_those_that_were_never_in_it(tokenizer, tmp_path, monkeypatch):
+    from fine_tuning.data_preparation import encoded_memo
+    from fine_tuning.data_preparation.catalogue import Catalogue, FactSettings, HeldConversations
+    from fine_tuning.data_preparation.encodings import HeldRows
+    from fine_tuning.data_preparation.splits import Ledger
+
+    monkeypatch.setattr(encoded_memo, "BLOCK_BYTES", 9000)
+    held = HeldConversations([*(long_conversation(f"long{n}", 40) for n in range(4)), *random_conversations(40)])
+    builder = DatasetBuilder(tokenizer=tokenizer, max_length=256, max_held_out_tokens=60_000, max_train_tokens=9000)
+    ledger = Ledger(None, builder.salt, {"long0": "test", "long1": "validation", "long2": "train"})
+
+    def built(encoded):
+        facts = held.facts(FactSettings("all", builder.salt, builder.decontamination_words))
+        facts["line"] = np.arange(2 * len(facts)).reshape(-1, 2)
+        catalogue = Catalogue(facts, [("c001", "c000")], ledger, builder.fractions, builder.salt)
+        return {split: list(encoded.take(chosen)) for split, chosen in builder.choose(held, catalogue, encoded)}
+
+    plain = {split: row_batch(rows).to_pylist() for split, rows in built(HeldRows()).items()}
+    assert any(row["windows_left_out"] for row in plain["test"]) and len(plain["train"]) > 5
+    for _ in range(2):
+        with encoded_memo.EncodedMemo(tmp_path, ()) as encoded:
+            found = built(encoded)
+        for split, rows in plain.items():
+            assert [
+                {name: row[name] for name in rows[0]} for batch in found[split] for row in batch.to_pylist()
+            ] == rows
+
+
 def test_held_out_splits_are_sampled_likewise(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_held_out_tokens=300).build(random_conversations(100), {})
     assert all(0 < sum(len(e.input_ids) for e in built.splits[s]) <= 300 for s in ("validation", "test"))

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from fine_tuning.common.project import code_sha256, versions
+from fine_tuning.common.records import sync
 from fine_tuning.common.results import ABANDONED, remove_oldest, state_of
 from fine_tuning.data_preparation.catalogue import REASONS, LineIndex
 from fine_tuning.data_preparation.encodings import FOUND, Chosen
-from fine_tuning.schema.prepared import PreparedRow, number_array, numbers, row_batch, string_array
+from fine_tuning.schema.prepared import COLUMNS, PreparedRow, number_array, numbers, row_batch, string_array
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 SEGMENT_BYTES = 16 << 20
-BLOCK_BYTES = 32 << 20  # of rows that are in memory at a time
+BLOCK_BYTES = 16 << 20  # of rows that are in memory at a time
 _SHIFT, _ROW = 32, (1 << 32) - 1  # a place is the number of a segment, and a row of it
 
 
@@ -76,22 +77,22 @@ class EncodedMemo:
 
     def take(self, chosen: Chosen) -> "Iterator[RecordBatch]":
         """The chosen rows in their order, few of them at a time."""
-        numbers, rows = chosen.places >> _SHIFT, chosen.places & _ROW
+        segments, rows = chosen.places >> _SHIFT, chosen.places & _ROW
         sizes = np.zeros(len(rows), np.int64)
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
+        for number in np.unique(segments).tolist():
+            here = segments == number
             sizes[here] = self._segments[number].sizes[rows[here]]
         blocks = np.cumsum(sizes) // BLOCK_BYTES
         for start, end in zip(*_stretches(blocks), strict=True):
-            yield self._block(chosen, slice(start, end), numbers[start:end], rows[start:end])
+            yield self._block(chosen, slice(start, end), segments[start:end], rows[start:end])
 
-    def _block(self, chosen: Chosen, block: slice, numbers: np.ndarray, rows: np.ndarray) -> "RecordBatch":
+    def _block(self, chosen: Chosen, block: slice, segments: np.ndarray, rows: np.ndarray) -> "RecordBatch":
         import pyarrow
 
-        order = np.argsort(numbers, kind="stable")
+        order = np.argsort(segments, kind="stable")
         parts = [
-            _take(self._segments[numbers[order[start]]].batch(), rows[order[start:end]])
-            for start, end in zip(*_stretches(numbers[order]), strict=True)
+            _take(self._segments[segments[order[start]]].batch().select(COLUMNS), rows[order[start:end]])
+            for start, end in zip(*_stretches(segments[order]), strict=True)
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
@@ -139,6 +140,7 @@ class EncodedMemo:
         temporary = self._folder / f".{os.getpid()}.{uuid.uuid4().hex}"
         with pyarrow.OSFile(str(temporary), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
+        sync(temporary)
         path = self._folder / _name(temporary)
         os.rename(temporary, path)
         start = 0

@@ -22,6 +22,7 @@ TEXTS, TOKENS = ("id", "source", "cluster", "messages"), ("input_ids", "labels")
 COUNTS = (
     "trained_tokens", "control_tokens", "lost_end_of_reply", "lost_turns", "lost_reply_tokens", "windows_left_out",
 )  # fmt: skip
+COLUMNS = [*TEXTS, "window", *TOKENS, *COUNTS]
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ def row_batch(rows: Sequence[PreparedRow]) -> "RecordBatch":
     columns.append(number_array([row.window for row in rows]))
     columns += [_list_array([getattr(row, name) for row in rows]) for name in TOKENS]
     columns += [number_array([row.counts.get(name, 0) for row in rows]) for name in COUNTS]
-    return pyarrow.RecordBatch.from_arrays(columns, names=[*TEXTS, "window", *TOKENS, *COUNTS])
+    return pyarrow.RecordBatch.from_arrays(columns, names=COLUMNS)
 
 
 def write_batches(path: str | Path, batches: "Iterable[RecordBatch]") -> None:
