@@ -80,7 +80,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument(
         "--upstream",
         metavar="URL",
-        help="the model's server, or `champion` for llama.cpp in here; deploy.host if left out",
+        help="the model's server; for llama.cpp in here `champion` or `adapters`; deploy.host if left out",
     )
     command.add_argument("--port", type=int, metavar="N", help="where to listen; gateway.port if left out")
     command.add_argument(
