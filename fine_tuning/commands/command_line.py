@@ -107,6 +107,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--canary", type=float, nargs="?", const=0.5, metavar="SHARE",
         help="put it beside the live version and let it answer this share of the new conversations (0.5)",
     )  # fmt: skip
+    command.add_argument(
+        "--server", choices=["ollama", "vllm", "llama-server"], default="ollama",
+        help="what answers at --host: Ollama, vLLM (the adapter alone) or llama-server (ollama)",
+    )  # fmt: skip
     add_host(command)
     command = add("canary", "canary:canary", "how the canary does, and what follows from its end")
     command.add_argument("--stop", action="store_true", help="all conversations go to the live version again")
