@@ -86,6 +86,11 @@ def line_of(error: BaseException | None) -> str | None:
         return f"error: {' '.join(str(error).split())}"
     if isinstance(error, RecursionError):
         return "error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("fine_tuning"):
+        return (
+            f"error: the Python package {error.name} is not installed for {sys.executable}: activate the environment "
+            "(`source .venv/bin/activate`), or make it first (`make install`)"
+        )
     if no_space(error):
         return _full(error)
     if no_memory(error):
