@@ -109,7 +109,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     command.add_argument(
         "--server", choices=["ollama", "vllm", "llama-server"], default="ollama",
-        help="what answers at --host: Ollama, vLLM (the adapter alone) or llama-server (ollama)",
+        help="what answers at --host: vllm gets the adapter alone (ollama; without --host at port 8000 or 8080)",
     )  # fmt: skip
     add_host(command)
     command = add("canary", "canary:canary", "how the canary does, and what follows from its end")
