@@ -161,6 +161,23 @@ def test_liked_and_disliked_are_weighed_by_the_training_items_alone():
     assert part.class_weights == {True: 2.0, False: 1.0}
 
 
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_batch_has_liked_and_disliked_replies_where_one_kind_is_shorter(every):
+    judged = []
+    for number, pair in enumerate(make_pairs(40)):
+        liked = number % every == 0
+        row = reply(pair.id, pair.chosen.input_ids, [7] * (3 if liked else 40))
+        judged.append(JudgedReply(pair.id, row, row, liked))
+    (part,) = objective_for(judged, [], TokenLosses(0), SETTINGS).parts.values()
+    longest = max(len(item.input_ids) for item in judged)
+    batches = part.batches(judged, 16 * longest, 2)  # eight items or more, of two rows each
+    assert sorted(item.id for batch in batches for item in batch) == sorted(item.id for item in judged)
+    for batch in batches:
+        assert {item.liked for item in batch} == {True, False}
+        assert 2 * len(batch) * max(len(item.input_ids) for item in batch) <= 16 * longest
+        assert len(batch) % 2 == 0
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_general_text_adds_its_mean_divergence_from_the_base(tiny_base, mode, parts):

@@ -120,6 +120,20 @@ class ThumbPreference(Referenced):
         """The judged reply after its prompt, and after the same prompt the reply to another one."""
         return reply.reply, reply.mismatched
 
+    def batches(self, items: Sequence[JudgedReply], budget: int, multiple: int = 1) -> list[list[JudgedReply]]:
+        """Liked and disliked in turn, each by length: of one kind alone, a step would move every reply the same way."""
+        place: dict[str, float] = {}
+        for liked in (True, False):
+            own = sorted((item for item in items if item.liked == liked), key=_length)
+            place |= {item.id: (number + 0.5) / len(own) for number, item in enumerate(own)}
+        ordered, found = sorted(items, key=lambda item: (place[item.id], item.id)), list[list[JudgedReply]]()
+        for start in range(0, len(ordered), multiple):
+            group = ordered[start : start + multiple]
+            together = [*(found.pop() if found else ()), *group]
+            fits = 2 * len(together) * _length(max(together, key=_length))[0] <= budget
+            found += [together] if fits else [one for one in (together[: -len(group)], group) if one]
+        return [sorted(batch, key=_length) for batch in found]
+
     def collate(self, items: Sequence[JudgedReply]) -> Batch:
         """See `Referenced`; and `sign` (items), 1 for liked, -1 for disliked."""
         sign = torch.tensor([1.0 if item.liked else -1.0 for item in items])
@@ -148,3 +162,7 @@ class ThumbPreference(Referenced):
             "margin": rewards.detach().sum(),
             "kl": kl * len(rewards),
         }
+
+
+def _length(item: JudgedReply) -> tuple[int, str]:
+    return len(item.input_ids), item.id
