@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
         "train": "objective method seed epochs max_steps learning_rate schedule warmup_ratio weight_decay "
         "max_grad_norm optimizer batch_tokens packing acceleration gradient_accumulation precision threads "
         "gradient_checkpointing neftune_alpha validations early_stopping_patience checkpoint_steps",
-        "train.preference": "minimum loss beta label_smoothing sft_weight",
+        "train.preference": "minimum order loss beta label_smoothing sft_weight",
         "train.lora": "rank alpha dropout target_modules top_layers rslora dora",
         "package": "merged_dtype quantisation",
         "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "

@@ -24,6 +24,7 @@ class PreferenceSettings(Settings):
     """The section `train.preference`."""
 
     minimum: int = Field(ge=1)
+    order: Literal["together", "supervised_first"]
     loss: Literal["sigmoid", "ipo", "hinge"]
     beta: float = Field(gt=0)
     label_smoothing: float = Field(ge=0, lt=0.5)
