@@ -113,7 +113,6 @@ class ThumbPreference(Referenced):
         super().__init__(token_losses, settings, weight)
         counts = Counter(reply.liked for reply in replies)
         self.class_weights = {liked: max(counts.values()) / count for liked, count in counts.items()}
-        self.liked = {reply.id: reply.liked for reply in replies}
 
     @staticmethod
     def rows_of(reply: JudgedReply) -> tuple[PreparedRow, PreparedRow]:
@@ -121,17 +120,23 @@ class ThumbPreference(Referenced):
         return reply.reply, reply.mismatched
 
     def batches(self, items: Sequence[JudgedReply], budget: int, multiple: int = 1) -> list[list[JudgedReply]]:
-        """Liked and disliked in turn, each by length: of one kind alone, a step would move every reply the same way."""
+        """Liked and disliked in turn, each by length; see `Referenced`.
+
+        Where one kind is shorter, batches of like length would be of one kind: a step would move every reply alike.
+        """
         place: dict[str, float] = {}
         for liked in (True, False):
             own = sorted((item for item in items if item.liked == liked), key=_length)
             place |= {item.id: (number + 0.5) / len(own) for number, item in enumerate(own)}
-        ordered, found = sorted(items, key=lambda item: (place[item.id], item.id)), list[list[JudgedReply]]()
+        ordered = sorted(items, key=lambda item: (place[item.id], item.id))
+        found: list[list[JudgedReply]] = []
         for start in range(0, len(ordered), multiple):
             group = ordered[start : start + multiple]
-            together = [*(found.pop() if found else ()), *group]
-            fits = 2 * len(together) * _length(max(together, key=_length))[0] <= budget
-            found += [together] if fits else [one for one in (together[: -len(group)], group) if one]
+            together = [*found[-1], *group] if found else group
+            if found and 2 * len(together) * max(len(item.input_ids) for item in together) <= budget:
+                found[-1] = together
+            else:
+                found.append(group)
         return [sorted(batch, key=_length) for batch in found]
 
     def collate(self, items: Sequence[JudgedReply]) -> Batch:
