@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fine_tuning.common.records import read_jsonl, read_lines, read_object, updating
 from fine_tuning.common.settings import read_params
@@ -15,6 +15,9 @@ from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CLEAN = Path("data/clean")
 REJECTED = CLEAN / "rejected.jsonl"
@@ -30,41 +33,46 @@ Span = tuple[str, str | None]  # text, and what is special about it
 Stamp = tuple[Path, int, int]
 
 
-@dataclass(frozen=True)
-class Entry(Summary):
-    """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped; `twin` the id of the
-    one that was kept instead of a duplicate; `split` train, validation, test, or none; `masked` the types of personal
-    data that were masked in it; `tags` what somebody called it."""
-
-    fate: str
-    twin: str | None
-    split: str
-    masked: tuple[str, ...]
-    tags: tuple[str, ...]
-
-
 def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
     """What changes when one of the files changes; the key of everything that is read from them."""
     return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists())
 
 
-def entries(checkout: Path, words: str = "") -> list[Entry]:
-    """Every conversation in whose id or messages all words occur, those with news since the last seal first."""
+def entries(checkout: Path, words: str = "") -> "pd.DataFrame":
+    """Every conversation in whose id or messages all words occur, those with news since the last seal first.
+
+    Columns: those of a `Summary`; `fate`: kept, new, not cleaned yet, or why it was dropped; `twin`: the id of the one
+    that was kept instead of a duplicate, or ""; `split`: train, validation, test, or none; `masked`: the types of personal
+    data that were masked in it; `tags`: what somebody called it.
+    """
+    index = conversation_index(checkout)
+    files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS)]
+    found = _entries(checkout, index.changes(), stamps([*files, *_clean_shards(checkout)]))
+    return found[found["id"].isin(index.with_words(words))] if words.strip() else found
+
+
+@lru_cache(maxsize=1)
+def _entries(checkout: Path, _: int, __: tuple[Stamp, ...]) -> "pd.DataFrame":
+    import pandas as pd
+
+    found, cleaned, tags = conversation_index(checkout).all(), _cleaned(checkout), read_tags(checkout)
     fates = _fates(stamps([checkout / REJECTED]))
-    found = conversation_index(checkout).all(words)
-    splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(entry.id for entry in found))
-    cleaned, tags = _cleaned(checkout), read_tags(checkout)
-    masked = _masked(stamps(sorted((checkout / CLEAN).glob("*-*.jsonl"))))
+    masked = _masked(stamps(_clean_shards(checkout)))
+    splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(one.id for one in found))
 
-    def entry(found: Summary) -> Entry:
-        dropped = fates.get(found.id) if found.shard in cleaned else None
-        fate = "new" if found.shard is None else "kept" if found.shard in cleaned else "not cleaned yet"
-        twin = str(dropped["value"]) if dropped and dropped["reason"] == "duplicate" else None
-        split = splits.get(found.id, "none") if fate == "kept" and not dropped else "none"
-        about = {"twin": twin, "split": split, "masked": masked.get(found.id, ()), "tags": tags.get(found.id, ())}
-        return Entry(**vars(found), fate=dropped["reason"] if dropped else fate, **about)
+    def about(one: Summary) -> tuple:
+        drop = fates.get(one.id) if one.shard in cleaned else None
+        fate = "new" if one.shard is None else "kept" if one.shard in cleaned else "not cleaned yet"
+        twin = str(drop["value"]) if drop and drop["reason"] == "duplicate" else ""
+        split = splits.get(one.id, "none") if fate == "kept" and not drop else "none"
+        fate = drop["reason"] if drop else fate
+        return *one, fate, twin, split, masked.get(one.id, ()), tags.get(one.id, ())
 
-    return list(map(entry, found))
+    return pd.DataFrame(map(about, found), columns=[*Summary._fields, "fate", "twin", "split", "masked", "tags"])
+
+
+def _clean_shards(checkout: Path) -> list[Path]:
+    return sorted((checkout / CLEAN).glob("*-*.jsonl"))
 
 
 def counts(checkout: Path) -> tuple[int, int, int]:

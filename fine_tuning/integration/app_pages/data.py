@@ -3,6 +3,7 @@
 import html
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
@@ -16,7 +17,7 @@ from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_text import plain
 from fine_tuning.integration.conversation_index import conversation_index
-from fine_tuning.integration.data_view import Entry, Span
+from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.jobs import own_command
@@ -27,6 +28,7 @@ IMPORT = "Import"
 UPLOADS = Path(".whetstone/app/uploads")
 FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rating", "Masked": "masked", "Tag": "tags"}
 VIEWS = ("Before cleaning", "After cleaning", "Tokens")
+SHOWN = 1000  # rows that are sent to the browser
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
 
 
@@ -37,7 +39,7 @@ def page() -> None:
     found = data_view.entries(here.checkout)
     _upload(here)
     _gateways(here)
-    if not found:
+    if found.empty:
         st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
         return
     _counts(here, found)
@@ -83,7 +85,7 @@ def _gateways(here: App) -> None:
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def _counts(here: App, found: list[Entry]) -> None:
+def _counts(here: App, found: pd.DataFrame) -> None:
     clean = data_view.metrics(here.checkout, data_view.CLEAN_METRICS)
     prepare = data_view.metrics(here.checkout, data_view.PREPARE_METRICS)
     train = prepare.get("splits", {}).get("train", {})
@@ -121,11 +123,12 @@ def _counts(here: App, found: list[Entry]) -> None:
         st.dataframe(table, hide_index=True, width="stretch", column_config={"number": st.column_config.NumberColumn()})
 
 
-def _charts(found: list[Entry]) -> None:
-    rows = pd.DataFrame([(entry.source, entry.started_at[:10] or None) for entry in found], columns=["source", "day"])
+def _charts(found: pd.DataFrame) -> None:
     edges = [0, 100, 300, 1000, 3000, 10_000, float("inf")]
     names = [f"{number} from {edge:,}" for number, edge in enumerate(edges[:-1])]
-    rows["length"] = pd.cut([entry.characters for entry in found], edges, right=False, labels=names)
+    days = found["started_at"].str[:10].replace("", None)
+    lengths = pd.cut(found["characters"], edges, right=False, labels=names)
+    rows = pd.DataFrame({"source": found["source"], "day": days, "length": lengths})
     for tab, name in zip(st.tabs(["Over time", "Length in characters"]), ("day", "length"), strict=True):
         table = rows.groupby([name, "source"], observed=True).size().unstack(fill_value=0)
         if len(table):
@@ -135,33 +138,35 @@ def _charts(found: list[Entry]) -> None:
 # ------------------------------------------------------------------------------------------------- one conversation
 
 
-def _one(here: App, found: list[Entry]) -> None:
+def _one(here: App, found: pd.DataFrame) -> None:
     st.header("Conversations")
     words = st.text_input("Search", key="find", placeholder="words of any message, or an id")
     matches = data_view.entries(here.checkout, words) if words.strip() else found
     with st.container(horizontal=True):
         for label, name in FILTERS.items():
-            choices = ["all", *sorted({value for entry in found for value in _values(entry, name)})]
+            choices = ["all", *sorted({value for key in found[name].unique() for value in _values(key)})]
             chosen = st.selectbox(label, choices, format_func=_words, key=name)
-            matches = [entry for entry in matches if chosen == "all" or chosen in _values(entry, name)]
+            if chosen != "all":
+                matches = matches[[chosen in _values(value) for value in matches[name]]]
         if len(days := st.date_input("Days", (), key="days")) == 2:
-            first, last = map(str, days)
-            matches = [entry for entry in matches if first <= entry.started_at[:10] <= last]
-    if not matches:
+            matches = matches[matches["started_at"].str[:10].between(*map(str, days))]
+    if matches.empty:
         st.caption("None.")
         return
-    st.caption(f"{count_of(len(matches), 'conversation')}; click the left edge of a row to look at it.")
+    more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
+    st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
     columns = ["begins", "fate", "split", "source", "started_at", "rating", "masked", "tags"]
     columns += ["messages", "characters", "id"]
-    table = pd.DataFrame([vars(entry) for entry in matches])[columns]
+    table = matches[columns].head(SHOWN)
     table["started_at"] = table["started_at"].str[:10]
     table[["masked", "tags"]] = table[["masked", "tags"]].map(", ".join)
     event = st.dataframe(
         table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
-        key=f"table-{hash(tuple(entry.id for entry in matches))}",
+        key=f"table-{hash(tuple(table['id']))}",
         column_config={"fate": "state", "started_at": "day"},
     )  # fmt: skip
-    entry = matches[next(iter(event["selection"]["rows"]), 0)]
+    row = next(iter(event["selection"]["rows"]), 0)
+    entry = next(matches.iloc[[row]].itertuples())
     conversation = conversation_index(here.checkout).conversation(entry.id)
     if conversation is None:
         return
@@ -208,13 +213,12 @@ def _one(here: App, found: list[Entry]) -> None:
             _show_spans(message["role"], data_view.after(message["content"]), "mask")
 
 
-def _values(entry: Entry, name: str) -> tuple[str, ...]:
-    value = getattr(entry, name)
+def _values(value: Any) -> tuple[str, ...]:
     return value if isinstance(value, tuple) else (str(value),)
 
 
-def _tags(here: App, entry: Entry, found: list[Entry]) -> None:
-    key, known = f"tags-{entry.id}", sorted({tag for other in found for tag in other.tags})
+def _tags(here: App, entry: Any, found: pd.DataFrame) -> None:
+    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in tags})
     st.multiselect(
         "Tags", known, entry.tags, key=key, accept_new_options=True, placeholder="add a tag",
         on_change=lambda: data_view.write_tags(here.checkout, entry.id, st.session_state[key]),
@@ -232,7 +236,7 @@ def _restore(here: App, identity: str) -> None:
     st.toast("Kept from the next seal and `dvc repro` on", icon=":material/check:")
 
 
-def _tokens(here: App, entry: Entry) -> None:
+def _tokens(here: App, entry: Any) -> None:
     prepared = data_view.tokens(here.checkout, entry.id)
     if prepared is None:
         st.caption(
