@@ -42,8 +42,8 @@ def entries(checkout: Path, words: str = "") -> "pd.DataFrame":
     """Every conversation in whose id or messages all words occur, those with news since the last seal first.
 
     Columns: those of a `Summary`; `fate`: kept, new, not cleaned yet, or why it was dropped; `twin`: the id of the one
-    that was kept instead of a duplicate, or ""; `split`: train, validation, test, or none; `masked`: the types of personal
-    data that were masked in it; `tags`: what somebody called it.
+    that was kept instead of a duplicate, or ""; `split`: train, validation, test, or none; `masked`: the types of
+    personal data that were masked in it; `tags`: what somebody called it.
     """
     index = conversation_index(checkout)
     files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS)]
