@@ -8,7 +8,7 @@ import streamlit as st
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.stage_times import TRAINING, about, expected_seconds, seconds_left
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.jobs import Job, jobs, own_command
 from fine_tuning.integration.parameters import check_all_params
 from fine_tuning.integration.round_policy import last_failure
@@ -115,6 +115,6 @@ def _live(job: Job, brief: bool = False) -> None:
         show_loss(curve, 180)
     with st.expander("Its output"):
         st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)
-    if st.button("Stop", icon=":material/stop_circle:", key="stop-job"):
+    if button("Stop", "stop_circle", "stop-job"):
         job.stop()
         st.rerun()

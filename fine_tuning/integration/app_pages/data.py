@@ -14,7 +14,7 @@ from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Entry, Span
 from fine_tuning.integration.gateway.health import gateways
@@ -177,10 +177,8 @@ def _one(here: App, found: list[Entry]) -> None:
                 for message in twin["messages"]:
                     _show_spans(message["role"], [(message["content"], None)], "mask")
         off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
-        st.button(
-            "Keep it all the same", icon=":material/settings_backup_restore:", key="restore", disabled=off is not None,
-            help=off or "It is masked as ever, and no filter drops it again.", on_click=_restore, args=(here, entry.id),
-        )  # fmt: skip
+        note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
+        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
         if off:
             st.caption(off)
     elif conversation.get("restored"):
@@ -195,9 +193,8 @@ def _one(here: App, found: list[Entry]) -> None:
         for message in conversation["messages"]:
             text = edited.get(message["id"]) or message["content"] or ""
             _show_spans(message["role"], data_view.before(cleaner, text), "mask")
-            if message["role"] == "assistant" and st.button(
-                "Correct", icon=":material/edit:", type="tertiary", key=f"correct-{message['id']}"
-            ):
+            key = f"correct-{message['id']}"
+            if message["role"] == "assistant" and button("Correct", "edit", key, type="tertiary"):
                 edit_reply(here, entry.id, message["id"], text)
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")

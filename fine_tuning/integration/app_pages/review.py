@@ -8,7 +8,7 @@ from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import EVALUATION, person_name
 from fine_tuning.evaluation import review
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_text import plain, show_text
+from fine_tuning.integration.app_parts import plain, show_text
 from fine_tuning.integration.review_pairs import open_pairs
 from fine_tuning.schema.conversation import short_hash
 from fine_tuning.schema.votes import Choice
@@ -90,15 +90,8 @@ def _buttons(found: review.Review, shown: review.Shown) -> None:
         for label, key, answer in ANSWERS:
             st.button(label, key=f"answer-{key}", shortcut=key, on_click=_do, args=(found, shown, answer))
         st.button("Skip", key="skip", shortcut="s", type="tertiary", on_click=found.skip, args=(shown,))
-        st.button(
-            "Undo",
-            key="undo",
-            shortcut="u",
-            type="tertiary",
-            disabled=found.last is None,
-            on_click=_undo,
-            args=(found,),
-        )
+        nothing = found.last is None
+        st.button("Undo", "undo", on_click=_undo, args=(found,), shortcut="u", type="tertiary", disabled=nothing)
 
 
 def _do(found: review.Review, shown: review.Shown, answer: Choice) -> None:

@@ -10,7 +10,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.integration import runs_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, say_failure, show_job, show_loss, start
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.integration.runs_view import Line, Parameter
 
@@ -47,10 +47,9 @@ def _start(here: App) -> None:
         if problem:
             st.error(plain(problem))
         off = busy() or problem or (None if changes else "nothing is changed")
-        st.button(
-            "Start the experiment", key="experiment", type="primary", disabled=off is not None, help=off,
-            on_click=start, args=(EXPERIMENT, dvc_command("exp", "run", *arguments), here.checkout, True),
-        )  # fmt: skip
+        command = dvc_command("exp", "run", *arguments)
+        run = EXPERIMENT, command, here.checkout, True
+        button("Start the experiment", "", "experiment", start, *run, off=off, type="primary")
     show_job(EXPERIMENT)
 
 
@@ -92,7 +91,7 @@ def _table(here: App) -> None:
     with st.spinner("Asking DVC and MLflow…"):
         lines = _lines(str(here.checkout), _stamp(here.checkout))
     runs_view.record_lines(lines)
-    if st.button("Refresh", icon=":material/refresh:", key="refresh", type="tertiary"):
+    if button("Refresh", "refresh", "refresh", type="tertiary"):
         _lines.clear()
         st.rerun()
     names = runs_view.numeric(lines)
