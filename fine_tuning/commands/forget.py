@@ -94,10 +94,7 @@ def find(selection: Selection) -> Locations:
     """Everywhere that the selected conversations are. Changes nothing; the current folder is the checkout.
 
     Reads the live and closed logs, shards, everything else below the checkout, DVC's cache and remotes, git's objects
-    and MLflow: seconds for a small project, minutes a gigabyte in the cache.
-
-    Raises:
-        UserError: no such conversation.
+    and MLflow: seconds for a small project, minutes a gigabyte in the cache. UserError: no such conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
     events = [*steps.logs(), *steps.vote_files()]

@@ -26,11 +26,7 @@ NO_REPOSITORY = "this folder is not a DVC repository: run `dvc init` in a clone 
 
 
 def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
-    """Stages of a dvc.lock by name.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Stages of a dvc.lock by name. UserError: there is none, or it is damaged."""
     try:
         return parse_lock(path.read_bytes())
     except FileNotFoundError:
@@ -98,11 +94,8 @@ def files_below(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def cache_folder(checkout: Path) -> Path:
-    """DVC's cache of this checkout, as `dvc cache dir` shows it.
-
-    Raises:
-        UserError: it is not a DVC repository, or its configuration is damaged.
-    """
+    """DVC's cache of this checkout, as `dvc cache dir` shows it. UserError: it is not a DVC repository, or its
+    configuration is damaged."""
     from dvc.config import Config, ConfigError
 
     folder = checkout / ".dvc"
@@ -156,11 +149,8 @@ def show_file(checkout: Path, commit: str, path: str) -> bytes | None:
 
 
 def dvc_add(path: Path) -> None:
-    """`dvc add`, in this process: it takes a second less than starting DVC.
-
-    Raises:
-        UserError: a pipeline is running, or DVC refuses.
-    """
+    """`dvc add`, in this process: it takes a second less than starting DVC. UserError: a pipeline is running, or DVC
+    refuses."""
     with open_repo(what=f"dvc add {path}") as repo:
         add_to_dvc(repo, path)
 
@@ -203,10 +193,7 @@ def reproduce(*words: str) -> bool:
 
 def checkout_outputs() -> None:
     """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay.
-
-    Raises:
-        UserError: a pipeline is running, or DVC refuses.
-    """
+    UserError: a pipeline is running, or DVC refuses."""
     with open_repo(what="dvc checkout dvc.yaml") as repo:
         repo.checkout(["dvc.yaml"], force=True, allow_missing=True)
 

@@ -36,11 +36,8 @@ _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
 def records_in(path: Path, since: float = 0.0) -> Iterator[tuple[int, Any] | Problem]:
-    """The records of a file, each with its line, counted from 1 (or its number where the file has no lines).
-
-    Raises:
-        UserError: the file is of no known kind.
-    """
+    """The records of a file, each with its line, counted from 1 (or its number where the file has no lines). UserError:
+    the file is of no known kind."""
     kind = _kind(path)
     if kind in ("parquet", "sqlite"):
         yield from _parquet_records(path) if kind == "parquet" else records_in_database(path, since)
