@@ -65,5 +65,4 @@ def begin(registry: ModelRegistry, candidate: int, live: int, share: float) -> N
 
 
 def log(registry: ModelRegistry, number: int, text: str) -> None:
-    """Keep a decision about a version as one of its tags."""
     registry.set_tags(number, {f"canary.{datetime.now(UTC).strftime(STAMP)}": text})

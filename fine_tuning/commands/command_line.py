@@ -208,6 +208,5 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    """Run the command that was parsed; returns its exit status."""
     module, _, function = arguments.run.partition(":")
     return getattr(import_module(f"fine_tuning.commands.{module}"), function)(arguments)

@@ -181,7 +181,6 @@ def _tombstones() -> Tombstones:
 
 
 def describe(where: Locations) -> Iterator[str]:
-    """The places as text."""
     yield f"{count_of(len(where.found.ids), 'conversation')}, found in {count_of(len(where.places), 'place')}:"
     for place, how_much, then in where.places:
         yield f"  {place}: {how_much} -> {then}"

@@ -38,7 +38,6 @@ SHOWN_SECTIONS = ("base", "chat", "train", "package")
 
 
 def lineage(arguments: argparse.Namespace) -> None:
-    """Print the lineage of what the person named."""
     root()
     registry = open_registry(read_params("deploy", DeploySettings).name)
     found = trace(registry, arguments.name)

@@ -142,7 +142,6 @@ def _round() -> None:
 
 
 def take_followed(settings: RoundsSettings) -> None:
-    """Import what is new in the sources of rounds.follow."""
     if settings.follow:
         files = [Path(path).expanduser() for path in settings.follow]
         import_files(argparse.Namespace(files=files, model=None, follow=True))

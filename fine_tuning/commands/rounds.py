@@ -133,7 +133,6 @@ def systemd_unit(command: list[str], checkout: Path, path: str) -> str:
 
 
 def launchd_unit(name: str, command: list[str], checkout: Path, path: str) -> str:
-    """A property list for launchctl."""
     words = "".join(f"<string>{escape(word)}</string>" for word in command)
     values = {"name": escape(name), "folder": escape(str(checkout)), "path": escape(path), "command": words}
     return Template(Path(__file__).with_name("rounds.plist").read_text(encoding="utf-8")).substitute(values)

@@ -34,7 +34,6 @@ def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
 
 
 def parse_lock(data: bytes) -> dict[str, dict[str, Any]]:
-    """Stages in the bytes of a dvc.lock."""
     try:
         stages = yaml.safe_load(data)["stages"]
     except (yaml.YAMLError, TypeError, KeyError):
@@ -242,7 +241,6 @@ def open_repo(checkout: Path = Path(), what: str = "dvc") -> Iterator["Repo"]:
 
 
 def dvc_objects(checkout: Path) -> Iterator[Path]:
-    """All objects in the cache."""
     root = cache_folder(checkout) / "files" / "md5"
     yield from (file for file in files_below(root) if len(file.parent.name) == 2 and not file.name.startswith("."))
 

@@ -50,7 +50,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read one JSON document."""
     return json.loads(Path(path).read_bytes())
 
 
@@ -78,7 +77,6 @@ def updating(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a table with a header."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     with replacing(path) as file:
@@ -86,7 +84,6 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[
 
 
 def csv_pairs(text: str, x: str, y: str) -> list[tuple[float, float]]:
-    """Two columns of numbers of a table with a header."""
     return [(float(row[x]), float(row[y])) for row in csv.DictReader(io.StringIO(text))]
 
 

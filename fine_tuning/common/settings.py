@@ -128,7 +128,6 @@ def parse_settings(section: str, values: object, model: type[SettingsT], path: s
 
 
 def _problems(section: str, error: ValidationError) -> list[str]:
-    """Each wrong parameter of a section in words."""
     found: dict[str, list[Any]] = {}  # where one of several forms would do, pydantic has a problem with each
     for problem in error.errors(include_url=False):
         found.setdefault(".".join(str(part) for part in (section, *_place(problem))), []).append(problem)

@@ -72,7 +72,6 @@ class Work:
 
     @cached_property
     def models(self) -> ForgottenModels:
-        """MLflow's side."""
         return ForgottenModels(open_registry(read_params("deploy", DeploySettings).name), registry_locks())
 
     def files_holding(self) -> list[Path]:
@@ -188,7 +187,6 @@ def files_of_checkout() -> Iterator[Path]:
 
 
 def vote_files() -> list[Path]:
-    """Sealed votes, one file a person."""
     return sorted(VOTES.glob("*.jsonl"))
 
 
@@ -429,7 +427,6 @@ def search_everywhere(work: Work) -> Everywhere:
 
 
 def still_there(work: Work, there: Everywhere) -> list[str]:
-    """Places that hold some of it after the last step."""
     left, used = [str(path) for path in there.files], in_use(Path.cwd())
     for name, result in there.stores.items():
         left += [f"{name}: {oid}" for oid in sorted(work.to_go(result, used) | result.strict)]

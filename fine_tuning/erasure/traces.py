@@ -307,7 +307,6 @@ def _parquet(path: Path) -> Iterator[list[Value]]:
 
 
 def _is_numbers(kind: Any) -> bool:
-    """Whether a column holds token ids and the like."""
     import pyarrow
 
     return pyarrow.types.is_list(kind) and pyarrow.types.is_primitive(kind.value_type)

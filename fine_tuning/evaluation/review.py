@@ -74,7 +74,6 @@ def in_random_order(clusters: Iterable[str], models: Iterable[str]) -> list[str]
 
 
 def sha256(*parts: str) -> str:
-    """Of some texts, in hex."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()
 
 

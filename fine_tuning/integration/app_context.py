@@ -74,7 +74,6 @@ class App:
         return _client(self.host, PROBE_SECONDS)
 
     def client(self) -> OllamaClient:
-        """The Ollama server, with the app's patience."""
         return _client(self.host, self.settings.timeout)
 
 

@@ -28,12 +28,10 @@ def start(title: str, command: list[str], checkout: Path, pipeline: bool = False
 
 
 def busy() -> str | None:
-    """Why no command can be started now."""
     return f"{jobs.running.title} is running" if jobs.running is not None else None
 
 
 def say_failure(checkout: Path) -> None:
-    """Say so where the last round failed."""
     if why := last_failure(checkout):
         st.warning(plain(f"{why[0].upper()}{why[1:]}. Everything is as it was."), icon=":material/error:")
 

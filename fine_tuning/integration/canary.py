@@ -114,7 +114,6 @@ class Canary:
             return state is not None and _end(db, state, STOPPED, why)
 
     def state(self) -> State | None:
-        """The newest canary; None if there was none."""
         with self._writing() as db:
             return _newest(db)
 
@@ -167,11 +166,9 @@ class Canary:
             self._note(event["conversation_id"], bad, kind == "exchange", pace)
 
     def failed(self, conversation: str) -> None:
-        """Take in that a reply failed."""
         self._note(conversation, "failed", True, math.inf)
 
     def check(self) -> None:
-        """See whether it is over."""
         with suppress(UserError, OSError), self._writing() as db:
             if (state := _running(db)) is not None:
                 self._end_if_over(db, state)
@@ -275,7 +272,6 @@ def _out_of_bounds(db: sqlite3.Connection) -> str | None:
 
 
 def _end(db: sqlite3.Connection, state: State, outcome: str, why: str) -> bool:
-    """End a canary, once: whether it ended here."""
     row = (time.time(), outcome, why, state.number)
     values = "ended = ?, outcome = ?, why = ?, salt = x''"
     ended = db.execute(f"UPDATE canary SET {values} WHERE number = ? AND outcome IS NULL", row)

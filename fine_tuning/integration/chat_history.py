@@ -24,7 +24,6 @@ def title(conversation: dict, titles: dict[str, str]) -> str:
 
 
 def shortened(message: str) -> str:
-    """The beginning of a message, in one line."""
     words = " ".join(message.split())
     return words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1].rstrip() + "…"
 
@@ -39,7 +38,6 @@ def day_in_words(at: str) -> str:
 
 
 def read_titles(checkout: Path) -> dict[str, str]:
-    """Given names by conversation id."""
     return {key: name for key, name in read_object(checkout / TITLES).items() if isinstance(name, str)}
 
 
@@ -93,5 +91,4 @@ def locations(checkout: Path) -> list[str]:
 
 
 def interrupted(checkout: Path) -> bool:
-    """Whether an erasure was interrupted and has to be finished."""
     return any(checkout.glob(JOURNALS)) and jobs.running is None

@@ -198,7 +198,6 @@ def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | b
 
 
 def last_spoken(conversation: dict) -> str:
-    """Time of the newest message, ISO 8601."""
     return max((message.get("at") or "" for message in conversation["messages"]), default="")
 
 

@@ -99,12 +99,10 @@ def _cleaned(checkout: Path) -> set[str]:
 
 
 def read_tags(checkout: Path) -> dict[str, tuple[str, ...]]:
-    """Tags by conversation id."""
     return {key: tuple(map(str, tags)) for key, tags in read_object(checkout / TAGS).items() if isinstance(tags, list)}
 
 
 def write_tags(checkout: Path, identity: str, tags: Iterable[str]) -> None:
-    """Replace the tags of a conversation."""
     with updating(checkout / TAGS) as kept:
         kept.pop(identity, None)
         if words := sorted({" ".join(tag.split()) for tag in tags} - {""}):

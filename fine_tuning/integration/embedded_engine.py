@@ -58,7 +58,6 @@ class SharedEngines:
             return [shared.engine for shared in self._engines.values()]
 
     def close(self) -> None:
-        """End all engines."""
         with self._lock:
             for shared in self._engines.values():
                 shared.engine.close()

@@ -52,7 +52,6 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
         if self._process.poll() is None:
             return True
         self._ended = self._ended or time.time()
@@ -60,12 +59,10 @@ class Job:
 
     @property
     def returncode(self) -> int | None:
-        """Exit status, None while it runs."""
         return self._process.poll()
 
     @property
     def seconds(self) -> float:
-        """Seconds that it has run."""
         return (time.time() if self.running else self._ended or time.time()) - self.started
 
     def lines(self) -> list[str]:
@@ -116,7 +113,6 @@ class Jobs:
 
     @property
     def running(self) -> Job | None:
-        """The one that runs now."""
         latest = self.latest
         return latest if latest is not None and latest.running else None
 
@@ -139,10 +135,8 @@ jobs = Jobs()
 
 
 def own_command(*arguments: str) -> list[str]:
-    """`python -m fine_tuning …` with this interpreter."""
     return [sys.executable, "-m", "fine_tuning", *arguments]
 
 
 def dvc_command(*arguments: str) -> list[str]:
-    """`dvc …` with this interpreter."""
     return [sys.executable, "-m", "dvc", *arguments]

@@ -89,11 +89,9 @@ class ChatStream:
 
     @property
     def text(self) -> str:
-        """What has arrived so far."""
         return "".join(self._pieces)
 
     def close(self) -> None:
-        """Stop listening; the server stops generating."""
         close = getattr(self._lines, "close", None)
         if close:
             close()
@@ -193,7 +191,6 @@ class OllamaClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
         self._http.close()
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -216,7 +213,6 @@ class OllamaClient:
         }
 
     def show(self, model: str) -> dict:
-        """Template, parameters, details and model_info of a model."""
         return self._json("POST", "/api/show", {"model": model})
 
     # ---------------------------------------------------------------------------------------------------------- blobs
@@ -268,7 +264,6 @@ class OllamaClient:
             )
 
     def copy(self, source: str, destination: str) -> None:
-        """Make `destination` another name of `source`'s manifest."""
         response = self._request("POST", "/api/copy", json={"source": source, "destination": destination})
         if response.status_code != 200:
             raise self._refusal(response, "POST /api/copy")

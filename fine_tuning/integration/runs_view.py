@@ -53,8 +53,6 @@ OF_AN_ADAPTER = ("package.", "evaluation.", "comparison.")
 
 @dataclass
 class Line:
-    """One commit, experiment or run."""
-
     kind: str
     name: str
     when: datetime | None
@@ -179,12 +177,10 @@ def numeric(lines: list[Line]) -> list[str]:
 
 
 def changed(line: Line, against: Line) -> dict[str, Any]:
-    """Parameters that differ from another line's."""
     return {name: value for name, value in line.params.items() if against.params.get(name) != value}
 
 
 def differences(one: Line, other: Line) -> list[dict[str, Any]]:
-    """Parameters and metrics that are not the same."""
     rows = []
     for what in ("params", "metrics"):
         left, right = getattr(one, what), getattr(other, what)
@@ -218,7 +214,6 @@ class Parameter:
 
     @property
     def optional(self) -> bool:
-        """Whether it may be null."""
         return {"type": "null"} in self.forms
 
 

@@ -89,7 +89,6 @@ def fetch_files(version: ModelVersion) -> None:
 
 
 def restore_files(version: ModelVersion) -> None:
-    """Put the files that `fetch_files` brought into models/champion."""
     shutil.rmtree(STAGED, ignore_errors=True)
     files = listing(Path.cwd(), version.tags[FILES_TAG]) or {}
     sources = {path: cached(Path.cwd(), md5) for path, md5 in files.items()}

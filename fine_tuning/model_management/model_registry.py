@@ -185,7 +185,6 @@ class ModelRegistry:
         return found
 
     def find(self, content_sha256: str) -> ModelVersion | None:
-        """The version of this content."""
         return next((v for v in self.versions() if v.tags.get(CONTENT_TAG) == content_sha256), None)
 
     def by_alias(self, alias: str) -> ModelVersion | None:
@@ -260,7 +259,6 @@ class ModelRegistry:
             return old and self.version(old.number)
 
     def nominate(self, number: int) -> None:
-        """Make a version the candidate."""
         with self._lock():
             if CHAMPION not in self.version(number).aliases:
                 self._move(CANDIDATE, number)
@@ -271,12 +269,10 @@ class ModelRegistry:
             raise UserError(f"another process moved the alias {alias} at the same time: check with `list`, then repeat")
 
     def set_tags(self, number: int, tags: dict[str, str]) -> None:
-        """Write tags of a version."""
         for key, value in tags.items():
             self._client.set_model_version_tag(self.name, str(number), key, value)
 
     def delete_tags(self, number: int, keys: Iterable[str]) -> None:
-        """Take tags of a version away."""
         for key in keys:
             self._client.delete_model_version_tag(self.name, str(number), key)
 

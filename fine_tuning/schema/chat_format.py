@@ -60,7 +60,6 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
-        """How many positions enter the loss."""
         return sum(label != NOT_TRAINED for label in self.labels)
 
 
@@ -227,7 +226,6 @@ class _Turns:
 
     @cached_property
     def whole(self) -> Encoded:
-        """The whole conversation, encoded."""
         return self.encode(0, 0, len(self.starts) - 1)
 
     def encode(self, begin: int, first: int, last: int) -> Encoded:
@@ -405,7 +403,6 @@ class _ChatFormat:
         return start, end
 
     def id_of(self, token: str) -> int:
-        """The id of one of the tokenizer's own tokens."""
         number = self.parsing.token_to_id(token)
         assert number is not None
         return number

@@ -31,7 +31,6 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(","
 
 
 def now() -> str:
-    """The current time; see `time_stamp`."""
     return time_stamp(datetime.now(UTC))
 
 

@@ -88,7 +88,6 @@ Item = PreparedRow | Pair | JudgedReply
 
 
 def rows_of(items: Iterable[Item]) -> list[PreparedRow]:
-    """Every row that items are computed on."""
     rows: list[PreparedRow] = []
     for item in items:
         if isinstance(item, Pair):

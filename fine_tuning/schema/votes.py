@@ -54,7 +54,6 @@ class Vote(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The two models."""
         return {self.left.model, self.right.model}
 
     @property
@@ -128,7 +127,6 @@ def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # ty
 
 
 def vote_lines(votes: Iterable[Vote]) -> bytes:
-    """The votes as the lines of a file."""
     return b"".join(dump_line(vote.model_dump()) for vote in votes)
 
 

@@ -90,7 +90,6 @@ def _kind(path: Path) -> str:
 
 
 def is_database(path: Path) -> bool:
-    """Whether a file is one of SQLite."""
     with open(path, "rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 
@@ -108,7 +107,6 @@ def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
 
 
 def _is_json(text: bytes) -> bool:
-    """Whether a line is a JSON object on its own."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

@@ -28,8 +28,6 @@ _SEPARATOR = re.compile(r"[\s().:/-]+")
 
 
 class Hit(NamedTuple):
-    """Personal data at text[start:end]."""
-
     type: str
     start: int
     end: int

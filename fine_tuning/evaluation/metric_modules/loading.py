@@ -137,7 +137,6 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
 
 
 def columns_of(metric: SummedMetric | ItemwiseMetric) -> list[str]:
-    """Names of the columns that a metric wants."""
     return list((metric.metric if isinstance(metric, ItemwiseMetric) else metric).features)
 
 

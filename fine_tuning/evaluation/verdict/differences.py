@@ -42,7 +42,6 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """The difference on all items."""
         return self.candidate_value - self.baseline_value
 
     def at(self, confidence: float) -> "Difference":

@@ -75,17 +75,14 @@ class VoteCount:
 
     @property
     def values(self) -> list[float]:
-        """Of all bets."""
         return [value for _, value in self.bets.values()]
 
     @property
     def win_rate(self) -> WinRate:
-        """Of all bets."""
         return WinRate.of(self.values)
 
     @property
     def people(self) -> dict[str, WinRate]:
-        """Of each person's own votes."""
         voted = ((person, values) for person, values in sorted(self.own.items()) if person != NOBODY)
         return {person: WinRate.of(list(values.values())) for person, values in voted}
 

@@ -52,7 +52,6 @@ class WinRate:
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> "WinRate":
-        """The win rate of bets in any order."""
         bets = np.asarray(values, dtype=float)
         better, worse = evidence(bets, EVEN), evidence(1 - bets, EVEN)
         if not len(bets):

@@ -47,7 +47,6 @@ class Asking:
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     identity = _current_id()
     question, waiting, conversation = _pending_and_logged(here, identity)

@@ -33,7 +33,6 @@ class Duel:
 
 
 def page() -> None:
-    """The whole page."""
     st.set_page_config(layout="wide")
     here = app()
     st.title("Compare")

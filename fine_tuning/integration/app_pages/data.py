@@ -31,7 +31,6 @@ COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     st.title("Data")
     found = data_view.entries(here.checkout)

@@ -30,7 +30,6 @@ GO_BACK = (
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     total, logged, sealed = data_view.counts(here.checkout)
     candidate = models_view.candidate(here.checkout)
@@ -66,7 +65,6 @@ def _steps(here: App, total: int, new: int, candidate: Candidate | None) -> list
 
 
 def _live(here: App, model: ChatModel) -> str:
-    """What is live and since when."""
     since = model.version and live_since(here.checkout, here.name, here.host, model.version)
     return f"Live: {model.label}" + (f", since {since.astimezone():%Y-%m-%d %H:%M}." if since else ".")
 

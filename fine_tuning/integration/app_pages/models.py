@@ -22,7 +22,6 @@ PROMOTION = (
 
 
 def page() -> None:
-    """The whole page."""
     if len(st.session_state.get("reports", ())) > 1:
         st.set_page_config(layout="wide")
     here = app()

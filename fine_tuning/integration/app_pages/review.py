@@ -21,7 +21,6 @@ ANSWERS: tuple[tuple[str, str, Choice], ...] = (
 
 
 def page() -> None:
-    """The whole page."""
     st.set_page_config(layout="wide")
     here = app()
     st.title("Review")

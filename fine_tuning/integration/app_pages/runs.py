@@ -20,7 +20,6 @@ TABLE_SECONDS = 300
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     st.title("Runs")
     say_failure(here.checkout)

@@ -228,7 +228,6 @@ def _literal(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Go string constant."""
     plain = {'"': '\\"', "\\": "\\\\"}
     return '"' + "".join(plain.get(c, c if " " <= c <= "~" else f"\\u{ord(c):04x}") for c in text) + '"'
 
@@ -308,7 +307,6 @@ def prove_template(template: str, render: Render, conversations: Iterable[Messag
 
 
 def first_difference(left: str, right: str) -> int:
-    """Number of characters before two texts part."""
     pairs = zip(left, right, strict=False)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
 
