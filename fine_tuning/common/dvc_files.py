@@ -122,10 +122,8 @@ def listing(checkout: Path, md5: str) -> dict[str, str] | None:
 
 
 def locate(checkout: Path, stages: dict[str, dict[str, Any]], path: Path) -> Path | None:
-    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache.
-
-    `path` is an out or lies directly in an out that is a folder.
-    """
+    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache. `path` is
+    an out or lies directly in an out that is a folder."""
     md5 = locked_md5(stages, path)
     if md5 is None:
         for parent in path.parents:

@@ -11,11 +11,8 @@ SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,127}")
 
 
 def check_model_name(name: str) -> str:
-    """Return `name` if it is a model name: small letters, digits, `-` and `_`.
-
-    It becomes an Ollama name, a registry name and a part of paths, so it holds nothing that any of them reads.
-    UserError: it is not.
-    """
+    """Return `name` if it is a model name: small letters, digits, `-` and `_`. It becomes an Ollama name, a registry
+    name and a part of paths, so it holds nothing that any of them reads. UserError: it is not."""
     if not MODEL_NAME.fullmatch(name):
         raise UserError(f"{name[:80]!r} is not a model name: use small letters, digits, - and _ (deploy.name)")
     return name
@@ -39,10 +36,8 @@ def parse_version(text: str, name: str) -> int:
 
 
 def session_name(text: str) -> str:
-    """`text` as the id of a conversation: letters, digits and `_.:@+-`, 128 at most.
-
-    Another one becomes its hash, always the same: what was said in a session with an odd name is not lost.
-    """
+    """`text` as the id of a conversation: letters, digits and `_.:@+-`, 128 at most. Another one becomes its hash,
+    always the same: what was said in a session with an odd name is not lost."""
     if SESSION.fullmatch(text):
         return text
     return "session-" + hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

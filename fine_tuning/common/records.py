@@ -16,10 +16,8 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk.
-
-    Its name is used once: threads, and processes of other machines on a shared disk, do not write into each other's.
-    """
+    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk. Its name
+    is used once: threads, and processes of other machines on a shared disk, do not write into each other's."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
@@ -125,12 +123,8 @@ def line_ranges(path: str | Path, size: int) -> Iterator[tuple[int, int]]:
 
 
 def read_line(line: bytes | str) -> Any:
-    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null;
-    a byte order mark is passed over.
-
-    Raises:
-        ValueError, RecursionError: it is none.
-    """
+    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null; a
+    byte order mark is passed over. ValueError, RecursionError: it is none."""
     return _LENIENT.decode(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
 
 

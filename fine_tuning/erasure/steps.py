@@ -310,10 +310,8 @@ def run_pipeline(work: Work) -> None:
 
 
 def clear_objects(work: Work) -> None:
-    """Objects of DVC's cache and remotes that hold it, and unused weights that learned from it.
-
-    Not `dvc gc`: that would throw away the data and models of every other commit as well.
-    """
+    """Objects of DVC's cache and remotes that hold it, and unused weights that learned from it. Not `dvc gc`: that
+    would throw away the data and models of every other commit as well."""
     used = in_use(Path.cwd()) if work.options.get("reproduced", True) else set()
     removed: set[str] = set()
     with stores(Path.cwd()) as (reachable, _):

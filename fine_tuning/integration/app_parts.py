@@ -11,10 +11,8 @@ MARKUP = set("\\`*_{}[]()<>#+-.!|$:~")
 
 
 def show_text(text: str, typed: bool = False) -> None:
-    """Show what a person or a model wrote: Markdown and code, nothing that loads from elsewhere.
-
-    `typed` keeps the line breaks that Markdown would join.
-    """
+    """Show what a person or a model wrote: Markdown and code, nothing that loads from elsewhere. `typed` keeps the line
+    breaks that Markdown would join."""
     for piece in pieces(text):
         if piece.kind == "code":
             st.code(piece.text, language=piece.language or None, wrap_lines=True)

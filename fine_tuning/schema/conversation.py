@@ -231,10 +231,8 @@ _KEYS = {"id", "source", "started_at", "timestamp", "messages", "feedback", "met
 
 
 def as_conversation(record: Record) -> Record:
-    """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
-
-    Nothing is checked beyond the form: the cleaner judges roles and contents.
-    """
+    """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation. Nothing is checked
+    beyond the form: the cleaner judges roles and contents."""
     if is_exchange(record):
         return from_exchange(record)
     messages = record.get("messages")
@@ -291,10 +289,8 @@ def _over(entry: Record) -> list[Any]:
 
 
 def with_feedback_of(older: Record, newer: Record) -> Record:
-    """`newer`, with what people said of the same words in `older`.
-
-    Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
-    """
+    """`newer`, with what people said of the same words in `older`. Of one person's ratings, comments and edits of a
+    reply the newer counts; none is lost because it is not repeated."""
     merged = copy.deepcopy(newer) | {"feedback": []}
     said: dict[tuple[Any, Any], list[tuple[int, Record]]] = {}
     for place, message in enumerate(merged["messages"]):
@@ -367,10 +363,8 @@ _NINETEEN_DIGITS = b"0" * 19
 
 
 def to_line(record: Record) -> bytes:
-    """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so.
-
-    It does not write 1e+16, nor large integers, as Python does.
-    """
+    """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so. It
+    does not write 1e+16, nor large integers, as Python does."""
     try:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:

@@ -68,10 +68,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class JudgedReply:
-    """One reply with a person's thumb.
-
-    `mismatched` is the reply of another one after this one's prompt: KTO's point of comparison.
-    """
+    """One reply with a person's thumb. `mismatched` is the reply of another one after this one's prompt: KTO's point of
+    comparison."""
 
     id: str
     reply: PreparedRow

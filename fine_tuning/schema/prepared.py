@@ -164,10 +164,8 @@ def round_up(count: int, step: int) -> int:
 
 
 def collate(batch: Sequence[PreparedRow], pad_token_id: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`.
-
-    Without one it is (rows, longest row). Further rows are padding only.
-    """
+    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`. Without one it
+    is (rows, longest row). Further rows are padding only."""
     import torch
 
     lengths = [len(row.input_ids) for row in batch]

@@ -34,9 +34,7 @@ class Side(BaseModel):
 
 class Vote(BaseModel):
     """One vote. `left` and `right` is the order in which the replies were shown; `item` is the window's id.
-
-    `after_results`: the person had looked at the win rate of this pair before.
-    """
+    `after_results`: the person had looked at the win rate of this pair before."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

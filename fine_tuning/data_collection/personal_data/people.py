@@ -131,10 +131,8 @@ def _downloaded(model: str, revision: str) -> list[Path]:
 
 
 class OnnxRecogniser:
-    """A token-classification model with BIO or plain labels, and a pattern for dates behind a word for a birth.
-
-    It runs in one thread, so that it gives the same every time. LookupError: none of the labels is a name.
-    """
+    """A token-classification model with BIO or plain labels, and a pattern for dates behind a word for a birth. It runs
+    in one thread, so that it gives the same every time. LookupError: none of the labels is a name."""
 
     def __init__(self, model: Path, tokenizer: Path, config: Path) -> None:
         import numpy as np

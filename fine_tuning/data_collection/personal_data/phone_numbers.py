@@ -159,10 +159,8 @@ def _is_phone(value: str, before: str, after: str, regions: tuple[str, ...]) -> 
 
 
 def _can_be_phone(value: str, before: str, after: str) -> bool:
-    """Valid in any country behind a word that says phone, or with a country's code in its groups and of its length.
-
-    The numbers that people make up for an example are seldom given out: +1 555 123 4567, +49 123 456789.
-    """
+    """Valid in any country behind a word that says phone, or with a country's code in its groups and of its length. The
+    numbers that people make up for an example are seldom given out: +1 555 123 4567, +49 123 456789."""
     called = _called(before, after)
     if called == "other" or _is_no_phone(value):
         return False

@@ -186,9 +186,7 @@ def _commands_secrets(text: str) -> Iterator[tuple[int, int]]:
 
 def _without_marks(text: str, start: int, end: int) -> tuple[int, int]:
     """A bare value without the sentence's end, the rest of a query, and Markdown's bold; nothing of a call or an item.
-
-    What closes a bracket that was opened before the value on its line ends it.
-    """
+    What closes a bracket that was opened before the value on its line ends it."""
     value = _NEXT_FIELD.split(text[start:end], maxsplit=1)[0].rstrip(".?:")
     if _BRACKET.search(value):
         if _is_call(value, text[start + len(value) : end + 1]):
@@ -212,10 +210,8 @@ def _without_marks(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _is_call(value: str, after: str) -> bool:
-    """Whether a value with a bracket is an expression of code: f(x), row[1], (a), f( before a quote.
-
-    A name of code has no digits between its letters twice, and nothing but an operator stands behind its bracket.
-    """
+    """Whether a value with a bracket is an expression of code: f(x), row[1], (a), f( before a quote. A name of code has
+    no digits between its letters twice, and nothing but an operator stands behind its bracket."""
     if value[0] in "([{":
         return value[-1] in ")]}" or not _CLOSED.search(value) or after[:1] in ('"', "'")
     call = _CALL.match(value)

@@ -36,10 +36,8 @@ def evidence(values: Sequence[float] | np.ndarray, at_most: float) -> float:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Mean of bets and the interval of every mean that is not rejected; None before the first vote.
-
-    Either end alone is wrong in at most one case of twenty, so the interval is one of 90 %.
-    """
+    """Mean of bets and the interval of every mean that is not rejected; None before the first vote. Either end alone is
+    wrong in at most one case of twenty, so the interval is one of 90 %."""
 
     n: int
     value: float | None

@@ -78,10 +78,8 @@ def page() -> None:
 
 
 def _pending_and_logged(here: App, identity: str) -> tuple[Question | None, bool, dict | None]:
-    """The question on its way, whether its reply may still come, and the conversation, as they were at one time.
-
-    A reply that ends between the two reads would be in neither: then both are read again.
-    """
+    """The question on its way, whether its reply may still come, and the conversation, as they were at one time. A
+    reply that ends between the two reads would be in neither: then both are read again."""
     while True:
         question = pending_replies.get(identity)
         waiting = question is not None and question.waiting

@@ -359,10 +359,8 @@ def prove_rendering(
     sample: Sequence[PreparedRow],
     chat: ChatSettings,
 ) -> dict[str, int]:
-    """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data.
-
-    Where Go cannot say how the Jinja template writes results of tools, prompts that hold some are counted, not proven.
-    """
+    """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data. Where Go
+    cannot say how the Jinja template writes results of tools, prompts that hold some are counted, not proven."""
     renderer = jinja_renderer(tokenizer, chat.system_prompt)
 
     def serve(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
