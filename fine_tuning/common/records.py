@@ -40,6 +40,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is changed or replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys. NaN and infinities are refused (ValueError)."""
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)

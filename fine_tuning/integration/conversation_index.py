@@ -129,7 +129,8 @@ class ConversationIndex:
 
     def _refresh(self) -> None:
         self._index.close_file()
-        shards = {path: (stat.st_mtime_ns, stat.st_size) for path in self._shard_paths() if (stat := path.stat())}
+        found = shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
+        shards = {path: (stat.st_mtime_ns, stat.st_size) for path in found if (stat := path.stat())}
         if dict(list(shards.items())[: len(self._shards)]) != self._shards:
             self._clear()  # a shard is gone or was changed, or came in before others
         new = [path for path in shards if path not in self._shards]
@@ -140,9 +141,6 @@ class ConversationIndex:
             changed |= self._index.add_shards(shards)  # a judgement that names a sealed message, and no conversation
         self._unmatched = self._index.loose_events()
         self._summarise(changed)
-
-    def _shard_paths(self) -> list[Path]:
-        return shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
 
     def _read_logs(self) -> set[bytes]:
         """Read what was added to the logs; returns the conversations that it, or a log that is gone, is about."""

@@ -54,20 +54,11 @@ class OllamaNotFound(OllamaError):
 
 @dataclass(frozen=True)
 class ChatStats:
-    """What the last line of a reply says. Counts are tokens, durations seconds; None where the server is silent."""
+    """What the last line of a reply says; None where the server is silent."""
 
     done_reason: str | None
     prompt_tokens: int | None
     reply_tokens: int | None
-    total_seconds: float | None
-    load_seconds: float | None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Reply tokens a second, loading left out."""
-        if not self.reply_tokens or not self.total_seconds:
-            return None
-        return self.reply_tokens / max(self.total_seconds - (self.load_seconds or 0.0), 1e-9)
 
 
 class ChatStream:
@@ -474,17 +465,8 @@ def _stats(line: dict) -> ChatStats:
         value = line.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
-    def seconds(key: str) -> float | None:
-        return None if count(key) is None else line[key] / 1e9
-
     reason = line.get("done_reason")
-    return ChatStats(
-        done_reason=reason if isinstance(reason, str) else None,
-        prompt_tokens=count("prompt_eval_count"),
-        reply_tokens=count("eval_count"),
-        total_seconds=seconds("total_duration"),
-        load_seconds=seconds("load_duration"),
-    )
+    return ChatStats(reason if isinstance(reason, str) else None, count("prompt_eval_count"), count("eval_count"))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from fine_tuning.common.errors import count_of
+from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.integration import data_view
@@ -83,8 +84,7 @@ def _gateways(here: App) -> None:
 
 
 def _counts(here: App, found: list[Entry]) -> None:
-    clean = data_view.metrics(here.checkout, data_view.CLEAN_METRICS)
-    prepare = data_view.metrics(here.checkout, data_view.PREPARE_METRICS)
+    clean, prepare = (read_object(here.checkout / f"metrics/{stage}.json") for stage in ("clean", "prepare"))
     train = prepare.get("splits", {}).get("train", {})
     numbers = {"Collected": len(found)}
     if clean:

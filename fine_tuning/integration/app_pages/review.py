@@ -6,6 +6,7 @@ import streamlit as st
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import EVALUATION, person_name
+from fine_tuning.common.records import stamp
 from fine_tuning.evaluation import review
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_parts import plain, show_text
@@ -46,17 +47,17 @@ def _review(here: App) -> review.Review:
     """This visitor's; a new one where candidate, champion or data changed."""
     models = (review.CANDIDATE.gguf, review.ADAPTER, review.CHAMPION, EVALUATION)
     files = (*models, review.TEST, review.TRAIN, Path("params.yaml"))
-    stamp = short_hash([path.stat().st_mtime_ns if path.exists() else 0 for path in files])
+    key = short_hash([stamp(path) for path in files])
     person = here.person or person_name(None)
-    if st.session_state.get("review-of") != (stamp, person):
+    if st.session_state.get("review-of") != (key, person):
         with st.spinner("Reading the held-out prompts…"):
-            st.session_state["review"] = review.Review(_pairs(stamp), person)
-        st.session_state["review-of"] = (stamp, person)
+            st.session_state["review"] = review.Review(_pairs(key), person)
+        st.session_state["review-of"] = (key, person)
     return st.session_state["review"]
 
 
 @st.cache_resource(show_spinner=False, max_entries=1)
-def _pairs(stamp: str) -> review.Pairs:
+def _pairs(key: str) -> review.Pairs:
     return open_pairs()
 
 
