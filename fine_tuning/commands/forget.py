@@ -305,14 +305,8 @@ def forget(
 
 
 def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
-    """Continue every erasure that did not finish; as `forget`. One that cannot continue does not stop the others.
-
-    Args:
-        withdraw, hosts: as for `forget`, of what was begun without.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Continue every erasure that did not finish; as `forget`, also for what was begun without `withdraw` or `hosts`.
+    One that cannot continue does not stop the others. UserError: there is none."""
     if not steps.journals():
         raise UserError("no run of forget was interrupted: `python -m fine_tuning forget ID`")
     status = 0

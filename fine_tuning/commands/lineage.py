@@ -48,10 +48,8 @@ def lineage(arguments: argparse.Namespace) -> None:
 
 
 def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
-    """What is known of a version (`3`, `name:3`), a tag (`name:live`), an alias, a reply or a conversation.
-
-    Returns:
-        {"asked", "reply"?, "conversation"?, "versions"}: the versions that it is, that wrote it or learned from it
+    """What is known of a version (`3`, `name:3`), a tag (`name:live`), an alias, a reply or a conversation: {"asked",
+    "reply"?, "conversation"?, "versions"}, the versions that it is, that wrote it or learned from it.
 
     Raises:
         UserError: nothing here is called that.

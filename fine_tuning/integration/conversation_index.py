@@ -65,11 +65,8 @@ class ConversationIndex:
     def listed(
         self, source: str, words: str = "", titles: Mapping[str, str] | None = None, limit: int = 60
     ) -> tuple[list[Summary], int]:
-        """The conversations of a source in whose title or messages all words occur, whatever their case.
-
-        Returns:
-            Those spoken in last, at most `limit`, and how many there are.
-        """
+        """The conversations of a source in whose title or messages all words occur, whatever their case: those spoken
+        in last, at most `limit`, and how many there are."""
         condition, values = _condition(words, titles or {})
         condition, values = f"{condition} AND source = ?", [*values, source]
         with self._up_to_date() as index:

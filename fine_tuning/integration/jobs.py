@@ -21,13 +21,7 @@ STAGE = re.compile(r"^(?:Running stage|Stage) '([\w@-]+)'")
 
 
 class Job:
-    """A running or finished command with its output in a file.
-
-    Args:
-        title: what the pages call it.
-        command: the program and its arguments.
-        checkout: its working folder.
-    """
+    """A running or finished command with its output in a file; `title` is what the pages call it."""
 
     def __init__(self, title: str, command: list[str], checkout: Path) -> None:
         self.title = title

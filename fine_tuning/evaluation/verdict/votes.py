@@ -42,12 +42,8 @@ class VoteCount:
 
     @classmethod
     def of(cls, votes: Iterable[Vote], records: Sequence[dict[str, Any]], ggufs: Mapping[str, str]) -> "VoteCount":
-        """Count votes, given in order of time.
-
-        Args:
-            records: lines of items.jsonl.
-            ggufs: SHA-256 of the GGUF file of each contender.
-        """
+        """Count votes, given in order of time; `records` are lines of items.jsonl, `ggufs` has the SHA-256 of the GGUF
+        file of each contender."""
         against = "champion" if any(line["contender"] == "champion" for line in records) else "base"
         clusters = {line["id"]: line["cluster"] for line in records if line["contender"] == CANDIDATE}
         found = cls(against, clusters)

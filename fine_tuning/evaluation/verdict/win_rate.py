@@ -22,11 +22,7 @@ MOST = 300.0  # of the logarithm: JSON has no infinity
 
 
 def evidence(values: Sequence[float] | np.ndarray, at_most: float) -> float:
-    """E-value against "the mean is at most `at_most`"; 1 before the first vote.
-
-    Args:
-        values: one a prompt, between 0 and 1.
-    """
+    """E-value of values between 0 and 1, one a prompt, against "the mean is at most `at_most`"; 1 of none."""
     found, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
     at_most = max(at_most, 1e-9)
     products = np.log1p(STAKES[:, None] * (found - at_most) / (2 * at_most)) @ counts

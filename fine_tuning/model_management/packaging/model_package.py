@@ -189,11 +189,8 @@ def write_package(
 def write_weights(
     merged_dir: Path, path: Path, settings: PackageSettings, train: Path, converter: str | None = None
 ) -> None:
-    """Write the merged model as GGUF at `path`; for `converter`, see write_gguf.
-
-    Args:
-        train: the prepared training split, of which K-quants take their importance matrix.
-    """
+    """Write the merged model as GGUF at `path`; K-quants take their importance matrix of the split `train`. For
+    `converter`, see write_gguf."""
     kind = settings.quantisation
     if kind not in K_QUANTS:
         write_gguf(merged_dir, path, kind, converter)
