@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Template
 
 from fine_tuning.common.dvc_files import show_file
 from fine_tuning.common.errors import UserError, count_of
@@ -206,11 +207,9 @@ def _author(registry: ModelRegistry, reply: dict) -> int | None:
 
 def as_text(found: dict[str, Any]) -> str:
     """What `trace` found, for reading, each line with its end."""
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"count_of": count_of, "parameters": _shown_parameters}
-    return environment.get_template("lineage.txt.jinja").render(found)
+    text = Path(__file__).with_name("lineage.txt.jinja").read_text(encoding="utf-8")
+    template = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return template.render(found, count_of=count_of, parameters=_shown_parameters)
 
 
 def _shown_parameters(version: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Data: what was collected and what became of it, one conversation from the log to its tokens, and the seal."""
 
-import html
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import streamlit as st
+from jinja2 import Template
 
 from fine_tuning.common.errors import count_of
 from fine_tuning.common.records import read_object
@@ -29,6 +29,7 @@ UPLOADS = Path(".whetstone/app/uploads")
 FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rating", "Masked": "masked", "Tag": "tags"}
 VIEWS = ("Before cleaning", "After cleaning", "Tokens")
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
+SPANS = Template(Path(__file__).with_name("spans.html.jinja").read_text(encoding="utf-8"), autoescape=True)
 
 
 def page() -> None:
@@ -244,19 +245,7 @@ def _tokens(here: App, entry: Entry) -> None:
 
 def _show_spans(role: str, spans: list[Span], kind: str, marked_apart: bool = False) -> None:
     """Text with the special spans coloured. Everything in it is escaped: it is text, whatever it says."""
-    parts = []
-    for text, special in spans:
-        # A token that is a line break is shown as one, and as a sign.
-        shown = html.escape(text.replace("\n", "⏎\n") if marked_apart else text)
-        if special:
-            style = f"background:{COLOURS[kind]};color:#222;border-radius:3px"
-            parts.append(f'<span title="{html.escape(special)}" style="{style}">{shown}</span>')
-        else:
-            parts.append(shown)
-        if marked_apart:
-            parts.append("<wbr><span style='opacity:.25'>|</span>")
-    head = f"<b>{html.escape(role)}</b><br>" if role else ""
-    st.html(f"<div style='white-space:pre-wrap;overflow-wrap:anywhere'>{head}{''.join(parts)}</div>")
+    st.html(SPANS.render(role=role, spans=spans, colour=COLOURS[kind], apart=marked_apart))
 
 
 def _words(name: str) -> str:
