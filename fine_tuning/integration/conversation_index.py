@@ -66,11 +66,8 @@ class ConversationIndex:
     def listed(
         self, source: str, words: str = "", titles: Mapping[str, str] | None = None, limit: int = 60
     ) -> tuple[list[Summary], int]:
-        """The conversations of a source in whose title or messages all words occur, whatever their case.
-
-        Returns:
-            Those spoken in last, at most `limit`, and how many there are.
-        """
+        """The conversations of a source in whose title or messages all words occur, whatever their case: those spoken
+        in last, at most `limit`, and how many there are."""
         condition, values = _condition(words, titles or {})
         condition, values = f"{condition} AND source = ?", [*values, source]
         with self._up_to_date() as index:
@@ -140,7 +137,8 @@ class ConversationIndex:
 
     def _refresh(self) -> None:
         self._index.close_file()
-        shards = {path: (stat.st_mtime_ns, stat.st_size) for path in self._shard_paths() if (stat := path.stat())}
+        found = shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
+        shards = {path: (stat.st_mtime_ns, stat.st_size) for path in found if (stat := path.stat())}
         if dict(list(shards.items())[: len(self._shards)]) != self._shards:
             self._clear()  # a shard is gone or was changed, or came in before others
         new = [path for path in shards if path not in self._shards]
@@ -152,9 +150,6 @@ class ConversationIndex:
         self._unmatched = self._index.loose_events()
         self._summarise(changed)
         self._changes += bool(changed)
-
-    def _shard_paths(self) -> list[Path]:
-        return shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
 
     def _read_logs(self) -> set[bytes]:
         """Read what was added to the logs; returns the conversations that it, or a log that is gone, is about."""
@@ -210,7 +205,6 @@ def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | b
 
 
 def last_spoken(conversation: dict) -> str:
-    """Time of the newest message, ISO 8601."""
     return max((message.get("at") or "" for message in conversation["messages"]), default="")
 
 

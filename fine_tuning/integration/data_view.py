@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.common.records import read_jsonl, read_lines, read_object, updating
+from fine_tuning.common.records import read_jsonl, read_lines, read_object, stamp, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
@@ -22,20 +22,18 @@ if TYPE_CHECKING:
 CLEAN = Path("data/clean")
 REJECTED = CLEAN / "rejected.jsonl"
 TAGS = Path(".whetstone/tags.json")
-CLEAN_METRICS = Path("metrics/clean.json")
-PREPARE_METRICS = Path("metrics/prepare.json")
 PREPARED = Path("data/prepared")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
 
 Span = tuple[str, str | None]  # text, and what is special about it
-Stamp = tuple[Path, int, int]
+Stamp = tuple[Path, object]
 
 
 def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
     """What changes when one of the files changes; the key of everything that is read from them."""
-    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists())
+    return tuple((path, found) for path in paths if (found := stamp(path)))
 
 
 def entries(checkout: Path, words: str = "") -> "pd.DataFrame":
@@ -107,21 +105,14 @@ def _cleaned(checkout: Path) -> set[str]:
 
 
 def read_tags(checkout: Path) -> dict[str, tuple[str, ...]]:
-    """Tags by conversation id."""
     return {key: tuple(map(str, tags)) for key, tags in read_object(checkout / TAGS).items() if isinstance(tags, list)}
 
 
 def write_tags(checkout: Path, identity: str, tags: Iterable[str]) -> None:
-    """Replace the tags of a conversation."""
     with updating(checkout / TAGS) as kept:
         kept.pop(identity, None)
         if words := sorted({" ".join(tag.split()) for tag in tags} - {""}):
             kept[identity] = words
-
-
-def metrics(checkout: Path, path: Path) -> dict:
-    """A metrics file, empty where its stage has not run."""
-    return read_object(checkout / path)
 
 
 # ------------------------------------------------------------------------------------------------- one conversation
@@ -137,21 +128,20 @@ def cleaner(checkout: Path, settings: CleanSettings) -> DataCleaner:
 
 def before(cleaner: DataCleaner, text: str) -> list[Span]:
     """The text as it came, cut so that each piece of personal data is a span of its own, with its type."""
-    spans: list[Span] = []
-    position = 0
-    for hit in cleaner.find_personal_data(text):
-        spans += [(text[position : hit.start], None), (text[hit.start : hit.end], hit.type)]
-        position = hit.end
-    return [*spans, (text[position:], None)]
+    return _spans(text, ((hit.start, hit.end, hit.type) for hit in cleaner.find_personal_data(text)))
 
 
 def after(text: str) -> list[Span]:
     """The cleaned text, cut so that each placeholder is a span of its own, with its type."""
+    return _spans(text, ((*match.span(), match[1]) for match in PLACEHOLDER.finditer(text)))
+
+
+def _spans(text: str, marked: Iterable[tuple[int, int, str]]) -> list[Span]:
     spans: list[Span] = []
     position = 0
-    for match in PLACEHOLDER.finditer(text):
-        spans += [(text[position : match.start()], None), (match.group(), match.group(1))]
-        position = match.end()
+    for start, end, kind in marked:
+        spans += [(text[position:start], None), (text[start:end], kind)]
+        position = end
     return [*spans, (text[position:], None)]
 
 
@@ -217,13 +207,13 @@ def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> l
 
 @lru_cache(maxsize=2)
 def _fates(rejected: tuple[Stamp, ...]) -> dict[str, dict]:
-    drops = (drop for path, _, _ in rejected for drop in read_jsonl(path))
+    drops = (drop for path, _ in rejected for drop in read_jsonl(path))
     return {drop["id"]: drop for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
 
 
 @lru_cache(maxsize=2)
 def _masked(shards: tuple[Stamp, ...]) -> dict[str, tuple[str, ...]]:
-    lines = (line for path, _, _ in shards for _, line in read_lines(path))
+    lines = (line for path, _ in shards for _, line in read_lines(path))
     found = ((line, sorted({match[1] for match in PLACEHOLDER.finditer(line.decode())})) for line in lines)
     return {json.loads(line)["id"]: tuple(types) for line, types in found if types}
 

@@ -1,21 +1,22 @@
 """Data: what was collected and what became of it, one conversation from the log to its tokens, and the seal."""
 
-import html
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import streamlit as st
+from jinja2 import Template
 
 from fine_tuning.common.errors import count_of
+from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
@@ -30,10 +31,10 @@ FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rat
 VIEWS = ("Before cleaning", "After cleaning", "Tokens")
 SHOWN = 1000  # rows that are sent to the browser
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
+SPANS = Template(Path(__file__).with_name("spans.html.jinja").read_text(encoding="utf-8"), autoescape=True)
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     st.title("Data")
     found = data_view.entries(here.checkout)
@@ -86,8 +87,7 @@ def _gateways(here: App) -> None:
 
 
 def _counts(here: App, found: pd.DataFrame) -> None:
-    clean = data_view.metrics(here.checkout, data_view.CLEAN_METRICS)
-    prepare = data_view.metrics(here.checkout, data_view.PREPARE_METRICS)
+    clean, prepare = (read_object(here.checkout / f"metrics/{stage}.json") for stage in ("clean", "prepare"))
     train = prepare.get("splits", {}).get("train", {})
     numbers = {"Collected": len(found)}
     if clean:
@@ -182,10 +182,8 @@ def _one(here: App, found: pd.DataFrame) -> None:
                 for message in twin["messages"]:
                     _show_spans(message["role"], [(message["content"], None)], "mask")
         off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
-        st.button(
-            "Keep it all the same", icon=":material/settings_backup_restore:", key="restore", disabled=off is not None,
-            help=off or "It is masked as ever, and no filter drops it again.", on_click=_restore, args=(here, entry.id),
-        )  # fmt: skip
+        note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
+        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
         if off:
             st.caption(off)
     elif conversation.get("restored"):
@@ -200,9 +198,8 @@ def _one(here: App, found: pd.DataFrame) -> None:
         for message in conversation["messages"]:
             text = edited.get(message["id"]) or message["content"] or ""
             _show_spans(message["role"], data_view.before(cleaner, text), "mask")
-            if message["role"] == "assistant" and st.button(
-                "Correct", icon=":material/edit:", type="tertiary", key=f"correct-{message['id']}"
-            ):
+            key = f"correct-{message['id']}"
+            if message["role"] == "assistant" and button("Correct", "edit", key, type="tertiary"):
                 edit_reply(here, entry.id, message["id"], text)
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")
@@ -252,19 +249,7 @@ def _tokens(here: App, entry: Any) -> None:
 
 def _show_spans(role: str, spans: list[Span], kind: str, marked_apart: bool = False) -> None:
     """Text with the special spans coloured. Everything in it is escaped: it is text, whatever it says."""
-    parts = []
-    for text, special in spans:
-        # A token that is a line break is shown as one, and as a sign.
-        shown = html.escape(text.replace("\n", "⏎\n") if marked_apart else text)
-        if special:
-            style = f"background:{COLOURS[kind]};color:#222;border-radius:3px"
-            parts.append(f'<span title="{html.escape(special)}" style="{style}">{shown}</span>')
-        else:
-            parts.append(shown)
-        if marked_apart:
-            parts.append("<wbr><span style='opacity:.25'>|</span>")
-    head = f"<b>{html.escape(role)}</b><br>" if role else ""
-    st.html(f"<div style='white-space:pre-wrap;overflow-wrap:anywhere'>{head}{''.join(parts)}</div>")
+    st.html(SPANS.render(role=role, spans=spans, colour=COLOURS[kind], apart=marked_apart))
 
 
 def _words(name: str) -> str:
