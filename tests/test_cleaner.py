@@ -1,6 +1,7 @@
 """Cleaning: what is repaired, what is dropped and why, and that doing it again changes nothing."""
 
 import json
+import os
 import random
 import time
 
@@ -651,11 +652,11 @@ def test_the_result_depends_neither_on_memo_nor_on_pieces_nor_on_processes(tmp_p
 def test_only_new_shards_are_cleaned_again(tmp_path):
     first = shard(tmp_path, "1", questions(5))
     run(tmp_path, [first])
-    (done,) = (tmp_path / "memo").glob("*/cleaned.jsonl")
+    (done,) = (tmp_path / "memo/pieces").glob("*/cleaned.jsonl")
     before = done.stat().st_mtime_ns
     run(tmp_path, [first, shard(tmp_path, "2", questions(5, start=5))])
     assert done.stat().st_mtime_ns == before
-    assert len(list((tmp_path / "memo").glob("*/cleaned.jsonl"))) == 2
+    assert len(list((tmp_path / "memo/pieces").glob("*/cleaned.jsonl"))) == 2
 
 
 def test_a_shard_of_which_the_same_is_kept_stays_the_same_file(tmp_path):
@@ -732,6 +733,32 @@ def test_a_clean_file_that_somebody_wrote_into_is_made_again(tmp_path):
     with path.open("ab") as file:
         file.write(b"{}\n")
     assert run(tmp_path, [first]) == made
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\x00\xfe garbage", b"[]", b'{"files": 1}', b'{"files": {}}', None])
+def test_a_damaged_memo_costs_time_only(tmp_path, damage):
+    shards = [shard(tmp_path, "1", questions(3)), shard(tmp_path, "2", [*questions(3, start=2), talk("", "")])]
+    made = run(tmp_path, shards)
+    paths = [path for path in sorted((tmp_path / "memo").rglob("*")) if path.is_file()]
+    assert {path.name for path in paths} >= {"entry.json", "kept.jsonl", "bands", "index", "told.jsonl"}
+    for path in paths:
+        if not path.exists():  # it went with what was damaged before
+            continue
+        path.chmod(0o644)
+        path.unlink() if damage is None else path.write_bytes(damage)
+        assert run(tmp_path, shards) == made, path
+
+
+def test_what_a_killed_run_left_goes_an_hour_later(tmp_path):
+    first = shard(tmp_path, "1", questions(3))
+    left, new = (tmp_path / "memo/pieces" / f".{'0' * 64}.{pid}" for pid in (7, 8))
+    for folder in (left, new):
+        folder.mkdir(parents=True)
+        (folder / "cleaned.jsonl").write_text("{}")
+    for path in (left / "cleaned.jsonl", left):
+        os.utime(path, (time.time() - 4000,) * 2)
+    run(tmp_path, [first])
+    assert new.is_dir() and not left.exists()
 
 
 def test_of_what_no_shard_has_any_more_no_more_is_kept_than_of_shards(tmp_path):

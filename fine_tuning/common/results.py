@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,11 @@ from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.common.records import read_json, read_object, replacing, write_json
 
 ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
+ABANDONED = 3600  # seconds without a write, after which a temporary folder is one of a run that was killed
 
 
 class Memo:
-    """A folder of results of one stage."""
+    """A folder of results of one stage. One that was damaged is made again."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self.folder = folder
@@ -36,6 +38,9 @@ class Memo:
             return read_json(path)
         return value
 
+    def __contains__(self, key: Sequence[Any]) -> bool:
+        return _sound(self.folder / self._name(key)) is not None
+
     def files(
         self, key: Sequence[Any], make: Callable[[Path, Path | None], Any], last: Sequence[Any] = ()
     ) -> tuple[Path, Any]:
@@ -50,9 +55,9 @@ class Memo:
             os.utime(folder)
             return folder, known
         shutil.rmtree(folder, ignore_errors=True)
-        earlier = self.folder / read_object(pointer).get("folder", "none")
+        earlier = self._pointed(pointer)
         with making_folder(folder) as temporary:
-            value = make(temporary, earlier if last and _sound(earlier) is not None else None)
+            value = make(temporary, earlier if last else None)
             for path in temporary.iterdir():
                 path.chmod(0o444)
             states = {path.name: state_of(path) for path in temporary.iterdir()}
@@ -61,13 +66,24 @@ class Memo:
             write_json(pointer, {"folder": folder.name})
         return folder, value
 
-    def remove_unused(self) -> None:
-        """Remove folders that `files` did not give, but for the newest, as many as it gave: they hold conversations."""
-        others = [path for path in self.folder.glob("*") if path.is_dir() and path.name not in self._used]
-        remove_oldest(others, len(self._used))
+    def remove_unused(self, spare: int | None = None) -> None:
+        """Remove folders that `files` did not give, but for the newest, as many as it gave or `spare`: they hold
+        conversations. What killed runs left goes an hour later.
+        """
+        folders = [path for path in self.folder.glob("*") if path.is_dir()]
+        others = [path for path in folders if path.name not in self._used and not path.name.startswith(".")]
+        remove_oldest(others, len(self._used) if spare is None else spare)
+        for folder in folders:
+            if folder.name.startswith(".") and time.time() - _last_write(folder) > ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
         for pointer in self.folder.glob("*.json"):
-            if not (self.folder / read_object(pointer).get("folder", "none")).is_dir():
+            if not self._pointed(pointer):
                 pointer.unlink()
+
+    def _pointed(self, pointer: Path) -> Path | None:
+        """The folder of results that a pointer names; None if there is none, or it was changed."""
+        folder = self.folder / str(read_object(pointer).get("folder", "none"))
+        return folder if _sound(folder) is not None else None
 
     def _name(self, key: Sequence[Any]) -> str:
         return hashlib.sha256(json.dumps([self._made_by, *key], sort_keys=True).encode()).hexdigest()
@@ -76,8 +92,17 @@ class Memo:
 def _sound(folder: Path) -> Any:
     """The value of a folder of results in which no file was changed; None for any other folder."""
     known = read_object(folder / ENTRY)
-    sound = known and known["files"] == {name: state_of(folder / name) for name in known["files"]}
-    return known["value"] if sound else None
+    files = known.get("files")
+    sound = isinstance(files, dict) and files == {name: state_of(folder / name) for name in files}
+    return known.get("value") if sound else None
+
+
+def _last_write(folder: Path) -> float:
+    """When something was last written there, in seconds since 1970; now where that cannot be read."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except OSError:
+        return time.time()
 
 
 def state_of(path: Path) -> list[int] | None:

@@ -41,10 +41,7 @@ class SharedEngines:
     @contextmanager
     def use(self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float) -> Iterator[LlamaEngine]:
         """The running engine of `gguf`, started where there is none. It is not ended while somebody is in the block.
-
-        Raises:
-            UserError: the file is missing or cannot be loaded.
-        """
+        UserError: the file is missing or cannot be loaded."""
         with self._lock:
             shared = self._running(gguf, context, threads, slots, timeout)
             shared.users += 1
@@ -61,7 +58,6 @@ class SharedEngines:
             return [shared.engine for shared in self._engines.values()]
 
     def close(self) -> None:
-        """End all engines."""
         with self._lock:
             for shared in self._engines.values():
                 shared.engine.close()

@@ -54,20 +54,11 @@ class OllamaNotFound(OllamaError):
 
 @dataclass(frozen=True)
 class ChatStats:
-    """What the last line of a reply says. Counts are tokens, durations seconds; None where the server is silent."""
+    """What the last line of a reply says; None where the server is silent."""
 
     done_reason: str | None
     prompt_tokens: int | None
     reply_tokens: int | None
-    total_seconds: float | None
-    load_seconds: float | None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Reply tokens a second, loading left out."""
-        if not self.reply_tokens or not self.total_seconds:
-            return None
-        return self.reply_tokens / max(self.total_seconds - (self.load_seconds or 0.0), 1e-9)
 
 
 class ChatStream:
@@ -89,11 +80,9 @@ class ChatStream:
 
     @property
     def text(self) -> str:
-        """What has arrived so far."""
         return "".join(self._pieces)
 
     def close(self) -> None:
-        """Stop listening; the server stops generating."""
         close = getattr(self._lines, "close", None)
         if close:
             close()
@@ -193,7 +182,6 @@ class OllamaClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
         self._http.close()
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -216,7 +204,6 @@ class OllamaClient:
         }
 
     def show(self, model: str) -> dict:
-        """Template, parameters, details and model_info of a model."""
         return self._json("POST", "/api/show", {"model": model})
 
     # ---------------------------------------------------------------------------------------------------------- blobs
@@ -268,7 +255,6 @@ class OllamaClient:
             )
 
     def copy(self, source: str, destination: str) -> None:
-        """Make `destination` another name of `source`'s manifest."""
         response = self._request("POST", "/api/copy", json={"source": source, "destination": destination})
         if response.status_code != 200:
             raise self._refusal(response, "POST /api/copy")
@@ -479,17 +465,8 @@ def _stats(line: dict) -> ChatStats:
         value = line.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
-    def seconds(key: str) -> float | None:
-        return None if count(key) is None else line[key] / 1e9
-
     reason = line.get("done_reason")
-    return ChatStats(
-        done_reason=reason if isinstance(reason, str) else None,
-        prompt_tokens=count("prompt_eval_count"),
-        reply_tokens=count("eval_count"),
-        total_seconds=seconds("total_duration"),
-        load_seconds=seconds("load_duration"),
-    )
+    return ChatStats(reason if isinstance(reason, str) else None, count("prompt_eval_count"), count("eval_count"))
 
 
 @contextmanager

@@ -19,9 +19,8 @@ import numpy as np
 import orjson
 
 from fine_tuning.common.parallel import cores, open_engine
-from fine_tuning.common.project import code_sha256
 from fine_tuning.common.records import STRICT_JSON, line_ranges
-from fine_tuning.common.results import Memo, making_folder, remove_oldest
+from fine_tuning.common.results import Memo
 from fine_tuning.common.writing_systems import WORDLIKE
 from fine_tuning.data_collection.cleaning import near_duplicates
 from fine_tuning.data_collection.cleaning.shard_merger import ROW, CleanPiece, merge
@@ -38,7 +37,7 @@ from fine_tuning.schema.conversation import has_long_number, to_line
 
 PIECE_BYTES = 64 << 20
 BATCH = 1024
-KEPT = "kept"  # the folder of the second pass's memo
+PIECES, KEPT = "pieces", "kept"  # folders of the memo: of the first pass and of the second
 MAX_LINE_BYTES = 64 << 20
 SAYS_SOMETHING = 12  # words, or characters that say as much; as prepare.decontamination_words counts them
 _WORDLIKE = re.compile(f"[{WORDLIKE}]")
@@ -46,13 +45,13 @@ LIBRARIES = ("orjson", "ftfy", "phonenumbers", "python-stdnum", "rensa", "fast-l
 
 
 class Piece(NamedTuple):
-    """Bytes start:end of a shard, whole lines; `key` names everything that its cleaning depends on."""
+    """Bytes start:end of a shard, whole lines; `key` names what its cleaning depends on besides the code."""
 
     shard: str
     path: str
     start: int
     end: int
-    key: str
+    key: list[Any]
 
 
 def clean_shards(
@@ -77,18 +76,15 @@ def clean_shards(
     """
     common = _common(settings, control_tokens)
     pieces = list(_pieces(shards, common, piece_bytes))
-    memo.mkdir(parents=True, exist_ok=True)
-    new = [piece for piece in pieces if not (memo / piece.key).is_dir()]
+    known = Memo(memo.resolve() / PIECES, "clean")
+    new = [piece for piece in pieces if piece.key not in known]
     processes = min(settings.processes or cores(), len(new))
-    work = partial(clean_piece, memo=memo.resolve(), settings=settings, control_tokens=control_tokens)
+    work = partial(clean_piece, memo=known, settings=settings, control_tokens=control_tokens)
     with open_engine(settings.engine if new else None, processes) as engine:
         for done, _ in enumerate(engine(work, new), start=1):
             progress(done, len(new))
-    cleaned = [CleanPiece(piece.shard, memo / piece.key) for piece in pieces]
-    summary = merge(cleaned, Memo(memo / KEPT, "clean"), output, settings)
-    # They hold conversations. Some of other parameters stay.
-    used = {KEPT, *(piece.key for piece in pieces)}
-    remove_oldest([path for path in memo.iterdir() if path.name not in used], keep=4 * len(used) + 16)
+    summary = merge(list(map(work, pieces)), Memo(memo / KEPT, "clean"), output, settings)
+    known.remove_unused(spare=4 * len(pieces) + 16)  # some of other parameters stay
     return summary
 
 
@@ -96,25 +92,31 @@ def clean_shards(
 # first pass: pieces
 
 
-def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> str:
+def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> list[Any]:
     """What the cleaning of every piece depends on, besides its bytes; refuses at once if a model is missing."""
-    made_by = [code_sha256("clean"), *map(version, LIBRARIES)]
-    relevant = settings.model_dump(exclude={"processes", "engine"})
-    return json.dumps([made_by, relevant, control_tokens, fingerprint(settings)], sort_keys=True)
+    relevant = settings.model_dump(mode="json", exclude={"processes", "engine"})
+    return [*map(version, LIBRARIES), relevant, control_tokens, fingerprint(settings)]
 
 
-def _pieces(shards: list[tuple[Path, str]], common: str, size: int) -> Iterator[Piece]:
+def _pieces(shards: list[tuple[Path, str]], common: list[Any], size: int) -> Iterator[Piece]:
     for path, sha256 in shards:
         for start, end in [*line_ranges(path, size)] or [(0, 0)]:
-            key = hashlib.sha256(f"{sha256}:{start}:{end}:{common}".encode()).hexdigest()[:32]
-            yield Piece(path.name, str(path.resolve()), start, end, key)
+            yield Piece(path.name, str(path.resolve()), start, end, [sha256, start, end, common])
 
 
-def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_tokens: tuple[str, ...]) -> None:
-    """Clean one piece into the folder `memo/<key>`, which appears whole or not at all."""
-    cleaner = DataCleaner(settings=settings, control_tokens=control_tokens)
+def clean_piece(piece: Piece, memo: Memo, settings: CleanSettings, control_tokens: tuple[str, ...]) -> CleanPiece:
+    """The files of a cleaned piece, from the memo or made."""
+
+    def make(folder: Path, _: object) -> dict[str, Counter[str]]:
+        return _clean_into(folder, piece, DataCleaner(settings=settings, control_tokens=control_tokens))
+
+    return CleanPiece(piece.shard, *memo.files(piece.key, make))
+
+
+def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, Counter[str]]:
+    """Write the files of a piece; returns the values that were masked and flagged by type."""
     counts: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
-    with making_folder(memo / piece.key) as folder, ExitStack() as stack:
+    with ExitStack() as stack:
         files = ("cleaned.jsonl", "told.jsonl", "index", "signatures", "bands")
         cleaned, told, index, signed, bands = (stack.enter_context(open(folder / name, "wb")) for name in files)
         for batch in _batches(_lines(piece)):
@@ -134,7 +136,7 @@ def clean_piece(piece: Piece, memo: Path, settings: CleanSettings, control_token
             signed.write(signatures)
             bands.write(near_duplicates.band_keys(signatures).tobytes())
             index.write(np.array(rows, ROW).tobytes())
-        (folder / "masked.json").write_text(json.dumps(counts, sort_keys=True))
+    return counts
 
 
 def _lines(piece: Piece) -> Iterator[bytes | None]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from fine_tuning.common.records import read_json, replacing
+from fine_tuning.common.records import replacing
 from fine_tuning.common.results import Memo, link
 from fine_tuning.data_collection.cleaning import near_duplicates
 from fine_tuning.data_collection.data_cleaner import CleanSettings, add_judgements
@@ -40,6 +40,7 @@ class CleanPiece(NamedTuple):
 
     shard: str
     folder: Path
+    found: dict[str, dict[str, int]]  # values that were masked and flagged, by type
 
 
 def merge(pieces: list[CleanPiece], memo: Memo, output: Path, settings: CleanSettings) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def merge(pieces: list[CleanPiece], memo: Memo, output: Path, settings: CleanSet
         sizes = _write_clusters(index, decided, file.write)
     found: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
     for piece in pieces:
-        for name, values in read_json(piece.folder / "masked.json").items():
+        for name, values in piece.found.items():
             found[name].update(values)
     kept = decided.verdict == _KEPT
     return {
