@@ -160,15 +160,15 @@ def test_what_the_server_refuses_to_make_is_one_line(any_client, gguf, changed, 
 def test_a_reply_streams_and_ends_with_its_statistics(any_client, gguf):
     stream = any_client.chat_stream(make(any_client, gguf), MESSAGES, {"temperature": 0.0, "num_predict": 2, "seed": 1})
     assert "".join(stream) == stream.text
-    assert stream.stats.prompt_tokens and stream.stats.total_seconds
+    assert stream.stats.prompt_tokens and stream.stats.reply_tokens
     assert stream.stats.done_reason in ("stop", "length")
 
 
-def test_the_pieces_and_the_speed_of_a_reply(client, model):
+def test_the_pieces_and_the_counts_of_a_reply(client, model):
     stream = client.chat_stream(model, MESSAGES, {"temperature": 0.0})
     assert list(stream) == ["Restart ", "it."]
     assert stream.stats.prompt_tokens == len("[user]Hello?\u2028")
-    assert stream.stats.tokens_per_second == pytest.approx(3.0)
+    assert stream.stats.reply_tokens == 3
 
 
 def test_a_rendered_prompt_is_shown_where_the_server_offers_it(any_client, gguf):
@@ -363,11 +363,12 @@ def test_what_is_not_an_answer_of_ollama_is_one_line(body):
             assert "\n" not in str(refusal.value)
 
 
-def test_numbers_that_cannot_be_are_left_out():
-    line = b'{"done": true, "eval_count": true, "prompt_eval_count": -1, "load_duration": 1' + b"0" * 400 + b"}"
+@pytest.mark.parametrize("number", [b"true", b"-1", b"1" + b"0" * 400])
+def test_numbers_that_cannot_be_are_left_out(number):
+    line = b'{"done": true, "eval_count": %b, "prompt_eval_count": 7}' % number
     with hostile(lambda: iter([JSON_HEAD + b"Connection: close\r\n\r\n", line])) as client:
         _, stats = client.chat("a", MESSAGES[:1])
-    assert (stats.reply_tokens, stats.prompt_tokens, stats.load_seconds) == (None, None, None)
+    assert (stats.reply_tokens, stats.prompt_tokens) == (None, 7)
 
 
 def test_no_escape_sequence_reaches_the_terminal():

@@ -54,20 +54,11 @@ class OllamaNotFound(OllamaError):
 
 @dataclass(frozen=True)
 class ChatStats:
-    """What the last line of a reply says. Counts are tokens, durations seconds; None where the server is silent."""
+    """What the last line of a reply says; None where the server is silent."""
 
     done_reason: str | None
     prompt_tokens: int | None
     reply_tokens: int | None
-    total_seconds: float | None
-    load_seconds: float | None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Reply tokens a second, loading left out."""
-        if not self.reply_tokens or not self.total_seconds:
-            return None
-        return self.reply_tokens / max(self.total_seconds - (self.load_seconds or 0.0), 1e-9)
 
 
 class ChatStream:
@@ -223,10 +214,7 @@ class OllamaClient:
 
     def has_blob(self, sha256: str) -> bool:
         """Whether the server holds the file with this hex SHA-256."""
-        response = self._request("HEAD", f"/api/blobs/sha256:{sha256}")
-        if response.status_code in (200, 404):
-            return response.status_code == 200
-        raise self._refusal(response, "HEAD /api/blobs")
+        return self._request("HEAD", f"/api/blobs/sha256:{sha256}", accepted=(200, 404)).status_code == 200
 
     def upload_blob(self, path: Path, sha256: str, progress: Progress | None = None) -> bool:
         """Send a file unless the server has it. Returns whether it was sent; `progress` gets (bytes sent, all bytes).
@@ -237,16 +225,15 @@ class OllamaClient:
         if self.has_blob(sha256):
             return False
         size = path.stat().st_size
-        response = self._request(
+        self._request(
             "POST",
             f"/api/blobs/sha256:{sha256}",
             content=_read_chunks(path, progress),
             headers={"Content-Length": str(size), "Content-Type": "application/octet-stream"},
             wait=self._long,
             more=size / SLOWEST_UPLOAD,
+            accepted=(200, 201),
         )
-        if response.status_code not in (200, 201):
-            raise self._refusal(response, "POST /api/blobs")
         return True
 
     # --------------------------------------------------------------------------------------------------------- models
@@ -269,16 +256,11 @@ class OllamaClient:
 
     def copy(self, source: str, destination: str) -> None:
         """Make `destination` another name of `source`'s manifest."""
-        response = self._request("POST", "/api/copy", json={"source": source, "destination": destination})
-        if response.status_code != 200:
-            raise self._refusal(response, "POST /api/copy")
+        self._request("POST", "/api/copy", json={"source": source, "destination": destination})
 
     def delete(self, model: str) -> bool:
         """Remove a name. Returns whether it was there."""
-        response = self._request("DELETE", "/api/delete", json={"model": model})
-        if response.status_code in (200, 404):
-            return response.status_code == 200
-        raise self._refusal(response, "DELETE /api/delete")
+        return self._request("DELETE", "/api/delete", accepted=(200, 404), json={"model": model}).status_code == 200
 
     # ----------------------------------------------------------------------------------------------------------- chat
 
@@ -342,10 +324,7 @@ class OllamaClient:
     # ----------------------------------------------------------------------------------------------------------- wire
 
     def _json(self, method: str, path: str, body: dict | None = None, wait: float | None = None) -> dict:
-        response = self._request(method, path, wait, json=body)
-        if response.status_code != 200:
-            raise self._refusal(response, f"{method} {path}")
-        if (value := _parse(response.content)) is None:
+        if (value := _parse(self._request(method, path, wait, json=body).content)) is None:
             raise OllamaError(f"{self.host}{path} does not answer like an Ollama: check deploy.host and OLLAMA_HOST")
         return value
 
@@ -369,10 +348,18 @@ class OllamaClient:
         finally:
             deadline.stop()
 
-    def _request(self, method: str, path: str, wait: float | None = None, **content: Any) -> httpx.Response:
+    def _request(
+        self, method: str, path: str, wait: float | None = None, accepted: tuple[int, ...] = (200,), **content: Any
+    ) -> httpx.Response:
+        """A whole answer with one of the `accepted` statuses."""
         with self._answer(method, path, wait or self._short, **content) as (response, deadline):
-            body = b"".join(self._body(response, path, deadline))
-        return httpx.Response(response.status_code, content=body)
+            answer = self._whole(response, path, deadline)
+        if answer.status_code not in accepted:
+            raise self._refusal(answer, f"{method} {path.partition('/sha256:')[0]}")
+        return answer
+
+    def _whole(self, response: httpx.Response, path: str, deadline: _Deadline) -> httpx.Response:
+        return httpx.Response(response.status_code, content=b"".join(self._body(response, path, deadline)))
 
     def _body(self, response: httpx.Response, path: str, deadline: _Deadline) -> Iterator[bytes]:
         for chunk in response.iter_raw():
@@ -387,8 +374,7 @@ class OllamaClient:
         end = time.monotonic() + STREAM_FACTOR * self._long
         with self._answer("POST", path, self._long, json=body) as (response, deadline):
             if response.status_code != 200:
-                answer = b"".join(self._body(response, path, deadline))
-                raise self._refusal(httpx.Response(response.status_code, content=answer), f"POST {path}")
+                raise self._refusal(self._whole(response, path, deadline), f"POST {path}")
             for raw in _newline_separated(self._body(response, path, deadline)):
                 line = _parse(raw)
                 if line is None:
@@ -479,17 +465,9 @@ def _stats(line: dict) -> ChatStats:
         value = line.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
-    def seconds(key: str) -> float | None:
-        return None if count(key) is None else line[key] / 1e9
-
     reason = line.get("done_reason")
-    return ChatStats(
-        done_reason=reason if isinstance(reason, str) else None,
-        prompt_tokens=count("prompt_eval_count"),
-        reply_tokens=count("eval_count"),
-        total_seconds=seconds("total_duration"),
-        load_seconds=seconds("load_duration"),
-    )
+    reason = reason if isinstance(reason, str) else None
+    return ChatStats(reason, prompt_tokens=count("prompt_eval_count"), reply_tokens=count("eval_count"))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -160,6 +160,17 @@ def gguf_field(path: Path, key: str) -> Any:
     return field.contents() if field else None
 
 
+def tensor_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Shapes of the tensors in safetensors files by name, from the files' headers."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
 def quiet_transformers() -> None:
     """Silence transformers' progress bars for loading and its deprecation warnings."""
     from transformers.utils import logging
@@ -222,7 +233,6 @@ def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
 def _check_files(source: BaseSource) -> None:
     """Refuse files that transformers would fetch from elsewhere, and layer counts that the tensors do not have."""
     from gguf import GGUFReader
-    from safetensors import safe_open
 
     folder = source.folder
     if source.gguf:
@@ -239,7 +249,7 @@ def _check_files(source: BaseSource) -> None:
         if any(name != Path(name).name for name in named):
             raise UserError(f"base.model: {index} names a file outside its folder: download the base again")
         layers = config.get("num_hidden_layers")
-        tensors = sum(len(safe_open(file, framework="pt").keys()) for file in folder.glob("*.safetensors"))
+        tensors = len(tensor_shapes(folder.glob("*.safetensors")))
     if isinstance(layers, int) and not 0 < layers <= tensors:
         raise UserError(
             f"base.model has {tensors} tensors (.safetensors or GGUF) for {layers} layers: download it again"

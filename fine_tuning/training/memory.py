@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.runtime.base_model import is_hub_id, locate_base
+from fine_tuning.runtime.base_model import is_hub_id, locate_base, tensor_shapes
 from fine_tuning.runtime.hardware import Hardware, local_process_count, process_count
 from fine_tuning.training.settings import TrainSettings
 
@@ -81,15 +81,7 @@ def _config(folder: Path, **options: Any) -> Any:
 
 
 def _count_safetensors(folder: Path) -> int:
-    """Parameters of a folder's model, from the headers of its weights."""
-    from safetensors import safe_open
-
-    parameters = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as weights:
-            names = weights.keys()  # safe_open is no mapping that can be iterated over
-            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    return parameters
+    return sum(map(math.prod, tensor_shapes(folder.glob("*.safetensors")).values()))
 
 
 def _shape(config: Any, parameters: int) -> Shape:

@@ -93,9 +93,8 @@ class RunGuard(TrainerCallback):
 
     def best_file(self, folder: Path, state: Any) -> Path | None:
         """Where the weights of the best measurement so far are; None where the last weights are the ones to keep."""
-        if not self.settings.early_stopping_patience or not validation_history(state):
-            return None
-        return folder / _best_name(best_step(state))
+        step = best_step(state) if self.settings.early_stopping_patience else None
+        return None if step is None else folder / _best_name(step)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Mark the checkpoint that was just written, by all processes, as complete.
@@ -139,10 +138,10 @@ def validation_history(state: Any) -> dict[int, float]:
     return {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
 
 
-def best_step(state: Any) -> int:
-    """The step with the lowest validation loss, the earliest of equals."""
-    history = validation_history(state)
-    return min(history, key=lambda step: (history[step], step))
+def best_step(state: Any, last: float = math.inf) -> int | None:
+    """The step up to `last` with the lowest validation loss, the earliest of equals; None if nothing was measured."""
+    history = {step: loss for step, loss in validation_history(state).items() if step <= last}
+    return min(history, key=lambda step: (history[step], step), default=None)
 
 
 def _best_name(step: int) -> str:
@@ -152,9 +151,7 @@ def _best_name(step: int) -> str:
 def _drop_old_bests(folder: Path, state: Any) -> None:
     """Remove best weights that no run resumed from a kept checkpoint could return to."""
     oldest = min(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-    known = {step: loss for step, loss in validation_history(state).items() if step <= oldest}
-    if known:
-        needed = min(known, key=lambda step: (known[step], step))
-        for path in folder.glob("best-*.safetensors"):
-            if int(path.stem.split("-")[1]) < needed:
-                path.unlink()
+    needed = best_step(state, oldest) or 0
+    for path in folder.glob("best-*.safetensors"):
+        if int(path.stem.split("-")[1]) < needed:
+            path.unlink()

@@ -41,21 +41,13 @@ def read_items(
     return sorted(items, key=lambda item: item.id)
 
 
-def encoded_anew(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Item]:
-    """The same conversations and replies as a model with another tokenizer or chat template sees them.
-
-    Left out is what its template cannot carry, and what does not keep all its replies whole in `max_length` tokens.
-    """
-    found = (encoded_after(item, [], tokenizer, max_length) for item in items)
-    return [item for item in found if item is not None]
-
-
 def encoded_after(
     item: Item, before: Sequence[dict], tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> Item | None:
-    """The item with the messages `before` in front, the same replies labelled; None where encoded_anew leaves out.
+    """The item with the messages `before` in front, the same replies labelled, as a tokenizer and its chat template see
+    it. A system message among `before` takes the place of the conversation's.
 
-    A system message among `before` takes the place of the conversation's.
+    None where the template cannot carry it, or `max_length` tokens do not hold all its replies whole.
     """
     scored = labelled_replies(item.messages, len(item.runs))
     messages = after(before, item.messages)
