@@ -53,19 +53,12 @@ class Judge:
         )
 
     def check(self) -> None:
-        """See that a server is there, whatever it says.
-
-        Raises:
-            UserError: there is none.
-        """
+        """See that a server is there, whatever it says. Raises UserError if there is none."""
         self._send("GET", "models")
 
     def vote(self, pairs: Pairs, cluster: str) -> JudgeVote:
-        """Its vote on the pair of a cluster whose replies are made; equal replies are no question.
-
-        Raises:
-            UserError: it does not answer.
-        """
+        """Its vote on the pair of a cluster whose replies are made; equal replies are no question. Raises UserError if
+        it does not answer."""
         item, replies = pairs.items[cluster], pairs.replies(cluster) or {}
         names = pairs.candidate.name, pairs.against.name
         left, right = (replies[name] for name in names)

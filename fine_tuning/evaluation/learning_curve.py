@@ -33,11 +33,8 @@ def share(rows: Sequence[PreparedRow], fraction: float) -> list[PreparedRow]:
 
 
 def parse_fractions(text: str) -> list[float]:
-    """`0.25,0.5,1` as numbers, ascending.
-
-    Raises:
-        UserError: one is no number above 0 and up to 1, or there are fewer than two.
-    """
+    """`0.25,0.5,1` as numbers, ascending. Raises UserError if one is no number above 0 and up to 1, or there are fewer
+    than two."""
     try:
         fractions = sorted({float(part) for part in text.split(",")})
     except ValueError:

@@ -41,11 +41,8 @@ def record_looks(comparisons: Iterable[dict[str, Any]], ledger: Path = LOOKS) ->
 
 
 def looked_at(comparison: dict[str, Any], ledger: Path = LOOKS) -> dict[str, Any]:
-    """A comparison as it may be shown: recorded, and held where its test split has been looked at too often.
-
-    Raises:
-        UserError: the ledger is damaged.
-    """
+    """A comparison as it may be shown: recorded, and held where its test split has been looked at too often. Raises
+    UserError if the ledger is damaged."""
     suite, adapter = _pair(comparison)
     seen = [other for of, other in record_looks([comparison], ledger) if of == suite]
     number = seen.index(adapter) + 1 if "champion" not in comparison and adapter in seen else 0

@@ -91,11 +91,8 @@ class ChatStream:
 
 
 def ollama_host(host: str) -> str:
-    """The address to talk to: OLLAMA_HOST if set, otherwise `host`, in the form http://name:port.
-
-    Raises:
-        UserError: it is not an address.
-    """
+    """The address to talk to: OLLAMA_HOST if set, otherwise `host`, in the form http://name:port. Raises UserError if
+    it is not an address."""
     return normalise_host(os.environ.get("OLLAMA_HOST") or host)
 
 
@@ -218,10 +215,7 @@ class OllamaClient:
 
     def upload_blob(self, path: Path, sha256: str, progress: Progress | None = None) -> bool:
         """Send a file unless the server has it. Returns whether it was sent; `progress` gets (bytes sent, all bytes).
-
-        Raises:
-            OllamaError: the server refused it, or the connection was lost.
-        """
+        Raises OllamaError if the server refused it, or the connection was lost."""
         if self.has_blob(sha256):
             return False
         size = path.stat().st_size
@@ -239,11 +233,8 @@ class OllamaClient:
     # --------------------------------------------------------------------------------------------------------- models
 
     def create(self, model: str, request: dict, progress: Callable[[str], None] | None = None) -> None:
-        """Create `model` from the fields of /api/create; `progress` gets each status line.
-
-        Raises:
-            OllamaError: refused, failed after HTTP 200, or the stream ended without `success`.
-        """
+        """Create `model` from the fields of /api/create; `progress` gets each status line. Raises OllamaError if it is
+        refused, fails after HTTP 200, or the stream ends without `success`."""
         status = None
         for line in self._stream("/api/create", {**request, "model": model, "stream": True}):
             status = line.get("status")

@@ -117,12 +117,9 @@ def _download_from_hub(model: str, revision: str | None, files: list[str]) -> Ba
 
 
 def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
-    """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF.
-
-    Raises:
-        UserError: the tokenizer does not load, has no chat template or one that does not end, is not a fast one, or
-            needs code of its own.
-    """
+    """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF. Raises
+    UserError if the tokenizer does not load, has no chat template or one that does not end, is not a fast one, or needs
+    code of its own."""
     from transformers import AutoTokenizer
 
     with _reading(source):
@@ -180,11 +177,8 @@ def quiet_transformers() -> None:
 
 
 def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
-    """The causal language model of a local folder, in the torch dtype given.
-
-    Raises:
-        UserError: the folder holds no model that transformers can load.
-    """
+    """The causal language model of a local folder, in the torch dtype given. Raises UserError if the folder holds no
+    model that transformers can load."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -200,10 +194,8 @@ def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
 def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
     """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
 
-    float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32.
-
-    Raises:
-        UserError: a file is damaged, names files elsewhere or is quantised; a weight is missing or no number.
+    float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32. Raises
+    UserError if a file is damaged, names files elsewhere or is quantised, or a weight is missing or no number.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -324,11 +316,8 @@ def _license(source: BaseSource) -> str | None:
 
 
 def hash_weights(folder: Path) -> str:
-    """Hex SHA-256 over a folder's safetensors files, names and bytes, in order of name.
-
-    Raises:
-        UserError: the folder holds no safetensors file.
-    """
+    """Hex SHA-256 over a folder's safetensors files, names and bytes, in order of name. Raises UserError if the folder
+    holds no safetensors file."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no .safetensors file: run `dvc repro` to make it anew")

@@ -25,11 +25,8 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """Sizes of a folder's model, from its configuration and the headers of its weights: nothing is loaded.
-
-    Raises:
-        UserError: the folder holds no model.
-    """
+    """Sizes of a folder's model, from its configuration and the headers of its weights: nothing is loaded. Raises
+    UserError if the folder holds no model."""
     from safetensors import SafetensorError
 
     try:
@@ -115,11 +112,8 @@ def memory_needed(shape: Shape, settings: TrainSettings, hardware: Hardware) -> 
 
 
 def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
-    """Refuse to start what does not fit.
-
-    Raises:
-        UserError: the estimate exceeds the free memory; says what to change.
-    """
+    """Refuse to start what does not fit. Raises UserError if the estimate exceeds the free memory; says what to
+    change."""
     needed = sum(memory_needed(shape, settings, hardware)) + PROGRAM
     if hardware.device == "cpu":
         needed *= local_process_count()

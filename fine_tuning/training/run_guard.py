@@ -97,11 +97,8 @@ class RunGuard(TrainerCallback):
         return None if step is None else folder / _best_name(step)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written, by all processes, as complete.
-
-        Raises:
-            UserError: its weights are no numbers; it stays unmarked, and those before it are kept.
-        """
+        """Mark the checkpoint that was just written, by all processes, as complete. Raises UserError if its weights are
+        no numbers; it stays unmarked, and those before it are kept."""
         for parameter in model.parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 check_loss("next training", math.nan, state.global_step)

@@ -210,11 +210,8 @@ def training_runs(
 
 
 def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> Path:
-    """The adapter whose weights' SHA-256 starts with `sha256`: from `folder`, or from the run that trained it.
-
-    Raises:
-        UserError: no run, or more than one adapter, has such a hash, or its files are damaged.
-    """
+    """The adapter whose weights' SHA-256 starts with `sha256`: from `folder`, or from the run that trained it. Raises
+    UserError if no run, or more than one adapter, has such a hash, or its files are damaged."""
     from mlflow.artifacts import download_artifacts
 
     for kept in folder.glob(f"{sha256}*"):

@@ -21,11 +21,8 @@ COLUMNS = ["id", "window", "source", "cluster", "messages", "input_ids", "labels
 def read_items(
     path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,), needed: bool = True
 ) -> list[Item]:
-    """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
-
-    Raises:
-        UserError: the file is missing, or no conversation in it holds a reply and one is `needed`.
-    """
+    """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says. Raises
+    UserError if the file is missing, or no conversation in it holds a reply and one is `needed`."""
     items = []
     for row in read_rows(path, COLUMNS):
         runs = label_runs(row.labels)

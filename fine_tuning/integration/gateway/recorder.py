@@ -169,11 +169,7 @@ class Recorder:
             file.writelines(f"{mark}\n" for mark in new)
 
     def agree(self, person: str, record: bool) -> None:
-        """Remember whether a person may be recorded.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Remember whether a person may be recorded. Raises OSError if it cannot be written."""
         with updating(self.checkout / AGREED) as agreed:
             agreed[_digest(person)] = record
         self._agreed = agreed
