@@ -80,11 +80,9 @@ class ChatStream:
 
     @property
     def text(self) -> str:
-        """What has arrived so far."""
         return "".join(self._pieces)
 
     def close(self) -> None:
-        """Stop listening; the server stops generating."""
         close = getattr(self._lines, "close", None)
         if close:
             close()
@@ -181,7 +179,6 @@ class OllamaClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections."""
         self._http.close()
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -204,7 +201,6 @@ class OllamaClient:
         }
 
     def show(self, model: str) -> dict:
-        """Template, parameters, details and model_info of a model."""
         return self._json("POST", "/api/show", {"model": model})
 
     # ---------------------------------------------------------------------------------------------------------- blobs
@@ -246,7 +242,6 @@ class OllamaClient:
             )
 
     def copy(self, source: str, destination: str) -> None:
-        """Make `destination` another name of `source`'s manifest."""
         self._request("POST", "/api/copy", json={"source": source, "destination": destination})
 
     def delete(self, model: str) -> bool:

@@ -39,7 +39,6 @@ class Reply:
 
     @property
     def writing(self) -> bool:
-        """Whether text may still arrive."""
         return self.state == "writing"
 
     @property

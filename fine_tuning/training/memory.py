@@ -36,14 +36,8 @@ def read_shape(folder: Path) -> Shape:
 
 
 def probe(model: str, revision: str | None) -> tuple[Shape, dict[str, Any]]:
-    """Sizes and configuration of a base model; of a hub's, without downloading its weights.
-
-    Args:
-        model, revision: as `locate_base` takes them.
-
-    Raises:
-        UserError: it is not there, or its files do not say its sizes.
-    """
+    """Sizes and configuration of a base model, named as for `locate_base`; of a hub's, without downloading its weights.
+    Raises UserError if it is not there, or its files do not say its sizes."""
     try:
         if is_hub_id(model):
             from huggingface_hub import get_safetensors_metadata, hf_hub_download

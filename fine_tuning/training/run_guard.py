@@ -65,7 +65,6 @@ class RunGuard(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Pass a step's numbers on."""
         logs = logs or {}
         check_loss("training", logs.get("loss", 0.0), state.global_step)
         check_loss("validation", logs.get("eval_loss", 0.0), state.global_step)
@@ -73,7 +72,6 @@ class RunGuard(TrainerCallback):
             self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Stop on Ctrl-C, with a checkpoint."""
         if agree(STOP_AND_SAVE if self.interrupted else GO_ON) == STOP_AND_SAVE:
             self.interrupted = control.should_save = control.should_training_stop = True
         return control

@@ -139,7 +139,6 @@ class LogIndex:
             yield None, loose
 
     def version(self, key: bytes) -> dict | None:
-        """The newest sealed version of a conversation."""
         place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
         return read_line(self._read(*place[0])) if place else None
 
@@ -173,7 +172,6 @@ class LogIndex:
         self._open = None
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
-        """What a query returns."""
         return self._db.execute(query, values).fetchall()
 
 

@@ -24,11 +24,8 @@ KEPT = "evaluation"  # in the champion's folder: the files of its evaluation, ea
 
 
 def is_champion(record: Path, adapter: Path, gguf: Path, kind: Mapping[str, Any]) -> bool:
-    """Whether adapter, GGUF and kind of version are those of the champion that the JSON file `record` names.
-
-    Args:
-        kind: "name" and, of other kinds than an adapter, "system_prompt" and "examples".
-    """
+    """Whether adapter, GGUF and kind of version are those of the champion that the JSON file `record` names. A kind has
+    "name" and, where it is no adapter, "system_prompt" and "examples"."""
     champion = read_json(record)
     own = {"name": champion.get("kind", ADAPTER), "system_prompt": champion.get("system_prompt")}
     own["examples"] = champion.get("examples", 0)

@@ -99,12 +99,10 @@ def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def content_only(item: Item, reply: int, closing: Sequence[int]) -> Item:
-    """The item up to the end of one reply, of which only the content is scored and not the tokens that end the turn.
+    """The item up to the end of one reply, of which only the content is scored and not the tokens that end the turn,
+    `closing` (see `end_of_turn_ids`).
 
     How a model ends its turn is not what it says: without this, whoever writes short answers is rewarded for them.
-
-    Args:
-        closing: token ids that end a turn, see `end_of_turn_ids`.
     """
     start, end = item.runs[reply]
     while end > start + 1 and item.input_ids[end - 1] in closing:
