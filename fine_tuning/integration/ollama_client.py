@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,33 +59,6 @@ class ChatStats:
     done_reason: str | None
     prompt_tokens: int | None
     reply_tokens: int | None
-
-
-class ChatStream:
-    """The pieces of one reply as they arrive. After the last one `stats` is set and `text` is the whole reply."""
-
-    def __init__(self, lines: Iterator[dict]) -> None:
-        self._lines = lines
-        self._pieces: list[str] = []
-        self.stats: ChatStats | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            piece = (line.get("message") or {}).get("content") or ""
-            if piece:
-                self._pieces.append(piece)
-                yield piece
-            if line.get("done"):
-                self.stats = _stats(line)
-
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    def close(self) -> None:
-        close = getattr(self._lines, "close", None)
-        if close:
-            close()
 
 
 def ollama_host(host: str) -> str:
@@ -263,31 +236,24 @@ class OllamaClient:
         rendered = debug.get("rendered_template") if isinstance(debug, dict) else None
         return rendered if isinstance(rendered, str) else None
 
-    def chat_stream(self, model: str, messages: list[dict], options: dict[str, Any] | None = None) -> ChatStream:
-        """Ask `model`; iterate over the result for the pieces of its reply.
+    def chat_stream(
+        self, model: str, messages: list[dict], options: dict[str, Any] | None = None
+    ) -> Generator[str, None, None]:
+        """The pieces of a reply of `model` as they arrive. Closing the generator makes the server stop.
 
         Args:
             messages: [{"role", "content"}]; other keys are left out.
             options: sampling options of Ollama (temperature, seed, num_predict, num_ctx); None: the model's own.
 
         Raises:
-            OllamaError: from the iteration too: an error line, a lost connection, a reply that stops half way.
+            OllamaError: an error line, a lost connection, a reply that stops half way.
         """
-        request = {
-            "model": model,
-            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
-            "stream": True,
-            **({"options": options} if options else {}),
-        }
-        return ChatStream(self._chat_lines(model, request))
+        yield from (piece for piece, _ in self._chat_lines(model, messages, options) if piece)
 
     def chat(self, model: str, messages: list[dict], options: dict[str, Any] | None = None) -> tuple[str, ChatStats]:
         """The whole reply and its statistics."""
-        stream = self.chat_stream(model, messages, options)
-        for _ in stream:
-            pass
-        assert stream.stats is not None
-        return stream.text, stream.stats
+        pieces, lines = zip(*self._chat_lines(model, messages, options), strict=True)
+        return "".join(pieces), _stats(lines[-1])
 
     def unload_from_gpu(self) -> list[str]:
         """Take every model that is loaded into a GPU's memory out of it; their names."""
@@ -297,12 +263,21 @@ class OllamaClient:
             self._json("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
         return names
 
-    def _chat_lines(self, model: str, request: dict) -> Iterator[dict]:
+    def _chat_lines(
+        self, model: str, messages: list[dict], options: dict[str, Any] | None
+    ) -> Iterator[tuple[str, dict]]:
+        """(piece of the reply, line that brought it), the last line included."""
+        request = {
+            "model": model,
+            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+            "stream": True,
+            **({"options": options} if options else {}),
+        }
         for line in self._stream("/api/chat", request):
             message, done = line.get("message", {}), line.get("done", False)
             if not isinstance(message, dict) or not isinstance(message.get("content", ""), str) or done not in (0, 1):
                 raise OllamaError(f"{self.host}/api/chat sent a line that is not Ollama's: is it one?")
-            yield line
+            yield message.get("content", ""), line
             if done:
                 return
         raise OllamaError(f"{self.host} broke off its reply as {model}: ask again, its log says why")
