@@ -37,19 +37,11 @@ Progress = Callable[[int, int], None]
 
 
 class OllamaError(UserError):
-    """The server answered, and the answer was a refusal or a failure."""
+    """The server refused or failed, did not answer in time, or was lost."""
 
 
-class OllamaUnavailable(OllamaError):
-    """Nothing answers at the address, or not in time."""
-
-
-class OllamaUnreachable(OllamaUnavailable):
+class OllamaUnreachable(OllamaError):
     """Nothing listens at the address, or nothing that lets itself be connected with."""
-
-
-class OllamaNotFound(OllamaError):
-    """The server has no model of that name."""
 
 
 @dataclass(frozen=True)
@@ -349,16 +341,16 @@ class OllamaClient:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnreachable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
         if deadline.over or isinstance(error, httpx.TimeoutException):
-            return OllamaUnavailable(
+            return OllamaError(
                 f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"
             )
-        return OllamaUnavailable(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
+        return OllamaError(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:
         body = _parse(response.content)
         reason = _one_line(body["error"]) if body and body.get("error") else response.reason_phrase
         if response.status_code == 404 and body and "model" in reason:
-            return OllamaNotFound(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
+            return OllamaError(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
         if response.status_code == 507:
             reason = f"no space left: {reason}"
         return self._failure(reason, what, f"{self.host} answered {response.status_code} to {what}")
