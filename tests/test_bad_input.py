@@ -222,7 +222,7 @@ def test_a_bad_line_costs_nothing_but_itself(checkout, capfd, door, case):
 
     shown = data_view.entries(checkout)
     assert len(shown) >= 22
-    assert all(conversation_index(checkout).conversation(entry.id)["messages"] for entry in shown)
+    assert all(conversation_index(checkout).conversation(identity)["messages"] for identity in shown["id"])
 
 
 SCRIPTS = {

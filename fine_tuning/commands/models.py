@@ -83,7 +83,6 @@ def deploy(arguments: argparse.Namespace) -> None:
 
 
 def switch(arguments: argparse.Namespace) -> None:
-    """Make a deployed version live on every host."""
     number = parse_version(arguments.version, _settings().name)
     for switcher in each_server(arguments):
         before = switcher.switch(number)
@@ -92,7 +91,6 @@ def switch(arguments: argparse.Namespace) -> None:
 
 
 def rollback(arguments: argparse.Namespace) -> None:
-    """Make live on every host what was live there before."""
     for switcher in each_server(arguments):
         before, number = switcher.rollback()
         Canary(main_checkout()).stop(f"version {number} went live")
@@ -100,7 +98,6 @@ def rollback(arguments: argparse.Namespace) -> None:
 
 
 def prune(arguments: argparse.Namespace) -> None:
-    """Take old versions off every host."""
     if arguments.keep < 1:
         raise UserError("--keep takes a number from 1 on: the newest version always stays")
     for switcher in each_server(arguments):
@@ -114,7 +111,6 @@ def prune(arguments: argparse.Namespace) -> None:
 
 
 def list_versions(arguments: argparse.Namespace) -> None:
-    """Show the versions and what is live."""
     settings = _settings()
     registry = open_registry(settings.name)
     versions = registry.versions()

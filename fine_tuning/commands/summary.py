@@ -68,7 +68,6 @@ def outdated() -> list[str]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A JSON object that the pipeline wrote."""
     try:
         return {} | read_json(path)
     except FileNotFoundError:

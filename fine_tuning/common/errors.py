@@ -26,10 +26,8 @@ _NO_MEMORY_FOR_A_MODEL = (
 
 
 class UserError(Exception):
-    """A mistake or a state that the user can correct.
-
-    The message is one line: the cause, then the command or edit that corrects it. It never quotes a conversation.
-    """
+    """A mistake or a state that the user can correct. The message is one line: the cause, then the command or edit that
+    corrects it. It never quotes a conversation."""
 
 
 def count_of(number: int, noun: str) -> str:

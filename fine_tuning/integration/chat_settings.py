@@ -26,7 +26,6 @@ class Choice(Sampling):
 
     @property
     def sampling(self) -> Sampling:
-        """How replies are drawn."""
         return Sampling(**self.model_dump(include=set(Sampling.model_fields)))
 
 

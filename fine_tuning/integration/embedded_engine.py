@@ -43,10 +43,7 @@ class SharedEngines:
         self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float, adapters: Sequence[Path] = ()
     ) -> Iterator[LlamaEngine]:
         """The running engine of `gguf`, started where there is none. It is not ended while somebody is in the block.
-
-        Raises:
-            UserError: the file is missing or cannot be loaded.
-        """
+        UserError: the file is missing or cannot be loaded."""
         with self._lock:
             shared = self._running(LlamaEngine(gguf, context, threads, slots, timeout, adapters))
             shared.users += 1
@@ -63,7 +60,6 @@ class SharedEngines:
             return [shared.engine for shared in self._engines.values()]
 
     def close(self) -> None:
-        """End all engines."""
         with self._lock:
             for shared in self._engines.values():
                 shared.engine.close()

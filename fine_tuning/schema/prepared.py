@@ -22,7 +22,7 @@ class PreparedRow:
     `labels[i]` is `input_ids[i]` where it is trained, else -100. A conversation that fits is one window; the windows of
     a longer one share `id`, `source` and `cluster`. Not stored are `conversation` (all of its messages), `trained`
     (which of them enter the loss) and `counts` (see `Tally`). What comes from the memo of preparation has arrays of ids
-    and labels, and `messages` as JSON, which is how they are stored.
+    and labels, and `messages` (dicts elsewhere) as JSON, which is how they are stored.
     """
 
     id: str
@@ -31,7 +31,7 @@ class PreparedRow:
     source: str = ""
     cluster: str = ""
     window: int = 0
-    messages: list[dict[str, Any]] | str = field(default_factory=list)
+    messages: Any = field(default_factory=list)
     conversation: Sequence[dict[str, Any]] = ()
     trained: Sequence[bool] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -43,7 +43,6 @@ class PreparedRow:
 
 
 def encoded_row(encoded: Encoded, **fields: Any) -> PreparedRow:
-    """The row of a window."""
     return PreparedRow(**encoded_fields(encoded), **fields)
 
 
@@ -97,7 +96,6 @@ def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
 
 
 def as_json(messages: Sequence[dict[str, Any]]) -> str:
-    """Messages as a file holds them."""
     return json.dumps(messages, ensure_ascii=False)
 
 
@@ -124,23 +122,18 @@ def _list_array(pa: Any, lists: list[Any]) -> Any:
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
-    """Read some columns of a file that `write_rows` wrote, `id` among them.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """Read some columns of a file that `write_rows` wrote, `id` among them. UserError: the file is missing."""
     from pyarrow import parquet
 
     if not Path(path).is_file():
         raise UserError(f"{path} is missing: run `dvc repro prepare`")
     rows = [PreparedRow(**row) for row in parquet.read_table(path, columns=list(columns)).to_pylist()]
     for row in rows if "messages" in columns else ():
-        row.messages = json.loads(row.messages)  # type: ignore[arg-type]
+        row.messages = json.loads(row.messages)
     return rows
 
 
 def count_labels(rows: Sequence[PreparedRow]) -> int:
-    """Number of trained tokens."""
     return sum(label != NOT_TRAINED for row in rows for label in row.labels[1:])
 
 
@@ -171,10 +164,8 @@ def round_up(count: int, step: int) -> int:
 
 
 def collate(batch: Sequence[PreparedRow], pad_token_id: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`.
-
-    Without one it is (rows, longest row). Further rows are padding only.
-    """
+    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`. Without one it
+    is (rows, longest row). Further rows are padding only."""
     import torch
 
     lengths = [len(row.input_ids) for row in batch]
