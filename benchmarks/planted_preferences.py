@@ -1,6 +1,7 @@
 """Planted preferences: a simulated person with a rule judges replies of the base; what does each objective learn?
 
     make repro && python -m benchmarks.planted_preferences [--pairs 50,100,200,400] [--objectives sft,dpo,kto,auto]
+        [--seeds 1] [--validation 0]
 
 The person prefers replies shorter than 80 characters. To each prompt, a short question of the exported conversations,
 the base's GGUF samples replies, many prompts at once, until one keeps the rule and one breaks it. It is asked to be
@@ -8,10 +9,11 @@ brief for the one that keeps it, which it would write to a tenth of the prompts 
 measured has the prompt alone. Only replies that it ends itself count, as in `prepare`. What was sampled is kept in
 `.whetstone/planted` and used again. Prompts that are held out give pairs, and are answered again by each trained
 model. Supervised fine-tuning learns from the chosen replies, DPO from the pairs, KTO from every reply with a thumb,
-`auto` from chosen replies and pairs together; `sft>dpo` trains one after the other. Printed for the base and each
-run: the share of held-out pairs whose chosen reply is likelier a token, the share of greedy replies to held-out
-prompts that keep the rule, the share that keeps another rule nobody voted on (no exclamation mark), and the mean
-probability of the right answers to the general questions.
+`auto` from chosen replies and pairs together; `auto:supervised_first` sets `train.preference.order`, and `sft>dpo`
+trains twice, the second time from the first adapter. Printed for the base and each objective, as means over the seeds:
+the share of held-out pairs whose chosen reply is likelier a token, the share of greedy replies to held-out prompts that
+keep the rule, the share that keeps another rule nobody voted on (no exclamation mark), and the mean probability of the
+right answers to the general questions. With `--validation` the first three also of that many other pairs, for choices.
 """
 
 import argparse
@@ -71,21 +73,32 @@ def main() -> None:
     parser.add_argument("--pairs", default="50,100,200,400")
     parser.add_argument("--held-out", type=int, default=100, help="pairs that are measured and not learned from")
     parser.add_argument("--objectives", default="sft,dpo,kto,auto")
+    parser.add_argument("--validation", type=int, default=0, help="more such pairs, to choose parameters by")
+    parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.pairs.split(",")]
-    judged = judge(max(sizes) + arguments.held_out)
+    judged = judge(max(sizes) + arguments.held_out + arguments.validation)
     held_out, learned = judged[: arguments.held_out], judged[arguments.held_out :]
+    validation = [learned.pop() for _ in range(min(arguments.validation, len(learned)))]
     if too_many := [size for size in sizes if size > len(learned)]:
         print(f"left out, for {len(learned)} pairs are left to learn from: {too_many}", file=sys.stderr)
-    print("| learned from | pairs | held-out pairs | rule kept | other rule kept | general knowledge |")
-    print("|---|---|---|---|---|---|")
-    show("base", 0, measure(None, held_out))
+    measured = [part for part in (held_out, validation) if part]
+    more = " validation pairs | rule kept | other rule kept |" if validation else ""
+    print(f"| learned from | pairs | held-out pairs | rule kept | other rule kept |{more} general knowledge |")
+    print("|---" * (9 if validation else 6) + "|")
+    show("base", 0, measure(None, measured))
     settings = read_params("train", TrainSettings)
     for size in (size for size in sizes if size <= len(learned)):
         for objective in arguments.objectives.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                adapter = learn(objective.split(">"), learned[:size], held_out[:20], settings, Path(folder))
-                show(objective, size, measure(adapter, held_out))
+            found = []
+            for seed in range(settings.seed, settings.seed + arguments.seeds):
+                name, _, order = objective.partition(":")
+                preference = settings.preference.model_copy(update={"order": order} if order else {})
+                one = settings.model_copy(update={"seed": seed, "preference": preference})
+                with tempfile.TemporaryDirectory() as folder:
+                    adapter = learn(name.split(">"), learned[:size], (validation or held_out)[:20], one, Path(folder))
+                    found.append(measure(adapter, measured))
+            show(objective, size, [mean(values) for values in zip(*found, strict=True)])
 
 
 def learn(
@@ -125,6 +138,8 @@ def judge(count: int) -> list[dict[str, Any]]:
     named = [sha256_file(GGUF), chat.model_dump(), prompts, BRIEFLY, LIMIT, SAMPLES, SHORT_TOKENS, MAX_TOKENS]
     kept = Path(".whetstone/planted") / f"{hashlib.sha256(json.dumps(named).encode()).hexdigest()}.jsonl"
     known = list(read_jsonl(kept)) if kept.exists() else []
+    if sum(map(bool, known)) >= count:
+        return as_pairs(prompts, known)[:count]
     said = [[[{"role": "user", "content": text + hint}] for hint in (BRIEFLY, "")] for text in prompts]
     encoded = [[encode_prompt(tokenizer, asked, chat.system_prompt) for asked in both] for both in said]
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -141,16 +156,21 @@ def judge(count: int) -> list[dict[str, Any]]:
             known.append(sides)
             bar.update(len(sides) == 2)
         pool.shutdown(cancel_futures=True)
-    pairs = [
+    pairs = as_pairs(prompts, known)
+    print(f"{len(pairs)} pairs of {len(known)} prompts", file=sys.stderr)
+    return pairs[:count]
+
+
+def as_pairs(prompts: Sequence[str], replies: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """Pairs of the prompts to which there are replies of both kinds."""
+    return [
         {
             "id": f"p{number}", "cluster": f"p{number}", "kind": "vote", "person": "planted",
             "messages": [{"role": "user", "content": prompt}], "chosen": sides["true"], "rejected": sides["false"],
             "chosen_author": "base", "rejected_author": "base",
         }
-        for number, (prompt, sides) in enumerate(zip(prompts, known, strict=False)) if len(sides) == 2
+        for number, (prompt, sides) in enumerate(zip(prompts, replies, strict=False)) if sides
     ]  # fmt: skip
-    print(f"{len(pairs)} pairs of {len(known)} prompts", file=sys.stderr)
-    return pairs[:count]
 
 
 def sides_of(engine: LlamaEngine, prompts: Sequence[Sequence[int]], number: int) -> dict[str, str]:
@@ -215,21 +235,21 @@ def items_of(objective: str, pairs: Sequence[dict[str, Any]], folder: Path) -> l
     return items + (read_pairs(folder / "pairs.parquet") if objective in ("dpo", "auto") else [])
 
 
-def measure(adapter: Path | None, held_out: Sequence[dict[str, Any]]) -> tuple[float, float, float, float]:
-    """(accuracy on held-out pairs, share that keeps the rule, share that keeps the other, general knowledge)."""
+def measure(adapter: Path | None, groups: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
+    """Of each group of pairs the share decided rightly and of replies that keep each rule; general knowledge."""
     chat, evaluate = read_params("chat", ChatSettings), read_params("evaluate", EvaluateSettings)
     tokenizer, model = load_tokenizer(BASE), load_with_adapter(BASE, adapter, evaluate.threads)
-    items = preference_items(held_out, tokenizer, chat.system_prompt, chat.max_length)
-    scores = likelihoods(model, items, evaluate.batch_tokens)
-    # The base wrote both sides, whoever is asked.
-    lines = preference_lines("candidate", held_out, items, scores, lambda author: False)[PREFERENCES]
-    greedy = greedy_replies(model, tokenizer, [pair["messages"] for pair in held_out], chat)
+    found: list[float] = []
+    for pairs in groups:
+        items = preference_items(pairs, tokenizer, chat.system_prompt, chat.max_length)
+        scores = likelihoods(model, items, evaluate.batch_tokens)
+        # The base wrote both sides, whoever is asked.
+        lines = preference_lines("candidate", pairs, items, scores, lambda author: False)[PREFERENCES]
+        greedy = greedy_replies(model, tokenizer, [pair["messages"] for pair in pairs], chat)
+        found += [mean(map(prefers_chosen, lines)), mean(map(keeps_rule, greedy)), mean(map(keeps_other_rule, greedy))]
     questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
     known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
-    return (
-        mean(map(prefers_chosen, lines)), mean(map(keeps_rule, greedy)), mean(map(keeps_other_rule, greedy)),
-        mean(map(right_probability, known)),
-    )  # fmt: skip
+    return [*found, mean(map(right_probability, known))]
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_a_bad_line_costs_nothing_but_itself(checkout, capfd, door, case):
 
     shown = data_view.entries(checkout)
     assert len(shown) >= 22
-    assert all(conversation_index(checkout).conversation(entry.id)["messages"] for entry in shown)
+    assert all(conversation_index(checkout).conversation(identity)["messages"] for identity in shown["id"])
 
 
 SCRIPTS = {
@@ -494,6 +494,15 @@ def test_a_project_that_may_not_be_written_to_is_one_line(checkout, words):
     assert "Traceback" not in told.stderr, told.stderr
     assert told.returncode == (0 if words == "stats" else 1), told.stderr
     assert words == "stats" or (told.stderr.startswith("error: ") and told.stderr.count("\n") == 1), told.stderr
+
+
+@pytest.mark.parametrize("command", ["list", "stats", "gateway"])
+def test_without_the_environment_there_is_one_line_that_names_it(command):
+    without_packages = [sys.executable, "-S", "-m", "fine_tuning", command]
+    told = subprocess.run(without_packages, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 1 and told.stderr.count("\n") == 1, told.stderr
+    assert told.stderr.startswith("error: ")
+    assert "source .venv/bin/activate" in told.stderr and "make install" in told.stderr
 
 
 def test_the_full_memory_of_a_gpu_is_known_by_its_words():

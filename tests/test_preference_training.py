@@ -26,6 +26,7 @@ from tests.test_training import SETTINGS, make_rows
 
 CPU = detect_hardware("float32", 2)
 PREFERENCE = SETTINGS.preference.model_copy(update={"sft_weight": 0.0})
+FIRST = SETTINGS.preference.model_copy(update={"order": "supervised_first"})
 
 
 def reply(name: str, prompt: list[int], said: list[int]) -> PreparedRow:
@@ -161,6 +162,23 @@ def test_liked_and_disliked_are_weighed_by_the_training_items_alone():
     assert part.class_weights == {True: 2.0, False: 1.0}
 
 
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_batch_has_liked_and_disliked_replies_where_one_kind_is_shorter(every):
+    judged = []
+    for number, pair in enumerate(make_pairs(40)):
+        liked = number % every == 0
+        row = reply(pair.id, pair.chosen.input_ids, [7] * (3 if liked else 40))
+        judged.append(JudgedReply(pair.id, row, row, liked))
+    (part,) = objective_for(judged, [], TokenLosses(0), SETTINGS).parts.values()
+    longest = max(len(item.input_ids) for item in judged)
+    batches = part.batches(judged, 16 * longest, 2)  # eight items or more, of two rows each
+    assert sorted(item.id for batch in batches for item in batch) == sorted(item.id for item in judged)
+    for batch in batches:
+        assert {item.liked for item in batch} == {True, False}
+        assert 2 * len(batch) * max(len(item.input_ids) for item in batch) <= 16 * longest
+        assert len(batch) % 2 == 0
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_general_text_adds_its_mean_divergence_from_the_base(tiny_base, mode, parts):
@@ -274,20 +292,44 @@ def test_what_was_measured_on_pairs_and_thumbs_is_a_curve_by_step(tiny_base, tmp
     assert last["pairs_kl"] == pytest.approx(-(last["pairs_chosen"] + last["pairs_rejected"]) / 2)
 
 
-def test_a_run_that_was_cut_off_ends_with_the_bytes_of_one_that_was_not(tiny_base, tmp_path):
+@pytest.mark.parametrize("epochs", [1.0, 2.0])
+def test_supervised_rows_come_first_in_each_epoch_in_an_order_of_its_own(tiny_base, tmp_path, monkeypatch, epochs):
+    from fine_tuning.training.objectives.mixture import Mixture
+
+    seen, loss = [], Mixture.loss
+
+    def note(self, model, inputs):
+        if torch.is_grad_enabled():
+            seen.append((int(inputs["kind"][0]), inputs["input_ids"].sum().item()))
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(Mixture, "loss", note)
+    items = [*make_rows(30), *make_pairs(20), *make_thumbs(20)]
+    train(tiny_base, tmp_path, items, make_rows(6, seed=1), epochs=epochs, preference=FIRST)
+    passes = [seen[start : start + int(len(seen) / epochs)] for start in range(0, len(seen), int(len(seen) / epochs))]
+    for one in passes:
+        kinds = [kind > 0 for kind, _ in one]
+        assert kinds == sorted(kinds) and set(kinds) == {False, True}
+        assert sorted(one) == sorted(passes[0]) and {1, 2} <= {kind for kind, _ in one}
+    assert len(passes) == epochs and len({tuple(one) for one in passes}) == epochs
+
+
+@pytest.mark.parametrize("order", ["together", "supervised_first"])
+def test_a_run_that_was_cut_off_ends_with_the_bytes_of_one_that_was_not(tiny_base, tmp_path, order):
     items, validation = [*make_rows(30), *make_pairs(20), *make_thumbs(20)], make_rows(6, seed=1)
-    train(tiny_base, tmp_path / "whole", items, validation)
+    settings = {"epochs": 2.0, "preference": SETTINGS.preference.model_copy(update={"order": order})}
+    steps = train(tiny_base, tmp_path / "whole", items, validation, **settings).steps
 
     class CutOff(Exception):
         pass
 
     def stop(values):
-        if values["step"] == 8 and "loss" in values:
+        if values["step"] == steps - 2 and "loss" in values:  # in the second epoch
             raise CutOff
 
     with pytest.raises(CutOff):
-        train(tiny_base, tmp_path / "cut", items, validation, stop)
-    train(tiny_base, tmp_path / "cut", items, validation)
+        train(tiny_base, tmp_path / "cut", items, validation, stop, **settings)
+    train(tiny_base, tmp_path / "cut", items, validation, **settings)
     whole, cut = ((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert whole == cut
 

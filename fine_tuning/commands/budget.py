@@ -11,7 +11,6 @@ from fine_tuning.training.speed import SPEED, parse_duration, read_speed
 
 
 def budget(arguments: argparse.Namespace) -> None:
-    """Write the parameter."""
     root()
     settings, _ = read_params("train", TrainSettings), read_params("prepare", PrepareSettings)
     if arguments.time.lower() == "none":

@@ -15,11 +15,8 @@ from fine_tuning.model_management.model_switcher import STAMP
 
 
 def canary(arguments: argparse.Namespace) -> None:
-    """Show the canary, stop it, and do what follows from its end where that was not done yet.
-
-    Raises:
-        UserError: there is none to stop.
-    """
+    """Show the canary, stop it, and do what follows from its end where that was not done yet. UserError: there is none
+    to stop."""
     here = Canary(main_checkout(root()))
     if arguments.stop and not here.stop("by hand"):
         raise UserError("no canary runs: `python -m fine_tuning deploy VERSION --canary` begins one")
@@ -68,5 +65,4 @@ def begin(registry: ModelRegistry, candidate: int, live: int, share: float) -> N
 
 
 def log(registry: ModelRegistry, number: int, text: str) -> None:
-    """Keep a decision about a version as one of its tags."""
     registry.set_tags(number, {f"canary.{datetime.now(UTC).strftime(STAMP)}": text})

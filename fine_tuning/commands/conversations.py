@@ -131,8 +131,6 @@ def _changed(file: Path, before: dict[str, dict], states: dict[str, dict]) -> bo
 
 
 class _Report:
-    """What an import has to say of one file."""
-
     def __init__(self, path: Path) -> None:
         self.path, self.problems = path, []
         self.counts, self.formats, self.left_out = Counter(), Counter(), Counter()
@@ -207,11 +205,7 @@ def seal(args: argparse.Namespace) -> None:
 
 
 def seal_inbox() -> list[Path]:
-    """What `seal` does, votes included; what of it is for git.
-
-    Raises:
-        UserError: a pipeline is running.
-    """
+    """What `seal` does, votes included; what of it is for git. UserError: a pipeline is running."""
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         close_log(LOG, CONVERSATIONS)
@@ -256,7 +250,6 @@ def bring_sample(args: argparse.Namespace) -> None:
 
 
 def show_stats(args: argparse.Namespace) -> None:
-    """Print statistics as JSON."""
     found = shards.shard_paths(CONVERSATIONS, MANIFEST)
     conversations = {v["id"]: v for v in shards.versions(found)} if args.all else {}
     fold(ConversationLogger(LOG).read_events(), conversations)

@@ -44,10 +44,8 @@ def finished_first(lines: list[Line]) -> list[Line]:
 
 
 def table(lines: list[Line]) -> Any:
-    """One row a line: its name, the parameters that are not the same in all, its metrics, how far it has come.
-
-    The parameters share a column, each on a line of its own: a table of 80 columns can be read.
-    """
+    """One row a line: its name, the parameters that are not the same in all, its metrics, how far it has come. The
+    parameters share a column, each on a line of its own: a table of 80 columns can be read."""
     from rich.table import Table
 
     varied = varied_parameters(lines)

@@ -94,10 +94,7 @@ def find(selection: Selection) -> Locations:
     """Everywhere that the selected conversations are. Changes nothing; the current folder is the checkout.
 
     Reads the live and closed logs, shards, everything else below the checkout, DVC's cache and remotes, git's objects
-    and MLflow: seconds for a small project, minutes a gigabyte in the cache.
-
-    Raises:
-        UserError: no such conversation.
+    and MLflow: seconds for a small project, minutes a gigabyte in the cache. UserError: no such conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
     events = [*steps.logs(), *steps.vote_files()]
@@ -184,7 +181,6 @@ def _tombstones() -> Tombstones:
 
 
 def describe(where: Locations) -> Iterator[str]:
-    """The places as text."""
     yield f"{count_of(len(where.found.ids), 'conversation')}, found in {count_of(len(where.places), 'place')}:"
     for place, how_much, then in where.places:
         yield f"  {place}: {how_much} -> {then}"
@@ -309,14 +305,8 @@ def forget(
 
 
 def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
-    """Continue every erasure that did not finish; as `forget`. One that cannot continue does not stop the others.
-
-    Args:
-        withdraw, hosts: as for `forget`, of what was begun without.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Continue every erasure that did not finish; as `forget`, also for what was begun without `withdraw` or `hosts`.
+    One that cannot continue does not stop the others. UserError: there is none."""
     if not steps.journals():
         raise UserError("no run of forget was interrupted: `python -m fine_tuning forget ID`")
     status = 0

@@ -11,10 +11,8 @@ CURVE = Path("metrics/learning_curve.json")
 
 
 def learning_curve(arguments: argparse.Namespace) -> None:
-    """Write metrics/learning_curve.json. Neither the pipeline's adapter nor another of its outputs is touched.
-
-    Every share that was trained once with the same base, data and parameters is kept: an interrupted run continues.
-    """
+    """Write metrics/learning_curve.json. Neither the pipeline's adapter nor another of its outputs is touched. Every
+    share that was trained once with the same base, data and parameters is kept: an interrupted run continues."""
     from fine_tuning.evaluation.learning_curve import advice, measure, parse_fractions, score_adapter
 
     fractions = parse_fractions(arguments.fractions)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Template
 
 from fine_tuning.common.dvc_files import show_file
 from fine_tuning.common.errors import UserError, count_of
@@ -21,6 +22,7 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import (
+    ADAPTER_TAG,
     CANDIDATE,
     CHAMPION,
     PREVIOUS,
@@ -38,21 +40,18 @@ SHOWN_SECTIONS = ("base", "chat", "train", "package")
 
 
 def lineage(arguments: argparse.Namespace) -> None:
-    """Print the lineage of what the person named."""
     root()
     registry = open_registry(read_params("deploy", DeploySettings).name)
     found = trace(registry, arguments.name)
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(_as_text(found)))
+        print(as_text(found), end="")
 
 
 def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
-    """What is known of a version (`3`, `name:3`), a tag (`name:live`), an alias, a reply or a conversation.
-
-    Returns:
-        {"asked", "reply"?, "conversation"?, "versions"}: the versions that it is, that wrote it or learned from it
+    """What is known of a version (`3`, `name:3`), a tag (`name:live`), an alias, a reply or a conversation: {"asked",
+    "reply"?, "conversation"?, "versions"}, the versions that it is, that wrote it or learned from it.
 
     Raises:
         UserError: nothing here is called that.
@@ -195,6 +194,9 @@ def _author(registry: ModelRegistry, reply: dict) -> int | None:
     name, _, tag = str(reply.get("model") or "").partition(":")
     if name != registry.name:
         return None
+    if adapter := tag.partition("@")[2]:  # serve.adapters
+        of = (v.number for v in registry.versions() if v.tags.get(ADAPTER_TAG, "").startswith(adapter))
+        return next(of, None)
     if tag.isdecimal() and tag.isascii():
         return int(tag) if int(tag) in known else None
     if tag == LIVE and reply.get("at"):
@@ -207,55 +209,14 @@ def _author(registry: ModelRegistry, reply: dict) -> int | None:
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(found: dict[str, Any]) -> Iterator[str]:
-    if reply := found.get("reply"):
-        author = reply["model"] or "an unknown model"
-        yield f"reply {reply['id']} of conversation {reply['conversation']}, in {reply['in']}"
-        yield f"written by {author}" + (f" at {reply['at']}" if reply["at"] else "")
-        if not found["versions"]:
-            yield "that is not a version in the registry"
-    if conversation := found.get("conversation"):
-        yield f"conversation {conversation['id']}, in {', '.join(conversation['in']) or 'no file here'}"
-        if not conversation["splits"]:
-            yield "no registered model learned from it or was measured with it"
-        for number, split in conversation["splits"].items():
-            yield f"  version {number}: {split}"
-    for version in found["versions"]:
-        yield from _version_text(version)
+def as_text(found: dict[str, Any]) -> str:
+    """What `trace` found, for reading, each line with its end."""
+    text = Path(__file__).with_name("lineage.txt.jinja").read_text(encoding="utf-8")
+    template = Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return template.render(found, count_of=count_of, parameters=_shown_parameters)
 
 
-def _version_text(version: dict[str, Any]) -> Iterator[str]:
-    names = f" ({', '.join(version['aliases'])})" if version["aliases"] else ""
-    yield f"{version['name']} version {version['version']}{names}"
-    how = f"forced: {version['forced_reason']}" if version["forced_reason"] else "by its verdict"
-    yield f"  registered    {version['registered_at']}, {version['verdict']}, {how}"
-    if version["promoted"]["at"]:
-        yield f"  promoted      {version['promoted']['at']} by {version['promoted']['by']}"
-    yield f"  run           {version['run']['id']} in {version['run']['tracking']}"
-    for label, commit in (("commit", version["commit"]), ("adapter made", version["adapter_commit"])):
-        changes = " and uncommitted changes" if commit.get("dirty") else ""
-        yield f"  {label:13} {commit['id']}{changes}" + (f": {commit['subject']}" if commit["subject"] else "")
-    lock = version["dvc_lock"]
-    where = "the commit has it" if lock["in_commit"] else "kept by the registry" if lock["kept"] else "lost"
-    yield f"  dvc.lock      sha256 {lock['sha256']}, {where}"
-    if version["adopted_from"]:
-        yield f"  adopted from  {version['adopted_from']}: trained elsewhere, on data that is not known here"
-    for section in (name for name in SHOWN_SECTIONS if name != "train" or not version["adopted_from"]):
-        values = (version["parameters"] or {}).get(section)
-        if isinstance(values, dict):
-            pairs = " ".join(f"{key}={value}" for key, value in flatten(values).items())
-            yield f"  {section:13} {pairs}"
-    yield f"  base model    {version['base']['model']} revision {version['base']['revision']}"
-    yield f"  data          md5 {version['data']['md5']}"
-    for shard in version["data"]["shards"]:
-        lines = count_of(shard.get("lines") or 0, "conversation")
-        yield f"    {shard.get('name')}: {lines}, sha256 {str(shard.get('sha256'))[:12]}"
-    counts = ", ".join(f"{split} {len(members)}" for split, members in version["conversations"].items())
-    yield f"  conversations {counts or 'the list is lost'} (--json names them)"
-    yield f"  adapter       sha256 {version['adapter_sha256']}"
-    yield f"  gguf          sha256 {version['gguf_sha256']}"
-    yield f"  measured on   sha256 {version['eval_set_sha256']}"
-    for place in version["deployments"]:
-        yield f"  deployed      {place['host']} at {place['deployed_at']}, manifest {place['digest'][:12]}"
-    for event in version["went_live"]:
-        yield f"  went live     {event['host']} at {event['at']}"
+def _shown_parameters(version: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    sections = [name for name in SHOWN_SECTIONS if name != "train" or not version["adopted_from"]]
+    given = version["parameters"] or {}
+    return {name: flatten(given[name]) for name in sections if isinstance(given.get(name), dict)}

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fine_tuning.commands.bundle import champion_bundle, kept_gguf, registered_bundle
 from fine_tuning.commands.canary import begin
+from fine_tuning.commands.other_servers import deploy_elsewhere
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import parse_version
 from fine_tuning.common.project import main_checkout, root
@@ -35,6 +36,10 @@ from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
 
 def deploy(arguments: argparse.Namespace) -> None:
     """Deploy a version to every host, one after the other; as a canary, beside what is live there."""
+    if arguments.server != "ollama":
+        registry = open_registry(_settings().name)
+        deploy_elsewhere(arguments, _settings(), registry, _chosen(registry, arguments.version))
+        return
     trial, live = arguments.canary is not None, None
     if trial and (arguments.host or not 0 < arguments.canary < 1):
         raise UserError("--canary takes a share between 0 and 1, such as 0.5, and acts on deploy.host, not on --host")
@@ -78,7 +83,6 @@ def deploy(arguments: argparse.Namespace) -> None:
 
 
 def switch(arguments: argparse.Namespace) -> None:
-    """Make a deployed version live on every host."""
     number = parse_version(arguments.version, _settings().name)
     for switcher in each_server(arguments):
         before = switcher.switch(number)
@@ -87,7 +91,6 @@ def switch(arguments: argparse.Namespace) -> None:
 
 
 def rollback(arguments: argparse.Namespace) -> None:
-    """Make live on every host what was live there before."""
     for switcher in each_server(arguments):
         before, number = switcher.rollback()
         Canary(main_checkout()).stop(f"version {number} went live")
@@ -95,7 +98,6 @@ def rollback(arguments: argparse.Namespace) -> None:
 
 
 def prune(arguments: argparse.Namespace) -> None:
-    """Take old versions off every host."""
     if arguments.keep < 1:
         raise UserError("--keep takes a number from 1 on: the newest version always stays")
     for switcher in each_server(arguments):
@@ -109,7 +111,6 @@ def prune(arguments: argparse.Namespace) -> None:
 
 
 def list_versions(arguments: argparse.Namespace) -> None:
-    """Show the versions and what is live."""
     settings = _settings()
     registry = open_registry(settings.name)
     versions = registry.versions()

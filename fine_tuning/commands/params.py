@@ -7,5 +7,4 @@ from fine_tuning.integration.parameters import check_all_params
 
 
 def params(arguments: argparse.Namespace) -> None:
-    """Check all sections."""
     check_all_params(Path("params.yaml"))

@@ -348,7 +348,6 @@ def adopted_from() -> str | None:
 
 
 def description(name: str, compared: dict[str, Any], tags: dict[str, str]) -> str:
-    """What MLflow shows of a version, in Markdown."""
     forced = f", forced: {tags['forced_reason']}" if "forced_reason" in tags else ""
     reasons = "".join(f"- {reason}\n" for reason in compared["reasons"])
     return f"""Verdict **{compared["verdict"]}**{forced}
@@ -381,7 +380,6 @@ def evaluation_metrics() -> dict[str, float]:
 
 
 def report(version: ModelVersion, old: ModelVersion | None) -> None:
-    """Say what changed and what to type next."""
     print(f"champion: version {version.number}" + (f", before it version {old.number}" if old else ", the first"))
     print(f"kept in {champion.FOLDER} and {champion.RECORD}. Next:")
     if MADE_ON.is_file() and candidate_is_champion():

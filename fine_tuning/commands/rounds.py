@@ -33,11 +33,8 @@ LOG = Path(".whetstone/round.log")  # output of the last round that was begun he
 
 
 def rounds(arguments: argparse.Namespace) -> None:
-    """Say what the next round waits for, watch, or write the service.
-
-    Raises:
-        UserError: a parameter is wrong, or another process watches this checkout.
-    """
+    """Say what the next round waits for, watch, or write the service. UserError: a parameter is wrong, or another
+    process watches this checkout."""
     checkout = main_checkout(root())
     settings = read_params("rounds", RoundsSettings)
     if arguments.install:
@@ -90,11 +87,8 @@ def step(checkout: Path, settings: RoundsSettings) -> list[str]:
 
 
 def run_round(checkout: Path, settings: RoundsSettings) -> None:
-    """A round as a process of its own, at low priority, its output in LOG.
-
-    Raises:
-        UserError: it failed, or took longer than rounds.max_minutes; everything is as it was.
-    """
+    """A round as a process of its own, at low priority, its output in LOG. UserError: it failed, or took longer than
+    rounds.max_minutes; everything is as it was."""
     print("a round begins", flush=True)
     command = ["nice", "-n", "10", *own_command("round")]
     with open(checkout / LOG, "wb") as log:
@@ -139,7 +133,6 @@ def systemd_unit(command: list[str], checkout: Path, path: str) -> str:
 
 
 def launchd_unit(name: str, command: list[str], checkout: Path, path: str) -> str:
-    """A property list for launchctl."""
     words = "".join(f"<string>{escape(word)}</string>" for word in command)
     values = {"name": escape(name), "folder": escape(str(checkout)), "path": escape(path), "command": words}
     return Template(Path(__file__).with_name("rounds.plist").read_text(encoding="utf-8")).substitute(values)

@@ -29,7 +29,6 @@ SHORT = 60  # characters of a licence field that is a name; longer ones are the 
 
 
 def sbom(args: argparse.Namespace) -> None:
-    """Write the bill of materials of models/package."""
     if args.licences:
         for name, version in pins():
             print(f"{name:32} {version:16} {licence_of(name) or 'not stated'}")

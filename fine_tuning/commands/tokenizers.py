@@ -11,7 +11,6 @@ from fine_tuning.schema.chat_format import ChatSettings
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print one Markdown table, a column a tokenizer."""
     chat = read_params("chat", ChatSettings)
     conversations = list(islice(read_clean(args.data), args.limit))
     if not conversations:

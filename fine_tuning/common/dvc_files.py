@@ -26,11 +26,7 @@ NO_REPOSITORY = "this folder is not a DVC repository: run `dvc init` in a clone 
 
 
 def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
-    """Stages of a dvc.lock by name.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Stages of a dvc.lock by name. UserError: there is none, or it is damaged."""
     try:
         return parse_lock(path.read_bytes())
     except FileNotFoundError:
@@ -38,7 +34,6 @@ def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
 
 
 def parse_lock(data: bytes) -> dict[str, dict[str, Any]]:
-    """Stages in the bytes of a dvc.lock."""
     try:
         stages = yaml.safe_load(data)["stages"]
     except (yaml.YAMLError, TypeError, KeyError):
@@ -98,11 +93,8 @@ def files_below(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def cache_folder(checkout: Path) -> Path:
-    """DVC's cache of this checkout, as `dvc cache dir` shows it.
-
-    Raises:
-        UserError: it is not a DVC repository, or its configuration is damaged.
-    """
+    """DVC's cache of this checkout, as `dvc cache dir` shows it. UserError: it is not a DVC repository, or its
+    configuration is damaged."""
     from dvc.config import Config, ConfigError
 
     folder = checkout / ".dvc"
@@ -130,10 +122,8 @@ def listing(checkout: Path, md5: str) -> dict[str, str] | None:
 
 
 def locate(checkout: Path, stages: dict[str, dict[str, Any]], path: Path) -> Path | None:
-    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache.
-
-    `path` is an out or lies directly in an out that is a folder.
-    """
+    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache. `path` is
+    an out or lies directly in an out that is a folder."""
     md5 = locked_md5(stages, path)
     if md5 is None:
         for parent in path.parents:
@@ -156,11 +146,8 @@ def show_file(checkout: Path, commit: str, path: str) -> bytes | None:
 
 
 def dvc_add(path: Path) -> None:
-    """`dvc add`, in this process: it takes a second less than starting DVC.
-
-    Raises:
-        UserError: a pipeline is running, or DVC refuses.
-    """
+    """`dvc add`, in this process: it takes a second less than starting DVC. UserError: a pipeline is running, or DVC
+    refuses."""
     with open_repo(what=f"dvc add {path}") as repo:
         add_to_dvc(repo, path)
 
@@ -203,10 +190,7 @@ def reproduce(*words: str) -> bool:
 
 def checkout_outputs() -> None:
     """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay.
-
-    Raises:
-        UserError: a pipeline is running, or DVC refuses.
-    """
+    UserError: a pipeline is running, or DVC refuses."""
     with open_repo(what="dvc checkout dvc.yaml") as repo:
         repo.checkout(["dvc.yaml"], force=True, allow_missing=True)
 
@@ -255,7 +239,6 @@ def open_repo(checkout: Path = Path(), what: str = "dvc") -> Iterator["Repo"]:
 
 
 def dvc_objects(checkout: Path) -> Iterator[Path]:
-    """All objects in the cache."""
     root = cache_folder(checkout) / "files" / "md5"
     yield from (file for file in files_below(root) if len(file.parent.name) == 2 and not file.name.startswith("."))
 

@@ -26,10 +26,8 @@ _NO_MEMORY_FOR_A_MODEL = (
 
 
 class UserError(Exception):
-    """A mistake or a state that the user can correct.
-
-    The message is one line: the cause, then the command or edit that corrects it. It never quotes a conversation.
-    """
+    """A mistake or a state that the user can correct. The message is one line: the cause, then the command or edit that
+    corrects it. It never quotes a conversation."""
 
 
 def count_of(number: int, noun: str) -> str:
@@ -86,6 +84,11 @@ def line_of(error: BaseException | None) -> str | None:
         return f"error: {' '.join(str(error).split())}"
     if isinstance(error, RecursionError):
         return "error: a file is nested too deeply: restore it with `git checkout` or `dvc checkout`"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("fine_tuning"):
+        return (
+            f"error: the Python package {error.name} is not installed for {sys.executable}: activate the environment "
+            "(`source .venv/bin/activate`), or make it first (`make install`)"
+        )
     if no_space(error):
         return _full(error)
     if no_memory(error):

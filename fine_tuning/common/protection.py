@@ -26,9 +26,7 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 def protect(checkout: Path | None = None) -> None:
     """Close a checkout to other users and repair files of DVC that a kill tore. Outside a checkout it does nothing.
-
-    What belongs to another user or lies on a read-only file system stays as it is: `verify` reports it.
-    """
+    What belongs to another user or lies on a read-only file system stays as it is: `verify` reports it."""
     checkout = (checkout or Path.cwd()).resolve()
     if not (checkout / "dvc.yaml").is_file():
         return

@@ -16,10 +16,8 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk.
-
-    Its name is used once: threads, and processes of other machines on a shared disk, do not write into each other's.
-    """
+    """Open a temporary sibling of `path` for writing and rename it over `path` once it is whole and on disk. Its name
+    is used once: threads, and processes of other machines on a shared disk, do not write into each other's."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
@@ -42,6 +40,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is changed or replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys. NaN and infinities are refused (ValueError)."""
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
@@ -50,7 +57,6 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read one JSON document."""
     return json.loads(Path(path).read_bytes())
 
 
@@ -78,7 +84,6 @@ def updating(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a table with a header."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     with replacing(path) as file:
@@ -86,7 +91,6 @@ def write_csv(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[
 
 
 def csv_pairs(text: str, x: str, y: str) -> list[tuple[float, float]]:
-    """Two columns of numbers of a table with a header."""
     return [(float(row[x]), float(row[y])) for row in csv.DictReader(io.StringIO(text))]
 
 
@@ -128,12 +132,8 @@ def line_ranges(path: str | Path, size: int) -> Iterator[tuple[int, int]]:
 
 
 def read_line(line: bytes | str) -> Any:
-    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null;
-    a byte order mark is passed over.
-
-    Raises:
-        ValueError, RecursionError: it is none.
-    """
+    """The JSON of a line as Python writes it too: NaN, infinities and what no float can hold, no JSON, become null; a
+    byte order mark is passed over. ValueError, RecursionError: it is none."""
     return _LENIENT.decode(line.decode("utf-8-sig") if isinstance(line, bytes) else line)
 
 

@@ -32,12 +32,8 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def read_params(section: str, model: type[SettingsT], path: str | Path = "params.yaml") -> SettingsT:
-    """Load `section` of the YAML file at `path` as a `model`.
-
-    Raises:
-        UserError: the file, the section or a parameter is missing, unknown or of the wrong type, or there is a section
-            that nothing reads; names it.
-    """
+    """Load `section` of the YAML file at `path` as a `model`. UserError: the file, the section or a parameter is
+    missing, unknown or of the wrong type, or there is a section that nothing reads; names it."""
     return check_params({section: model}, path)[section]
 
 
@@ -50,11 +46,8 @@ def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "para
 
 
 def load_params(models: Mapping[str, type[SettingsT]], path: str | Path) -> tuple[dict[str, SettingsT], list[str]]:
-    """(the sections that can be loaded, what is wrong with the others) of the YAML file at `path`.
-
-    Raises:
-        UserError: there is no such file, or it is not plain YAML.
-    """
+    """(the sections that can be loaded, what is wrong with the others) of the YAML file at `path`. UserError: there is
+    no such file, or it is not plain YAML."""
     try:
         document = _parsed(Path(path).read_bytes())
     except FileNotFoundError:
@@ -96,10 +89,7 @@ def _has_a_stage(section: str, pipeline: Path) -> bool:
 
 def write_param(section: str, name: str, value: int | str | None, path: str | Path = "params.yaml") -> None:
     """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes.
-
-    Raises:
-        UserError: it is written in a form that this cannot change, such as a name in quotes.
-    """
+    UserError: it is written in a form that this cannot change, such as a name in quotes."""
     text = Path(path).read_bytes().decode()
     number, _ = YAML().load(text)[section].lc.key(name)
     lines = text.splitlines(keepends=True)
@@ -117,10 +107,15 @@ def read_comments(path: str | Path = "params.yaml") -> dict[str, str]:
     comments: dict[str, str] = {}
     above: list[str] = []
     place: list[str] = []
+    open_braces = 0  # a mapping in braces is one value, on however many lines
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if match := re.match(r" *# ?(.*)", line):
             above.append(match[1])
-        elif match := re.match(r"( *)([A-Za-z_0-9]+):", line):
+            continue
+        continued, open_braces = open_braces, open_braces + line.count("{") - line.count("}")
+        if continued:
+            continue
+        if match := re.match(r"( *)([A-Za-z_0-9]+):", line):
             place = [*place[: len(match[1]) // 2], match[2]]
             comments[".".join(place)] = " ".join(above)
             above = []
@@ -138,7 +133,6 @@ def parse_settings(section: str, values: object, model: type[SettingsT], path: s
 
 
 def _problems(section: str, error: ValidationError) -> list[str]:
-    """Each wrong parameter of a section in words."""
     found: dict[str, list[Any]] = {}  # where one of several forms would do, pydantic has a problem with each
     for problem in error.errors(include_url=False):
         found.setdefault(".".join(str(part) for part in (section, *_place(problem))), []).append(problem)

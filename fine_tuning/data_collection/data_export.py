@@ -65,11 +65,8 @@ class ExportSettings(Settings):
 
 
 class DataExporter:
-    """Writes conversations into files of one folder, which is made if it is not there.
-
-    Raises:
-        UserError: the compression is unknown.
-    """
+    """Writes conversations into files of one folder, which is made if it is not there. UserError: the compression is
+    unknown."""
 
     def __init__(self, folder: str | Path, compression: Literal["none", "gzip", "zstd"] = "none") -> None:
         if compression not in SUFFIXES:
@@ -106,11 +103,7 @@ class DataExporter:
 
 
 def file_of(name: str, compression: str = "none") -> str:
-    """The name of the file of a format.
-
-    Raises:
-        UserError: the format is unknown.
-    """
+    """The name of the file of a format. UserError: the format is unknown."""
     files = FILES | JUDGED
     if name not in files:
         raise UserError(f"unknown export format {name!r}: choose from {', '.join(files)}")
@@ -259,15 +252,12 @@ class _Container(NamedTuple):
 
 
 class _Writer:
-    """Writes entries into a file and counts them."""
-
     def __init__(self, name: str, file: BinaryIO) -> None:
         self.name, self._file, self.container = name, file, _CONTAINERS[name]
         self.counts = {"exported": 0, "skipped": 0}
         self.end = file.write(self.container.head)
 
     def add(self, entry: bytes) -> None:
-        """Write what a format has of the next conversation."""
         self.counts["exported" if entry else "skipped"] += 1
         if self.container.array and entry:
             entry = (b"," if self.end else b"[") + entry[1:]
@@ -275,7 +265,6 @@ class _Writer:
         self.end += len(entry)
 
     def close(self) -> None:
-        """Write what ends the file."""
         if self.container.array:
             self._file.write(b"\n]\n" if self.end else b"[]\n")
 
@@ -468,12 +457,10 @@ def clean_files(folder: str | Path) -> list[Path]:
 
 
 def read_clean(folder: str | Path) -> Iterator[dict]:
-    """The conversations of a folder of clean shards, shard by shard."""
     return chain.from_iterable(map(read_shard, clean_files(folder)))
 
 
 def read_shard(path: Path) -> Iterator[dict]:
-    """The conversations of a clean shard."""
     with open(path, "rb") as file:
         for line in file:
             yield from_line(line)

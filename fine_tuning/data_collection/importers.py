@@ -80,9 +80,8 @@ def state_of(path: Path) -> dict[str, float]:
 def import_records(
     records: Iterable[tuple[int, Any] | Problem], source: str, started_at: str, model: str | None = None
 ) -> Iterator[Imported | Problem]:
-    """Turn numbered records into conversations; `started_at` is for those that do not say when they began.
-
-    `model` is for replies that name none.
+    """Turn numbered records into conversations; `started_at` is for those that do not say when they began, `model` for
+    replies that name none.
 
     A record without an id of its own gets one from its content and how often that content was there before.
     """

@@ -24,10 +24,8 @@ LEARNED_FROM = "train"
 
 
 class ForgottenModels:
-    """The versions and runs of one registry, seen from the conversations that are forgotten.
-
-    `scratch` is a folder for temporary copies.
-    """
+    """The versions and runs of one registry, seen from the conversations that are forgotten. `scratch` is a folder for
+    temporary copies."""
 
     def __init__(self, registry: ModelRegistry, scratch: Path) -> None:
         self.registry, self._scratch = registry, scratch

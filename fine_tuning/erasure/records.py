@@ -33,7 +33,6 @@ class Selection:
     deleted: Set[str] | None = None
 
     def takes(self, conversation: dict) -> bool:
-        """Whether a version of a conversation is meant."""
         identity, metadata = conversation["id"], conversation.get("metadata") or {}
         if self.tombstones is not None:
             return self.tombstones.names(identity)
@@ -50,8 +49,6 @@ class Selection:
 
 @dataclass
 class Found:
-    """The conversations of a selection."""
-
     ids: set[str] = field(default_factory=set)
     messages: set[str] = field(default_factory=set)  # their ids
     versions: list[dict] = field(default_factory=list)  # every one, for tombstones; never written anywhere

@@ -72,7 +72,6 @@ class Work:
 
     @cached_property
     def models(self) -> ForgottenModels:
-        """MLflow's side."""
         return ForgottenModels(open_registry(read_params("deploy", DeploySettings).name), registry_locks())
 
     def files_holding(self) -> list[Path]:
@@ -129,11 +128,7 @@ class Work:
 
     @classmethod
     def load(cls, journal: Path, say: Callable[[str], None]) -> "Work":
-        """The work of a journal.
-
-        Raises:
-            UserError: it is of an earlier version of this project, or its key is gone.
-        """
+        """The work of a journal. UserError: it is of an earlier version of this project, or its key is gone."""
         kept, keys = read_json(journal), Tombstones(FORGOTTEN).keys
         if kept.get("key") not in keys:
             raise UserError(
@@ -192,7 +187,6 @@ def files_of_checkout() -> Iterator[Path]:
 
 
 def vote_files() -> list[Path]:
-    """Sealed votes, one file a person."""
     return sorted(VOTES.glob("*.jsonl"))
 
 
@@ -316,10 +310,8 @@ def run_pipeline(work: Work) -> None:
 
 
 def clear_objects(work: Work) -> None:
-    """Objects of DVC's cache and remotes that hold it, and unused weights that learned from it.
-
-    Not `dvc gc`: that would throw away the data and models of every other commit as well.
-    """
+    """Objects of DVC's cache and remotes that hold it, and unused weights that learned from it. Not `dvc gc`: that
+    would throw away the data and models of every other commit as well."""
     used = in_use(Path.cwd()) if work.options.get("reproduced", True) else set()
     removed: set[str] = set()
     with stores(Path.cwd()) as (reachable, _):
@@ -433,7 +425,6 @@ def search_everywhere(work: Work) -> Everywhere:
 
 
 def still_there(work: Work, there: Everywhere) -> list[str]:
-    """Places that hold some of it after the last step."""
     left, used = [str(path) for path in there.files], in_use(Path.cwd())
     for name, result in there.stores.items():
         left += [f"{name}: {oid}" for oid in sorted(work.to_go(result, used) | result.strict)]

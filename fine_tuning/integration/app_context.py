@@ -9,6 +9,7 @@ import streamlit as st
 
 from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.protection import protect
+from fine_tuning.common.records import stamp
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.evaluation.suite.examples import Exchange
@@ -17,6 +18,7 @@ from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_mod
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
+from fine_tuning.integration.served_adapters import with_adapters
 from fine_tuning.integration.served_examples import (
     ServedExamples,
     ServeSettings,
@@ -29,6 +31,7 @@ from fine_tuning.schema.chat_format import ChatSettings
 
 PROBE_SECONDS = 1.5  # a server that does not say what it has within this time is left out of the list
 CONNECT_SECONDS = 5.0
+SERVED = ("models/champion.json", "models/base/base-Q8_0.gguf", "models/package/model.gguf")  # what can answer here
 MODELS_SECONDS = 10  # how long a list of models is believed
 _protect = cache(protect)  # once a process: a page runs again with every click
 
@@ -50,9 +53,10 @@ class App:
 
     def models(self) -> list[ChatModel]:
         """What can answer now, the one that should answer first at the head, earlier versions at the end."""
-        stamp = _champion_stamp(self.checkout)
-        first = _models(str(self.checkout), self.host, self.name, stamp)
-        return [*first, *registered_models(self.checkout, self.name, stamp)]
+        stamps = tuple(stamp(self.checkout / file) for file in SERVED)
+        found = _models(str(self.checkout), self.host, self.name, stamps)
+        first = with_adapters(found, self.checkout, self.name, self.serve.adapters)
+        return [*first, *registered_models(self.checkout, self.name, stamps)]
 
     def examples(self, count: int) -> ServedExamples:
         """What may stand before a question, `count` at most."""
@@ -74,16 +78,11 @@ class App:
         return _client(self.host, PROBE_SECONDS)
 
     def client(self) -> OllamaClient:
-        """The Ollama server, with the app's patience."""
         return _client(self.host, self.settings.timeout)
 
 
 def app() -> App:
-    """The app of the current folder.
-
-    Raises:
-        UserError: this is not a checkout, or a parameter is wrong; one line names it.
-    """
+    """The app of the current folder. UserError: this is not a checkout, or a parameter is wrong; one line names it."""
     checkout = main_checkout(root())
     _protect(checkout)
     deploy, serve = read_params("deploy", DeploySettings), read_params("serve", ServeSettings)
@@ -102,7 +101,7 @@ def app() -> App:
 
 
 @st.cache_data(ttl=MODELS_SECONDS, show_spinner=False)
-def _models(checkout: str, host: str, name: str, champion_stamp: tuple[int, ...]) -> list[ChatModel]:
+def _models(checkout: str, host: str, name: str, stamps: object) -> list[ChatModel]:
     with OllamaClient(host, timeout=PROBE_SECONDS) as client:
         return find_models(Path(checkout), client, name)
 
@@ -148,9 +147,3 @@ def _has_role(role: str) -> bool:
     email = st.user.get("email") if st.user.get("email_verified") is not False else None
     names = {email, st.user.get("sub"), email and f"*@{email.rpartition('@')[2]}"} - {None, ""}
     return signed_in() is not None and any(name in names for name in listed)
-
-
-def _champion_stamp(checkout: Path) -> tuple[int, ...]:
-    """Changes when a promotion, a pipeline run or a roll-back changes what the checkout can serve."""
-    files = ("models/champion.json", "models/base/base-Q8_0.gguf", "models/package/model.gguf")
-    return tuple((checkout / file).stat().st_mtime_ns if (checkout / file).exists() else 0 for file in files)

@@ -8,7 +8,7 @@ import streamlit as st
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.stage_times import TRAINING, about, expected_seconds, seconds_left
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.jobs import Job, jobs, own_command
 from fine_tuning.integration.parameters import check_all_params
 from fine_tuning.integration.round_policy import last_failure
@@ -28,12 +28,10 @@ def start(title: str, command: list[str], checkout: Path, pipeline: bool = False
 
 
 def busy() -> str | None:
-    """Why no command can be started now."""
     return f"{jobs.running.title} is running" if jobs.running is not None else None
 
 
 def say_failure(checkout: Path) -> None:
-    """Say so where the last round failed."""
     if why := last_failure(checkout):
         st.warning(plain(f"{why[0].upper()}{why[1:]}. Everything is as it was."), icon=":material/error:")
 
@@ -115,6 +113,6 @@ def _live(job: Job, brief: bool = False) -> None:
         show_loss(curve, 180)
     with st.expander("Its output"):
         st.code("\n".join(job.lines()[-SHOWN_LINES:]) or "…", language=None, wrap_lines=True)
-    if st.button("Stop", icon=":material/stop_circle:", key="stop-job"):
+    if button("Stop", "stop_circle", "stop-job"):
         job.stop()
         st.rerun()

@@ -94,10 +94,7 @@ class Canary:
 
     def begin(self, name: str, candidate: int, live: int, share: float) -> None:
         """Begin one, or give the one that runs with these versions another share of the conversations to come.
-
-        Raises:
-            UserError: one of another version runs.
-        """
+        UserError: one of another version runs."""
         path = self.checkout / STATE
         path.parent.mkdir(exist_ok=True)
         path.touch(0o600)
@@ -117,7 +114,6 @@ class Canary:
             return state is not None and _end(db, state, STOPPED, why)
 
     def state(self) -> State | None:
-        """The newest canary; None if there was none."""
         with self._writing() as db:
             return _newest(db)
 
@@ -170,11 +166,9 @@ class Canary:
             self._note(event["conversation_id"], bad, kind == "exchange", pace)
 
     def failed(self, conversation: str) -> None:
-        """Take in that a reply failed."""
         self._note(conversation, "failed", True, math.inf)
 
     def check(self) -> None:
-        """See whether it is over."""
         with suppress(UserError, OSError), self._writing() as db:
             if (state := _running(db)) is not None:
                 self._end_if_over(db, state)
@@ -278,7 +272,6 @@ def _out_of_bounds(db: sqlite3.Connection) -> str | None:
 
 
 def _end(db: sqlite3.Connection, state: State, outcome: str, why: str) -> bool:
-    """End a canary, once: whether it ended here."""
     row = (time.time(), outcome, why, state.number)
     values = "ended = ?, outcome = ?, why = ?, salt = x''"
     ended = db.execute(f"UPDATE canary SET {values} WHERE number = ? AND outcome IS NULL", row)

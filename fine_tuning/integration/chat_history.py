@@ -24,7 +24,6 @@ def title(conversation: dict, titles: dict[str, str]) -> str:
 
 
 def shortened(message: str) -> str:
-    """The beginning of a message, in one line."""
     words = " ".join(message.split())
     return words if len(words) <= TITLE_CHARACTERS else words[: TITLE_CHARACTERS - 1].rstrip() + "…"
 
@@ -39,7 +38,6 @@ def day_in_words(at: str) -> str:
 
 
 def read_titles(checkout: Path) -> dict[str, str]:
-    """Given names by conversation id."""
     return {key: name for key, name in read_object(checkout / TITLES).items() if isinstance(name, str)}
 
 
@@ -79,13 +77,8 @@ def as_markdown(conversation: dict, titles: dict[str, str]) -> str:
 
 
 def locations(checkout: Path) -> list[str]:
-    """Every place where deleted conversations still are, what erasing them does there, and which stages then run.
-
-    It is what `forget --deleted` finds, and takes seconds.
-
-    Raises:
-        UserError: the search failed; the line says why.
-    """
+    """Every place where deleted conversations still are, what erasing them does there, and which stages then run. It is
+    what `forget --deleted` finds, and takes seconds. UserError: the search failed; the line says why."""
     command = own_command("forget", "--deleted")
     done = subprocess.run(command, cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True)
     places = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines()]
@@ -96,5 +89,4 @@ def locations(checkout: Path) -> list[str]:
 
 
 def interrupted(checkout: Path) -> bool:
-    """Whether an erasure was interrupted and has to be finished."""
     return any(checkout.glob(JOURNALS)) and jobs.running is None

@@ -50,7 +50,6 @@ class Question:
 
     @property
     def waiting(self) -> bool:
-        """Whether its reply may still arrive."""
         return self.reply is not None and self.reply.writing
 
     @property
@@ -90,7 +89,6 @@ class PendingReplies:
             return True
 
     def close(self) -> None:
-        """Stop all replies; what has arrived of them is logged."""
         with self._lock:
             replies = [question.reply for question in self._questions.values() if question.reply is not None]
         for reply in replies:
@@ -110,7 +108,6 @@ atexit.register(pending_replies.close)
 
 
 def new_conversation_id() -> str:
-    """An id that nothing else has."""
     return uuid.uuid4().hex
 
 

@@ -8,9 +8,9 @@ import hashlib
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from fine_tuning.data_collection.conversation_logger import deletes
 from fine_tuning.data_collection.storage.log_index import LogIndex, key_of
@@ -32,8 +32,7 @@ _SUMMARY = """
 _COLUMNS = "id, source, started_at, last_spoken, messages, characters, begins, shard, rating"
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """One conversation. `shard` names where its newest version is sealed; None if there is news of it since. `rating`
     is 1 where its replies are liked rather than disliked, -1 where the other way round, else 0."""
 
@@ -54,9 +53,11 @@ class ConversationIndex:
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
         self._lock = threading.Lock()
+        self._changes = 0
         self._clear()
 
     def _clear(self) -> None:
+        self._changes += 1
         self._index = LogIndex(_SUMMARY)
         self._shards: dict[Path, tuple[int, int]] = {}
         self._unmatched = 0
@@ -65,11 +66,8 @@ class ConversationIndex:
     def listed(
         self, source: str, words: str = "", titles: Mapping[str, str] | None = None, limit: int = 60
     ) -> tuple[list[Summary], int]:
-        """The conversations of a source in whose title or messages all words occur, whatever their case.
-
-        Returns:
-            Those spoken in last, at most `limit`, and how many there are.
-        """
+        """The conversations of a source in whose title or messages all words occur, whatever their case: those spoken
+        in last, at most `limit`, and how many there are."""
         condition, values = _condition(words, titles or {})
         condition, values = f"{condition} AND source = ?", [*values, source]
         with self._up_to_date() as index:
@@ -77,12 +75,22 @@ class ConversationIndex:
             query = f"SELECT {_COLUMNS} FROM summary WHERE {condition} ORDER BY last_spoken DESC LIMIT {limit}"
             return [Summary(*row) for row in index.rows(query, *values)], count
 
-    def all(self, words: str = "") -> list[Summary]:
-        """Every conversation in whose id or messages all words occur, those with news since the last seal first."""
+    def changes(self) -> int:
+        """A number that grows whenever a conversation comes, changes or goes."""
+        with self._up_to_date():
+            return self._changes
+
+    def all(self) -> list[Summary]:
+        """Every conversation, those with news since the last seal first."""
+        with self._up_to_date() as index:
+            query = f"SELECT {_COLUMNS} FROM summary WHERE NOT gone ORDER BY shard NOT NULL, rowid"
+            return list(map(Summary._make, index.rows(query)))
+
+    def with_words(self, words: str) -> list[str]:
+        """The ids of the conversations in whose id or messages all words occur, whatever their case."""
         condition, values = _condition(words, {})
         with self._up_to_date() as index:
-            query = f"SELECT {_COLUMNS} FROM summary WHERE {condition} ORDER BY shard NOT NULL, rowid"
-            return [Summary(*row) for row in index.rows(query, *values)]
+            return [identity for (identity,) in index.rows(f"SELECT id FROM summary WHERE {condition}", *values)]
 
     def count(self, shards: Collection[str]) -> tuple[int, int, int]:
         """(all, those with news since the last seal, those whose newest version is in none of `shards`)."""
@@ -129,7 +137,8 @@ class ConversationIndex:
 
     def _refresh(self) -> None:
         self._index.close_file()
-        shards = {path: (stat.st_mtime_ns, stat.st_size) for path in self._shard_paths() if (stat := path.stat())}
+        found = shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
+        shards = {path: (stat.st_mtime_ns, stat.st_size) for path in found if (stat := path.stat())}
         if dict(list(shards.items())[: len(self._shards)]) != self._shards:
             self._clear()  # a shard is gone or was changed, or came in before others
         new = [path for path in shards if path not in self._shards]
@@ -140,9 +149,7 @@ class ConversationIndex:
             changed |= self._index.add_shards(shards)  # a judgement that names a sealed message, and no conversation
         self._unmatched = self._index.loose_events()
         self._summarise(changed)
-
-    def _shard_paths(self) -> list[Path]:
-        return shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
+        self._changes += bool(changed)
 
     def _read_logs(self) -> set[bytes]:
         """Read what was added to the logs; returns the conversations that it, or a log that is gone, is about."""
@@ -198,7 +205,6 @@ def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | b
 
 
 def last_spoken(conversation: dict) -> str:
-    """Time of the newest message, ISO 8601."""
     return max((message.get("at") or "" for message in conversation["messages"]), default="")
 
 

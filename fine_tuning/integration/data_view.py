@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fine_tuning.common.records import read_jsonl, read_lines, read_object, updating
+from fine_tuning.common.records import read_jsonl, read_lines, read_object, stamp, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
@@ -16,55 +16,61 @@ from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CLEAN = Path("data/clean")
 REJECTED = CLEAN / "rejected.jsonl"
 TAGS = Path(".whetstone/tags.json")
-CLEAN_METRICS = Path("metrics/clean.json")
-PREPARE_METRICS = Path("metrics/prepare.json")
 PREPARED = Path("data/prepared")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
 
 Span = tuple[str, str | None]  # text, and what is special about it
-Stamp = tuple[Path, int, int]
-
-
-@dataclass(frozen=True)
-class Entry(Summary):
-    """One conversation in the list: `fate` is kept, new, not cleaned yet, or why it was dropped; `twin` the id of the
-    one that was kept instead of a duplicate; `split` train, validation, test, or none; `masked` the types of personal
-    data that were masked in it; `tags` what somebody called it."""
-
-    fate: str
-    twin: str | None
-    split: str
-    masked: tuple[str, ...]
-    tags: tuple[str, ...]
+Stamp = tuple[Path, object]
 
 
 def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
     """What changes when one of the files changes; the key of everything that is read from them."""
-    return tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists())
+    return tuple((path, found) for path in paths if (found := stamp(path)))
 
 
-def entries(checkout: Path, words: str = "") -> list[Entry]:
-    """Every conversation in whose id or messages all words occur, those with news since the last seal first."""
+def entries(checkout: Path, words: str = "") -> "pd.DataFrame":
+    """Every conversation in whose id or messages all words occur, those with news since the last seal first.
+
+    Columns: those of a `Summary`; `fate`: kept, new, not cleaned yet, or why it was dropped; `twin`: the id of the one
+    that was kept instead of a duplicate, or ""; `split`: train, validation, test, or none; `masked`: the types of
+    personal data that were masked in it; `tags`: what somebody called it.
+    """
+    index = conversation_index(checkout)
+    files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS)]
+    found = _entries(checkout, index.changes(), stamps([*files, *_clean_shards(checkout)]))
+    return found[found["id"].isin(index.with_words(words))] if words.strip() else found
+
+
+@lru_cache(maxsize=1)
+def _entries(checkout: Path, _: int, __: tuple[Stamp, ...]) -> "pd.DataFrame":
+    import pandas as pd
+
+    found, cleaned, tags = conversation_index(checkout).all(), _cleaned(checkout), read_tags(checkout)
     fates = _fates(stamps([checkout / REJECTED]))
-    found = conversation_index(checkout).all(words)
-    splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(entry.id for entry in found))
-    cleaned, tags = _cleaned(checkout), read_tags(checkout)
-    masked = _masked(stamps(sorted((checkout / CLEAN).glob("*-*.jsonl"))))
+    masked = _masked(stamps(_clean_shards(checkout)))
+    splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(one.id for one in found))
 
-    def entry(found: Summary) -> Entry:
-        dropped = fates.get(found.id) if found.shard in cleaned else None
-        fate = "new" if found.shard is None else "kept" if found.shard in cleaned else "not cleaned yet"
-        twin = str(dropped["value"]) if dropped and dropped["reason"] == "duplicate" else None
-        split = splits.get(found.id, "none") if fate == "kept" and not dropped else "none"
-        about = {"twin": twin, "split": split, "masked": masked.get(found.id, ()), "tags": tags.get(found.id, ())}
-        return Entry(**vars(found), fate=dropped["reason"] if dropped else fate, **about)
+    def about(one: Summary) -> tuple:
+        drop = fates.get(one.id) if one.shard in cleaned else None
+        fate = "new" if one.shard is None else "kept" if one.shard in cleaned else "not cleaned yet"
+        twin = str(drop["value"]) if drop and drop["reason"] == "duplicate" else ""
+        split = splits.get(one.id, "none") if fate == "kept" and not drop else "none"
+        fate = drop["reason"] if drop else fate
+        return *one, fate, twin, split, masked.get(one.id, ()), tags.get(one.id, ())
 
-    return list(map(entry, found))
+    return pd.DataFrame(map(about, found), columns=[*Summary._fields, "fate", "twin", "split", "masked", "tags"])
+
+
+def _clean_shards(checkout: Path) -> list[Path]:
+    return sorted((checkout / CLEAN).glob("*-*.jsonl"))
 
 
 def counts(checkout: Path) -> tuple[int, int, int]:
@@ -99,21 +105,14 @@ def _cleaned(checkout: Path) -> set[str]:
 
 
 def read_tags(checkout: Path) -> dict[str, tuple[str, ...]]:
-    """Tags by conversation id."""
     return {key: tuple(map(str, tags)) for key, tags in read_object(checkout / TAGS).items() if isinstance(tags, list)}
 
 
 def write_tags(checkout: Path, identity: str, tags: Iterable[str]) -> None:
-    """Replace the tags of a conversation."""
     with updating(checkout / TAGS) as kept:
         kept.pop(identity, None)
         if words := sorted({" ".join(tag.split()) for tag in tags} - {""}):
             kept[identity] = words
-
-
-def metrics(checkout: Path, path: Path) -> dict:
-    """A metrics file, empty where its stage has not run."""
-    return read_object(checkout / path)
 
 
 # ------------------------------------------------------------------------------------------------- one conversation
@@ -129,21 +128,20 @@ def cleaner(checkout: Path, settings: CleanSettings) -> DataCleaner:
 
 def before(cleaner: DataCleaner, text: str) -> list[Span]:
     """The text as it came, cut so that each piece of personal data is a span of its own, with its type."""
-    spans: list[Span] = []
-    position = 0
-    for hit in cleaner.find_personal_data(text):
-        spans += [(text[position : hit.start], None), (text[hit.start : hit.end], hit.type)]
-        position = hit.end
-    return [*spans, (text[position:], None)]
+    return _spans(text, ((hit.start, hit.end, hit.type) for hit in cleaner.find_personal_data(text)))
 
 
 def after(text: str) -> list[Span]:
     """The cleaned text, cut so that each placeholder is a span of its own, with its type."""
+    return _spans(text, ((*match.span(), match[1]) for match in PLACEHOLDER.finditer(text)))
+
+
+def _spans(text: str, marked: Iterable[tuple[int, int, str]]) -> list[Span]:
     spans: list[Span] = []
     position = 0
-    for match in PLACEHOLDER.finditer(text):
-        spans += [(text[position : match.start()], None), (match.group(), match.group(1))]
-        position = match.end()
+    for start, end, kind in marked:
+        spans += [(text[position:start], None), (text[start:end], kind)]
+        position = end
     return [*spans, (text[position:], None)]
 
 
@@ -209,13 +207,13 @@ def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> l
 
 @lru_cache(maxsize=2)
 def _fates(rejected: tuple[Stamp, ...]) -> dict[str, dict]:
-    drops = (drop for path, _, _ in rejected for drop in read_jsonl(path))
+    drops = (drop for path, _ in rejected for drop in read_jsonl(path))
     return {drop["id"]: drop for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
 
 
 @lru_cache(maxsize=2)
 def _masked(shards: tuple[Stamp, ...]) -> dict[str, tuple[str, ...]]:
-    lines = (line for path, _, _ in shards for _, line in read_lines(path))
+    lines = (line for path, _ in shards for _, line in read_lines(path))
     found = ((line, sorted({match[1] for match in PLACEHOLDER.finditer(line.decode())})) for line in lines)
     return {json.loads(line)["id"]: tuple(types) for line, types in found if types}
 

@@ -21,13 +21,7 @@ STAGE = re.compile(r"^(?:Running stage|Stage) '([\w@-]+)'")
 
 
 class Job:
-    """A running or finished command with its output in a file.
-
-    Args:
-        title: what the pages call it.
-        command: the program and its arguments.
-        checkout: its working folder.
-    """
+    """A running or finished command with its output in a file; `title` is what the pages call it."""
 
     def __init__(self, title: str, command: list[str], checkout: Path) -> None:
         self.title = title
@@ -52,7 +46,6 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended."""
         if self._process.poll() is None:
             return True
         self._ended = self._ended or time.time()
@@ -60,12 +53,10 @@ class Job:
 
     @property
     def returncode(self) -> int | None:
-        """Exit status, None while it runs."""
         return self._process.poll()
 
     @property
     def seconds(self) -> float:
-        """Seconds that it has run."""
         return (time.time() if self.running else self._ended or time.time()) - self.started
 
     def lines(self) -> list[str]:
@@ -116,16 +107,11 @@ class Jobs:
 
     @property
     def running(self) -> Job | None:
-        """The one that runs now."""
         latest = self.latest
         return latest if latest is not None and latest.running else None
 
     def start(self, title: str, command: list[str], checkout: Path) -> Job:
-        """Start a command.
-
-        Raises:
-            UserError: another one runs.
-        """
+        """Start a command. UserError: another one runs."""
         with self._lock:
             if (other := self.running) is not None:
                 raise UserError(f"{other.title} is running: wait for its end, or stop it where it is shown")
@@ -143,10 +129,8 @@ jobs = Jobs()
 
 
 def own_command(*arguments: str) -> list[str]:
-    """`python -m fine_tuning …` with this interpreter."""
     return [sys.executable, "-m", "fine_tuning", *arguments]
 
 
 def dvc_command(*arguments: str) -> list[str]:
-    """`dvc …` with this interpreter."""
     return [sys.executable, "-m", "dvc", *arguments]

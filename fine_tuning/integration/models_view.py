@@ -44,11 +44,7 @@ class RegistryState:
 
 
 def candidate(checkout: Path) -> Candidate | None:
-    """The compared candidate, None before the first comparison.
-
-    Raises:
-        UserError: the comparison is damaged.
-    """
+    """The compared candidate, None before the first comparison. UserError: the comparison is damaged."""
     if not (checkout / COMPARISON).is_file():
         return None
     try:
@@ -88,7 +84,6 @@ def registry_state(registry: ModelRegistry, client: OllamaClient) -> RegistrySta
 
 
 def reasons(registry: ModelRegistry, version: ModelVersion) -> list[str]:
-    """Why the version got its verdict."""
     data = registry.read(version, "reports/comparison.json")
     try:
         return [str(reason) for reason in json.loads(data or b"{}").get("reasons") or []]
@@ -130,7 +125,6 @@ def lineage(tags: Mapping[str, str], names: list[str], live: bool) -> str:
 
 
 def row(version: ModelVersion, live: Live | None) -> dict[str, Any]:
-    """A version as a line of the table."""
     return {
         "version": version.number,
         "aliases": ", ".join(version.aliases),

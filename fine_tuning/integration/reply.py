@@ -39,7 +39,6 @@ class Reply:
 
     @property
     def writing(self) -> bool:
-        """Whether text may still arrive."""
         return self.state == "writing"
 
     @property
@@ -55,7 +54,6 @@ class Reply:
         return (self.pieces - 1) / max((self.ended or time.monotonic()) - self.first_piece, 1e-9)
 
     def stop(self) -> None:
-        """End the reply with what has arrived."""
         self._end("stopped")
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -68,10 +68,8 @@ def safe_prose(text: str) -> str:
 
 
 def _code_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Where inline code begins and ends, backticks included, in one pass over the runs of backticks.
-
-    CommonMark 0.31, "Code spans": a run, without its first backtick where that is escaped, up to the next run as long.
-    """
+    """Where inline code begins and ends, backticks included, in one pass over the runs of backticks. CommonMark 0.31,
+    "Code spans": a run, without its first backtick where that is escaped, up to the next run as long."""
     runs = [(*match.span("ticks"), len(match["backslashes"]) % 2) for match in BACKTICKS.finditer(text)]
     spans, following = [], {}
     for start, end, escaped in reversed(runs):

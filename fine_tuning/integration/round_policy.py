@@ -92,7 +92,6 @@ def new_pairs(checkout: Path) -> int:
 
 
 def failures(checkout: Path) -> int:
-    """How many rounds failed since the last good one."""
     return int(read_object(checkout / ROUNDS).get("failures") or 0)
 
 
@@ -152,7 +151,6 @@ def _busy(checkout: Path, now: float) -> list[str]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock."""
     if not path.exists():
         return False
     try:

@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
         "train": "objective method seed epochs max_steps learning_rate schedule warmup_ratio weight_decay "
         "max_grad_norm optimizer batch_tokens packing acceleration gradient_accumulation precision threads "
         "gradient_checkpointing neftune_alpha validations early_stopping_patience checkpoint_steps",
-        "train.preference": "minimum loss beta label_smoothing sft_weight",
+        "train.preference": "minimum order loss beta label_smoothing sft_weight",
         "train.lora": "rank alpha dropout target_modules top_layers rslora dora",
         "package": "merged_dtype quantisation",
         "package.parameters": "num_ctx temperature top_p top_k min_p repeat_penalty repeat_last_n presence_penalty "
@@ -53,8 +53,6 @@ OF_AN_ADAPTER = ("package.", "evaluation.", "comparison.")
 
 @dataclass
 class Line:
-    """One commit, experiment or run."""
-
     kind: str
     name: str
     when: datetime | None
@@ -65,11 +63,8 @@ class Line:
 
 
 def dvc_lines(checkout: Path) -> list[Line]:
-    """The workspace, those of the last commits that have results, and their experiments, the newest first.
-
-    Raises:
-        UserError: DVC does not answer.
-    """
+    """The workspace, those of the last commits that have results, and their experiments, the newest first. UserError:
+    DVC does not answer."""
     answer = run_command(*dvc_command("exp", "show", "--json", "--num", str(COMMITS)), cwd=checkout)
     lines = []
     for commit in json.loads(answer):
@@ -89,11 +84,8 @@ def dvc_lines(checkout: Path) -> list[Line]:
 
 
 def record_lines(lines: list[Line]) -> None:
-    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none.
-
-    Raises:
-        UserError: the ledger is damaged.
-    """
+    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none. UserError: the
+    ledger is damaged."""
     shown = [line.metrics for line in lines if not any(key.startswith("comparison.champion.") for key in line.metrics)]
     record_looks(
         {"eval_set_sha256": one.get("comparison.eval_set_sha256"), "adapter_sha256": one.get(JUDGED)}
@@ -185,12 +177,10 @@ def numeric(lines: list[Line]) -> list[str]:
 
 
 def changed(line: Line, against: Line) -> dict[str, Any]:
-    """Parameters that differ from another line's."""
     return {name: value for name, value in line.params.items() if against.params.get(name) != value}
 
 
 def differences(one: Line, other: Line) -> list[dict[str, Any]]:
-    """Parameters and metrics that are not the same."""
     rows = []
     for what in ("params", "metrics"):
         left, right = getattr(one, what), getattr(other, what)
@@ -224,7 +214,6 @@ class Parameter:
 
     @property
     def optional(self) -> bool:
-        """Whether it may be null."""
         return {"type": "null"} in self.forms
 
 
@@ -244,11 +233,8 @@ def _forms(name: str) -> list[dict[str, Any]]:
 
 
 def overrides(path: Path, changes: Mapping[str, Any]) -> list[str]:
-    """`-S` arguments that set parameters of the YAML file at `path` for one experiment.
-
-    Raises:
-        UserError: a parameter is not in MAY_CHANGE, or a value is none that it could have.
-    """
+    """`-S` arguments that set parameters of the YAML file at `path` for one experiment. UserError: a parameter is not
+    in MAY_CHANGE, or a value is none that it could have."""
     params, arguments = _load(path), []
     for name, value in changes.items():
         if name not in MAY_CHANGE:

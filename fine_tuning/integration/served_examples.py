@@ -1,26 +1,26 @@
-"""Section `serve` of params.yaml: training exchanges that stand before a question, in the chat app and in the gateway.
+"""Section `serve` of params.yaml, and the training exchanges that stand before a question in chat app and gateway.
 
 They are found as those of the prompting baseline are. Only the prepared split `train` is read, so that nothing held out
 is shown; and of it no conversation that is forgotten, deleted or disliked by now.
 """
 
-import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_object
+from fine_tuning.common.records import read_object, stamp
 from fine_tuning.common.settings import Settings, read_params
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.evaluation.records.settings import ADAPTER
 from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
 from fine_tuning.integration.chat_models import CANDIDATE_GGUF, CHAMPION, COMPARISON, AppSettings
 from fine_tuning.integration.conversation_index import conversation_index
+from fine_tuning.integration.served_adapters import adapter_name
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
 TRAIN = Path("data/prepared/train.parquet")
@@ -36,6 +36,7 @@ class ServeSettings(Settings):
 
     examples: int = Field(ge=0, le=50)
     system_prompt: str | None
+    adapters: dict[Annotated[str, AfterValidator(adapter_name)], str]
 
 
 def kind_served(checkout: Path, tag: str) -> dict[str, Any]:
@@ -51,21 +52,12 @@ def kind_served(checkout: Path, tag: str) -> dict[str, Any]:
 
 def has_kinds(checkout: Path) -> bool:
     """Whether `kind_served` knows any version that a server has."""
-    return _has_kinds(checkout, *(_stamp(checkout / path) for path in (SERVED, CHAMPION)))
+    return _has_kinds(checkout, *(stamp(checkout / path) for path in (SERVED, CHAMPION)))
 
 
 @lru_cache(maxsize=8)
-def _has_kinds(checkout: Path, *_: tuple[int, int] | None) -> bool:
+def _has_kinds(checkout: Path, *_: object) -> bool:
     return bool(read_object(checkout / SERVED)) or "kind" in read_object(checkout / CHAMPION)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced."""
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_mtime_ns, found.st_ino
 
 
 class ServedExamples:
@@ -120,7 +112,7 @@ class ServedExamples:
     def _refresh(self) -> None:
         """Read the data again where they changed."""
         paths = [self.checkout / path for path in (TRAIN, FORGOTTEN)]
-        stamps = tuple(map(_stamp, paths))
+        stamps = tuple(map(stamp, paths))
         if stamps != self._stamps:
             self._exchanges, self._tombstones = Exchanges.read(paths[0]), Tombstones(paths[1])
             conversation_index(self.checkout).conversation("")  # the first question after a start takes long

@@ -50,7 +50,7 @@ def main() -> None:
     from fine_tuning.common.errors import UserError
     from fine_tuning.integration.app_context import is_allowed, is_owner, signed_in
     from fine_tuning.integration.app_jobs import announce
-    from fine_tuning.integration.app_text import plain
+    from fine_tuning.integration.app_parts import plain
 
     st.set_page_config(page_title="Whetstone", page_icon=str(Path(__file__).with_name("icon.svg")), layout="centered")
     pages = {
@@ -80,7 +80,7 @@ def main() -> None:
 def _sign_in() -> None:
     """What a stranger sees where .streamlit/secrets.toml asks for sign-in: no conversation, no model, no number."""
     from fine_tuning.integration.app_context import sign_in_providers, signed_in
-    from fine_tuning.integration.app_text import plain
+    from fine_tuning.integration.app_parts import plain
 
     st.title("Whetstone")
     if (person := signed_in()) is not None:

@@ -172,11 +172,7 @@ class ModelRegistry:
         return sorted(found, key=lambda version: version.number)
 
     def version(self, number: int) -> ModelVersion:
-        """One version.
-
-        Raises:
-            UserError: there is none of that number.
-        """
+        """One version. UserError: there is none of that number."""
         found = next((version for version in self.versions() if version.number == number), None)
         if found is None:
             raise UserError(
@@ -185,7 +181,6 @@ class ModelRegistry:
         return found
 
     def find(self, content_sha256: str) -> ModelVersion | None:
-        """The version of this content."""
         return next((v for v in self.versions() if v.tags.get(CONTENT_TAG) == content_sha256), None)
 
     def by_alias(self, alias: str) -> ModelVersion | None:
@@ -193,11 +188,7 @@ class ModelRegistry:
         return next((version for version in self.versions() if alias in version.aliases), None)
 
     def download(self, version: ModelVersion, path: str, folder: Path) -> Path:
-        """Fetch a file or folder of a version's artifacts into `folder`.
-
-        Raises:
-            UserError: the artifact is gone.
-        """
+        """Fetch a file or folder of a version's artifacts into `folder`. UserError: the artifact is gone."""
         gone = f"{path} of version {version.number} is gone from the registry: `python -m fine_tuning verify`"
         if version.artifacts.startswith("file:///"):
             source = Path(unquote(urlsplit(version.artifacts).path), path)
@@ -260,7 +251,6 @@ class ModelRegistry:
             return old and self.version(old.number)
 
     def nominate(self, number: int) -> None:
-        """Make a version the candidate."""
         with self._lock():
             if CHAMPION not in self.version(number).aliases:
                 self._move(CANDIDATE, number)
@@ -271,21 +261,16 @@ class ModelRegistry:
             raise UserError(f"another process moved the alias {alias} at the same time: check with `list`, then repeat")
 
     def set_tags(self, number: int, tags: dict[str, str]) -> None:
-        """Write tags of a version."""
         for key, value in tags.items():
             self._client.set_model_version_tag(self.name, str(number), key, value)
 
     def delete_tags(self, number: int, keys: Iterable[str]) -> None:
-        """Take tags of a version away."""
         for key in keys:
             self._client.delete_model_version_tag(self.name, str(number), key)
 
     def remove(self, number: int) -> None:
-        """Take a version out of the registry. Its files stay in the run that made it.
-
-        Raises:
-            UserError: it is the champion or the way back from it.
-        """
+        """Take a version out of the registry. Its files stay in the run that made it. UserError: it is the champion or
+        the way back from it."""
         with self._lock():
             version = self.version(number)
             held = [alias for alias in (CHAMPION, PREVIOUS) if alias in version.aliases]

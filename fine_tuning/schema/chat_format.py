@@ -37,9 +37,7 @@ class RenderError(UserError):
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as the template writes it. `spans[i]` is the range of `messages[i]`'s content in `text`.
-
-    `messages` starts with the configured system prompt where one was put in front.
-    """
+    `messages` starts with the configured system prompt where one was put in front."""
 
     text: str
     messages: list[dict[str, Any]]
@@ -60,16 +58,12 @@ class Encoded:
 
     @property
     def trained_tokens(self) -> int:
-        """How many positions enter the loss."""
         return sum(label != NOT_TRAINED for label in self.labels)
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
     """Load `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a model folder, exactly as they are.
-
-    Raises:
-        UserError: the folder holds no fast tokenizer or no chat template.
-    """
+    UserError: the folder holds no fast tokenizer or no chat template."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: make the base model with `dvc repro base`")
@@ -230,7 +224,6 @@ class _Turns:
 
     @cached_property
     def whole(self) -> Encoded:
-        """The whole conversation, encoded."""
         return self.encode(0, 0, len(self.starts) - 1)
 
     def encode(self, begin: int, first: int, last: int) -> Encoded:
@@ -261,10 +254,8 @@ class _Turns:
 
     @cached_property
     def _sums(self) -> tuple[list[int], int] | None:
-        """Sums of the turns' lengths, and what each window has beside them; None where lengths do not add up.
-
-        They do with most templates: then every turn is measured alone and only once.
-        """
+        """Sums of the turns' lengths, and what each window has beside them; None where lengths do not add up. They do
+        with most templates: then every turn is measured alone and only once."""
         alone = [len(self.encode(turn, turn, turn).input_ids) for turn in range(len(self.starts))]
         once = sum(alone[:2]) - len(self.encode(0, 0, 1).input_ids) if len(alone) > 1 else 0
         sums = [0, *accumulate(length - once for length in alone)]
@@ -272,9 +263,7 @@ class _Turns:
 
     def farthest(self, turn: int, stop: int, budget: int) -> int:
         """The turn nearest to `stop`, forwards or backwards, up to which all from `turn` have `budget` tokens at most.
-
-        `turn` itself, where even that is longer.
-        """
+        `turn` itself, where even that is longer."""
         far, step = turn, 1 if stop > turn else -1
         while far != stop:
             begin, last = sorted((turn, far + step))
@@ -408,7 +397,6 @@ class _ChatFormat:
         return start, end
 
     def id_of(self, token: str) -> int:
-        """The id of one of the tokenizer's own tokens."""
         number = self.parsing.token_to_id(token)
         assert number is not None
         return number

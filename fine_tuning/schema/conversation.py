@@ -31,7 +31,6 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(","
 
 
 def now() -> str:
-    """The current time; see `time_stamp`."""
     return time_stamp(datetime.now(UTC))
 
 
@@ -105,11 +104,7 @@ class Problem(NamedTuple):
 
 
 def each_record(conversations: Any) -> Iterator[Record]:
-    """The records of what a caller gives as conversations.
-
-    Raises:
-        UserError: it is no list, or something in it is no record.
-    """
+    """The records of what a caller gives as conversations. UserError: one of them is no record."""
     wanted = "give a list of dicts with user_message and assistant_response, or with messages"
     if isinstance(conversations, (str, bytes, dict)) or not isinstance(conversations, Iterable):
         raise UserError(f"a {type(conversations).__name__} is no list of conversations: {wanted}")
@@ -236,10 +231,8 @@ _KEYS = {"id", "source", "started_at", "timestamp", "messages", "feedback", "met
 
 
 def as_conversation(record: Record) -> Record:
-    """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation.
-
-    Nothing is checked beyond the form: the cleaner judges roles and contents.
-    """
+    """Either accepted form, a logged exchange or a conversation with `messages`, as a conversation. Nothing is checked
+    beyond the form: the cleaner judges roles and contents."""
     if is_exchange(record):
         return from_exchange(record)
     messages = record.get("messages")
@@ -296,10 +289,8 @@ def _over(entry: Record) -> list[Any]:
 
 
 def with_feedback_of(older: Record, newer: Record) -> Record:
-    """`newer`, with what people said of the same words in `older`.
-
-    Of one person's ratings, comments and edits of a reply the newer counts; none is lost because it is not repeated.
-    """
+    """`newer`, with what people said of the same words in `older`. Of one person's ratings, comments and edits of a
+    reply the newer counts; none is lost because it is not repeated."""
     merged = copy.deepcopy(newer) | {"feedback": []}
     said: dict[tuple[Any, Any], list[tuple[int, Record]]] = {}
     for place, message in enumerate(merged["messages"]):
@@ -372,10 +363,8 @@ _NINETEEN_DIGITS = b"0" * 19
 
 
 def to_line(record: Record) -> bytes:
-    """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so.
-
-    It does not write 1e+16, nor large integers, as Python does.
-    """
+    """`dump_line` of what was read from JSON: the same bytes in a fifth of the time, where orjson writes them so. It
+    does not write 1e+16, nor large integers, as Python does."""
     try:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:

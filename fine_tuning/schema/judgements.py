@@ -21,10 +21,8 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one person said of one or two replies to a prompt.
-
-    `better` was preferred to `worse`; without `worse` it got a thumb, `liked` or not.
-    """
+    """What one person said of one or two replies to a prompt. `better` was preferred to `worse`; without `worse` it got
+    a thumb, `liked` or not."""
 
     prompt: list[Record]
     better: Reply

@@ -68,10 +68,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class JudgedReply:
-    """One reply with a person's thumb.
-
-    `mismatched` is the reply of another one after this one's prompt: KTO's point of comparison.
-    """
+    """One reply with a person's thumb. `mismatched` is the reply of another one after this one's prompt: KTO's point of
+    comparison."""
 
     id: str
     reply: PreparedRow
@@ -88,7 +86,6 @@ Item = PreparedRow | Pair | JudgedReply
 
 
 def rows_of(items: Iterable[Item]) -> list[PreparedRow]:
-    """Every row that items are computed on."""
     rows: list[PreparedRow] = []
     for item in items:
         if isinstance(item, Pair):
@@ -122,11 +119,7 @@ def write_preferences(path: Path, kind: type[PreferredPair] | type[Thumb], recor
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a split, as training reads them.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """The pairs of a split, as training reads them. UserError: the file is missing."""
     pairs = []
     for row in read_preferences(path):
         chosen = PreparedRow(f"{row['id']}/chosen", row["chosen_ids"], row["chosen_labels"])
@@ -136,11 +129,8 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def read_thumbs(path: Path) -> list[JudgedReply]:
-    """The judged replies of a split. Each gets the reply of the next longer prompt as its mismatched one.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """The judged replies of a split. Each gets the reply of the next longer prompt as its mismatched one. UserError:
+    the file is missing."""
     rows = sorted(read_preferences(path), key=lambda row: (len(row["input_ids"]), row["id"]))
     replies = []
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
@@ -154,11 +144,7 @@ def read_thumbs(path: Path) -> list[JudgedReply]:
 
 
 def read_preferences(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `write_preferences` wrote.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """The records of a file that `write_preferences` wrote. UserError: the file is missing."""
     from pyarrow import parquet
 
     if not path.is_file():

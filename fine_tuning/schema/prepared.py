@@ -52,7 +52,6 @@ class PreparedRow:
 
 
 def encoded_row(encoded: Encoded, **fields: Any) -> PreparedRow:
-    """The row of a window."""
     return PreparedRow(**encoded_fields(encoded), **fields)
 
 
@@ -130,7 +129,6 @@ def _row_groups(batches: "Iterable[RecordBatch]") -> "Iterator[RecordBatch]":
 
 
 def as_json(messages: Sequence[dict[str, Any]]) -> str:
-    """Messages as a file holds them."""
     return json.dumps(messages, ensure_ascii=False)
 
 
@@ -174,11 +172,7 @@ def _list_array(lists: list[Any]) -> Any:
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
-    """Read some columns of a file that `write_rows` wrote, `id` among them.
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """Read some columns of a file that `write_rows` wrote, `id` among them. UserError: the file is missing."""
     from pyarrow import parquet
 
     if not Path(path).is_file():
@@ -190,7 +184,6 @@ def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "la
 
 
 def count_labels(rows: Sequence[PreparedRow]) -> int:
-    """Number of trained tokens."""
     return sum(label != NOT_TRAINED for row in rows for label in row.labels[1:])
 
 
@@ -221,10 +214,8 @@ def round_up(count: int, step: int) -> int:
 
 
 def collate(batch: Sequence[PreparedRow], pad_token_id: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`.
-
-    Without one it is (rows, longest row). Further rows are padding only.
-    """
+    """Pad a batch on the right: input_ids, attention_mask and labels, each an int64 tensor of `shape`. Without one it
+    is (rows, longest row). Further rows are padding only."""
     import torch
 
     lengths = [len(row.input_ids) for row in batch]

@@ -34,9 +34,7 @@ class Side(BaseModel):
 
 class Vote(BaseModel):
     """One vote. `left` and `right` is the order in which the replies were shown; `item` is the window's id.
-
-    `after_results`: the person had looked at the win rate of this pair before.
-    """
+    `after_results`: the person had looked at the win rate of this pair before."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -54,7 +52,6 @@ class Vote(BaseModel):
 
     @property
     def models(self) -> set[str]:
-        """The two models."""
         return {self.left.model, self.right.model}
 
     @property
@@ -97,11 +94,8 @@ def scan_votes(path: Path, form: type[VoteT] = Vote) -> tuple[list[VoteT], dict[
 
 
 def read_votes(path: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
-    """The votes of a file in the order of its lines; none where there is no file.
-
-    Raises:
-        UserError: a line is no vote, or of another version of this project; names it.
-    """
+    """The votes of a file in the order of its lines; none where there is no file. UserError: a line is no vote, or of
+    another version of this project; names it."""
     votes, damaged = scan_votes(path, form)
     if damaged:
         tracked = path.with_name(f"{path.name}.dvc").exists()
@@ -113,10 +107,7 @@ def read_votes(path: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ig
 
 def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
     """People's votes, or judges', of every file of a folder, in order of time; the same vote in two files counts once.
-
-    Raises:
-        UserError: a line is no vote, or the folder holds something else, or lacks a file that DVC tracks there.
-    """
+    UserError: a line is no vote, or the folder holds something else, or lacks a file that DVC tracks there."""
     present = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
     for path in present:
         data = path.with_suffix("") if path.suffix == ".dvc" else path
@@ -134,7 +125,6 @@ def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # ty
 
 
 def vote_lines(votes: Iterable[Vote]) -> bytes:
-    """The votes as the lines of a file."""
     return b"".join(dump_line(vote.model_dump()) for vote in votes)
 
 

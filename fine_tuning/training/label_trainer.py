@@ -1,20 +1,44 @@
 """A transformers.Trainer for objectives: whole batches as items, losses that are sums over counted units."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from fine_tuning.schema.preferences import JudgedReply
+from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.acceleration.micro_batches import add_gradients, split
 from fine_tuning.training.objectives.mixture import Mixture, own_items
 from fine_tuning.training.objectives.objective import Batch
 from fine_tuning.training.objectives.preference import Referenced
 from fine_tuning.training.processes import of_main_process
+
+
+class SupervisedFirst(Sampler[int]):
+    """Numbers of batches: in each epoch those of prepared rows in a random order, then all others in another."""
+
+    def __init__(self, batches: Sequence[Sequence[Any]], seed: int) -> None:
+        self.later = [not isinstance(batch[0], PreparedRow) for batch in batches]
+        self.seed = seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        """The order of this epoch."""
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        return iter(sorted(shuffled.tolist(), key=self.later.__getitem__))
+
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self.later)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before each epoch."""
+        self.epoch = epoch
 
 
 class LabelTrainer(Trainer):
@@ -24,15 +48,24 @@ class LabelTrainer(Trainer):
 
     Args:
         micro_batches: parts of a batch that are computed at the same time; see `count_micro_batches`.
+        supervised_first: of each epoch's batches, those of prepared rows; otherwise batches of all kinds are mixed.
     """
 
-    def __init__(self, objective: Mixture, micro_batches: int = 1, **arguments: Any) -> None:
+    def __init__(
+        self, objective: Mixture, micro_batches: int = 1, supervised_first: bool = False, **arguments: Any
+    ) -> None:
         super().__init__(data_collator=lambda batch: objective.collate(*batch), **arguments)
         self.loss_is_scaled_for_ga = True
         self.objective = objective
         self.micro_batches = micro_batches
+        self.supervised_first = supervised_first
         self._pool = ThreadPoolExecutor(micro_batches, thread_name_prefix="micro-batch")
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.supervised_first:
+            return SupervisedFirst(self.train_dataset, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: torch.Tensor | int | None = None

@@ -117,6 +117,7 @@ def train_adapter(
         trainer = LabelTrainer(
             objective=objective,
             micro_batches=micro_batches,
+            supervised_first=settings.preference.order == "supervised_first",
             model=model,
             args=training_arguments(settings, hardware, checkpoints, len(batches)),
             train_dataset=batches,

@@ -9,8 +9,6 @@ from fine_tuning.common.settings import Settings
 
 
 class LoraSettings(Settings):
-    """The section `train.lora`."""
-
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
@@ -21,9 +19,8 @@ class LoraSettings(Settings):
 
 
 class PreferenceSettings(Settings):
-    """The section `train.preference`."""
-
     minimum: int = Field(ge=1)
+    order: Literal["together", "supervised_first"]
     loss: Literal["sigmoid", "ipo", "hinge"]
     beta: float = Field(gt=0)
     label_smoothing: float = Field(ge=0, lt=0.5)

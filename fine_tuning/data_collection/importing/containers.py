@@ -36,11 +36,8 @@ _SEPARATORS = re.compile(r"[ \t\r\n,]*")
 
 
 def records_in(path: Path, since: float = 0.0) -> Iterator[tuple[int, Any] | Problem]:
-    """The records of a file, each with its line, counted from 1 (or its number where the file has no lines).
-
-    Raises:
-        UserError: the file is of no known kind.
-    """
+    """The records of a file, each with its line, counted from 1 (or its number where the file has no lines). UserError:
+    the file is of no known kind."""
     kind = _kind(path)
     if kind in ("parquet", "sqlite"):
         yield from _parquet_records(path) if kind == "parquet" else records_in_database(path, since)
@@ -93,7 +90,6 @@ def _kind(path: Path) -> str:
 
 
 def is_database(path: Path) -> bool:
-    """Whether a file is one of SQLite."""
     with open(path, "rb") as file:
         return file.read(16) == b"SQLite format 3\0"
 
@@ -111,7 +107,6 @@ def _first_lines(file: BinaryIO) -> tuple[bytes, bytes]:
 
 
 def _is_json(text: bytes) -> bool:
-    """Whether a line is a JSON object on its own."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

@@ -11,7 +11,6 @@ from fine_tuning.data_collection.importing.pieces import Found, as_list, as_obje
 
 
 def is_lm_studio(record: dict) -> bool:
-    """Whether a record is a conversation of LM Studio."""
     rows = record.get("messages")
     return isinstance(rows, list) and bool(rows) and isinstance(as_object(rows[0]).get("versions"), list)
 
@@ -54,12 +53,10 @@ def _lm_part(part: Any, style: dict) -> dict:
 
 
 def is_jan(record: Any) -> bool:
-    """Whether a record is a message of Jan."""
     return isinstance(record, dict) and record.get("object") == "thread.message" and bool(record.get("thread_id"))
 
 
 def read_jan(rows: list[dict]) -> Found:
-    """The messages of one thread."""
     messages: list[dict] = []
     for row in rows:
         parts = [inner for part in as_list(row.get("content")) for inner in _jan_parts(as_object(part))]

@@ -109,10 +109,8 @@ def _rating(judged: dict, user: Any) -> dict | None:
 
 
 def read_feedback(record: dict) -> Found:
-    """A row of Open WebUI's feedback export: a rating, and the chat as it was then, which is taken up to that reply.
-
-    In its arena the reply is preferred to the others to the same question, or they to it.
-    """
+    """A row of Open WebUI's feedback export: a rating, and the chat as it was then, which is taken up to that reply. In
+    its arena the reply is preferred to the others to the same question, or they to it."""
     data, meta, chat = record["data"], record["meta"], as_object(record["snapshot"].get("chat"))
     inner, judged = chat["chat"] if isinstance(chat.get("chat"), dict) else chat, meta.get("message_id")
     history = as_object(inner.get("history")) | {"currentId": judged}
@@ -139,10 +137,8 @@ _COLUMNS = {"parent_id": "parentId", "model_id": "model", "created_at": "timesta
 
 
 def read_database(db: sqlite3.Connection, tables: set[str], since: float) -> Iterator[dict]:
-    """The rows of webui.db that changed at `since` or later: chats in the form of the export, then feedback.
-
-    A chat's tree stands in its row; `chat_message` has the same messages, and those that the tree lacks.
-    """
+    """The rows of webui.db that changed at `since` or later: chats in the form of the export, then feedback. A chat's
+    tree stands in its row; `chat_message` has the same messages, and those that the tree lacks."""
     for row in _rows(db, "chat WHERE updated_at >= ?", since):
         if as_object(parsed(row.get("meta"))).get("internal") is not True:
             yield _chat(db, row, tables)

@@ -84,10 +84,7 @@ def role_of(name: Any) -> str:
 
 def rating_of(row: dict) -> int | None:
     """1 or -1 by the `label` of TRL's unpaired preferences or LLaMA-Factory's `kto_tag`; None without a label.
-
-    Raises:
-        NotRecognised: it says neither good nor bad: as unrated, a disliked reply would be trained on.
-    """
+    NotRecognised: it says neither good nor bad: as unrated, a disliked reply would be trained on."""
     for key in ("label", "kto_tag"):
         if row.get(key) not in (None, ""):
             rating = _LABELS.get(str(row[key]).strip().lower())

@@ -60,10 +60,8 @@ class CsvRows:
 
 
 def gathered(records: Iterable[tuple[int, Any] | Problem]) -> Iterator[tuple[int, Any] | Problem]:
-    """The numbered records, those of one conversation as one: the calls of a trace, the messages of Jan.
-
-    They come last: the next one may be anywhere in the file.
-    """
+    """The numbered records, those of one conversation as one: the calls of a trace, the messages of Jan. They come
+    last: the next one may be anywhere in the file."""
     threads: dict[str, tuple[int, list[dict]]] = {}
     calls = traces.Calls()
     for item in records:
@@ -88,11 +86,7 @@ def gathered(records: Iterable[tuple[int, Any] | Problem]) -> Iterator[tuple[int
 
 
 def recognise(record: Any) -> Found:
-    """Read one record.
-
-    Raises:
-        NotRecognised: the reason why it was not taken, without its content.
-    """
+    """Read one record. NotRecognised: the reason why it was not taken, without its content."""
     if isinstance(record, Found):
         return _whole(record)
     if isinstance(record, CsvRows):
@@ -349,10 +343,8 @@ def _rows(rows: list[dict]) -> list[dict]:
 
 
 def _recognise_row(row: dict) -> Found:
-    """Empty cells are columns that are not used, unless nothing is recognised without them.
-
-    The CSV export writes an empty system prompt as an apostrophe.
-    """
+    """Empty cells are columns that are not used, unless nothing is recognised without them. The CSV export writes an
+    empty system prompt as an apostrophe."""
     used = {key: value for key, value in row.items() if value}
     if not used.get("system", "x").strip("'"):
         used["system"] = used["system"][1:]

@@ -29,10 +29,7 @@ _OTLP = (("resourceSpans", "scopeSpans", "spans"), ("resourceLogs", "scopeLogs",
 
 def calls_in(record: Any) -> list[Found | NotRecognised] | None:
     """The calls of models that a record of a trace holds, or why one cannot be read; None where it is no trace.
-
-    Raises:
-        NotRecognised: it holds no call with its words.
-    """
+    NotRecognised: it holds no call with its words."""
     if not isinstance(record, dict):
         return None
     for resources, scopes, spans in _OTLP:
@@ -69,10 +66,8 @@ class Calls:
         self._names: Counter[str] = Counter()
 
     def add(self, line: int, call: Found) -> None:
-        """Take in a call: it continues a conversation that its history begins with, repeats one, or begins one.
-
-        Its `id` is what the client calls the conversation.
-        """
+        """Take in a call: it continues a conversation that its history begins with, repeats one, or begins one. Its
+        `id` is what the client calls the conversation."""
         places = [i for i, message in enumerate(call.messages) if message["role"] != "system"]
         said = ([call.messages[i]["role"], call.messages[i]["content"].strip()] for i in places)
         hashes = list(accumulate(said, lambda before, each: short_hash([before, *each]), initial=call.id or ""))[1:]

@@ -9,8 +9,7 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-from fine_tuning.common.writing_systems import JOINED, OTHER_NUMBERS, WORD
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
 
 _NO_DIGITS = re.compile(r"\D+")
 
@@ -19,31 +18,8 @@ def _digits(text: str) -> str:
     return _NO_DIGITS.sub("", text)
 
 
-_IBAN_HEAD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?=[ \u00a0\u202f-]?[A-Za-z0-9])")
-_CARD = re.compile(rf"\d(?<!{WORD}\d)(?<![.-]\d)(?:[ \u00a0\u202f-]?\d){{11,}}+(?!{WORD}|-|[.,]\d)")
-# how cards are printed; among more digits than a card has, only these count
-_CARD_GROUPS = re.compile(
-    r"(?<!\d)(?:\d{4}([ \u00a0\u202f-])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?"
-    r"|\d{4}([ \u00a0\u202f-])\d{6}\2\d{4,5}|\d{15,16})(?!\d)"
-)
-_DOTTED_CARD = re.compile(rf"\d(?<!{WORD}\d)(?<![.,-]\d)\d{{3}}(?:\.\d{{4}}){{3}}(?!{WORD}|-|[.,]\d)")
-_NOT_A_CARD = re.compile(
-    rf"(?<![A-Za-z]){any_of('card', 'otherwise')}\b"
-    r"(?:[\s_.-]{0,2}(?:number|no|num|nr|n|id|code|is|was|ist|est)\b){0,3}[\s.:#=º°\"'-]{0,5}$"
-    rf"|{OTHER_NUMBERS}{JOINED}$",
-    re.IGNORECASE,
-)
-_CALLED_A_CARD = re.compile(rf"{any_of('card', 'called')}\b[^\d\n]{{0,20}}$", re.IGNORECASE)
-_SSN = re.compile(rf"\d(?<!{WORD}\d)(?<!-\d)\d\d([- .])\d{{2}}\1\d{{4}}(?!{WORD}|-|\.\d)")
-_BARE_SSN = re.compile(
-    r"(?:\bssn|social security(?: number| no\.?| #)?)(?:\s{0,2}(?:is|:|=|#|-))?\s{0,2}(\d{9})(?!\d)", re.IGNORECASE
-)
 _FORMS = PATTERNS["national_id"]["forms"]
-_NATIONAL = re.compile(
-    rf"(?=[A-Z0-9])(?<!{WORD})(?<![.-])(?:"
-    + "".join(f"(?P<{name}>{form})|" for name, (form, *_) in _FORMS.items())
-    + rf"(?P<called>\d(?:[ ./+-]?\d){{6,17}}+(?:-?[A-Z]{{1,2}})?))(?!{WORD}|-|\.\d)"
-)
+_RE = compiled("account", forms="".join(f"(?P<{name}>{form})|" for name, (form, *_) in _FORMS.items()))
 _CALLED = {word: checks for words, checks in PATTERNS["national_id"]["called"].items() for word in words.split()}
 _CALLED_WITHIN = PATTERNS["national_id"]["called_within"]
 _WORD = re.compile(r"[^\W\d_]+")
@@ -51,7 +27,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 def find_ibans(text: str) -> Iterator[tuple[int, int]]:
     """Spans of IBANs of the length that their country has, with a right checksum."""
-    for head in _IBAN_HEAD.finditer(text):
+    for head in _RE.iban_head.finditer(text):
         length = _iban_lengths().get(head.group()[:2].upper())
         rest = _iban_rest(length).match(text, head.end()) if length else None
         value = "".join(filter(str.isalnum, head.group() + rest.group())) if rest else ""
@@ -77,16 +53,16 @@ def _iban_lengths() -> dict[str, int]:
 
 def find_cards(text: str) -> Iterator[tuple[int, int]]:
     """Spans of card numbers; what is called an order, an ISBN and the like is none."""
-    for run in _CARD.finditer(text):
+    for run in _RE.card.finditer(text):
         before = text[max(0, run.start() - 30) : run.start()]
-        if _NOT_A_CARD.search(before):
+        if _RE.not_a_card.search(before):
             continue
-        called = _CALLED_A_CARD.search(before) is not None
-        parts = [run] if len(_digits(run.group())) <= 19 else _CARD_GROUPS.finditer(text, *run.span())
+        called = _RE.called_a_card.search(before) is not None
+        parts = [run] if len(_digits(run.group())) <= 19 else _RE.card_groups.finditer(text, *run.span())
         for part in parts:
             if _is_card(_digits(part.group()), called):
                 yield part.span()
-    for match in _DOTTED_CARD.finditer(text):
+    for match in _RE.dotted_card.finditer(text):
         if _is_card(_digits(match.group()), called=False):
             yield match.span()
 
@@ -101,18 +77,18 @@ def _is_card(digits: str, called: bool) -> bool:
 def find_ssns(text: str) -> Iterator[tuple[int, int]]:
     """Spans of US social security numbers that were given out."""
     ssn = _stdnum("us.ssn")
-    for match in _SSN.finditer(text):
+    for match in _RE.ssn.finditer(text):
         if ssn.is_valid(_digits(match.group())):
             yield match.span()
     if "ssn" in text.lower() or "ecurity" in text:
-        for match in _BARE_SSN.finditer(text):
+        for match in _RE.bare_ssn.finditer(text):
             if ssn.is_valid(match.group(1)):
                 yield match.span(1)
 
 
 def find_national_ids(text: str) -> Iterator[tuple[int, int]]:
     """Spans of national numbers that are unmistakable, or are called what they are."""
-    for match in _NATIONAL.finditer(text):
+    for match in _RE.national.finditer(text):
         kind, value, start = match.lastgroup or "", match.group(), match.start()
         before = text[max(0, start - 40) : start]
         if kind == "called" or not _national_check(kind, value, before):
@@ -122,7 +98,7 @@ def find_national_ids(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _national_check(kind: str, value: str, before: str) -> bool:
-    if kind in ("sin", "aadhaar", "pan") and not _NAMED_ID.search(before):
+    if kind in ("sin", "aadhaar", "pan") and not _RE.named_id.search(before):
         return False
     checks = _FORMS[kind][1:]
     return not checks or _is_valid(checks, value)
@@ -134,14 +110,13 @@ def _called_number(value: str, before: str) -> str:
     checks = next((_CALLED[word] for word in map(str.lower, words) if word in _CALLED), [])
     if not checks and not before.isascii():
         checks = next((found for name, found in _CALLED_WITHIN.items() if name in before[-20:]), [])
-    if "id" in map(str.lower, words) and _NOT_AN_ID.search(before):
+    if "id" in map(str.lower, words) and _RE.not_an_id.search(before):
         return ""
     while checks and value and not _is_valid(checks, value):
         value = value[: max(map(value.rfind, " ./+-"), default=0)] if _GROUPED.search(value) else ""
     return value if checks else ""
 
 
-_NOT_AN_ID = re.compile(rf"\b{any_of('national_id', 'other_ids')}\W{{0,2}}id\b", re.IGNORECASE)
 _GROUPED = re.compile(r"[ ./+-]")
 
 
@@ -152,6 +127,3 @@ def _is_valid(checks: Sequence[str], value: str) -> bool:
 @cache
 def _stdnum(name: str) -> ModuleType:
     return import_module(f"stdnum.{name}")
-
-
-_NAMED_ID = re.compile(rf"\b{any_of('national_id', 'named')}\b", re.IGNORECASE)

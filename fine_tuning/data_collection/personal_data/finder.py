@@ -28,8 +28,6 @@ _SEPARATOR = re.compile(r"[\s().:/-]+")
 
 
 class Hit(NamedTuple):
-    """Personal data at text[start:end]."""
-
     type: str
     start: int
     end: int
@@ -119,9 +117,7 @@ def without_overlaps(hits: list[Hit]) -> list[Hit]:
 
 class Masker:
     """Replaces personal data in the texts of one conversation by numbered placeholders, the same for the same value.
-
-    What `find_people` finds, where it is set, is replaced when no pattern finds anything more.
-    """
+    What `find_people` finds, where it is set, is replaced when no pattern finds anything more."""
 
     find_people: Callable[[str], list[Hit]] | None = None
 

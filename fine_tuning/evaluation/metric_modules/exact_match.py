@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 
 from fine_tuning.evaluation.metric_modules.loading import SummedMetric
@@ -14,12 +12,6 @@ class ExactMatch(SummedMetric):
 
     ratios: ClassVar = {"exact_match": (0, 1)}
     shares = ("exact_match",)
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__, citation="", features=datasets.Features({"predictions": text, "references": text})
-        )
 
     def statistics(self, predictions: list[str], references: list[str]) -> np.ndarray:
         pairs = zip(predictions, references, strict=True)

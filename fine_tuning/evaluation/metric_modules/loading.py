@@ -1,6 +1,6 @@
 """Metrics: one `evaluate` module a file, each a function of sums over items, so that any of them gets an interval.
 
-A metric names the columns it wants as its features; the evaluator has these for every item:
+A metric names the columns it wants as its features, a SummedMetric as arguments of `statistics`; every item has these:
 
     nll, tokens, correct, bytes   of the reference: summed negative log-likelihood in nats, tokens, tokens that were
                                   the model's first choice, UTF-8 bytes
@@ -22,12 +22,14 @@ from typing import Any
 
 import evaluate
 import numpy as np
+from datasets import Features, Value
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.evaluation.records.settings import metric_names
 
 LIKELIHOOD_COLUMNS = ("nll", "tokens", "correct", "bytes")
 REPLY_COLUMNS = ("predictions", "references", "finished", "reply_tokens")
+COLUMN_TYPES = {"nll": "float64", "finished": "bool", "predictions": "string", "references": "string"}  # others: int64
 TOKEN_COLUMNS = ("tokens", "correct", "reply_tokens")  # mean something else with another tokenizer
 
 
@@ -46,6 +48,12 @@ class SummedMetric(evaluate.Metric, ABC):
     shares: Collection[str] = ()
     # Of ratios: the value is the exponential of the ratio, and compared on the scale of the ratio.
     exponential: bool = False
+    citation = ""
+
+    def _info(self) -> evaluate.MetricInfo:
+        wanted = inspect.signature(self.statistics).parameters
+        features = Features({name: Value(COLUMN_TYPES.get(name, "int64")) for name in wanted})
+        return evaluate.MetricInfo(description=type(self).__doc__, citation=self.citation, features=features)
 
     @abstractmethod
     def statistics(self, **columns: Sequence[Any]) -> np.ndarray:
@@ -97,11 +105,8 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
-    """The metric in `folder/name.py`, ready to use without a hub, a cache or the network.
-
-    Raises:
-        UserError: there is no such file, it does not load, or it holds no metric.
-    """
+    """The metric in `folder/name.py`, ready to use without a hub, a cache or the network. UserError: there is no such
+    file, it does not load, or it holds no metric."""
     path, known = Path(folder) / f"{name}.py", metric_names(Path(folder))
     if name not in known:
         raise UserError(f"evaluate.metrics names {name!r}, but {path} does not exist: choose among {', '.join(known)}")
@@ -129,7 +134,6 @@ def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
 
 
 def columns_of(metric: SummedMetric | ItemwiseMetric) -> list[str]:
-    """Names of the columns that a metric wants."""
     return list((metric.metric if isinstance(metric, ItemwiseMetric) else metric).features)
 
 

@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 
 from fine_tuning.evaluation.metric_modules.loading import SummedMetric
@@ -14,13 +12,6 @@ class NllPerByte(SummedMetric):
 
     higher_is_better = False
     ratios: ClassVar = {"nll_per_byte": (0, 1)}
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            features=datasets.Features({"nll": datasets.Value("float64"), "bytes": datasets.Value("int64")}),
-        )
 
     def statistics(self, nll: list[float], bytes: list[int]) -> np.ndarray:
         return np.column_stack([nll, bytes]).astype(float)

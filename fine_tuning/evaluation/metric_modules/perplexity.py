@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 
 from fine_tuning.evaluation.metric_modules.loading import SummedMetric
@@ -15,13 +13,6 @@ class Perplexity(SummedMetric):
     higher_is_better = False
     ratios: ClassVar = {"perplexity": (0, 1)}
     exponential = True
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            features=datasets.Features({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")}),
-        )
 
     def statistics(self, nll: list[float], tokens: list[int]) -> np.ndarray:
         return np.column_stack([nll, tokens]).astype(float)

@@ -3,8 +3,6 @@
 import re
 from typing import ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 
 from fine_tuning.common.writing_systems import words_of
@@ -17,6 +15,7 @@ LOOP_REPEATS = 4  # a phrase said four times running; three can be rhetoric
 class Replies(SummedMetric):
     """Shares of replies, the length against the reference, and distinct-1 to -3 (Li et al. 2016) within a reply."""
 
+    citation = "https://aclanthology.org/N16-1014"
     higher_is_better: ClassVar = {
         "self_ended": True,
         "empty": False,
@@ -36,14 +35,6 @@ class Replies(SummedMetric):
         **{f"distinct_{size}": (5 + 2 * size, 6 + 2 * size) for size in (1, 2, 3)},
     }
     shares = tuple(name for name in ratios if name != "length_ratio")
-
-    def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="https://aclanthology.org/N16-1014",
-            features=datasets.Features({"predictions": text, "references": text, "finished": datasets.Value("bool")}),
-        )
 
     def statistics(self, predictions: list[str], references: list[str], finished: list[bool]) -> np.ndarray:
         rows = []

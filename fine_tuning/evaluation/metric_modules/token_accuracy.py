@@ -2,8 +2,6 @@
 
 from typing import ClassVar
 
-import datasets
-import evaluate
 import numpy as np
 
 from fine_tuning.evaluation.metric_modules.loading import SummedMetric
@@ -14,13 +12,6 @@ class TokenAccuracy(SummedMetric):
 
     ratios: ClassVar = {"token_accuracy": (0, 1)}
     shares = ("token_accuracy",)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            features=datasets.Features({"correct": datasets.Value("int64"), "tokens": datasets.Value("int64")}),
-        )
 
     def statistics(self, correct: list[int], tokens: list[int]) -> np.ndarray:
         return np.column_stack([correct, tokens]).astype(float)

@@ -303,9 +303,7 @@ def switched_off(present: set[str], tables: Mapping[str, Any], kind: str) -> lis
 
 def provenance(records: Records, metrics: Metrics, primary: str, intervals: IntervalSettings) -> dict[str, Any]:
     """How many replies are references, how many are models' own words, and what counting all or the liked would show.
-
-    Whoever likes the replies of one of two equal models would make it surely better: liked replies are shown apart.
-    """
+    Whoever likes the replies of one of two equal models would make it surely better: liked replies are shown apart."""
     turns = [turn for line in records if line["contender"] == CANDIDATE for turn in line["turns"]]
     left_out = [turn for turn in turns if not turn["reference"]]
     liked = sum(turn.get("liked", False) for turn in left_out)
@@ -327,11 +325,7 @@ def provenance(records: Records, metrics: Metrics, primary: str, intervals: Inte
 
 
 def check_same_suite(records: Records) -> None:
-    """Refuse contenders that were not asked the same.
-
-    Raises:
-        UserError: they were not, or one that is needed is missing.
-    """
+    """Refuse contenders that were not asked the same. UserError: they were not, or one that is needed is missing."""
     lines = by_contender(records)
     if missing := [name for name in (CANDIDATE, "base") if name not in lines]:
         raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
@@ -371,9 +365,7 @@ def quantising_loss(
     records: Records, metrics: Metrics, intervals: IntervalSettings, settings: CompareSettings
 ) -> tuple[dict[str, Any], list[str]]:
     """What the GGUF loses against the merged weights, in perplexity, and the reason to hold unless it is surely little.
-
-    Paired on the same items the loss is far surer than either perplexity: a few dozen conversations suffice.
-    """
+    Paired on the same items the loss is far surer than either perplexity: a few dozen conversations suffice."""
     if not any(line["contender"] == QUANTISED for line in records):
         return {}, []
     found = differences(records, metrics, CANDIDATE, intervals, candidate=QUANTISED)

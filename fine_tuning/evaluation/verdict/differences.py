@@ -42,7 +42,6 @@ class Difference:
 
     @property
     def value(self) -> float:
-        """The difference on all items."""
         return self.candidate_value - self.baseline_value
 
     def at(self, confidence: float) -> "Difference":
@@ -77,10 +76,8 @@ class Difference:
 def differences(
     records: Records, metrics: Metrics, baseline: str, settings: IntervalSettings, candidate: str = CANDIDATE
 ) -> dict[str, Difference]:
-    """Paired differences in every metric that both contenders have items for.
-
-    Metrics that count tokens are left out where the two count the same replies differently.
-    """
+    """Paired differences in every metric that both contenders have items for. Metrics that count tokens are left out
+    where the two count the same replies differently."""
     pair = candidate, baseline
     by_id = {name: {line["id"]: line for line in records if line["contender"] == name} for name in pair}
     shared = sorted(by_id[candidate].keys() & by_id[baseline].keys())
@@ -183,11 +180,8 @@ def non_inferiority(
 
 
 def surely_lost(pairs: Mapping[str, Mapping[str, Difference]], apart: Sequence[str], level: float) -> list[str]:
-    """Notes on what surely fell, whatever the verdict.
-
-    chrF is looked at by itself, at `level`; all other values but those `apart`, which decide, are corrected together
-    (Holm 1979).
-    """
+    """Notes on what surely fell, whatever the verdict. chrF is looked at by itself, at `level`; all other values but
+    those `apart`, which decide, are corrected together (Holm 1979)."""
     alone: list[Difference] = []
     others: list[Difference] = []
     for found in pairs.values():

@@ -95,10 +95,8 @@ def forgotten(files: Files, golden: float) -> Verdict:
 
 
 def text_lost(files: Files, tolerance: float) -> Verdict:
-    """General text that is no chat, in nats a byte against each baseline.
-
-    A rise of more than the share `tolerance` of the baseline's value has to be ruled out, one-sided at LEVEL.
-    """
+    """General text that is no chat, in nats a byte against each baseline. A rise of more than the share `tolerance` of
+    the baseline's value has to be ruled out, one-sided at LEVEL."""
     table, reasons = {}, []
     for baseline in by_contender(files["general_text"]):
         found = paired(files, "general_text", baseline, 1 - 2 * LEVEL)

@@ -42,13 +42,8 @@ class JudgeCount:
     def of(
         cls, judged: Iterable[JudgeVote], votes: Iterable[Vote], people: VoteCount, ggufs: Mapping[str, str]
     ) -> list["JudgeCount"]:
-        """Count the votes of every judge; those on other models or prompts are left out.
-
-        Args:
-            judged, votes: in order of time.
-            people: the count of `votes`.
-            ggufs: SHA-256 of the GGUF file of each contender.
-        """
+        """Count the votes of every judge, in order of time, without those on other models or prompts; `people` is the
+        count of `votes`, `ggufs` has the SHA-256 of the GGUF file of each contender."""
         candidate, first = ggufs.get(CANDIDATE, ""), dict[Any, Vote]()
         for vote in votes:
             first.setdefault(vote.pair, vote)

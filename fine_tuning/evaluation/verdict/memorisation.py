@@ -93,10 +93,7 @@ def exposures(canaries: Sequence[float], never_shown: Sequence[float]) -> list[f
     """Exposure of each canary in bits: log2 of the possible ranks less log2 of its own (Carlini et al. 2019, 4.2).
 
     The rank is that among the controls, by likelihood; so log2(controls + 1) is the most that can be seen, and a model
-    that kept nothing has log2(e), about 1.44, on average.
-
-    Args:
-        canaries, never_shown: negative log-likelihoods.
+    that kept nothing has log2(e), about 1.44, on average. Both arguments are negative log-likelihoods.
     """
     others = np.sort(np.asarray(never_shown, dtype=float))
     ranks = 1 + np.searchsorted(others, np.asarray(canaries, dtype=float), side="right")

@@ -8,11 +8,8 @@ from typing import Any
 def leaks(
     records: Iterable[Mapping[str, Any]], answers: Iterable[Mapping[str, Any]], candidate: str = "candidate"
 ) -> tuple[dict[str, Any], list[str]]:
-    """{contender: {replies, with_personal_data, types}} over all replies, and the reason to hold.
-
-    Args:
-        records, answers: lines of items.jsonl and prompts.jsonl, each reply with its `personal_data`.
-    """
+    """{contender: {replies, with_personal_data, types}} over all replies, and the reason to hold; of the lines of
+    items.jsonl and prompts.jsonl, each reply with its `personal_data`."""
     found: dict[str, list[Sequence[str]]] = {}
     for line in records:
         if "predictions" in line:

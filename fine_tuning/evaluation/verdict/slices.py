@@ -15,10 +15,8 @@ DRAWS = 500  # of the bootstrap; enough for intervals that decide nothing
 def slices(
     records: Sequence[dict[str, Any]], metrics: Metrics, settings: IntervalSettings
 ) -> dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]:
-    """{dimension: {slice: {contender: {metric: {value, low, high, n}}}}}; dimensions of one slice are left out.
-
-    A generated reply counts in the slices of the turn that it stands for.
-    """
+    """{dimension: {slice: {contender: {metric: {value, low, high, n}}}}}; dimensions of one slice are left out. A
+    generated reply counts in the slices of the turn that it stands for."""
     found: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
     for line in records:
         turns: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}

@@ -42,12 +42,8 @@ class VoteCount:
 
     @classmethod
     def of(cls, votes: Iterable[Vote], records: Sequence[dict[str, Any]], ggufs: Mapping[str, str]) -> "VoteCount":
-        """Count votes, given in order of time.
-
-        Args:
-            records: lines of items.jsonl.
-            ggufs: SHA-256 of the GGUF file of each contender.
-        """
+        """Count votes, given in order of time; `records` are lines of items.jsonl, `ggufs` has the SHA-256 of the GGUF
+        file of each contender."""
         against = "champion" if any(line["contender"] == "champion" for line in records) else "base"
         clusters = {line["id"]: line["cluster"] for line in records if line["contender"] == CANDIDATE}
         found = cls(against, clusters)
@@ -75,17 +71,14 @@ class VoteCount:
 
     @property
     def values(self) -> list[float]:
-        """Of all bets."""
         return [value for _, value in self.bets.values()]
 
     @property
     def win_rate(self) -> WinRate:
-        """Of all bets."""
         return WinRate.of(self.values)
 
     @property
     def people(self) -> dict[str, WinRate]:
-        """Of each person's own votes."""
         voted = ((person, values) for person, values in sorted(self.own.items()) if person != NOBODY)
         return {person: WinRate.of(list(values.values())) for person, values in voted}
 

@@ -22,11 +22,7 @@ MOST = 300.0  # of the logarithm: JSON has no infinity
 
 
 def evidence(values: Sequence[float] | np.ndarray, at_most: float) -> float:
-    """E-value against "the mean is at most `at_most`"; 1 before the first vote.
-
-    Args:
-        values: one a prompt, between 0 and 1.
-    """
+    """E-value of values between 0 and 1, one a prompt, against "the mean is at most `at_most`"; 1 of none."""
     found, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
     at_most = max(at_most, 1e-9)
     products = np.log1p(STAKES[:, None] * (found - at_most) / (2 * at_most)) @ counts
@@ -36,10 +32,8 @@ def evidence(values: Sequence[float] | np.ndarray, at_most: float) -> float:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Mean of bets and the interval of every mean that is not rejected; None before the first vote.
-
-    Either end alone is wrong in at most one case of twenty, so the interval is one of 90 %.
-    """
+    """Mean of bets and the interval of every mean that is not rejected; None before the first vote. Either end alone is
+    wrong in at most one case of twenty, so the interval is one of 90 %."""
 
     n: int
     value: float | None
@@ -52,7 +46,6 @@ class WinRate:
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> "WinRate":
-        """The win rate of bets in any order."""
         bets = np.asarray(values, dtype=float)
         better, worse = evidence(bets, EVEN), evidence(1 - bets, EVEN)
         if not len(bets):

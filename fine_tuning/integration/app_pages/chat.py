@@ -10,7 +10,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.integration import chat_history, chat_models, chat_session, chat_settings
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job
-from fine_tuning.integration.app_text import plain, show_text
+from fine_tuning.integration.app_parts import button, plain, show_text
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
@@ -47,7 +47,6 @@ class Asking:
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     identity = _current_id()
     question, waiting, conversation = _pending_and_logged(here, identity)
@@ -79,10 +78,8 @@ def page() -> None:
 
 
 def _pending_and_logged(here: App, identity: str) -> tuple[Question | None, bool, dict | None]:
-    """The question on its way, whether its reply may still come, and the conversation, as they were at one time.
-
-    A reply that ends between the two reads would be in neither: then both are read again.
-    """
+    """The question on its way, whether its reply may still come, and the conversation, as they were at one time. A
+    reply that ends between the two reads would be in neither: then both are read again."""
     while True:
         question = pending_replies.get(identity)
         waiting = question is not None and question.waiting
@@ -114,29 +111,23 @@ def _sidebar(here: App, conversation: dict | None, current: str) -> None:
     titles = chat_history.read_titles(here.checkout)
     with st.sidebar:
         show_job(chat_history.ERASE)
-        st.button("New chat", icon=":material/edit_square:", width="stretch", key="new", on_click=_open_new)
+        button("New chat", "edit_square", "new", _open_new, width="stretch")
         if conversation is not None:
             with st.popover("This chat", icon=":material/more_horiz:", width="stretch"):
                 _manage(here, conversation, titles)
         words = st.text_input("Search", placeholder="Search chats", label_visibility="collapsed", key="search")
         for identity, asked in chat_session.unanswered(here.checkout).items():
             if identity != current and pending_replies.get(identity) is None:
-                st.button(
-                    f"No reply yet: {plain(chat_history.shortened(asked['text']))}", key=f"unanswered-{identity}",
-                    icon=":material/error:", type="tertiary", on_click=_open, args=(identity,),
-                )  # fmt: skip
+                label = f"No reply yet: {plain(chat_history.shortened(asked['text']))}"
+                button(label, "error", f"unanswered-{identity}", _open, identity, type="tertiary")
         listed, count = conversation_index(here.checkout).listed(chat_history.CHAT, words or "", titles, LISTED)
         shown = ""
         for entry in listed:
             if (day := chat_history.day_in_words(entry.last_spoken)) != shown:
                 st.caption(shown := day)
-            st.button(
-                plain(titles.get(entry.id) or chat_history.shortened(entry.begins)),
-                key=f"open-{entry.id}",
-                type="secondary" if entry.id == current else "tertiary",
-                on_click=_open,
-                args=(entry.id,),
-            )
+            label = plain(titles.get(entry.id) or chat_history.shortened(entry.begins))
+            shape = "secondary" if entry.id == current else "tertiary"
+            button(label, "", f"open-{entry.id}", _open, entry.id, type=shape)
         if count > LISTED:
             st.caption(f"and {count - LISTED} older ones: search for them")
         _deleted(here, titles)
@@ -152,19 +143,17 @@ def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
         "Name", chat_history.title(conversation, titles), key=f"name-{identity}", on_change=rename, max_chars=80
     )
     name = chat_history.file_name(conversation, titles)
-    st.download_button(
-        "Export as Markdown", chat_history.as_markdown(conversation, titles), f"{name}.md", "text/markdown",
-        key="export-markdown", icon=":material/download:", width="stretch", on_click="ignore",
-    )  # fmt: skip
-    st.download_button(
-        "Export as JSON", chat_history.as_json(conversation), f"{name}.json", "application/json",
-        key="export-json", icon=":material/download:", width="stretch", on_click="ignore",
-    )  # fmt: skip
-    if here.owner:
-        st.button(
-            "Delete", icon=":material/delete:", key="delete", width="stretch", on_click=_delete, args=(here, identity),
-            help="It is hidden everywhere at once and not trained on. It can be undone until the next seal.",
+    for form, ending, mime, text in (
+        ("Markdown", "md", "text/markdown", chat_history.as_markdown(conversation, titles)),
+        ("JSON", "json", "application/json", chat_history.as_json(conversation)),
+    ):
+        st.download_button(
+            f"Export as {form}", text, f"{name}.{ending}", mime, key=f"export-{form.lower()}",
+            icon=":material/download:", width="stretch", on_click="ignore",
         )  # fmt: skip
+    if here.owner:
+        note = "It is hidden everywhere at once and not trained on. It can be undone until the next seal."
+        button("Delete", "delete", "delete", _delete, here, identity, help=note, width="stretch")
 
 
 def _delete(here: App, identity: str) -> None:
@@ -189,10 +178,7 @@ def _deleted(here: App, titles: dict[str, str]) -> None:
     with st.expander(f"Deleted ({len(gone)})", icon=":material/delete:"):
         for entry in [entry for entry in gone if entry.messages][:LISTED]:
             name = plain(titles.get(entry.id) or chat_history.shortened(entry.begins))
-            st.button(
-                f"Undo: {name}", key=f"undo-{entry.id}", icon=":material/undo:", type="tertiary",
-                on_click=_undo_delete, args=(here, entry.id),
-            )  # fmt: skip
+            button(f"Undo: {name}", "undo", f"undo-{entry.id}", _undo_delete, here, entry.id, type="tertiary")
         if sealed := sum(not entry.messages for entry in gone):
             st.caption(f"{sealed} more: sealed as deleted.")
         st.caption("Hidden everywhere, not trained on. Older shards and DVC's cache may hold it until it is erased.")
@@ -217,11 +203,7 @@ def _erase(here: App) -> None:
         st.markdown("\n".join([plain(head), "", *(f"- {plain(place)}" for place in places)]))
         learned = any(place.startswith("model ") for place in places)
         withdraw = learned and st.checkbox("Take the models that learned from it out of use", key="withdraw")
-        off = busy()
-        if st.button(
-            "Erase it", type="primary", icon=":material/delete_forever:", key="erase-now",
-            disabled=off is not None, help=off,
-        ):  # fmt: skip
+        if button("Erase it", "delete_forever", "erase-now", off=busy(), type="primary"):
             words = ("forget", "--deleted", "--yes", *(["--withdraw"] if withdraw else []))
             jobs.start(chat_history.ERASE, own_command(*words), here.checkout)
             st.rerun()
@@ -237,12 +219,9 @@ def _choose_model(here: App, models: list[ChatModel], identity: str, conversatio
     )
     model = chat_settings.find_model(models, choice.model) or models[0]
     labels = {model.label: model for model in models}
-    shown = choice.model_dump() | {
-        "model": model.label,
-        "system_prompt": choice.system_prompt or here.chat.system_prompt,
-    }
-    for name, value in shown.items():
-        st.session_state[name] = value if name != "system_prompt" else value or ""
+    prompt = choice.system_prompt or here.chat.system_prompt or ""
+    shown = choice.model_dump() | {"model": model.label, "system_prompt": prompt}
+    st.session_state.update(shown)
 
     def keep(default: bool = False) -> None:
         values = {name: st.session_state[name] for name in shown}
@@ -251,11 +230,8 @@ def _choose_model(here: App, models: list[ChatModel], identity: str, conversatio
         # A model that nobody chose stays that: another one may be first tomorrow.
         chosen = labels[values["model"]]
         values["model"] = chosen.key if chosen is not model or choice.model else None
-        chat_settings.keep_choice(
-            here.checkout,
-            chat_settings.Choice(**values),
-            **({"person": here.person} if default else {"identity": identity}),
-        )
+        whose = {"person": here.person} if default else {"identity": identity}
+        chat_settings.keep_choice(here.checkout, chat_settings.Choice(**values), **whose)
 
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox("Model that answers", list(labels), key="model", width="stretch", format_func=str, on_change=keep)
@@ -310,19 +286,12 @@ def _below_reply(
     judged = [e for e in conversation["feedback"] if e.get("message_id") == identity]
     entry = next((e for e in judged if e.get("by") == here.person), {})
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        rating = st.feedback(
-            "thumbs",
-            key=f"thumbs-{identity}",
-            default=THUMBS.get(entry.get("rating")),
-            on_change=_judge,
-            args=(here, conversation["id"], identity),
-        )
+        judge = {"on_change": _judge, "args": (here, conversation["id"], identity)}
+        rating = st.feedback("thumbs", key=f"thumbs-{identity}", default=THUMBS.get(entry.get("rating")), **judge)
         if asking is not None and asked is not None and asked["role"] == "user":
-            st.button(
-                "Regenerate", icon=":material/refresh:", type="tertiary", key=f"again-{identity}",
-                on_click=_regenerate, args=(asking, conversation, message, asked["content"]),
-            )  # fmt: skip
-        if st.button("Edit", icon=":material/edit:", type="tertiary", key=f"edit-{identity}"):
+            again = _regenerate, asking, conversation, message, asked["content"]
+            button("Regenerate", "refresh", f"again-{identity}", *again, type="tertiary")
+        if button("Edit", "edit", f"edit-{identity}", type="tertiary"):
             edit_reply(here, conversation["id"], identity, text)
         with st.popover("Copy", icon=":material/content_copy:", type="tertiary"):
             st.code(text, language=None, wrap_lines=True)
@@ -370,35 +339,33 @@ def _origin(here: App, message: dict, edited: bool) -> str:
 def _alternatives(here: App, conversation: dict, message: dict, others: list[dict]) -> None:
     edited = edits(conversation)  # what is chosen is what is shown: the edit comes back with its reply
     with st.expander(f"{len(others)} other {'reply' if len(others) == 1 else 'replies'}: which is better?"):
+        prefer = _prefer, here, conversation["id"], [reply["id"] for reply in (message, *others)]
         for other in others:
             show_text(edited.get(other["id"]) or other["content"])
-            st.button(
-                "This one is better", key=f"prefer-{other['id']}", icon=":material/thumb_up:",
-                on_click=_prefer, args=(here, conversation["id"], other["id"], message, others),
-            )  # fmt: skip
+            button("This one is better", "thumb_up", f"prefer-{other['id']}", *prefer, other["id"])
             st.divider()
-        st.button(
-            "The one above is better", key=f"prefer-{message['id']}", icon=":material/arrow_upward:",
-            on_click=_prefer, args=(here, conversation["id"], message["id"], message, others),
-        )  # fmt: skip
+        button("The one above is better", "arrow_upward", f"prefer-{message['id']}", *prefer, message["id"])
 
 
-def _prefer(here: App, conversation_id: str, chosen: str, message: dict, others: list[dict]) -> None:
-    over = [reply["id"] for reply in (message, *others) if reply["id"] != chosen]
+def _prefer(here: App, conversation_id: str, replies: list[str], chosen: str) -> None:
+    over = [reply for reply in replies if reply != chosen]
     here.logger.log_preference(chosen, over, here.person, conversation_id=conversation_id)
     st.toast("Kept as a preference", icon=":material/check:")
 
 
 def _judge(here: App, conversation_id: str, message_id: str) -> None:
-    rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
-    here.logger.log_feedback(message_id, rating, by=here.person, conversation_id=conversation_id)
+    here.logger.log_feedback(message_id, _rating(message_id), by=here.person, conversation_id=conversation_id)
+
+
+def _rating(message_id: str) -> int | None:
+    """The inverse of THUMBS, of a widget's state."""
+    return {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
 
 
 def _comment(here: App, conversation_id: str, message_id: str, before: str) -> None:
     comment = st.session_state[f"why-{message_id}"].strip()
     if comment != before:
-        rating = {1: 1, 0: -1, None: None}[st.session_state[f"thumbs-{message_id}"]]
-        here.logger.log_feedback(message_id, rating, comment, here.person, conversation_id=conversation_id)
+        here.logger.log_feedback(message_id, _rating(message_id), comment, here.person, conversation_id=conversation_id)
 
 
 @st.dialog("What should the reply have been?", width="large")
@@ -406,9 +373,7 @@ def edit_reply(here: App, conversation_id: str, message_id: str, text: str) -> N
     """Ask for the reply that is trained on instead, and log it."""
     key = f"edited-{message_id}"
     st.text_area("Reply", text, height=300, key=key, label_visibility="collapsed")
-    if st.button(
-        "Save", type="primary", key="save-edit", on_click=_save_edit, args=(here, conversation_id, message_id)
-    ):
+    if button("Save", "", "save-edit", _save_edit, here, conversation_id, message_id, type="primary"):
         st.rerun()
 
 
@@ -430,7 +395,7 @@ def _offer_branch(asking: Asking, conversation: dict, message: dict) -> None:
     key = f"otherwise-{message['id']}"
     with st.popover("Rewrite", icon=":material/alt_route:", type="tertiary"):
         st.text_area("Ask this instead, in a new chat", message["content"], key=key)
-        st.button("Ask", key=f"ask-{key}", type="primary", on_click=_branch, args=(asking, conversation, message, key))
+        button("Ask", "", f"ask-{key}", _branch, asking, conversation, message, key, type="primary")
 
 
 def _branch(asking: Asking, conversation: dict, message: dict, key: str) -> None:
@@ -488,14 +453,8 @@ def _show_question(question: Question, waiting: bool, conversation: dict | None,
         return
     st.error(plain(question.problem or "no reply came: send it again"), icon=":material/error:")
     with st.container(horizontal=True):
-        st.button(
-            "Try again", icon=":material/refresh:", key="again", type="primary",
-            on_click=_try_again, args=(asking, question, conversation),
-        )  # fmt: skip
-        st.button(
-            "Change the text", icon=":material/edit:", key="take-back", on_click=_take_back,
-            args=(asking.here, question),
-        )  # fmt: skip
+        button("Try again", "refresh", "again", _try_again, asking, question, conversation, type="primary")
+        button("Change the text", "edit", "take-back", _take_back, asking.here, question)
 
 
 def _try_again(asking: Asking, question: Question, conversation: dict | None) -> None:
@@ -518,7 +477,7 @@ def _writing(question: Question) -> None:
     if reply.text:
         show_text(reply.text + " ▌")
     with st.container(horizontal=True, vertical_alignment="center"):
-        if st.button("Stop", icon=":material/stop_circle:", key="stop"):
+        if button("Stop", "stop_circle", "stop"):
             reply.stop()
             st.rerun()
         rate = reply.tokens_per_second

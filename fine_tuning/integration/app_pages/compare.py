@@ -11,7 +11,7 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.integration import votes
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_text import plain, show_text
+from fine_tuning.integration.app_parts import button, plain, show_text
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply
 from fine_tuning.integration.reply import Reply
 from fine_tuning.integration.served_examples import after_examples
@@ -33,7 +33,6 @@ class Duel:
 
 
 def page() -> None:
-    """The whole page."""
     st.set_page_config(layout="wide")
     here = app()
     st.title("Compare")
@@ -88,7 +87,7 @@ def _writing(duel: Duel) -> None:
     if not any(reply.writing for reply in duel.replies):
         st.rerun()
     _replies(duel)
-    if st.button("Stop both", icon=":material/stop_circle:", key="stop-both"):
+    if button("Stop both", "stop_circle", "stop-both"):
         for reply in duel.replies:
             reply.stop()
         st.rerun()

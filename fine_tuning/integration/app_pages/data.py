@@ -1,22 +1,24 @@
 """Data: what was collected and what became of it, one conversation from the log to its tokens, and the seal."""
 
-import html
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import streamlit as st
+from jinja2 import Template
 
 from fine_tuning.common.errors import count_of
+from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.conversation_index import conversation_index
-from fine_tuning.integration.data_view import Entry, Span
+from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
 from fine_tuning.integration.jobs import own_command
@@ -27,17 +29,18 @@ IMPORT = "Import"
 UPLOADS = Path(".whetstone/app/uploads")
 FILTERS = {"State": "fate", "Source": "source", "Split": "split", "Rating": "rating", "Masked": "masked", "Tag": "tags"}
 VIEWS = ("Before cleaning", "After cleaning", "Tokens")
+SHOWN = 1000  # rows that are sent to the browser
 COLOURS = {"mask": "#ffd9a8", "trained": "#b9e3c6"}
+SPANS = Template(Path(__file__).with_name("spans.html.jinja").read_text(encoding="utf-8"), autoescape=True)
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     st.title("Data")
     found = data_view.entries(here.checkout)
     _upload(here)
     _gateways(here)
-    if not found:
+    if found.empty:
         st.info("Nothing was collected yet: chat, or `python -m fine_tuning import FILE`.", icon=":material/inbox:")
         return
     _counts(here, found)
@@ -83,9 +86,8 @@ def _gateways(here: App) -> None:
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def _counts(here: App, found: list[Entry]) -> None:
-    clean = data_view.metrics(here.checkout, data_view.CLEAN_METRICS)
-    prepare = data_view.metrics(here.checkout, data_view.PREPARE_METRICS)
+def _counts(here: App, found: pd.DataFrame) -> None:
+    clean, prepare = (read_object(here.checkout / f"metrics/{stage}.json") for stage in ("clean", "prepare"))
     train = prepare.get("splits", {}).get("train", {})
     numbers = {"Collected": len(found)}
     if clean:
@@ -121,11 +123,12 @@ def _counts(here: App, found: list[Entry]) -> None:
         st.dataframe(table, hide_index=True, width="stretch", column_config={"number": st.column_config.NumberColumn()})
 
 
-def _charts(found: list[Entry]) -> None:
-    rows = pd.DataFrame([(entry.source, entry.started_at[:10] or None) for entry in found], columns=["source", "day"])
+def _charts(found: pd.DataFrame) -> None:
     edges = [0, 100, 300, 1000, 3000, 10_000, float("inf")]
     names = [f"{number} from {edge:,}" for number, edge in enumerate(edges[:-1])]
-    rows["length"] = pd.cut([entry.characters for entry in found], edges, right=False, labels=names)
+    days = found["started_at"].str[:10].replace("", None)
+    lengths = pd.cut(found["characters"], edges, right=False, labels=names)
+    rows = pd.DataFrame({"source": found["source"], "day": days, "length": lengths})
     for tab, name in zip(st.tabs(["Over time", "Length in characters"]), ("day", "length"), strict=True):
         table = rows.groupby([name, "source"], observed=True).size().unstack(fill_value=0)
         if len(table):
@@ -135,33 +138,35 @@ def _charts(found: list[Entry]) -> None:
 # ------------------------------------------------------------------------------------------------- one conversation
 
 
-def _one(here: App, found: list[Entry]) -> None:
+def _one(here: App, found: pd.DataFrame) -> None:
     st.header("Conversations")
     words = st.text_input("Search", key="find", placeholder="words of any message, or an id")
     matches = data_view.entries(here.checkout, words) if words.strip() else found
     with st.container(horizontal=True):
         for label, name in FILTERS.items():
-            choices = ["all", *sorted({value for entry in found for value in _values(entry, name)})]
+            choices = ["all", *sorted({value for key in found[name].unique() for value in _values(key)})]
             chosen = st.selectbox(label, choices, format_func=_words, key=name)
-            matches = [entry for entry in matches if chosen == "all" or chosen in _values(entry, name)]
+            if chosen != "all":
+                matches = matches[[chosen in _values(value) for value in matches[name]]]
         if len(days := st.date_input("Days", (), key="days")) == 2:
-            first, last = map(str, days)
-            matches = [entry for entry in matches if first <= entry.started_at[:10] <= last]
-    if not matches:
+            matches = matches[matches["started_at"].str[:10].between(*map(str, days))]
+    if matches.empty:
         st.caption("None.")
         return
-    st.caption(f"{count_of(len(matches), 'conversation')}; click the left edge of a row to look at it.")
+    more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
+    st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
     columns = ["begins", "fate", "split", "source", "started_at", "rating", "masked", "tags"]
     columns += ["messages", "characters", "id"]
-    table = pd.DataFrame([vars(entry) for entry in matches])[columns]
+    table = matches[columns].head(SHOWN)
     table["started_at"] = table["started_at"].str[:10]
     table[["masked", "tags"]] = table[["masked", "tags"]].map(", ".join)
     event = st.dataframe(
         table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
-        key=f"table-{hash(tuple(entry.id for entry in matches))}",
+        key=f"table-{hash(tuple(table['id']))}",
         column_config={"fate": "state", "started_at": "day"},
     )  # fmt: skip
-    entry = matches[next(iter(event["selection"]["rows"]), 0)]
+    row = next(iter(event["selection"]["rows"]), 0)
+    entry = next(matches.iloc[[row]].itertuples())
     conversation = conversation_index(here.checkout).conversation(entry.id)
     if conversation is None:
         return
@@ -177,10 +182,8 @@ def _one(here: App, found: list[Entry]) -> None:
                 for message in twin["messages"]:
                     _show_spans(message["role"], [(message["content"], None)], "mask")
         off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
-        st.button(
-            "Keep it all the same", icon=":material/settings_backup_restore:", key="restore", disabled=off is not None,
-            help=off or "It is masked as ever, and no filter drops it again.", on_click=_restore, args=(here, entry.id),
-        )  # fmt: skip
+        note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
+        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
         if off:
             st.caption(off)
     elif conversation.get("restored"):
@@ -195,9 +198,8 @@ def _one(here: App, found: list[Entry]) -> None:
         for message in conversation["messages"]:
             text = edited.get(message["id"]) or message["content"] or ""
             _show_spans(message["role"], data_view.before(cleaner, text), "mask")
-            if message["role"] == "assistant" and st.button(
-                "Correct", icon=":material/edit:", type="tertiary", key=f"correct-{message['id']}"
-            ):
+            key = f"correct-{message['id']}"
+            if message["role"] == "assistant" and button("Correct", "edit", key, type="tertiary"):
                 edit_reply(here, entry.id, message["id"], text)
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")
@@ -208,13 +210,12 @@ def _one(here: App, found: list[Entry]) -> None:
             _show_spans(message["role"], data_view.after(message["content"]), "mask")
 
 
-def _values(entry: Entry, name: str) -> tuple[str, ...]:
-    value = getattr(entry, name)
+def _values(value: Any) -> tuple[str, ...]:
     return value if isinstance(value, tuple) else (str(value),)
 
 
-def _tags(here: App, entry: Entry, found: list[Entry]) -> None:
-    key, known = f"tags-{entry.id}", sorted({tag for other in found for tag in other.tags})
+def _tags(here: App, entry: Any, found: pd.DataFrame) -> None:
+    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in tags})
     st.multiselect(
         "Tags", known, entry.tags, key=key, accept_new_options=True, placeholder="add a tag",
         on_change=lambda: data_view.write_tags(here.checkout, entry.id, st.session_state[key]),
@@ -232,7 +233,7 @@ def _restore(here: App, identity: str) -> None:
     st.toast("Kept from the next seal and `dvc repro` on", icon=":material/check:")
 
 
-def _tokens(here: App, entry: Entry) -> None:
+def _tokens(here: App, entry: Any) -> None:
     prepared = data_view.tokens(here.checkout, entry.id)
     if prepared is None:
         st.caption(
@@ -248,19 +249,7 @@ def _tokens(here: App, entry: Entry) -> None:
 
 def _show_spans(role: str, spans: list[Span], kind: str, marked_apart: bool = False) -> None:
     """Text with the special spans coloured. Everything in it is escaped: it is text, whatever it says."""
-    parts = []
-    for text, special in spans:
-        # A token that is a line break is shown as one, and as a sign.
-        shown = html.escape(text.replace("\n", "⏎\n") if marked_apart else text)
-        if special:
-            style = f"background:{COLOURS[kind]};color:#222;border-radius:3px"
-            parts.append(f'<span title="{html.escape(special)}" style="{style}">{shown}</span>')
-        else:
-            parts.append(shown)
-        if marked_apart:
-            parts.append("<wbr><span style='opacity:.25'>|</span>")
-    head = f"<b>{html.escape(role)}</b><br>" if role else ""
-    st.html(f"<div style='white-space:pre-wrap;overflow-wrap:anywhere'>{head}{''.join(parts)}</div>")
+    st.html(SPANS.render(role=role, spans=spans, colour=COLOURS[kind], apart=marked_apart))
 
 
 def _words(name: str) -> str:

@@ -9,7 +9,7 @@ from fine_tuning.common.stage_times import about, round_seconds
 from fine_tuning.integration import data_view, models_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_job, start
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import WHY_FIRST, ChatModel
 from fine_tuning.integration.jobs import own_command
@@ -30,7 +30,6 @@ GO_BACK = (
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     total, logged, sealed = data_view.counts(here.checkout)
     candidate = models_view.candidate(here.checkout)
@@ -66,7 +65,6 @@ def _steps(here: App, total: int, new: int, candidate: Candidate | None) -> list
 
 
 def _live(here: App, model: ChatModel) -> str:
-    """What is live and since when."""
     since = model.version and live_since(here.checkout, here.name, here.host, model.version)
     return f"Live: {model.label}" + (f", since {since.astimezone():%Y-%m-%d %H:%M}." if since else ".")
 
@@ -82,10 +80,8 @@ def _how_it_does(here: App) -> None:
         if state is not None and state.outcome is None:
             st.markdown(plain(f"Canary: {state.tag} answers {state.share:.0%} of new chats. {canary.counts()}."))
             if here.owner:
-                st.button(
-                    STOP, icon=":material/front_hand:", key="stop-canary", disabled=busy() is not None, help=busy(),
-                    on_click=start, args=(STOP, own_command("canary", "--stop"), here.checkout),
-                )  # fmt: skip
+                stop = own_command("canary", "--stop")
+                button(STOP, "front_hand", "stop-canary", start, STOP, stop, here.checkout, off=busy())
         elif state is not None:
             st.markdown(plain(f"The canary of {state.tag} is {state.outcome}: {state.why}."))
         if is_locked(here.checkout / WATCH_LOCK):
@@ -103,20 +99,13 @@ def _train(here: App, logged: int, anything: bool) -> None:
     off = busy() or why
     with st.container(border=True):
         with st.container(horizontal=True):
-            st.button(
-                "Train on what's new", icon=":material/model_training:", type="primary", key="train",
-                disabled=off is not None, help=off, on_click=start,
-                args=(TRAIN, own_command("round"), here.checkout, True),
-            )  # fmt: skip
+            train = TRAIN, own_command("round"), here.checkout, True
+            button("Train on what's new", "model_training", "train", start, *train, off=off, type="primary")
             sealing = busy() or (None if logged else "nothing was said since the last seal")
-            st.button(
-                "Seal only", icon=":material/lock:", key="seal", disabled=sealing is not None, on_click=start,
-                help=sealing or "Hand what was said to the pipeline; deleting it cannot be undone then",
-                args=(SEAL, own_command("seal"), here.checkout),
-            )  # fmt: skip
-            if st.button(
-                "Back to the last good state", icon=":material/undo:", key="back", disabled=off is not None, help=off
-            ):
+            note = "Hand what was said to the pipeline; deleting it cannot be undone then"
+            seal = SEAL, own_command("seal"), here.checkout
+            button("Seal only", "lock", "seal", start, *seal, off=sealing, help=note)
+            if button("Back to the last good state", "undo", "back", off=off):
                 confirm(here.checkout, BACK, ("round", "--back"), GO_BACK)
         if why:
             st.caption(f"Training is off: {plain(why)}.")

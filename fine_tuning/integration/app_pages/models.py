@@ -8,7 +8,7 @@ import streamlit as st
 from fine_tuning.integration import models_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_job
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.models_view import PROMOTE, Candidate, RegistryState
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion, open_registry
 
@@ -22,7 +22,6 @@ PROMOTION = (
 
 
 def page() -> None:
-    """The whole page."""
     if len(st.session_state.get("reports", ())) > 1:
         st.set_page_config(layout="wide")
     here = app()
@@ -83,10 +82,7 @@ def _candidate(here: App, found: Candidate | None) -> None:
         obstacle = found.obstacle or busy()
         with st.container(horizontal=True):
             gate = None if found.verdict == PROMOTE else f"the verdict is {found.verdict}"
-            if st.button(
-                "Promote", icon=":material/workspace_premium:", type="primary", key="promote",
-                disabled=bool(obstacle or gate), help=obstacle or gate,
-            ):  # fmt: skip
+            if button("Promote", "workspace_premium", "promote", off=obstacle or gate, type="primary"):
                 confirm(here.checkout, "Promote", _promotion(here), PROMOTION)
             if gate and st.button("Promote anyway…", key="force", disabled=bool(obstacle), help=obstacle):
                 against = f"The verdict is **{found.verdict}**. The reason that you give is recorded. {PROMOTION}"
@@ -111,12 +107,12 @@ def _version(here: App, registry: ModelRegistry, state: RegistryState) -> None:
         deploy = off or ("it is live already" if current == number else None)
         switch = off or _why_no_switch(number, current, state)
         back = off or (None if state.earlier else "nothing was live before")
-        if st.button("Deploy", icon=":material/rocket_launch:", key="deploy", disabled=bool(deploy), help=deploy):
+        if button("Deploy", "rocket_launch", "deploy", off=deploy):
             what = f"Version {number} is put on Ollama, proved, and answers."
             confirm(here.checkout, "Deploy", ("deploy", str(number)), what)
-        if st.button("Switch to it", icon=":material/swap_horiz:", key="switch", disabled=bool(switch), help=switch):
+        if button("Switch to it", "swap_horiz", "switch", off=switch):
             confirm(here.checkout, "Switch", ("switch", str(number)), f"Version {number} answers from now on.")
-        if st.button("Roll back", icon=":material/undo:", key="rollback", disabled=bool(back), help=back):
+        if button("Roll back", "undo", "rollback", off=back):
             confirm(here.checkout, "Roll back", ("rollback",), f"Version {state.earlier[-1]} answers again.")
     reasons: dict[str, list[str]] = {}
     for name, reason in (("Deploy", deploy), ("Switch", switch), ("Roll back", back)):

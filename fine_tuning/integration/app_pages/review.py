@@ -6,9 +6,10 @@ import streamlit as st
 
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import EVALUATION, person_name
+from fine_tuning.common.records import stamp
 from fine_tuning.evaluation import review
 from fine_tuning.integration.app_context import App, app
-from fine_tuning.integration.app_text import plain, show_text
+from fine_tuning.integration.app_parts import plain, show_text
 from fine_tuning.integration.review_pairs import open_pairs
 from fine_tuning.schema.conversation import short_hash
 from fine_tuning.schema.votes import Choice
@@ -21,7 +22,6 @@ ANSWERS: tuple[tuple[str, str, Choice], ...] = (
 
 
 def page() -> None:
-    """The whole page."""
     st.set_page_config(layout="wide")
     here = app()
     st.title("Review")
@@ -47,17 +47,17 @@ def _review(here: App) -> review.Review:
     """This visitor's; a new one where candidate, champion or data changed."""
     models = (review.CANDIDATE.gguf, review.ADAPTER, review.CHAMPION, EVALUATION)
     files = (*models, review.TEST, review.TRAIN, Path("params.yaml"))
-    stamp = short_hash([path.stat().st_mtime_ns if path.exists() else 0 for path in files])
+    key = short_hash([stamp(path) for path in files])
     person = here.person or person_name(None)
-    if st.session_state.get("review-of") != (stamp, person):
+    if st.session_state.get("review-of") != (key, person):
         with st.spinner("Reading the held-out prompts…"):
-            st.session_state["review"] = review.Review(_pairs(stamp), person)
-        st.session_state["review-of"] = (stamp, person)
+            st.session_state["review"] = review.Review(_pairs(key), person)
+        st.session_state["review-of"] = (key, person)
     return st.session_state["review"]
 
 
 @st.cache_resource(show_spinner=False, max_entries=1)
-def _pairs(stamp: str) -> review.Pairs:
+def _pairs(key: str) -> review.Pairs:
     return open_pairs()
 
 
@@ -90,15 +90,8 @@ def _buttons(found: review.Review, shown: review.Shown) -> None:
         for label, key, answer in ANSWERS:
             st.button(label, key=f"answer-{key}", shortcut=key, on_click=_do, args=(found, shown, answer))
         st.button("Skip", key="skip", shortcut="s", type="tertiary", on_click=found.skip, args=(shown,))
-        st.button(
-            "Undo",
-            key="undo",
-            shortcut="u",
-            type="tertiary",
-            disabled=found.last is None,
-            on_click=_undo,
-            args=(found,),
-        )
+        nothing = found.last is None
+        st.button("Undo", "undo", on_click=_undo, args=(found,), shortcut="u", type="tertiary", disabled=nothing)
 
 
 def _do(found: review.Review, shown: review.Shown, answer: Choice) -> None:

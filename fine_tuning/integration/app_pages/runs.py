@@ -7,20 +7,22 @@ import pandas as pd
 import streamlit as st
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import stamp
 from fine_tuning.integration import runs_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, say_failure, show_job, show_loss, start
-from fine_tuning.integration.app_text import plain
+from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.integration.runs_view import Line, Parameter
 
 EXPERIMENT = "dvc exp run"
 USUAL = ("train.learning_rate", "train.epochs", "train.lora.rank", "prepare.max_train_tokens")
 TABLE_SECONDS = 300
+# change when a run has ended or a parameter was edited
+RECORDS = ("dvc.lock", "params.yaml", ".git/HEAD", ".git/logs/HEAD", "mlflow.db")
 
 
 def page() -> None:
-    """The whole page."""
     here = app()
     st.title("Runs")
     say_failure(here.checkout)
@@ -47,10 +49,9 @@ def _start(here: App) -> None:
         if problem:
             st.error(plain(problem))
         off = busy() or problem or (None if changes else "nothing is changed")
-        st.button(
-            "Start the experiment", key="experiment", type="primary", disabled=off is not None, help=off,
-            on_click=start, args=(EXPERIMENT, dvc_command("exp", "run", *arguments), here.checkout, True),
-        )  # fmt: skip
+        command = dvc_command("exp", "run", *arguments)
+        run = EXPERIMENT, command, here.checkout, True
+        button("Start the experiment", "", "experiment", start, *run, off=off, type="primary")
     show_job(EXPERIMENT)
 
 
@@ -90,9 +91,9 @@ def _number(parameter: Parameter, kind: type, form: dict[str, Any]) -> float | N
 def _table(here: App) -> None:
     st.header("All runs")
     with st.spinner("Asking DVC and MLflow…"):
-        lines = _lines(str(here.checkout), _stamp(here.checkout))
+        lines = _lines(str(here.checkout), tuple(stamp(here.checkout / file) for file in RECORDS))
     runs_view.record_lines(lines)
-    if st.button("Refresh", icon=":material/refresh:", key="refresh", type="tertiary"):
+    if button("Refresh", "refresh", "refresh", type="tertiary"):
         _lines.clear()
         st.rerun()
     names = runs_view.numeric(lines)
@@ -153,12 +154,6 @@ def _differences(labels: dict[str, Line]) -> None:
 
 
 @st.cache_data(ttl=TABLE_SECONDS, show_spinner=False)
-def _lines(checkout: str, stamp: tuple[int, ...]) -> list[Line]:
+def _lines(checkout: str, stamps: object) -> list[Line]:
     here = Path(checkout)
     return runs_view.joined(runs_view.dvc_lines(here), runs_view.mlflow_lines(here))
-
-
-def _stamp(checkout: Path) -> tuple[int, ...]:
-    """Changes when a run has ended or a parameter was edited."""
-    files = ("dvc.lock", "params.yaml", ".git/HEAD", ".git/logs/HEAD", "mlflow.db")
-    return tuple((checkout / file).stat().st_mtime_ns if (checkout / file).exists() else 0 for file in files)

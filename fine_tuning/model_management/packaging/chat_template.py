@@ -70,11 +70,8 @@ def jinja_renderer(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | No
 
 
 def derive_template(render: Render) -> str:
-    """The Go template that writes what `render` writes, for conversations as Ollama passes them on.
-
-    Raises:
-        UserError: the template writes a role in ways that depend on more than the message before it.
-    """
+    """The Go template that writes what `render` writes, for conversations as Ollama passes them on. Raises UserError if
+    the template writes a role in ways that depend on more than the message before it."""
     gaps: dict[tuple[str, str], str] = {}
     system_last = _probe(render, _PROBES, gaps)
     trims = {role: _trim_of(render, role) for role in _ROLES.values() if _is_written(role, gaps)}
@@ -122,9 +119,7 @@ def _is_written(role: str, gaps: dict[tuple[str, str], str]) -> bool:
 
 def _cut(render: Render, roles: Sequence[str], order: Sequence[int] | None = None) -> list[str] | None:
     """The text around the contents of messages of these roles as they are written; None where it does not work out.
-
-    `order` gives the place of each in the conversation that is rendered.
-    """
+    `order` gives the place of each in the conversation that is rendered."""
     sentinels = [f"Zq{number}x{role}x{number}qZ" for number, role in enumerate(roles)]
     places = list(order or range(len(roles)))
     conversation = [
@@ -228,7 +223,6 @@ def _literal(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A Go string constant."""
     plain = {'"': '\\"', "\\": "\\\\"}
     return '"' + "".join(plain.get(c, c if " " <= c <= "~" else f"\\u{ord(c):04x}") for c in text) + '"'
 
@@ -289,10 +283,8 @@ def collate(messages: Messages) -> list[dict[str, str]]:
 def prove_template(template: str, render: Render, conversations: Iterable[Messages], private: bool = False) -> int:
     """Render every conversation through Jinja and through Go; returns how many were compared, all equal to the byte.
 
-    A conversation that the Jinja template refuses is one the model was never trained on: it is not counted.
-
-    Raises:
-        UserError: the first difference. With `private` only its position is reported.
+    A conversation that the Jinja template refuses is one the model was never trained on: it is not counted. Raises
+    UserError at the first difference; with `private` it tells its position only.
     """
     compared = 0
     for conversation in conversations:
@@ -308,7 +300,6 @@ def prove_template(template: str, render: Render, conversations: Iterable[Messag
 
 
 def first_difference(left: str, right: str) -> int:
-    """Number of characters before two texts part."""
     pairs = zip(left, right, strict=False)
     return next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(left), len(right)))
 

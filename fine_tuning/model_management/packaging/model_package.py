@@ -38,6 +38,7 @@ from fine_tuning.runtime.gguf_writer import (
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.runtime.llama_quantiser import K_QUANTS, write_k_quant
 from fine_tuning.schema.chat_format import ChatSettings, end_of_turn_ids, load_tokenizer, render
+from fine_tuning.schema.prepared import PreparedRow, read_rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,8 +81,6 @@ class ParitySettings(Settings):
 
 
 class PackageSettings(Settings):
-    """The section `package`."""
-
     merged_dtype: Literal["float32", "float16", "bfloat16"]
     quantisation: Quantisation | Literal["auto"]
     llama_quantize: str | None
@@ -89,16 +88,6 @@ class PackageSettings(Settings):
     parameters: OllamaParameters
     parity: ParitySettings
     threads: int | None = Field(ge=1)
-
-
-@dataclass(frozen=True)
-class PreparedConversation:
-    """A row of data/prepared: the messages that were rendered, their token ids and labels."""
-
-    id: str
-    messages: list[dict[str, Any]]
-    input_ids: list[int]
-    labels: list[int]
 
 
 # ------------------------------------------------------------------------------------------------------- merge
@@ -200,11 +189,8 @@ def write_package(
 def write_weights(
     merged_dir: Path, path: Path, settings: PackageSettings, train: Path, converter: str | None = None
 ) -> None:
-    """Write the merged model as GGUF at `path`; for `converter`, see write_gguf.
-
-    Args:
-        train: the prepared training split, of which K-quants take their importance matrix.
-    """
+    """Write the merged model as GGUF at `path`; K-quants take their importance matrix of the split `train`. For
+    `converter`, see write_gguf."""
     kind = settings.quantisation
     if kind not in K_QUANTS:
         write_gguf(merged_dir, path, kind, converter)
@@ -243,15 +229,10 @@ def _modelfile_text(command: str, text: str) -> str:
 # ------------------------------------------------------------------------------------------------------- proof
 
 
-def read_prepared(path: Path) -> list[PreparedConversation]:
+def read_prepared(path: Path) -> list[PreparedRow]:
     """The conversations of one split of data/prepared that have something to train on."""
-    import pyarrow.parquet
-
-    rows = pyarrow.parquet.read_table(path, columns=["id", "messages", "input_ids", "labels"]).to_pylist()
-    conversations = [
-        PreparedConversation(row["id"], json.loads(row["messages"]), row["input_ids"], row["labels"]) for row in rows
-    ]
-    return [row for row in conversations if any(label >= 0 for label in row.labels)]
+    rows = read_rows(path, ("id", "messages", "input_ids", "labels"))
+    return [row for row in rows if any(label >= 0 for label in row.labels)]
 
 
 def sample_evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -265,7 +246,7 @@ def prove_package(
     adapter_dir: Path,
     merged_dir: Path,
     package_dir: Path,
-    conversations: Sequence[PreparedConversation],
+    conversations: Sequence[PreparedRow],
     settings: PackageSettings,
     chat: ChatSettings,
 ) -> dict[str, Any]:
@@ -372,13 +353,11 @@ def _text_field(reader: "GGUFReader", name: str) -> str:
 def prove_rendering(
     tokenizer: "PreTrainedTokenizerFast",
     request: dict[str, Any],
-    sample: Sequence[PreparedConversation],
+    sample: Sequence[PreparedRow],
     chat: ChatSettings,
 ) -> dict[str, int]:
-    """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data.
-
-    Where Go cannot say how the Jinja template writes results of tools, prompts that hold some are counted, not proven.
-    """
+    """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data. Where Go
+    cannot say how the Jinja template writes results of tools, prompts that hold some are counted, not proven."""
     renderer = jinja_renderer(tokenizer, chat.system_prompt)
 
     def serve(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -400,14 +379,13 @@ def prove_rendering(
     return {"bank": bank, "real_prompts": real, "left_out_for_tools": left_out}
 
 
-def _prompt(row: PreparedConversation) -> list[dict[str, Any]]:
-    """The row's messages up to its last reply."""
+def _prompt(row: PreparedRow) -> list[dict[str, Any]]:
     last = max(number for number, message in enumerate(row.messages) if message["role"] == "assistant")
     return [{"role": message["role"], "content": message["content"]} for message in row.messages[:last]]
 
 
 def prove_stops(
-    tokenizer: "PreTrainedTokenizerFast", request: dict[str, Any], conversations: Sequence[PreparedConversation]
+    tokenizer: "PreTrainedTokenizerFast", request: dict[str, Any], conversations: Sequence[PreparedRow]
 ) -> dict[str, Any]:
     """Every token that ends a reply in the labels stops Ollama, and such tokens are in the labels."""
     closing = set(end_of_turn_ids(tokenizer))
@@ -438,7 +416,7 @@ def prove_ends(
 def prove_tokens(
     tokenizer: "PreTrainedTokenizerFast",
     engine: LlamaEngine,
-    sample: Sequence[PreparedConversation],
+    sample: Sequence[PreparedRow],
     chat: ChatSettings,
 ) -> dict[str, int]:
     """llama.cpp gives the rendered text the ids that training saw, and odd strings the ids of the tokenizer."""
@@ -483,7 +461,7 @@ class Passage:
     start: int
 
 
-def reply_passages(sample: Sequence[PreparedConversation], positions: int) -> list[Passage]:
+def reply_passages(sample: Sequence[PreparedRow], positions: int) -> list[Passage]:
     """Beginnings of last replies, spread over the sample, with about `positions` tokens in all."""
     each = max(8, -(-positions // len(sample)))
     passages = []
@@ -492,7 +470,7 @@ def reply_passages(sample: Sequence[PreparedConversation], positions: int) -> li
         start = end
         while start > 1 and row.labels[start - 1] >= 0:
             start -= 1
-        passages.append(Passage(row.input_ids[: min(end, start + each)], start))
+        passages.append(Passage(list(row.input_ids[: min(end, start + each)]), start))
     return passages
 
 

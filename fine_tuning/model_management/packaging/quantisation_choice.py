@@ -10,7 +10,6 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores
 from fine_tuning.model_management.packaging.model_package import (
     PackageSettings,
-    PreparedConversation,
     Quantisation,
     load_float32,
     log_probabilities,
@@ -21,6 +20,7 @@ from fine_tuning.model_management.packaging.model_package import (
 )
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings
+from fine_tuning.schema.prepared import PreparedRow
 
 CHOICES: tuple[Quantisation, ...] = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 TIMED_TOKENS = 64
@@ -29,7 +29,7 @@ TIMED_TOKENS = 64
 def choose_quantisation(
     merged_dir: Path,
     package_dir: Path,
-    conversations: Sequence[PreparedConversation],
+    conversations: Sequence[PreparedRow],
     train: Path,
     settings: PackageSettings,
     chat: ChatSettings,

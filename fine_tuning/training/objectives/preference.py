@@ -113,12 +113,31 @@ class ThumbPreference(Referenced):
         super().__init__(token_losses, settings, weight)
         counts = Counter(reply.liked for reply in replies)
         self.class_weights = {liked: max(counts.values()) / count for liked, count in counts.items()}
-        self.liked = {reply.id: reply.liked for reply in replies}
 
     @staticmethod
     def rows_of(reply: JudgedReply) -> tuple[PreparedRow, PreparedRow]:
         """The judged reply after its prompt, and after the same prompt the reply to another one."""
         return reply.reply, reply.mismatched
+
+    def batches(self, items: Sequence[JudgedReply], budget: int, multiple: int = 1) -> list[list[JudgedReply]]:
+        """Liked and disliked in turn, each by length; see `Referenced`.
+
+        Where one kind is shorter, batches of like length would be of one kind: a step would move every reply alike.
+        """
+        place: dict[str, float] = {}
+        for liked in (True, False):
+            own = sorted((item for item in items if item.liked == liked), key=_length)
+            place |= {item.id: (number + 0.5) / len(own) for number, item in enumerate(own)}
+        ordered = sorted(items, key=lambda item: (place[item.id], item.id))
+        found: list[list[JudgedReply]] = []
+        for start in range(0, len(ordered), multiple):
+            group = ordered[start : start + multiple]
+            together = [*found[-1], *group] if found else group
+            if found and 2 * len(together) * max(len(item.input_ids) for item in together) <= budget:
+                found[-1] = together
+            else:
+                found.append(group)
+        return [sorted(batch, key=_length) for batch in found]
 
     def collate(self, items: Sequence[JudgedReply]) -> Batch:
         """See `Referenced`; and `sign` (items), 1 for liked, -1 for disliked."""
@@ -148,3 +167,7 @@ class ThumbPreference(Referenced):
             "margin": rewards.detach().sum(),
             "kl": kl * len(rewards),
         }
+
+
+def _length(item: JudgedReply) -> tuple[int, str]:
+    return len(item.input_ids), item.id
