@@ -102,7 +102,8 @@ def _free_port() -> int:
 def start_gateway(folder: Path, upstream: str, port: int) -> "Popen[str]":
     """A gateway whose inbox is in `folder`, when it listens."""
     for name in ("params.yaml", "dvc.yaml"):
-        (folder / name).write_bytes((ROOT / name).read_bytes())
+        if not (folder / name).exists():
+            (folder / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "fine_tuning", "gateway", "--upstream", upstream, "--port", str(port)]
     process = Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline().startswith("gateway "), "it does not start"

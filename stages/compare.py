@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import csv_pairs, read_json, replacing, write_json
+from fine_tuning.common.records import csv_pairs, read_json, read_object, replacing, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.evaluation.records.champion_records import called_champion, champion_folder, is_champion
@@ -18,7 +18,7 @@ RECORDS = Path("data/evaluation")
 EVALUATION = Path("metrics/evaluation.json")
 LEARNING_CURVE = Path("metrics/learning_curve.json")
 VOTES = Path("data/votes")
-PREPARED = Path("metrics/prepare.json")
+PREPARED, PACKAGE = Path("metrics/prepare.json"), Path("metrics/package.json")
 TRAIN = Path("data/prepared/train.parquet")
 CHAMPION = Path("models/champion.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
@@ -56,7 +56,7 @@ def main() -> None:
     where = slices(found.records, found.metrics, evaluate.interval)
     losses = {name: csv_pairs(path.read_text(), "step", column) for name, (path, column) in LOSSES.items()}
     losses = {name: line for name, line in losses.items() if line}  # of an adopted adapter there is none of training
-    made_of = read_json(PREPARED), read_json(TRAINING), read_json(BASE), losses
+    made_of = read_json(PREPARED), read_json(TRAINING), read_json(BASE), losses, read_object(PACKAGE)
     write_report(
         REPORT, Findings(verdict, evaluation, found.records, found.answers, where, changes, learning, *made_of)
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 from fine_tuning.common.errors import count_of
 from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import write_json, write_jsonl
+from fine_tuning.common.results import Memo
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.personal_data.people import PeopleSettings, people_finder
@@ -57,7 +58,7 @@ def main() -> None:
     benchmarks = Benchmarks(settings.benchmarks, settings.benchmark_questions, TASKS)
     name = read_params("deploy", ProjectName).name
     check_references(settings.references, BASE.folder, CHAMPION, name)
-    tokenizer, memo = load_tokenizer(BASE.folder), main_checkout() / MEMO
+    tokenizer, memo = load_tokenizer(BASE.folder), Memo(main_checkout() / MEMO, "evaluate")
     given = tokenizer, chat, settings, memo, find_people
     # Chosen on validation: the best of several on the test split would be the luckiest.
     validation = read_items(VALIDATION, tokenizer, settings.references, needed=False)
@@ -76,7 +77,7 @@ def main() -> None:
     evaluator = Evaluator(items, *given, read_preferences(PAIRS), is_compared)
     kind |= {} if candidate.kind == CANDIDATE.kind else evaluator.cost(candidate, TRAIN)
     found, contenders = evaluator.run(BASE, champion, candidate, TRAIN), [c for c in (BASE, champion, candidate) if c]
-    asked = chat.system_prompt, evaluator.hardware, evaluator.memo
+    asked = chat.system_prompt, evaluator.hardware, memo
     found.guarded[BENCHMARKS] = [line for one in contenders for line in benchmarks.ask(one, *asked)]
     write_jsonl(RECORDS / "items.jsonl", found.records)
     for name, lines in found.guarded.items():

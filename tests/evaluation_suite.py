@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from fine_tuning.common.results import Memo
 from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.records.record_types import Item
 from fine_tuning.evaluation.records.settings import EvaluateSettings
@@ -45,7 +46,7 @@ class Suite:
 
 def evaluator_of(items: list[Item], model: Path, memo: Path, **changes: object) -> Evaluator:
     """An evaluator of `items` in the tokens of the model folder `model`."""
-    return Evaluator(items, load_tokenizer(model), CHAT, SETTINGS.model_copy(update=changes), memo)
+    return Evaluator(items, load_tokenizer(model), CHAT, SETTINGS.model_copy(update=changes), Memo(memo, "evaluate"))
 
 
 def conversation(text: str, reply: str, **fields: object) -> list[dict]:

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import yaml
 
 from fine_tuning.__main__ import main as program
+from fine_tuning.common.settings import read_comments
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -75,28 +76,20 @@ def make_targets() -> str:
 
 def parameters() -> str:
     """Every parameter of params.yaml with its default and its comment."""
-    text = (ROOT / "params.yaml").read_text()
-    parts, comment, path = [], [], []
-    for line in text.splitlines():
-        if match := re.match(r"( *)# ?(.*)", line):
-            comment.append(match[2])
-        elif match := re.match(r"( *)([A-Za-z_0-9]+):(.*)", line):
-            path = [*path[: len(match[1]) // 2], match[2]]
-            parts += [entry(path, match[3].strip(), " ".join(comment), yaml.safe_load(text))]
-            comment = []
-        elif not line.strip():
-            comment = []
+    comments, values = read_comments(ROOT / "params.yaml"), yaml.safe_load((ROOT / "params.yaml").read_text())
+    parents = {name.rpartition(".")[0] for name in comments}
+    parts = [entry(name.split("."), name in parents, comment, values) for name, comment in comments.items()]
     return "\n".join(parts).strip("\n")
 
 
-def entry(path: list[str], value: str, comment: str, params: dict[str, Any]) -> str:
+def entry(path: list[str], is_parent: bool, comment: str, params: dict[str, Any]) -> str:
     """A heading for a section, a list item for any other key."""
     if len(path) == 1:
         return f"\n### {path[0]}\n"
     found: Any = params
     for key in path:
         found = found[key]
-    default = "" if isinstance(found, dict) and not value else f" = `{json.dumps(found, ensure_ascii=False)}`"
+    default = "" if is_parent else f" = `{json.dumps(found, ensure_ascii=False)}`"
     pieces = comment.split("`")
     said = "`".join(piece if index % 2 else html.escape(piece, quote=False) for index, piece in enumerate(pieces))
     return f"- **`{'.'.join(path)}`**{default}" + (f"<br>\n  {said}" if said else "")

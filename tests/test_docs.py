@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from fine_tuning.common.records import write_jsonl
+from fine_tuning.common.settings import read_comments
 from tests.project import conversations, new_project
 from tests.reference import BLOCK, PAGES, ROOT, blocks, command_names, filled, help_text, run
 
@@ -256,3 +257,9 @@ def test_without_torch_conversations_are_collected_and_models_compared(tmp_path,
         write_jsonl(project / f"{contender}.jsonl", records)
     (compared,) = code("docs/verdict.md", "python")
     assert here(python, "-P", "-c", compared).startswith("PROMOTE\n")
+
+
+def test_a_value_in_braces_is_one_parameter_on_however_many_lines(tmp_path):
+    lines = ("a:", "  # Bounds.", "  b: {X: 1,", "    Y: 2}", "  # Last {.", "  c: 3")
+    (tmp_path / "params.yaml").write_text("\n".join(lines))
+    assert read_comments(tmp_path / "params.yaml") == {"a": "", "a.b": "Bounds.", "a.c": "Last {."}

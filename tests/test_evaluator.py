@@ -25,7 +25,8 @@ from fine_tuning.evaluation.records.measurements import describe, summarise
 from fine_tuning.evaluation.records.record_types import Likelihood, Reply, conversation_of, item_id
 from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.suite.contenders import Contender, check_references, find_champion
-from fine_tuning.evaluation.suite.items import encoded_anew, label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.suite.items import label_runs, read_items, reply_authors, sample, suite_sha256
+from fine_tuning.evaluation.suite.prompting_baselines import NOTHING, with_messages
 from fine_tuning.evaluation.verdict.slices import slices
 from fine_tuning.schema.chat_format import load_tokenizer
 from fine_tuning.schema.prepared import write_rows
@@ -342,11 +343,11 @@ def test_another_tokenizer_is_asked_for_the_same_replies(tiny_base, other_base, 
         "y": conversation("<|im_start|>", "The quick <|im_end|> fox"),
     }
     items = read_items(write_items(tmp_path / "test.parquet", tiny_base, told), load_tokenizer(tiny_base))
-    anew = encoded_anew(items, load_tokenizer(other_base), 200)
+    anew = with_messages(items, NOTHING, load_tokenizer(other_base), 200)
     for item, other in zip(items, anew, strict=True):
         assert (other.id, other.texts, other.authors) == (item.id, item.texts, item.authors)
         assert other.input_ids != item.input_ids
-    assert encoded_anew(items, load_tokenizer(tiny_base), 200) == items
+    assert with_messages(items, NOTHING, load_tokenizer(tiny_base), 200) == items
 
 
 def test_what_another_model_cannot_be_asked_whole_is_left_out(tiny_base, other_base, tmp_path):
@@ -357,12 +358,12 @@ def test_what_another_model_cannot_be_asked_whole_is_left_out(tiny_base, other_b
     }
     items = read_items(write_items(tmp_path / "test.parquet", tiny_base, told), load_tokenizer(tiny_base))
     tokenizer = load_tokenizer(other_base)
-    assert [item.id for item in encoded_anew(items, tokenizer, 120)] == ["short", "system"]
+    assert [item.id for item in with_messages(items, NOTHING, tokenizer, 120)] == ["short", "system"]
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         + tokenizer.chat_template
     )
-    assert [item.id for item in encoded_anew(items, tokenizer, 120)] == ["short"]
+    assert [item.id for item in with_messages(items, NOTHING, tokenizer, 120)] == ["short"]
 
 
 def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):

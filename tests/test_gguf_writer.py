@@ -13,7 +13,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.model_management.packaging.model_package import prove_metadata
-from fine_tuning.runtime.gguf_writer import PROBES, QUANTISATIONS, detect_pre_tokenizer, permute_rotary, write_gguf
+from fine_tuning.runtime.gguf_writer import (
+    PROBES,
+    QUANTISATIONS,
+    detect_pre_tokenizer,
+    permute_rotary,
+    write_adapter_gguf,
+    write_gguf,
+)
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests import oracle
@@ -61,13 +68,14 @@ def write_model(family: str, source: Path, folder: Path) -> Path:
                 "original_max_position_embeddings": 128,
             },
         },
+        "mistral": {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 32},
         "granite": {"attention_multiplier": 0.25, "residual_multiplier": 0.5, "logits_scaling": 2.0},
         "qwen2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         "qwen3": {"tie_word_embeddings": True, "head_dim": 32},
         # Every sixth layer attends to everything: with seven, one does and one follows it.
         "gemma3": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7},
     }[family]
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "granite": "Granite"}.get(family, "Llama")
+    name = "Llama" if family.startswith("llama") else family.capitalize()
     kind = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
     config = getattr(transformers, kind)(**SIZES | changes)
     torch.manual_seed(3)
@@ -79,8 +87,9 @@ def write_model(family: str, source: Path, folder: Path) -> Path:
     return folder
 
 
-FAMILIES = ["llama", "llama3-rope", "llama-linear", "llama-yarn", "qwen2", "qwen3", "gemma3"]
+FAMILIES = ["llama", "llama3-rope", "llama-linear", "llama-yarn", "mistral", "qwen2", "qwen3", "gemma3"]
 JUDGED = ["F16", "Q8_0"]
+PASSAGE = "The capital of France is Paris. 12 times 34 is x.\n" * 3
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +149,45 @@ def test_llama_cpp_predicts_what_transformers_predicts(family, models_of, tmp_pa
     assert_same_predictions(models_of[family], tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+def test_llama_cpp_with_an_adapter_predicts_what_peft_predicts(family, models_of, tmp_path):
+    """Every linear layer is adapted, by so much that one which is left out, or put into another's place, shows."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models_of[family], dtype=torch.float32).eval()
+    before = last_logprobs(model, models_of[family])
+    torch.manual_seed(4)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    adapted.save_pretrained(tmp_path)
+    assert (last_logprobs(adapted, models_of[family]) - before).abs().max() > 1
+    write_gguf(models_of[family], tmp_path / "base.gguf", "F32")
+    write_adapter_gguf(models_of[family], tmp_path, tmp_path / "adapter.gguf")
+    assert_predictions(adapted, models_of[family], tmp_path / "base.gguf", [tmp_path / "adapter.gguf"])
+
+
 def assert_same_predictions(folder: Path, path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = load_tokenizer(folder).encode("The capital of France is Paris. 12 times 34 is x.\n" * 3)
-    with torch.no_grad():
-        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
-    with LlamaEngine(path, context=512, threads=1) as engine:
-        for number, value in next_token_logprobs(engine, ids, 20):
+    assert_predictions(model, folder, path, [])
+
+
+def assert_predictions(model, folder: Path, path: Path, adapters: list[Path]) -> None:
+    expected = last_logprobs(model, folder)
+    with LlamaEngine(path, context=512, threads=1, adapters=adapters) as engine:
+        for number, value in next_token_logprobs(engine, load_tokenizer(folder).encode(PASSAGE), 20):
             assert abs(float(expected[number]) - value) < 0.05
+
+
+def last_logprobs(model, folder: Path) -> torch.Tensor:
+    """What the model expects after PASSAGE."""
+    with torch.no_grad():
+        logits = model(torch.tensor([load_tokenizer(folder).encode(PASSAGE)])).logits
+    return torch.log_softmax(logits[0, -1].float(), -1)
 
 
 @pytest.mark.parametrize("kind", QUANTISATIONS)

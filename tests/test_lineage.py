@@ -70,11 +70,16 @@ def test_live_is_the_version_that_went_live_last(registry):
         ({"model": "models/base/base-Q8_0.gguf"}, None),
         ({"model": "trial:live"}, 1),
         ({"model": "trial:9"}, None),
+        ({"model": "trial:anna@ADAPTER"}, 2),  # serve.adapters
+        ({"model": "trial:anna@00000000"}, None),
         ({}, None),
     ],
 )
 def test_a_reply_is_traced_to_the_version_that_wrote_it(registry, log, metadata, number):
     went_live(registry, 1, timedelta(hours=1))
+    adapter = registry.version(2).tags["adapter_sha256"][:8]
+    if "model" in metadata:
+        metadata |= {"model": metadata["model"].replace("ADAPTER", adapter)}
     identity = log.log_conversation("Where is it?", "In the drawer", {"session_id": "s1", **metadata})
     went_live(registry, 2, timedelta(hours=-1))
     found = trace(registry, identity)

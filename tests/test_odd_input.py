@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.results import Memo
 from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.metric_modules.loading import load_metric
 from fine_tuning.evaluation.records.measurements import summarise
@@ -141,7 +142,7 @@ def endless(base, folder):
     items = items_of(base, folder / "t.parquet", told, max_length=12_000)
     settings = SETTINGS.model_copy(update={"generation": SETTINGS.generation.model_copy(update={"max_tokens": 4})})
     chat = ChatSettings(system_prompt=None, max_length=12_000)
-    return items, Evaluator(items, load_tokenizer(base.folder), chat, settings, folder / "memo")
+    return items, Evaluator(items, load_tokenizer(base.folder), chat, settings, Memo(folder / "memo", "evaluate"))
 
 
 def test_empty_references_cost_their_end_and_leave_what_has_no_meaning_open(base, silent, metrics, tmp_path):

@@ -150,6 +150,36 @@ def test_the_report_shows_the_win_rate_of_all_and_of_each_person_and_who_decides
     assert "Nobody has voted on this pair" in (tmp_path / "r.html").read_text()
 
 
+def test_report_and_summary_show_what_auto_measured_and_which_kind_it_took(result, tmp_path, monkeypatch, capsys):
+    records, comparison, evaluation = result
+    row = {"tokens_per_second": 50.4, "top1": 0.98}
+    package = {
+        "gguf_bytes": 138_000_000,
+        "quantisations": {
+            "Q4_K_M": row | {"bytes": 106_000_000, "mean_kl": 0.04, "perplexity_increase": 0.057},
+            "Q6_K": row | {"bytes": 138_000_000, "mean_kl": 0.01, "perplexity_increase": 0.016},
+        },
+    }
+    write_report(tmp_path / "r.html", Findings(comparison, evaluation, records, [], package=package))
+    page = (tmp_path / "r.html").read_text()
+    assert "<tr><td>Q4_K_M</td><td>106.0</td>\n<td>50</td><td>0.04</td><td>98%</td>\n<td>+5.7%</td></tr>" in page
+    assert "<td>Q6_K (taken)</td>" in page
+    point = r'<circle class="(\w+)" cx="([0-9.]+)" cy="([0-9.]+)" r="5"/><text [^>]*>(Q\w+), (\d+) MB'
+    assert re.findall(point, page) == [
+        ("open", "80.0", "30.0", "Q4_K_M", "106"),
+        ("good", "500.0", "180.0", "Q6_K", "138"),
+    ]
+    write_report(tmp_path / "r.html", Findings(comparison, evaluation, records, []))
+    assert "tokens/s" not in (tmp_path / "r.html").read_text()
+
+    write_json(tmp_path / "metrics/evaluation.json", evaluation)
+    write_json(tmp_path / "metrics/comparison.json", comparison)
+    write_json(tmp_path / "metrics/package.json", package)
+    monkeypatch.chdir(tmp_path)
+    summary.summary(Namespace(all=False))
+    assert "GGUF in Q6_K: 138.0 MB, perplexity +1.6%, the smallest of 2 within the bounds" in capsys.readouterr().out
+
+
 def test_the_report_asks_nothing_of_the_network_and_runs_no_script(page):
     assert not re.search(r"https?://|src=|@import|url\(", page)
     tags = Tags()

@@ -13,11 +13,12 @@ import uvicorn
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout, root
 from fine_tuning.common.settings import parse_settings, read_params
-from fine_tuning.integration.chat_models import AppSettings, local_models
+from fine_tuning.integration.chat_models import AppSettings, ChatModel, local_models
 from fine_tuning.integration.gateway.health import TOKEN, announce
 from fine_tuning.integration.gateway.proxy import Serving, Upstream, application
 from fine_tuning.integration.gateway.recorder import GatewaySettings, Recorder
 from fine_tuning.integration.ollama_client import normalise_host, ollama_host
+from fine_tuning.integration.served_adapters import with_adapters
 from fine_tuning.integration.served_examples import ServeSettings, context_of, served_examples
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.runtime.llama_engine import LlamaEngine
@@ -72,16 +73,28 @@ def _listen(address: str, port: int) -> socket.socket:
 
 def _upstream(given: str | None, checkout: Path, stack: ExitStack) -> Upstream:
     deploy = read_params("deploy", DeploySettings)
-    if given != "champion":
+    if given not in ("champion", "adapters"):
         url = ollama_host(deploy.host) if given is None else normalise_host(given)
         return Upstream(url.removesuffix("/v1"), deploy.timeout, deploy.stream_timeout, name=deploy.name)
-    app = read_params("app", AppSettings)
-    champion = next((model for model in local_models(checkout) if model.name == "Champion"), None)
-    if champion is None:
-        raise UserError("there is no champion yet: `python -m fine_tuning promote` makes one")
-    engine = stack.enter_context(LlamaEngine(champion.gguf, app.context, app.threads, app.slots, app.timeout))
-    said = {"model": champion.tag, "version": champion.version, "engine": "embedded"}
-    return Upstream(engine.base_url, deploy.timeout, app.timeout, key=engine.api_key, model=said)
+    app, local = read_params("app", AppSettings), local_models(checkout)
+    first = next((model for model in local if model.name == ("Champion" if given == "champion" else "Base")), None)
+    choices: dict[str, ChatModel] = {}
+    if first is None:
+        raise UserError(
+            "there is no champion yet: `python -m fine_tuning promote` makes one" if given == "champion"
+            else "there is no base yet: run `dvc repro base`"
+        )  # fmt: skip
+    if given == "adapters":
+        first, *made = with_adapters([first], checkout, deploy.name, read_params("serve", ServeSettings).adapters)
+        if problem := next((model.problem for model in made if model.problem), None):
+            raise UserError(problem)
+        if not made:
+            raise UserError("serve.adapters in params.yaml names no adapter: give each a name and its file")
+        choices = {model.address: model for model in (*made, first)}
+    engine = LlamaEngine(first.gguf, app.context, app.threads, app.slots, app.timeout, first.adapters)
+    stack.enter_context(engine)
+    said = {"model": first.tag, "version": first.version, "engine": "embedded"}
+    return Upstream(engine.base_url, deploy.timeout, app.timeout, key=engine.api_key, model=said, choices=choices)
 
 
 def _serving(checkout: Path) -> Serving:

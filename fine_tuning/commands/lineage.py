@@ -22,6 +22,7 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.model_management.model_deployer import LIVE, DeploySettings
 from fine_tuning.model_management.model_registry import (
+    ADAPTER_TAG,
     CANDIDATE,
     CHAMPION,
     PREVIOUS,
@@ -193,6 +194,9 @@ def _author(registry: ModelRegistry, reply: dict) -> int | None:
     name, _, tag = str(reply.get("model") or "").partition(":")
     if name != registry.name:
         return None
+    if adapter := tag.partition("@")[2]:  # serve.adapters
+        of = (v.number for v in registry.versions() if v.tags.get(ADAPTER_TAG, "").startswith(adapter))
+        return next(of, None)
     if tag.isdecimal() and tag.isascii():
         return int(tag) if int(tag) in known else None
     if tag == LIVE and reply.get("at"):

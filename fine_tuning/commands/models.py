@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fine_tuning.commands.bundle import champion_bundle, kept_gguf, registered_bundle
 from fine_tuning.commands.canary import begin
+from fine_tuning.commands.other_servers import deploy_elsewhere
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import parse_version
 from fine_tuning.common.project import main_checkout, root
@@ -35,6 +36,10 @@ from fine_tuning.model_management.model_switcher import Live, ModelSwitcher
 
 def deploy(arguments: argparse.Namespace) -> None:
     """Deploy a version to every host, one after the other; as a canary, beside what is live there."""
+    if arguments.server != "ollama":
+        registry = open_registry(_settings().name)
+        deploy_elsewhere(arguments, _settings(), registry, _chosen(registry, arguments.version))
+        return
     trial, live = arguments.canary is not None, None
     if trial and (arguments.host or not 0 < arguments.canary < 1):
         raise UserError("--canary takes a share between 0 and 1, such as 0.5, and acts on deploy.host, not on --host")

@@ -10,9 +10,10 @@ from fine_tuning.common.project import COMPARISON, EVALUATION
 from fine_tuning.common.records import read_json, read_object
 from fine_tuning.evaluation.looks import looked_at
 from fine_tuning.evaluation.records.record_types import COUNTING
+from fine_tuning.evaluation.report.report import quantised_as
 from fine_tuning.schema.reasons import in_words
 
-PREPARED = Path("metrics/prepare.json")
+PREPARED, PACKAGE = Path("metrics/prepare.json"), Path("metrics/package.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
 MODELFILE = Path("models/package/Modelfile")
 PAGES = (Path("metrics/report.html"), Path("metrics/side_by_side.md"))
@@ -43,6 +44,11 @@ def summary(arguments: argparse.Namespace) -> None:
         console.print(f"{row['what']}: {metric} {row['baseline']:.3g}, candidate {value} on {row['n']}", markup=False)
     for line in in_words(read_object(PREPARED))[: None if arguments.all else 1]:
         console.print(line, markup=False)
+    package = read_object(PACKAGE)
+    if taken := quantised_as(package):
+        row, count = package["quantisations"][taken], len(package["quantisations"])
+        cost = f"{row['bytes'] / 1e6:.1f} MB, perplexity {row['perplexity_increase']:+.1%}"
+        console.print(f"GGUF in {taken}: {cost}, the smallest of {count} within the bounds", markup=False)
     if len(metrics) < len(evaluation["candidate"]):
         console.print("`summary --all` prints the other metrics and what was left out", markup=False)
     console.print(f"Verdict: [bold {colour}]{verdict}[/]")

@@ -107,10 +107,15 @@ def read_comments(path: str | Path = "params.yaml") -> dict[str, str]:
     comments: dict[str, str] = {}
     above: list[str] = []
     place: list[str] = []
+    open_braces = 0  # a mapping in braces is one value, on however many lines
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if match := re.match(r" *# ?(.*)", line):
             above.append(match[1])
-        elif match := re.match(r"( *)([A-Za-z_0-9]+):", line):
+            continue
+        continued, open_braces = open_braces, open_braces + line.count("{") - line.count("}")
+        if continued:
+            continue
+        if match := re.match(r"( *)([A-Za-z_0-9]+):", line):
             place = [*place[: len(match[1]) // 2], match[2]]
             comments[".".join(place)] = " ".join(above)
             above = []

@@ -57,10 +57,8 @@ class ConversationLogger:
 
         `metadata["session_id"]` ties exchanges into one conversation and is its id, or its hash is (`session_name`);
         `metadata["model"]` names the author of the reply, `metadata["tokens"]` how many it has. The same `id` again is
-        the same exchange and counts once.
-
-        Raises:
-            UserError: the log cannot be written, or an argument is of another type; nothing of the event is left in it.
+        the same exchange and counts once. Raises UserError if the log cannot be written, or an argument is of another
+        type; nothing of the event is left in it.
         """
         if not (isinstance(user_message, str) and isinstance(assistant_response, str)):
             raise UserError("the conversation could not be logged: both messages must be texts: send it again as text")
@@ -205,11 +203,8 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
 
 
 def append_line(path: Path, line: bytes, durable: bool = True) -> None:
-    """Append a line with its newline to a log, under its lock; what a crash tore off before is set aside.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is.
-    """
+    """Append a line with its newline to a log, under its lock; what a crash tore off before is set aside. Raises
+    OSError if it cannot be written; nothing of it is."""
     with _locked(path) as descriptor:
         _set_torn_tail_aside(descriptor, path)
         _write_whole(descriptor, line, durable)

@@ -8,7 +8,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,11 @@ from fine_tuning.evaluation.suite.contenders import Contender, of_kind
 from fine_tuning.evaluation.suite.examples import Exchanges
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.evaluation.suite.histories import prompt_lines, swapped_histories
-from fine_tuning.evaluation.suite.items import after, chat_format, encoded_anew, sample, suite_sha256
+from fine_tuning.evaluation.suite.items import after, chat_format, sample, suite_sha256
 from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
 from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.evaluation.suite.privacy import personal_data
-from fine_tuning.evaluation.suite.prompting_baselines import Before, context, with_messages
+from fine_tuning.evaluation.suite.prompting_baselines import NOTHING, Before, context, with_messages
 from fine_tuning.runtime.llama_engine import LlamaEngine
 from fine_tuning.schema.chat_format import ChatSettings, encode_prompt, load_tokenizer
 
@@ -71,49 +71,41 @@ class Results:
         ]
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Runs contenders over one suite: those that share a tokenizer, and in `run` any.
 
     Args:
         items: the suite, encoded with `tokenizer`.
         chat: the system prompt, and the tokens of the longest item; replies come on top.
-        memo: folder of earlier results.
+        memo: earlier results.
         find_people: finds names, addresses and dates of birth in replies.
         pairs: held-out pairs of a preferred and another reply.
         is_compared: whether a reply's author is one of the models that are compared.
         before: what stands before every conversation, which `items` have already.
-        plain: the items without it; None: the same.
+        plain: the items without it; none: the same.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        tokenizer: "PreTrainedTokenizerFast",
-        chat: ChatSettings,
-        settings: EvaluateSettings,
-        memo: Path,
-        find_people: Find | None = None,
-        pairs: Sequence[dict[str, Any]] = (),
-        is_compared: Callable[[str], bool] = bool,
-        before: Before = lambda _: [],
-        plain: Sequence[Item] | None = None,
-    ) -> None:
-        self.items = items
-        self.plain = {item.id: item for item in plain or items}
-        self.before = before
-        self.tokenizer = tokenizer
-        self.chat = chat
-        self.settings = settings
-        self.suite = suite_sha256(plain or items, tokenizer)
-        questions = [[{"role": "user", "content": text}] for text in settings.test_prompts]
-        self.prompts = [encode_prompt(tokenizer, after(before(q), q), chat.system_prompt) for q in questions]
-        longest = max([chat.max_length, *(len(prompt) for prompt in self.prompts)])
-        self.context = longest + settings.generation.max_tokens
-        self.hardware = scoring_hardware(settings.threads)
-        self.memo = Memo(memo, "evaluate")
-        self.find_people = find_people
-        self.pairs = pairs
-        self.is_compared = is_compared
+    items: Sequence[Item]
+    tokenizer: "PreTrainedTokenizerFast"
+    chat: ChatSettings
+    settings: EvaluateSettings
+    memo: Memo
+    find_people: Find | None = None
+    pairs: Sequence[dict[str, Any]] = ()
+    is_compared: Callable[[str], bool] = bool
+    before: Before = NOTHING
+    plain: Sequence[Item] = ()
+
+    def __post_init__(self) -> None:
+        plain, chat = self.plain or self.items, self.chat
+        self.suite, self._plain_items = suite_sha256(plain, self.tokenizer), {item.id: item for item in plain}
+        questions = [[{"role": "user", "content": text}] for text in self.settings.test_prompts]
+        asked = [after(self.before(question), question) for question in questions]
+        self.prompts = [encode_prompt(self.tokenizer, messages, chat.system_prompt) for messages in asked]
+        longest = max([chat.max_length, *map(len, self.prompts)])
+        self.context = longest + self.settings.generation.max_tokens
+        self.hardware = scoring_hardware(self.settings.threads)
 
     def run(self, base: Contender, champion: Contender | None, candidate: Contender, train: Path) -> Results:
         """Everything that is asked of base, champion and candidate; `train` is the prepared training split."""
@@ -146,14 +138,13 @@ class Evaluator:
         if known and contender.kind == ADAPTER:
             return self
         chat, before = self.chat, self.before
-        plain = items = self.items if known else encoded_anew(self.items, own, chat.max_length)
+        plain = items = self.items if known else with_messages(self.items, NOTHING, own, chat.max_length)
         if contender.kind != ADAPTER:
             before = context(contender.system_prompt, Exchanges.read(train), contender.examples)
             chat = chat.model_copy(update={"max_length": 2 * chat.max_length})
             items = with_messages(plain, before, own, chat.max_length)
         pairs = [pair | {"messages": after(before(pair["messages"]), pair["messages"])} for pair in self.pairs]
-        more = self.memo.folder, self.find_people, pairs, self.is_compared, before, plain
-        return Evaluator(items, own, chat, self.settings, *more)
+        return replace(self, items=items, tokenizer=own, chat=chat, pairs=pairs, before=before, plain=plain)
 
     def choose_kind(self, base: Contender, candidate: Contender, train: Path) -> tuple[Contender, dict[str, Any]]:
         """The candidate as a version of the kind that evaluate.kind names, and what is recorded of the kind.
@@ -169,8 +160,7 @@ class Evaluator:
         kind, prompting, measured = self.settings.kind, self.settings.prompting_baselines, {}
         if kind == "auto":
             some = sample([item for item in self.items if item.references], prompting.items)
-            more = self.memo.folder, self.find_people, (), self.is_compared
-            few = Evaluator(some, self.tokenizer, self.chat, self.settings, *more)
+            few = replace(self, items=some)
             without = [ADAPTER, PROMPT] if prompting.system_prompt else [ADAPTER]
             possible = (KINDS if prompting.examples else without) if some else ()
             kinds = [of_kind(name, base, candidate, self.settings) for name in possible]
@@ -195,7 +185,7 @@ class Evaluator:
         """What standing examples and system prompt cost: mean tokens of the prompts of references, and the median
         seconds to the first token of its GGUF on up to COSTED of them, without and with what stands before."""
         own = self._asking(contender, train)
-        pairs = [(self.plain[item.id], item) for item in own.items if item.references]
+        pairs = [(self._plain_items[item.id], item) for item in own.items if item.references]
         prompts = [[item.prompt_ids(item.asked) for item in pair] for pair in pairs]
         few = prompts[:COSTED]
 
@@ -237,7 +227,8 @@ class Evaluator:
         for item, score in zip(self.items, scores, strict=True):
             line = self._line(contender.name, item, score, by_id.get(item.id))
             if "predictions" in line:
-                prompt = self.tokenizer.decode(self.plain[item.id].prompt_ids(item.asked))  # examples are others' words
+                asked_alone = self._plain_items[item.id].prompt_ids(item.asked)  # examples are others' words
+                prompt = self.tokenizer.decode(asked_alone)
                 line["personal_data"] = personal_data(line["predictions"], prompt, self.find_people)
             records.append(line)
         return records, answers[len(asked) :]

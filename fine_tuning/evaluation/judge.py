@@ -30,15 +30,8 @@ QUESTION = "Which reply to the last message is better? Answer with 1, 2 or tie, 
 
 
 class Judge:
-    """A model on a server.
-
-    Args:
-        url: the server's address, or that of its API where that is not at /v1.
-        rubric: what to look for, its system prompt.
-
-    Raises:
-        UserError: the key cannot be sent.
-    """
+    """A model on a server, at `url` or at that of its API where it is not at /v1. The `rubric`, its system prompt, says
+    what to look for. Raises UserError if the key cannot be sent."""
 
     def __init__(self, url: str, model: str, rubric: str) -> None:
         self.url, self.model, self.rubric = url.rstrip("/"), model, rubric
@@ -53,19 +46,12 @@ class Judge:
         )
 
     def check(self) -> None:
-        """See that a server is there, whatever it says.
-
-        Raises:
-            UserError: there is none.
-        """
+        """See that a server is there, whatever it says. Raises UserError if there is none."""
         self._send("GET", "models")
 
     def vote(self, pairs: Pairs, cluster: str) -> JudgeVote:
-        """Its vote on the pair of a cluster whose replies are made; equal replies are no question.
-
-        Raises:
-            UserError: it does not answer.
-        """
+        """Its vote on the pair of a cluster whose replies are made; equal replies are no question. Raises UserError if
+        it does not answer."""
         item, replies = pairs.items[cluster], pairs.replies(cluster) or {}
         names = pairs.candidate.name, pairs.against.name
         left, right = (replies[name] for name in names)

@@ -33,11 +33,8 @@ def share(rows: Sequence[PreparedRow], fraction: float) -> list[PreparedRow]:
 
 
 def parse_fractions(text: str) -> list[float]:
-    """`0.25,0.5,1` as numbers, ascending.
-
-    Raises:
-        UserError: one is no number above 0 and up to 1, or there are fewer than two.
-    """
+    """`0.25,0.5,1` as numbers, ascending. Raises UserError if one is no number above 0 and up to 1, or there are fewer
+    than two."""
     try:
         fractions = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -77,13 +74,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One point a fraction: conversations, tokens, perplexity with its interval, and the gain on the point before.
 
-    Args:
-        items: the validation split.
-        scores_of: trains on rows and scores the items.
-        metrics: those to compute; perplexity among them.
-
-    Raises:
-        UserError: the validation split holds no reference to compare with.
+    `scores_of` trains on rows and scores `items`, the validation split; perplexity is among the `metrics`. Raises
+    UserError if the validation split holds no reference to compare with.
     """
     if not any(item.references for item in items):
         raise UserError("every reply in the validation split is a model's own word: import what people wrote")

@@ -20,11 +20,8 @@ MOST = 20  # the look at one test split that is held, and all after it
 def record_looks(comparisons: Iterable[dict[str, Any]], ledger: Path = LOOKS) -> list[tuple[str, str]]:
     """Add to the ledger what it lacks; returns its (hash of the test split, hash of the adapter) in order.
 
-    Args:
-        comparisons: contents of metrics/comparison.json, or its two hashes; champions are passed over.
-
-    Raises:
-        UserError: the ledger is damaged.
+    `comparisons` are contents of metrics/comparison.json, or its two hashes; champions are passed over. Raises
+    UserError if the ledger is damaged.
     """
     known = []
     for number, line in read_lines(ledger) if ledger.is_file() else ():
@@ -41,11 +38,8 @@ def record_looks(comparisons: Iterable[dict[str, Any]], ledger: Path = LOOKS) ->
 
 
 def looked_at(comparison: dict[str, Any], ledger: Path = LOOKS) -> dict[str, Any]:
-    """A comparison as it may be shown: recorded, and held where its test split has been looked at too often.
-
-    Raises:
-        UserError: the ledger is damaged.
-    """
+    """A comparison as it may be shown: recorded, and held where its test split has been looked at too often. Raises
+    UserError if the ledger is damaged."""
     suite, adapter = _pair(comparison)
     seen = [other for of, other in record_looks([comparison], ledger) if of == suite]
     number = seen.index(adapter) + 1 if "champion" not in comparison and adapter in seen else 0

@@ -18,6 +18,7 @@ from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_mod
 from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
+from fine_tuning.integration.served_adapters import with_adapters
 from fine_tuning.integration.served_examples import (
     ServedExamples,
     ServeSettings,
@@ -53,7 +54,8 @@ class App:
     def models(self) -> list[ChatModel]:
         """What can answer now, the one that should answer first at the head, earlier versions at the end."""
         stamps = tuple(stamp(self.checkout / file) for file in SERVED)
-        first = _models(str(self.checkout), self.host, self.name, stamps)
+        found = _models(str(self.checkout), self.host, self.name, stamps)
+        first = with_adapters(found, self.checkout, self.name, self.serve.adapters)
         return [*first, *registered_models(self.checkout, self.name, stamps)]
 
     def examples(self, count: int) -> ServedExamples:

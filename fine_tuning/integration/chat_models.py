@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -32,7 +32,7 @@ COMPARISON = Path("metrics/comparison.json")
 CANDIDATE_GGUF = Path("models/package/model.gguf")
 # transformers imports its parts when they are first used, and two threads that do so at once fail.
 _one_at_a_time = threading.Lock()
-_warm: set[Path] = set()
+_warm: set[tuple[Path | None, ...]] = set()
 WHY_FIRST = {
     "Candidate": "the candidate: its verdict is PROMOTE, and nothing is live yet",
     "Live": "the version that is live",
@@ -77,8 +77,9 @@ def default_sampling(settings: AppSettings) -> Sampling:
 class ChatModel:
     """One model that answers.
 
-    `tag` is what is logged with every reply: a version's tag, the base's name, or the candidate's file. `version` is
-    the registry's, None for the base and for a candidate that was not promoted.
+    `tag` is what is logged with every reply: a version's tag, the base's name, the candidate's file, or an adapter's
+    name with a part of its hash. `version` is the registry's, None for the base and for a candidate that was not
+    promoted. `adapters` are loaded beside `gguf`, `adapter` is the one of them that answers. `problem`: why it cannot.
     """
 
     name: str
@@ -86,11 +87,25 @@ class ChatModel:
     tag: str
     version: int | None = None
     gguf: Path | None = None
+    adapters: tuple[Path, ...] = ()
+    adapter: Path | None = None
+    problem: str | None = None
 
     @property
     def key(self) -> str:
-        """What tells it from the other models."""
-        return f"{self.engine} {self.tag}"
+        """What tells it from the other models. An adapter keeps it when its file is replaced."""
+        return f"{self.engine} {self.address if self.adapter else self.tag}"
+
+    @property
+    def address(self) -> str:
+        """What clients call it: its tag without the hash."""
+        return self.tag.partition("@")[0]
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The field of a request by which the engine applies its adapter and no other; {} where none is loaded."""
+        scales = [{"id": at, "scale": float(path == self.adapter)} for at, path in enumerate(self.adapters)]
+        return {"lora": scales} if scales else {}
 
     @property
     def label(self) -> str:
@@ -187,13 +202,15 @@ def stream_reply(
         yield from _from_ollama(model, neutral, sampling, system_prompt, client)
         return
     assert model.gguf is not None
+    if model.problem:
+        raise UserError(model.problem)
     room = settings.context - min(sampling.max_tokens, settings.context // 2)
     with _one_at_a_time:
         tokenizer = tokenizer_of(_tokenizer_folder(model.gguf, checkout))
         prompt = fitting_prompt(tokenizer, messages, system_prompt, room)
-    with _engine(model.gguf, settings) as engine:
+    with _engine(model, settings) as engine:
         longest = min(sampling.max_tokens, settings.context - len(prompt))
-        yield from engine.complete_stream(prompt, **sampling.model_dump() | {"max_tokens": longest})
+        yield from engine.complete_stream(prompt, **sampling.model_dump() | {"max_tokens": longest} | model.lora)
 
 
 def neutralised(text: str, base: Path) -> str:
@@ -212,23 +229,24 @@ def _control_tokens(path: Path) -> list[str]:
 
 def warm_up(model: ChatModel, checkout: Path, settings: AppSettings) -> None:
     """Load tokenizer and engine in the background while somebody is still typing. A failure shows with the reply."""
-    if model.gguf is None or model.gguf in _warm:
+    files = (model.gguf, *model.adapters)
+    if model.gguf is None or files in _warm:
         return
-    _warm.add(model.gguf)
+    _warm.add(files)
 
     def load(gguf: Path) -> None:
         with suppress(UserError), _one_at_a_time:
             encode_prompt(tokenizer_of(_tokenizer_folder(gguf, checkout)), [{"role": "user", "content": "Hello"}])
-        with suppress(UserError), _engine(gguf, settings):
+        with suppress(UserError), _engine(model, settings):
             pass
 
     threading.Thread(target=load, args=(model.gguf,), daemon=True, name="warm-up").start()
 
 
-def _engine(gguf: Path, settings: AppSettings) -> AbstractContextManager[LlamaEngine]:
-    return shared_engines.use(
-        gguf, context=settings.context, threads=settings.threads, slots=settings.slots, timeout=settings.timeout
-    )
+def _engine(model: ChatModel, settings: AppSettings) -> AbstractContextManager[LlamaEngine]:
+    assert model.gguf is not None
+    limits = settings.model_dump(include={"context", "threads", "slots", "timeout"})
+    return shared_engines.use(model.gguf, adapters=model.adapters, **limits)
 
 
 def _from_ollama(

@@ -50,9 +50,12 @@ def keep_choice(checkout: Path, choice: Choice, *, identity: str | None = None, 
 
 
 def find_model(models: Sequence[ChatModel], wanted: str | None) -> ChatModel | None:
-    """The first model whose key, tag, name or version is `wanted`; None where there is none."""
-    names = ((model, (model.key, model.tag, model.name.lower(), str(model.version))) for model in models)
-    return next((model for model, known in names if wanted and {wanted, wanted.lower()} & {*known}), None)
+    """The first model whose key, tag, name or version is `wanted`, or an adapter of which another file was; None where
+    there is none."""
+    names = ((model, {model.key, model.tag, model.name.lower(), str(model.version)}) for model in models)
+    found = next((model for model, known in names if wanted and {wanted, wanted.lower()} & known), None)
+    asked = (wanted or "").partition("@")[0]
+    return found or next((model for model in models if model.adapter and model.address == asked), None)
 
 
 def _default_of(person: str | None) -> str:

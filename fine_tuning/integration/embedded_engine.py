@@ -7,15 +7,15 @@ with shared_engines.use(gguf, context=2048, threads=1, slots=2, timeout=120) as 
 import atexit
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fine_tuning.runtime.llama_engine import LlamaEngine
 
-# A model's file that was replaced (a promotion, a new `dvc repro`) is another model.
-Key = tuple[str, int, int]
+# A file that was replaced (a promotion, a new `dvc repro`) is another model.
+Key = tuple[tuple[str, int, int], ...]
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _Shared:
 
 
 class SharedEngines:
-    """Running engines by model file.
+    """Running engines by model file and adapters.
 
     Args:
         limit: engines kept running. One more is started where all are answering, and the idle one that was used
@@ -39,11 +39,13 @@ class SharedEngines:
         atexit.register(self.close)
 
     @contextmanager
-    def use(self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float) -> Iterator[LlamaEngine]:
+    def use(
+        self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float, adapters: Sequence[Path] = ()
+    ) -> Iterator[LlamaEngine]:
         """The running engine of `gguf`, started where there is none. It is not ended while somebody is in the block.
         UserError: the file is missing or cannot be loaded."""
         with self._lock:
-            shared = self._running(gguf, context, threads, slots, timeout)
+            shared = self._running(LlamaEngine(gguf, context, threads, slots, timeout, adapters))
             shared.users += 1
         try:
             yield shared.engine
@@ -63,14 +65,14 @@ class SharedEngines:
                 shared.engine.close()
             self._engines.clear()
 
-    def _running(self, gguf: Path, context: int, threads: int, slots: int, timeout: float) -> _Shared:
-        key = _key(gguf)
+    def _running(self, engine: LlamaEngine) -> _Shared:
+        key = tuple(map(_stamp, (engine.gguf, *engine.adapters)))
         shared = self._engines.get(key)
         if shared is not None and not shared.engine.alive:
             self._engines.pop(key).engine.close()
             shared = None
         if shared is None:
-            shared = _Shared(LlamaEngine(gguf, context, threads, slots, timeout).start())
+            shared = _Shared(engine.start())
             self._engines[key] = shared
         self._engines.move_to_end(key)
         self._end_idle()
@@ -85,9 +87,9 @@ class SharedEngines:
                 self._engines.pop(key).engine.close()
 
 
-def _key(gguf: Path) -> Key:
-    facts = gguf.stat() if gguf.is_file() else None
-    return str(gguf.resolve()), facts.st_mtime_ns if facts else 0, facts.st_size if facts else 0
+def _stamp(path: Path) -> tuple[str, int, int]:
+    facts = path.stat() if path.is_file() else None
+    return str(path.resolve()), facts.st_mtime_ns if facts else 0, facts.st_size if facts else 0
 
 
 shared_engines = SharedEngines()

@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +37,11 @@ Progress = Callable[[int, int], None]
 
 
 class OllamaError(UserError):
-    """The server answered, and the answer was a refusal or a failure."""
+    """The server refused or failed, did not answer in time, or was lost."""
 
 
-class OllamaUnavailable(OllamaError):
-    """Nothing answers at the address, or not in time."""
-
-
-class OllamaUnreachable(OllamaUnavailable):
+class OllamaUnreachable(OllamaError):
     """Nothing listens at the address, or nothing that lets itself be connected with."""
-
-
-class OllamaNotFound(OllamaError):
-    """The server has no model of that name."""
 
 
 @dataclass(frozen=True)
@@ -61,39 +53,9 @@ class ChatStats:
     reply_tokens: int | None
 
 
-class ChatStream:
-    """The pieces of one reply as they arrive. After the last one `stats` is set and `text` is the whole reply."""
-
-    def __init__(self, lines: Iterator[dict]) -> None:
-        self._lines = lines
-        self._pieces: list[str] = []
-        self.stats: ChatStats | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            piece = (line.get("message") or {}).get("content") or ""
-            if piece:
-                self._pieces.append(piece)
-                yield piece
-            if line.get("done"):
-                self.stats = _stats(line)
-
-    @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    def close(self) -> None:
-        close = getattr(self._lines, "close", None)
-        if close:
-            close()
-
-
 def ollama_host(host: str) -> str:
-    """The address to talk to: OLLAMA_HOST if set, otherwise `host`, in the form http://name:port.
-
-    Raises:
-        UserError: it is not an address.
-    """
+    """The address to talk to: OLLAMA_HOST if set, otherwise `host`, in the form http://name:port. Raises UserError if
+    it is not an address."""
     return normalise_host(os.environ.get("OLLAMA_HOST") or host)
 
 
@@ -210,40 +172,30 @@ class OllamaClient:
 
     def has_blob(self, sha256: str) -> bool:
         """Whether the server holds the file with this hex SHA-256."""
-        response = self._request("HEAD", f"/api/blobs/sha256:{sha256}")
-        if response.status_code in (200, 404):
-            return response.status_code == 200
-        raise self._refusal(response, "HEAD /api/blobs")
+        return self._request("HEAD", f"/api/blobs/sha256:{sha256}", accepted=(200, 404)).status_code == 200
 
     def upload_blob(self, path: Path, sha256: str, progress: Progress | None = None) -> bool:
         """Send a file unless the server has it. Returns whether it was sent; `progress` gets (bytes sent, all bytes).
-
-        Raises:
-            OllamaError: the server refused it, or the connection was lost.
-        """
+        Raises OllamaError if the server refused it, or the connection was lost."""
         if self.has_blob(sha256):
             return False
         size = path.stat().st_size
-        response = self._request(
+        self._request(
             "POST",
             f"/api/blobs/sha256:{sha256}",
             content=_read_chunks(path, progress),
             headers={"Content-Length": str(size), "Content-Type": "application/octet-stream"},
             wait=self._long,
             more=size / SLOWEST_UPLOAD,
+            accepted=(200, 201),
         )
-        if response.status_code not in (200, 201):
-            raise self._refusal(response, "POST /api/blobs")
         return True
 
     # --------------------------------------------------------------------------------------------------------- models
 
     def create(self, model: str, request: dict, progress: Callable[[str], None] | None = None) -> None:
-        """Create `model` from the fields of /api/create; `progress` gets each status line.
-
-        Raises:
-            OllamaError: refused, failed after HTTP 200, or the stream ended without `success`.
-        """
+        """Create `model` from the fields of /api/create; `progress` gets each status line. Raises OllamaError if it is
+        refused, fails after HTTP 200, or the stream ends without `success`."""
         status = None
         for line in self._stream("/api/create", {**request, "model": model, "stream": True}):
             status = line.get("status")
@@ -255,16 +207,11 @@ class OllamaClient:
             )
 
     def copy(self, source: str, destination: str) -> None:
-        response = self._request("POST", "/api/copy", json={"source": source, "destination": destination})
-        if response.status_code != 200:
-            raise self._refusal(response, "POST /api/copy")
+        self._request("POST", "/api/copy", json={"source": source, "destination": destination})
 
     def delete(self, model: str) -> bool:
         """Remove a name. Returns whether it was there."""
-        response = self._request("DELETE", "/api/delete", json={"model": model})
-        if response.status_code in (200, 404):
-            return response.status_code == 200
-        raise self._refusal(response, "DELETE /api/delete")
+        return self._request("DELETE", "/api/delete", accepted=(200, 404), json={"model": model}).status_code == 200
 
     # ----------------------------------------------------------------------------------------------------------- chat
 
@@ -281,31 +228,24 @@ class OllamaClient:
         rendered = debug.get("rendered_template") if isinstance(debug, dict) else None
         return rendered if isinstance(rendered, str) else None
 
-    def chat_stream(self, model: str, messages: list[dict], options: dict[str, Any] | None = None) -> ChatStream:
-        """Ask `model`; iterate over the result for the pieces of its reply.
+    def chat_stream(
+        self, model: str, messages: list[dict], options: dict[str, Any] | None = None
+    ) -> Generator[str, None, None]:
+        """The pieces of a reply of `model` as they arrive. Closing the generator makes the server stop.
 
         Args:
             messages: [{"role", "content"}]; other keys are left out.
             options: sampling options of Ollama (temperature, seed, num_predict, num_ctx); None: the model's own.
 
         Raises:
-            OllamaError: from the iteration too: an error line, a lost connection, a reply that stops half way.
+            OllamaError: an error line, a lost connection, a reply that stops half way.
         """
-        request = {
-            "model": model,
-            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
-            "stream": True,
-            **({"options": options} if options else {}),
-        }
-        return ChatStream(self._chat_lines(model, request))
+        yield from (piece for piece, _ in self._chat_lines(model, messages, options) if piece)
 
     def chat(self, model: str, messages: list[dict], options: dict[str, Any] | None = None) -> tuple[str, ChatStats]:
         """The whole reply and its statistics."""
-        stream = self.chat_stream(model, messages, options)
-        for _ in stream:
-            pass
-        assert stream.stats is not None
-        return stream.text, stream.stats
+        pieces, lines = zip(*self._chat_lines(model, messages, options), strict=True)
+        return "".join(pieces), _stats(lines[-1])
 
     def unload_from_gpu(self) -> list[str]:
         """Take every model that is loaded into a GPU's memory out of it; their names."""
@@ -315,12 +255,21 @@ class OllamaClient:
             self._json("POST", "/api/generate", {"model": name, "keep_alive": 0, "stream": False})
         return names
 
-    def _chat_lines(self, model: str, request: dict) -> Iterator[dict]:
+    def _chat_lines(
+        self, model: str, messages: list[dict], options: dict[str, Any] | None
+    ) -> Iterator[tuple[str, dict]]:
+        """(piece of the reply, line that brought it), the last line included."""
+        request = {
+            "model": model,
+            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+            "stream": True,
+            **({"options": options} if options else {}),
+        }
         for line in self._stream("/api/chat", request):
             message, done = line.get("message", {}), line.get("done", False)
             if not isinstance(message, dict) or not isinstance(message.get("content", ""), str) or done not in (0, 1):
                 raise OllamaError(f"{self.host}/api/chat sent a line that is not Ollama's: is it one?")
-            yield line
+            yield message.get("content", ""), line
             if done:
                 return
         raise OllamaError(f"{self.host} broke off its reply as {model}: ask again, its log says why")
@@ -328,10 +277,7 @@ class OllamaClient:
     # ----------------------------------------------------------------------------------------------------------- wire
 
     def _json(self, method: str, path: str, body: dict | None = None, wait: float | None = None) -> dict:
-        response = self._request(method, path, wait, json=body)
-        if response.status_code != 200:
-            raise self._refusal(response, f"{method} {path}")
-        if (value := _parse(response.content)) is None:
+        if (value := _parse(self._request(method, path, wait, json=body).content)) is None:
             raise OllamaError(f"{self.host}{path} does not answer like an Ollama: check deploy.host and OLLAMA_HOST")
         return value
 
@@ -355,10 +301,18 @@ class OllamaClient:
         finally:
             deadline.stop()
 
-    def _request(self, method: str, path: str, wait: float | None = None, **content: Any) -> httpx.Response:
+    def _request(
+        self, method: str, path: str, wait: float | None = None, accepted: tuple[int, ...] = (200,), **content: Any
+    ) -> httpx.Response:
+        """A whole answer with one of the `accepted` statuses."""
         with self._answer(method, path, wait or self._short, **content) as (response, deadline):
-            body = b"".join(self._body(response, path, deadline))
-        return httpx.Response(response.status_code, content=body)
+            answer = self._whole(response, path, deadline)
+        if answer.status_code not in accepted:
+            raise self._refusal(answer, f"{method} {path.partition('/sha256:')[0]}")
+        return answer
+
+    def _whole(self, response: httpx.Response, path: str, deadline: _Deadline) -> httpx.Response:
+        return httpx.Response(response.status_code, content=b"".join(self._body(response, path, deadline)))
 
     def _body(self, response: httpx.Response, path: str, deadline: _Deadline) -> Iterator[bytes]:
         for chunk in response.iter_raw():
@@ -373,8 +327,7 @@ class OllamaClient:
         end = time.monotonic() + STREAM_FACTOR * self._long
         with self._answer("POST", path, self._long, json=body) as (response, deadline):
             if response.status_code != 200:
-                answer = b"".join(self._body(response, path, deadline))
-                raise self._refusal(httpx.Response(response.status_code, content=answer), f"POST {path}")
+                raise self._refusal(self._whole(response, path, deadline), f"POST {path}")
             for raw in _newline_separated(self._body(response, path, deadline)):
                 line = _parse(raw)
                 if line is None:
@@ -388,16 +341,16 @@ class OllamaClient:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnreachable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
         if deadline.over or isinstance(error, httpx.TimeoutException):
-            return OllamaUnavailable(
+            return OllamaError(
                 f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"
             )
-        return OllamaUnavailable(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
+        return OllamaError(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:
         body = _parse(response.content)
         reason = _one_line(body["error"]) if body and body.get("error") else response.reason_phrase
         if response.status_code == 404 and body and "model" in reason:
-            return OllamaNotFound(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
+            return OllamaError(f"{self.host}: {reason}: `python -m fine_tuning deploy`")
         if response.status_code == 507:
             reason = f"no space left: {reason}"
         return self._failure(reason, what, f"{self.host} answered {response.status_code} to {what}")
@@ -466,7 +419,8 @@ def _stats(line: dict) -> ChatStats:
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63 else None
 
     reason = line.get("done_reason")
-    return ChatStats(reason if isinstance(reason, str) else None, count("prompt_eval_count"), count("eval_count"))
+    reason = reason if isinstance(reason, str) else None
+    return ChatStats(reason, prompt_tokens=count("prompt_eval_count"), reply_tokens=count("eval_count"))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Section `serve` of params.yaml: training exchanges that stand before a question, in the chat app and in the gateway.
+"""Section `serve` of params.yaml, and the training exchanges that stand before a question in chat app and gateway.
 
 They are found as those of the prompting baseline are. Only the prepared split `train` is read, so that nothing held out
 is shown; and of it no conversation that is forgotten, deleted or disliked by now.
@@ -8,9 +8,9 @@ import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_object, stamp
@@ -20,6 +20,7 @@ from fine_tuning.evaluation.records.settings import ADAPTER
 from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
 from fine_tuning.integration.chat_models import CANDIDATE_GGUF, CHAMPION, COMPARISON, AppSettings
 from fine_tuning.integration.conversation_index import conversation_index
+from fine_tuning.integration.served_adapters import adapter_name
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
 TRAIN = Path("data/prepared/train.parquet")
@@ -35,6 +36,7 @@ class ServeSettings(Settings):
 
     examples: int = Field(ge=0, le=50)
     system_prompt: str | None
+    adapters: dict[Annotated[str, AfterValidator(adapter_name)], str]
 
 
 def kind_served(checkout: Path, tag: str) -> dict[str, Any]:

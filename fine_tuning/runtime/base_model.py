@@ -4,7 +4,7 @@ import hashlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -117,12 +117,9 @@ def _download_from_hub(model: str, revision: str | None, files: list[str]) -> Ba
 
 
 def load_base_tokenizer(source: BaseSource, trust_remote_code: bool = False) -> Any:
-    """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF.
-
-    Raises:
-        UserError: the tokenizer does not load, has no chat template or one that does not end, is not a fast one, or
-            needs code of its own.
-    """
+    """The source's fast tokenizer, with the steps restored that transformers loses when it reads a GGUF. Raises
+    UserError if the tokenizer does not load, has no chat template or one that does not end, is not a fast one, or needs
+    code of its own."""
     from transformers import AutoTokenizer
 
     with _reading(source):
@@ -160,6 +157,17 @@ def gguf_field(path: Path, key: str) -> Any:
     return field.contents() if field else None
 
 
+def tensor_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Shapes of the tensors in safetensors files by name, from the files' headers."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
 def quiet_transformers() -> None:
     """Silence transformers' progress bars for loading and its deprecation warnings."""
     from transformers.utils import logging
@@ -169,11 +177,8 @@ def quiet_transformers() -> None:
 
 
 def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
-    """The causal language model of a local folder, in the torch dtype given.
-
-    Raises:
-        UserError: the folder holds no model that transformers can load.
-    """
+    """The causal language model of a local folder, in the torch dtype given. Raises UserError if the folder holds no
+    model that transformers can load."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -189,10 +194,8 @@ def load_model(folder: Path, dtype: Any, **options: Any) -> Any:
 def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
     """The source's causal language model with its weights as stored; a GGUF's are dequantised and kept as float16.
 
-    float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32.
-
-    Raises:
-        UserError: a file is damaged, names files elsewhere or is quantised; a weight is missing or no number.
+    float16 holds the dequantised weights of a 4-bit file to 11 significant bits in half the space of float32. Raises
+    UserError if a file is damaged, names files elsewhere or is quantised, or a weight is missing or no number.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -222,7 +225,6 @@ def load_base_model(source: BaseSource, trust_remote_code: bool = False) -> Any:
 def _check_files(source: BaseSource) -> None:
     """Refuse files that transformers would fetch from elsewhere, and layer counts that the tensors do not have."""
     from gguf import GGUFReader
-    from safetensors import safe_open
 
     folder = source.folder
     if source.gguf:
@@ -239,7 +241,7 @@ def _check_files(source: BaseSource) -> None:
         if any(name != Path(name).name for name in named):
             raise UserError(f"base.model: {index} names a file outside its folder: download the base again")
         layers = config.get("num_hidden_layers")
-        tensors = sum(len(safe_open(file, framework="pt").keys()) for file in folder.glob("*.safetensors"))
+        tensors = len(tensor_shapes(folder.glob("*.safetensors")))
     if isinstance(layers, int) and not 0 < layers <= tensors:
         raise UserError(
             f"base.model has {tensors} tensors (.safetensors or GGUF) for {layers} layers: download it again"
@@ -314,11 +316,8 @@ def _license(source: BaseSource) -> str | None:
 
 
 def hash_weights(folder: Path) -> str:
-    """Hex SHA-256 over a folder's safetensors files, names and bytes, in order of name.
-
-    Raises:
-        UserError: the folder holds no safetensors file.
-    """
+    """Hex SHA-256 over a folder's safetensors files, names and bytes, in order of name. Raises UserError if the folder
+    holds no safetensors file."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} holds no .safetensors file: run `dvc repro` to make it anew")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_object
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # What the `gguf` package quantises. The names are llama.cpp's file types without their MOSTLY_ prefix.
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Of an adapter's file: the base that it changes, as base.json says, and the file of peft that it was made of.
+OF_ADAPTER = ("whetstone.base_sha256", "whetstone.adapter_sha256")
 # Below 8 bits the embedding and the output head lose most, so they stay at 8 (llama.cpp keeps them at 6 or more).
 LOW_BIT = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
@@ -163,7 +167,7 @@ def write_adapter_gguf(base_dir: Path, adapter_dir: Path, path: Path) -> None:
         raise UserError("adapters of this base have no GGUF here: set package.adapter_gguf to false") from None
     alpha = float(lora["lora_alpha"]) * (math.sqrt(lora["r"]) if lora.get("use_rslora") else 1.0)
     uneven = lora.get("alpha_pattern") or (lora.get("use_rslora") and lora.get("rank_pattern"))
-    weights = load_file(adapter_dir / "adapter_model.safetensors")
+    weights = load_file(adapter_dir / ADAPTER_WEIGHTS)
     pairs = {key: re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key) for key in weights}
     strange = next((key for key, match in pairs.items() if match is None), "alpha_pattern" if uneven else None)
     if strange is not None:
@@ -176,6 +180,10 @@ def write_adapter_gguf(base_dir: Path, adapter_dir: Path, path: Path) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        origins = read_object(base_dir / "base.json").get("sha256"), sha256_file(adapter_dir / ADAPTER_WEIGHTS)
+        for key, sha256 in zip(OF_ADAPTER, origins, strict=True):
+            if sha256:
+                writer.add_string(key, sha256)
         for key in sorted(weights, key=_natural):
             module, side = pairs[key].groups()
             name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))

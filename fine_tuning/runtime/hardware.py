@@ -36,10 +36,8 @@ class Hardware:
 def detect_hardware(precision: str, threads: int | None) -> Hardware:
     """Choose device and number format; `auto` takes bfloat16 only where the hardware computes in it.
 
-    On a CPU without bf16 units bfloat16 is emulated, 20 to 50 times slower than float32.
-
-    Raises:
-        UserError: float16 was asked for on a CPU, where training in it overflows.
+    On a CPU without bf16 units bfloat16 is emulated, 20 to 50 times slower than float32. Raises UserError if float16
+    was asked for on a CPU, where training in it overflows.
     """
     import torch
 

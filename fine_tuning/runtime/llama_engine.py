@@ -67,8 +67,8 @@ class LlamaEngine:
         threads: one for each core that is free; more than that and llama.cpp spins.
         slots: conversations computed side by side.
         timeout: seconds that starting and any single answer may take.
-        adapters: GGUF files of LoRA adapters, applied in full where a request has no `lora`, such as
-            `lora=[{"id": 0, "scale": 1.0}]` for the first one alone and `lora=[]` for the model without any.
+        adapters: GGUF files of LoRA adapters, all applied in full where a request has no `lora`, or an empty one.
+            `lora=[{"id": 0, "scale": 1.0}]` is the first one alone, with a scale of 0.0 the model without any.
 
     Raises:
         UserError: the file is missing or no usable GGUF, the process died, or a time-out passed.

@@ -25,14 +25,9 @@ STORES = (Path("~/.ollama/models"), Path("/usr/share/ollama/.ollama/models"))
 
 
 def model_gguf(name: str) -> tuple[Path, str]:
-    """The weights of a model that Ollama has on this machine, and its id, as `ollama list` shows it.
-
-    Args:
-        name: as Ollama takes it, such as `qwen3:4b` or `hf.co/owner/name:Q4_K_M`.
-
-    Raises:
-        UserError: it is not here, cannot be read, is no single GGUF, or is itself a base with an adapter.
-    """
+    """The weights of a model that Ollama has on this machine, such as `qwen3:4b` or `hf.co/owner/name:Q4_K_M`, and its
+    id, as `ollama list` shows it. Raises UserError if it is not here, cannot be read, is no single GGUF, or is itself a
+    base with an adapter."""
     if not (found := _NAME.fullmatch(name)):
         raise UserError(
             f"ollama:{name} is not the name of a model: give one that `ollama list` shows, such as qwen3:4b"

@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_object, write_json
+from fine_tuning.runtime.base_model import tensor_shapes
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "origin.json"
 # What quantised and mirrored copies of a base put behind its name.
@@ -54,13 +55,9 @@ def _plain(name: str) -> str:
 
 def _check_shapes(folder: Path, base: Path, ranks: set[int | None]) -> None:
     """Compare each pair of matrices with the weight of the base that they are added to, by the files' headers."""
-    weights: dict[str, list[int]] = {}
-    for file in base.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            weights |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    weights = tensor_shapes(base.glob("*.safetensors"))
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        shapes = tensor_shapes([folder / WEIGHTS])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} is damaged ({type(error).__name__}): copy it again") from None
     if not shapes:

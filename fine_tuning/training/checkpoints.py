@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fine_tuning.common.project import code_sha256, versions
+from fine_tuning.common.records import sync
 from fine_tuning.runtime.hardware import detect_hardware, is_main_process, process_count
 from fine_tuning.schema.preferences import Item, JudgedReply, rows_of
 from fine_tuning.training.settings import TrainSettings
@@ -79,11 +79,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def mark_complete(checkpoint: Path) -> None:
     """Flush a checkpoint to disk, then mark it: a crash in between leaves it unmarked."""
     for file in checkpoint.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(file)
     (checkpoint / CHECKPOINT_COMPLETE).touch()
 
 

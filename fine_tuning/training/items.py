@@ -18,11 +18,8 @@ class Prepared(NamedTuple):
 
 
 def choose_items(settings: TrainSettings, train: Prepared, validation: Prepared) -> tuple[list[Item], list[Item], str]:
-    """(training items, validation items, a line that says what is learned from) for `train.objective`.
-
-    Raises:
-        UserError: the objective asks for pairs or thumbs, and there are none, or thumbs of one kind only.
-    """
+    """(training items, validation items, a line that says what is learned from) for `train.objective`. Raises UserError
+    if the objective asks for pairs or thumbs, and there are none, or thumbs of one kind only."""
     objective, minimum = settings.objective, settings.preference.minimum
     liked = sum(thumb.liked for thumb in train.thumbs)
     both = min(liked, len(train.thumbs) - liked)

@@ -15,10 +15,8 @@ from fine_tuning.common.errors import UserError
 def launch(config: Path, module: str) -> NoReturn:
     """Start `python -m module` again in the processes that the configuration asks for, and end when they have ended.
 
-    On a CPU they talk through gloo. Ctrl-C reaches each of them through the launcher.
-
-    Raises:
-        UserError: the machine has fewer GPUs than processes are asked for.
+    On a CPU they talk through gloo. Ctrl-C reaches each of them through the launcher. Raises UserError if the machine
+    has fewer GPUs than processes are asked for.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch import cuda

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.runtime.base_model import is_hub_id, locate_base
+from fine_tuning.runtime.base_model import is_hub_id, locate_base, tensor_shapes
 from fine_tuning.runtime.hardware import Hardware, local_process_count, process_count
 from fine_tuning.training.settings import TrainSettings
 
@@ -25,11 +25,8 @@ class Shape:
 
 
 def read_shape(folder: Path) -> Shape:
-    """Sizes of a folder's model, from its configuration and the headers of its weights: nothing is loaded.
-
-    Raises:
-        UserError: the folder holds no model.
-    """
+    """Sizes of a folder's model, from its configuration and the headers of its weights: nothing is loaded. Raises
+    UserError if the folder holds no model."""
     from safetensors import SafetensorError
 
     try:
@@ -39,14 +36,8 @@ def read_shape(folder: Path) -> Shape:
 
 
 def probe(model: str, revision: str | None) -> tuple[Shape, dict[str, Any]]:
-    """Sizes and configuration of a base model; of a hub's, without downloading its weights.
-
-    Args:
-        model, revision: as `locate_base` takes them.
-
-    Raises:
-        UserError: it is not there, or its files do not say its sizes.
-    """
+    """Sizes and configuration of a base model, named as for `locate_base`; of a hub's, without downloading its weights.
+    Raises UserError if it is not there, or its files do not say its sizes."""
     try:
         if is_hub_id(model):
             from huggingface_hub import get_safetensors_metadata, hf_hub_download
@@ -81,15 +72,7 @@ def _config(folder: Path, **options: Any) -> Any:
 
 
 def _count_safetensors(folder: Path) -> int:
-    """Parameters of a folder's model, from the headers of its weights."""
-    from safetensors import safe_open
-
-    parameters = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as weights:
-            names = weights.keys()  # safe_open is no mapping that can be iterated over
-            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    return parameters
+    return sum(map(math.prod, tensor_shapes(folder.glob("*.safetensors")).values()))
 
 
 def _shape(config: Any, parameters: int) -> Shape:
@@ -123,11 +106,8 @@ def memory_needed(shape: Shape, settings: TrainSettings, hardware: Hardware) -> 
 
 
 def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> None:
-    """Refuse to start what does not fit.
-
-    Raises:
-        UserError: the estimate exceeds the free memory; says what to change.
-    """
+    """Refuse to start what does not fit. Raises UserError if the estimate exceeds the free memory; says what to
+    change."""
     needed = sum(memory_needed(shape, settings, hardware)) + PROGRAM
     if hardware.device == "cpu":
         needed *= local_process_count()

@@ -18,12 +18,7 @@ PROMPT = "How do I restart the router?"
 
 def name_base(adapter: Path, base: dict[str, Any], folder: Path) -> None:
     """Name the base so that peft finds it: by its hub id and commit, or, where no hub knows it, by its folder from the
-    project's top. The base's card is put beside the adapter.
-
-    Args:
-        base: content of base.json.
-        folder: the base's folder.
-    """
+    project's top. The base's card, `base`, is put beside the adapter."""
     path = adapter / "adapter_config.json"
     known = hub_id(base)
     named = {"base_model_name_or_path": known or folder.as_posix(), "revision": base["revision"] if known else None}

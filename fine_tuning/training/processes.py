@@ -69,11 +69,8 @@ def spreading(settings: TrainSettings) -> dict[str, Any]:
 
 
 def keep_adapter_whole(model: Any) -> None:
-    """Prepare a spread base with a fresh adapter: the base's weights are FSDP2's, the adapter's are averaged.
-
-    Raises:
-        UserError: transformers does not know how to spread this architecture.
-    """
+    """Prepare a spread base with a fresh adapter: the base's weights are FSDP2's, the adapter's are averaged. Raises
+    UserError if transformers does not know how to spread this architecture."""
     spread = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     if not spread:
         return

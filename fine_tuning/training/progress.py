@@ -20,9 +20,8 @@ CURVES = ("loss", "learning_rate", "grad_norm")  # and all that is measured on t
 def progress_bar(tracked: Run, curves: Mapping[Path, Mapping[str, str]]) -> Iterator[Progress]:
     """A bar on a terminal, ten lines elsewhere; every step is logged to `tracked`, and for the app in TRAINING.
 
-    Args:
-        curves: CSV files that grow with the run, so that `dvc plots show` and DVC's extension draw it, and which
-            value stands in which column.
+    `curves` are CSV files that grow with the run, so that `dvc plots show` and DVC's extension draw it, and which value
+    stands in which column.
     """
     for path, columns in curves.items():
         _write_row(path, list(columns), "w")

@@ -20,11 +20,8 @@ EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "lion_8bit": "Lion8bit"}
 
 
 def check_bitsandbytes(settings: TrainSettings, hardware: Hardware) -> None:
-    """Try on a few numbers what the settings ask of bitsandbytes, before anything is loaded.
-
-    Raises:
-        UserError: bitsandbytes is missing, or refuses the hardware.
-    """
+    """Try on a few numbers what the settings ask of bitsandbytes, before anything is loaded. Raises UserError if
+    bitsandbytes is missing, or refuses the hardware."""
     if settings.method == "qlora":
         wanted, instead = "train.method = qlora", "train.method to lora"
     elif settings.optimizer in EIGHT_BIT:
@@ -61,10 +58,8 @@ def _reason(error: Exception) -> str:
 def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing: bool) -> Any:
     """Load a Hugging Face folder with its linear layers in NF4 with double quantisation.
 
-    The products are computed in the hardware's own number format: emulated bfloat16 is disastrous on a CPU.
-
-    Raises:
-        UserError: the hardware is refused by bitsandbytes.
+    The products are computed in the hardware's own number format: emulated bfloat16 is disastrous on a CPU. Raises
+    UserError if the hardware is refused by bitsandbytes.
     """
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig

@@ -9,11 +9,8 @@ from fine_tuning.schema.prepared import PreparedRow, count_labels
 
 
 def check_rows(rows: Sequence[PreparedRow], split: str) -> None:
-    """Refuse rows that train no token, or labels that are not the row's own tokens.
-
-    Raises:
-        UserError: the split is empty, ids and labels do not belong together, or no token is trained.
-    """
+    """Refuse rows that train no token, or labels that are not the row's own tokens. Raises UserError if the split is
+    empty, ids and labels do not belong together, or no token is trained."""
     if not rows:
         raise UserError(f"the {split} split is empty: collect more conversations or change prepare's fractions")
     for row in rows:

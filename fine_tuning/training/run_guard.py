@@ -65,7 +65,6 @@ class RunGuard(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Pass a step's numbers on."""
         logs = logs or {}
         check_loss("training", logs.get("loss", 0.0), state.global_step)
         check_loss("validation", logs.get("eval_loss", 0.0), state.global_step)
@@ -73,7 +72,6 @@ class RunGuard(TrainerCallback):
             self.progress({**logs, "step": state.global_step, "steps": state.max_steps})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Stop on Ctrl-C, with a checkpoint."""
         if agree(STOP_AND_SAVE if self.interrupted else GO_ON) == STOP_AND_SAVE:
             self.interrupted = control.should_save = control.should_training_stop = True
         return control
@@ -93,16 +91,12 @@ class RunGuard(TrainerCallback):
 
     def best_file(self, folder: Path, state: Any) -> Path | None:
         """Where the weights of the best measurement so far are; None where the last weights are the ones to keep."""
-        if not self.settings.early_stopping_patience or not validation_history(state):
-            return None
-        return folder / _best_name(best_step(state))
+        step = best_step(state) if self.settings.early_stopping_patience else None
+        return None if step is None else folder / _best_name(step)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Mark the checkpoint that was just written, by all processes, as complete.
-
-        Raises:
-            UserError: its weights are no numbers; it stays unmarked, and those before it are kept.
-        """
+        """Mark the checkpoint that was just written, by all processes, as complete. Raises UserError if its weights are
+        no numbers; it stays unmarked, and those before it are kept."""
         for parameter in model.parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 check_loss("next training", math.nan, state.global_step)
@@ -139,10 +133,10 @@ def validation_history(state: Any) -> dict[int, float]:
     return {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
 
 
-def best_step(state: Any) -> int:
-    """The step with the lowest validation loss, the earliest of equals."""
-    history = validation_history(state)
-    return min(history, key=lambda step: (history[step], step))
+def best_step(state: Any, last: float = math.inf) -> int | None:
+    """The step up to `last` with the lowest validation loss, the earliest of equals; None if nothing was measured."""
+    history = {step: loss for step, loss in validation_history(state).items() if step <= last}
+    return min(history, key=lambda step: (history[step], step), default=None)
 
 
 def _best_name(step: int) -> str:
@@ -152,9 +146,7 @@ def _best_name(step: int) -> str:
 def _drop_old_bests(folder: Path, state: Any) -> None:
     """Remove best weights that no run resumed from a kept checkpoint could return to."""
     oldest = min(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-    known = {step: loss for step, loss in validation_history(state).items() if step <= oldest}
-    if known:
-        needed = min(known, key=lambda step: (known[step], step))
-        for path in folder.glob("best-*.safetensors"):
-            if int(path.stem.split("-")[1]) < needed:
-                path.unlink()
+    needed = best_step(state, oldest) or 0
+    for path in folder.glob("best-*.safetensors"):
+        if int(path.stem.split("-")[1]) < needed:
+            path.unlink()

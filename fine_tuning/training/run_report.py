@@ -22,12 +22,8 @@ def announcement(
     left_out: Mapping[str, int],
     speed: Speed | None,
 ) -> Iterator[str]:
-    """What is about to be trained on, for how long, and which parameters limit it.
-
-    Args:
-        left_out: {reason: conversations} of preparation.
-        speed: what `read_speed` found.
-    """
+    """What is about to be trained on, for how long, and which parameters limit it; `left_out` is {reason:
+    conversations} of preparation."""
     if settings.max_steps == 0:
         yield "the adapter of train.start_from is taken as it is (train.max_steps: 0); set both to null to train again"
         return

@@ -9,8 +9,6 @@ from fine_tuning.common.settings import Settings
 
 
 class LoraSettings(Settings):
-    """The section `train.lora`."""
-
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
@@ -21,8 +19,6 @@ class LoraSettings(Settings):
 
 
 class PreferenceSettings(Settings):
-    """The section `train.preference`."""
-
     minimum: int = Field(ge=1)
     order: Literal["together", "supervised_first"]
     loss: Literal["sigmoid", "ipo", "hinge"]

@@ -52,11 +52,7 @@ def expected(tokens: int, settings: TrainSettings, speed: Speed | None) -> str:
 
 
 def parse_duration(text: str) -> int:
-    """Seconds of `90s`, `30m`, `2h` or `1h30m`.
-
-    Raises:
-        UserError: it is none of these, or no time at all.
-    """
+    """Seconds of `90s`, `30m`, `2h` or `1h30m`. Raises UserError if it is none of these, or no time at all."""
     match = _DURATION.fullmatch(text.strip().lower())
     parts = match.groups() if match else ()
     seconds = sum(int(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))

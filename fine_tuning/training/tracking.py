@@ -125,14 +125,12 @@ class Run:
         self.id = run_id
 
     def log_step(self, values: dict[str, float], step: int) -> None:
-        """Log one step's numbers."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self.client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def log_artifacts(self, folder: Path, name: str) -> None:
-        """Copy a folder into the run's artifacts."""
         self.client.log_artifacts(self.id, str(folder), name)
 
     def log_data(self, files: dict[str, Path]) -> None:
@@ -140,7 +138,6 @@ class Run:
         self.client.log_inputs(self.id, data_inputs(files))
 
     def tag(self, **tags: Any) -> None:
-        """Set tags."""
         for key, value in tags.items():
             self.client.set_tag(self.id, key, str(value))
 
@@ -210,11 +207,8 @@ def training_runs(
 
 
 def find_adapter(client: Any, experiment_id: str, sha256: str, folder: Path) -> Path:
-    """The adapter whose weights' SHA-256 starts with `sha256`: from `folder`, or from the run that trained it.
-
-    Raises:
-        UserError: no run, or more than one adapter, has such a hash, or its files are damaged.
-    """
+    """The adapter whose weights' SHA-256 starts with `sha256`: from `folder`, or from the run that trained it. Raises
+    UserError if no run, or more than one adapter, has such a hash, or its files are damaged."""
     from mlflow.artifacts import download_artifacts
 
     for kept in folder.glob(f"{sha256}*"):

@@ -44,12 +44,7 @@ class CleanPiece(NamedTuple):
 
 
 def merge(pieces: list[CleanPiece], memo: Memo, output: Path, settings: CleanSettings) -> dict[str, Any]:
-    """Write into `output` one file a shard, rejected.jsonl and clusters.jsonl.
-
-    Returns:
-        Counts: conversations seen and kept, drops by reason, exchanges that went alone, masked values and (if any)
-        flagged by type, clusters and the sizes of the largest.
-    """
+    """Write into `output` one file a shard, rejected.jsonl and clusters.jsonl; returns what `clean_shards` does."""
     index = _Index(pieces)
     decided = _decide(index, settings)
     output.mkdir(parents=True, exist_ok=True)
@@ -86,7 +81,6 @@ class _Index:
         self._signed = np.cumsum(self.passed) - 1  # the place of its signature
 
     def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """A column of numbers."""
         numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
 
@@ -280,8 +274,7 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
 def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any]) -> np.ndarray:
     """Write {"id", "cluster"} of every kept conversation; a cluster is named after its oldest conversation.
 
-    Returns:
-        Kept conversations of each cluster, at the place of its first candidate; 0 elsewhere.
+    Returns the kept conversations of each cluster, at the place of its first candidate; 0 elsewhere.
     """
     rows, cluster = decided.candidates, decided.cluster
     oldest = np.arange(len(rows))

@@ -139,9 +139,8 @@ class LogIndex:
             yield None, loose
 
     def version(self, key: bytes) -> dict | None:
-        """The newest sealed version of a conversation."""
         place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
-        return read_line(self._read(*place[0])) if place else None
+        return read_line(self.read(*place[0])) if place else None
 
     def shard(self, key: bytes) -> str | None:
         """Name of the shard that has the newest sealed version of a conversation."""
@@ -154,13 +153,14 @@ class LogIndex:
 
     def _events_where(self, condition: str, *values: Any) -> list[dict]:
         places = self.rows(f"{_PLACE} event {_FILE} WHERE {condition} ORDER BY event.rowid", *values)
-        return [event for place in places if (event := read_event(self._read(*place).rstrip(b"\n"))) is not None]
+        return [event for place in places if (event := read_event(self.read(*place).rstrip(b"\n"))) is not None]
 
     def _number(self, path: Path) -> int:
         self.rows("INSERT OR IGNORE INTO file (path) VALUES (?)", str(path))
         return self.rows("SELECT number FROM file WHERE path = ?", str(path))[0][0]
 
-    def _read(self, path: str, start: int, length: int) -> bytes:
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """Bytes of a log or shard."""
         if self._open is None or self._open.name != path:
             self.close_file()
             self._open = open(path, "rb")  # noqa: SIM115 (kept for the next read)
@@ -173,7 +173,6 @@ class LogIndex:
         self._open = None
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
-        """What a query returns."""
         return self._db.execute(query, values).fetchall()
 
 

@@ -54,7 +54,7 @@ def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones 
     path, count = write_shard(folder, f"{closed.stem}-chat", changed())
     if tombstones is not None:
         unmatched = [event for event in unmatched if not tombstones.concern(event)]
-    _set_aside(closed, ".torn", (_line(closed, *place) for place in torn))
+    _set_aside(closed, ".torn", (index.read(str(closed), *place).rstrip(b"\n") + b"\n" for place in torn))
     _set_aside(closed, ".unmatched", map(dump_line, unmatched))
     counted = {name: counts[name] for name in ("events", "torn", "forgotten")}
     return {"shard": path, "conversations": count, "unmatched": len(unmatched)} | counted
@@ -66,12 +66,6 @@ def _set_aside(closed: Path, suffix: str, lines: Iterable[bytes]) -> None:
     if first is not None:
         with replacing(closed.parent.parent / f"{closed.name}{suffix}") as file:
             file.writelines(chain([first], lines))
-
-
-def _line(path: Path, start: int, length: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(start)
-        return file.read(length).rstrip(b"\n") + b"\n"
 
 
 def _state(conversation: dict) -> tuple[str, bool, list[str]]:

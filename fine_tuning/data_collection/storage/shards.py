@@ -79,11 +79,8 @@ def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: Tr
 def located_versions(
     paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True
 ) -> Iterator[tuple[Path, int, int, dict]]:
-    """(shard, first byte, bytes, version) of the versions that `versions` yields.
-
-    Raises:
-        UserError: another version of this project wrote a shard, in a form that this one does not know.
-    """
+    """(shard, first byte, bytes, version) of the versions that `versions` yields. Raises UserError if another version
+    of this project wrote a shard, in a form that this one does not know."""
     for path in paths:
         end = 0
         with open(path, "rb") as file:
@@ -134,10 +131,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 def describe_shard(path: Path, see: Callable[[Path, bytes], None] = lambda path, line: None) -> dict[str, Any]:
     """{"name", "sha256", "bytes", "lines", "source"} of a shard, which is read once; `see` gets each of its lines.
-
-    Raises:
-        UserError: it is gone.
-    """
+    Raises UserError if it is gone."""
     digest, size, lines = hashlib.sha256(), 0, 0
     try:
         with open(path, "rb") as file:
@@ -193,11 +187,8 @@ def bring_back(shard: str | Path) -> str:
 
 
 def check_append_only(manifest: str | Path, folder: str | Path, current: list[dict], sample: bool) -> list[dict]:
-    """Refuse shards that lack one of the previous manifest's, or change one; returns the new ones.
-
-    Raises:
-        UserError: names the shard and what brings it back.
-    """
+    """Refuse shards that lack one of the previous manifest's, or change one; returns the new ones. Raises UserError,
+    which names the shard and what brings it back."""
     present = {shard["name"]: shard for shard in current}
     previous = read_manifest(manifest)["shards"]
     for shard in previous:
@@ -224,11 +215,8 @@ def count_conversations(paths: Iterable[Path]) -> int:
 
 
 def track(repo: "Repo", folder: Path, manifest: Path) -> None:
-    """`dvc add` of the folder of shards; one that no run has taken in yet is hashed in DVC's cache.
-
-    Raises:
-        OSError: the cache does not take a shard.
-    """
+    """`dvc add` of the folder of shards; one that no run has taken in yet is hashed in DVC's cache. Raises OSError if
+    the cache does not take a shard."""
     from fine_tuning.common.dvc_files import add_to_dvc
 
     add_to_dvc(repo, folder, {shard["name"] for shard in read_manifest(manifest)["shards"]})

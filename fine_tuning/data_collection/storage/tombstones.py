@@ -22,11 +22,8 @@ from fine_tuning.schema.conversation import message_ids
 
 
 class Tombstones:
-    """The tombstones of a file; a file that is not there has none. Its keys are in `conversations` beside it.
-
-    Raises:
-        UserError: a line of it is damaged, or its key is not in this clone.
-    """
+    """The tombstones of a file; a file that is not there has none. Its keys are in `conversations` beside it. Raises
+    UserError if a line of it is damaged, or its key is not in this clone."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -24,11 +24,8 @@ KEPT = "evaluation"  # in the champion's folder: the files of its evaluation, ea
 
 
 def is_champion(record: Path, adapter: Path, gguf: Path, kind: Mapping[str, Any]) -> bool:
-    """Whether adapter, GGUF and kind of version are those of the champion that the JSON file `record` names.
-
-    Args:
-        kind: "name" and, of other kinds than an adapter, "system_prompt" and "examples".
-    """
+    """Whether adapter, GGUF and kind of version are those of the champion that the JSON file `record` names. A kind has
+    "name" and, where it is no adapter, "system_prompt" and "examples"."""
     champion = read_json(record)
     own = {"name": champion.get("kind", ADAPTER), "system_prompt": champion.get("system_prompt")}
     own["examples"] = champion.get("examples", 0)
@@ -65,10 +62,7 @@ def restore_records(record: Path, metrics: Path, method: str) -> bool:
 
 def kept_files(record: Path) -> list[Path]:
     """The files of the champion's evaluation; none where the JSON file `record`, which names it, has no digest of them.
-
-    Raises:
-        UserError: they are not those that were kept at the promotion.
-    """
+    Raises UserError if they are not those that were kept at the promotion."""
     folder, digest = champion_folder(record), read_json(record).get("evaluation_sha256")
     files = sorted(path for path in (folder / KEPT).rglob("*") if path.is_file()) if digest else []
     if files and files_sha256(files, folder / KEPT) != digest:
@@ -80,10 +74,8 @@ def kept_files(record: Path) -> list[Path]:
 def without_learned(items: Sequence[Item], record: Path) -> tuple[list[Item], int]:
     """The items that the champion was not trained on, nor on a near-duplicate; and how many conversations are left out.
 
-    Another salt, or the ledgers of two branches, may have dealt its training conversations into the test split.
-
-    Raises:
-        UserError: none is left.
+    Another salt, or the ledgers of two branches, may have dealt its training conversations into the test split. Raises
+    UserError if none is left.
     """
     members = champion_folder(record) / MEMBERS
     if read_json(record).get("version") is None or not members.is_file():

@@ -69,10 +69,8 @@ def estimates(
 ) -> dict[str, Estimate]:
     """Each value of a metric for one contender, or the first of two less the second.
 
-    An exponential metric's estimates are on the scale of its exponent.
-
-    Args:
-        statistics: what each item adds, (items, k) a contender; the items of both are the same.
+    An exponential metric's estimates are on the scale of its exponent. `statistics` are what each item adds, (items, k)
+    a contender; the items of both are the same.
     """
     point, drawn = (
         [metric.values(sums) for sums in each]
@@ -178,7 +176,6 @@ def measures_of(files: Files) -> dict[str, tuple[Sequence[Line], Callable[[Line]
 
 
 def benchmark_value(line: Line) -> float:
-    """What a benchmark's metric says of one question."""
     return np.nan if line["value"] is None else float(line["value"])
 
 

@@ -106,7 +106,6 @@ class Likelihood:
 
     @classmethod
     def from_json(cls, turns: Sequence[tuple[float | None, int, int]]) -> "Likelihood":
-        """The inverse of `as_json`."""
         return cls([(math.nan if nll is None else nll, tokens, correct) for nll, tokens, correct in turns])
 
 

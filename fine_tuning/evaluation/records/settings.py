@@ -29,30 +29,22 @@ def metric_names(folder: Path = METRIC_MODULES) -> list[str]:
 
 
 class PromptingBaselineSettings(Settings):
-    """Section `evaluate.prompting_baselines`."""
-
     system_prompt: str | None
     examples: int = Field(ge=0)
     items: int = Field(ge=0)
 
 
 class MemorySettings(Settings):
-    """Section `evaluate.memory`."""
-
     conversations: int = Field(ge=0)
 
 
 class GenerationSettings(Settings):
-    """Section `evaluate.generation`."""
-
     items: int = Field(ge=0)
     max_tokens: int = Field(ge=1)
     slots: int = Field(ge=1)
 
 
 class IntervalSettings(Settings):
-    """Section `evaluate.interval`."""
-
     draws: int = Field(ge=100)
     confidence: float = Field(gt=0.5, lt=1)
     seed: int = Field(ge=0)

@@ -41,7 +41,6 @@ class Resampling:
 
     @property
     def clusters(self) -> int:
-        """Number of clusters."""
         return int(self.taken.shape[1])
 
     def totals(self, statistics: np.ndarray) -> np.ndarray:

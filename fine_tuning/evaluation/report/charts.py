@@ -77,6 +77,25 @@ def curve(points: Sequence[Mapping[str, Any]]) -> str:
     return _svg(620, 272, "learning curve", axes + line + "".join(parts))
 
 
+def frontier(kinds: Mapping[str, Mapping[str, Any]], taken: str | None) -> str:
+    """Mean KL divergence from the trained model over the size of the GGUF, a point for each kind."""
+    sizes, divergences = ([row[key] for row in kinds.values()] for key in ("bytes", "mean_kl"))
+    least, wide, top = min(sizes), (max(sizes) - min(sizes)) or 1, max(divergences) or 1.0
+    parts = []
+    for kind, row in kinds.items():
+        x, y = 80 + 420 * (row["bytes"] - least) / wide, 230 - 200 * row["mean_kl"] / top
+        parts.append(
+            f'<circle class="{"good" if kind == taken else "open"}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+            f'<text x="{x + 9:.1f}" y="{y - 6:.1f}">{escape(kind)}, {row["bytes"] / 1e6:.0f} MB</text>'
+        )
+    axes = (
+        f'<text x="0" y="14">mean KL, nats</text><text x="0" y="34">{number(top)}</text><text x="0" y="234">0</text>'
+        '<text x="290" y="264" text-anchor="middle">size of the GGUF</text>'
+        '<line x1="70" x2="560" y1="238" y2="238" stroke="#888"/>'
+    )
+    return _svg(640, 272, "quantisations", axes + "".join(parts))
+
+
 COLOURS = ("#1a7f4b", "#c0392b", "#2a6fb0", "#8e44ad", "#b9770e", "#16828a", "#7f8c8d", "#a04070")
 
 

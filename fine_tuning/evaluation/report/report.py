@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from fine_tuning.common.records import replacing
 from fine_tuning.evaluation.records.record_types import COUNTING
-from fine_tuning.evaluation.report.charts import curve, curves, interval_plot, number
+from fine_tuning.evaluation.report.charts import curve, curves, frontier, interval_plot, number
 from fine_tuning.evaluation.report.red_flags import red_flags
 from fine_tuning.schema.reasons import in_words
 
@@ -26,7 +26,8 @@ class Findings:
     items.jsonl, `answers` {"prompt", "replies": {contender: {"text", "finished"}}} for each test prompt, `slices` and
     `data_changes` what the functions of these names return (None: there is no champion to compare with),
     `learning_curve`, `preparation` and `training` the contents of metrics/learning_curve.json, prepare.json and
-    train.json, `base` that of models/base/base.json, `losses` (step, nats a token) by name.
+    train.json, `base` that of models/base/base.json, `losses` (step, nats a token) by name, `package` the content of
+    metrics/package.json.
     """
 
     comparison: dict[str, Any]
@@ -40,6 +41,7 @@ class Findings:
     training: dict[str, Any] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    package: dict[str, Any] = field(default_factory=dict)
 
 
 def write_report(path: Path, found: Findings) -> None:
@@ -57,6 +59,7 @@ def write_report(path: Path, found: Findings) -> None:
         "interval_plot": lambda differences: Markup(interval_plot(differences)),
         "curve": lambda points: Markup(curve(points)),
         "curves": lambda series, label: Markup(curves(series, label)),
+        "frontier": lambda kinds, taken: Markup(frontier(kinds, taken)),
         "one_reply": lambda item: (item[0], item[1]["text"], item[1]["finished"]),
         "one_record": lambda line: (line["contender"], line["predictions"], line["finished"]),
     }
@@ -78,11 +81,19 @@ def write_report(path: Path, found: Findings) -> None:
         training=found.training,
         flags=list(red_flags(comparison, table, found.records, found.answers)),
         losses=found.losses,
+        quantisations=found.package.get("quantisations", {}),
+        quantised_as=quantised_as(found.package),
         data_changes=found.data_changes,
         learning_curve=found.learning_curve,
     )
     with replacing(path) as file:
         file.write(page.encode("utf-8", "replace"))
+
+
+def quantised_as(package: dict[str, Any]) -> str | None:
+    """The kind that `package.quantisation: auto` took of those measured, None where nothing was measured."""
+    kinds = package.get("quantisations", {})
+    return next((kind for kind, row in kinds.items() if row["bytes"] == package["gguf_bytes"]), None)
 
 
 def slice_table(dimension: str, found: dict[str, dict[str, dict[str, dict[str, Any]]]]) -> tuple[str, list, list, list]:

@@ -29,11 +29,8 @@ def scoring_hardware(threads: int | None) -> Hardware:
 
 @contextlib.contextmanager
 def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
-    """A model folder in memory, ready to score.
-
-    Raises:
-        UserError: the folder holds no model that transformers can load.
-    """
+    """A model folder in memory, ready to score. Raises UserError if the folder holds no model that transformers can
+    load."""
     import torch
 
     torch.set_num_threads(hardware.threads)

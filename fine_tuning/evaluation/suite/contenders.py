@@ -47,11 +47,7 @@ class Contender:
         return gguf if self.kind == KINDS[0] else hashlib.sha256(f"{gguf} {before}".encode()).hexdigest()
 
     def weights_sha256(self) -> str:
-        """Hash of the folder's weights and configuration.
-
-        Raises:
-            UserError: there are none.
-        """
+        """Hash of the folder's weights and configuration. Raises UserError if there are none."""
         files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
         if len(files) == 1 or not files[-1].is_file():
             raise UserError(f"{self.folder} holds no model: run `dvc repro`, or `dvc pull` where it was made elsewhere")
@@ -59,11 +55,8 @@ class Contender:
 
 
 def find_champion(record: Path) -> Contender | None:
-    """The champion that the JSON file `record` names; None before there is one.
-
-    Raises:
-        UserError: its files are missing or are not those that were promoted.
-    """
+    """The champion that the JSON file `record` names; None before there is one. Raises UserError if its files are
+    missing or are not those that were promoted."""
     champion = read_json(record)
     if champion.get("version") is None:
         return None
@@ -79,11 +72,8 @@ def find_champion(record: Path) -> Contender | None:
 
 
 def of_kind(kind: str, base: Contender, candidate: Contender, settings: EvaluateSettings) -> Contender:
-    """The candidate as a version of a kind, with the system prompt and examples of evaluate.prompting_baselines.
-
-    Raises:
-        UserError: neither a system prompt nor examples are set, so the kind is none of its own.
-    """
+    """The candidate as a version of a kind, with the system prompt and examples of evaluate.prompting_baselines. Raises
+    UserError if neither a system prompt nor examples are set, so the kind is none of its own."""
     prompting = settings.prompting_baselines
     system_prompt = prompting.system_prompt if kind == PROMPT else None
     if kind in (PROMPT, ADAPTER_EXAMPLES) and not (prompting.examples or system_prompt):
@@ -109,15 +99,12 @@ class ProjectName(Settings):
 
 
 def check_references(references: Sequence[str], base: Path, record: Path, name: str) -> None:
-    """See that authors of references are people, or models that are neither compared nor made here.
+    """See that authors of references are people, or models that are neither compared nor made here; UserError if not.
 
     Args:
         base: folder of the base, whose base.json says what it is.
         record: models/champion.json.
         name: `deploy.name`, under which this project's versions are registered and deployed.
-
-    Raises:
-        UserError: one is not.
     """
     if old := [author for author in references if author in ("liked", "edited", "imported", "unknown")]:
         raise UserError(

@@ -27,11 +27,8 @@ def general_items(
     max_length: int,
     before: Callable[[Sequence[dict]], list[dict]] = lambda _: [],
 ) -> list[Item]:
-    """Two items for each question, one for each answer without its end of turn: `<id>/right` and `<id>/wrong`.
-
-    Args:
-        before: the messages that stand before a question.
-    """
+    """Two items for each question, one for each answer without its end of turn: `<id>/right` and `<id>/wrong`;
+    `before` gives the messages that stand before a question."""
     items, closing = [], end_of_turn_ids(tokenizer)
     for question in read_jsonl(SUITE):
         for answer in ANSWERS:

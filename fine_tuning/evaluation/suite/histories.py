@@ -35,10 +35,8 @@ def swapped_histories(
     """The last reference of up to `count` items after its own history and after those of three others.
 
     The others are of other clusters, of the same language, and nearest in the length of their history; the reply's own
-    system prompt stays. An item without any such other is left out.
-
-    Args:
-        max_length: tokens of history and reply together.
+    system prompt stays. An item without any such other is left out. `max_length` tokens are for both
+    history and reply.
     """
     asked = [item for item in items if item.references]
     closing, languages = end_of_turn_ids(tokenizer), {item.id: language(item) for item in asked}
@@ -78,11 +76,8 @@ def language(item: Item) -> str:
 
 
 def prompt_lines(contender: str, swaps: Sequence[Swap], scores: Sequence[Likelihood]) -> list[dict[str, Any]]:
-    """Lines of prompt_help.jsonl: nats of each reply's content after its own history and after each other one.
-
-    Args:
-        scores: of all variants of all swaps, in their order.
-    """
+    """Lines of prompt_help.jsonl: nats of each reply's content after its own history and after each other one, from the
+    scores of all variants of all swaps in their order."""
     left = iter(scores)
     lines = []
     for swap in swaps:

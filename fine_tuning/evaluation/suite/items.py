@@ -21,11 +21,8 @@ COLUMNS = ["id", "window", "source", "cluster", "messages", "input_ids", "labels
 def read_items(
     path: Path, tokenizer: "PreTrainedTokenizerFast", endorsed: Sequence[str] = (PERSON,), needed: bool = True
 ) -> list[Item]:
-    """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says.
-
-    Raises:
-        UserError: the file is missing, or no conversation in it holds a reply and one is `needed`.
-    """
+    """Windows of a prepared split that hold a reply, in order of id; whose replies count, `endorsed` says. Raises
+    UserError if the file is missing, or no conversation in it holds a reply and one is `needed`."""
     items = []
     for row in read_rows(path, COLUMNS):
         runs = label_runs(row.labels)
@@ -41,21 +38,13 @@ def read_items(
     return sorted(items, key=lambda item: item.id)
 
 
-def encoded_anew(items: Sequence[Item], tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Item]:
-    """The same conversations and replies as a model with another tokenizer or chat template sees them.
-
-    Left out is what its template cannot carry, and what does not keep all its replies whole in `max_length` tokens.
-    """
-    found = (encoded_after(item, [], tokenizer, max_length) for item in items)
-    return [item for item in found if item is not None]
-
-
 def encoded_after(
     item: Item, before: Sequence[dict], tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> Item | None:
-    """The item with the messages `before` in front, the same replies labelled; None where encoded_anew leaves out.
+    """The item with the messages `before` in front, the same replies labelled, as a tokenizer and its chat template see
+    it. A system message among `before` takes the place of the conversation's.
 
-    A system message among `before` takes the place of the conversation's.
+    None where the template cannot carry it, or `max_length` tokens do not hold all its replies whole.
     """
     scored = labelled_replies(item.messages, len(item.runs))
     messages = after(before, item.messages)
@@ -110,12 +99,10 @@ def label_runs(labels: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def content_only(item: Item, reply: int, closing: Sequence[int]) -> Item:
-    """The item up to the end of one reply, of which only the content is scored and not the tokens that end the turn.
+    """The item up to the end of one reply, of which only the content is scored and not the tokens that end the turn,
+    `closing` (see `end_of_turn_ids`).
 
     How a model ends its turn is not what it says: without this, whoever writes short answers is rewarded for them.
-
-    Args:
-        closing: token ids that end a turn, see `end_of_turn_ids`.
     """
     start, end = item.runs[reply]
     while end > start + 1 and item.input_ids[end - 1] in closing:

@@ -29,10 +29,13 @@ def context(system_prompt: str | None, exchanges: Exchanges | None = None, count
     return before
 
 
+NOTHING = context(None)
+
+
 def with_messages(
     items: Sequence[Item], before: Before, tokenizer: "PreTrainedTokenizerFast", max_length: int
 ) -> list[Item]:
-    """The items with messages before them; without those whose template or length does not allow it.
+    """The items with messages before them, without those that `encoded_after` leaves out.
 
     Where `max_length` tokens do not hold all, whole turns are dropped, the least similar exchange's first.
     """

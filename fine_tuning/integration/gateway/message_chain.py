@@ -192,10 +192,7 @@ class MessageChain:
         elif known is not None:
             parent, turns = known.parent, known.turns
         else:
-            parent, turns = (
-                nodes_of(metadata.get("user_id"), history)[-1],
-                1 + sum(m["role"] == "user" for m in history),
-            )
+            parent, turns = nodes_of(metadata.get("user_id"), history)[-1], 1 + _questions(history)
         question = node_after(parent, "user", event["user_message"])
         place = Place(conversation, metadata.get("branch_of") or conversation, parent, question, turns)
         self.add(event["id"], place, event["assistant_response"], "incomplete" not in metadata)

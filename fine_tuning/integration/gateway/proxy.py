@@ -11,7 +11,7 @@ import hmac
 import posixpath
 import re
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fine_tuning.integration.chat_models import served_models
+from fine_tuning.integration.chat_models import ChatModel, served_models
 from fine_tuning.integration.gateway.connections import PlainTransport
 from fine_tuning.integration.gateway.recorder import Headers, Outcome, Recorder, Ticket
 from fine_tuning.integration.gateway.wire_formats import READERS, Asked, ReplyReader, with_context
@@ -58,6 +58,8 @@ class Upstream:
         key: sent as a bearer token instead of what the client sends.
         name: the deployed model's name; its replies are logged under the version that the name stands for.
         model: what is logged of the model whatever the server calls it: `model`, `version`, `engine`.
+        choices: models that are one engine with another adapter each, by the name that a request gives; where there are
+            any, other requests than chats are refused.
     """
 
     url: str
@@ -66,6 +68,7 @@ class Upstream:
     key: str | None = None
     name: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
+    choices: Mapping[str, ChatModel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,12 @@ class Proxy:
             await refusal(scope, 413, f"the request has more than {MOST_BYTES >> 20} MiB")(scope, receive, send)
             return
         known = scope["method"] == "POST" and path in READERS
+        if self.upstream.choices:
+            chosen = self._chosen(path, body) if known else None
+            if chosen is None:
+                await self._listed(scope, path)(scope, receive, send)
+                return
+            body = chosen
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         asked = self.recorder.read(path, body, headers) if known else None
         relay = _Relay(self, path, asked, headers)
@@ -186,6 +195,22 @@ class Proxy:
             await relay.end("stopped")
         if not passing.cancelled():
             passing.result()
+
+    def _chosen(self, path: str, body: bytes) -> bytes | None:
+        """The request with the adapter that its `model` names; None where it names none."""
+        with suppress(ValueError, AttributeError):
+            request = orjson.loads(body)
+            if (model := self.upstream.choices.get(request.get("model"))) is not None:
+                return orjson.dumps(request | model.lora)
+        return None
+
+    def _listed(self, scope: Scope, path: str) -> JSONResponse:
+        """The list of models where it is asked for, else what there is to ask for."""
+        choices = list(self.upstream.choices)
+        if scope["method"] == "GET" and path == "/v1/models":
+            entries = [{"id": name, "object": "model", "created": 0, "owned_by": "whetstone"} for name in choices]
+            return JSONResponse({"object": "list", "data": entries})
+        return refusal(scope, 404, f"ask /v1/chat/completions with one of these as `model`: {', '.join(choices)}")
 
     def _for_candidate(self, body: bytes, ticket: Ticket) -> bytes:
         """The request as the canary's candidate gets it, where the conversation is one of its."""
@@ -247,6 +272,8 @@ class Proxy:
 
     async def model_of(self, said: str) -> dict[str, Any]:
         """What is logged of the model that a reply names: `whetstone:live` is a version, which moves on."""
+        if (model := self.upstream.choices.get(said)) is not None:
+            return {"model": model.tag, "version": model.version, "engine": model.engine}
         name = self.upstream.name
         if name is None or not full_name(said).startswith(f"{name}:"):
             return self.upstream.model
@@ -343,7 +370,10 @@ class _Relay:
         """Log the exchange, once; the rest is passed on when the disk has it."""
         reply, ticket, self._ticket = self._reply, self.begin(), None
         if reply is not None and ticket is not None:
-            await self._proxy.recorder.finish(ticket, reply, outcome, self._proxy.model_of)
+            proxy, asked = self._proxy, ticket.asked.model
+            # One engine calls itself by one name, whichever adapter answers.
+            model_of = (lambda _: proxy.model_of(asked)) if proxy.upstream.choices else proxy.model_of
+            await proxy.recorder.finish(ticket, reply, outcome, model_of)
 
 
 async def _arrivals(response: httpx.Response) -> AsyncIterator[bytes]:

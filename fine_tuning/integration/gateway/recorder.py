@@ -83,12 +83,7 @@ class Ticket:
 
 
 class Recorder:
-    """Recognises, logs and counts exchanges. All methods belong to one event loop.
-
-    Args:
-        checkout: where the inbox and the sealed conversations are.
-        record: everyone, or those who agreed.
-    """
+    """Recognises, logs and counts exchanges, of everyone or of those who agreed. For one event loop."""
 
     def __init__(self, checkout: Path, record: str = "everyone") -> None:
         self.checkout, self._record = checkout, record
@@ -169,11 +164,7 @@ class Recorder:
             file.writelines(f"{mark}\n" for mark in new)
 
     def agree(self, person: str, record: bool) -> None:
-        """Remember whether a person may be recorded.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Remember whether a person may be recorded. Raises OSError if it cannot be written."""
         with updating(self.checkout / AGREED) as agreed:
             agreed[_digest(person)] = record
         self._agreed = agreed
@@ -191,8 +182,7 @@ class Recorder:
     async def finish(self, ticket: Ticket, reply: ReplyReader, outcome: Outcome, model_of: ModelOf) -> None:
         """Log the exchange, and wait until the disk has it; no longer than a chat may be held up.
 
-        Args:
-            model_of: what is known of the model that a reply names: `model`, `version`, `engine`.
+        `model_of` says what is known of the model that a reply names: `model`, `version`, `engine`.
         """
         try:
             reply.end()

@@ -220,7 +220,6 @@ class ReplyReader:
 
     @property
     def reasoning(self) -> str:
-        """The model's thoughts."""
         inline = THOUGHTS.match("".join(self._pieces))
         return "".join(self._thoughts) or (inline[1].strip() if inline else "")
 

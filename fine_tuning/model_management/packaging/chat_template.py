@@ -70,8 +70,8 @@ def jinja_renderer(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | No
 
 
 def derive_template(render: Render) -> str:
-    """The Go template that writes what `render` writes, for conversations as Ollama passes them on. UserError: the
-    template writes a role in ways that depend on more than the message before it."""
+    """The Go template that writes what `render` writes, for conversations as Ollama passes them on. Raises UserError if
+    the template writes a role in ways that depend on more than the message before it."""
     gaps: dict[tuple[str, str], str] = {}
     system_last = _probe(render, _PROBES, gaps)
     trims = {role: _trim_of(render, role) for role in _ROLES.values() if _is_written(role, gaps)}
@@ -283,10 +283,8 @@ def collate(messages: Messages) -> list[dict[str, str]]:
 def prove_template(template: str, render: Render, conversations: Iterable[Messages], private: bool = False) -> int:
     """Render every conversation through Jinja and through Go; returns how many were compared, all equal to the byte.
 
-    A conversation that the Jinja template refuses is one the model was never trained on: it is not counted.
-
-    Raises:
-        UserError: the first difference. With `private` only its position is reported.
+    A conversation that the Jinja template refuses is one the model was never trained on: it is not counted. Raises
+    UserError at the first difference; with `private` it tells its position only.
     """
     compared = 0
     for conversation in conversations:

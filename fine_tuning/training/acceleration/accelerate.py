@@ -116,7 +116,6 @@ class AcceleratedTokenLosses(TokenLosses):
         return super().collate(rows)
 
     def __call__(self, model: Any, inputs: Batch, together: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in the plain form."""
         row_of = None
         if self.shared_prefixes:
             inputs = lay_out(inputs, together)

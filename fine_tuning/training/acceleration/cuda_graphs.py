@@ -73,9 +73,8 @@ def shapes_to_record(base: Shape, settings: TrainSettings, hardware: Hardware, t
     recorded cannot use: three times those of a batch have to fit. Each keeps its gradients, its output and that one's
     gradient.
 
-    Args:
-        trainable: parameters of the adapter.
-        memory: all bytes of the GPU, used or not: what is free changes, and results must not change with it.
+    `trainable` are the adapter's parameters, `memory` all bytes of the GPU, used or not: what is free changes, and
+    results must not change with it.
     """
     if base.parameters * settings.batch_tokens > LARGEST_STEP:
         return 0
