@@ -112,12 +112,8 @@ class Searched:
 
 
 def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str]) -> Searched:
-    """Look into every object of a store.
-
-    Args:
-        strict: those of the traces that models do not write.
-        known: {object: the field of `Searched` that it is in} of objects that were searched before; grows.
-    """
+    """Look into every object of a store; `strict` are the traces that models do not write. `known` grows: {object: the
+    field of `Searched` that it is in} of objects that were searched before."""
     result = Searched(store.objects())
     for oid in tqdm(sorted(result.objects), desc=store.name, unit="object", disable=None, leave=False):
         listing = oid.endswith(".dir")

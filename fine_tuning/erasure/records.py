@@ -73,12 +73,8 @@ class Found:
 def collect(
     selection: Selection, shards: list[Path], logs: list[Path], tombstones: Tombstones | None = None, key: bytes = b""
 ) -> Found:
-    """Find the selected conversations in shards and logs, and what they say that no other conversation says.
-
-    Args:
-        tombstones: what people log about a conversation after it was forgotten is found by them as well.
-        key: of the traces.
-    """
+    """Find the selected conversations in shards and logs, and what they say that no other conversation says: traces by
+    `key`. What people log about a conversation after it was forgotten is found by the tombstones."""
     found = Found()
     for conversation in _everything(shards, logs):
         if selection.takes(conversation):

@@ -130,12 +130,8 @@ class Canary:
     # ---------------------------------------------------------------------------------------------------------- chats
 
     def candidate_for(self, conversation: str, unit: str, new: bool) -> State | None:
-        """The canary whose candidate answers a conversation; None where the live version does.
-
-        Args:
-            unit: what conversations that are observed as one have in common.
-            new: whether nothing was said in it before. Others stay with the version that they began with.
-        """
+        """The canary whose candidate answers a conversation; None where the live version does. Conversations of one
+        `unit` are observed as one; those that are not `new` stay with the version that they began with."""
         with suppress(UserError, OSError), self._writing() as db:
             state = _running(db)
             if state is None:

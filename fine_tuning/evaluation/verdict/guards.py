@@ -36,14 +36,8 @@ def paired(files: Files, metric: str, baseline: str, confidence: float, share: f
 def guard(
     files: Files, golden: float, text_tolerance: float, help_share: float, confidence: float
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """{"forgetting", "general_text", "prompt_help"} for comparison.json, reasons to hold and notes of all guards.
-
-    Args:
-        golden: nats, see `forgotten`.
-        text_tolerance: share, see `text_lost`.
-        help_share: see `prompts_ignored`; 0: not guarded.
-        confidence: share of the cases inside an interval.
-    """
+    """{"forgetting", "general_text", "prompt_help"} for comparison.json, reasons to hold and notes of all guards: see
+    `forgotten`, `text_lost` and `prompts_ignored`, which is left out where `help_share` is 0."""
     found = {
         "forgetting": forgotten(files, golden),
         "general_text": text_lost(files, text_tolerance),
