@@ -1,17 +1,18 @@
 """Clean conversations and the tokenizer in; rows, pairs and thumbs of each split, the ledger and counts out."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from itertools import chain
-from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
+import orjson
 from tqdm import tqdm
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.project import main_checkout, sha256_file
 from fine_tuning.common.records import write_csv, write_json
+from fine_tuning.common.results import Memo
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
@@ -22,8 +23,7 @@ from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
-from fine_tuning.schema.conversation import from_line
-from fine_tuning.schema.prepared import PreparedRow, write_rows
+from fine_tuning.schema.prepared import row_batch, write_batches
 
 CLEAN = Path("data/clean")
 CLUSTERS = CLEAN / "clusters.jsonl"
@@ -36,7 +36,7 @@ TOKENIZER = (
 PREPARED = Path("data/prepared")
 PREFERENCES, THUMBS = Path("data/preferences"), Path("data/thumbs")
 LEDGER = Path("data/splits.txt")
-MEMO = Path(".whetstone/memo/prepare/encoded.sqlite")
+MEMO = Path(".whetstone/memo/prepare")
 METRICS = Path("metrics/prepare.json")
 LENGTHS = Path("metrics/plots/prepare_lengths.csv")
 TOKENS = Path("metrics/plots/prepare_tokens.csv")
@@ -49,30 +49,27 @@ def main() -> None:
         load_tokenizer(base)  # which says what is missing
     dealing = settings.model_dump(mode="json", exclude={"engine", "canaries"})
     builder = DatasetBuilder(**dealing, tokenizer=base, **chat.model_dump())
-    clean = ConversationFiles(path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED))
-    made_by = [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
+    memo, made_by = main_checkout() / MEMO, [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
+    shards = [path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED)]
+    clean = ConversationFiles(shards, Memo(memo / "facts", "prepare"))
     secrets = settings.canaries and planted(settings.canaries, loaded(base), chat.system_prompt, chat.max_length)
-    tallies = {split: Tally() for split in SPLITS}
+    tallies, ledger = {split: Tally() for split in SPLITS}, open_ledger(LEDGER, settings.salt)
     with (
-        Catalogue() as catalogue,
         open_engine(settings.engine) as engine,
-        nullcontext() if settings.engine else EncodedMemo(main_checkout() / MEMO, made_by) as memo,
+        EncodedMemo(memo / "encoded", made_by) as encoded,
+        tqdm(desc="tokenise", unit=" conversations", leave=False, disable=None) as bar,
     ):
-        ledger = open_ledger(LEDGER, settings.salt)
-        assigned = ledger.find(
-            chain(map(itemgetter("id"), lines(CLUSTERS)), (dropped for dropped, _ in dropped_duplicates()))
-        )
-        known = clusters(), assigned, engine, dropped_duplicates(), memo
-        for split, rows in builder.assign(clean, catalogue, *known):
-            rows = chain(rows, secrets) if secrets and split == "train" else rows
-            write_rows(PREPARED / f"{split}.parquet", show_progress(split, tallies[split].watch(rows)))
-        left_out = catalogue.count_left_out()
-        require_every_split(catalogue)
-        new = ledger.append(catalogue.assigned())
-        metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters)
-        preferred = find_preferences(clean.judged(), catalogue.assigned(), clusters(), builder)
-        preferred.write(PREFERENCES, THUMBS)
-        metrics["preferences"] = preferred.statistics()
+        catalogue = builder.catalogue(clean, clusters(), ledger, engine, dropped_duplicates())
+        for split, chosen in builder.choose(clean, catalogue, encoded, engine, bar.update):
+            batches = chain(encoded.take(chosen), [row_batch(secrets)] if secrets and split == "train" else ())
+            write_batches(PREPARED / f"{split}.parquet", tallies[split].watch(batches))
+    left_out = catalogue.count_left_out()
+    require_every_split(catalogue)
+    new = catalogue.remember(ledger)
+    metrics = statistics(tallies, left_out, catalogue.all_characters, catalogue.characters())
+    preferred = find_preferences(clean, catalogue, builder)
+    preferred.write(PREFERENCES, THUMBS)
+    metrics["preferences"] = preferred.statistics()
     write_json(METRICS, metrics)
     for path, rows in ((LENGTHS, length_histogram(tallies)), (TOKENS, tokens_by_source(tallies))):
         write_csv(path, rows[0], map(dict.values, rows))
@@ -80,14 +77,15 @@ def main() -> None:
         print(f"prepare: {said}")
 
 
-def lines(path: Path) -> Iterator[dict[str, str]]:
+def lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
-        yield from map(from_line, file)
+        while block := file.readlines(1 << 20):
+            yield from orjson.loads(b"[%b]" % b",".join(block))
 
 
 def clusters() -> Iterator[tuple[str, str]]:
-    """(conversation id, cluster id) of near-duplicates."""
-    return ((line["id"], line["cluster"]) for line in lines(CLUSTERS))
+    """(conversation id, cluster id) of those that do not stand alone."""
+    return ((line["id"], line["cluster"]) for line in lines(CLUSTERS) if line["cluster"] != line["id"])
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:
@@ -106,10 +104,6 @@ def require_every_split(catalogue: Catalogue) -> None:
                 f"no conversation is left for the {split} split{why}: "
                 "add conversations with `python -m fine_tuning import`, or change prepare in params.yaml"
             )
-
-
-def show_progress(split: str, rows: Iterable[PreparedRow]) -> Iterable[PreparedRow]:
-    return tqdm(rows, desc=f"tokenise {split}", unit=" windows", leave=False, disable=None)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_jsonl, write_jsonl
+from fine_tuning.common.records import write_jsonl
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.importers import import_records
@@ -22,7 +23,7 @@ from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded, load_tokenizer
-from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, write_rows
+from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, row_batch, write_batches, write_rows
 from fine_tuning.schema.reasons import in_words
 from stages import prepare
 
@@ -364,12 +365,11 @@ def test_looking_at_few_places_misses_nothing(length, held, other):
         words = [word for word in re.split(r"[ ,’]+|(も)", text.casefold()) if word]
         return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
-    row = PreparedRow("t", conversation=[{"role": "user", "content": held}])
     held_out = HeldOut(length)
-    list(held_out.watch([row]))
+    held_out.add([{"role": "user", "content": held}])
     shared = held_out.shared_with([{"role": "user", "content": other}])
     assert len(shared) == len(runs(held) & runs(other))
-    assert held_out.may_share([other]) or not shared
+    assert set(held_out.pieces_of([other])) & set(held_out.pieces.tolist()) or not shared
 
 
 def test_the_sample_of_train_tokens_is_stable_when_data_grow(tokenizer):
@@ -425,7 +425,7 @@ def test_windows_of_a_conversation_share_id_cluster_and_split_and_train_each_rep
     replies = [reply.strip() for window in said for reply in window if reply.strip()]
     assert replies == [m["content"] for m in conversations[0]["messages"] if m["role"] == "assistant"]
     tally = Tally()
-    write_rows(tmp_path / "train.parquet", tally.watch(built.splits["train"]))
+    write_batches(tmp_path / "train.parquet", tally.watch([row_batch(built.splits["train"])]))
     rows = read_rows(tmp_path / "train.parquet", ("id", "window"))
     assert [row.window for row in rows if row.id == "long"] == list(range(len(windows)))
     counts = tally.statistics()
@@ -447,7 +447,8 @@ def test_of_a_long_held_out_conversation_some_windows_are_measured(tokenizer):
         assert all(tuple(e.labels) in trained for e in built.splits[split])
         assert [e.window for e in built.splits[split] if e.id == min(windows)] == list(range(windows[min(windows)]))
         tally = Tally()
-        assert len(list(tally.watch(built.splits[split]))) + tally.statistics()["windows_left_out"] == len(trained)
+        (batch,) = tally.watch([row_batch(built.splits[split])])
+        assert batch.num_rows + tally.statistics()["windows_left_out"] == len(trained)
 
 
 def test_held_out_splits_are_sampled_likewise(tokenizer):
@@ -459,6 +460,14 @@ def test_held_out_splits_are_sampled_likewise(tokenizer):
 def test_the_sample_is_never_empty(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer, max_train_tokens=1).build(random_conversations(30), {})
     assert len(built.splits["train"]) == 1
+
+
+def test_ids_out_of_a_table_are_texts():
+    plain = random_conversations(60)
+    tabled = [c | {"id": np.str_(c["id"]), "source": np.str_(c.get("source") or "chat")} for c in plain]
+    built = DatasetBuilder().build_dataset(tabled)
+    assert built == DatasetBuilder().build_dataset([c | {"source": c.get("source") or "chat"} for c in plain])
+    assert {type(row["id"]) for rows in built.values() for row in rows} == {str}
 
 
 def test_newcomers_move_nobody(tokenizer):
@@ -649,40 +658,46 @@ def test_statistics_count_what_was_left_out_by_reason(tokenizer):
     built = DatasetBuilder(tokenizer=tokenizer).build([*random_conversations(10), conversation("x", "q")], {})
     tallies = {split: Tally() for split in SPLITS}
     for split, tally in tallies.items():
-        assert list(tally.watch(built.splits[split])) == built.splits[split]
+        assert [batch.num_rows for batch in tally.watch([row_batch(built.splits[split])])] == [len(built.splits[split])]
     counts = statistics(tallies, Counter(built.left_out.values()))
     assert counts["left_out"] == {"no_reply": 1} and counts["conversations"] == 11
     assert sum(row["train"] for row in length_histogram(tallies)) == len(built.splits["train"])
 
 
 def test_what_was_held_out_stays_held_out_when_a_better_duplicate_takes_its_place(tmp_path, monkeypatch):
+    from fine_tuning.common.results import Memo
     from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
     from fine_tuning.data_collection.data_cleaner import default_settings
-    from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
+    from fine_tuning.data_preparation.catalogue import ConversationFiles
+    from fine_tuning.data_preparation.encodings import HeldRows
+    from fine_tuning.data_preparation.splits import Ledger
 
     monkeypatch.chdir(tmp_path)
     cleaning = default_settings().model_copy(update={"processes": 1})
     texts = [(f"What is topic {n} about, please?", f"It is about {n * 7} things and {n * 3} more.") for n in range(150)]
     shards = [Path("a.jsonl"), Path("b.jsonl")]
 
-    def build(count: int, ledger: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    names = ("first", "second")
+
+    def build(count: int) -> tuple[dict[str, str], dict[str, str]]:
         clean_shards([(path, path.name) for path in shards[:count]], prepare.CLEAN, Path("memo"), cleaning, ())
-        clean = ConversationFiles([prepare.CLEAN / path for path in shards[:count]])
-        clusters = [(line["id"], line["cluster"]) for line in read_jsonl(prepare.CLUSTERS)]
-        with Catalogue() as catalogue:
-            dealing = DatasetBuilder().assign(
-                clean, catalogue, clusters, ledger.items(), dropped_duplicates=prepare.dropped_duplicates()
-            )
-            splits = {e.messages[0]["content"]: split for split, examples in dealing for e in examples}
-            return splits, dict(catalogue.assigned())
+        clean = ConversationFiles(
+            [prepare.CLEAN / path for path in shards[:count]], Memo(tmp_path / "facts", "prepare")
+        )
+        ledger, builder, rows = Ledger("splits.txt", "whetstone"), DatasetBuilder(), HeldRows()
+        catalogue = builder.catalogue(clean, prepare.clusters(), ledger, map, prepare.dropped_duplicates())
+        dealing = builder.choose(clean, catalogue, rows)
+        splits = {e.messages[0]["content"]: split for split, chosen in dealing for e in rows.take(chosen)}
+        catalogue.remember(ledger)
+        return splits, dict(Ledger("splits.txt", "whetstone").find(f"{k}{n}" for n in range(150) for k in names))
 
     write_jsonl(shards[0], (conversation(f"first{n}", *text) for n, text in enumerate(texts)))
-    first, ledger = build(1, {})
+    first, before = build(1)
     older = {"started_at": "2020-01-01T00:00:00Z"}
     write_jsonl(shards[1], (conversation(f"second{n}", *text, **older) for n, text in enumerate(texts)))
-    second, after = build(2, ledger)
+    second, after = build(2)
     assert second == first and set(first.values()) == set(SPLITS)
-    assert {f"second{n}" for n in range(150)} <= after.keys() and ledger.items() <= after.items()
+    assert {f"second{n}" for n in range(150)} <= after.keys() and before.items() <= after.items()
 
 
 def test_a_run_of_words_is_common_when_more_than_ten_say_it_or_a_tenth_of_few():
@@ -705,7 +720,7 @@ def test_lengths_and_shares_of_a_split_are_counted_by_hand():
 
     examples = [example("a", "chat", 4, 1, 0), example("b", "chat", 20, 5, 3), example("c", "sample", 6, 3, 0)]
     tally = Tally()
-    assert list(tally.watch(examples)) == examples
+    assert [batch.num_rows for batch in tally.watch(map(row_batch, (examples[:2], examples[2:])))] == [2, 1]
     found = tally.statistics()
     by_hand = {
         "conversations": 3, "tokens": 30, "trained_tokens": 9, "trained_share": 0.3, "control_tokens": 6,

@@ -12,7 +12,6 @@ from benchmarks.load import add_shard, conversations, write_checkout
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.settings import read_params
-from fine_tuning.data_preparation.catalogue import ConversationFiles
 from fine_tuning.runtime.hardware import detect_hardware
 from stages import clean, intake, prepare
 
@@ -70,20 +69,6 @@ def test_the_bytes_are_those_of_one_process(single, cluster, tmp_path, monkeypat
     for stage in STAGES:
         stage.main()
     assert made(folder) == made(single)
-
-
-def test_conversations_are_looked_through_in_parts(single):
-    """The parts of a file are whole lines, whatever their size, and every line is in one of them."""
-    (path, *_) = sorted(p for p in (single / "data/clean").glob("2026*"))
-    whole = ConversationFiles([path])
-    assert len(whole.parts) == 1
-    looks = whole.scan(0, "all")
-    cut = ConversationFiles([path], part_bytes=3000)
-    assert len(cut.parts) > 10
-    pieces = [look for part in range(len(cut.parts)) for look in cut.scan(part, "all")]
-    assert [(look[0], look[2]) for look in pieces] == [(look[0], look[2]) for look in looks]
-    for look in pieces[::50]:
-        assert [conversation["id"] for conversation in cut.read(look[1], [look[2]])] == [look[0]]
 
 
 def _double(number: int) -> int:

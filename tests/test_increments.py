@@ -2,19 +2,25 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.data_collection.storage.shards import write_shard
+from fine_tuning.data_preparation import encoded_memo
+from fine_tuning.data_preparation.catalogue import REASONS
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
+from fine_tuning.data_preparation.encodings import Chosen
+from fine_tuning.schema.prepared import PreparedRow, as_json
 from stages import clean, export, intake, prepare
 from tests.project import ROOT
 
@@ -164,40 +170,78 @@ def test_a_run_that_was_killed_at_any_write_gives_what_a_full_run_gives(empty, t
 # what was encoded before
 
 
-def asked(path, *keys, settings=()):
+def asked(folder, *keys, settings=()):
     """The keys that had to be computed."""
-    computed = []
-    with EncodedMemo(path, settings) as memo:
-        for key in keys:
-            value = [{"input_ids": [1, 2, key], "labels": [-100, 2, key], "messages": [{"content": "ü \u2028"}]}]
-            assert memo.get(b"%d" % key, lambda key=key, value=value: computed.append(key) or value) == value
+    lines = np.array([[key, 7 * key] for key in keys], np.uint64)
+    rows = {
+        key: PreparedRow(f"c{key}", [1, 2, key], [-100, 2, key], messages=[{"content": "ü \u2028"}]) for key in keys
+    }
+    with EncodedMemo(folder, settings) as memo:
+        found = memo.find(lines)
+        computed = [key for key, place in zip(keys, found["place"], strict=True) if place < 0]
+        if computed:
+            found[found["place"] < 0] = memo.add(lines[found["place"] < 0], [[rows[key]] for key in computed])
+        chosen = Chosen(found["place"], np.zeros(len(keys), int), [None] * len(keys), {})
+        taken = [row for batch in memo.take(chosen) for row in batch.to_pylist()]
+        assert [row["id"] for row in taken] == [row["cluster"] for row in taken] == [f"c{key}" for key in keys]
+        assert [row["input_ids"] for row in taken] == [[1, 2, key] for key in keys]
+        assert {row["messages"] for row in taken} == {as_json([{"content": "ü \u2028"}])}
     return computed
 
 
 def test_nothing_is_encoded_twice_and_what_nobody_asks_for_goes(tmp_path):
-    path = tmp_path / "memo/encoded.sqlite"
-    assert asked(path, 1, 2, 3) == [1, 2, 3]
-    assert asked(path, 3, 1) == []
-    assert asked(path, 2) == [2], "the second run had no use for it"
-    assert asked(path, 2, settings=["another tokenizer"]) == [2]
+    folder = tmp_path / "memo"
+    assert asked(folder, 1, 2, 3) == [1, 2, 3]
+    assert asked(folder, 3, 1) == []
+    assert asked(folder, 2) == [2], "the second run had no use for it"
+    assert asked(folder, 2, settings=["another tokenizer"]) == [2]
 
 
 def test_a_memo_in_use_or_damaged_costs_time_only(tmp_path):
-    path = tmp_path / "encoded.sqlite"
-    with EncodedMemo(path, ()) as memo:
-        memo.get(b"1", lambda: "too_long")
-        assert asked(path, 1) == [1]
-    path.write_bytes(b"no database")
-    assert asked(path, 1) == [1]
-    assert asked(path, 1) == []
+    with EncodedMemo(tmp_path, ()) as memo:
+        memo.add(np.array([[1, 7]], np.uint64), ["too_long"])
+        assert asked(tmp_path, 2) == [2]
+    assert asked(tmp_path, 2) == []
+    for damage in (b"no Arrow", b"", None):
+        (path,) = tmp_path.rglob("*.arrow")
+        if damage is None:  # in place, of the same size
+            damage = path.read_bytes().replace(b"c2", b"c3")
+        path.write_bytes(damage)
+        assert asked(tmp_path, 2) == [2]
+        assert asked(tmp_path, 2) == []
 
 
 def test_a_failed_run_keeps_what_was_encoded(tmp_path):
-    path = tmp_path / "encoded.sqlite"
-    assert asked(path, 1, 2) == [1, 2]
-    with pytest.raises(ZeroDivisionError), EncodedMemo(path, ()) as memo:
-        memo.get(b"3", lambda: "too_long")
-        memo.get(b"4", lambda: 1 / 0)
-    with EncodedMemo(path, ()) as memo:
-        assert memo.get(b"3", pytest.fail) == "too_long"
-    assert asked(path, 1) == [1], "that run asked for the third only"
+    assert asked(tmp_path, 1, 2) == [1, 2]
+    three = np.array([[3, 21]], np.uint64)
+    with pytest.raises(ZeroDivisionError), EncodedMemo(tmp_path, ()) as memo:
+        memo.add(three, ["too_long"])
+        memo.add(three + np.uint64(1), [1 / 0])
+    with EncodedMemo(tmp_path, ()) as memo:
+        assert REASONS[memo.find(three)["reason"][0]] == "too_long"
+    assert asked(tmp_path, 1) == [1], "that run asked for the third only"
+
+
+def test_many_rows_in_many_files_come_out_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_memo, "SEGMENT_BYTES", 4000)
+    monkeypatch.setattr(encoded_memo, "BLOCK_BYTES", 1500)
+    assert asked(tmp_path, *range(1, 60)) == list(range(1, 60))
+    shuffled = random.Random(0).sample(range(1, 90), 89)
+    assert sorted(asked(tmp_path, *shuffled)) == list(range(60, 90))
+    assert len(list(tmp_path.rglob("*.arrow"))) > 1
+    assert asked(tmp_path, *range(20, 90)) == []
+
+
+def test_a_damaged_memo_of_preparation_costs_time_only(empty, tmp_path, monkeypatch):
+    shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
+    monkeypatch.chdir(tmp_path / "checkout")
+    Arrivals().shard([("new", 0)] * 30)
+    run_all()
+    before = written()
+    files = [path for path in Path(".whetstone/memo/prepare").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"facts", "pieces"}
+    for path in files:
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-7])
+    prepare.main()
+    assert written() == before

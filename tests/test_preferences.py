@@ -7,9 +7,11 @@ import pytest
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.data_collection.data_export import DataExporter
 from fine_tuning.data_collection.importers import import_records
-from fine_tuning.data_preparation.catalogue import Catalogue, HeldConversations
+from fine_tuning.data_preparation.catalogue import HeldConversations
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
+from fine_tuning.data_preparation.encodings import HeldRows
 from fine_tuning.data_preparation.preferences import find_preferences, settle
+from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.evaluation.suite.preferences import preference_items
 from fine_tuning.schema.chat_format import end_of_turn_ids, load_tokenizer
 from fine_tuning.schema.judgements import judgements_of
@@ -129,11 +131,10 @@ def tokenizer(tiny_base):
 
 def prepared(conversations, tokenizer, dealt=None, **settings):
     builder = DatasetBuilder(tokenizer=tokenizer, **settings)
-    with Catalogue() as catalogue:
-        held = HeldConversations(conversations)
-        for _, examples in builder.assign(held, catalogue, [], (dealt or {}).items()):
-            list(examples)
-        return find_preferences(conversations, catalogue.assigned(), [], builder)
+    held, rows = HeldConversations(conversations), HeldRows()
+    catalogue = builder.catalogue(held, (), Ledger(None, builder.salt, dealt or {}))
+    list(builder.choose(held, catalogue, rows))
+    return find_preferences(held, catalogue, builder)
 
 
 def many(count: int) -> list[dict]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.data_preparation.catalogue import Catalogue, HeldConversations
-from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, LEFT_OUT, SPLITS, Fractions, Ledger
+from fine_tuning.data_preparation.catalogue import Catalogue, FactSettings, HeldConversations
+from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, LEFT_OUT, NAMES, SPLITS, Fractions, Ledger
 
 ROOT = Path(__file__).parents[1]
 TENTHS = Fractions(validation=0.1, test=0.1)
@@ -34,12 +34,10 @@ class Member(NamedTuple):
 
 def assign_splits(members: list[Member], dealt: dict[str, str], fractions: Fractions, salt: str) -> dict[str, str]:
     """Split of every member as `prepare` deals them: by the catalogue."""
-    with Catalogue() as catalogue:
-        catalogue.note(HeldConversations(member.conversation for member in members).scan(0, "all"))
-        clusters = ((member.id, member.cluster) for member in members)
-        catalogue.assign(clusters, dealt.items(), fractions, salt)
-        splits = dict(catalogue.assigned())
-    return {member.id: splits[member.id] for member in members}
+    held, ledger = HeldConversations(member.conversation for member in members), Ledger(None, salt, dealt)
+    facts, clusters = held.facts(FactSettings("all", salt, 0)), ((member.id, member.cluster) for member in members)
+    catalogue = Catalogue(facts, clusters, ledger, fractions, salt)
+    return {member.id: NAMES[split] for member, split in zip(members, catalogue.split.tolist(), strict=True)}
 
 
 def alone(*ids: str) -> list[Member]:

@@ -1,270 +1,324 @@
-"""The conversations of a build as rows in a scratch file, so that memory does not grow with their number.
+"""The conversations of a build as columns of numbers: a row each, over which splits are decided.
 
-A first scan of every conversation notes where it stands and whether it can be used; the texts are read again only
-where they are wanted.
+What the assignment of splits has to know of a conversation are its facts: about a hundred bytes. Those of a file are
+kept, so that only new lines are read; the texts are read again only where they are wanted.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import groupby
-from operator import itemgetter
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
+import numpy as np
 import orjson
 
-from fine_tuning.common.records import line_ranges
-from fine_tuning.data_preparation.selection import TrainOn, read_conversation, structure_problem, unused_because
-from fine_tuning.data_preparation.sorted_rows import SortedRows
-from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS, Fractions, SplitAssignment, salted_fractions
+from fine_tuning.common.parallel import Map
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.results import Memo
+from fine_tuning.data_preparation.decontamination import HeldOut
+from fine_tuning.data_preparation.selection import (
+    TrainOn,
+    read_conversation,
+    structure_problem,
+    texts_of,
+    unused_because,
+)
+from fine_tuning.data_preparation.splits import SPLITS, Fractions, Ledger, deal, fractions_of, salted_hashes
 
-PART_BYTES = 16 << 20
-NO_FEEDBACK = b'"feedback":[]'  # in the line of a conversation that has none; within a text quotes are escaped
-_SCAN, _CLUSTER, _SPLIT, _DUPLICATE_OF, _INHERITED = range(5)  # the facts about a conversation
-_FIRST = itemgetter(0)
+# Why a conversation is in no split; the first two are no reason to tell of.
+REASONS = (
+    "", "deleted", "malformed", "no_reply", "context_only", "disliked", "not_endorsed", "bridges_splits",
+    "overlaps_test", "template", "too_long", "max_train_tokens", "max_sample_tokens", "max_held_out_tokens",
+)  # fmt: skip
+FACT = np.dtype(
+    [(name, np.uint64) for name in ("id", "turn", "draw")]  # salted hashes of the id: the ledger's, order, split
+    + [("line", np.uint64, 2)]  # hash of the line
+    + [
+        (name, np.int64) for name in ("end", "pieces", "characters")
+    ]  # where the line ends in its file, its `pieces` too
+    + [("date", "S10")]
+    + [(name, np.int8) for name in ("problem", "untrained", "unmeasured", "sample", "judged")]  # REASONS, and 0 or 1
+)
+BATCH = 1024
 
-# id, part, place, date, is of the sample, problem, why it is not trained on, why it is not held out, characters
-Scan = tuple[str, int, int, str, bool, str | None, str | None, str | None, int]
 
+@dataclass(frozen=True)
+class FactSettings:
+    """What facts depend on besides the conversation."""
 
-class AssignedRow(NamedTuple):
-    """A conversation that was assigned to a split: its turn in it, where it stands, its cluster and how long it is."""
+    train_on: TrainOn
+    salt: str
+    words: int  # decontamination_words
 
-    sample: bool
-    turn: float
-    id: str
-    part: int
-    place: int
-    cluster: str
-    characters: int
+    def read(self, conversations: list[dict]) -> tuple[np.ndarray, list[list[int]]]:
+        """Facts of conversations, and of each the pieces that decontamination looks at."""
+        hashes = [salted_hashes(salt) for salt in (f"{self.salt}/ledger", f"{self.salt}/order", self.salt)]
+        facts, pieces, held_out = np.zeros(len(conversations), FACT), [], HeldOut(self.words)
+        for fact, conversation in zip(facts, conversations, strict=True):
+            for name, salted_hash in zip(("id", "turn", "draw"), hashes, strict=True):
+                fact[name] = salted_hash(conversation["id"])
+            fact["date"] = str(conversation.get("started_at") or "").encode("utf-8", "replace")[:10]
+            fact["sample"] = conversation.get("source") == "sample"
+            fact["judged"] = bool(conversation.get("feedback"))
+            problem = "deleted" if conversation.get("deleted") else structure_problem(conversation)
+            fact["problem"] = REASONS.index(problem or "")
+            if not problem:
+                for name, policy in (("unmeasured", "not_disliked"), ("untrained", self.train_on)):
+                    fact[name] = REASONS.index(unused_because(conversation, policy) or "")
+                fact["characters"] = sum(len(message["content"]) for message in conversation["messages"])
+            pieces.append(held_out.pieces_of(texts_of(conversation)) if self.words and not problem else [])
+        facts["pieces"] = np.cumsum([len(found) for found in pieces])
+        return facts, pieces
 
 
 class HeldConversations:
-    """Conversations in memory; they are one part."""
-
-    parts = (None,)
+    """Conversations in memory."""
 
     def __init__(self, conversations: Iterable[dict]) -> None:
         self._held = list(map(read_conversation, conversations))
 
-    def scan(self, part: int, train_on: TrainOn) -> list[Scan]:
-        """Scan every conversation of a part."""
-        return [scan_conversation(conversation, part, place, train_on) for place, conversation in enumerate(self._held)]
+    def facts(self, settings: FactSettings, run: Map = map) -> np.ndarray:
+        """A row of FACT for each."""
+        facts, pieces = settings.read(self._held)
+        self._pieces = np.array([piece for found in pieces for piece in found], np.uint64)
+        return facts
 
-    def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
-        """The conversations at these places of a part."""
-        return map(self._held.__getitem__, places)
+    def holding(self, facts: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+        """Whether each has one of these sorted pieces."""
+        return _holding(facts, self._pieces, pieces)
+
+    def spans(self, rows: np.ndarray) -> list[dict]:
+        """What `read_spans` reads some rows of."""
+        return [self._held[row] for row in rows.tolist()]
 
 
 class ConversationFiles:
-    """Conversations in files of one JSON object a line; a part is a stretch of a file, a place the offset of a line."""
+    """Conversations in files of one JSON object a line, whose facts are kept in a memo."""
 
-    def __init__(self, paths: Iterable[Path], part_bytes: int = PART_BYTES) -> None:
-        self.parts = [(path.resolve(), *ends) for path in paths for ends in line_ranges(path, part_bytes)]
+    def __init__(self, paths: Iterable[Path], memo: Memo) -> None:
+        self._paths, self._memo = [path.resolve() for path in paths], memo
 
-    def judged(self) -> Iterator[dict]:
-        """Those with feedback, in order."""
-        for path in dict.fromkeys(path for path, *_ in self.parts):
-            with open(path, "rb") as file:
-                yield from (read_conversation(orjson.loads(line)) for line in file if NO_FEEDBACK not in line)
+    def facts(self, settings: FactSettings, run: Map = map) -> np.ndarray:
+        """A row of FACT for each line, in order."""
+        make = partial(_make_facts, memo=self._memo, settings=settings)
+        files = [(path, sha256_file(path)) for path in self._paths]
+        deque(run(make, [file for file in files if _key(file, settings) not in self._memo]), 0)
+        self._folders = list(map(make, files))
+        self._memo.remove_unused()
+        tables = [np.fromfile(folder / "facts", FACT) for folder in self._folders]
+        self._starts = np.cumsum([0, *map(len, tables)])
+        facts = np.concatenate([np.empty(0, FACT), *tables])
+        self._ends = facts["end"]
+        return facts
 
-    def scan(self, part: int, train_on: TrainOn) -> list[Scan]:
-        """Scan every conversation of a part."""
-        path, place, end = self.parts[part]
-        scans = []
-        with open(path, "rb") as file:
-            file.seek(place)
-            while place < end:
-                line = file.readline()
-                scans.append(scan_conversation(read_conversation(orjson.loads(line)), part, place, train_on))
-                place += len(line)
-        return scans
+    def holding(self, facts: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+        """Whether each has one of these sorted pieces."""
+        tables = np.split(facts, self._starts[1:-1])
+        files = (np.fromfile(folder / "pieces", np.uint64) for folder in self._folders)
+        return np.concatenate([_holding(*both, pieces) for both in zip(tables, files, strict=True)])
 
-    def read(self, part: int, places: Iterable[int]) -> Iterator[dict]:
-        """The conversations at these places of a part."""
-        return (read_conversation(orjson.loads(line)) for line in self.lines(part, places))
-
-    def lines(self, part: int, places: Iterable[int]) -> Iterator[bytes]:
-        """Their lines as they are."""
-        file = self._opened(self.parts[part][0])
-        for place in places:
-            file.seek(place)
-            yield file.readline()
-
-    @cached_property
-    def _opened(self) -> Callable[[Path], BinaryIO]:
-        """Opens a file; the last ones stay open, because conversations are wanted in any order."""
-        return lru_cache(64)(partial(open, mode="rb", buffering=4096))
+    def spans(self, rows: np.ndarray) -> list[tuple[Path, int, int]]:
+        """What `read_spans` reads some rows of: file, start and end of each line."""
+        numbers = np.searchsorted(self._starts, rows, "right") - 1
+        starts = np.where(rows > self._starts[numbers], self._ends[rows - 1], 0)
+        paths = [self._paths[number] for number in numbers.tolist()]
+        return list(zip(paths, starts.tolist(), self._ends[rows].tolist(), strict=True))
 
 
 Conversations = HeldConversations | ConversationFiles
+Span = dict | tuple[Path, int, int]
 
 
-def scan_conversation(conversation: dict, part: int, place: int, train_on: TrainOn) -> Scan:
-    """What the assignment of splits needs to know of a conversation."""
-    problem = "deleted" if conversation.get("deleted") else structure_problem(conversation)
-    sound = problem is None
-    held_out = unused_because(conversation, "not_disliked") if sound else None
-    return (
-        conversation["id"],
-        part,
-        place,
-        str(conversation.get("started_at") or "")[:10],
-        conversation.get("source") == "sample",
-        problem,
-        held_out if train_on == "not_disliked" or not sound else unused_because(conversation, train_on),
-        held_out,
-        sum(len(message["content"]) for message in conversation["messages"]) if sound else 0,
-    )
+def read_spans(spans: Iterable[Span]) -> Iterator[dict]:
+    """The conversations of some rows, here or on another machine."""
+    with ExitStack() as stack:
+        opened = lru_cache(64)(lambda path: stack.enter_context(open(path, "rb")))
+        for span in spans:
+            if isinstance(span, dict):
+                yield span
+            else:
+                path, start, end = span
+                opened(path).seek(start)
+                yield read_conversation(orjson.loads(opened(path).read(end - start)))
+
+
+def _holding(facts: np.ndarray, own: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    places = np.searchsorted(wanted, own)
+    found = np.flatnonzero(wanted[np.minimum(places, len(wanted) - 1)] == own) if len(wanted) else places[:0]
+    holding = np.zeros(len(facts), bool)
+    holding[np.searchsorted(facts["pieces"], found, "right")] = True
+    return holding
+
+
+class LineIndex:
+    """Finds hashes of 128 bits, (rows, 2), again."""
+
+    def __init__(self, lines: np.ndarray) -> None:
+        self._order = np.argsort(lines[:, 0], kind="stable")
+        self._ranked = lines[self._order]
+
+    def find(self, lines: np.ndarray) -> np.ndarray:
+        """The row of each; -1 for one that is not among them."""
+        if not len(self._ranked):
+            return np.full(len(lines), -1)
+        places = np.minimum(np.searchsorted(self._ranked[:, 0], lines[:, 0]), len(self._ranked) - 1)
+        return np.where((self._ranked[places] == lines).all(axis=1), self._order[places], -1)
+
+
+def _key(file: tuple[Path, str], settings: FactSettings) -> list[Any]:
+    return [file[0].name, *astuple(settings), file[1]]
+
+
+def _make_facts(file: tuple[Path, str], memo: Memo, settings: FactSettings) -> Path:
+    """The folder with the facts of a file, (path, SHA-256); those of lines that it had before are copied."""
+
+    def make(folder: Path, earlier: Path | None) -> list[int]:
+        known = np.fromfile(earlier / "facts", FACT) if earlier else np.empty(0, FACT)
+        pieces = np.fromfile(earlier / "pieces", np.uint64) if earlier else np.empty(0, np.uint64)
+        index, ends = LineIndex(known["line"]), [0, 0]
+        with (
+            open(file[0], "rb") as read_from,
+            open(folder / "facts", "wb") as facts,
+            open(folder / "pieces", "wb") as held,
+        ):
+            while lines := list(islice(read_from, BATCH)):
+                digests = b"".join(blake2b(line, digest_size=16).digest() for line in lines)
+                rows, own = np.zeros(len(lines), FACT), [b""] * len(lines)
+                rows["line"] = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+                places = index.find(rows["line"])
+                old, new = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+                read = settings.read([read_conversation(orjson.loads(lines[row])) for row in new])
+                line = rows["line"].copy()
+                rows[old], rows[new] = known[places[old]], read[0]
+                rows["line"] = line
+                for row, place in zip(old.tolist(), places[old].tolist(), strict=True):
+                    own[row] = pieces[known["pieces"][place - 1] if place else 0 : known["pieces"][place]].tobytes()
+                for row, found in zip(new.tolist(), read[1], strict=True):
+                    own[row] = np.array(found, np.uint64).tobytes()
+                rows["end"] = ends[0] + np.cumsum(list(map(len, lines)))
+                rows["pieces"] = ends[1] + np.cumsum([len(one) // 8 for one in own])
+                ends = [int(rows["end"][-1]), int(rows["pieces"][-1])]
+                facts.write(rows.tobytes())
+                held.write(b"".join(own))
+        return ends
+
+    key = _key(file, settings)
+    return memo.files(key, make, key[:-1])[0]
 
 
 class Catalogue:
-    """Which conversation is in which split, and why others are in none. Use as a context manager."""
+    """Which conversation is in which split, and why others are in none.
 
-    def __init__(self) -> None:
-        self._scratch = SpooledTemporaryFile(max_size=1)  # noqa: SIM115 (no file until something is written)
-        self._facts = self._rows(_FIRST)  # (id, which fact, its value)
-        self._assigned = self._rows()  # (id, split)
-        self._splits = defaultdict(self._rows)  # split → what makes an `AssignedRow`
-        self._sizes: Counter[str] = Counter()
-        self._left_out = self._rows()  # (id, reason)
-        self._reasons: Counter[str] = Counter()
-        self.characters: Counter[str] = Counter()  # of messages: reason → of conversations that are in no split
-        self.all_characters = 0  # of every conversation of sound structure
+    Args:
+        facts: of all versions of all conversations; the newest version of an id is the one that comes last.
+        clusters: (conversation id, cluster id) of those that do not stand alone.
+        ledger: the splits of earlier builds.
+        dropped_duplicates: (id of a duplicate that was dropped, id of the conversation that stays for it), which
+            inherits the other's split.
+    """
 
-    def _rows(self, key: Callable[[tuple], Any] | None = None) -> SortedRows:
-        return SortedRows(self._scratch, key)
-
-    def __enter__(self) -> "Catalogue":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._scratch.close()
-
-    def note(self, scans: Iterable[Scan]) -> None:
-        """Take conversations in; the newest version of an id is the one that came last."""
-        for scan in scans:
-            self._facts.add((scan[0], _SCAN, scan))
-
-    def assign(
-        self,
-        clusters: Iterable[tuple[str, str]],
-        assigned: Iterable[tuple[str, str]],
-        fractions: Fractions,
-        salt: str,
+    def __init__(
+        self, facts: np.ndarray, clusters: Iterable[tuple[str, str]], ledger: Ledger, fractions: Fractions, salt: str,
         dropped_duplicates: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        """Give every usable conversation a split and its turn in it.
+    ) -> None:  # fmt: skip
+        self.facts, keys = facts, facts["id"]
+        named = dict(clusters)
+        dropped, kept = (ledger.keys(ids) for ids in ([], []))
+        if pairs := list(dropped_duplicates):
+            dropped, kept = (ledger.keys(ids) for ids in zip(*pairs, strict=True))
+        passed_on = ledger.splits_of(dropped)
+        inherits = (passed_on >= 0) & (passed_on < len(SPLITS))
+        self._heirs, places = np.unique(kept[inherits], return_inverse=True)
+        self._inherited = np.full(len(self._heirs), -1, np.int8)
+        np.maximum.at(self._inherited, places, passed_on[inherits])  # of several the one that is held out
 
-        Args:
-            clusters: (conversation id, cluster id); who is not named stands alone.
-            assigned: (conversation id, split) of earlier builds.
-            dropped_duplicates: (id of a duplicate that was dropped, id of the conversation that stays for it).
-        """
-        for identity, cluster in clusters:
-            self._facts.add((identity, _CLUSTER, cluster))
-        for identity, split in assigned:
-            self._facts.add((identity, _SPLIT, split))
-        self._inherit(dropped_duplicates)
-        members = self._members()
-        assignment, joined = SplitAssignment(fractions, salt), self._rows()  # (cluster, split of its newcomers)
-        for cluster, rows in groupby(members, _FIRST):
-            dates, splits = set(), set()
-            for _, split, scan in rows:
-                dates.add(scan[3])
-                splits.add(split)
-            joined.add((cluster, assignment.newcomers(cluster, min(dates), splits)))
-        moved = assignment.moved()
-        # The order of the salted hash: any first n are a fair sample, and stay much the same when data grow.
-        turn = salted_fractions(f"{salt}/order")
-        for (cluster, split), (_, rows) in zip(joined, groupby(members, _FIRST), strict=True):
-            for _, earlier, scan in rows:
-                self._put(scan, cluster, earlier or moved.get(cluster, split), turn)
+        newest = np.zeros(len(facts), bool)
+        newest[len(facts) - 1 - np.unique(keys[::-1], return_index=True)[1]] = True
+        self.split = np.where(newest, ledger.splits_of(keys), -1).astype(np.int8)
+        places = _find(self._heirs, keys)
+        heirs = newest & (self.split < 0) & (places >= 0)
+        self.split[heirs] = self._inherited[places[heirs]]
+        self.reason = np.where(newest, facts["problem"], _DELETED).astype(np.int8)
 
-    def _inherit(self, dropped_duplicates: Iterable[tuple[str, str]]) -> None:
-        """Pass the earlier split of a dropped duplicate on to the conversation that stays for it."""
-        any_dropped = False
-        for dropped, kept in dropped_duplicates:
-            self._facts.add((dropped, _DUPLICATE_OF, kept))
-            any_dropped = True
-        if not any_dropped:
-            return
-        inherited = self._rows()
-        for _, facts in groupby(self._facts, _FIRST):
-            newest = {what: value for _, what, value in facts}
-            if newest.get(_DUPLICATE_OF) is not None and newest.get(_SPLIT, LEFT_OUT) != LEFT_OUT:
-                inherited.add((newest[_DUPLICATE_OF], SPLITS.index(newest[_SPLIT])))
-        for kept, rank in inherited:  # of several the last, which is held out if any is
-            self._facts.add((kept, _INHERITED, SPLITS[rank]))
+        members = np.flatnonzero(self.reason == 0)
+        cluster, draws = keys.copy(), facts["draw"].copy()
+        order = np.argsort(name_keys := ledger.keys(named))
+        self._name_keys, self._names = name_keys[order], np.fromiter(named.values(), object, len(named))[order]
+        places = _find(self._name_keys, keys)
+        joined = np.flatnonzero(places >= 0)
+        cluster[joined] = ledger.keys(self._names)[places[joined]]
+        draws[joined] = np.fromiter(map(salted_hashes(salt), self._names), np.uint64)[places[joined]]
+        _, first, number = np.unique(cluster[members], return_index=True, return_inverse=True)
+        earlier = self.split[members]
+        known, fresh, late = np.zeros((len(first), 3), bool), np.zeros(len(first), bool), np.ones(len(first), bool)
+        dealt = (earlier >= 0) & (earlier < len(SPLITS))
+        known[number[dealt], earlier[dealt]] = True
+        fresh[number[earlier < 0]] = True
+        late[number[facts["date"][members] < (fractions.latest_from or "").encode()]] = False
+        new = deal(fractions_of(draws[members][first]), late, known, fresh, fractions)
+        self.split[members] = np.where(earlier >= 0, earlier, new[number])
+        unused = np.where(self.split == 0, facts["untrained"], facts["unmeasured"])
+        bridges = REASONS.index("bridges_splits")
+        self.reason[members] = np.where(self.split[members] == len(SPLITS), bridges, unused[members])
 
-    def _members(self) -> SortedRows:
-        """(cluster, earlier split, scan) of the conversations that can be used, by cluster; others are left out."""
-        members = self._rows(_FIRST)
-        for identity, facts in groupby(self._facts, _FIRST):
-            newest: list[Any] = [None] * 5
-            for _, what, value in facts:
-                newest[what] = value
-            scan, cluster, split, _, inherited = newest
-            split = split or inherited
-            problem = scan[5] if scan else "deleted"
-            if problem is None:
-                self.all_characters += scan[8]
-                members.add((identity if cluster is None else cluster, split, scan))
-                continue
-            if problem != "deleted":
-                self._leave_out(identity, problem, 0)
-            if split:
-                self._assigned.add((identity, split))
-        return members
+    def rows(self, split: str) -> np.ndarray:
+        """All rows of a split in their turn: people's own before the sample's, and in the order of the salted hash, so
+        that any first n are a fair sample, and stay much the same when data grow."""
+        rows = np.flatnonzero((self.split == SPLITS.index(split)) & (self.reason == 0))
+        return rows[np.lexsort((self.facts["turn"][rows], self.facts["sample"][rows]))]
 
-    def _put(self, scan: Scan, cluster: str, split: str, turn: Callable[[str], float]) -> None:
-        identity, part, place, _, sample, _, untrained, unmeasured, characters = scan
-        self._assigned.add((identity, split))
-        if split == LEFT_OUT:
-            self._leave_out(identity, "bridges_splits", characters)
-        elif unused := untrained if split == "train" else unmeasured:
-            self._leave_out(identity, unused, characters)
-        else:
-            self._splits[split].add((sample, turn(identity), identity, part, place, cluster, characters))
-            self._sizes[split] += 1
+    def leave_out(self, rows: np.ndarray, reason: str) -> None:
+        """Take rows out of their split."""
+        self.reason[rows] = REASONS.index(reason)
 
-    def rows(self, split: str) -> Iterator[AssignedRow]:
-        """All that were assigned to a split, in their turn, people's own before the sample's."""
-        return map(AssignedRow._make, self._splits[split])
+    def cluster_names(self, rows: np.ndarray) -> Iterator[str | None]:
+        """The cluster of each of some rows; None: it stands alone."""
+        places = _find(self._name_keys, self.facts["id"][rows])
+        return (self._names[place] if place >= 0 else None for place in places.tolist())
 
-    def places(self, split: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-        """(part, [(place, id)]) of all that were assigned to a split, as they stand."""
-        standing = self._rows()
-        for _, _, identity, part, place, *_ in self._splits[split]:
-            standing.add((part, place, identity))
-        for part, rows in groupby(standing, _FIRST):
-            yield part, [(place, identity) for _, place, identity in rows]
-
-    def leave_out(self, rows: Iterable[AssignedRow], split: str, reason: str) -> None:
-        """Count conversations as left out of their split; `rows` still yields them."""
-        for row in rows:
-            self._leave_out(row.id, reason, row.characters)
-            self._sizes[split] -= 1
-
-    def _leave_out(self, identity: str, reason: str, characters: int) -> None:
-        self._left_out.add((identity, reason))
-        self._reasons[reason] += 1
-        self.characters[reason] += characters
+    def left_out_because(self, row: int) -> str:
+        """Why a conversation is in no split; "" for one that is in one, or deleted."""
+        return REASONS[self.reason[row]] if self.reason[row] != _DELETED else ""
 
     def count(self, split: str) -> int:
         """Conversations that are in a split."""
-        return self._sizes[split]
+        return int(((self.split == SPLITS.index(split)) & (self.reason == 0)).sum())
 
-    def left_out(self) -> dict[str, str]:
-        """Conversation id → why it is in no split."""
-        return dict(self._left_out)
+    @cached_property
+    def all_characters(self) -> int:
+        """Of messages of every conversation of sound structure."""
+        return int(self.facts["characters"][self.reason != _DELETED].sum())
+
+    def characters(self) -> dict[str, int]:
+        """Of messages of conversations that are in no split, by reason."""
+        sums = np.bincount(self.reason, self.facts["characters"], len(REASONS))
+        return {reason: int(sums[REASONS.index(reason)]) for reason in self.count_left_out()}
 
     def count_left_out(self) -> Counter[str]:
         """How many conversations are in no split, by reason."""
-        return Counter(dict(sorted(self._reasons.items())))
+        counts = zip(REASONS, np.bincount(self.reason, minlength=len(REASONS)).tolist(), strict=True)
+        return Counter(
+            {reason: count for reason, count in sorted(counts) if count and REASONS.index(reason) > _DELETED}
+        )
 
-    def assigned(self) -> Iterator[tuple[str, str]]:
-        """(id, split) of every deal, earlier ones too, in order of id."""
-        return iter(self._assigned)
+    def remember(self, ledger: Ledger) -> int:
+        """Append every deal to the ledger, those of heirs that are in no file too; returns how many are new."""
+        dealt = self.split >= 0
+        keys = np.concatenate([self.facts["id"][dealt], self._heirs])
+        return ledger.append_keys(keys, np.concatenate([self.split[dealt], self._inherited]))
+
+
+_DELETED = REASONS.index("deleted")
+
+
+def _find(ranked: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The place of each key among sorted ones; -1 where it is none of them."""
+    if not len(ranked):
+        return np.full(len(keys), -1)
+    places = np.minimum(np.searchsorted(ranked, keys), len(ranked) - 1)
+    return np.where(ranked[places] == keys, places, -1)

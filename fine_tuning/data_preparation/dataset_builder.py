@@ -1,34 +1,50 @@
 """Datasets: conversations in; sticky train, validation and test splits with token ids and labels out."""
 
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import orjson
+import numpy as np
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.settings import Settings
-from fine_tuning.data_preparation.catalogue import NO_FEEDBACK, AssignedRow, Catalogue, Conversations, HeldConversations
-from fine_tuning.data_preparation.decontamination import HeldOut, Run, repeating
+from fine_tuning.data_preparation.catalogue import (
+    Catalogue,
+    Conversations,
+    FactSettings,
+    HeldConversations,
+    Span,
+    read_spans,
+)
+from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
-from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select, texts_of
-from fine_tuning.data_preparation.splits import ENOUGH_TEST_CLUSTERS, SPLITS, Fractions, salted_fractions
+from fine_tuning.data_preparation.encodings import Chosen, HeldRows
+from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select
+from fine_tuning.data_preparation.splits import (
+    ENOUGH_TEST_CLUSTERS,
+    NAMES,
+    SPLITS,
+    Fractions,
+    Ledger,
+    fractions_of,
+    salted_hashes,
+)
 from fine_tuning.schema.chat_format import RenderError, encode_windows, load_tokenizer
 from fine_tuning.schema.conversation import each_record
-from fine_tuning.schema.prepared import PreparedRow, as_json, encoded_fields
+from fine_tuning.schema.prepared import PreparedRow, encoded_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK = 64  # conversations that are encoded at a time
+PORTION = 4 * CHUNK  # that are encoded until a budget is looked at again
 
 
 class PrepareSettings(Settings):
@@ -146,192 +162,210 @@ class DatasetBuilder:
             clusters: conversation id → cluster id of its near-duplicates; ids that are missing stand alone.
             assigned: conversation id → split of earlier builds (the ledger).
         """
-        with Catalogue() as catalogue:
-            held, known = HeldConversations(conversations), (assigned or {}).items()
-            splits = {split: list(rows) for split, rows in self.assign(held, catalogue, clusters.items(), known)}
-            return Build({split: splits[split] for split in SPLITS}, dict(catalogue.assigned()), catalogue.left_out())
+        held, ledger = HeldConversations(conversations), Ledger(None, self.salt, assigned or {})
+        catalogue, encoded = self.catalogue(held, clusters.items(), ledger), HeldRows()
+        splits = {split: list(encoded.take(chosen)) for split, chosen in self.choose(held, catalogue, encoded)}
+        newest = {one["id"]: row for row, one in enumerate(held.spans(np.arange(len(catalogue.facts))))}
+        split_of = {identity: int(catalogue.split[row]) for identity, row in newest.items()}
+        dealt = {identity: NAMES[split] for identity, split in split_of.items() if split >= 0}
+        left_out = {identity: catalogue.left_out_because(row) for identity, row in newest.items()}
+        return Build(
+            {split: splits[split] for split in SPLITS},
+            {**(assigned or {}), **dealt},
+            {identity: reason for identity, reason in left_out.items() if reason},
+        )
 
-    def assign(
+    def catalogue(
+        self,
+        conversations: Conversations,
+        clusters: Iterable[tuple[str, str]],
+        ledger: Ledger,
+        run: Map = map,
+        dropped_duplicates: Iterable[tuple[str, str]] = (),
+    ) -> Catalogue:
+        """Give every usable conversation a split.
+
+        Args:
+            clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
+            ledger: splits of earlier builds.
+            run: what maps a function over pieces of work, in order: `map`, or an engine's.
+            dropped_duplicates: (id of one, id of the conversation that stays for it), which inherits the other's split.
+        """
+        facts = conversations.facts(FactSettings(self.train_on, self.salt, self.decontamination_words), run)
+        return Catalogue(facts, clusters, ledger, self.fractions, self.salt, dropped_duplicates)
+
+    def choose(
         self,
         conversations: Conversations,
         catalogue: Catalogue,
-        clusters: Iterable[tuple[str, str]],
-        assigned: Iterable[tuple[str, str]],
+        encoded: HeldRows | EncodedMemo,
         run: Map = map,
-        dropped_duplicates: Iterable[tuple[str, str]] = (),
-        memo: EncodedMemo | None = None,
-    ) -> Iterator[tuple[str, Iterator[PreparedRow]]]:
-        """The test, validation and train split, each with its rows; take each to its end before the next.
-
-        Few conversations are in memory at a time, whatever their number, and of the test split what decontamination
-        compares with.
+        progress: Callable[[int], Any] = lambda _: None,
+    ) -> Iterator[tuple[str, Chosen]]:
+        """Which rows the test, validation and train split have; `catalogue` then knows why others are in none.
 
         Args:
-            catalogue: an empty one; it then knows who was assigned where, and who was left out.
-            clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
-            assigned: (conversation id, split) of earlier builds (the ledger).
-            run: what maps a function over pieces of work, in order: `map`, or an engine's.
-            dropped_duplicates: (id of one, id of the conversation that stays for it), which inherits the other's split.
-            memo: of conversations in files that this tokenizer encoded before, where `run` is `map`.
+            encoded: takes up the rows of conversations, and may know some; where it writes files, there is a tokenizer.
+            progress: is told how many conversations were encoded.
         """
-        scan = partial(conversations.scan, train_on=self.train_on)
-        for scans in run(scan, range(len(conversations.parts))):
-            catalogue.note(scans)
-        catalogue.assign(clusters, assigned, self.fractions, self.salt, dropped_duplicates)
-        self.held_out = held_out = HeldOut(self.decontamination_words)
-        repeated: Set[str] = frozenset()
+        self.held_out = HeldOut(self.decontamination_words)
         for split in ("test", "validation", "train"):
+            rows = catalogue.rows(split)
             if split == "train" and self.decontamination_words:
-                scan = partial(_shared_runs, conversations=conversations, train_on=self.train_on, held_out=held_out)
-                found = chain.from_iterable(map(dict.items, run(scan, catalogue.places("train"))))
-                repeated = repeating(dict(found), catalogue.count("train"))
-                overlapping = (row for row in catalogue.rows(split) if row.id in repeated)
-                catalogue.leave_out(overlapping, split, "overlaps_test")
-            rows = self._prepared(split, repeated, conversations, catalogue, run, memo)
-            yield split, held_out.watch(rows) if split == "test" and self.decontamination_words else rows
+                repeated = self._repeating(conversations, catalogue, rows)
+                catalogue.leave_out(repeated, "overlaps_test")
+                rows = rows[~np.isin(rows, repeated)]
+            rows, chosen = self._chosen(split, rows, conversations, catalogue, encoded, run, progress)
+            if split == "test" and self.decontamination_words:
+                for conversation in read_spans(conversations.spans(np.sort(rows))):
+                    self.held_out.add(_selected(conversation, "not_disliked")[0])
+            yield split, chosen
 
     def overlaps_test(self, messages: list[dict]) -> bool:
         """Whether messages share a run of words with the test split that was dealt last."""
         return bool(self.decontamination_words and self.held_out.shared_with(messages))
 
-    def _prepared(
-        self, split: str, without: Set[str], conversations: Conversations, catalogue: Catalogue, run: Map,
-        memo: EncodedMemo | None,
-    ) -> Iterator[PreparedRow]:  # fmt: skip
+    def _repeating(self, conversations: Conversations, catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:
+        """Those rows of train that repeat the test split."""
+        pieces = self.held_out.pieces
+        if not len(pieces):
+            return rows[:0]
+        found = np.sort(rows[conversations.holding(catalogue.facts, pieces)[rows]])
+        shared = {}
+        for row, conversation in zip(found.tolist(), read_spans(conversations.spans(found)), strict=True):
+            if runs := self.held_out.shared_with(_selected(conversation, self.train_on)[0]):
+                shared[row] = runs
+        return np.array(sorted(repeating(shared, len(rows))), int)
+
+    def _chosen(
+        self, split: str, rows: np.ndarray, conversations: Conversations, catalogue: Catalogue,
+        encoded: HeldRows | EncodedMemo, run: Map, progress: Callable[[int], Any],
+    ) -> tuple[np.ndarray, Chosen]:  # fmt: skip
+        """The rows of the catalogue that a split has, of those that it could have in their order, and their windows."""
         limits = ("max_train_tokens", "max_sample_tokens") if split == "train" else ("max_held_out_tokens",)
+        budgets = {limit: budget for limit in limits if (budget := getattr(self, limit)) is not None}
         train_on = self.train_on if split == "train" else "not_disliked"
         encode = partial(
-            _encode, conversations=conversations, split=split, train_on=train_on, tokenizer=self.tokenizer,
-            system_prompt=self.system_prompt, max_length=self.max_length, memo=memo,
+            _encode, train_on=train_on, tokenizer=self.tokenizer, system_prompt=self.system_prompt,
+            max_length=self.max_length,
         )  # fmt: skip
-
-        def assigned() -> Iterator[AssignedRow]:
-            return (row for row in catalogue.rows(split) if row.id not in without)
-
-        spent: Counter[str] = Counter()
-        rows = assigned()
-        chunks = iter(lambda: list(islice(rows, CHUNK)), [])
-        for row, windows in chain.from_iterable(run(encode, chunks)):
-            if isinstance(windows, str):
-                catalogue.leave_out([row], split, windows)
-                continue
-            if split != "train" and self.max_held_out_tokens is not None:
-                windows = _some_windows(windows, self.max_held_out_tokens // ENOUGH_TEST_CLUSTERS, self.salt)
-            tokens = sum(len(window.input_ids) for window in windows)
-            for limit in limits:
-                if limit == "max_sample_tokens" and not row.sample:
-                    continue
-                budget = getattr(self, limit)
+        lines, sample = catalogue.facts["line"][rows], catalogue.facts["sample"][rows] > 0
+        # Without feedback it is the same whatever is trained on.
+        lines[:, 0] ^= np.where(catalogue.facts["judged"][rows] > 0, get_args(TrainOn).index(train_on) + 1, 0).astype(
+            "u8"
+        )
+        found = encoded.find(lines)
+        some: dict[int, np.ndarray] = {}  # of conversations not all of whose windows are measured, those that are
+        end, spent = len(rows), dict.fromkeys(budgets, 0)
+        for start, stop in pairwise(_portions(sample, budgets)):
+            missing = start + np.flatnonzero(found["place"][start:stop] < 0)
+            missing = missing[np.argsort(rows[missing])]
+            chunks = np.split(missing, range(CHUNK, len(missing), CHUNK)) if len(missing) else []
+            for chunk, windows in zip(chunks, run(encode, (conversations.spans(rows[c]) for c in chunks)), strict=True):
+                found[chunk] = encoded.add(lines[chunk], windows)
+                progress(len(chunk))
+            if "max_held_out_tokens" in budgets:
+                for at in start + np.flatnonzero(found["windows"][start:stop] > 1):
+                    lengths, _ = encoded.lengths(*found[["place", "windows"]][at].tolist())
+                    (identity,) = (one["id"] for one in read_spans(conversations.spans(rows[at : at + 1])))
+                    some[int(at)] = kept = _some_windows(identity, lengths, self.max_held_out_tokens, self.salt)
+                    found["tokens"][at] = lengths[kept].sum()
+            over = {}
+            for limit, budget in budgets.items():
                 # Rows come with people's own conversations first: the sample only fills what they leave.
-                if budget is not None and tokens and spent[limit] and spent[limit] + tokens > budget:
-                    catalogue.leave_out((late for late in assigned() if late >= row), split, limit)
-                    return
-                spent[limit] += tokens
-            yield from windows
+                tokens = found["tokens"][start:stop] * (sample[start:stop] if limit == "max_sample_tokens" else 1)
+                sums = spent[limit] + np.cumsum(tokens)
+                late = np.flatnonzero((tokens > 0) & (sums > tokens) & (sums > budget))
+                if len(late):
+                    over[limit] = start + int(late[0])
+                spent[limit] = int(sums[-1]) if len(sums) else spent[limit]
+            if over:
+                limit = min(over, key=over.__getitem__)
+                end = over[limit]
+                catalogue.leave_out(rows[end:], limit)
+                break
+        found, kept = found[:end], found["reason"][:end] == 0
+        catalogue.reason[rows[:end]] = found["reason"]
+        return rows[:end][kept], _windows_of(rows[:end], found, kept, some, catalogue, encoded)
 
 
-def _some_windows(windows: list[PreparedRow], tokens: int, salt: str) -> list[PreparedRow]:
-    """Windows of a held-out conversation with at most so many tokens, drawn by the salt; one at least. Numbered anew.
+def _portions(sample: np.ndarray, budgets: Mapping[str, int]) -> list[int]:
+    """Where portions of rows begin: no more than one is encoded in vain."""
+    if not budgets:
+        return [0, len(sample)]
+    free = 0 if budgets.keys() - {"max_sample_tokens"} else int((~sample).sum())
+    return [0, *range(free, len(sample), PORTION), len(sample)]
+
+
+def _some_windows(identity: str, lengths: np.ndarray, budget: int, salt: str) -> np.ndarray:
+    """Windows of a held-out conversation with at most a hundredth of the budget, drawn by the salt; one at least.
 
     Windows of one conversation are alike: measuring is surer with few of each of many conversations.
     """
-    if len(windows) == 1:
-        return windows
-    draw, kept = salted_fractions(f"{salt}/window"), []
-    for window in sorted(windows, key=lambda window: draw(f"{window.id}#{window.window}")):
-        tokens -= len(window.input_ids)
-        if kept and tokens < 0:
-            break
-        kept.append(window)
-    kept.sort(key=lambda window: window.window)
-    lost = {name: windows[0].counts[name] for name in ("lost_turns", "lost_reply_tokens")}
-    lost["windows_left_out"] = len(windows) - len(kept)
-    kept = [replace(window, window=number) for number, window in enumerate(kept)]
-    kept[0].counts = kept[0].counts | lost
-    return kept
+    hashes = map(salted_hashes(f"{salt}/window"), (f"{identity}#{window}" for window in range(len(lengths))))
+    drawn = np.argsort(fractions_of(np.fromiter(hashes, np.uint64)), kind="stable")
+    fitting = np.cumsum(lengths[drawn]) <= budget // ENOUGH_TEST_CLUSTERS
+    return np.sort(drawn[: max(1, int(fitting.sum()))])
+
+
+def _windows_of(
+    rows: np.ndarray, found: np.ndarray, kept: np.ndarray, some: Mapping[int, np.ndarray], catalogue: Catalogue,
+    encoded: HeldRows | EncodedMemo,
+) -> Chosen:  # fmt: skip
+    windows = np.where(kept, found["windows"], 0)
+    starts = np.cumsum(windows) - windows
+    owner = np.repeat(np.arange(len(rows)), windows)
+    within = np.arange(len(owner)) - starts[owner]
+    places, wanted = found["place"][owner] + within, np.ones(len(owner), bool)
+    counts = {}
+    for at, numbers in some.items():
+        if at < len(rows) and kept[at]:
+            wanted[starts[at] : starts[at] + windows[at]] = False
+            wanted[starts[at] + numbers] = True
+            counts[at] = encoded.lengths(*found[["place", "windows"]][at].tolist())[1], int(windows[at]) - len(numbers)
+    owner, places = owner[wanted], places[wanted]
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    numbers = np.arange(len(owner)) - np.repeat(first, np.diff(first, append=len(owner)))
+    names = list(catalogue.cluster_names(rows))
+    changed = {
+        int(np.searchsorted(owner, at)): {"lost_turns": lost[0], "lost_reply_tokens": lost[1], "windows_left_out": left}
+        for at, (lost, left) in counts.items()
+    }
+    return Chosen(places, numbers, [names[one] for one in owner.tolist()], changed)
 
 
 def _encode(
-    rows: list[AssignedRow],
-    conversations: Conversations,
-    split: str,
+    spans: list[Span],
     train_on: TrainOn,
     tokenizer: "PreTrainedTokenizerFast | Path | None",
     system_prompt: str | None,
     max_length: int,
-    memo: EncodedMemo | None,
-) -> list[tuple[AssignedRow, list[PreparedRow] | str]]:
+) -> list[list[PreparedRow] | str]:
     """The windows of each conversation, or why there are none."""
-    pairs: list[tuple[AssignedRow, list[PreparedRow] | str]] = []
-    encode = partial(_windows, tokenizer=tokenizer, system_prompt=system_prompt, max_length=max_length)
-    for row in rows:
-        if memo:
-            (line,) = conversations.lines(row.part, [row.place])
-            # Without feedback it is the same whatever is trained on.
-            key = line if NO_FEEDBACK in line else train_on.encode() + line
-            found = memo.get(key, partial(_packed, line, train_on, encode))
-            if not isinstance(found, str):
-                source, windows = found
-                whole = _selected(line, train_on)[0] if split == "test" else ()  # decontamination needs it
-                found = [
-                    PreparedRow(
-                        row.id, array("i", ids), array("i", labels), source, row.cluster, number, messages, whole,
-                        counts=counts,
-                    )
-                    for number, (ids, labels, messages, counts) in enumerate(windows)
-                ]  # fmt: skip
-            pairs.append((row, found))
-            continue
-        (conversation,) = conversations.read(row.part, [row.place])
-        messages, trained = select(conversation, train_on)
-        fields = {"id": row.id, "source": conversation.get("source") or "unknown", "cluster": row.cluster}
+    encoded: list[list[PreparedRow] | str] = []
+    for conversation in read_spans(spans):
+        messages, trained = _selected(conversation, train_on)
+        fields = {"id": conversation["id"], "source": conversation.get("source") or "unknown"}
         fields |= {"conversation": messages, "trained": trained}
         if tokenizer is None:
-            pairs.append((row, [PreparedRow(messages=messages, **fields)]))
+            encoded.append([PreparedRow(messages=messages, **fields)])
             continue
-        encoded = encode(messages, trained)
-        if isinstance(encoded, list):
-            encoded = [PreparedRow(window=number, **own, **fields) for number, own in enumerate(encoded)]
-        pairs.append((row, encoded))
-    return pairs
+        try:
+            found = encode_windows(loaded(tokenizer), messages, system_prompt, max_length, trained)
+        except RenderError:
+            encoded.append("template")
+            continue
+        rows = [encoded_row(window, window=number, **fields) for number, window in enumerate(found.encoded)]
+        if rows:
+            rows[0].counts = {**rows[0].counts, "lost_turns": found.lost_turns, "lost_reply_tokens": found.lost_tokens}
+        encoded.append(rows or "too_long")
+    return encoded
 
 
-def _selected(line: bytes, train_on: TrainOn) -> tuple[list[dict], list[bool]]:
-    return select(read_conversation(orjson.loads(line)), train_on)
-
-
-def _packed(line: bytes, train_on: TrainOn, encode: Callable[..., list[dict[str, Any]] | str]) -> Any:
-    """(source, [ids, labels, messages and counts of each window]) as plain values, or why there is no window."""
-    windows = encode(*_selected(line, train_on))
-    if isinstance(windows, str):
-        return windows
-    return orjson.loads(line).get("source") or "unknown", [
-        (
-            array("i", window["input_ids"]).tobytes(),
-            array("i", window["labels"]).tobytes(),
-            as_json(window["messages"]),
-            window["counts"],
-        )
-        for window in windows
-    ]
-
-
-def _windows(
-    messages: list[dict],
-    trained: list[bool],
-    tokenizer: "PreTrainedTokenizerFast | Path",
-    system_prompt: str | None,
-    max_length: int,
-) -> list[dict[str, Any]] | str:
-    """Of each window the fields of its row that only the conversation decides, or why there are none."""
-    try:
-        found = encode_windows(loaded(tokenizer), messages, system_prompt, max_length, trained)
-    except RenderError:
-        return "template"
-    windows = list(map(encoded_fields, found.encoded))
-    if windows:
-        windows[0]["counts"] |= {"lost_turns": found.lost_turns, "lost_reply_tokens": found.lost_tokens}
-    return windows or "too_long"
+def _selected(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[bool]]:
+    found = select(conversation, train_on)
+    assert found is not None  # the catalogue left out those of which nothing is used
+    return found
 
 
 _load = lru_cache(maxsize=1)(load_tokenizer)
@@ -340,23 +374,6 @@ _load = lru_cache(maxsize=1)(load_tokenizer)
 def loaded(tokenizer: "PreTrainedTokenizerFast | Path") -> "PreTrainedTokenizerFast":
     """The tokenizer, or that of a folder; what needs none does not wait for its libraries."""
     return _load(tokenizer) if isinstance(tokenizer, Path) else tokenizer
-
-
-def _shared_runs(
-    part: tuple[int, list[tuple[int, str]]], conversations: Conversations, train_on: TrainOn, held_out: HeldOut
-) -> dict[str, set[Run]]:
-    """The runs of words that conversations of a part share with the held-out ones, where they share any."""
-    number, places = part
-    found: dict[str, set[Run]] = {}
-    if not held_out.pieces:
-        return found
-    read = conversations.read(number, (place for place, _ in places))
-    for (_, identity), conversation in zip(places, read, strict=True):
-        if held_out.may_share(texts_of(conversation)):
-            messages, _ = select(conversation, train_on)
-            if shared := held_out.shared_with(messages):
-                found[identity] = shared
-    return found
 
 
 def _newest(records: Iterable[dict]) -> list[dict]:

@@ -8,16 +8,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
+from hashlib import blake2b
+
+import numpy as np
 
 from fine_tuning.common.writing_systems import WORDLIKE
 
 _WORD = re.compile(rf"[{WORDLIKE}]|[^\W{WORDLIKE}]+")
 _FOREIGN = re.compile(r"[^\x00-\x7f\W]")
 _LETTERS = bytes(ord(chr(code).lower()) if chr(code).isalnum() or code == 95 else 32 for code in range(128)) * 2
-
-if TYPE_CHECKING:
-    from fine_tuning.schema.prepared import PreparedRow
 
 Run = tuple[bytes, ...]
 
@@ -30,25 +29,28 @@ class HeldOut:
         # Wherever a run begins in a text, it holds a piece that begins at a multiple of `step`.
         self.piece = (length + 1) // 2  # shorter ones are common
         self.step = length - self.piece + 1
-        self.pieces: set[Run] = set()
+        self._pieces: set[int] = set()
         self._texts: list[list[bytes]] = []
 
-    def watch(self, rows: "Iterable[PreparedRow]") -> "Iterator[PreparedRow]":
-        """Pass held-out rows on and take up the runs of their conversations, each once."""
-        for row in rows:
-            for words in _long_texts(row.conversation, self.length) if row.window == 0 else ():
-                self.pieces.update(_runs(words, self.piece))
-                self._texts.append(words)
-            yield row
+    def add(self, messages: Iterable[dict]) -> None:
+        """Take up the runs of a held-out conversation."""
+        for words in _long_texts(messages, self.length):
+            self._pieces.update(map(_hash, _runs(words, self.piece)))
+            self._texts.append(words)
+
+    @property
+    def pieces(self) -> np.ndarray:
+        """Hashes of the pieces of all runs, sorted."""
+        return np.sort(np.fromiter(self._pieces, np.uint64, len(self._pieces)))
 
     @cached_property
     def runs(self) -> set[Run]:
         """Every run; computed when first needed."""
         return {run for words in self._texts for run in _runs(words, self.length)}
 
-    def may_share(self, texts: Iterable[str]) -> bool:
-        """Whether a conversation of these texts could share a run: a quick test that most fail."""
-        return self._holds_piece(_words(" ".join(texts)))
+    def pieces_of(self, texts: Iterable[str]) -> list[int]:
+        """Hashes of those places of a conversation of these texts that tell whether it could share a run."""
+        return list(map(_hash, self._places(_words(" ".join(texts)))))
 
     def shared_with(self, messages: list[dict]) -> set[Run]:
         """The runs that a conversation shares."""
@@ -56,8 +58,15 @@ class HeldOut:
         return self.runs.intersection(run for words in texts for run in _runs(words, self.length))
 
     def _holds_piece(self, words: list[bytes]) -> bool:
-        pieces = zip(*[words[start :: self.step] for start in range(self.piece)], strict=False)
-        return not self.pieces.isdisjoint(pieces)
+        return not self._pieces.isdisjoint(map(_hash, self._places(words)))
+
+    def _places(self, words: list[bytes]) -> Iterable[Run]:
+        return zip(*[words[start :: self.step] for start in range(self.piece)], strict=False)
+
+
+def _hash(run: Run) -> int:
+    """64 bits. Two pieces with the same only make a conversation be looked at that shares nothing."""
+    return int.from_bytes(blake2b(b" ".join(run), digest_size=8).digest(), "little")
 
 
 def repeating(shared: dict[str, set[Run]], conversations: int) -> set[str]:

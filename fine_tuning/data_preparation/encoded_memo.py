@@ -1,67 +1,237 @@
 """Windows of conversations that were encoded before, so that a newcomer does not make all others be encoded again."""
 
 import json
-import marshal
-import sqlite3
-import zlib
-from collections.abc import Callable, Sequence
-from hashlib import blake2b
+import mmap
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
 
 from fine_tuning.common.project import code_sha256, versions
+from fine_tuning.common.results import ABANDONED, remove_oldest, state_of
+from fine_tuning.data_preparation.catalogue import REASONS, LineIndex
+from fine_tuning.data_preparation.encodings import FOUND, Chosen
+from fine_tuning.schema.prepared import PreparedRow, number_array, numbers, row_batch, string_array
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+SEGMENT_BYTES = 16 << 20
+BLOCK_BYTES = 32 << 20  # of rows that are in memory at a time
+_SHIFT, _ROW = 32, (1 << 32) - 1  # a place is the number of a segment, and a row of it
 
 
 class EncodedMemo:
-    """A database of results by what they depend on. A context manager: at its end those that nobody asked for go.
+    """Rows in Arrow files of some megabytes, found by the hashes of the lines that they were made of.
 
-    Whoever finds it in use works with a temporary one; a damaged one is made anew.
+    A context manager: at its end new rows are written, together with what is left of small files and of those that are
+    mostly unused: they hold conversations. A file's name has its size and time: one that was changed counts as absent.
 
     Args:
         settings: what all results depend on, besides the code and the versions of the packages.
     """
 
-    def __init__(self, path: Path, settings: Sequence[Any]) -> None:
-        self._common = blake2b(json.dumps([code_sha256("prepare"), versions(), settings]).encode(), digest_size=16)
-        self._used = bytearray()  # of each row, whether it was asked for
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._open(str(path))
-        except sqlite3.OperationalError:  # in use
-            self._open("")
-        except sqlite3.DatabaseError:
-            path.unlink()
-            self._open(str(path))
+    def __init__(self, folder: Path, settings: Sequence[Any]) -> None:
+        made_by = json.dumps([code_sha256("prepare"), versions(), settings])
+        self._folder = folder / sha256(made_by.encode()).hexdigest()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._segments = [segment for path in sorted(self._folder.glob("*.arrow")) if (segment := _opened(path))]
+        self._kept = len(self._segments)  # the others are of this run
+        self._known = np.concatenate([np.empty(0, FOUND), *(s.found(n) for n, s in enumerate(self._segments))])
+        self._index = LineIndex(np.concatenate([np.empty((0, 2), np.uint64), *(s.lines for s in self._segments)]))
+        self._used = np.zeros(len(self._known), bool)
+        self._unwritten: list[_Segment] = []
 
-    def _open(self, name: str) -> None:
-        self._database = sqlite3.connect(name, timeout=0, isolation_level=None)
-        self._database.execute("PRAGMA secure_delete=ON")  # they hold conversations
-        self._database.execute("PRAGMA cache_size=-65536")  # kilobytes; keys come in any order
-        self._database.execute("BEGIN EXCLUSIVE")
-        self._database.execute("CREATE TABLE IF NOT EXISTS encoded (row INTEGER PRIMARY KEY, key UNIQUE, value)")
+    def find(self, lines: np.ndarray) -> np.ndarray:
+        """What there is of lines, (n, 2) hashes: FOUND."""
+        found, places = np.full(len(lines), -1).astype(FOUND), self._index.find(lines)
+        hit = places >= 0
+        found[hit] = self._known[places[hit]]
+        self._used[places[hit]] = True
+        return found
 
-    def get(self, key: bytes, compute: Callable[[], Any]) -> Any:
-        """What `compute()` gave for the same key, or gives now; both are plain values."""
-        digest = self._common.copy()
-        digest.update(key)
-        name = digest.digest()
-        found = self._database.execute("SELECT row, value FROM encoded WHERE key = ?", (name,)).fetchone()
-        if found is None:
-            value = compute()
-            packed = zlib.compress(marshal.dumps(value), 1)
-            row = self._database.execute("INSERT INTO encoded (key, value) VALUES (?, ?)", (name, packed)).lastrowid
-        else:
-            row, value = found[0], marshal.loads(zlib.decompress(found[1]))
-        self._used.extend(bytes(max(0, row + 1 - len(self._used))))
-        self._used[row] = 1
-        return value
+    def add(self, lines: np.ndarray, encoded: Sequence[list[PreparedRow] | str]) -> np.ndarray:
+        """Take up the rows of lines, or the reasons why there are none: FOUND."""
+        rows = [row for one in encoded for row in ([PreparedRow("")] if isinstance(one, str) else one)]
+        reasons = [REASONS.index(one) if isinstance(one, str) else 0 for one in encoded]
+        sizes = [1 if isinstance(one, str) else len(one) for one in encoded]
+        batch, keys = row_batch(rows), np.repeat(lines, sizes, axis=0).view(np.int32)
+        own = [number_array(keys[:, column].tobytes()) for column in range(4)]
+        batch = _with(batch, dict(zip(_LINE, own, strict=True)) | {"reason": number_array(np.repeat(reasons, sizes))})
+        self._segments.append(segment := _Segment(batch))
+        self._unwritten.append(segment)
+        if sum(one.bytes for one in self._unwritten) >= SEGMENT_BYTES:
+            self._write_new()
+        return segment.found(len(self._segments) - 1)
+
+    def lengths(self, place: int, windows: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Tokens of each window of a conversation, and what of its turns and reply tokens is in none."""
+        segment, row = self._segments[place >> _SHIFT], place & _ROW
+        return segment.tokens[row : row + windows], tuple(segment.lost[:, row].tolist())
+
+    def take(self, chosen: Chosen) -> "Iterator[RecordBatch]":
+        """The chosen rows in their order, few of them at a time."""
+        numbers, rows = chosen.places >> _SHIFT, chosen.places & _ROW
+        sizes = np.zeros(len(rows), np.int64)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            sizes[here] = self._segments[number].sizes[rows[here]]
+        blocks = np.cumsum(sizes) // BLOCK_BYTES
+        for start, end in zip(*_stretches(blocks), strict=True):
+            yield self._block(chosen, slice(start, end), numbers[start:end], rows[start:end])
+
+    def _block(self, chosen: Chosen, block: slice, numbers: np.ndarray, rows: np.ndarray) -> "RecordBatch":
+        import pyarrow
+
+        order = np.argsort(numbers, kind="stable")
+        parts = [
+            _take(self._segments[numbers[order[start]]].batch(), rows[order[start:end]])
+            for start, end in zip(*_stretches(numbers[order]), strict=True)
+        ]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        batch = _take(pyarrow.concat_batches(parts), back)
+        clusters = zip(batch.column("id").to_pylist(), chosen.clusters[block], strict=True)
+        columns = {"window": number_array(chosen.numbers[block])}
+        columns["cluster"] = string_array([cluster or identity for identity, cluster in clusters])
+        for name in ("lost_turns", "lost_reply_tokens", "windows_left_out"):
+            changed = {at: counts[name] for at, counts in chosen.counts.items() if block.start <= at < block.stop}
+            if changed:
+                values = numbers(batch, name).copy()
+                values[np.array(list(changed)) - block.start] = list(changed.values())
+                columns[name] = number_array(values)
+        return _with(batch, columns)
 
     def __enter__(self) -> "EncodedMemo":
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
-        if not failed:
-            self._database.create_function("used", 1, lambda row: row < len(self._used) and self._used[row])
-            self._database.execute("DELETE FROM encoded WHERE NOT used(row)")
-        self._database.execute("COMMIT")
-        self._database.close()
+        if failed:
+            self._write_new()
+            return
+        old, start, changed = [], 0, len(self._segments) > self._kept
+        for segment in self._segments[: self._kept]:
+            used = self._used[start : start + len(segment.first)]
+            start += len(used)
+            whole = used.all() and not changed if segment.bytes < SEGMENT_BYTES // 2 else used.mean() >= 0.5
+            if not whole:
+                windows = np.diff(segment.first, append=len(segment.tokens))
+                self._unwritten.append(_Segment(_take(segment.batch(), np.flatnonzero(np.repeat(used, windows)))))
+                old.append(segment.path)
+                if sum(one.bytes for one in self._unwritten) >= SEGMENT_BYTES:
+                    self._write_new()
+        self._write_new()
+        for path in old:
+            path.unlink(missing_ok=True)
+        self._remove_unused()
+
+    def _write_new(self) -> None:
+        import pyarrow
+
+        if not sum(len(segment.tokens) for segment in self._unwritten):
+            return
+        batch = pyarrow.concat_batches([segment.batch() for segment in self._unwritten])
+        temporary = self._folder / f".{os.getpid()}.{uuid.uuid4().hex}"
+        with pyarrow.OSFile(str(temporary), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        path = self._folder / _name(temporary)
+        os.rename(temporary, path)
+        start = 0
+        for segment in self._unwritten:
+            segment.move(path, start)
+            start += len(segment.tokens)
+        self._unwritten = []
+
+    def _remove_unused(self) -> None:
+        """Remove results of other settings but the newest, those of earlier versions and what killed runs left."""
+        remove_oldest([path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder], 1)
+        for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
+            if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# segments
+
+_LINE = ("line0", "line1", "line2", "line3")
+
+
+class _Segment:
+    """Rows in memory or in a file; what is needed of all of them at any time is in memory: 40 bytes a row."""
+
+    def __init__(self, batch: "RecordBatch", file: BinaryIO | None = None) -> None:
+        self._batch, self._file, self._start = None if file else batch, file, 0
+        self.path = Path(file.name) if file else Path()
+        self.bytes = batch.nbytes
+        self.first = np.flatnonzero(numbers(batch, "window") == 0)
+        lines = np.stack([numbers(batch, name)[self.first] for name in _LINE], axis=1)
+        self.lines = np.ascontiguousarray(lines).view(np.uint64)
+        self.tokens = np.diff(numbers(batch, "input_ids"))
+        self.sizes = 8 * self.tokens + np.diff(numbers(batch, "messages"))
+        self.lost = np.stack([numbers(batch, name) for name in ("lost_turns", "lost_reply_tokens")])
+        self._reasons = numbers(batch, "reason")[self.first]
+
+    def found(self, number: int) -> np.ndarray:
+        """FOUND of each conversation, where this is the segment of that number."""
+        found = np.empty(len(self.first), FOUND)
+        found["place"], found["reason"] = self.first | number << _SHIFT, self._reasons
+        found["windows"] = np.diff(self.first, append=len(self.tokens))
+        found["tokens"] = np.add.reduceat(self.tokens, self.first) if len(self.first) else 0
+        return found
+
+    def batch(self) -> "RecordBatch":
+        """The rows; those of a file are mapped for as long as the batch lives."""
+        if self._batch is not None:
+            return self._batch
+        return _read(self._file).slice(self._start, len(self.tokens))
+
+    def move(self, path: Path, start: int) -> None:
+        """The rows are in a file now."""
+        self._batch, self._file, self._start = None, open(path, "rb"), start  # noqa: SIM115
+
+
+def _opened(path: Path) -> _Segment | None:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 (stays open: another run may remove it)
+        if path.name == _name(path):
+            return _Segment(_read(file), file)
+    except (OSError, ValueError, KeyError):  # Arrow's errors are ValueErrors
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _name(path: Path) -> str:
+    return "-".join(map(str, state_of(path) or ())) + ".arrow"
+
+
+def _read(file: BinaryIO) -> "RecordBatch":
+    import pyarrow
+
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return pyarrow.ipc.open_file(pyarrow.py_buffer(mapped)).get_batch(0)
+
+
+def _with(batch: "RecordBatch", columns: dict[str, Any]) -> "RecordBatch":
+    import pyarrow
+
+    every = dict(zip(batch.schema.names, batch.columns, strict=True)) | columns
+    return pyarrow.RecordBatch.from_arrays(list(every.values()), names=list(every))
+
+
+def _take(batch: "RecordBatch", rows: np.ndarray) -> "RecordBatch":
+    import pyarrow
+
+    rows = np.ascontiguousarray(rows, np.int64)
+    return batch.take(pyarrow.Array.from_buffers(pyarrow.int64(), len(rows), [None, pyarrow.py_buffer(rows)]))
+
+
+def _stretches(values: np.ndarray) -> tuple[list[int], list[int]]:
+    """Where stretches of equal values begin and end."""
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else values
+    return starts.tolist(), [*starts[1:].tolist(), len(values)][: len(starts)]

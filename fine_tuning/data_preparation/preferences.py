@@ -12,9 +12,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fine_tuning.common.errors import count_of
+from fine_tuning.data_preparation.catalogue import Catalogue, Conversations, read_spans
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, loaded
-from fine_tuning.data_preparation.splits import LEFT_OUT, SPLITS
+from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.schema.chat_format import Encoded, RenderError, encode_conversation
 from fine_tuning.schema.conversation import short_hash
 from fine_tuning.schema.judgements import Judgement, Reply, folded, judgements_of
@@ -202,26 +205,22 @@ class Preferences:
             yield f"preferences left out: {reasons}"
 
 
-def find_preferences(
-    conversations: Iterable[dict[str, Any]],
-    assigned: Iterable[tuple[str, str]],
-    clusters: Iterable[tuple[str, str]],
-    builder: DatasetBuilder,
-) -> Preferences:
-    """The pairs and thumbs of clean conversations. What was judged is in memory, not the conversations.
+def find_preferences(conversations: Conversations, catalogue: Catalogue, builder: DatasetBuilder) -> Preferences:
+    """The pairs and thumbs of clean conversations that `builder` assigned to the splits of `catalogue`.
 
-    Args:
-        assigned: (conversation id, split) of every conversation, by `builder`.
-        clusters: (conversation id, cluster id) of near-duplicates; who is not named stands alone.
+    What was judged is in memory, not the conversations.
     """
     dropped: Counter[str] = Counter()
-    judgements = [j for conversation in conversations for j in judgements_of(conversation)]
-    judged = {judgement.conversation for judgement in judgements}
-    if not judged:
-        assigned = clusters = ()
-    split_of = {identity: split for identity, split in assigned if identity in judged and split != LEFT_OUT}
-    cluster = {identity: name for identity, name in clusters if identity in judged}
-    encoder = PreferenceEncoder(builder, split_of, cluster, dropped)
+    split_of, cluster_of, judgements = {}, {}, []
+    rows = np.flatnonzero(catalogue.facts["judged"])
+    names = zip(catalogue.split[rows].tolist(), catalogue.cluster_names(rows), strict=True)
+    for conversation, (split, cluster) in zip(read_spans(conversations.spans(rows)), names, strict=True):
+        identity = conversation["id"]
+        judgements += judgements_of(conversation)
+        cluster_of[identity] = cluster or identity
+        if 0 <= split < len(SPLITS):
+            split_of[identity] = SPLITS[split]
+    encoder = PreferenceEncoder(builder, split_of, cluster_of, dropped)
     found = Preferences({split: [] for split in SPLITS}, {split: [] for split in SPLITS}, dropped)
     for split, record in filter(None, map(encoder.record, chain(*settle(judgements, dropped)))):
         kind: dict[str, list[Any]] = found.pairs if isinstance(record, PreferredPair) else found.thumbs

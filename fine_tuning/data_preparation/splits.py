@@ -5,20 +5,24 @@ every deal by conversation id: what was train stays train when other conversatio
 """
 
 import hashlib
+import os
+import re
 import shutil
-from array import array
-from bisect import bisect_right, insort
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_jsonl, read_lines, replacing
 
 SPLITS = ("train", "validation", "test")
 LEFT_OUT = "none"  # in the ledger: near-duplicates on both sides, so part of no split
-_NO_SPLIT = {LEFT_OUT, None}
+NAMES = (*SPLITS, LEFT_OUT)
+_TRAIN, _VALIDATION, _TEST, _NONE = range(4)
 # A verdict needs some hundred independent conversations: until so many clusters are held out, more newcomers are.
 ENOUGH_TEST_CLUSTERS = 100
 SMALL_TEST_FRACTION = 0.2
@@ -38,8 +42,8 @@ class Fractions:
     latest_from: str | None = None
 
 
-class SplitAssignment:
-    """Deals clusters one by one, in any order and each once; `moved` then says which have to move after all.
+def deal(draws: np.ndarray, late: np.ndarray, known: np.ndarray, fresh: np.ndarray, fractions: Fractions) -> np.ndarray:
+    """The split of each cluster's newcomers, as a number of NAMES.
 
     A conversation that was assigned keeps its split, whatever happened to its cluster. The newcomers of a cluster join
     the split of its earlier members; if those are in different splits, the newcomer links what must stay apart, and is
@@ -51,58 +55,45 @@ class SplitAssignment:
     SMALL_TEST_FRACTION exceeds the test fraction. It depends on the ledger and on which clusters there are, not on
     their order; what the ledger remembers is never moved again. So that little data works too, an empty split then
     takes a cluster of newcomers from one that has others: train first, then test, then validation.
+
+    Args:
+        draws: salted hash of each cluster, in [0, 1).
+        late: whether all members of it started on or after `fractions.latest_from`.
+        known: (clusters, SPLITS), whether members of it were assigned to that split before.
+        fresh: whether members of it were assigned to none, not even LEFT_OUT.
     """
-
-    def __init__(self, fractions: Fractions, salt: str) -> None:
-        self._fractions, self._draw = fractions, salted_fractions(salt)
-        self._filled: Counter[str] = Counter()
-        # Of each split the clusters of newcomers that would leave it first: no more than one a split ever does.
-        self._donors: dict[str, list[tuple[float, str]]] = {split: [] for split in SPLITS}
-        self._spare: list[tuple[float, str]] = []  # newcomers of train that test may take, no more than it can want
-        random_test = fractions.test > 0 and fractions.latest_from is None
-        self._spare_below = fractions.validation + SMALL_TEST_FRACTION if random_test else 0.0
-
-    def newcomers(self, cluster: str, oldest: str, assigned: Collection[str | None]) -> str:
-        """The split of a cluster's newcomers: one of SPLITS or LEFT_OUT.
-
-        Args:
-            oldest: date of its oldest member, of all the first 10 characters of `started_at`; "" for unknown.
-            assigned: the splits that its members were assigned to; with None if there are newcomers.
-        """
-        if known := set(assigned) - _NO_SPLIT:
-            self._filled.update(known)
-            return known.pop() if len(known) == 1 else LEFT_OUT
-        # Members that were left out earlier stay so; only a cluster with newcomers is assigned.
-        if None not in assigned:
-            return LEFT_OUT
-        draw = self._draw(cluster)
-        split = _random_split(draw, oldest, self._fractions)
-        self._filled[split] += 1
-        _keep_smallest(self._donors[split], (draw, cluster), len(SPLITS))
-        if split == "train" and draw < self._spare_below:
-            _keep_smallest(self._spare, (draw, cluster), ENOUGH_TEST_CLUSTERS)
-        return split
-
-    def moved(self) -> dict[str, str]:
-        """The clusters of newcomers that move, and where to: test is topped up, and no wanted split is empty."""
-        missing = max(0, ENOUGH_TEST_CLUSTERS - self._filled["test"])
-        moved = {cluster: "test" for _, cluster in self._spare[:missing]}
-        filled = self._filled + Counter(test=len(moved))
-        filled["train"] -= len(moved)
-        fresh = {cluster: split for split, donors in self._donors.items() for _, cluster in donors} | moved
-        return moved | _fill_empty(fresh, filled, self._fractions, self._draw)
+    random_test = fractions.test > 0 and fractions.latest_from is None
+    in_test = draws < fractions.test if fractions.latest_from is None else late
+    # The same stretch of draws whichever way test is chosen: validation does not change with it.
+    in_validation = (fractions.test <= draws) & (draws < fractions.test + fractions.validation)
+    new = fresh & ~known.any(axis=1)
+    # Members that were left out earlier stay so; only a cluster with newcomers is assigned.
+    dealt = np.where(known.sum(axis=1) == 1, known.argmax(axis=1), _NONE)
+    dealt[new] = np.select([in_test, in_validation], [_TEST, _VALIDATION], _TRAIN)[new]
+    filled = known.sum(axis=0) + np.bincount(dealt[new], minlength=len(SPLITS))
+    if random_test:
+        spare = np.flatnonzero(new & (dealt == _TRAIN) & (draws < fractions.validation + SMALL_TEST_FRACTION))
+        moved = spare[np.argsort(draws[spare], kind="stable")][: max(0, ENOUGH_TEST_CLUSTERS - filled[_TEST])]
+        dealt[moved] = _TEST
+        filled += (-len(moved), 0, len(moved))
+    by_need = [_TRAIN] + [_TEST] * random_test + [_VALIDATION] * (fractions.validation > 0)
+    for rank, wanted in enumerate(by_need):
+        giving = [
+            filled[split] > 1 or (split not in by_need[:rank] and (split in by_need or wanted == _TRAIN))
+            for split in range(len(SPLITS))
+        ]
+        donors = np.flatnonzero(new & np.array([*giving, False])[dealt])
+        if not filled[wanted] and len(donors):
+            donor = donors[draws[donors].argmin()]
+            filled[dealt[donor]] -= 1
+            filled[wanted] += 1
+            dealt[donor] = wanted
+    return dealt
 
 
-def _keep_smallest(kept: list[tuple[float, str]], new: tuple[float, str], most: int) -> None:
-    if len(kept) < most or new < kept[-1]:
-        insort(kept, new)
-        del kept[most:]
-
-
-def salted_fractions(salt: str) -> Callable[[str], float]:
-    """A number in [0, 1) for any key: the same for the same salt and key, everywhere and always."""
-    salted_hash = salted_hashes(salt)
-    return lambda key: (salted_hash(key) >> 8) * 2**-56
+def fractions_of(hashes: np.ndarray) -> np.ndarray:
+    """Hashes of 64 bits as numbers in [0, 1)."""
+    return (hashes >> np.uint64(8)) * 2.0**-56
 
 
 def salted_hashes(salt: str) -> Callable[[str], int]:
@@ -117,47 +108,13 @@ def salted_hashes(salt: str) -> Callable[[str], int]:
     return salted_hash
 
 
-def _random_split(draw: float, oldest: str, fractions: Fractions) -> str:
-    if fractions.latest_from is not None:
-        if oldest >= fractions.latest_from:
-            return "test"
-    elif draw < fractions.test:
-        return "test"
-    # The same stretch of draws whichever way test is chosen: validation does not change with it.
-    if fractions.test <= draw < fractions.test + fractions.validation:
-        return "validation"
-    return "train"
-
-
-def _fill_empty(fresh: dict[str, str], filled: Counter[str], fractions: Fractions, draw: Callable) -> dict[str, str]:
-    by_need = ["train"]
-    if fractions.test > 0 and fractions.latest_from is None:
-        by_need.append("test")
-    if fractions.validation > 0:
-        by_need.append("validation")
-    moved: dict[str, str] = {}
-    for rank, split in enumerate(by_need):
-        if filled[split]:
-            continue
-        needier = by_need[:rank]
-        donors = [
-            cluster
-            for cluster, current in (fresh | moved).items()
-            if filled[current] > 1 or (current not in needier and (current in by_need or split == "train"))
-        ]
-        if donors:
-            donor = min(donors, key=lambda cluster: (draw(cluster), cluster))
-            filled[(fresh | moved)[donor]] -= 1
-            filled[split] += 1
-            moved[donor] = split
-    return moved
-
-
 # -----------------------------------------------------------------------------
 # the ledger
 
-_STRICTNESS = ("train", "validation", "test", LEFT_OUT)  # where two lines disagree, the later one holds
 _DIGITS = 15  # of an id's hash: 60 bits, of a million ids two are the same with a probability of 4e-7
+_SPARE = np.uint64(64 - 4 * _DIGITS)
+_NUMBERS = {name.encode(): number for number, name in enumerate(NAMES)}
+_LEDGER = re.compile(rb"(?:[0-9a-f]{%d} (?:%b)(?:\n|\Z))*+" % (_DIGITS, b"|".join(_NUMBERS)))
 
 
 class Ledger:
@@ -167,55 +124,76 @@ class Ledger:
     SPLITS or `none`, for those that are part of no split. Lines are only appended, so that git joins the lines of two
     branches (merge=union); where they disagree the stricter split holds when it is read: none, else test, else
     validation. Another salt makes other hashes: it deals anew, and going back to the earlier one finds its lines again.
-    In memory a conversation takes eight bytes.
+    In memory a conversation takes eight bytes. Where two lines of a hash disagree, the later one of NAMES holds.
+
+    Args:
+        path: None for one in memory.
+        assigned: conversation id → split, beside what the file knows.
 
     Raises:
         UserError: a line is damaged.
     """
 
-    def __init__(self, path: str | Path, salt: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None, salt: str, assigned: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.path = Path(path or os.devnull)
         self._hash = salted_hashes(f"{salt}/ledger")
-        known = array("Q")  # hash and strictness in one number each: of a hash's the last is the strictest
-        for number, line in read_lines(self.path) if self.path.is_file() else ():
-            try:
-                digits, split = line.decode("ascii").split(" ")
-                known.append(int(digits, 16) << 2 | _STRICTNESS.index(split))
-            except (ValueError, OverflowError):
-                raise UserError(f"line {number} of {self.path} is damaged: `git checkout {self.path}`") from None
-        self._known = array("Q", sorted(known))
+        text = self.path.read_bytes() if self.path.is_file() else b""
+        if not _LEDGER.fullmatch(text):
+            number = next(number for number, line in read_lines(self.path) if not _LEDGER.fullmatch(line))
+            raise UserError(f"line {number} of {self.path} is damaged: `git checkout {self.path}`")
+        words = text.split()
+        lines = zip(words[::2], words[1::2], strict=True)
+        # Hash and split in one number each: of a hash's the last is the strictest.
+        known = chain(
+            (int(digits, 16) << 2 | _NUMBERS[split] for digits, split in lines),
+            (self._hash(identity) >> 4 << 2 | NAMES.index(split) for identity, split in assigned.items()),
+        )
+        self._known = np.sort(np.fromiter(known, np.uint64, len(words) // 2 + len(assigned)))
 
     def find(self, identities: Iterable[str]) -> Iterator[tuple[str, str]]:
         """(id, split) of those that were assigned before."""
-        return ((identity, split) for identity in identities if (split := self._split_of(self._key(identity))))
+        identities = list(identities)
+        splits = self.splits_of(self.keys(identities)).tolist()
+        return ((identity, NAMES[split]) for identity, split in zip(identities, splits, strict=True) if split >= 0)
+
+    def keys(self, identities: Iterable[str]) -> np.ndarray:
+        """The hash of each id: 64 bits, of which lines have the first 60."""
+        return np.fromiter(map(self._hash, identities), np.uint64)
+
+    def splits_of(self, keys: np.ndarray) -> np.ndarray:
+        """Numbers of NAMES by the hashes of ids; -1 for who was not assigned before."""
+        keys = keys >> _SPARE
+        places = np.searchsorted(self._known, keys << np.uint64(2) | np.uint64(3), "right") - 1
+        found = self._known[places] if len(self._known) else np.zeros(len(keys), np.uint64)
+        same = (places >= 0) & (found >> np.uint64(2) == keys)
+        return np.where(same, found & np.uint64(3), -1).astype(np.int8)
 
     def append(self, assigned: Iterable[tuple[str, str]]) -> int:
         """Add (id, split) of those that are not in it; returns how many. The file is replaced whole or not at all."""
-        keys = ((self._key(identity), split) for identity, split in assigned)
-        new = sorted(key << 2 | _STRICTNESS.index(split) for key, split in keys if not self._split_of(key))
+        pairs = list(assigned)
+        splits = np.array([NAMES.index(split) for _, split in pairs], np.int8)
+        return self.append_keys(self.keys(identity for identity, _ in pairs), splits)
+
+    def append_keys(self, keys: np.ndarray, splits: np.ndarray) -> int:
+        """The same of hashes and numbers of NAMES."""
+        entries = (keys >> _SPARE) << np.uint64(2) | splits.astype(np.uint64)
+        new = np.unique(entries[self.splits_of(keys) < 0]).tolist()
         if new or not self.path.is_file():
             before = self.path.read_bytes() if self.path.is_file() else b""
             with replacing(self.path) as file:
                 file.write(before)
-                file.writelines(f"{entry >> 2:0{_DIGITS}x} {_STRICTNESS[entry & 3]}\n".encode() for entry in new)
+                file.writelines(f"{entry >> 2:0{_DIGITS}x} {NAMES[entry & 3]}\n".encode() for entry in new)
         return len(new)
 
     def forget(self, identities: Iterable[str]) -> int:
         """Take the lines of conversations out, as far as this salt names them; returns how many there were."""
-        gone = {b"%0*x" % (_DIGITS, self._key(identity)) for identity in identities}
+        gone = {b"%0*x" % (_DIGITS, self._hash(identity) >> 4) for identity in identities}
         lines = [line for _, line in read_lines(self.path)] if self.path.is_file() else []
         kept = [line + b"\n" for line in lines if line[:_DIGITS] not in gone]
         if len(kept) < len(lines):
             with replacing(self.path) as file:
                 file.writelines(kept)
         return len(lines) - len(kept)
-
-    def _split_of(self, key: int) -> str | None:
-        place = bisect_right(self._known, key << 2 | 3) - 1
-        return _STRICTNESS[self._known[place] & 3] if place >= 0 and self._known[place] >> 2 == key else None
-
-    def _key(self, identity: str) -> int:
-        return self._hash(identity) >> (64 - 4 * _DIGITS)
 
 
 def open_ledger(path: Path, salt: str) -> Ledger:

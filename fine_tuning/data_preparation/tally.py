@@ -1,36 +1,43 @@
 """Counts over prepared rows: conversations, tokens and lengths of each split and source."""
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fine_tuning.common.errors import count_of
 from fine_tuning.data_preparation.splits import SPLITS
+from fine_tuning.schema.prepared import COUNTS, numbers
 
 if TYPE_CHECKING:
-    from fine_tuning.schema.prepared import PreparedRow
+    from pyarrow import RecordBatch
 
 
 class Tally:
     """Counts over the rows of a split; four bytes a row."""
 
     def __init__(self) -> None:
-        self.lengths = array("I")
+        self.lengths = np.empty(0, np.int32)
         self.totals: Counter[str] = Counter()
         self.by_source: dict[str, Counter[str]] = {}
 
-    def watch(self, rows: "Iterable[PreparedRow]") -> "Iterator[PreparedRow]":
-        """Pass encoded rows on and count them."""
-        for row in rows:
-            tokens = len(row.input_ids)
-            self.lengths.append(tokens)
-            counts = {"conversations": int(row.window == 0), "windows": 1, "tokens": tokens}
-            by_source = self.by_source.setdefault(row.source, Counter())
-            by_source.update(counts, trained_tokens=row.counts["trained_tokens"])
-            self.totals.update(counts, several_windows=int(row.window == 1))
-            self.totals.update(row.counts)
-            yield row
+    def watch(self, batches: "Iterable[RecordBatch]") -> "Iterator[RecordBatch]":
+        """Pass batches of encoded rows on and count them."""
+        for batch in batches:
+            tokens, window = np.diff(numbers(batch, "input_ids")), numbers(batch, "window")
+            self.lengths = np.concatenate([self.lengths, tokens])
+            counts = {name: numbers(batch, name) for name in COUNTS}
+            counts |= {"tokens": tokens, "windows": np.ones_like(window), "conversations": window == 0}
+            self.totals.update({name: int(values.sum()) for name, values in counts.items()})
+            self.totals["several_windows"] += int((window == 1).sum())
+            sources = batch.column("source").dictionary_encode()
+            places = np.frombuffer(sources.indices.buffers()[1], np.int32)[: len(window)]
+            for place, source in enumerate(sources.dictionary.to_pylist()):
+                named = ("conversations", "windows", "tokens", "trained_tokens")
+                own = {name: int(counts[name][places == place].sum()) for name in named}
+                self.by_source.setdefault(source, Counter()).update(own)
+            yield batch
 
     def statistics(self) -> dict[str, Any]:
         """For the metrics of the split. Lengths are those of windows: most conversations are one.
@@ -39,7 +46,7 @@ class Tally:
         drawn, because one may have a hundredth of max_held_out_tokens; `lost_turns` are turns whose prompt alone leaves
         no room for a reply, `lost_reply_tokens` what of their and of other replies no window has room for.
         """
-        totals, lengths = self.totals, sorted(self.lengths)
+        totals, lengths = self.totals, np.sort(self.lengths).tolist()
         tokens = totals["tokens"]
         counted = ("conversations", "windows_left_out", "several_windows", "tokens", "trained_tokens", "control_tokens")
         lost = ("lost_end_of_reply", "lost_turns", "lost_reply_tokens")
@@ -86,9 +93,9 @@ def tokens_by_source(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
 
 def length_histogram(tallies: Mapping[str, Tally], bins: int = 16) -> list[dict[str, int]]:
     """Windows of each split by length in tokens: one row a bin, named by its upper end."""
-    longest = max((max(tally.lengths, default=1) for tally in tallies.values()), default=1)
+    longest = int(max(tally.lengths.max(initial=0) for tally in tallies.values())) or 1
     width = -(-longest // bins)
-    counts = {split: Counter(-(-length // width) for length in tallies[split].lengths) for split in SPLITS}
+    counts = {split: Counter((-(-tallies[split].lengths // width)).tolist()) for split in SPLITS}
     return [{"tokens": width * number} | {s: counts[s][number] for s in SPLITS} for number in range(1, bins + 1)]
 
 

@@ -2,17 +2,26 @@
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import replacing
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded
 
-ROW_GROUP = 1000  # rows that are held until they are written
+if TYPE_CHECKING:
+    import numpy as np
+    from pyarrow import RecordBatch
+
+ROW_GROUP = 1000
+TEXTS, TOKENS = ("id", "source", "cluster", "messages"), ("input_ids", "labels")
+# Not in the file, see `Tally`.
+COUNTS = (
+    "trained_tokens", "control_tokens", "lost_end_of_reply", "lost_turns", "lost_reply_tokens", "windows_left_out",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -21,8 +30,7 @@ class PreparedRow:
 
     `labels[i]` is `input_ids[i]` where it is trained, else -100. A conversation that fits is one window; the windows of
     a longer one share `id`, `source` and `cluster`. Not stored are `conversation` (all of its messages), `trained`
-    (which of them enter the loss) and `counts` (see `Tally`). What comes from the memo of preparation has arrays of ids
-    and labels, and `messages` (dicts elsewhere) as JSON, which is how they are stored.
+    (which of them enter the loss) and `counts` (see `Tally`).
     """
 
     id: str
@@ -31,7 +39,7 @@ class PreparedRow:
     source: str = ""
     cluster: str = ""
     window: int = 0
-    messages: Any = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     conversation: Sequence[dict[str, Any]] = ()
     trained: Sequence[bool] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -58,24 +66,41 @@ def encoded_fields(encoded: Encoded) -> dict[str, Any]:
 
 
 def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
-    """Write encoded rows as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
+    """Write encoded rows as `write_batches` does. Few are in memory at a time."""
+    rows = iter(rows)
+    write_batches(path, (row_batch(group) for group in iter(lambda: list(islice(rows, ROW_GROUP)), [])))
 
-    The windows of a conversation follow each other. The same rows give the same bytes. Few are in memory at a time.
+
+def row_batch(rows: Sequence[PreparedRow]) -> "RecordBatch":
+    """Encoded rows as an Arrow batch with the columns of their file, and COUNTS."""
+    import pyarrow
+
+    columns = [string_array([getattr(row, name) for row in rows]) for name in TEXTS[:3]]
+    # JSON, because the optional keys of messages would become nulls in every Arrow struct.
+    columns.append(string_array([as_json(row.messages) for row in rows]))
+    columns.append(number_array([row.window for row in rows]))
+    columns += [_list_array([getattr(row, name) for row in rows]) for name in TOKENS]
+    columns += [number_array([row.counts.get(name, 0) for row in rows]) for name in COUNTS]
+    return pyarrow.RecordBatch.from_arrays(columns, names=[*TEXTS, "window", *TOKENS, *COUNTS])
+
+
+def write_batches(path: str | Path, batches: "Iterable[RecordBatch]") -> None:
+    """Write rows as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
+
+    The windows of a conversation follow each other. The same rows give the same bytes.
     They are those of `Dataset.to_parquet`, which holds all rows, without three seconds of importing `datasets`.
     """
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    texts = ("id", "source", "cluster", "messages")
-    types = dict.fromkeys(texts, pyarrow.string()) | {"window": pyarrow.int32()}
-    types |= dict.fromkeys(("input_ids", "labels"), pyarrow.list_(pyarrow.int32()))
-    features: dict[str, Any] = {key: {"dtype": "string", "_type": "Value"} for key in texts}
+    types = dict.fromkeys(TEXTS, pyarrow.string()) | {"window": pyarrow.int32()}
+    types |= dict.fromkeys(TOKENS, pyarrow.list_(pyarrow.int32()))
+    features: dict[str, Any] = {key: {"dtype": "string", "_type": "Value"} for key in TEXTS}
     features["window"] = number = {"dtype": "int32", "_type": "Value"}
-    features |= {key: {"feature": number, "_type": "List"} for key in ("input_ids", "labels")}
+    features |= {key: {"feature": number, "_type": "List"} for key in TOKENS}
     schema = pyarrow.schema(types, {"huggingface": json.dumps({"info": {"features": features}})})
     chunking = {"min_chunk_size": 262144, "max_chunk_size": 1048576, "norm_level": 0}
-    columns = [f"{name}.list.element" if name in ("input_ids", "labels") else name for name in types]
-    rows = iter(rows)
+    columns = [f"{name}.list.element" if name in TOKENS else name for name in types]
     with (
         replacing(path) as file,
         ParquetWriter(
@@ -83,16 +108,23 @@ def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
             compression=dict.fromkeys(columns, "snappy"), column_encoding={},
         ) as writer,
     ):  # fmt: skip
-        while group := list(islice(rows, ROW_GROUP)):
-            arrays = [_string_array(pyarrow, [getattr(row, name) for row in group]) for name in texts[:3]]
-            # JSON, because the optional keys of messages would become nulls in every Arrow struct.
-            arrays.append(
-                _string_array(pyarrow, [m if isinstance(m := row.messages, str) else as_json(m) for row in group])
-            )
-            arrays.append(_number_array(pyarrow, [row.window for row in group]))
-            arrays += [_list_array(pyarrow, [getattr(row, name) for row in group]) for name in ("input_ids", "labels")]
+        for group in _row_groups(batches):
+            arrays = [group.column(name) for name in types]
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
         writer.add_key_value_metadata({"content_defined_chunking": json.dumps(chunking)})
+
+
+def _row_groups(batches: "Iterable[RecordBatch]") -> "Iterator[RecordBatch]":
+    """The same rows in batches of ROW_GROUP, but for the last."""
+    import pyarrow
+
+    rest: list[Any] = []
+    for batch in batches:
+        rows = pyarrow.concat_batches([*rest, batch]) if rest else batch
+        whole = rows.num_rows - rows.num_rows % ROW_GROUP
+        yield from (rows.slice(start, ROW_GROUP) for start in range(0, whole, ROW_GROUP))
+        rest = [rows.slice(whole)] if whole < rows.num_rows else []
+    yield from rest
 
 
 def as_json(messages: Sequence[dict[str, Any]]) -> str:
@@ -102,23 +134,40 @@ def as_json(messages: Sequence[dict[str, Any]]) -> str:
 # From buffers, because `pyarrow.array` imports pandas, which takes a second.
 
 
-def _number_array(pa: Any, numbers: Iterable[int]) -> Any:
+def number_array(numbers: Iterable[int]) -> Any:
+    """An Arrow array of 32-bit numbers."""
+    import pyarrow as pa
+
     held = array("i", numbers)
     return pa.Array.from_buffers(pa.int32(), len(held), [None, pa.py_buffer(held)])
 
 
-def _string_array(pa: Any, texts: list[str]) -> Any:
+def string_array(texts: list[str]) -> Any:
+    """An Arrow array of texts."""
+    import pyarrow as pa
+
     encoded = [text.encode() for text in texts]
     ends = array("i", accumulate(map(len, encoded), initial=0))
     return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
-def _list_array(pa: Any, lists: list[Any]) -> Any:
+def numbers(batch: "RecordBatch", name: str) -> "np.ndarray":
+    """A column of 32-bit numbers; of texts or lists where each begins, and the end of the last."""
+    import numpy as np
+
+    column = batch.column(name)
+    count = len(column) + (name in (*TEXTS, *TOKENS))
+    return np.frombuffer(column.buffers()[1], np.int32)[column.offset : column.offset + count]
+
+
+def _list_array(lists: list[Any]) -> Any:
+    import pyarrow as pa
+
     held, ends = array("i"), array("i", accumulate(map(len, lists), initial=0))
     for one in lists:
         held.extend(one)
-    buffers, numbers = [None, pa.py_buffer(ends)], _number_array(pa, held)
-    return pa.ListArray.from_buffers(pa.list_(pa.int32()), len(lists), buffers, children=[numbers])
+    buffers = [None, pa.py_buffer(ends)]
+    return pa.ListArray.from_buffers(pa.list_(pa.int32()), len(lists), buffers, children=[number_array(held)])
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:

@@ -1,0 +1,60 @@
+"""Encoded conversations as columns, and which of their windows a split has."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fine_tuning.data_preparation.catalogue import REASONS
+from fine_tuning.schema.prepared import PreparedRow
+
+# Of a conversation: where its first row is (-1: nowhere), how many it has, why there are none (of REASONS), tokens.
+FOUND = np.dtype([("place", np.int64), ("windows", np.int32), ("reason", np.int8), ("tokens", np.int64)])
+
+
+@dataclass
+class Chosen:
+    """The rows of a split, in their order."""
+
+    places: np.ndarray
+    numbers: np.ndarray  # of the window in its conversation
+    clusters: list[str | None]  # None: that of the conversation's own id
+    counts: dict[int, Mapping[str, int]]  # of some rows what stands in place of their own
+
+
+class HeldRows:
+    """Rows of a build that are in memory and nowhere else."""
+
+    def __init__(self) -> None:
+        self._rows: list[PreparedRow] = []
+
+    def find(self, lines: np.ndarray) -> np.ndarray:
+        """Nothing is known: FOUND of nothing."""
+        return np.full(len(lines), -1).astype(FOUND)
+
+    def add(self, lines: np.ndarray, encoded: Sequence[list[PreparedRow] | str]) -> np.ndarray:
+        """Take up the rows of conversations, or the reasons why there are none: FOUND."""
+        found: list[tuple[Any, ...]] = []
+        for rows in encoded:
+            if isinstance(rows, str):
+                found.append((0, 1, REASONS.index(rows), 0))
+            else:
+                found.append((len(self._rows), len(rows), 0, sum(len(row.input_ids) for row in rows)))
+                self._rows += rows
+        return np.array(found, FOUND)
+
+    def lengths(self, place: int, windows: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Tokens of each window of a conversation, and what of its turns and reply tokens is in none."""
+        rows = self._rows[place : place + windows]
+        lost = tuple(rows[0].counts.get(name, 0) for name in ("lost_turns", "lost_reply_tokens"))
+        return np.array([len(row.input_ids) for row in rows]), lost
+
+    def take(self, chosen: Chosen) -> Iterator[PreparedRow]:
+        """The chosen rows in their order."""
+        columns = zip(chosen.places.tolist(), chosen.numbers.tolist(), chosen.clusters, strict=True)
+        for at, (place, number, cluster) in enumerate(columns):
+            row = self._rows[place]
+            row.window, row.cluster = number, cluster or row.id
+            row.counts = {**row.counts, **chosen.counts.get(at, {})}
+            yield row
