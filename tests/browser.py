@@ -47,7 +47,7 @@ def app_process(
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
+        for _ in range(1200):  # two minutes, on a busy machine
             try:
                 if httpx.get(f"{address}/_stcore/health", trust_env=False).status_code == 200:
                     break

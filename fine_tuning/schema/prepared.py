@@ -178,7 +178,7 @@ def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "la
         raise UserError(f"{path} is missing: run `dvc repro prepare`")
     rows = [PreparedRow(**row) for row in parquet.read_table(path, columns=list(columns)).to_pylist()]
     for row in rows if "messages" in columns else ():
-        row.messages = json.loads(row.messages)
+        row.messages = json.loads(row.messages)  # type: ignore[arg-type]
     return rows
 
 
