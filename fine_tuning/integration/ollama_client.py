@@ -152,17 +152,14 @@ class OllamaClient:
         """Version of the server, e.g. "0.34.1"."""
         return _one_line(self._json("GET", "/api/version").get("version", "unknown"))
 
-    def models(self) -> list[dict]:
-        """Entries of /api/tags: name, digest, size, modified_at, details. Other names are left out."""
+    def digests(self) -> dict[str, str]:
+        """Manifest digest (64 hex characters) by full name: `whetstone:live`, never `whetstone`; without odd names."""
         models = self._json("GET", "/api/tags").get("models")
         entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-        return [entry for entry in entries if MODEL_NAME.fullmatch(str(entry.get("name")))]
-
-    def digests(self) -> dict[str, str]:
-        """Manifest digest (64 hex characters) by full name: `whetstone:live`, never `whetstone`."""
         return {
             full_name(str(entry.get("name"))): str(entry.get("digest", "")).removeprefix("sha256:")
-            for entry in self.models()
+            for entry in entries
+            if MODEL_NAME.fullmatch(str(entry.get("name")))
         }
 
     def show(self, model: str) -> dict:
