@@ -195,6 +195,17 @@ def test_conversations_are_found_by_day_and_by_what_was_masked_in_them(collected
     assert set(at.dataframe[-1].value["started_at"]) == {"2026-01-02", "2026-01-03"}
 
 
+def test_of_many_conversations_the_first_are_listed_and_what_changes_shows_at_once(collected, monkeypatch):
+    from fine_tuning.integration.app_pages import data
+
+    monkeypatch.setattr(data, "SHOWN", 7)
+    at = open_page("data")
+    assert len(at.dataframe[-1].value) == 7 and "49 conversations; the first 7 are listed" in shown(at)
+    ConversationLogger("inbox/conversations.jsonl").log_conversation("A new one", "Said since.", {"session_id": "s1"})
+    at.run()
+    assert at.dataframe[-1].value["begins"][0] == "A new one" and "50 conversations; the first 7" in shown(at)
+
+
 def test_a_tag_stays_with_its_conversation_and_finds_it(collected):
     at = open_page("data")
     at.text_input(key="find").set_value("jane").run()
