@@ -22,6 +22,7 @@ class FakeServer:
 
     def __init__(self, key: str | None = None, silent: tuple[str, ...] = ()) -> None:
         self.key, self.silent = key, silent
+        self.encoding: str | None = None  # what a body claims to be compressed by
         self.asked: list[str] = []
         self.loaded: dict[str, str] = {}  # model → where it came from
 
@@ -36,6 +37,8 @@ class FakeServer:
                 content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                if fake.encoding:
+                    self.send_header("Content-Encoding", fake.encoding)
                 self.end_headers()
                 self.wfile.write(content)
 

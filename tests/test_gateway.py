@@ -242,8 +242,9 @@ def test_other_machines_are_let_in_only_with_a_token(tmp_path):
 
 def test_a_taken_port_is_one_line(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = command(tmp_path, "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 1 and "choose another with --port" in done.stderr and done.stderr.count("\n") == 1
+        refused = [command(tmp_path, "--port", str(port)) for port in (taken.getsockname()[1], 70000, -1)]
+    for done in refused:
+        assert done.returncode == 1 and "choose another with --port" in done.stderr and done.stderr.count("\n") == 1
 
 
 def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:

@@ -8,6 +8,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import host_key
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json
+from fine_tuning.integration import other_servers
 from fine_tuning.integration.other_servers import KEY
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.model_management.model_switcher import went_live
@@ -98,6 +99,23 @@ def test_another_server_than_vllm_is_one_line(promoted):
     with FakeServer() as server:
         server.route = lambda *_: (200, "It works!")
         with pytest.raises(UserError, match="has not OpenAI's list of models: give the address"):
+            here("deploy", "--server", "vllm", "--host", server.url)
+
+
+@pytest.mark.parametrize("host", ["", "http://", "http://[::1", "a b", "ftp://x", "x:99999", "http://me:secret@x:1"])
+def test_an_address_that_is_none_is_one_line_that_does_not_show_it(promoted, host):
+    with pytest.raises(UserError, match=r"^the address is not of the form http://name:port: correct --host$"):
+        here("deploy", "--server", "vllm", "--host", host)
+
+
+def test_an_answer_that_cannot_be_read_or_does_not_end_is_one_line(promoted, monkeypatch):
+    with FakeServer() as server:
+        server.route = lambda *_: (200, "x" * 2000)
+        monkeypatch.setattr(other_servers, "MOST_BYTES", 1000)
+        with pytest.raises(UserError, match="does not end its answer: give the server's address with --host"):
+            here("deploy", "--server", "vllm", "--host", server.url)
+        server.encoding = "gzip"
+        with pytest.raises(UserError, match="answers in no form that can be read"):
             here("deploy", "--server", "vllm", "--host", server.url)
 
 

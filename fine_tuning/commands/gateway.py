@@ -65,16 +65,15 @@ def _listen(address: str, port: int) -> socket.socket:
         return socket.create_server(
             (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET, backlog=2048
         )
-    except OSError as error:
-        raise UserError(
-            f"cannot listen at {address}, port {port} ({error.strerror}): choose another with --port"
-        ) from None
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "ports go from 0 to 65535"
+        raise UserError(f"cannot listen at {address}, port {port} ({why}): choose another with --port") from None
 
 
 def _upstream(given: str | None, checkout: Path, stack: ExitStack) -> Upstream:
     deploy = read_params("deploy", DeploySettings)
     if given not in ("champion", "adapters"):
-        url = ollama_host(deploy.host) if given is None else normalise_host(given)
+        url = ollama_host(deploy.host) if given is None else normalise_host(given, given="--upstream")
         return Upstream(url.removesuffix("/v1"), deploy.timeout, deploy.stream_timeout, name=deploy.name)
     app, local = read_params("app", AppSettings), local_models(checkout)
     first = next((model for model in local if model.name == ("Champion" if given == "champion" else "Base")), None)

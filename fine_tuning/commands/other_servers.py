@@ -19,7 +19,7 @@ from fine_tuning.model_management.model_registry import ADAPTER_TAG, ModelRegist
 from fine_tuning.model_management.model_switcher import STAMP
 from fine_tuning.schema.chat_format import ChatSettings
 
-SERVERS = {"vllm": "http://127.0.0.1:8000", "llama-server": "http://127.0.0.1:8080"}  # where they listen by themselves
+PORTS = {"vllm": 8000, "llama-server": 8080}  # where they listen by themselves
 PRESETS = Path(".whetstone/llama-server.ini")
 
 
@@ -32,10 +32,11 @@ def deploy_elsewhere(
     kind, presets = about.get("kind", ADAPTER), main_checkout() / PRESETS
     if arguments.canary is not None:
         raise UserError("--canary needs Ollama: leave out --server")
-    for url in arguments.host or [SERVERS[arguments.server]]:
+    port = PORTS[arguments.server]
+    for url in arguments.host or ["127.0.0.1"]:
         vllm = arguments.server == "vllm"
         start = START_VLLM if vllm else f"`llama-server --models-preset {shlex.quote(str(presets))}`"
-        with OpenAIServer(url, start, settings.timeout, settings.stream_timeout) as server:
+        with OpenAIServer(url, port, start, settings.timeout, settings.stream_timeout) as server:
             if vllm:
                 if kind == PROMPT:
                     raise UserError(f"version {number} is a prompt and has no adapter: deploy it to Ollama")

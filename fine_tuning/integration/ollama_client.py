@@ -59,25 +59,41 @@ def ollama_host(host: str) -> str:
     return normalise_host(os.environ.get("OLLAMA_HOST") or host)
 
 
-def normalise_host(host: str) -> str:
+def normalise_host(host: str, port: int = DEFAULT_PORT, given: str | None = None) -> str:
     """Accept what Ollama accepts: `name`, `name:port`, `http://name:port`; 0.0.0.0 is where a server listens, not
-    where one calls, and becomes the loopback address."""
+    where one calls, and becomes the loopback address.
+
+    Args:
+        port: the one that is meant where `host` names none and is not https.
+        given: where the address was given, for the error; None: as Ollama's in params.yaml or the environment.
+
+    Raises:
+        UserError: it is no such address, or it holds a password. The message does not show it.
+    """
     text = host.strip()
     if "://" not in text:
         text = f"http://{text}"
     try:
         parts = urlsplit(text)
-        name, port = parts.hostname, parts.port
+        name, named = parts.hostname, parts.port
     except ValueError:
-        name, port = None, None
-    if not name or parts.scheme not in ("http", "https") or parts.username or parts.query or parts.fragment:
-        raise UserError("the Ollama address is not of the form http://name:port: correct deploy.host or OLLAMA_HOST")
+        name, named = None, None
+    if (
+        not name
+        or " " in text
+        or parts.scheme not in ("http", "https")
+        or parts.username
+        or parts.query
+        or parts.fragment
+    ):
+        what, where = ("address", given) if given else ("Ollama address", "deploy.host or OLLAMA_HOST")
+        raise UserError(f"the {what} is not of the form http://name:port: correct {where}")
     if name in ("0.0.0.0", "::"):
         name = "127.0.0.1"
-    if port is None:
-        port = 443 if parts.scheme == "https" else DEFAULT_PORT
+    if named is None:
+        named = 443 if parts.scheme == "https" else port
     shown = f"[{name}]" if ":" in name else name
-    return f"{parts.scheme}://{shown}:{port}{parts.path.rstrip('/')}"
+    return f"{parts.scheme}://{shown}:{named}{parts.path.rstrip('/')}"
 
 
 class _Deadline:

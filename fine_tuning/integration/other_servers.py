@@ -5,6 +5,7 @@ documentation and source at commit 05863f1 and 00153c8, and of llama-server's RE
 """
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from configparser import RawConfigParser
 from io import StringIO
@@ -16,7 +17,7 @@ import httpx
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import replacing
-from fine_tuning.integration.ollama_client import is_local
+from fine_tuning.integration.ollama_client import MOST_BYTES, is_local, normalise_host
 
 KEY = "WHETSTONE_SERVER_KEY"  # environment variable: what the server was given as --api-key
 START_VLLM = "`VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve models/base --enable-lora`"
@@ -48,14 +49,18 @@ class OpenAIServer:
     """A server with OpenAI's API, a context manager.
 
     Args:
-        url: its address, without /v1.
+        url: its address, with or without /v1.
+        port: the one that it listens at by itself.
         start: the command that starts it as it is needed, for error messages.
         connect_seconds, answer_seconds: time-outs of connecting, and of loading and answering.
+
+    Raises:
+        UserError: the address is none, or holds a password.
     """
 
-    def __init__(self, url: str, start: str, connect_seconds: float, answer_seconds: float) -> None:
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
-        self.start = start
+    def __init__(self, url: str, port: int, start: str, connect_seconds: float, answer_seconds: float) -> None:
+        self.url = normalise_host(url, port, "--host").removesuffix("/v1")
+        self.start, self._seconds = start, answer_seconds
         key, timeout = os.environ.get(KEY), httpx.Timeout(answer_seconds, connect=connect_seconds)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(headers=headers, timeout=timeout, trust_env=not is_local(self.url))
@@ -71,14 +76,24 @@ class OpenAIServer:
 
         Raises:
             Refused: the answer is an error.
-            UserError: there is no answer.
+            UserError: there is no answer, or it does not end.
         """
+        end, content = time.monotonic() + self._seconds, bytearray()
         try:
-            response = self._client.request(method, self.url + path, json=body)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+            with self._client.stream(method, self.url + path, json=body) as answer:
+                for chunk in answer.iter_bytes():
+                    content += chunk
+                    if len(content) > MOST_BYTES or time.monotonic() > end:
+                        raise UserError(f"{self.url} does not end its answer: give the server's address with --host")
+        except httpx.DecodingError:
+            raise UserError(
+                f"{self.url} answers in no form that can be read: give the server's address with --host"
+            ) from None
+        except httpx.HTTPError as error:
             raise UserError(
                 f"{self.url} does not answer ({type(error).__name__}): start {self.start}, then deploy again"
             ) from None
+        response = httpx.Response(answer.status_code, content=bytes(content))
         if response.is_error:
             raise Refused(self.url, what, response)
         return response

@@ -25,7 +25,10 @@ def adapter_name(name: str) -> str:
         ValueError: it may not.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", name) or name in RESERVED or re.fullmatch(r"v[0-9]+", name):
-        raise ValueError(f"{name!r} is no name for an adapter: a small letter first, then letters, digits, -, _ and .")
+        raise ValueError(
+            "a name for an adapter: a small letter first, then small letters, digits, -, _ and .; not that of another "
+            f"model ({', '.join(RESERVED)}, v1, v2, …)"
+        )
     return name
 
 
@@ -44,12 +47,19 @@ def with_adapters(
     if base is None or not adapters:
         return list(models)
     sha256 = read_object(checkout / BASE / "base.json").get("sha256")
-    files = {called: checkout / Path(path).expanduser() for called, path in adapters.items()}
-    made = [_adapter(base, called, path, name, sha256) for called, path in files.items()]
+    made = [_adapter(base, called, checkout / _at_home(path), name, sha256) for called, path in adapters.items()]
     loaded = tuple(model.adapter for model in made if model.adapter and not model.problem)
     shared = [replace(model, adapters=loaded) for model in (base, *made)]
     at = models.index(base)
     return [*models[:at], *shared, *models[at + 1 :]]
+
+
+def _at_home(path: str) -> Path:
+    """The path with ~ replaced; as it is where nobody has such a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _adapter(base: ChatModel, called: str, path: Path, name: str, sha256: str | None) -> ChatModel:
@@ -59,8 +69,9 @@ def _adapter(base: ChatModel, called: str, path: Path, name: str, sha256: str | 
         of_base, own = _origins(path, facts.st_mtime_ns, facts.st_size)
     except FileNotFoundError:
         return replace(model, problem=f"serve.adapters.{called}: {path} is missing: correct the path in params.yaml")
-    except (OSError, ValueError, UserError) as error:
-        return replace(model, problem=f"serve.adapters.{called}: {path} is not a GGUF file ({type(error).__name__})")
+    except (OSError, ValueError, UserError):
+        mend = "correct the path in params.yaml, or let package.adapter_gguf write one"
+        return replace(model, problem=f"serve.adapters.{called}: {path} is not a GGUF file: {mend}")
     if of_base is None or of_base != sha256:
         what = "was trained on another base than models/base" if of_base else "does not say which base it is for"
         made = "package.adapter_gguf writes one that fits"

@@ -198,7 +198,7 @@ class Proxy:
 
     def _chosen(self, path: str, body: bytes) -> bytes | None:
         """The request with the adapter that its `model` names; None where it names none."""
-        with suppress(ValueError, AttributeError):
+        with suppress(ValueError, AttributeError, TypeError):  # no JSON, no object, a model that is no text
             request = orjson.loads(body)
             if (model := self.upstream.choices.get(request.get("model"))) is not None:
                 return orjson.dumps(request | model.lora)
