@@ -188,7 +188,8 @@ def follow(settings: RoundsSettings) -> None:
     promote_candidate(registry, None, who, register_only=True)
     version = registry.by_alias(CANDIDATE)
     assert version is not None
-    deploy(argparse.Namespace(version=str(version.number), host=None, unproven=False, canary=share))
+    to_ollama = {"server": "ollama", "host": None, "unproven": False}
+    deploy(argparse.Namespace(version=str(version.number), canary=share, **to_ollama))
     if share is None:
         promote_candidate(registry, None, who)
         if settings.commit:
