@@ -123,9 +123,9 @@ def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, C
             shingles, rows = [], []
             for line in batch:
                 row, about, conversation, found = _clean_line(line, cleaner)
-                for name, values in found.items():
-                    counts[name].update(values)
-                told.write(to_line(about))
+                for name in filter(found.get, found):
+                    counts[name].update(found[name])
+                told.write(b"[%b\t,%b" % (orjson.dumps(about[0]), to_line(about[1:])[1:]))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                     spoken = (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
