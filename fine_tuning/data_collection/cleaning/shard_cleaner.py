@@ -237,7 +237,8 @@ def _question_key(conversation: dict) -> int:
     turns = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
     for number, turn in enumerate(turns):
         words += near_duplicates.words_of(turn)
-        if number and len(words) + len(_WORDLIKE.findall(" ".join(words))) >= SAYS_SOMETHING:
+        missing = SAYS_SOMETHING - len(words)
+        if number and (missing <= 0 or len(_WORDLIKE.findall(" ".join(words))) >= missing):
             break
     return _key(" ".join(words) or turns[0])
 

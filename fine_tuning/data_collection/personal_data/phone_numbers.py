@@ -19,7 +19,8 @@ _FICTION = {int(country): re.compile(form) for country, form in _WORDS["fiction"
 
 
 def find_phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Phone numbers; digits inside what is `taken` already (a card, an IBAN) are not asked again."""
+    """Phone numbers; digits inside what is `taken` already (a card, an IBAN) or found are not asked again."""
+    taken = [*taken]
     for pattern, possible in ((_RE.international, ()), (_RE.national_phone, regions)):
         if pattern is _RE.international and "+" not in text and "00" not in text:
             continue
@@ -29,7 +30,8 @@ def find_phones(text: str, regions: tuple[str, ...], taken: list[tuple[int, int]
                 continue
             for start, end in _phones_of_run(text, first, last, possible):
                 extension = _RE.extension.match(text, end)
-                yield start, extension.end() if extension else end
+                taken.append((start, extension.end() if extension else end))
+                yield taken[-1]
 
 
 def _phones_of_run(text: str, start: int, end: int, regions: tuple[str, ...]) -> Iterator[tuple[int, int]]:
