@@ -205,7 +205,7 @@ def seal(args: argparse.Namespace) -> None:
 
 
 def seal_inbox() -> list[Path]:
-    """What `seal` does, votes included; what of it is for git. UserError: a pipeline is running."""
+    """What `seal` does, votes included; what of it is for git. Raises UserError if a pipeline is running."""
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         close_log(LOG, CONVERSATIONS)

@@ -94,7 +94,8 @@ def find(selection: Selection) -> Locations:
     """Everywhere that the selected conversations are. Changes nothing; the current folder is the checkout.
 
     Reads the live and closed logs, shards, everything else below the checkout, DVC's cache and remotes, git's objects
-    and MLflow: seconds for a small project, minutes a gigabyte in the cache. UserError: no such conversation.
+    and MLflow: seconds for a small project, minutes a gigabyte in the cache. Raises UserError if there is no such
+    conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
     events = [*steps.logs(), *steps.vote_files()]
@@ -306,7 +307,7 @@ def forget(
 
 def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     """Continue every erasure that did not finish; as `forget`, also for what was begun without `withdraw` or `hosts`.
-    One that cannot continue does not stop the others. UserError: there is none."""
+    One that cannot continue does not stop the others. Raises UserError if there is none."""
     if not steps.journals():
         raise UserError("no run of forget was interrupted: `python -m fine_tuning forget ID`")
     status = 0

@@ -325,7 +325,8 @@ def provenance(records: Records, metrics: Metrics, primary: str, intervals: Inte
 
 
 def check_same_suite(records: Records) -> None:
-    """Refuse contenders that were not asked the same. UserError: they were not, or one that is needed is missing."""
+    """Refuse contenders that were not asked the same. Raises UserError if they were not, or one that is needed is
+    missing."""
     lines = by_contender(records)
     if missing := [name for name in (CANDIDATE, "base") if name not in lines]:
         raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
