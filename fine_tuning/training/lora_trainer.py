@@ -104,10 +104,7 @@ def train_adapter(
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     texts = general_texts(base, plain, longest) if settings.retention else ()
     adopted = start_from if settings.max_steps == 0 else None
-    model = attach_trained(plain, adopted) if adopted else attach_adapter(plain, settings)
-    if start_from and not adopted:
-        check_adapter(start_from, base_name, settings)
-        load_adapter(model, start_from / "adapter_model.safetensors")
+    model = adapted_model(plain, base_name, settings, start_from)
     token_losses = TokenLosses(model.config.get_text_config().pad_token_id or 0, settings.packing)
     guard = RunGuard(settings, progress)
     supervised = [item for item in train_items if isinstance(item, PreparedRow)]
@@ -177,6 +174,17 @@ def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
         torch.utils.deterministic.fill_uninitialized_memory = False
     set_seed(settings.seed)
     return hardware, micro_batches
+
+
+def adapted_model(plain: PreTrainedModel, base_name: str, settings: TrainSettings, start_from: Path | None) -> Any:
+    """The base with the adapter that is trained: a new one, or one to start from, as it is where no step is taken."""
+    if start_from and settings.max_steps == 0:
+        return attach_trained(plain, start_from)
+    model = attach_adapter(plain, settings)
+    if start_from:
+        check_adapter(start_from, base_name, settings)
+        load_adapter(model, start_from / "adapter_model.safetensors")
+    return model
 
 
 def note_references(trainer: LabelTrainer, base: Path, start_from: Path | None, folder: Path | None) -> None:
