@@ -71,13 +71,13 @@ def test_scores_equal_a_plain_forward_pass_whatever_the_batches(suite):
     for item, one, other in zip(suite.items, small, large, strict=True):
         nll, tokens, correct = plain_sums(suite.candidate.folder, item)
         for found in (one, other):
-            assert sum(turn[0] for turn in found.turns) == pytest.approx(nll, abs=1e-3)
-            assert sum(turn[1] for turn in found.turns) == tokens
-            assert sum(turn[2] for turn in found.turns) == correct
+            assert sum(turn[0] for turn in found) == pytest.approx(nll, abs=1e-3)
+            assert sum(turn[1] for turn in found) == tokens
+            assert sum(turn[2] for turn in found) == correct
 
 
 def test_the_gguf_is_scored_in_llama_cpp_and_agrees_with_the_folder(evaluator, suite):
-    folder = {item.id: score.turns for item, score in zip(suite.items, scored(evaluator, suite.candidate), strict=True)}
+    folder = {item.id: score for item, score in zip(suite.items, scored(evaluator, suite.candidate), strict=True)}
     records = evaluator.score_quantised(suite.candidate)
     assert len(records) == SETTINGS.quantised_items
     for record in records:
@@ -476,7 +476,7 @@ def test_a_record_counts_bytes_and_only_references_and_answers_the_last_of_them(
     assert [turn["bytes"] for turn in line["turns"]] == [2, 3, 6]
     assert (line["references"], line["predictions"], line["asked"], line["prompt"]) == ("日本", "said", 2, "c")
     assert (line["finished"], line["reply_tokens"]) == (False, 4)
-    broken = describe("base", item, Likelihood([(1.0, 3, 1), (50.0, 5, 5), (math.nan, 7, 4)]), None)
+    broken = describe("base", item, Likelihood([(1.0, 3, 1), (50.0, 5, 5), (None, 7, 4)]), None)
     assert broken["nll"] is None and "predictions" not in broken
 
 

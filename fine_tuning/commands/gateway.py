@@ -28,8 +28,8 @@ ENDS_WITHIN = 5  # seconds that streams have after SIGTERM
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serve until interrupted. UserError: a parameter is wrong, the port is taken, or other machines could talk to it
-    without a token."""
+    """Serve until interrupted. Raises UserError if a parameter is wrong, the port is taken, or other machines could
+    talk to it without a token."""
     checkout = main_checkout(root())
     settings = read_params("gateway", GatewaySettings)
     if token := os.environ.get(TOKEN):

@@ -20,7 +20,7 @@ from fine_tuning.training.tracking import find_adapter, open_store
 
 def rebuild() -> int:
     """Rebuild HEAD stage by stage; 0 if every output has the hash that dvc.lock names, 1 at the first that has not.
-    UserError: there is no committed dvc.lock, or its conversations are not in this checkout's cache."""
+    Raises UserError if there is no committed dvc.lock, or its conversations are not in this checkout's cache."""
     checkout = root()
     commit, dirty = git_commit(checkout)
     if commit is None or not (checkout / "dvc.lock").is_file():

@@ -51,8 +51,8 @@ SHARE = 0.5  # of the new conversations that a canary gets: with it harm is foun
 
 
 def run_round(arguments: argparse.Namespace) -> None:
-    """Run a round, or go back. UserError: it would touch changes of somebody's own, something else is running, git
-    knows no author, or a stage failed; everything but what was sealed is as it was."""
+    """Run a round, or go back. Raises UserError if it would touch changes of somebody's own, something else is running,
+    git knows no author, or a stage failed; everything but what was sealed is as it was."""
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run rounds in the main checkout")
     SCRATCH.mkdir(exist_ok=True)
@@ -167,8 +167,8 @@ def finish(settings: RoundsSettings) -> None:
 
 def follow(settings: RoundsSettings) -> None:
     """Do with the candidate what rounds.promote allows; the champion is named last, when the candidate is in use. Done
-    again after a failure, it goes on where it was. UserError: a server is missing, or the candidate is no longer what
-    was compared."""
+    again after a failure, it goes on where it was. Raises UserError if a server is missing, or the candidate is no
+    longer what was compared."""
     if settings.promote == "ask":
         return
     found = looked_at(read_object(COMPARISON))
@@ -257,7 +257,7 @@ def _go_back() -> None:
 
 def _last_good() -> tuple[str, str]:
     """(commit, verdict) of the newest state before the present one whose candidate was to be promoted or was promoted.
-    UserError: there is none, or its files are neither in DVC's cache nor on its remote."""
+    Raises UserError if there is none, or its files are neither in DVC's cache nor on its remote."""
     here = Path.cwd()
     commits = run_command("git", "log", "--first-parent", "--format=%H", "--", str(LOCK)).split()
     locks = [show_file(here, commit, str(LOCK)) for commit in commits]

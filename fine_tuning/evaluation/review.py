@@ -117,7 +117,7 @@ class Pairs:
         self._maker: threading.Thread | None = None
 
     def replies(self, cluster: str) -> dict[str, Reply] | None:
-        """Both models' replies by name; None while they are made. UserError: they could not be made."""
+        """Both models' replies by name; None while they are made. Raises UserError if they could not be made."""
         found = {one.name: self._kept(one, cluster) for one in (self.candidate, self.against)}
         if None in found.values():
             if self.problem:
@@ -232,7 +232,7 @@ class Review:
 
     def current(self) -> Shown | None:
         """The next pair; None while its replies are made, and where `queue` is empty. Equal replies are no question.
-        UserError: the replies could not be made, or the vote on equal ones not be written."""
+        Raises UserError if the replies could not be made, or the vote on equal ones not be written."""
         while queue := self.queue():
             replies = self.pairs.replies(queue[0])
             if replies is None:
@@ -247,7 +247,7 @@ class Review:
         return None
 
     def vote(self, shown: Shown, answer: Choice) -> None:
-        """Vote on a pair; a key that was pressed twice votes once. UserError: it cannot be written."""
+        """Vote on a pair; a key that was pressed twice votes once. Raises UserError if it cannot be written."""
         if shown.item.cluster in self.queue():
             self.last = self._write(shown, answer, self.person)
             self.pairs.make(self.queue()[:AHEAD])
@@ -298,7 +298,7 @@ def seal_votes() -> int:
     """Move the votes of the inbox into data/votes, one file a person, tracked with DVC; returns how many.
 
     Killed and run again, it ends at the same place. Votes on forgotten conversations are left out. Lines that are no
-    votes are kept in TORN. UserError: a pipeline runs, or a file in data/votes is damaged.
+    votes are kept in TORN. Raises UserError if a pipeline runs, or a file in data/votes is damaged.
     """
     if not LIVE.is_file() and not CLOSED.is_file():
         return 0

@@ -82,7 +82,8 @@ class App:
 
 
 def app() -> App:
-    """The app of the current folder. UserError: this is not a checkout, or a parameter is wrong; one line names it."""
+    """The app of the current folder. Raises UserError if this is not a checkout, or a parameter is wrong; one line
+    names it."""
     checkout = main_checkout(root())
     _protect(checkout)
     deploy, serve = read_params("deploy", DeploySettings), read_params("serve", ServeSettings)

@@ -93,8 +93,8 @@ class Canary:
     # ------------------------------------------------------------------------------------------------------- commands
 
     def begin(self, name: str, candidate: int, live: int, share: float) -> None:
-        """Begin one, or give the one that runs with these versions another share of the conversations to come.
-        UserError: one of another version runs."""
+        """Begin one, or give the one that runs with these versions another share of the conversations to come. Raises
+        UserError if one of another version runs."""
         path = self.checkout / STATE
         path.parent.mkdir(exist_ok=True)
         path.touch(0o600)

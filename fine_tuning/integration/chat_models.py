@@ -272,11 +272,8 @@ def _from_ollama(
 def fitting_prompt(
     tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], system_prompt: str | None, room: int
 ) -> list[int]:
-    """Token ids of the prompt, whole oldest turns left out until it has at most `room` tokens, as in training.
-
-    Raises:
-        UserError: the last message alone is too long.
-    """
+    """Token ids of the prompt, whole oldest turns left out until it has at most `room` tokens, as in training. Raises
+    UserError if the last message alone is too long."""
     head = list(messages[:1]) if messages[0]["role"] == "system" else []
     turns = list(messages[len(head) :])
     while True:

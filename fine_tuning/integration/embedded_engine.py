@@ -43,7 +43,7 @@ class SharedEngines:
         self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float, adapters: Sequence[Path] = ()
     ) -> Iterator[LlamaEngine]:
         """The running engine of `gguf`, started where there is none. It is not ended while somebody is in the block.
-        UserError: the file is missing or cannot be loaded."""
+        Raises UserError if the file is missing or cannot be loaded."""
         with self._lock:
             shared = self._running(LlamaEngine(gguf, context, threads, slots, timeout, adapters))
             shared.users += 1

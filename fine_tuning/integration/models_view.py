@@ -44,7 +44,7 @@ class RegistryState:
 
 
 def candidate(checkout: Path) -> Candidate | None:
-    """The compared candidate, None before the first comparison. UserError: the comparison is damaged."""
+    """The compared candidate, None before the first comparison. Raises UserError if the comparison is damaged."""
     if not (checkout / COMPARISON).is_file():
         return None
     try:

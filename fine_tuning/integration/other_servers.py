@@ -72,12 +72,8 @@ class OpenAIServer:
         self._client.close()
 
     def request(self, method: str, path: str, what: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        """Send a request; `what` names it in errors.
-
-        Raises:
-            Refused: the answer is an error.
-            UserError: there is no answer, or it does not end.
-        """
+        """Send a request; `what` names it in errors. Raises Refused if the answer is an error, UserError if there is no
+        answer, or it does not end."""
         end, content = time.monotonic() + self._seconds, bytearray()
         try:
             with self._client.stream(method, self.url + path, json=body) as answer:
@@ -108,11 +104,7 @@ class OpenAIServer:
             ) from None
 
     def prove(self, model: str) -> str:
-        """The model's reply to one question.
-
-        Raises:
-            UserError: it has none.
-        """
+        """The model's reply to one question. Raises UserError if it has none."""
         answer = self.request("POST", "/v1/chat/completions", f"a question to {model}", QUESTION | {"model": model})
         try:
             reply = str(answer.json()["choices"][0]["message"]["content"] or "")

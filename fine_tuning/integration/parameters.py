@@ -50,8 +50,8 @@ MODELS: dict[str, type[Settings]] = {
 
 def check_all_params(path: Path) -> None:
     """See that every section of params.yaml can be read, and that what it names is there: metrics and the values that
-    decide, the base's package and modules, pairs or thumbs to learn from, addresses. UserError: one cannot, or is not;
-    names every wrong parameter."""
+    decide, the base's package and modules, pairs or thumbs to learn from, addresses. Raises UserError if one cannot, or
+    is not; names every wrong parameter."""
     found, problems = load_params(MODELS, path)
     problems += [problem for check, names in CHECKS if found.keys() >= names for problem in check(path, found)]
     if problems:

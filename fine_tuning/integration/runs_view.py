@@ -63,8 +63,8 @@ class Line:
 
 
 def dvc_lines(checkout: Path) -> list[Line]:
-    """The workspace, those of the last commits that have results, and their experiments, the newest first. UserError:
-    DVC does not answer."""
+    """The workspace, those of the last commits that have results, and their experiments, the newest first. Raises
+    UserError if DVC does not answer."""
     answer = run_command(*dvc_command("exp", "show", "--json", "--num", str(COMMITS)), cwd=checkout)
     lines = []
     for commit in json.loads(answer):
@@ -84,8 +84,8 @@ def dvc_lines(checkout: Path) -> list[Line]:
 
 
 def record_lines(lines: list[Line]) -> None:
-    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none. UserError: the
-    ledger is damaged."""
+    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none. Raises UserError
+    if the ledger is damaged."""
     shown = [line.metrics for line in lines if not any(key.startswith("comparison.champion.") for key in line.metrics)]
     record_looks(
         {"eval_set_sha256": one.get("comparison.eval_set_sha256"), "adapter_sha256": one.get(JUDGED)}
@@ -233,8 +233,8 @@ def _forms(name: str) -> list[dict[str, Any]]:
 
 
 def overrides(path: Path, changes: Mapping[str, Any]) -> list[str]:
-    """`-S` arguments that set parameters of the YAML file at `path` for one experiment. UserError: a parameter is not
-    in MAY_CHANGE, or a value is none that it could have."""
+    """`-S` arguments that set parameters of the YAML file at `path` for one experiment. Raises UserError if a parameter
+    is not in MAY_CHANGE, or a value is none that it could have."""
     params, arguments = _load(path), []
     for name, value in changes.items():
         if name not in MAY_CHANGE:

@@ -20,10 +20,7 @@ RESERVED = ("live", "base", "champion", "candidate", "canary", "previous", "vers
 
 def adapter_name(name: str) -> str:
     """Return `name` if an adapter may be called so: no version's tag, and no name that a model of the project has.
-
-    Raises:
-        ValueError: it may not.
-    """
+    Raises ValueError if it may not."""
     if not re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", name) or name in RESERVED or re.fullmatch(r"v[0-9]+", name):
         raise ValueError(
             "a name for an adapter: a small letter first, then small letters, digits, -, _ and .; not that of another "

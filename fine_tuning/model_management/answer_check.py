@@ -27,12 +27,9 @@ class AnswersDiffer(UserError):
 
 
 def compare_answers(server: "ModelServer", model: str, gguf: Path, probes: "Sequence[Probe]") -> int:
-    """The number of tokens in which `model`'s replies to the probes are those of `gguf`.
-
-    Raises:
-        AnswersDiffer: a reply is another one.
-        UserError: the server fails, llama.cpp cannot load the GGUF here, or nothing could be compared.
-    """
+    """The number of tokens in which `model`'s replies to the probes are those of `gguf`. Raises AnswersDiffer if a
+    reply is another one, UserError if the server fails, llama.cpp cannot load the GGUF here, or nothing could be
+    compared."""
     agreed = 0
     context, threads = max(probe.tokens for probe in probes) + 4 * ANSWER_TOKENS, cores()
     with LlamaEngine(gguf, context=context, threads=threads) as engine:

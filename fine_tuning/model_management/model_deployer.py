@@ -297,11 +297,8 @@ def heal(model: str, blobs: Sequence[Path] = ()) -> str:
 
 
 def go_live(server: ModelServer, model: str, live: str, digest: str) -> None:
-    """Point `live` at `model` and see that both have `digest`; if not, put back what was live.
-
-    Raises:
-        UserError: `model` is not what it should be, or the copy came out different.
-    """
+    """Point `live` at `model` and see that both have `digest`; if not, put back what was live. Raises UserError if
+    `model` is not what it should be, or the copy came out different."""
     before = server.digests()
     if before.get(model) != digest:
         raise UserError(f"{model} on {server.host} is not what was deployed there: `ollama rm {model}`, then deploy it")

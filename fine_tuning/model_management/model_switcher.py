@@ -64,11 +64,8 @@ class ModelSwitcher:
         return Live(self.server.host, digest, number, since)
 
     def switch(self, number: int) -> Live | None:
-        """Make a deployed version live. Returns what was live before.
-
-        Raises:
-            UserError: the version was not deployed to this server, or is no longer what was.
-        """
+        """Make a deployed version live. Returns what was live before. Raises UserError if the version was not deployed
+        to this server, or is no longer what was."""
         version = self.registry.version(number)
         digest = self.recorded_digest(version)
         if digest is None or version.tag not in self.server.digests():
@@ -81,11 +78,8 @@ class ModelSwitcher:
         return before
 
     def rollback(self) -> tuple[Live | None, int]:
-        """Make live what was live before. Returns (what was live until now, the version that is live again).
-
-        Raises:
-            UserError: there is nothing to go back to.
-        """
+        """Make live what was live before. Returns (what was live until now, the version that is live again). Raises
+        UserError if there is nothing to go back to."""
         now = self.live()
         current = now.version if now else None
         history = live_history(self.registry.versions(), self.key)

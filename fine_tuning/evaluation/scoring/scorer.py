@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.evaluation.records.record_types import Item, Likelihood, Reply
+from fine_tuning.evaluation.records.record_types import Item, Likelihood, Reply, finite
 from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.hardware import Hardware, detect_hardware
 from fine_tuning.runtime.llama_engine import LlamaEngine
@@ -90,9 +90,9 @@ def likelihoods(
                     turns = []
                     for begin, end in item.runs:
                         part = slice(taken, taken + end - begin)
-                        turns.append((float(nll[part].sum()), end - begin, int(first[part].sum())))
+                        turns.append((finite(float(nll[part].sum())), end - begin, int(first[part].sum())))
                         taken = part.stop
-                    found[item.id] = Likelihood(turns)
+                    found[item.id] = turns
                 if on_done is not None:
                     on_done(len(batch))
     finally:
@@ -140,12 +140,10 @@ def quantised_likelihoods(
     pairs = [(item.input_ids[:start], item.input_ids[start:end]) for item in items for start, end in item.runs]
     scores = iter(engine.score_many(pairs, on_done))
     return [
-        Likelihood(
-            [
-                (-sum(score.logprob for score in turn), len(turn), sum(score.first for score in turn))
-                for turn in (next(scores) for _ in item.runs)
-            ]
-        )
+        [
+            (finite(-sum(score.logprob for score in turn)), len(turn), sum(score.first for score in turn))
+            for turn in (next(scores) for _ in item.runs)
+        ]
         for item in items
     ]
 
