@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fine_tuning.common.project import MANIFEST, PREPARED
 from fine_tuning.common.records import read_jsonl, read_lines, read_object, stamp, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
@@ -14,7 +15,7 @@ from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, Dat
 from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
-from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
+from fine_tuning.integration.conversation_index import Summary, conversation_index
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 CLEAN = Path("data/clean")
 REJECTED = CLEAN / "rejected.jsonl"
 TAGS = Path(".whetstone/tags.json")
-PREPARED = Path("data/prepared")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
