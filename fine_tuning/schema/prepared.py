@@ -172,7 +172,7 @@ def _list_array(lists: list[Any]) -> Any:
 
 
 def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
-    """Read some columns of a file that `write_rows` wrote, `id` among them. UserError: the file is missing."""
+    """Read some columns of a file that `write_rows` wrote, `id` among them. Raises UserError if the file is missing."""
     from pyarrow import parquet
 
     if not Path(path).is_file():
