@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
+from fine_tuning.common.records import read_object
 from fine_tuning.data_collection.conversation_logger import deletes
 from fine_tuning.data_collection.storage.log_index import LogIndex, key_of
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.schema.conversation import fold
 
+REJECTED = Path("data/clean/rejected.jsonl")
 ATTEMPTS = 3  # to read files that others move meanwhile
 BEGINNING = 60  # characters of the first message that a row keeps
 
@@ -190,6 +192,17 @@ class ConversationIndex:
 def conversation_index(checkout: Path) -> ConversationIndex:
     """The index of a checkout, one a process."""
     return ConversationIndex(checkout)
+
+
+def counts(checkout: Path) -> tuple[int, int, int]:
+    """Conversations: all, those with news that is not sealed, and those that are sealed and not cleaned yet."""
+    return conversation_index(checkout).count(cleaned_shards(checkout))
+
+
+def cleaned_shards(checkout: Path) -> set[str]:
+    """Names of the shards that the last run cleaned."""
+    taken_in = read_object(checkout / MANIFEST).get("shards", [])
+    return {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
 
 
 def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | bytes]]:

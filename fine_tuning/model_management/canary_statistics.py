@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from fine_tuning.evaluation.verdict.win_rate import DECIDES, MOST, STAKES
+from fine_tuning.evaluation.verdict.settings import DECIDES
+from fine_tuning.evaluation.verdict.win_rate import MOST, STAKES
 
 POWER = 0.8
 

@@ -47,9 +47,8 @@ from fine_tuning.evaluation.verdict.guards import guard, guard_differences, pair
 from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
-from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, CompareSettings
+from fine_tuning.evaluation.verdict.settings import DECIDES, PREFERENCE, WIN_RATE, CompareSettings
 from fine_tuning.evaluation.verdict.votes import MORE, VoteCount
-from fine_tuning.evaluation.verdict.win_rate import DECIDES
 from fine_tuning.schema.votes import JudgeVote, Vote, read_all_votes
 
 QUANTISED = "candidate_quantised"
