@@ -285,11 +285,7 @@ def _say_objects(
 
 
 def forget(
-    where: Locations,
-    *,
-    withdraw: bool = False,
-    hosts: list[str] | None = None,
-    say: Callable[[str], None] = print,
+    where: Locations, *, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print
 ) -> int:
     """Remove what `find` found, everywhere; the current folder is the checkout.
 

@@ -39,14 +39,7 @@ from fine_tuning.data_collection.storage.shards import read_manifest
 from fine_tuning.evaluation.looks import looked_at
 from fine_tuning.integration.canary import FINISHED, Canary
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, is_local, ollama_host
-from fine_tuning.integration.round_policy import (
-    BEFORE,
-    ROUND_LOCK,
-    RoundsSettings,
-    note_failure,
-    note_success,
-    notify,
-)
+from fine_tuning.integration.round_policy import BEFORE, ROUND_LOCK, RoundsSettings, note_failure, note_success, notify
 from fine_tuning.model_management.champion import read_champion
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.model_registry import ADAPTER_TAG, CANDIDATE, open_registry

@@ -44,10 +44,7 @@ def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
 
 
 def likelihoods(
-    model: "PreTrainedModel",
-    items: Sequence[Item],
-    batch_tokens: int,
-    on_done: Callable[[int], None] | None = None,
+    model: "PreTrainedModel", items: Sequence[Item], batch_tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Likelihood]:
     """Teacher-forced scores of the items' replies, in the order of `items`.
 
@@ -153,10 +150,7 @@ def quantised_likelihoods(
 
 
 def replies(
-    engine: LlamaEngine,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    on_done: Callable[[int], None] | None = None,
+    engine: LlamaEngine, prompts: Sequence[Sequence[int]], max_tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Reply]:
     """Greedy replies to prompts of token ids, capped at `max_tokens`."""
     done = engine.complete_many(prompts, max_tokens, on_done)
