@@ -166,13 +166,11 @@ def tokens(checkout: Path, identity: str) -> tuple[str, list[Span]] | None:
                 _pieces(tokenizer_of(checkout / BASE), row["input_ids"], row["labels"], NOT_TRAINED)
                 for row in table.to_pylist()
             ]
-            rest = [piece for number, window in enumerate(windows[1:], 2) for piece in [_border(number), *window]]
-            return split, windows[0] + rest
+            pieces = windows[0]
+            for number, window in enumerate(windows[1:], 2):
+                pieces += [(f"\n\n[window {number}: turns before the marked ones are context]\n", None), *window]
+            return split, pieces
     return None
-
-
-def _border(window: int) -> Span:
-    return f"\n\n[window {window}: turns before the marked ones are context]\n", None
 
 
 def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> list[Span]:

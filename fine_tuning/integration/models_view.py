@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import ADAPTER, COMPARISON, tracking_uri
+from fine_tuning.common.project import ADAPTER, COMPARISON
 from fine_tuning.common.records import read_json, read_object
 from fine_tuning.evaluation.looks import LOOKS, looked_at
 from fine_tuning.integration.chat_models import CHAMPION
@@ -60,12 +60,6 @@ def candidate(checkout: Path) -> Candidate | None:
     ) == found.get("kind", {}).get("name", "adapter"):
         obstacle = "it is the champion already"
     return Candidate(verdict, reasons, sha256, obstacle)
-
-
-def has_registry(checkout: Path) -> bool:
-    """Whether there is a store; opening it would create one."""
-    uri = tracking_uri(checkout)
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
 
 
 def registry_state(registry: ModelRegistry, client: OllamaClient) -> RegistryState:

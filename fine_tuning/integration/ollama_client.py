@@ -206,15 +206,11 @@ class OllamaClient:
 
     # --------------------------------------------------------------------------------------------------------- models
 
-    def create(self, model: str, request: dict, progress: Callable[[str], None] | None = None) -> None:
-        """Create `model` from the fields of /api/create; `progress` gets each status line. Raises OllamaError if it is
-        refused, fails after HTTP 200, or the stream ends without `success`."""
-        status = None
-        for line in self._stream("/api/create", {**request, "model": model, "stream": True}):
-            status = line.get("status")
-            if status and progress:
-                progress(_one_line(status))
-        if status != "success":
+    def create(self, model: str, request: dict) -> None:
+        """Create `model` from the fields of /api/create. Raises OllamaError if it is refused, fails after HTTP 200, or
+        the stream ends without `success`."""
+        *_, last = [{}, *self._stream("/api/create", {**request, "model": model, "stream": True})]
+        if last.get("status") != "success":
             raise OllamaError(
                 f"{self.host} stopped before {model} was made (its log says why, is its disk full?): deploy again"
             )
