@@ -27,7 +27,7 @@ def budget(arguments: argparse.Namespace) -> None:
     tokens = int(seconds * speed.tokens_per_second / settings.epochs)
     if tokens < settings.batch_tokens:
         raise UserError(
-            f"{arguments.time} is too short for one batch at {speed.tokens_per_second:.0f} tokens/s: give more time"
+            f"{arguments.time} is too short for one batch at {speed.tokens_per_second:.0f} tokens/s: give more"
         )
     write_param("prepare", "max_train_tokens", tokens)
     print(

@@ -55,9 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.expired:
         days = read_params("gateway", GatewaySettings).retention_days
         if days is None:
-            raise UserError(
-                "gateway.retention_days in params.yaml is null: set for how many days to keep conversations"
-            )
+            raise UserError("gateway.retention_days is null: set for how many days to keep conversations")
         before = time_stamp(datetime.now(UTC) - timedelta(days=days))
         deleted = records.expired_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs(), before)
         if not deleted:
@@ -135,7 +133,7 @@ def _selected(selection: Selection, shards: list[Path], tombstones: Tombstones) 
         if selection.deleted is not None:
             raise UserError(f"nothing that was deleted is left here{waiting}")
         raise UserError(
-            f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
+            f"no conversation here has that id: `python -m fine_tuning lineage ID` asks the models{waiting}"
         )
     found.leave_out((found.people | found.models).all_in(_public_words()))
     return found

@@ -82,7 +82,7 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str, *, 
     if verdict != "PROMOTE" and not forced:
         reasons = "; ".join(compared["reasons"])
         raise UserError(
-            f"the verdict is {verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
+            f"the verdict is {verdict} ({reasons}): `python -m fine_tuning promote --force WHY` overrules it"
         )
     replaces, kind = champion_compared_with(registry, bool(forced)), kind_of(compared)
     with packaged(kind) as package:

@@ -282,9 +282,7 @@ def fitting_prompt(
             return prompt
         following = next((at for at, turn in enumerate(turns) if at and turn["role"] == "user"), None)
         if following is None:
-            raise UserError(
-                f"the message has {len(prompt)} tokens and {room} fit: shorten it, or raise app.context in params.yaml"
-            )
+            raise UserError(f"the message has {len(prompt)} tokens and {room} fit: shorten it, or raise app.context")
         turns = turns[following:]
 
 

@@ -212,7 +212,7 @@ class OllamaClient:
         *_, last = [{}, *self._stream("/api/create", {**request, "model": model, "stream": True})]
         if last.get("status") != "success":
             raise OllamaError(
-                f"{self.host} stopped before {model} was made (its log says why, is its disk full?): deploy again"
+                f"{self.host} stopped before {model} was made (is its disk full?): look at its log, deploy again"
             )
 
     def copy(self, source: str, destination: str) -> None:
@@ -350,9 +350,7 @@ class OllamaClient:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnreachable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
         if deadline.over or isinstance(error, httpx.TimeoutException):
-            return OllamaError(
-                f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"
-            )
+            return OllamaError(f"{self.host} took too long at {path}: see its log, or raise both timeouts of deploy")
         return OllamaError(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:

@@ -244,9 +244,7 @@ class ModelDeployer:
         template = shown.get("template", "")
         if template != request.get("template", ""):
             if template != gguf_field(bundle.gguf, "tokenizer.chat_template"):
-                raise UserError(
-                    f"{self.server.host} changed the template of {done.model}: update Ollama, then deploy again"
-                )
+                raise UserError(f"{self.server.host} changed the template of {done.model}: update Ollama, deploy again")
             # Servers from 0.30 on take the GGUF's own template where it can do more, such as calling tools.
             done.notes.append("this Ollama writes prompts by the GGUF's own chat template")
         have = shown_parameters(str(shown.get("parameters") or ""))

@@ -85,7 +85,7 @@ def without_learned(items: Sequence[Item], record: Path) -> tuple[list[Item], in
     kept = [item for item in items if item.cluster not in clusters]
     if not kept:
         raise UserError(
-            "the champion was trained on every conversation of the test split: collect more, or set prepare.salt back"
+            "the champion was trained on the whole test split: collect more conversations, or set prepare.salt back"
         )
     left_out = {conversation_of(item.id) for item in items if item.cluster in clusters}
     return kept, len(left_out)

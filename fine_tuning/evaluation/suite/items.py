@@ -32,9 +32,7 @@ def read_items(
         stored = (row.source, row.cluster, row.messages, row.input_ids, row.labels)
         items.append(Item(item_id(row.id, row.window), *stored, runs, authors, texts, tuple(endorsed)))
     if needed and not items:
-        raise UserError(
-            "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
-        )
+        raise UserError("the test split holds no reply: collect more conversations, or raise prepare.test_fraction")
     return sorted(items, key=lambda item: item.id)
 
 

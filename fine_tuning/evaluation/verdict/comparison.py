@@ -390,9 +390,7 @@ def other_tokenizers(
     notes = []
     for baseline, found in pairs.items():
         if (decider := deciding.get(baseline, settings.primary)) != settings.primary and decider in found:
-            notes.append(
-                f"the {baseline} has another tokenizer: {decider} decides against it instead of {settings.primary}"
-            )
+            notes.append(f"the {baseline} has another tokenizer: {decider} decides instead of {settings.primary}")
         if skipped := [name for name in settings.secondary if name not in found and name != PREFERENCE]:
             notes.append(f"not compared with the {baseline}: {', '.join(skipped)}")
     return notes

@@ -245,9 +245,7 @@ def _restore(here: App, identity: str) -> None:
 def _tokens(here: App, entry: Any) -> None:
     prepared = data_view.tokens(here.checkout, entry.id)
     if prepared is None:
-        st.caption(
-            "It is not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`."
-        )
+        st.caption("Not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`.")
         return
     split, pieces = prepared
     trained = sum(kind is not None for _, kind in pieces)
