@@ -132,9 +132,7 @@ def _selected(selection: Selection, shards: list[Path], tombstones: Tombstones) 
             raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
         if selection.deleted is not None:
             raise UserError(f"nothing that was deleted is left here{waiting}")
-        raise UserError(
-            f"no conversation here has that id: `python -m fine_tuning lineage ID` asks the models{waiting}"
-        )
+        raise UserError(f"no conversation here has that id: `python -m fine_tuning lineage ID` asks models{waiting}")
     found.leave_out((found.people | found.models).all_in(_public_words()))
     return found
 
@@ -226,9 +224,7 @@ def _say_models(
     hashes = {version.tags.get("adapter_sha256", "") for version in models.versions(ids, set())}
     objects, hashes = object_stores.learned_models(records, listings, tainted, adapters, hashes)
     if objects:
-        where.say(
-            "DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed, but for what is in use"
-        )
+        where.say("DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed but for what is in use")
     versions = models.versions(ids, hashes)
     hashes = models.continued(hashes | {version.tags.get("adapter_sha256", "") for version in versions} - {""})
     versions = models.versions(ids, hashes)

@@ -82,7 +82,7 @@ def promote_candidate(registry: ModelRegistry, forced: str | None, who: str, *, 
     if verdict != "PROMOTE" and not forced:
         reasons = "; ".join(compared["reasons"])
         raise UserError(
-            f"the verdict is {verdict} ({reasons}): `python -m fine_tuning promote --force WHY` overrules it"
+            f"the verdict is {verdict} ({reasons}): improve it, or `python -m fine_tuning promote --force WHY`"
         )
     replaces, kind = champion_compared_with(registry, bool(forced)), kind_of(compared)
     with packaged(kind) as package:
@@ -162,7 +162,7 @@ def check_verdict(compared: dict[str, Any]) -> None:
     found, said = rounded(found), rounded(compared)
     if other := [key for key in sorted(found.keys() | said.keys()) if found.get(key) != said.get(key)]:
         raise UserError(
-            f"{project.COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`"
+            f"{project.COMPARISON} is not what its records give ({', '.join(other)}): `dvc repro -fs compare`"
         )
 
 

@@ -75,17 +75,10 @@ def normalise_host(host: str, port: int = DEFAULT_PORT, given: str | None = None
         text = f"http://{text}"
     try:
         parts = urlsplit(text)
-        name, named = parts.hostname, parts.port
+        name, named, more = parts.hostname, parts.port, parts.username or parts.query or parts.fragment
     except ValueError:
-        name, named = None, None
-    if (
-        not name
-        or " " in text
-        or parts.scheme not in ("http", "https")
-        or parts.username
-        or parts.query
-        or parts.fragment
-    ):
+        name = named = more = None
+    if not name or more or " " in text or parts.scheme not in ("http", "https"):
         what, where = ("address", given) if given else ("Ollama address", "deploy.host or OLLAMA_HOST")
         raise UserError(f"the {what} is not of the form http://name:port: correct {where}")
     if name in ("0.0.0.0", "::"):
@@ -211,9 +204,7 @@ class OllamaClient:
         the stream ends without `success`."""
         *_, last = [{}, *self._stream("/api/create", {**request, "model": model, "stream": True})]
         if last.get("status") != "success":
-            raise OllamaError(
-                f"{self.host} stopped before {model} was made (is its disk full?): look at its log, deploy again"
-            )
+            raise OllamaError(f"{self.host} stopped before {model} was made (disk full?): see its log, deploy again")
 
     def copy(self, source: str, destination: str) -> None:
         self._request("POST", "/api/copy", json={"source": source, "destination": destination})
@@ -226,14 +217,8 @@ class OllamaClient:
 
     def render(self, model: str, messages: list[dict]) -> str | None:
         """The prompt that the server would give to the model; None where it does not offer to show it."""
-        request = {
-            "model": model,
-            "messages": messages,
-            "stream": False,
-            "options": {"num_predict": 1},
-            "_debug_render_only": True,
-        }
-        debug = self._json("POST", "/api/chat", request, self._long).get("_debug_info")
+        request = {"model": model, "messages": messages, "stream": False, "options": {"num_predict": 1}}
+        debug = self._json("POST", "/api/chat", request | {"_debug_render_only": True}, self._long).get("_debug_info")
         rendered = debug.get("rendered_template") if isinstance(debug, dict) else None
         return rendered if isinstance(rendered, str) else None
 

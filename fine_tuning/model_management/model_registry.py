@@ -338,9 +338,7 @@ class _PatientClient:
                     raise
                 if "database is locked" not in str(error):
                     reason = " ".join(str(error).split())[:200]
-                    raise UserError(
-                        f"the registry at {self._uri} failed ({reason}): fix that, then run again"
-                    ) from None
+                    raise UserError(f"the registry at {self._uri} failed ({reason}): fix it, then run again") from None
                 if time.monotonic() + wait > end:
                     raise UserError(
                         f"the registry's database stayed locked for {self._patience:.0f} s: end the program that "

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,8 @@ def after(before: Sequence[dict], messages: Sequence[dict]) -> list[dict]:
 
 def reply_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int], runs: Sequence[tuple[int, int]]) -> list[str]:
     """The replies as text, without control tokens and the white space that templates put around contents."""
-    texts = (
-        tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for start, end in runs
-    )
-    return [text.strip() for text in texts]
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [decode(ids[start:end]).strip() for start, end in runs]
 
 
 def reply_authors(messages: Sequence[dict], count: int) -> list[str]:

@@ -262,9 +262,7 @@ def render_go(template: str, messages: Messages) -> str:
         compiled = gotpl.Template(template, missing_key="zero")
         return str(compiled.render({"Messages": values, "System": system, "Response": ""}))
     except gotpl.TemplateError as error:
-        raise UserError(
-            f"the Go template does not run ({type(error).__name__}): make it again by `dvc repro`"
-        ) from None
+        raise UserError(f"the Go template does not run ({type(error).__name__}): make it with `dvc repro`") from None
 
 
 def collate(messages: Messages) -> list[dict[str, str]]:
