@@ -359,7 +359,10 @@ def full_name(model: str) -> str:
 
 
 def is_local(host: str) -> bool:
-    name = urlsplit(host).hostname or ""
+    return is_loopback(urlsplit(host).hostname or "")
+
+
+def is_loopback(name: str) -> bool:
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
