@@ -55,9 +55,9 @@ def with_adapters(
 def _adapter(base: ChatModel, called: str, path: Path, name: str, sha256: str | None) -> ChatModel:
     model = ChatModel(called, "embedded", f"{name}:{called}", None, base.gguf, adapter=path)
     try:
-        if (now := stamp(path)) is None:
-            return replace(model, problem=f"serve.adapters.{called}: {path} is missing: correct it in params.yaml")
-        of_base, own = _origins(path, now)
+        of_base, own = _origins(path, stamp(path))
+    except FileNotFoundError:
+        return replace(model, problem=f"serve.adapters.{called}: {path} is missing: correct the path in params.yaml")
     except (OSError, ValueError, UserError):
         mend = "correct the path in params.yaml, or let package.adapter_gguf write one"
         return replace(model, problem=f"serve.adapters.{called}: {path} is not a GGUF file: {mend}")
