@@ -28,13 +28,17 @@ def scoring_hardware(threads: int | None) -> Hardware:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
-    """A model folder in memory, ready to score. Raises UserError if the folder holds no model that transformers can
-    load."""
+def loaded(folder: Path, hardware: Hardware, adapter: Path | None = None) -> Iterator["PreTrainedModel"]:
+    """A model folder in memory, with an adapter merged into it, ready to score. Raises UserError if the folder holds no
+    model that transformers can load."""
     import torch
 
     torch.set_num_threads(hardware.threads)
     model = load_model(folder, getattr(torch, hardware.precision))
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     try:
         yield model.to(hardware.device).eval()
     finally:
