@@ -288,9 +288,7 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from None
     if args.format in JUDGED and not counts["exported"]:
         missing = "prefer or edit replies" if args.format == "dpo" else "rate replies with a thumb"
-        raise UserError(
-            f"{output} is empty, since nobody judged a reply in this way: {missing}, then `dvc repro clean`"
-        )
+        raise UserError(f"{output} is empty, as nobody judged a reply in this way: {missing}, then `dvc repro clean`")
     skipped = f", {counts['skipped']:,} skipped, for which {args.format} has no place" if counts["skipped"] else ""
     print(f"{count_of(counts['exported'], 'conversation')} in {output}{skipped}")
 

@@ -55,9 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.expired:
         days = read_params("gateway", GatewaySettings).retention_days
         if days is None:
-            raise UserError(
-                "gateway.retention_days in params.yaml is null: set for how many days to keep conversations"
-            )
+            raise UserError("gateway.retention_days is null: set for how many days to keep conversations")
         before = time_stamp(datetime.now(UTC) - timedelta(days=days))
         deleted = records.expired_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs(), before)
         if not deleted:
@@ -134,9 +132,7 @@ def _selected(selection: Selection, shards: list[Path], tombstones: Tombstones) 
             raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
         if selection.deleted is not None:
             raise UserError(f"nothing that was deleted is left here{waiting}")
-        raise UserError(
-            f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
-        )
+        raise UserError(f"no conversation here has that id: `python -m fine_tuning lineage ID` asks models{waiting}")
     found.leave_out((found.people | found.models).all_in(_public_words()))
     return found
 
@@ -228,9 +224,7 @@ def _say_models(
     hashes = {version.tags.get("adapter_sha256", "") for version in models.versions(ids, set())}
     objects, hashes = object_stores.learned_models(records, listings, tainted, adapters, hashes)
     if objects:
-        where.say(
-            "DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed, but for what is in use"
-        )
+        where.say("DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed but for what is in use")
     versions = models.versions(ids, hashes)
     hashes = models.continued(hashes | {version.tags.get("adapter_sha256", "") for version in versions} - {""})
     versions = models.versions(ids, hashes)
@@ -285,11 +279,7 @@ def _say_objects(
 
 
 def forget(
-    where: Locations,
-    *,
-    withdraw: bool = False,
-    hosts: list[str] | None = None,
-    say: Callable[[str], None] = print,
+    where: Locations, *, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print
 ) -> int:
     """Remove what `find` found, everywhere; the current folder is the checkout.
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import main_checkout, person_name, root
+from fine_tuning.common.project import VOTES, main_checkout, person_name, root
 from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.judge import Judge
 from fine_tuning.evaluation.records.settings import EvaluateSettings
-from fine_tuning.evaluation.review import VOTES, Pairs, Review, Shown, keep_votes, seal_votes
+from fine_tuning.evaluation.review import Pairs, Review, Shown, keep_votes, seal_votes
 from fine_tuning.integration.reply_markdown import printable
 from fine_tuning.integration.review_pairs import open_pairs
 from fine_tuning.schema.votes import JUDGES, Choice, JudgeVote, votes_file

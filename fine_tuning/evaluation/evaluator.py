@@ -299,10 +299,8 @@ class Evaluator:
         suite = suite_sha256(chosen, self.tokenizer)
         key = ["quantised", sha256_file(contender.gguf), suite, *self._engine_key()]
         found = self.memo.get(key, compute) if chosen else []
-        return [
-            self._line(f"{contender.name}_quantised", item, score, None)
-            for item, score in zip(chosen, found, strict=True)
-        ]
+        name = f"{contender.name}_quantised"
+        return [self._line(name, item, score, None) for item, score in zip(chosen, found, strict=True)]
 
     def answer(self, contender: Contender, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         """Greedy replies of the contender's GGUF."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import EVALUATION
+from fine_tuning.common.project import EVALUATION, FORGOTTEN, PREPARED, VOTES
 from fine_tuning.common.records import read_lines, read_object, replacing, updating, write_json
 from fine_tuning.data_collection.conversation_logger import append_line, rename_log, rewrite_log
 from fine_tuning.data_collection.storage.tombstones import Tombstones
@@ -50,8 +50,7 @@ if TYPE_CHECKING:
 
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
 TORN = Path("inbox/votes.jsonl.torn")  # lines that are no votes
-VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
-TEST, TRAIN = Path("data/prepared/test.parquet"), Path("data/prepared/train.parquet")
+TEST, TRAIN = PREPARED / "test.parquet", PREPARED / "train.parquet"
 CHAMPION = Path("models/champion.json")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))

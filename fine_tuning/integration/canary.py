@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.evaluation.verdict.settings import DECIDES
 from fine_tuning.integration.jobs import own_command
-from fine_tuning.model_management.canary_statistics import DECIDES, harm, smallest_found
 
 STATE = Path(".whetstone/canary.sqlite")
 SIGNAL_SECONDS = 3600.0
@@ -221,6 +221,8 @@ class Canary:
 
 def would_be_found(counts: Counts) -> str:
     """Which harm would have been seen by now, in words."""
+    from fine_tuning.model_management.canary_statistics import smallest_found
+
     total = counts.candidate + counts.live
     before = counts.live_bad / counts.live if counts.live else 0.0
     found = smallest_found(counts.candidate / total, before, total) if counts.candidate and counts.live else None
@@ -241,6 +243,8 @@ def _running(db: sqlite3.Connection) -> State | None:
 
 def _counts(db: sqlite3.Connection) -> Counts:
     """Each share's bets multiply: a unit's factor is a fair bet whatever the share was before and after."""
+    from fine_tuning.model_management.canary_statistics import harm  # imports numpy
+
     over = "coalesce(sum(bad NOT NULL OR last < ?), 0)"
     groups = f"SELECT candidate, share, count(*), count(bad), {over} FROM unit GROUP BY candidate, share"
     rows = db.execute(groups, (time.time() - SIGNAL_SECONDS,)).fetchall()

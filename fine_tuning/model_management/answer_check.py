@@ -38,9 +38,7 @@ def compare_answers(server: "ModelServer", model: str, gguf: Path, probes: "Sequ
             ids = engine.tokenize(probe.prompt, parse_special=True, add_special=True)
             count = _follow(engine, ids, reply.encode("utf-8", "replace"), stats.done_reason == "length")
             if count is None:
-                raise AnswersDiffer(
-                    f"{model} on {server.host} answers probe {number} otherwise than its GGUF does here"
-                )
+                raise AnswersDiffer(f"{model} on {server.host} answers probe {number} otherwise than its GGUF here")
             agreed += count
     if agreed < len(probes):
         raise UserError(f"{model} on {server.host} answers with nothing that can be compared")

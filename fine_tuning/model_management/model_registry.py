@@ -175,9 +175,7 @@ class ModelRegistry:
         """One version. Raises UserError if there is none of that number."""
         found = next((version for version in self.versions() if version.number == number), None)
         if found is None:
-            raise UserError(
-                f"the registry has no version {number} of {self.name}: `python -m fine_tuning list` shows what it has"
-            )
+            raise UserError(f"the registry has no version {number} of {self.name}: see `python -m fine_tuning list`")
         return found
 
     def find(self, content_sha256: str) -> ModelVersion | None:
@@ -340,9 +338,7 @@ class _PatientClient:
                     raise
                 if "database is locked" not in str(error):
                     reason = " ".join(str(error).split())[:200]
-                    raise UserError(
-                        f"the registry at {self._uri} failed ({reason}): fix the cause, then run again"
-                    ) from None
+                    raise UserError(f"the registry at {self._uri} failed ({reason}): fix it, then run again") from None
                 if time.monotonic() + wait > end:
                     raise UserError(
                         f"the registry's database stayed locked for {self._patience:.0f} s: end the program that "

@@ -69,9 +69,7 @@ class ModelSwitcher:
         version = self.registry.version(number)
         digest = self.recorded_digest(version)
         if digest is None or version.tag not in self.server.digests():
-            raise UserError(
-                f"{version.tag} is not on {self.server.host}: `python -m fine_tuning deploy {number}` puts it there"
-            )
+            raise UserError(f"{version.tag} is not on {self.server.host}: `python -m fine_tuning deploy {number}`")
         before = self.live()
         go_live(self.server, version.tag, self.live_name, digest)
         self.record_live(number)

@@ -313,9 +313,7 @@ def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> Non
     named = read_json(card)["model"] if card.is_file() else config["base_model_name_or_path"]
     lora = settings.lora
     if named != base_name:
-        raise UserError(
-            f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"
-        )
+        raise UserError(f"train.start_from was trained on {named} and base.model is {base_name}: change one of them")
     for parameter, key in (("alpha", "lora_alpha"), ("rslora", "use_rslora")):
         had, wanted = config[key], getattr(lora, parameter)
         if had != wanted:
@@ -334,9 +332,7 @@ def load_adapter(model: Any, file: Path) -> None:
         raise UserError(f"{file} is damaged ({type(error).__name__}): restore it with `dvc checkout`") from None
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
-        raise UserError(
-            f"the adapter {file.parent} does not fit: start from one of the same base.model and train.lora settings"
-        )
+        raise UserError(f"the adapter {file.parent} does not fit: start from one of the same base.model and train.lora")
     set_peft_model_state_dict(model, weights)
 
 

@@ -33,7 +33,7 @@ def check_only_assistants_train(rows: Sequence[PreparedRow], tokenizer: Any) -> 
             before = tokenizer.decode(row.input_ids[max(0, start - longest) : start])
             if not before.endswith(opener):
                 raise UserError(
-                    f"{row.id} would train a token that is not the assistant's: `dvc repro -f -s prepare && dvc repro`"
+                    f"{row.id} would train what is not the assistant's: `dvc repro -f -s prepare && dvc repro`"
                 )
 
 

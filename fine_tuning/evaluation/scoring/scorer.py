@@ -28,13 +28,17 @@ def scoring_hardware(threads: int | None) -> Hardware:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
-    """A model folder in memory, ready to score. Raises UserError if the folder holds no model that transformers can
-    load."""
+def loaded(folder: Path, hardware: Hardware, adapter: Path | None = None) -> Iterator["PreTrainedModel"]:
+    """A model folder in memory, with an adapter merged into it, ready to score. Raises UserError if the folder holds no
+    model that transformers can load."""
     import torch
 
     torch.set_num_threads(hardware.threads)
     model = load_model(folder, getattr(torch, hardware.precision))
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     try:
         yield model.to(hardware.device).eval()
     finally:
@@ -44,10 +48,7 @@ def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
 
 
 def likelihoods(
-    model: "PreTrainedModel",
-    items: Sequence[Item],
-    batch_tokens: int,
-    on_done: Callable[[int], None] | None = None,
+    model: "PreTrainedModel", items: Sequence[Item], batch_tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Likelihood]:
     """Teacher-forced scores of the items' replies, in the order of `items`.
 
@@ -153,10 +154,7 @@ def quantised_likelihoods(
 
 
 def replies(
-    engine: LlamaEngine,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    on_done: Callable[[int], None] | None = None,
+    engine: LlamaEngine, prompts: Sequence[Sequence[int]], max_tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Reply]:
     """Greedy replies to prompts of token ids, capped at `max_tokens`."""
     done = engine.complete_many(prompts, max_tokens, on_done)

@@ -22,11 +22,7 @@ CONTROLS = 128
 
 
 def memory_items(
-    train: Path,
-    count: int,
-    tokenizer: "PreTrainedTokenizerFast",
-    system_prompt: str | None,
-    max_length: int,
+    train: Path, count: int, tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
 ) -> list[Item]:
     """Items whose runs are what the model may have kept; their source is "training", "canary" or "control".
 

@@ -47,9 +47,8 @@ from fine_tuning.evaluation.verdict.guards import guard, guard_differences, pair
 from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
-from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, CompareSettings
+from fine_tuning.evaluation.verdict.settings import DECIDES, PREFERENCE, WIN_RATE, CompareSettings
 from fine_tuning.evaluation.verdict.votes import MORE, VoteCount
-from fine_tuning.evaluation.verdict.win_rate import DECIDES
 from fine_tuning.schema.votes import JudgeVote, Vote, read_all_votes
 
 QUANTISED = "candidate_quantised"
@@ -391,9 +390,7 @@ def other_tokenizers(
     notes = []
     for baseline, found in pairs.items():
         if (decider := deciding.get(baseline, settings.primary)) != settings.primary and decider in found:
-            notes.append(
-                f"the {baseline} has another tokenizer: {decider} decides against it instead of {settings.primary}"
-            )
+            notes.append(f"the {baseline} has another tokenizer: {decider} decides instead of {settings.primary}")
         if skipped := [name for name in settings.secondary if name not in found and name != PREFERENCE]:
             notes.append(f"not compared with the {baseline}: {', '.join(skipped)}")
     return notes

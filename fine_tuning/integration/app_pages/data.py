@@ -17,7 +17,7 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_parts import button, plain
-from fine_tuning.integration.conversation_index import conversation_index
+from fine_tuning.integration.conversation_index import conversation_index, counts
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
@@ -97,7 +97,7 @@ def _counts(here: App, found: pd.DataFrame) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
-    _, logged, sealed = data_view.counts(here.checkout)
+    _, logged, sealed = counts(here.checkout)
     st.caption(f"New or changed since the last training: {logged:,} to seal, {sealed:,} sealed.")
     if (people := read_params("clean", CleanSettings).people) != "mask":
         st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
@@ -245,9 +245,7 @@ def _restore(here: App, identity: str) -> None:
 def _tokens(here: App, entry: Any) -> None:
     prepared = data_view.tokens(here.checkout, entry.id)
     if prepared is None:
-        st.caption(
-            "It is not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`."
-        )
+        st.caption("Not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`.")
         return
     split, pieces = prepared
     trained = sum(kind is not None for _, kind in pieces)

@@ -342,10 +342,7 @@ def _text_field(reader: "GGUFReader", name: str) -> str:
 
 
 def prove_rendering(
-    tokenizer: "PreTrainedTokenizerFast",
-    request: dict[str, Any],
-    sample: Sequence[PreparedRow],
-    chat: ChatSettings,
+    tokenizer: "PreTrainedTokenizerFast", request: dict[str, Any], sample: Sequence[PreparedRow], chat: ChatSettings
 ) -> dict[str, int]:
     """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data. Where Go
     cannot say how the Jinja template writes results of tools, prompts that hold some are counted, not proven."""
@@ -405,10 +402,7 @@ def prove_ends(
 
 
 def prove_tokens(
-    tokenizer: "PreTrainedTokenizerFast",
-    engine: LlamaEngine,
-    sample: Sequence[PreparedRow],
-    chat: ChatSettings,
+    tokenizer: "PreTrainedTokenizerFast", engine: LlamaEngine, sample: Sequence[PreparedRow], chat: ChatSettings
 ) -> dict[str, int]:
     """llama.cpp gives the rendered text the ids that training saw, and odd strings the ids of the tokenizer."""
     backend = tokenizer.backend_tokenizer
