@@ -207,7 +207,10 @@ class Canary:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         path = self.checkout / STATE
-        where = path if path.is_file() else ":memory:"
+        where = ":memory:"
+        if path.is_file():
+            where = str(path)
+            import fine_tuning.model_management.canary_statistics  # noqa: F401 (numpy, before the database is locked)
         try:
             with closing(sqlite3.connect(where, BUSY_SECONDS, isolation_level=None)) as db:
                 db.executescript(_TABLES)
