@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
 TORN = Path("inbox/votes.jsonl.torn")  # lines that are no votes
 VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
-TEST, TRAIN = Path("data/prepared/test.parquet"), Path("data/prepared/train.parquet")
+TEST, TRAIN = Path("data/prepared/test"), Path("data/prepared/train")
 CHAMPION = Path("models/champion.json")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))

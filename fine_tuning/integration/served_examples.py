@@ -23,7 +23,7 @@ from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.served_adapters import adapter_name
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
-TRAIN = Path("data/prepared/train.parquet")
+TRAIN = Path("data/prepared/train")
 FORGOTTEN = Path("data/forgotten.jsonl")
 TOKENIZER = Path("models/base/tokenizer.json")
 SERVED = Path(".whetstone/served.json")  # tag → what stands before questions to a version that was deployed from here
