@@ -266,7 +266,7 @@ def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
         lines = []
         for contender, one in zip(("candidate", "base"), models, strict=True):
             for item, score in zip(asked, likelihoods(one, asked, 1024), strict=True):
-                ((nll, tokens, _),) = score.turns
+                ((nll, tokens, _),) = score
                 about = {"contender": contender, "id": item.id, "cluster": item.cluster}
                 lines.append(about | {"nll": nll, "tokens": tokens})
         return name, lines, references

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri, versions
+from fine_tuning.common.project import git_commit, main_checkout, sha256_file, versions
 from fine_tuning.common.records import read_json, read_object, write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
@@ -21,7 +21,7 @@ from fine_tuning.training.model_card import model_card, name_base
 from fine_tuning.training.row_checks import check_only_assistants_train
 from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.speed import SPEED, Speed, read_speed, record_speed
-from fine_tuning.training.tracking import find_adapter, flatten, open_store, training_runs
+from fine_tuning.training.tracking import checkout_store, find_adapter, flatten, training_runs
 
 BASE = Path("models/base")
 TRAIN = Path("data/prepared/train")
@@ -48,7 +48,7 @@ def main() -> None:
     from fine_tuning.training.lora_trainer import train_adapter
     from fine_tuning.training.progress import progress_bar
 
-    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
+    client, experiment = checkout_store()
     if settings.max_steps == 0 and not settings.start_from:
         raise UserError("train.max_steps: 0 takes the adapter of train.start_from as it is: set train.start_from too")
     start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None

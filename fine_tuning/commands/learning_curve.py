@@ -54,9 +54,9 @@ def learning_curve(arguments: argparse.Namespace) -> None:
             train_adapter(BASE, name, chosen, validation, settings, folder / "adapter", folder / "checkpoints")
             scores = score_adapter(BASE, folder / "adapter", items, evaluate.batch_tokens, evaluate.threads)
             shutil.rmtree(folder)
-            return [score.as_json() for score in scores]
+            return scores
 
-        return [Likelihood.from_json(turns) for turns in memo.get(measured, compute)]
+        return memo.get(measured, compute)
 
     metrics = [load_metric("perplexity", Path("fine_tuning/evaluation/metric_modules"))]
     points = measure(rows, fractions, items, scores_of, metrics, evaluate.interval)

@@ -26,7 +26,7 @@ NO_REPOSITORY = "this folder is not a DVC repository: run `dvc init` in a clone 
 
 
 def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
-    """Stages of a dvc.lock by name. UserError: there is none, or it is damaged."""
+    """Stages of a dvc.lock by name. Raises UserError if there is none, or it is damaged."""
     try:
         return parse_lock(path.read_bytes())
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def files_below(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def cache_folder(checkout: Path) -> Path:
-    """DVC's cache of this checkout, as `dvc cache dir` shows it. UserError: it is not a DVC repository, or its
+    """DVC's cache of this checkout, as `dvc cache dir` shows it. Raises UserError if it is not a DVC repository, or its
     configuration is damaged."""
     from dvc.config import Config, ConfigError
 
@@ -146,8 +146,8 @@ def show_file(checkout: Path, commit: str, path: str) -> bytes | None:
 
 
 def dvc_add(path: Path) -> None:
-    """`dvc add`, in this process: it takes a second less than starting DVC. UserError: a pipeline is running, or DVC
-    refuses."""
+    """`dvc add`, in this process: it takes a second less than starting DVC. Raises UserError if a pipeline is running,
+    or DVC refuses."""
     with open_repo(what=f"dvc add {path}") as repo:
         add_to_dvc(repo, path)
 
@@ -189,8 +189,8 @@ def reproduce(*words: str) -> bool:
 
 
 def checkout_outputs() -> None:
-    """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay.
-    UserError: a pipeline is running, or DVC refuses."""
+    """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay. Raises
+    UserError if a pipeline is running, or DVC refuses."""
     with open_repo(what="dvc checkout dvc.yaml") as repo:
         repo.checkout(["dvc.yaml"], force=True, allow_missing=True)
 

@@ -131,8 +131,8 @@ def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str]) 
 
 
 def kind_of(path: Path, traces: Traces, strict: Traces) -> str:
-    """`strict` or `holding` of a file that holds some of them, `unread` of one that is damaged, else nothing.
-    FileNotFoundError: it is gone."""
+    """`strict` or `holding` of a file that holds some of them, `unread` of one that is damaged, else nothing. Raises
+    FileNotFoundError if it is gone."""
     try:
         return ("strict" if strict.in_file(path) else "holding") if traces.in_file(path) else ""
     except FileNotFoundError:

@@ -67,7 +67,7 @@ class Encoded:
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
     """Load `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a model folder, exactly as they are.
-    UserError: the folder holds no fast tokenizer or no chat template."""
+    Raises UserError if the folder holds no fast tokenizer or no chat template."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: make the base model with `dvc repro base`")

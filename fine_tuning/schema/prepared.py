@@ -176,7 +176,7 @@ def _list_array(lists: list[Any]) -> Any:
 
 
 def split_files(folder: str | Path) -> list[Path]:
-    """The files of a split. UserError: there are none."""
+    """The files of a split. Raises UserError if there are none."""
     files = sorted(Path(folder).glob("*.parquet"))
     if not files:
         raise UserError(f"{folder} is missing: run `dvc repro prepare`")
@@ -184,12 +184,13 @@ def split_files(folder: str | Path) -> list[Path]:
 
 
 def split_sha256(folder: str | Path) -> str:
-    """SHA-256 of the files of a split. UserError: there are none."""
+    """SHA-256 of the files of a split. Raises UserError if there are none."""
     return files_sha256(split_files(folder), Path(folder))
 
 
 def read_rows(folder: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
-    """Read some columns of a split, `id` among them, in its order. UserError: the folder has no files."""
+    """Read some columns of a split, `id` among them, in its order. Raises UserError if the folder has no
+    files."""
     from pyarrow import parquet
 
     tables = (parquet.read_table(file, columns=[*columns, "order"]) for file in split_files(folder))

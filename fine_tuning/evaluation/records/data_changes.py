@@ -27,9 +27,8 @@ def data_changes(before: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]
     table: dict[str, dict[str, Any]] = {}
     for id, member in sorted((old | new).items()):
         kind = "removed" if id not in new else "kept" if id in old else "added"
-        row = table.setdefault(
-            member["source"], {kind: {"conversations": 0, "tokens": 0} for kind in ("kept", "added", "removed")}
-        )
+        none = {kind: {"conversations": 0, "tokens": 0} for kind in ("kept", "added", "removed")}
+        row = table.setdefault(member["source"], none)
         row[kind]["conversations"] += 1
         row[kind]["tokens"] += member["tokens"]
     return dict(sorted(table.items()))

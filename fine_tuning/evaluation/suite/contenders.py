@@ -100,12 +100,15 @@ class ProjectName(Settings):
 
 
 def check_references(references: Sequence[str], base: Path, record: Path, name: str) -> None:
-    """See that authors of references are people, or models that are neither compared nor made here; UserError if not.
+    """See that authors of references are people, or models that are neither compared nor made here.
 
     Args:
         base: folder of the base, whose base.json says what it is.
         record: models/champion.json.
         name: `deploy.name`, under which this project's versions are registered and deployed.
+
+    Raises:
+        UserError: they are not.
     """
     if old := [author for author in references if author in ("liked", "edited", "imported", "unknown")]:
         raise UserError(
