@@ -62,7 +62,7 @@ def main() -> None:
     ):
         catalogue = builder.catalogue(clean, clusters(), ledger, engine, dropped_duplicates())
         for split, chosen in builder.choose(clean, catalogue, encoded, engine, bar.update):
-            key = [*made_by, settings.salt]
+            key = [*made_by, settings.salt, settings.train_on, split]
             tallies[split] = write_split(PREPARED / split, chosen, clean, catalogue, encoded, written, key)
     written.remove_unused()
     if settings.canaries:

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -591,6 +592,21 @@ def test_the_stage_writes_the_same_bytes_again(project):
     before = [file.read_bytes() for file in files]
     prepare.main()
     assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("second", [{"train_on": "all"}, {"salt": "other"}, {"max_held_out_tokens": 300}])
+def test_files_of_earlier_runs_are_taken_only_where_their_rows_are_the_same(project, second):
+    judged = [JUDGED | {"id": f"{n}", "messages": [m | {"content": f"{m['content']} {n}"} for m in JUDGED["messages"]]}
+              for n in range(30)]  # fmt: skip
+    project.clean([*judged, *(long_conversation(f"long{n}", 40) for n in range(9))])
+    prepare.main()
+    project.params(**second)
+    prepare.main()
+    files = [*Path("data/prepared").rglob("*.parquet"), Path("metrics/prepare.json")]
+    taken = [file.read_bytes() for file in files]
+    shutil.rmtree(".whetstone")
+    prepare.main()
+    assert [file.read_bytes() for file in files] == taken
 
 
 def test_the_ledger_outlives_arrivals_and_deletions(project):

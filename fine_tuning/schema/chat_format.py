@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fine_tuning.schema.light_tokenizer import LightTokenizer
 
-    ChatTokenizer = PreTrainedTokenizerFast | LightTokenizer
+    ChatTokenizer: TypeAlias = PreTrainedTokenizerFast | LightTokenizer
 NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
 _MARK = "\ue000\ue001"  # private-use characters: they stand where the template puts a content
 
