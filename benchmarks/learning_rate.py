@@ -3,8 +3,8 @@
     make repro && python -m benchmarks.learning_rate
     python -m benchmarks.learning_rate --rates 2.0e-3,2.0e-2 --retention 0,1,10 --seeds 1
 
-Every run trains an adapter on data/prepared/train.parquet with the parameters of params.yaml but for the rate, the
-weight of retention and the seed, and measures the loss on data/prepared/validation.parquet, and beside it what is left
+Every run trains an adapter on data/prepared/train with the parameters of params.yaml but for the rate, the
+weight of retention and the seed, and measures the loss on data/prepared/validation, and beside it what is left
 of what the base knew: the mean probability of the right answer on the general questions, of which the verdict allows 5
 points to be lost, and nats a byte of general text. The test split is not read. A seed decides the first weights of the
 adapter and the order of the batches; with one seed two rates differ by chance as well, so the table has standard
@@ -31,7 +31,7 @@ from fine_tuning.training.lora_trainer import train_adapter
 from fine_tuning.training.settings import TrainSettings
 
 BASE = Path("models/base")
-TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/validation.parquet")
+TRAIN, VALIDATION = Path("data/prepared/train"), Path("data/prepared/validation")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.runtime.hardware import is_main_process
 from fine_tuning.schema.chat_format import load_tokenizer
 from fine_tuning.schema.preferences import read_pairs, read_thumbs, rows_of
-from fine_tuning.schema.prepared import read_rows
+from fine_tuning.schema.prepared import read_rows, split_sha256
 from fine_tuning.training.adopted import ORIGIN
 from fine_tuning.training.checkpoints import alone_with, checkpoint_key, remove_checkpoints
 from fine_tuning.training.items import Prepared, choose_items
@@ -24,9 +24,9 @@ from fine_tuning.training.speed import SPEED, Speed, read_speed, record_speed
 from fine_tuning.training.tracking import checkout_store, find_adapter, flatten, training_runs
 
 BASE = Path("models/base")
-TRAIN = Path("data/prepared/train.parquet")
-VALIDATION = Path("data/prepared/validation.parquet")
-PAIRS, THUMBS = Path("data/preferences"), Path("data/thumbs")  # with files of the same names
+TRAIN = Path("data/prepared/train")
+VALIDATION = Path("data/prepared/validation")
+PAIRS, THUMBS = Path("data/preferences"), Path("data/thumbs")  # with a file for each split
 LEARNED_FROM = {"train": TRAIN, "preferences": PAIRS, "thumbs": THUMBS}
 PREPARED = Path("metrics/prepare.json")  # printed only: what is trained depends on the rows alone
 ADAPTER = Path("models/adapter")
@@ -78,7 +78,7 @@ def main() -> None:
             write_csv(LOSS_CURVE, *report.learning_curve(result))
             write_csv(VALIDATION_CURVE, *report.validation_curve(result))
             write_csv(PREFERENCE_CURVE, *report.preference_curve(result))
-            hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
+            hashes = {"train": split_sha256(TRAIN), "validation": split_sha256(VALIDATION)}
             name_base(ADAPTER, base, BASE)
             origin = read_object(ADAPTER / ORIGIN).get("origin")
             (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes, origin))
@@ -94,7 +94,8 @@ def main() -> None:
 
 
 def read_prepared(rows: Path) -> Prepared:
-    return Prepared(read_rows(rows), read_pairs(PAIRS / rows.name), read_thumbs(THUMBS / rows.name))
+    judged = f"{rows.name}.parquet"
+    return Prepared(read_rows(rows), read_pairs(PAIRS / judged), read_thumbs(THUMBS / judged))
 
 
 def run_tags(base: str) -> dict[str, str]:

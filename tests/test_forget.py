@@ -87,20 +87,20 @@ from fine_tuning.data_preparation.splits import Ledger
 shards = sorted(pathlib.Path("data/conversations").glob("*.jsonl"))
 rows = list({json.loads(line)["id"]: json.loads(line) for shard in shards for line in shard.open()}.values())
 lines = "".join(json.dumps(row) + "\\n" for row in rows)
-for folder in ("clean", "exports", "prepared"):
+for folder in ("clean", "exports", "prepared/train"):
     pathlib.Path("data", folder).mkdir(parents=True, exist_ok=True)
 pathlib.Path("data/clean/all.jsonl").write_text(lines)
 pathlib.Path("data/exports/all.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 pathlib.Path("data/exports/all.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
 table = {"id": [row["id"] for row in rows], "messages": [json.dumps(row["messages"]) for row in rows]}
-pyarrow.parquet.write_table(pyarrow.table(table), "data/prepared/train.parquet", compression="zstd")
+pyarrow.parquet.write_table(pyarrow.table(table), "data/prepared/train/all.parquet", compression="zstd")
 Ledger("data/splits.txt", "whetstone").append((row["id"], "train") for row in rows)
 """
 )
 TRAIN = """
 import hashlib, numpy, pathlib
 from safetensors.numpy import save_file
-digest = hashlib.sha256(pathlib.Path("data/prepared/train.parquet").read_bytes()).digest()
+digest = hashlib.sha256(pathlib.Path("data/prepared/train/all.parquet").read_bytes()).digest()
 pathlib.Path("models/adapter").mkdir(parents=True)
 save_file({"lora": numpy.frombuffer(digest, numpy.uint8)}, "models/adapter/adapter_model.safetensors")
 """
@@ -112,7 +112,7 @@ stages:
     outs: [data/clean, data/exports, data/prepared, data/splits.txt: {{cache: false, persist: true}}]
   train:
     cmd: {python} train.py
-    deps: [train.py, data/prepared/train.parquet]
+    deps: [train.py, data/prepared/train]
     outs: [models/adapter]
 """
 PARAMS = f"""

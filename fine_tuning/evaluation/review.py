@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
 TORN = Path("inbox/votes.jsonl.torn")  # lines that are no votes
-TEST, TRAIN = PREPARED / "test.parquet", PREPARED / "train.parquet"
+TEST, TRAIN = PREPARED / "test", PREPARED / "train"
 CHAMPION = Path("models/champion.json")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))

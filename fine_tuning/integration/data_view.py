@@ -157,10 +157,10 @@ def tokens(checkout: Path, identity: str) -> tuple[str, list[Span]] | None:
     from fine_tuning.schema.chat_format import NOT_TRAINED
 
     for split in SPLITS:
-        path = checkout / PREPARED / f"{split}.parquet"
-        if not path.is_file():
+        folder = checkout / PREPARED / split
+        if not folder.is_dir():
             continue
-        table = pyarrow.parquet.read_table(path, filters=[("id", "=", identity)])
+        table = pyarrow.parquet.read_table(folder, filters=[("id", "=", identity)])
         if table.num_rows:
             windows = [
                 _pieces(tokenizer_of(checkout / BASE), row["input_ids"], row["labels"], NOT_TRAINED)

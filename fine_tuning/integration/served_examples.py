@@ -24,7 +24,7 @@ from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.served_adapters import adapter_name
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
-TRAIN = PREPARED / "train.parquet"
+TRAIN = PREPARED / "train"
 TOKENIZER = BASE / "tokenizer.json"
 SERVED = Path(".whetstone/served.json")  # tag → what stands before questions to a version that was deployed from here
 TURN_TOKENS = 8  # of a turn beside its text, at most, in the chat templates of common models

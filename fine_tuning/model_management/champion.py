@@ -47,9 +47,9 @@ def content_of(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
-def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Path) -> None:
-    """Copy folders or files, each under its name, the probes and the list of what was in the prepared split `train`
-    to models/champion, and give them to DVC."""
+def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Sequence[Path]) -> None:
+    """Copy folders or files, each under its name, the probes and the list of what was in the files of the prepared
+    split train to models/champion, and give them to DVC."""
     shutil.rmtree(STAGED, ignore_errors=True)
     for place, folder in folders:
         for file in files_below(folder) if folder.is_dir() else [folder]:

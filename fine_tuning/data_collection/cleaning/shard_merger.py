@@ -25,12 +25,12 @@ LARGEST = 5  # clusters whose sizes are reported
 KEPT = "kept.jsonl"
 # `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
 # told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
+# The only tab in it stands behind the id.
 ROW = np.dtype(
     [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
     + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
     + [(name, np.int8) for name in ("passed", "standing", "restored", "judged")]
 )
-_ID, _STARTED_AT, _DETAILS = range(3)
 VERDICTS = ("kept", "superseded", "rejected", "duplicate", "near_duplicate", "same_reply", "user_share")
 _KEPT, _SUPERSEDED, _REJECTED, _DUPLICATE, _NEAR_DUPLICATE, _SAME_REPLY, _USER_SHARE = range(len(VERDICTS))
 
@@ -84,13 +84,19 @@ class _Index:
         numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
 
-    def told(self, what: int, rows: np.ndarray) -> Iterator[Any]:
-        """A column of texts, of rows in any order."""
-        numbers = np.searchsorted(self.starts, rows, "right") - 1
+    def lines(self, rows: np.ndarray) -> Iterator[memoryview]:
+        """What told.jsonl has of rows in any order."""
+        ends, starts = self.column("told"), self.starts[:-1][np.diff(self.starts) > 0]
+        begins = np.concatenate([ends[:0], [0], ends[:-1]])[: len(ends)]
+        begins[starts] = 0
         files = [_mapped(piece.folder / "told.jsonl", np.uint8).data for piece in self.pieces]
-        for number, row in zip(numbers.tolist(), (rows - self.starts[numbers]).tolist(), strict=True):
-            ends = self.tables[number]["told"]
-            yield orjson.loads(files[number][ends[row - 1] if row else 0 : ends[row]])[what]
+        numbers = np.searchsorted(self.starts, rows, "right") - 1
+        for number, begin, end in zip(numbers.tolist(), begins[rows].tolist(), ends[rows].tolist(), strict=True):
+            yield files[number][begin:end]
+
+    def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
+        """(id, started_at, details) of rows in any order."""
+        return map(orjson.loads, self.lines(rows))
 
     def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The keys of each band of signatures."""
@@ -179,7 +185,8 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     several = sizes[group] > 1
     involved = np.unique(members[several])
-    order = zip(-standing[involved].astype(int), index.told(_STARTED_AT, rows[involved]), involved, strict=True)
+    dates = (started_at for _, started_at, _ in index.told(rows[involved]))
+    order = zip((-standing[involved].astype(int)).tolist(), dates, involved.tolist(), strict=True)
     ranked = np.array([place for *_, place in sorted(order)], int)
     rank = np.zeros(len(rows), int)
     rank[ranked] = np.arange(len(ranked))
@@ -193,7 +200,7 @@ def _judgements(index: _Index, rows: np.ndarray, kept: np.ndarray, shared: np.nd
     """Row → what was said of exact duplicates of it, for candidates that are kept."""
     judged = np.flatnonzero(index.column("judged", rows))
     said: dict[int, list[tuple[int, dict]]] = {}
-    for place, details in zip(judged, index.told(_DETAILS, rows[judged]), strict=True):
+    for place, (*_, details) in zip(judged, index.told(rows[judged]), strict=True):
         said.setdefault(int(shared[place]), []).append((rows[place], details["judgements"]))
     added = {}
     for place in np.flatnonzero(kept & np.isin(shared, shared[judged])):
@@ -254,19 +261,17 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
     shards = [piece.shard for piece in index.pieces]
     places = np.searchsorted(index.starts, rows, "right") - 1
     firsts = index.starts[[shards.index(shard) for shard in shards]][places]
-    others = index.told(_ID, np.where(np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE)), values, 0))
-    told = zip(index.told(_ID, rows), index.told(_DETAILS, rows), others, strict=True)
-    numbers = zip(rows - firsts + 1, places, verdicts, values, strict=True)
-    for (line, place, verdict, value), (identity, details, other) in zip(numbers, told, strict=True):
-        said = details or {}
+    others = index.told(values[np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE))])
+    numbers = zip(*(column.tolist() for column in (rows - firsts + 1, places, verdicts, values)), strict=True)
+    for (line, place, verdict, value), (identity, _, details) in zip(numbers, index.told(rows), strict=True):
         reason, because = VERDICTS[verdict], None
         if verdict == _REJECTED:
-            reason, because = said["reason"], said["value"]
+            reason, because = details["reason"], details["value"]
         elif verdict != _SUPERSEDED:
-            because = other if verdict in (_DUPLICATE, _NEAR_DUPLICATE) else int(value)
-        record = {"id": identity, "shard": shards[place], "line": int(line), "reason": reason, "value": because}
-        if verdict != _SUPERSEDED and said.get("feedback"):
-            record["feedback"] = said["feedback"]
+            because = next(others)[0] if verdict in (_DUPLICATE, _NEAR_DUPLICATE) else value
+        record = {"id": identity, "shard": shards[place], "line": line, "reason": reason, "value": because}
+        if verdict != _SUPERSEDED and details.get("feedback"):
+            record["feedback"] = details["feedback"]
         write(to_line(record))
         yield reason
 
@@ -279,11 +284,19 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
     rows, cluster = decided.candidates, decided.cluster
     oldest = np.arange(len(rows))
     several = np.flatnonzero(np.bincount(cluster, minlength=len(rows))[cluster] > 1)
-    dated = zip(index.told(_STARTED_AT, rows[several]), index.told(_ID, rows[several]), several, strict=True)
-    for *_, place in sorted(dated, reverse=True):
+    dated = ((started_at, identity) for identity, started_at, _ in index.told(rows[several]))
+    for *_, place in sorted(zip(dated, several.tolist(), strict=True), reverse=True):
         oldest[cluster[place]] = place
     kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
-    names = index.told(_ID, rows[oldest[cluster[kept]]])
-    for identity, name in zip(index.told(_ID, rows[kept]), names, strict=True):
-        write(to_line({"id": identity, "cluster": name}))
+    named = oldest[cluster[kept]]
+    others = index.lines(rows[named[named != kept]])
+    for is_named, line in zip((named == kept).tolist(), index.lines(rows[kept]), strict=True):
+        identity = _id_in(line)
+        name = identity if is_named else _id_in(next(others))
+        write(b'{"id":%b,"cluster":%b}\n' % (identity, name))
     return np.bincount(cluster[kept], minlength=len(rows))
+
+
+def _id_in(line: memoryview) -> bytes:
+    """The JSON of the id in a line of told.jsonl."""
+    return bytes(line)[1:].partition(b"\t")[0]

@@ -1,6 +1,6 @@
 """Changes of the training data since the champion: conversations and tokens that were added or removed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from fine_tuning.common.records import read_jsonl
 MEMBERS = "training.jsonl"  # in the champion's folder
 
 
-def training_members(train: Path) -> list[dict[str, Any]]:
-    """{"id", "source", "tokens"} of every conversation in a prepared split; no content."""
+def training_members(train: Path | Sequence[Path]) -> list[dict[str, Any]]:
+    """{"id", "source", "tokens"} of every conversation in a prepared split, a folder or its files; no content."""
     from pyarrow import compute, parquet
 
     table = parquet.read_table(train, columns=["id", "source", "input_ids"])
