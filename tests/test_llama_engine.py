@@ -122,6 +122,11 @@ def test_the_gguf_carries_its_chat_template(engine):
     assert engine._post("/apply-template", asked)["prompt"].startswith(expected)
 
 
+def test_replies_name_the_file_and_no_path_of_this_machine(engine, gguf):
+    asked = {"messages": [{"role": "user", "content": "What is 2024?"}], "max_tokens": 2}
+    assert engine._post("/v1/chat/completions", asked)["model"] == gguf.name
+
+
 def test_only_this_machine_is_served_and_only_with_the_key(engine):
     import urllib.error
     import urllib.request

@@ -1,6 +1,7 @@
 """`new FOLDER`: from a checkout and from the wheel, a project in which the pipeline knows all that it reads."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -54,6 +55,11 @@ def test_a_new_project_is_committed_and_has_all_that_the_pipeline_reads(tmp_path
     assert asked.returncode == 0 and "deleted:            fine_tuning" not in asked.stdout
     missing = [line.split()[-1] for line in asked.stdout.splitlines() if "deleted:" in line]
     assert all(name.startswith(("models/", "data/", "metrics/")) for name in missing), missing
+    # What `make help` lists and the README names is there.
+    helped = run("make", "help", cwd=folder).stdout
+    assert "make repro" in helped and "make lint" not in helped
+    named = set(re.findall(r"`make (\w+)`", (folder / "README.md").read_text()))
+    assert named == {name for name in named if f"make {name} " in helped} > {"repro"}
     again = new(tmp_path / "second", folder)
     assert again.returncode == 0 and (tmp_path / "second/dvc.yaml").is_file(), again.stderr
 

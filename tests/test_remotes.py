@@ -230,7 +230,7 @@ def test_a_secret_in_the_configuration_that_git_keeps_fails_the_check(tmp_path):
 
 
 def test_the_check_is_part_of_make_lint():
-    assert "tests.remote_config" in (ROOT / "Makefile").read_text()
+    assert "tests.remote_config" in (ROOT / ".ci/targets.mk").read_text()
 
 
 # -----------------------------------------------------------------------------

@@ -18,6 +18,17 @@ STATE = {  # what no stage writes and the pipeline reads
     "metrics/learning_curve.json": '{"points": []}\n',
     "models/champion.json": '{"version": null}\n',
 }
+README = """# {name}
+
+A chat model that is fine-tuned on its own conversations, with Whetstone. `make help` lists the targets:
+
+- `make repro` makes the environment and runs the pipeline: on the sample conversations, or on those that
+  `python -m fine_tuning import FILE` brought in.
+- `make chat` opens the app.
+- `make round` takes in what was said, trains, compares and commits the verdict.
+
+`params.yaml` has every parameter, `python -m fine_tuning --help` every command.
+"""
 
 
 def new(arguments: argparse.Namespace) -> None:
@@ -43,6 +54,7 @@ def new(arguments: argparse.Namespace) -> None:
         for name, text in STATE.items():
             (made / name).parent.mkdir(exist_ok=True)
             (made / name).write_text(text)
+        (made / "README.md").write_text(README.format(name=folder.name))
         git(made, "init", "-q", "-b", "main")
     sample = subprocess.run([sys.executable, "-m", "fine_tuning", "sample"], cwd=folder, capture_output=True, text=True)
     git(folder, "add", "-A")

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ NO_REPOSITORY = "this folder is not a DVC repository: run `dvc init` in a clone 
 
 
 def read_lock(path: Path = LOCK) -> dict[str, dict[str, Any]]:
-    """Stages of a dvc.lock by name. UserError: there is none, or it is damaged."""
+    """Stages of a dvc.lock by name. Raises UserError if there is none, or it is damaged."""
     try:
         return parse_lock(path.read_bytes())
     except FileNotFoundError:
@@ -81,7 +81,12 @@ def md5_path(path: Path) -> str | None:
         return md5_file(path)
     if not path.is_dir():
         return None
-    entries = [{"md5": md5_file(file), "relpath": file.relative_to(path).as_posix()} for file in files_below(path)]
+    return md5_folder({file.relative_to(path).as_posix(): md5_file(file) for file in files_below(path)})
+
+
+def md5_folder(files: Mapping[str, str]) -> str:
+    """DVC's hash of a folder with these files: {path in it: MD5}."""
+    entries = [{"md5": md5, "relpath": path} for path, md5 in files.items()]
     entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
 
@@ -93,7 +98,7 @@ def files_below(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def cache_folder(checkout: Path) -> Path:
-    """DVC's cache of this checkout, as `dvc cache dir` shows it. UserError: it is not a DVC repository, or its
+    """DVC's cache of this checkout, as `dvc cache dir` shows it. Raises UserError if it is not a DVC repository, or its
     configuration is damaged."""
     from dvc.config import Config, ConfigError
 
@@ -121,22 +126,17 @@ def listing(checkout: Path, md5: str) -> dict[str, str] | None:
     return {entry["relpath"]: entry["md5"] for entry in json.loads(path.read_bytes())}
 
 
-def locate(checkout: Path, stages: dict[str, dict[str, Any]], path: Path) -> Path | None:
-    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache. `path` is
-    an out or lies directly in an out that is a folder."""
-    md5 = locked_md5(stages, path)
-    if md5 is None:
-        for parent in path.parents:
-            folder = locked_md5(stages, parent)
-            if folder:
-                md5 = (listing(checkout, folder) or {}).get(path.relative_to(parent).as_posix())
-                break
-    if md5 is None:
-        return None
-    here = checkout / path
-    if here.is_file() and md5_file(here) == md5:
-        return here
-    return cached(checkout, md5)
+def locate(checkout: Path, stages: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """Files with the contents that dvc.lock records for a folder that lies in an out: the files themselves, or their
+    objects in the cache. None where one is missing."""
+    out = next((parent for parent in folder.parents if locked_md5(stages, parent)), folder)
+    files = listing(checkout, locked_md5(stages, out) or "none") or {}
+    found = []
+    for path, md5 in ((out / name, md5) for name, md5 in files.items()):
+        if path.is_relative_to(folder):
+            here = checkout / path
+            found.append(here if here.is_file() and md5_file(here) == md5 else cached(checkout, md5))
+    return [] if None in found else [path for path in found if path]
 
 
 def show_file(checkout: Path, commit: str, path: str) -> bytes | None:
@@ -146,8 +146,8 @@ def show_file(checkout: Path, commit: str, path: str) -> bytes | None:
 
 
 def dvc_add(path: Path) -> None:
-    """`dvc add`, in this process: it takes a second less than starting DVC. UserError: a pipeline is running, or DVC
-    refuses."""
+    """`dvc add`, in this process: it takes a second less than starting DVC. Raises UserError if a pipeline is running,
+    or DVC refuses."""
     with open_repo(what=f"dvc add {path}") as repo:
         add_to_dvc(repo, path)
 
@@ -189,8 +189,8 @@ def reproduce(*words: str) -> bool:
 
 
 def checkout_outputs() -> None:
-    """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay.
-    UserError: a pipeline is running, or DVC refuses."""
+    """Bring the outputs of the stages back as dvc.lock says; what the cache lacks, and the conversations, stay. Raises
+    UserError if a pipeline is running, or DVC refuses."""
     with open_repo(what="dvc checkout dvc.yaml") as repo:
         repo.checkout(["dvc.yaml"], force=True, allow_missing=True)
 

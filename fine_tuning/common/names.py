@@ -12,14 +12,14 @@ SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@+-]{0,127}")
 
 def check_model_name(name: str) -> str:
     """Return `name` if it is a model name: small letters, digits, `-` and `_`. It becomes an Ollama name, a registry
-    name and a part of paths, so it holds nothing that any of them reads. UserError: it is not."""
+    name and a part of paths, so it holds nothing that any of them reads. Raises UserError if it is not."""
     if not MODEL_NAME.fullmatch(name):
         raise UserError(f"{name[:80]!r} is not a model name: use small letters, digits, - and _ (deploy.name)")
     return name
 
 
 def split_tag(text: str) -> tuple[str, str | None]:
-    """Split `name:tag` or `name` into its parts, both checked. UserError: one of them is not allowed."""
+    """Split `name:tag` or `name` into its parts, both checked. Raises UserError if one of them is not allowed."""
     name, colon, tag = text.partition(":")
     check_model_name(name)
     if colon and not TAG.fullmatch(tag):
@@ -28,7 +28,7 @@ def split_tag(text: str) -> tuple[str, str | None]:
 
 
 def parse_version(text: str, name: str) -> int:
-    """The version in `3`, `v3` or `name:3`. UserError: there is none, or it is one of another model."""
+    """The version in `3`, `v3` or `name:3`. Raises UserError if there is none, or it is one of another model."""
     number = re.fullmatch(rf"(?:{re.escape(name)}:)?v?([1-9][0-9]{{0,8}})", text)
     if not number:
         raise UserError(f"{text[:80]!r} is not a version of {name}: `python -m fine_tuning list` shows them")

@@ -38,8 +38,8 @@ COMPUTING = (
 
 
 def root() -> Path:
-    """The checkout that the current directory is the top of. UserError: the current directory is not the top of a
-    checkout."""
+    """The checkout that the current directory is the top of. Raises UserError if the current directory is not the top
+    of a checkout."""
     here = Path.cwd()
     if not (here / "dvc.yaml").is_file():
         raise UserError("this is not the project's top folder: change to the folder that holds dvc.yaml")
@@ -105,7 +105,8 @@ def versions() -> dict[str, str]:
 
 
 def run_command(*command: str, cwd: Path | None = None) -> str:
-    """Run a program and return its standard output. UserError: it failed; carries the last line of its error output."""
+    """Run a program and return its standard output. Raises UserError if it fails, with the last line of its error
+    output."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode != 0:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
@@ -115,8 +116,8 @@ def run_command(*command: str, cwd: Path | None = None) -> str:
 
 
 def person_name(given: str | None) -> str:
-    """Who acts: the name that was given, else git's user.name. UserError: the name given is empty, longer than 100
-    characters, or holds what cannot be printed."""
+    """Who acts: the name that was given, else git's user.name. Raises UserError if the name given is empty, longer than
+    100 characters, or holds what cannot be printed."""
     if given is not None:
         name = " ".join(given.split())
         if not name or len(name) > 100 or not name.isprintable():
@@ -141,7 +142,7 @@ def git_commit(checkout: Path) -> tuple[str | None, bool]:
 
 def changes_by_hand(checkout: Path) -> list[str]:
     """Files that somebody changed, or added to the code, and did not commit. What commands write there is left out.
-    UserError: the folder is outside git, or has no commit."""
+    Raises UserError if the folder is outside git, or has no commit."""
     others = [f":(exclude){path}" for path in WRITTEN]
     changed = run_command("git", "diff", "--name-only", "HEAD", "--", ".", *others, cwd=checkout)
     added = run_command("git", "ls-files", "--others", "--exclude-standard", "--", *CODE, cwd=checkout)

@@ -32,8 +32,8 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def read_params(section: str, model: type[SettingsT], path: str | Path = "params.yaml") -> SettingsT:
-    """Load `section` of the YAML file at `path` as a `model`. UserError: the file, the section or a parameter is
-    missing, unknown or of the wrong type, or there is a section that nothing reads; names it."""
+    """Load `section` of the YAML file at `path` as a `model`. Raises UserError if the file, the section or a parameter
+    is missing, unknown or of the wrong type, or there is a section that nothing reads; names it."""
     return check_params({section: model}, path)[section]
 
 
@@ -46,8 +46,8 @@ def check_params(models: Mapping[str, type[SettingsT]], path: str | Path = "para
 
 
 def load_params(models: Mapping[str, type[SettingsT]], path: str | Path) -> tuple[dict[str, SettingsT], list[str]]:
-    """(the sections that can be loaded, what is wrong with the others) of the YAML file at `path`. UserError: there is
-    no such file, or it is not plain YAML."""
+    """(the sections that can be loaded, what is wrong with the others) of the YAML file at `path`. Raises UserError if
+    there is no such file, or it is not plain YAML."""
     try:
         document = _parsed(Path(path).read_bytes())
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def _has_a_stage(section: str, pipeline: Path) -> bool:
 
 def write_param(section: str, name: str, value: int | str | None, path: str | Path = "params.yaml") -> None:
     """Set one parameter, which is there, of the YAML file at `path`; not a byte of comments and all else changes.
-    UserError: it is written in a form that this cannot change, such as a name in quotes."""
+    Raises UserError if it is written in a form that this cannot change, such as a name in quotes."""
     text = Path(path).read_bytes().decode()
     number, _ = YAML().load(text)[section].lc.key(name)
     lines = text.splitlines(keepends=True)
@@ -151,7 +151,7 @@ def _in_words(name: str, problems: Sequence[Any]) -> str:
     if kind == "extra_forbidden":
         return f"unknown parameter {name}: check its spelling"
     if kind == "missing":
-        return f"parameter {name} is missing: restore it from git"
+        return f"parameter {name} is missing: add it, as docs/reference.md has it"
     shown = repr(given) if not given or isinstance(given, (str, int, float)) else type(given).__name__
     if name.endswith("token"):
         shown = "(hidden)"

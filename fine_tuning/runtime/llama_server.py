@@ -17,6 +17,7 @@ def parameters(request: dict[str, Any]) -> Any:
 
     params = xllamacpp.CommonParams()
     params.model.path = request["gguf"]
+    params.model_alias = {os.path.basename(request["gguf"])}  # what replies name: no path of this machine
     for path in request["adapters"]:
         adapter = xllamacpp.CommonAdapterLoraInfo()
         adapter.path = path

@@ -104,7 +104,7 @@ class Problem(NamedTuple):
 
 
 def each_record(conversations: Any) -> Iterator[Record]:
-    """The records of what a caller gives as conversations. UserError: one of them is no record."""
+    """The records of what a caller gives as conversations. Raises UserError if one of them is no record."""
     wanted = "give a list of dicts with user_message and assistant_response, or with messages"
     if isinstance(conversations, (str, bytes, dict)) or not isinstance(conversations, Iterable):
         raise UserError(f"a {type(conversations).__name__} is no list of conversations: {wanted}")

@@ -119,7 +119,7 @@ def write_preferences(path: Path, kind: type[PreferredPair] | type[Thumb], recor
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a split, as training reads them. UserError: the file is missing."""
+    """The pairs of a split, as training reads them. Raises UserError if the file is missing."""
     pairs = []
     for row in read_preferences(path):
         chosen = PreparedRow(f"{row['id']}/chosen", row["chosen_ids"], row["chosen_labels"])
@@ -144,7 +144,7 @@ def read_thumbs(path: Path) -> list[JudgedReply]:
 
 
 def read_preferences(path: Path) -> list[dict[str, Any]]:
-    """The records of a file that `write_preferences` wrote. UserError: the file is missing."""
+    """The records of a file that `write_preferences` wrote. Raises UserError if the file is missing."""
     from pyarrow import parquet
 
     if not path.is_file():

@@ -19,8 +19,8 @@ _TOOL = {"type": "function", "function": {"name": "now", "description": "", "par
 
 
 def try_template(tokenizer: Any) -> None:
-    """Let a tokenizer's chat template write a few plain conversations, with and without a tool on offer. UserError: it
-    takes more than SECONDS or MEMORY, or can write none of them."""
+    """Let a tokenizer's chat template write a few plain conversations, with and without a tool on offer. Raises
+    UserError if it takes more than SECONDS or MEMORY, or can write none of them."""
     request = {"template": tokenizer.chat_template, "tokens": tokenizer.special_tokens_map, "seconds": SECONDS}
     _try(json.dumps(request).encode())
 

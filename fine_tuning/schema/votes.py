@@ -94,8 +94,8 @@ def scan_votes(path: Path, form: type[VoteT] = Vote) -> tuple[list[VoteT], dict[
 
 
 def read_votes(path: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
-    """The votes of a file in the order of its lines; none where there is no file. UserError: a line is no vote, or of
-    another version of this project; names it."""
+    """The votes of a file in the order of its lines; none where there is no file. Raises UserError if a line is no
+    vote, or of another version of this project; names it."""
     votes, damaged = scan_votes(path, form)
     if damaged:
         tracked = path.with_name(f"{path.name}.dvc").exists()
@@ -107,7 +107,7 @@ def read_votes(path: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ig
 
 def read_all_votes(folder: Path, form: type[VoteT] = Vote) -> list[VoteT]:  # type: ignore[assignment]
     """People's votes, or judges', of every file of a folder, in order of time; the same vote in two files counts once.
-    UserError: a line is no vote, or the folder holds something else, or lacks a file that DVC tracks there."""
+    Raises UserError if a line is no vote, or the folder holds something else, or lacks a file that DVC tracks there."""
     present = sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
     for path in present:
         data = path.with_suffix("") if path.suffix == ".dvc" else path
