@@ -203,6 +203,7 @@ def test_what_is_ordinary_in_a_chat_is_kept(name):
         ("q", "Dear [Insert name here], hello", "template_field"),
         ("q", "Dear [Customer Name], hello", "template_field"),
         ("q", "lorem ipsum dolor sit amet", "template_field"),
+        ("q", "LOREM IPSUM DOLOR SIT AMET", "template_field"),
         ("What is the capital of France?", "what is the  capital of France.", "echo"),
         ("What is the capital of France, please?", "Hm: what is the capital of France, please", "echo"),
         ("中国的首都是哪里？请告诉我。", "中国的首都是哪里？请告诉我", "echo"),
@@ -540,6 +541,15 @@ def test_no_line_of_json_stops_a_run_and_what_is_kept_is_whole(tmp_path, text):
     for line in files["s.jsonl"].splitlines():
         assert line + b"\n" == dump_line(json.loads(line))
         json.dumps(json.loads(line), ensure_ascii=False).encode()  # no lone surrogate
+
+
+def test_ids_of_any_characters_are_written_as_they_are(tmp_path):
+    ids = ["a\tb", 'c",', ",", "d\n[e\t", "é\u2028", '["f\t"', "\\"]
+    records = [talk(f"what is {number}", f"it is number {number}", id=name) for number, name in enumerate(ids)]
+    records += [talk("what is 0", "another reply altogether", id="last\t")]
+    _, files = run(tmp_path, [shard(tmp_path, "1", records)], piece_bytes=1)
+    named = [*zip(ids, ids, strict=True), ("last\t", "a\tb")]
+    assert rows(files, "clusters.jsonl") == [{"id": name, "cluster": cluster} for name, cluster in named]
 
 
 def test_clusters_hold_near_duplicates_and_equal_questions_under_the_oldest_id(tmp_path):
