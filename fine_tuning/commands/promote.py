@@ -163,7 +163,7 @@ def check_verdict(compared: dict[str, Any]) -> None:
     found, said = rounded(found), rounded(compared)
     if other := [key for key in sorted(found.keys() | said.keys()) if found.get(key) != said.get(key)]:
         raise UserError(
-            f"{project.COMPARISON} is not what its records give ({', '.join(other)}): `dvc repro -fs compare`"
+            f"{project.COMPARISON} is not what its records give ({', '.join(other)}): run `dvc repro -f -s compare`"
         )
 
 

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 
@@ -101,7 +102,8 @@ def similar_pairs(
         rows = np.arange(len(keys), dtype=np.uint64)
         first = least_of_equal(keys, rows)
         found.append((first << np.uint64(32) | rows)[first < rows])
-    pairs = np.unique(np.concatenate(found))
+    pairs = np.sort(np.concatenate(found))
+    pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]
     first, later = (pairs >> np.uint64(32)).astype(int), (pairs & np.uint64(0xFFFFFFFF)).astype(int)
     similar = np.zeros(len(pairs), bool)
     for start in range(0, len(pairs), _PORTION):
@@ -136,7 +138,7 @@ def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
 
 def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Of each row the least value of all that have its key."""
-    order, starts, sizes = _by_key(keys)
+    order, starts, sizes = _by_key(keys, "quicksort")
     found = np.empty_like(values)
     if len(keys):
         found[order] = np.repeat(np.minimum.reduceat(values[order], starts), sizes)
@@ -145,15 +147,15 @@ def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def counts_within(keys: np.ndarray) -> np.ndarray:
     """Of each row how many have its key up to there, itself included."""
-    order, starts, sizes = _by_key(keys)
+    order, starts, sizes = _by_key(keys, "stable")
     found = np.empty(len(keys), int)
     found[order] = np.arange(1, len(keys) + 1) - np.repeat(starts, sizes)
     return found
 
 
-def _by_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_key(keys: np.ndarray, kind: Literal["quicksort", "stable"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows in order of their keys, where each key begins, how many have it)."""
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys, kind=kind)
     ranked = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(keys) else order
     return order, starts, np.diff(starts, append=len(keys))

@@ -5,6 +5,7 @@ million conversations. A shard's lines are written again where a decision about 
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ LARGEST = 5  # clusters whose sizes are reported
 KEPT = "kept.jsonl"
 # `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
 # told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
-# The only tab in it stands behind the id.
+# The only tab in it stands behind the id, so that _ID finds that as it is written.
 ROW = np.dtype(
     [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
     + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
     + [(name, np.int8) for name in ("passed", "standing", "restored", "judged")]
 )
+_ID = re.compile(rb"\[([^\t]*)\t.*\n")
 VERDICTS = ("kept", "superseded", "rejected", "duplicate", "near_duplicate", "same_reply", "user_share")
 _KEPT, _SUPERSEDED, _REJECTED, _DUPLICATE, _NEAR_DUPLICATE, _SAME_REPLY, _USER_SHARE = range(len(VERDICTS))
 
@@ -84,19 +86,22 @@ class _Index:
         numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
 
-    def lines(self, rows: np.ndarray) -> Iterator[memoryview]:
-        """What told.jsonl has of rows in any order."""
+    def ids(self, rows: np.ndarray) -> Iterator[bytes]:
+        """JSON of the ids of rows in ascending order."""
+        for piece, start, end in zip(self.pieces, self.starts[:-1], self.starts[1:], strict=True):
+            first, last = np.searchsorted(rows, (start, end))
+            found = _ID.findall((piece.folder / "told.jsonl").read_bytes()) if last > first else []
+            yield from map(found.__getitem__, (rows[first:last] - start).tolist())
+
+    def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
+        """(id, started_at, details) of rows in any order."""
         ends, starts = self.column("told"), self.starts[:-1][np.diff(self.starts) > 0]
-        begins = np.concatenate([ends[:0], [0], ends[:-1]])[: len(ends)]
+        begins = np.concatenate([[0], ends])[: len(ends)]
         begins[starts] = 0
         files = [_mapped(piece.folder / "told.jsonl", np.uint8).data for piece in self.pieces]
         numbers = np.searchsorted(self.starts, rows, "right") - 1
         for number, begin, end in zip(numbers.tolist(), begins[rows].tolist(), ends[rows].tolist(), strict=True):
-            yield files[number][begin:end]
-
-    def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
-        """(id, started_at, details) of rows in any order."""
-        return map(orjson.loads, self.lines(rows))
+            yield orjson.loads(files[number][begin:end])
 
     def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The keys of each band of signatures."""
@@ -110,7 +115,7 @@ class _Index:
         """Signatures of conversations that passed."""
         found = np.empty((len(rows), near_duplicates.PERMUTATIONS), np.uint32)
         numbers = np.searchsorted(self.starts, rows, "right") - 1
-        for number in np.unique(numbers):
+        for number in set(numbers.tolist()):
             table = _mapped(self.pieces[number].folder / "signatures", np.uint32, near_duplicates.PERMUTATIONS)
             before = int(self.passed[: self.starts[number]].sum())
             found[numbers == number] = table[self._signed[rows[numbers == number]] - before]
@@ -184,7 +189,7 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     keys, members = np.concatenate([own, shared[edited]]), np.concatenate([np.arange(len(rows)), edited])
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     several = sizes[group] > 1
-    involved = np.unique(members[several])
+    involved = np.flatnonzero(np.bincount(members[several], minlength=len(rows)))
     dates = (started_at for _, started_at, _ in index.told(rows[involved]))
     order = zip((-standing[involved].astype(int)).tolist(), dates, involved.tolist(), strict=True)
     ranked = np.array([place for *_, place in sorted(order)], int)
@@ -289,14 +294,7 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
         oldest[cluster[place]] = place
     kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
     named = oldest[cluster[kept]]
-    others = index.lines(rows[named[named != kept]])
-    for is_named, line in zip((named == kept).tolist(), index.lines(rows[kept]), strict=True):
-        identity = _id_in(line)
-        name = identity if is_named else _id_in(next(others))
-        write(b'{"id":%b,"cluster":%b}\n' % (identity, name))
+    others = (orjson.dumps(identity) for identity, *_ in index.told(rows[named[named != kept]]))
+    for is_named, identity in zip((named == kept).tolist(), index.ids(rows[kept]), strict=True):
+        write(b'{"id":%b,"cluster":%b}\n' % (identity, identity if is_named else next(others)))
     return np.bincount(cluster[kept], minlength=len(rows))
-
-
-def _id_in(line: memoryview) -> bytes:
-    """The JSON of the id in a line of told.jsonl."""
-    return bytes(line)[1:].partition(b"\t")[0]
