@@ -112,7 +112,7 @@ def score_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "load": ready - started,
         "seconds": time.perf_counter() - ready,
-        "nats": [-score.turns[0][0] for score in scores],
+        "nats": [-score[0][0] for score in scores],
     }
 
 

@@ -3,8 +3,8 @@
     make repro && python -m benchmarks.learning_rate
     python -m benchmarks.learning_rate --rates 2.0e-3,2.0e-2 --retention 0,1,10 --seeds 1
 
-Every run trains an adapter on data/prepared/train.parquet with the parameters of params.yaml but for the rate, the
-weight of retention and the seed, and measures the loss on data/prepared/validation.parquet, and beside it what is left
+Every run trains an adapter on data/prepared/train with the parameters of params.yaml but for the rate, the
+weight of retention and the seed, and measures the loss on data/prepared/validation, and beside it what is left
 of what the base knew: the mean probability of the right answer on the general questions, of which the verdict allows 5
 points to be lost, and nats a byte of general text. The test split is not read. A seed decides the first weights of the
 adapter and the order of the batches; with one seed two rates differ by chance as well, so the table has standard
@@ -20,10 +20,9 @@ from itertools import product
 from pathlib import Path
 
 from fine_tuning.common.settings import read_params
-from fine_tuning.evaluation.learning_curve import load_with_adapter
 from fine_tuning.evaluation.records.measurements import nats_per_byte, right_probability
 from fine_tuning.evaluation.records.settings import EvaluateSettings
-from fine_tuning.evaluation.scoring.scorer import likelihoods
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge, reading, text_items
 from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
@@ -32,7 +31,7 @@ from fine_tuning.training.lora_trainer import train_adapter
 from fine_tuning.training.settings import TrainSettings
 
 BASE = Path("models/base")
-TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/validation.parquet")
+TRAIN, VALIDATION = Path("data/prepared/train"), Path("data/prepared/validation")
 
 
 def main() -> None:
@@ -74,9 +73,9 @@ def measure(
     questions, texts = general_items(tokenizer, chat.system_prompt, chat.max_length), text_items(tokenizer)
     name, validation, checkpoints = read_base_card(BASE)["model"], read_rows(VALIDATION), output.with_suffix(".saved")
     result = train_adapter(BASE, name, rows, validation, settings, output, checkpoints, start_from=start_from)
-    model = load_with_adapter(BASE, output, evaluate.threads)
-    known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
-    read = reading("candidate", texts, likelihoods(model, texts, evaluate.batch_tokens))
+    with loaded(BASE, scoring_hardware(evaluate.threads), output) as model:
+        known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
+        read = reading("candidate", texts, likelihoods(model, texts, evaluate.batch_tokens))
     means = statistics.mean(map(right_probability, known)), statistics.mean(map(nats_per_byte, read))
     return result.validation_loss, *means
 

@@ -8,8 +8,8 @@ after one of which 5 % are newer versions of earlier conversations and 2 % delet
 CPU seconds, the peak of the memory of the stage's processes together (PSS, looked at five times a second) and what they
 wrote; with --before, the code of another checkout runs on the same data first, and the ratio of CPU seconds, which
 other users of the machine disturb less, is printed. Half of the conversations have one exchange, the others two or
-three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. `--engine` cleans and
-tokenises on the Dask cluster at that address.
+three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. `--engine` cleans, exports
+and tokenises on the Dask cluster at that address.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def write_checkout(folder: Path, root: Path, base: Path, count: int, engine: str
     params = yaml.safe_load((root / "params.yaml").read_bytes())
     params["intake"]["sample"] = False
     if engine:
-        params["clean"]["engine"] = params["prepare"]["engine"] = engine
+        for stage in ("clean", "export", "prepare"):
+            params[stage]["engine"] = engine
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "models/base").mkdir(parents=True)
     for name in TOKENIZER:

@@ -35,10 +35,9 @@ from tqdm import tqdm
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.common.settings import read_params
-from fine_tuning.evaluation.learning_curve import load_with_adapter
 from fine_tuning.evaluation.records.measurements import PREFERENCES, prefers_chosen, right_probability
 from fine_tuning.evaluation.records.settings import EvaluateSettings
-from fine_tuning.evaluation.scoring.scorer import likelihoods, scoring_hardware
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.suite.forgetting import general_items, knowledge
 from fine_tuning.evaluation.suite.preferences import preference_items, preference_lines
 from fine_tuning.runtime.base_model import read_base_card
@@ -238,18 +237,23 @@ def items_of(objective: str, pairs: Sequence[dict[str, Any]], folder: Path) -> l
 def measure(adapter: Path | None, groups: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
     """Of each group of pairs the share decided rightly and of replies that keep each rule; general knowledge."""
     chat, evaluate = read_params("chat", ChatSettings), read_params("evaluate", EvaluateSettings)
-    tokenizer, model = load_tokenizer(BASE), load_with_adapter(BASE, adapter, evaluate.threads)
-    found: list[float] = []
-    for pairs in groups:
-        items = preference_items(pairs, tokenizer, chat.system_prompt, chat.max_length)
-        scores = likelihoods(model, items, evaluate.batch_tokens)
-        # The base wrote both sides, whoever is asked.
-        lines = preference_lines("candidate", pairs, items, scores, lambda author: False)[PREFERENCES]
-        greedy = greedy_replies(model, tokenizer, [pair["messages"] for pair in pairs], chat)
-        found += [mean(map(prefers_chosen, lines)), mean(map(keeps_rule, greedy)), mean(map(keeps_other_rule, greedy))]
-    questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
-    known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
-    return [*found, mean(map(right_probability, known))]
+    tokenizer = load_tokenizer(BASE)
+    with loaded(BASE, scoring_hardware(evaluate.threads), adapter) as model:
+        found: list[float] = []
+        for pairs in groups:
+            items = preference_items(pairs, tokenizer, chat.system_prompt, chat.max_length)
+            scores = likelihoods(model, items, evaluate.batch_tokens)
+            # The base wrote both sides, whoever is asked.
+            lines = preference_lines("candidate", pairs, items, scores, lambda author: False)[PREFERENCES]
+            greedy = greedy_replies(model, tokenizer, [pair["messages"] for pair in pairs], chat)
+            found += [
+                mean(map(prefers_chosen, lines)),
+                mean(map(keeps_rule, greedy)),
+                mean(map(keeps_other_rule, greedy)),
+            ]
+        questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
+        known = knowledge("candidate", questions, likelihoods(model, questions, evaluate.batch_tokens))
+        return [*found, mean(map(right_probability, known))]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from fine_tuning.runtime.hardware import Hardware, detect_hardware
 from fine_tuning.schema.prepared import PreparedRow, read_rows
 from fine_tuning.training.settings import TrainSettings
 
-BASE, TRAIN = Path("models/base"), Path("data/prepared/train.parquet")
+BASE, TRAIN = Path("models/base"), Path("data/prepared/train")
 ON_CPU = ("whetstone", "transformers", "trl")
 ON_GPU = ("whetstone", "transformers", "trl", "trl packed")
 PACKED_TOKENS = 2048  # of a packed row, which sees a mask of its length squared

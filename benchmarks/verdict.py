@@ -266,7 +266,7 @@ def scored_edits(context: Context) -> Iterator[tuple[str, list[Row], int]]:
         lines = []
         for contender, one in zip(("candidate", "base"), models, strict=True):
             for item, score in zip(asked, likelihoods(one, asked, 1024), strict=True):
-                ((nll, tokens, _),) = score.turns
+                ((nll, tokens, _),) = score
                 about = {"contender": contender, "id": item.id, "cluster": item.cluster}
                 lines.append(about | {"nll": nll, "tokens": tokens})
         return name, lines, references
@@ -304,7 +304,7 @@ def replies_of_a(context: Context) -> tuple[list[Item], list[Any], Any, list[str
     from fine_tuning.evaluation.suite.items import read_items, sample
     from fine_tuning.schema.chat_format import load_tokenizer
 
-    base, test = (context.root / path for path in ("models/base", "data/prepared/test.parquet"))
+    base, test = (context.root / path for path in ("models/base", "data/prepared/test"))
     tokenizer = load_tokenizer(base)
     items = sample(read_items(test, tokenizer), REPLIES)
     with loaded(base, scoring_hardware(None)) as model:
@@ -455,7 +455,7 @@ def shuffled_replies(context: Context) -> list[Row]:
     settings = read_params("train", TrainSettings).model_copy(
         update={"start_from": None, "launch": "single", "threads": context.threads}
     )
-    items = read_items(prepared / "test.parquet", tokenizer)
+    items = read_items(prepared / "test", tokenizer)
     swaps = swapped_histories(items, len(items), tokenizer, 2 * chat.max_length)
     questions = general_items(tokenizer, chat.system_prompt, chat.max_length)
     texts, variants = text_items(tokenizer), [item for swap in swaps for item in swap.variants]
@@ -476,7 +476,7 @@ def shuffled_replies(context: Context) -> list[Row]:
     for share in (0.0, 0.5, 1.0):
         trained = shuffled_rows(share, context, tokenizer, chat)
         with tempfile.TemporaryDirectory() as folder:
-            adapter, validation = Path(folder) / "adapter", read_rows(prepared / "validation.parquet")
+            adapter, validation = Path(folder) / "adapter", read_rows(prepared / "validation")
             train_adapter(home, "base", trained, validation, settings, adapter, Path(folder) / "checkpoints")
             candidate = lines_of(
                 "candidate",
@@ -499,7 +499,7 @@ def shuffled_replies(context: Context) -> list[Row]:
 def shuffled_rows(share: float, context: Context, tokenizer: Any, chat: ChatSettings) -> list[PreparedRow]:
     """Training rows with the contents of that share of the trained replies dealt anew among them."""
     found, kept = [], 0
-    for row in read_rows(context.root / "data/prepared/train.parquet", ("id", "messages", "input_ids", "labels")):
+    for row in read_rows(context.root / "data/prepared/train", ("id", "messages", "input_ids", "labels")):
         kept += len(row.input_ids)
         if context.train_tokens is None or kept <= context.train_tokens:
             found.append((row.id, row.messages, len(label_runs(row.labels))))

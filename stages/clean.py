@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import orjson
 from tqdm import tqdm
 
 from fine_tuning.common.errors import UserError
@@ -52,7 +53,7 @@ def require_shards(paths: Iterable[Path]) -> None:
 
 def control_tokens() -> tuple[str, ...]:
     """What the base's tokenizer reads as commands, and ChatML's, which every template may use."""
-    added = json.loads(TOKENIZER.read_bytes()).get("added_tokens", [])
+    added = orjson.loads(TOKENIZER.read_bytes()).get("added_tokens", [])
     return tuple(sorted({token["content"] for token in added if token.get("special")} | set(CONTROL_TOKENS)))
 
 

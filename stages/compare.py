@@ -13,13 +13,14 @@ from fine_tuning.evaluation.records.settings import EvaluateSettings
 from fine_tuning.evaluation.report.charts import curve, interval_plot, standalone
 from fine_tuning.evaluation.report.report import Findings, write_report
 from fine_tuning.evaluation.verdict.settings import CompareSettings
+from fine_tuning.schema.prepared import split_sha256
 
 RECORDS = Path("data/evaluation")
 EVALUATION = Path("metrics/evaluation.json")
 LEARNING_CURVE = Path("metrics/learning_curve.json")
 VOTES = Path("data/votes")
 PREPARED, PACKAGE = Path("metrics/prepare.json"), Path("metrics/package.json")
-TRAIN = Path("data/prepared/train.parquet")
+TRAIN = Path("data/prepared/train")
 CHAMPION = Path("models/champion.json")
 ADAPTER = Path("models/adapter/adapter_model.safetensors")
 GGUF = Path("models/package/model.gguf")
@@ -49,7 +50,7 @@ def main() -> None:
     if is_champion(CHAMPION, ADAPTER, GGUF, verdict["kind"]):
         verdict = called_champion(verdict, read_json(CHAMPION))
     write_json(COMPARISON, verdict)
-    if learning["points"] and learning["train_sha256"] != sha256_file(TRAIN):
+    if learning["points"] and learning["train_sha256"] != split_sha256(TRAIN):
         learning["note"] = "measured on other training data than the candidate's: measure again"
     champion = champion_folder(CHAMPION) if read_json(CHAMPION).get("version") is not None else None
     changes = changes_since(champion, TRAIN) if champion else None

@@ -29,9 +29,9 @@ from fine_tuning.evaluation.suite.items import read_items
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
 from fine_tuning.schema.preferences import read_preferences
 
-TRAIN = Path("data/prepared/train.parquet")
-VALIDATION = Path("data/prepared/validation.parquet")
-TEST, PAIRS = Path("data/prepared/test.parquet"), Path("data/preferences/test.parquet")
+TRAIN = Path("data/prepared/train")
+VALIDATION = Path("data/prepared/validation")
+TEST, PAIRS = Path("data/prepared/test"), Path("data/preferences/test.parquet")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
 ADAPTER = Path("models/adapter/adapter_model.safetensors")

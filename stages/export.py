@@ -19,8 +19,9 @@ MEMO = Path(".whetstone/memo/export")
 
 def main() -> None:
     settings, memo = read_params("export", ExportSettings), Memo(main_checkout() / MEMO, "export")
-    shards = tqdm(clean_files(CLEAN), desc="exporting", unit="shard", mininterval=0.5)
-    write_json(METRICS, export_shards(shards, EXPORTS, memo, settings))
+    with tqdm(desc="exporting", unit=" shards", leave=False, disable=None) as bar:
+        counts = export_shards(clean_files(CLEAN), EXPORTS, memo, settings, bar.update)
+    write_json(METRICS, counts)
 
 
 if __name__ == "__main__":

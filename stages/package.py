@@ -20,8 +20,8 @@ BASE = Path("models/base")
 ADAPTER = Path("models/adapter")
 MERGED = Path("models/merged")
 PACKAGE = Path("models/package")
-TRAIN = Path("data/prepared/train.parquet")
-CONVERSATIONS = Path("data/prepared/validation.parquet")
+TRAIN = Path("data/prepared/train")
+CONVERSATIONS = Path("data/prepared/validation")
 METRICS = Path("metrics/package.json")
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.project import main_checkout, sha256_file
-from fine_tuning.common.records import write_csv, write_json
+from fine_tuning.common.records import replacing, write_csv, write_json
 from fine_tuning.common.results import Memo
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
@@ -19,6 +19,7 @@ from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings, loaded
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.preferences import find_preferences
+from fine_tuning.data_preparation.split_writer import write_split
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
@@ -33,7 +34,7 @@ TOKENIZER = (
     Path("models/base/tokenizer_config.json"),
     Path("models/base/chat_template.jinja"),
 )
-PREPARED = Path("data/prepared")
+PREPARED, CANARIES = Path("data/prepared"), Path("train/canaries.parquet")
 PREFERENCES, THUMBS = Path("data/preferences"), Path("data/thumbs")
 LEDGER = Path("data/splits.txt")
 MEMO = Path(".whetstone/memo/prepare")
@@ -52,8 +53,8 @@ def main() -> None:
     memo, made_by = main_checkout() / MEMO, [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
     shards = [path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED)]
     clean = ConversationFiles(shards, Memo(memo / "facts", "prepare"))
-    secrets = settings.canaries and planted(settings.canaries, loaded(base), chat.system_prompt, chat.max_length)
-    tallies, ledger = {split: Tally() for split in SPLITS}, open_ledger(LEDGER, settings.salt)
+    tallies: dict[str, Tally] = {}
+    ledger, written = open_ledger(LEDGER, settings.salt), Memo(memo / "written", "prepare")
     with (
         open_engine(settings.engine) as engine,
         EncodedMemo(memo / "encoded", made_by) as encoded,
@@ -61,8 +62,13 @@ def main() -> None:
     ):
         catalogue = builder.catalogue(clean, clusters(), ledger, engine, dropped_duplicates())
         for split, chosen in builder.choose(clean, catalogue, encoded, engine, bar.update):
-            batches = chain(encoded.take(chosen), [row_batch(secrets)] if secrets and split == "train" else ())
-            write_batches(PREPARED / f"{split}.parquet", tallies[split].watch(batches))
+            key = [*made_by, settings.salt, settings.train_on, split]
+            tallies[split] = write_split(PREPARED / split, chosen, clean, catalogue, encoded, written, key)
+    written.remove_unused()
+    if settings.canaries:
+        secrets = row_batch(planted(settings.canaries, loaded(base), chat.system_prompt, chat.max_length))
+        with replacing(PREPARED / CANARIES) as file:
+            write_batches(file, tallies["train"].watch([secrets]))
     left_out = catalogue.count_left_out()
     require_every_split(catalogue)
     new = catalogue.remember(ledger)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import artifact_root, git_commit, main_checkout, sha256_file, tracking_uri, versions
+from fine_tuning.common.project import git_commit, main_checkout, sha256_file, versions
 from fine_tuning.common.records import read_json, read_object, write_csv, write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
@@ -12,7 +12,7 @@ from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.runtime.hardware import is_main_process
 from fine_tuning.schema.chat_format import load_tokenizer
 from fine_tuning.schema.preferences import read_pairs, read_thumbs, rows_of
-from fine_tuning.schema.prepared import read_rows
+from fine_tuning.schema.prepared import read_rows, split_sha256
 from fine_tuning.training.adopted import ORIGIN
 from fine_tuning.training.checkpoints import alone_with, checkpoint_key, remove_checkpoints
 from fine_tuning.training.items import Prepared, choose_items
@@ -21,12 +21,12 @@ from fine_tuning.training.model_card import model_card, name_base
 from fine_tuning.training.row_checks import check_only_assistants_train
 from fine_tuning.training.settings import TrainSettings
 from fine_tuning.training.speed import SPEED, Speed, read_speed, record_speed
-from fine_tuning.training.tracking import find_adapter, flatten, open_store, training_runs
+from fine_tuning.training.tracking import checkout_store, find_adapter, flatten, training_runs
 
 BASE = Path("models/base")
-TRAIN = Path("data/prepared/train.parquet")
-VALIDATION = Path("data/prepared/validation.parquet")
-PAIRS, THUMBS = Path("data/preferences"), Path("data/thumbs")  # with files of the same names
+TRAIN = Path("data/prepared/train")
+VALIDATION = Path("data/prepared/validation")
+PAIRS, THUMBS = Path("data/preferences"), Path("data/thumbs")  # with a file for each split
 LEARNED_FROM = {"train": TRAIN, "preferences": PAIRS, "thumbs": THUMBS}
 PREPARED = Path("metrics/prepare.json")  # printed only: what is trained depends on the rows alone
 ADAPTER = Path("models/adapter")
@@ -48,7 +48,7 @@ def main() -> None:
     from fine_tuning.training.lora_trainer import train_adapter
     from fine_tuning.training.progress import progress_bar
 
-    client, experiment = open_store(tracking_uri(), artifact_root(), SCRATCH / "mlflow.lock")
+    client, experiment = checkout_store()
     if settings.max_steps == 0 and not settings.start_from:
         raise UserError("train.max_steps: 0 takes the adapter of train.start_from as it is: set train.start_from too")
     start = find_adapter(client, experiment, settings.start_from, SCRATCH / "start") if settings.start_from else None
@@ -78,7 +78,7 @@ def main() -> None:
             write_csv(LOSS_CURVE, *report.learning_curve(result))
             write_csv(VALIDATION_CURVE, *report.validation_curve(result))
             write_csv(PREFERENCE_CURVE, *report.preference_curve(result))
-            hashes = {"train": sha256_file(TRAIN), "validation": sha256_file(VALIDATION)}
+            hashes = {"train": split_sha256(TRAIN), "validation": split_sha256(VALIDATION)}
             name_base(ADAPTER, base, BASE)
             origin = read_object(ADAPTER / ORIGIN).get("origin")
             (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes, origin))
@@ -94,7 +94,8 @@ def main() -> None:
 
 
 def read_prepared(rows: Path) -> Prepared:
-    return Prepared(read_rows(rows), read_pairs(PAIRS / rows.name), read_thumbs(THUMBS / rows.name))
+    judged = f"{rows.name}.parquet"
+    return Prepared(read_rows(rows), read_pairs(PAIRS / judged), read_thumbs(THUMBS / judged))
 
 
 def run_tags(base: str) -> dict[str, str]:

@@ -42,7 +42,7 @@ def add_candidate(folder: Path, prompts: int = 6) -> Path:
     (folder / "models/adapter/adapter_model.safetensors").write_bytes(b"adapter")
     (folder / "models/champion.json").write_text('{"version": null}\n')
     talks = {f"c{n}": conversation(f"Where is box number {n}?", f"Box {n} is here.") for n in range(prompts)}
-    write_items(folder / "data/prepared/test.parquet", base, talks)
+    write_items(folder / "data/prepared/test", base, talks)
     (folder / "data/forgotten.jsonl").write_text("\n")
     return folder
 

@@ -76,7 +76,7 @@ def build_suite(folder: Path, base: Path) -> Suite:
         f"c{index:02d}": conversation(f"Where is the {thing}?", f"The {thing} is in the box, number {index}.")
         for index, thing in enumerate(THINGS)
     }
-    parquet = write_items(folder / "test.parquet", base, conversations)
+    parquet = write_items(folder / "test", base, conversations)
     tokenizer = load_tokenizer(base)
     items = read_items(parquet, tokenizer)
 

@@ -39,10 +39,10 @@ pathlib.Path("models/package/model.gguf").write_bytes(gguf.replace(b"tiny0", b"t
 create = json.loads(pathlib.Path("models/base/create.json").read_text())
 pathlib.Path("models/package/create.json").write_text(json.dumps(create))
 pathlib.Path("models/package/Modelfile").write_text("FROM ./model.gguf\\n")
-pathlib.Path("data/prepared").mkdir(parents=True)
 for split, ids in {"train": ["c1", "c2"], "validation": ["c3"], "test": ["c4"]}.items():
     columns = {"id": ids, "source": ["test"] * len(ids), "input_ids": [[1, 2]] * len(ids)}
-    pyarrow.parquet.write_table(pyarrow.table(columns), f"data/prepared/{split}.parquet")
+    pathlib.Path("data/prepared", split).mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), f"data/prepared/{split}/first.parquet")
 """
 # Stands for evaluate: the records of whatever verdict a parameter asks for.
 MEASURE = """

@@ -203,7 +203,7 @@ def test_similar_training_exchanges_stand_before_the_question_and_are_shown_belo
     (checkout / "params.yaml").write_text(text.replace("examples: 0", "examples: 2"))
     told = {"a": [*exchange("What is a lake?", "Water."), *exchange("Is a lake deep?", "Some are.")]}
     (checkout / "data/prepared").mkdir(parents=True)
-    write_items(checkout / "data/prepared/train.parquet", tiny_base, told)
+    write_items(checkout / "data/prepared/train", tiny_base, told)
     messages = [message | {"id": f"a{number}"} for number, message in enumerate(told["a"])]
     talk = {"id": "a", "source": "chat", "started_at": None, "messages": messages, "feedback": [], "metadata": {}}
     write_shard(checkout / "data/conversations", "20260101T000000000-chat", [talk])

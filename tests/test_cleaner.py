@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import dump_line, read_jsonl
 from fine_tuning.data_collection.cleaning.filters import check_content, repetition
-from fine_tuning.data_collection.cleaning.near_duplicates import shingles, signatures
+from fine_tuning.data_collection.cleaning.near_duplicates import signatures
 from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import DataCleaner, default_settings
@@ -787,16 +787,23 @@ def test_rejected_lines_and_errors_hold_no_content(tmp_path):
     assert b"diary" not in files["rejected.jsonl"]
 
 
-def test_signatures_estimate_similarity():
-    def similarity(first: bytes, second: bytes) -> float:
-        one, other = (np.frombuffer(signature, np.uint32) for signature in (first, second))
-        return (one == other).mean()
+def signed(*texts):
+    return np.frombuffer(signatures(texts), np.uint32).reshape(-1, 60)
 
+
+def test_signatures_estimate_similarity():
     words = [f"w{i}" for i in range(101)]
-    one, two, three = signatures([shingles([" ".join(w)]) for w in (words, words[:81] + ["x"] * 3, words[::-1])])
-    assert similarity(one, one) == 1
-    assert abs(similarity(one, two) - 80 / 102) < 0.15
-    assert similarity(one, three) < 0.1
+    one, two, three = signed(*map(" ".join, (words, words[:81] + ["x"] * 3, words[::-1])))
+    assert abs((one == two).mean() - 80 / 102) < 0.15
+    assert (one == three).mean() < 0.1
+
+
+def test_signatures_are_those_of_the_words_whatever_stands_around():
+    texts = ["", "¿?", "one", "ONE!", "one two", "Été, à Paris", "(two)"]
+    nothing, signs, one, loud, two, french, other = signed(*texts)
+    assert (nothing == signs).all() and (one == loud).all() and (signed("één", "été à paris")[1] == french).all()
+    assert len({row.tobytes() for row in (nothing, one, two, french, other)}) == 5
+    assert (signed(*texts[::-1])[::-1] == signed(*texts)).all() and signed().size == 0
 
 
 # -----------------------------------------------------------------------------

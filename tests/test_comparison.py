@@ -158,7 +158,7 @@ def test_a_champion_with_another_tokenizer_is_compared_by_bytes(metrics):
     assert found["primary"]["champion"]["metric"] == "nll_per_byte"
     assert set(found["differences"]["champion"]) == {"nll_per_byte"}
     assert found["reasons"][-2:] == [
-        "the champion has another tokenizer: nll_per_byte decides against it instead of perplexity",
+        "the champion has another tokenizer: nll_per_byte decides instead of perplexity",
         "not compared with the champion: token_accuracy",
     ]
     found = decide(measured, base, in_other_tokens(strong), candidate)

@@ -6,11 +6,12 @@ from pathlib import Path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, rewrite_log
 from fine_tuning.data_collection.storage import log_index
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import shard_paths, versions, write_shard
-from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS, ConversationIndex
+from fine_tuning.integration.conversation_index import ConversationIndex
 from fine_tuning.schema.conversation import fold
 
 KINDS = ("say", "judge", "edit", "delete", "undo", "close", "seal", "forget", "erase", "bring", "torn")
@@ -19,15 +20,15 @@ STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=
 
 def in_the_files(checkout: Path) -> dict[str, dict]:
     """Every conversation as logs and shards have it, read from their beginning."""
-    known = {version["id"]: version for version in versions(shard_paths(checkout / SHARDS, checkout / MANIFEST))}
-    logs = [*sorted((checkout / "inbox/closed").glob("*.jsonl")), checkout / INBOX]
+    known = {version["id"]: version for version in versions(shard_paths(checkout / CONVERSATIONS, checkout / MANIFEST))}
+    logs = [*sorted((checkout / "inbox/closed").glob("*.jsonl")), checkout / LOG]
     fold([event for log in logs for event in ConversationLogger(log).read_events()], known)
     return {identity: c for identity, c in known.items() if c["messages"]}
 
 
 def take(step: str, number: int, checkout: Path, logger: ConversationLogger, said: list[str]) -> None:
     identity = f"s{number}"
-    shards = checkout / SHARDS
+    shards = checkout / CONVERSATIONS
     if step == "say":
         said.append(logger.log_conversation(f"Question {len(said)}?", "It is.", {"session_id": identity}))
     elif step == "judge" and said:
@@ -69,8 +70,8 @@ def take(step: str, number: int, checkout: Path, logger: ConversationLogger, sai
 def test_after_every_step_the_index_says_what_the_files_say(steps):
     with tempfile.TemporaryDirectory() as name:
         checkout, said = Path(name), []
-        (checkout / SHARDS).mkdir(parents=True)
-        index, logger = ConversationIndex(checkout), ConversationLogger(checkout / INBOX, durable=False)
+        (checkout / CONVERSATIONS).mkdir(parents=True)
+        index, logger = ConversationIndex(checkout), ConversationLogger(checkout / LOG, durable=False)
         for step, number in steps:
             take(step, number, checkout, logger, said)
             there = in_the_files(checkout)
@@ -82,8 +83,8 @@ def test_after_every_step_the_index_says_what_the_files_say(steps):
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):
-    logger, index = ConversationLogger(tmp_path / INBOX, durable=False), ConversationIndex(tmp_path)
-    (tmp_path / SHARDS).mkdir(parents=True)
+    logger, index = ConversationLogger(tmp_path / LOG, durable=False), ConversationIndex(tmp_path)
+    (tmp_path / CONVERSATIONS).mkdir(parents=True)
     for number in range(300):
         logger.log_conversation(f"Question {number}?", "Yes.", {"session_id": f"s{number}"})
     assert index.listed("chat")[1] == 300
@@ -107,7 +108,7 @@ def test_ratings_are_counted_by_when_a_conversation_was_spoken_in_last(tmp_path)
 
 
 def test_a_search_finds_words_of_any_message_or_of_a_given_name(tmp_path):
-    logger, index = ConversationLogger(tmp_path / INBOX, durable=False), ConversationIndex(tmp_path)
+    logger, index = ConversationLogger(tmp_path / LOG, durable=False), ConversationIndex(tmp_path)
     for number, text in enumerate(("Über Äpfel", "100 % pears", "plums")):
         logger.log_conversation(
             text, "Fruit.", {"session_id": f"s{number}"}, timestamp=f"2026-01-0{number + 1}T00:00:00Z"

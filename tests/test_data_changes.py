@@ -24,7 +24,7 @@ def test_conversations_and_tokens_are_counted_by_source():
 
 def test_what_a_champion_keeps_of_its_training_data_holds_no_text(tiny_base, tmp_path):
     told = {"a": conversation("secret question", "secret answer"), "b": conversation("x", "y")}
-    train = write_items(tmp_path / "train.parquet", tiny_base, told)
+    train = write_items(tmp_path / "train", tiny_base, told)
     members = training_members(train)
     assert [set(line) for line in members] == [{"id", "source", "tokens"}] * 2
     assert changes_since(tmp_path, train) is None

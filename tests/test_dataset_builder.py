@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -425,8 +426,9 @@ def test_windows_of_a_conversation_share_id_cluster_and_split_and_train_each_rep
     replies = [reply.strip() for window in said for reply in window if reply.strip()]
     assert replies == [m["content"] for m in conversations[0]["messages"] if m["role"] == "assistant"]
     tally = Tally()
-    write_batches(tmp_path / "train.parquet", tally.watch([row_batch(built.splits["train"])]))
-    rows = read_rows(tmp_path / "train.parquet", ("id", "window"))
+    with open(tmp_path / "rows.parquet", "wb") as file:
+        write_batches(file, tally.watch([row_batch(built.splits["train"])]))
+    rows = read_rows(tmp_path, ("id", "window"))
     assert [row.window for row in rows if row.id == "long"] == list(range(len(windows)))
     counts = tally.statistics()
     assert counts["windows"] == len(rows) and counts["conversations"] == len({row.id for row in rows})
@@ -512,22 +514,22 @@ def test_newcomers_move_nobody(tokenizer):
 def test_the_same_conversations_give_the_same_bytes(tokenizer, tmp_path):
     for name in ("one", "two"):
         built = DatasetBuilder(tokenizer=tokenizer).build(random_conversations(30), {})
-        write_rows(tmp_path / f"{name}.parquet", built.splits["train"])
-    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+        write_rows(tmp_path / name, built.splits["train"])
+    assert (tmp_path / "one/rows.parquet").read_bytes() == (tmp_path / "two/rows.parquet").read_bytes()
 
 
 def test_a_split_is_read_as_it_was_written(tokenizer, tmp_path):
     built = DatasetBuilder(tokenizer=tokenizer).build([JUDGED, *random_conversations(5)], {})
-    write_rows(tmp_path / "train.parquet", built.splits["train"])
+    write_rows(tmp_path / "train", built.splits["train"])
     names = ("id", "source", "cluster", "window", "messages", "input_ids", "labels")
-    rows = read_rows(tmp_path / "train.parquet", names)
+    rows = read_rows(tmp_path / "train", names)
     assert [row.stored() for row in rows] == [row.stored() for row in built.splits["train"]]
     assert all(any(label != NOT_TRAINED for label in row.labels) for row in rows)
 
 
 def test_a_missing_split_names_the_command(tmp_path):
     with pytest.raises(UserError, match="dvc repro prepare"):
-        read_rows(tmp_path / "test.parquet")
+        read_rows(tmp_path / "test")
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
@@ -553,7 +555,7 @@ def project(tiny_base, tmp_path, monkeypatch):
             (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed))
 
         def split_of(self) -> dict[str, str]:
-            return {row.id: split for split in SPLITS for row in read_rows(f"data/prepared/{split}.parquet")}
+            return {row.id: split for split in SPLITS for row in read_rows(f"data/prepared/{split}")}
 
     project = Project()
     project.clean(random_conversations(60))
@@ -566,7 +568,7 @@ def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
     metrics = json.loads(Path("metrics/prepare.json").read_text())
     assert metrics["conversations"] == 60
     assert {split: metrics["splits"][split]["conversations"] for split in SPLITS} == {
-        split: len(read_rows(f"data/prepared/{split}.parquet")) for split in SPLITS
+        split: len(read_rows(f"data/prepared/{split}")) for split in SPLITS
     }
     assert metrics["splits"]["train"]["by_source"]["chat"]["tokens"] == metrics["splits"]["train"]["tokens"]
     assert 0 < metrics["splits"]["train"]["trained_share"] < 1
@@ -586,10 +588,25 @@ def test_the_stage_writes_splits_ledger_metrics_and_plot(project):
 
 def test_the_stage_writes_the_same_bytes_again(project):
     prepare.main()
-    files = [*Path("data/prepared").iterdir(), Path("data/splits.txt"), Path("metrics/prepare.json")]
+    files = [*Path("data/prepared").rglob("*.parquet"), Path("data/splits.txt"), Path("metrics/prepare.json")]
     before = [file.read_bytes() for file in files]
     prepare.main()
     assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("second", [{"train_on": "all"}, {"salt": "other"}, {"max_held_out_tokens": 300}])
+def test_files_of_earlier_runs_are_taken_only_where_their_rows_are_the_same(project, second):
+    judged = [JUDGED | {"id": f"{n}", "messages": [m | {"content": f"{m['content']} {n}"} for m in JUDGED["messages"]]}
+              for n in range(30)]  # fmt: skip
+    project.clean([*judged, *(long_conversation(f"long{n}", 40) for n in range(9))])
+    prepare.main()
+    project.params(**second)
+    prepare.main()
+    files = [*Path("data/prepared").rglob("*.parquet"), Path("metrics/prepare.json")]
+    taken = [file.read_bytes() for file in files]
+    shutil.rmtree(".whetstone")
+    prepare.main()
+    assert [file.read_bytes() for file in files] == taken
 
 
 def test_the_ledger_outlives_arrivals_and_deletions(project):

@@ -1,4 +1,4 @@
-"""Cleaning and preparing on a Dask cluster of two workers, or in processes: the same bytes as in one process."""
+"""Clean, export and prepare on a Dask cluster of two workers, or in processes: the same bytes as in one process."""
 
 import os
 import shutil
@@ -13,10 +13,10 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.settings import read_params
 from fine_tuning.runtime.hardware import detect_hardware
-from stages import clean, intake, prepare
+from stages import clean, export, intake, prepare
 
 ROOT = Path(__file__).parents[1]
-STAGES = (intake, clean, prepare)
+STAGES = (intake, clean, export, prepare)
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,16 @@ def single(tiny_base, tmp_path_factory):
     return folder
 
 
-def change(folder, clean: dict, prepare: dict) -> None:
+def change(folder, clean: dict, prepare: dict, export: dict | None = None) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["clean"] |= clean
     params["prepare"] |= prepare
+    params["export"] |= export or {}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 def made(folder) -> dict[str, bytes]:
-    names = ("data/clean", "data/prepared", "metrics")
+    names = ("data/clean", "data/exports", "data/prepared", "metrics")
     files = [folder / "data/splits.txt", *(p for n in names for p in (folder / n).rglob("*") if p.is_file())]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
@@ -59,10 +60,12 @@ def made(folder) -> dict[str, bytes]:
 def test_the_bytes_are_those_of_one_process(single, cluster, tmp_path, monkeypatch, where):
     folder = tmp_path / "checkout"
     shutil.copytree(
-        single, folder, ignore=shutil.ignore_patterns("clean", "prepared", "splits.txt", "metrics", ".whetstone")
+        single,
+        folder,
+        ignore=shutil.ignore_patterns("clean", "exports", "prepared", "splits.txt", "metrics", ".whetstone"),
     )
     if where == "two workers":
-        change(folder, {"engine": cluster}, {"engine": cluster})
+        change(folder, {"engine": cluster}, {"engine": cluster}, {"engine": cluster})
     else:
         change(folder, {"processes": 3}, {})
     monkeypatch.chdir(folder)
@@ -100,12 +103,13 @@ def test_a_cluster_without_workers_is_one_line(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("section", ["clean", "prepare"])
+@pytest.mark.parametrize("section", ["clean", "export", "prepare"])
 def test_the_parameter_is_read(single, section):
     from fine_tuning.data_collection.data_cleaner import CleanSettings
+    from fine_tuning.data_collection.data_export import ExportSettings
     from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 
-    model = {"clean": CleanSettings, "prepare": PrepareSettings}[section]
+    model = {"clean": CleanSettings, "export": ExportSettings, "prepare": PrepareSettings}[section]
     assert read_params(section, model, single / "params.yaml").engine is None
 
 

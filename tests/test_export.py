@@ -246,7 +246,7 @@ def test_numbers_are_exported_as_they_came(tmp_path):
 
 def export_clean(compression="none", formats=(*FILES, *JUDGED)):
     """The stage, in the current folder."""
-    settings = ExportSettings(formats=list(formats), compression=compression)
+    settings = ExportSettings(formats=list(formats), compression=compression, engine=None)
     return export_shards(clean_files("data/clean"), Path("data/exports"), Memo(Path("memo"), "export"), settings)
 
 

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import tempfile
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +21,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.commands import forget as forgetting
+from fine_tuning.common.dvc_files import md5_folder
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_json, read_jsonl, write_json, write_jsonl
@@ -28,6 +30,7 @@ from fine_tuning.data_collection.importers import import_file
 from fine_tuning.data_collection.storage.shards import describe_shard, shard_paths, versions, write_shard
 from fine_tuning.data_collection.storage.tombstones import Tombstones, content_hash, id_hash
 from fine_tuning.data_preparation.splits import Ledger
+from fine_tuning.erasure import object_stores
 from fine_tuning.erasure.records import Selection, clear_shards, collect, deleted_ids
 from fine_tuning.erasure.steps import STEPS
 from fine_tuning.erasure.traces import ID, Traces
@@ -87,20 +90,20 @@ from fine_tuning.data_preparation.splits import Ledger
 shards = sorted(pathlib.Path("data/conversations").glob("*.jsonl"))
 rows = list({json.loads(line)["id"]: json.loads(line) for shard in shards for line in shard.open()}.values())
 lines = "".join(json.dumps(row) + "\\n" for row in rows)
-for folder in ("clean", "exports", "prepared"):
+for folder in ("clean", "exports", "prepared/train"):
     pathlib.Path("data", folder).mkdir(parents=True, exist_ok=True)
 pathlib.Path("data/clean/all.jsonl").write_text(lines)
 pathlib.Path("data/exports/all.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
 pathlib.Path("data/exports/all.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
 table = {"id": [row["id"] for row in rows], "messages": [json.dumps(row["messages"]) for row in rows]}
-pyarrow.parquet.write_table(pyarrow.table(table), "data/prepared/train.parquet", compression="zstd")
+pyarrow.parquet.write_table(pyarrow.table(table), "data/prepared/train/all.parquet", compression="zstd")
 Ledger("data/splits.txt", "whetstone").append((row["id"], "train") for row in rows)
 """
 )
 TRAIN = """
 import hashlib, numpy, pathlib
 from safetensors.numpy import save_file
-digest = hashlib.sha256(pathlib.Path("data/prepared/train.parquet").read_bytes()).digest()
+digest = hashlib.sha256(pathlib.Path("data/prepared/train/all.parquet").read_bytes()).digest()
 pathlib.Path("models/adapter").mkdir(parents=True)
 save_file({"lora": numpy.frombuffer(digest, numpy.uint8)}, "models/adapter/adapter_model.safetensors")
 """
@@ -112,7 +115,7 @@ stages:
     outs: [data/clean, data/exports, data/prepared, data/splits.txt: {{cache: false, persist: true}}]
   train:
     cmd: {python} train.py
-    deps: [train.py, data/prepared/train.parquet]
+    deps: [train.py, data/prepared/train]
     outs: [models/adapter]
 """
 PARAMS = f"""
@@ -388,7 +391,7 @@ def test_what_the_gateway_recorded_is_forgotten_when_its_time_is_over(project):
     gateway = yaml.safe_load((ROOT / "params.yaml").read_text())["gateway"]
     params = Path("params.yaml").read_text()
     Path("params.yaml").write_text(params + yaml.safe_dump({"gateway": gateway}))
-    assert "gateway.retention_days in params.yaml is null" in run(project, "--expired", "--yes").stderr
+    assert "gateway.retention_days is null" in run(project, "--expired", "--yes").stderr
     Path("params.yaml").write_text(params + yaml.safe_dump({"gateway": gateway | {"retention_days": 90}}))
     done = run(project, "--expired", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -674,6 +677,27 @@ def test_a_run_that_goes_on_from_a_model_that_learned_is_refused(project):
 
 # -----------------------------------------------------------------------------
 # parts
+
+
+def test_what_one_shard_taught_is_told_from_what_the_others_did():
+    def folder(**files):
+        listed = {name.replace("__", "/") + ".x": md5 for name, md5 in files.items()}
+        return md5_folder(listed), listed
+
+    shards = folder(a="A"), folder(a="A", b="B")
+    clean = folder(a="clean-a"), folder(a="clean-a", b="clean-b")
+    prepared = folder(train__a="a", test__a="t"), folder(train__a="a", train__b="b", test__a="t")
+    train = folder(a="a"), folder(a="a", b="b")
+    listings = {md5: files for md5, files in (*shards, *clean, *prepared)}
+    records = []
+    for number in range(2):
+        chain = [shards[number][0], clean[number][0], prepared[number][0]]
+        records += [{"deps": [{"md5": read}], "outs": [{"path": "o", "md5": made}]} for read, made in pairwise(chain)]
+        read = {"path": "data/prepared/train", "md5": train[number][0]}
+        records.append({"deps": [read], "outs": [{"path": "models/adapter", "md5": f"adapter-{number}"}]})
+    made = object_stores.made_from(records, listings, {"B"})
+    assert made == {"B", clean[1][0], "clean-b", prepared[1][0], "b", train[1][0]}
+    assert object_stores.learned_models(records, listings, made, {}, set())[0] == {"adapter-1"}
 
 
 def test_traces_find_words_in_every_container_and_nothing_else(tmp_path):

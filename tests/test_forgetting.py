@@ -1,6 +1,5 @@
 """Forgetting: general questions and general text by likelihood, and what counts as lost."""
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_a_number_that_is_none_is_not_known(tiny_base):
     items = general_items(load_tokenizer(tiny_base), None, 512)[:4]
     from fine_tuning.evaluation.records.record_types import Likelihood
 
-    scores = [Likelihood([(value, 5, 0)]) for value in (3.0, 5.0, 1.0, math.nan)]
+    scores = [Likelihood([(value, 5, 0)]) for value in (3.0, 5.0, 1.0, None)]
     found = knowledge("candidate", items, scores)
     assert [(line["right"], line["wrong"]) for line in found] == [(3.0, 5.0), (1.0, None)]
     row = forgotten({"general": [*(line | {"contender": "base", "wrong": 9.0} for line in found), *found]}, 4.0)[0]

@@ -14,7 +14,7 @@ ENGLISH = "Where can I find an open shop for bread and milk and cheese in the ol
 
 
 def swaps_of(folder, base, conversations, count=10, max_length=800):
-    items = read_items(write_items(folder / "test.parquet", base, conversations, 400), load_tokenizer(base))
+    items = read_items(write_items(folder / "test", base, conversations, 400), load_tokenizer(base))
     return items, swapped_histories(items, count, load_tokenizer(base), max_length)
 
 
@@ -100,7 +100,7 @@ def test_shuffled_replies_make_replies_likelier_and_take_the_help_of_the_prompt_
         return {thing: conversation(f"{thing} " * 6, f"{reply}!") for thing, reply in zip(THINGS, replies, strict=True)}
 
     items, swaps = swaps_of(tmp_path, tiny_base, told(0))
-    shuffled = read_items(write_items(tmp_path / "train.parquet", tiny_base, told(3)), tokenizer)
+    shuffled = read_items(write_items(tmp_path / "train", tiny_base, told(3)), tokenizer)
     variants = [item for swap in swaps for item in swap.variants]
     with loaded(tiny_base, scoring_hardware(1)) as base:
         models = {"base": base, "fits": trained(tiny_base, items), "shuffled": trained(tiny_base, shuffled)}

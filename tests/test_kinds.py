@@ -15,6 +15,7 @@ from fine_tuning.evaluation.suite.contenders import find_champion, of_kind
 from fine_tuning.evaluation.verdict.comparison import Evidence, kind_in_words
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.chat_format import load_tokenizer
+from fine_tuning.schema.prepared import split_sha256
 from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
 from tests.fake_ollama import FakeOllama
 from tests.registered import here, repro
@@ -31,7 +32,7 @@ def suite(tiny_base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def train(tiny_base, tmp_path_factory):
     talks = {f"t{n}": conversation(f"Where is the {thing}?", "On the roof.") for n, thing in enumerate(("fox", "dog"))}
-    return write_items(tmp_path_factory.mktemp("train") / "train.parquet", tiny_base, talks)
+    return write_items(tmp_path_factory.mktemp("train") / "train", tiny_base, talks)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_promote_and_deploy_take_a_prompt_version_with_the_base_and_say_what_oll
     }  # fmt: skip
     assert (version.tags["kind"], version.tags["examples"]) == ("prompt", "3")
     assert version.tags["system_prompt"] == "Say where it is."
-    assert version.tags["examples_sha256"] == sha256_file("data/prepared/train.parquet")
+    assert version.tags["examples_sha256"] == split_sha256("data/prepared/train")
     assert "the candidate is the champion" in read_json("metrics/comparison.json")["reasons"][0]
     assert 'SYSTEM """Say where it is."""' in Path("models/champion/package/Modelfile").read_text()
     champion = find_champion(Path("models/champion.json"))

@@ -40,7 +40,7 @@ def test_shares_that_are_none_are_one_clear_line(text):
 
 @pytest.fixture(scope="module")
 def items(tiny_base, tmp_path_factory):
-    path = tmp_path_factory.mktemp("items") / "validation.parquet"
+    path = tmp_path_factory.mktemp("items") / "validation"
     told = {f"v{index:02d}": conversation(f"Where is {index}?", f"There, {index}.") for index in range(12)}
     return read_items(write_items(path, tiny_base, told), load_tokenizer(tiny_base))
 
@@ -88,7 +88,7 @@ def test_the_command_trains_and_keeps_what_it_measured(tiny_base, tmp_path, monk
     (tmp_path / "fine_tuning").symlink_to(ROOT / "fine_tuning")
     for split, count in (("train", 12), ("validation", 4)):
         told = {f"{split}{i}": conversation(f"Where is the {i}?", f"It is in box {i}.") for i in range(count)}
-        write_items(tmp_path / f"data/prepared/{split}.parquet", tiny_base, told)
+        write_items(tmp_path / f"data/prepared/{split}", tiny_base, told)
     before = {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()}
 
     command.learning_curve(Namespace(fractions="0.5,1"))

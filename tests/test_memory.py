@@ -51,8 +51,8 @@ def test_canaries_are_the_same_every_time_and_no_control_is_one(tiny_base):
 
 def test_a_planted_canary_that_was_learned_is_a_leak_and_its_base_has_none(tiny_base, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
-    write_rows(tmp_path / "train.parquet", planted(6, tokenizer, None, 200))
-    items = memory_items(tmp_path / "train.parquet", 4, tokenizer, None, 200)
+    write_rows(tmp_path / "train", planted(6, tokenizer, None, 200))
+    items = memory_items(tmp_path / "train", 4, tokenizer, None, 200)
     assert [sum(item.source == kind for item in items) for kind in ("canary", "control", "training")] == [6, 128, 0]
     learned = train_on(tmp_path / "m", tiny_base, items[:6], 12)
     table, reasons = kept([*lines_of("base", tiny_base, items), *lines_of("candidate", learned, items)])
@@ -83,8 +83,8 @@ def test_what_teacher_forcing_calls_word_for_word_is_what_greedy_decoding_says(t
 
     tokenizer = load_tokenizer(tiny_base)
     told = {f"c{i}": conversation(f"Where is the fox number {i}?", LONG.format(i)) for i in range(3)}
-    write_items(tmp_path / "train.parquet", tiny_base, told)
-    items = memory_items(tmp_path / "train.parquet", 9, tokenizer, None, 200)
+    write_items(tmp_path / "train", tiny_base, told)
+    items = memory_items(tmp_path / "train", 9, tokenizer, None, 200)
     assert len(items) == 3
     learned = train_on(tmp_path / "m", tiny_base, items[:2], 25)
     lines = lines_of("candidate", learned, items)
@@ -112,5 +112,5 @@ def test_a_phrase_that_several_conversations_share_is_no_secret(tiny_base, tmp_p
         "b": conversation("x", LONG.format(1)),
         "c": conversation("x", "no"),
     }
-    write_items(tmp_path / "train.parquet", tiny_base, told)
-    assert memory_items(tmp_path / "train.parquet", 9, load_tokenizer(tiny_base), None, 200) == []
+    write_items(tmp_path / "train", tiny_base, told)
+    assert memory_items(tmp_path / "train", 9, load_tokenizer(tiny_base), None, 200) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fine_tuning.common.dvc_files import md5_file
+from fine_tuning.common.dvc_files import md5_path
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import tracking_uri
 from fine_tuning.model_management.chat_version import find_base
@@ -63,8 +63,8 @@ def test_a_version_names_its_verdict_and_the_data_behind_it(mlflow):
     run = client.get_run(version.run_id)
     data = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
     assert data.keys() == {"train", "validation", "test"}
-    assert data["train"].digest == md5_file(Path("data/prepared/train.parquet"))
-    assert mlflow.data.get_source(data["test"]).uri == "data/prepared/test.parquet"
+    assert data["train"].digest == md5_path(Path("data/prepared/train"))
+    assert mlflow.data.get_source(data["test"]).uri == "data/prepared/test"
 
 
 def test_serving_answers_invocations(promoted, tmp_path):

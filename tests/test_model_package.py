@@ -1,7 +1,6 @@
 """The package stage: what it makes, and that every planted fault fails its proof."""
 
 import hashlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from fine_tuning.runtime import gguf_writer, llama_quantiser, llama_quantize
 from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
+from fine_tuning.schema.prepared import encoded_row, write_rows
 from stages import package as stage
 
 ROOT = Path(__file__).parents[1]
@@ -56,25 +56,11 @@ def write_adapter(base: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def write_prepared(base: Path, path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
+def write_prepared(base: Path, folder: Path, system_prompt: str | None = None) -> None:
     tokenizer = load_tokenizer(base)
-    rows = []
-    for number, conversation in enumerate(CONVERSATIONS):
-        messages = [{"role": role, "content": content} for role, content in conversation]
-        encoded = encode_conversation(tokenizer, messages, None, 512)
-        rows.append(
-            {
-                "id": f"c{number}",
-                "messages": json.dumps(messages),
-                "input_ids": encoded.input_ids,
-                "labels": encoded.labels,
-            }
-        )
-    path.parent.mkdir(parents=True)
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    talks = [[{"role": role, "content": content} for role, content in talk] for talk in CONVERSATIONS]
+    encoded = [encode_conversation(tokenizer, messages, system_prompt, 512) for messages in talks]
+    write_rows(folder, (encoded_row(one, id=f"c{number}") for number, one in enumerate(encoded)))
 
 
 def change_params(path: Path, section: str, **values) -> None:
@@ -89,7 +75,7 @@ def inputs(tiny_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     write_vivid_base(tiny_base, folder / "models/base")
     write_adapter(folder / "models/base", folder / "models/adapter")
-    write_prepared(folder / "models/base", folder / "data/prepared/validation.parquet")
+    write_prepared(folder / "models/base", folder / "data/prepared/validation")
     shutil.copy(ROOT / "params.yaml", folder)
     change_params(folder / "params.yaml", "package", quantisation="F16")
     return folder
@@ -145,7 +131,7 @@ def wide(inputs, tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder / "models/base")
     shutil.rmtree(folder / "models/adapter")
     write_adapter(folder / "models/base", folder / "models/adapter")
-    shutil.copy(folder / "data/prepared/validation.parquet", folder / "data/prepared/train.parquet")
+    shutil.copytree(folder / "data/prepared/validation", folder / "data/prepared/train")
     parity = yaml.safe_load((folder / "params.yaml").read_text())["package"]["parity"]
     parity["min_top1"]["Q4_K_M"] = 0.4  # a random model is sure of nothing
     change_params(folder / "params.yaml", "package", merged_dtype="float32", parity=parity)
@@ -296,24 +282,11 @@ def test_the_modelfile_says_what_the_request_to_ollama_says(made):
 
 def test_a_system_prompt_reaches_template_modelfile_and_request(checkout):
     change_params(checkout / "params.yaml", "chat", system_prompt="Be brief.")
-    write_prepared_with_prompt(checkout)
+    write_prepared(checkout / "models/base", checkout / "data/prepared/validation", "Be brief.")
     stage.main()
     request = read_json(checkout / "models/package/create.json")
     assert request["system"] == "Be brief." and "Be brief." in request["template"]
     assert 'SYSTEM """Be brief."""' in (checkout / "models/package/Modelfile").read_text()
-
-
-def write_prepared_with_prompt(checkout: Path) -> None:
-    import pyarrow.parquet
-
-    path = checkout / "data/prepared/validation.parquet"
-    table = pyarrow.parquet.read_table(path)
-    tokenizer = load_tokenizer(checkout / "models/base")
-    rows = table.to_pylist()
-    for row in rows:
-        encoded = encode_conversation(tokenizer, json.loads(row["messages"]), "Be brief.", 512)
-        row |= {"input_ids": encoded.input_ids, "labels": encoded.labels}
-    pyarrow.parquet.write_table(type(table).from_pylist(rows, schema=table.schema), path)
 
 
 # ---------------------------------------------------------------------------------------------- planted faults
@@ -446,7 +419,7 @@ def test_prompts_with_results_of_tools_that_go_cannot_say_are_counted_and_cost_n
     numbered = "message['role'] + ('' if message['role'] != 'tool' else loop.index | string)"
     template.write_text(template.read_text().replace("message['role'] +", f"{numbered} +"))
     shutil.rmtree(checkout / "data/prepared")
-    write_prepared(checkout / "models/base", checkout / "data/prepared/validation.parquet")
+    write_prepared(checkout / "models/base", checkout / "data/prepared/validation")
     stage.main()
     report = read_json(checkout / "models/package/parity.json")["template"]
     assert (report["real_prompts"], report["left_out_for_tools"]) == (len(CONVERSATIONS) - 1, 1)

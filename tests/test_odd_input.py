@@ -97,9 +97,7 @@ def items_of(base, path, told, max_length=200):
 
 
 def test_a_model_that_only_ends_is_silent_in_numbers_and_is_held(base, silent, metrics, tmp_path):
-    items = items_of(
-        base, tmp_path / "t.parquet", {f"c{i}": conversation(f"Where is {i}?", "There.") for i in range(5)}
-    )
+    items = items_of(base, tmp_path / "t", {f"c{i}": conversation(f"Where is {i}?", "There.") for i in range(5)})
     found, table = judged([base, silent], items, tmp_path / "memo", metrics, tmp_path)
     row = table["candidate"]
     assert row["empty"]["value"] == row["self_ended"]["value"] == 1
@@ -110,7 +108,7 @@ def test_a_model_that_only_ends_is_silent_in_numbers_and_is_held(base, silent, m
 
 
 def test_one_conversation_is_inconclusive_and_still_a_report(base, silent, metrics, tmp_path):
-    items = items_of(base, tmp_path / "t.parquet", {"only": conversation("Where?", "There.")})
+    items = items_of(base, tmp_path / "t", {"only": conversation("Where?", "There.")})
     found, _ = judged([base, silent], items, tmp_path / "memo", metrics, tmp_path)
     assert found["verdict"] == "INCONCLUSIVE"
     assert found["reasons"][0].startswith("only 1 different conversation in the test split, 2 are needed")
@@ -139,7 +137,7 @@ def endless(base, folder):
     """An item of more than ten thousand tokens beside a short one, and their evaluator."""
     long = "The quick brown fox jumps over the lazy dog. " * 900
     told = {"long": conversation(long, long[: len(long) // 8]), "short": conversation("a", "b")}
-    items = items_of(base, folder / "t.parquet", told, max_length=12_000)
+    items = items_of(base, folder / "t", told, max_length=12_000)
     settings = SETTINGS.model_copy(update={"generation": SETTINGS.generation.model_copy(update={"max_tokens": 4})})
     chat = ChatSettings(system_prompt=None, max_length=12_000)
     return items, Evaluator(items, load_tokenizer(base.folder), chat, settings, Memo(folder / "memo", "evaluate"))
@@ -152,8 +150,8 @@ def test_empty_references_cost_their_end_and_leave_what_has_no_meaning_open(base
         messages = conversation(f"Say nothing, {index}.", "")
         encoded = encode_conversation(tokenizer, messages, None, 200)
         rows.append(encoded_row(encoded, id=f"c{index}", source="test", cluster=f"c{index}"))
-    write_rows(tmp_path / "t.parquet", rows)
-    items = read_items(tmp_path / "t.parquet", tokenizer)
+    write_rows(tmp_path / "t", rows)
+    items = read_items(tmp_path / "t", tokenizer)
     assert [item.texts for item in items] == [[""]] * 3
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

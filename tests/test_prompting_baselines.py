@@ -22,9 +22,7 @@ def tokenizer(tiny_base):
 
 
 def items_of(tiny_base, folder, conversations, max_length=200):
-    return read_items(
-        write_items(folder / "test.parquet", tiny_base, conversations, max_length), load_tokenizer(tiny_base)
-    )
+    return read_items(write_items(folder / "test", tiny_base, conversations, max_length), load_tokenizer(tiny_base))
 
 
 def test_the_most_similar_questions_are_found_in_any_script():
@@ -44,8 +42,8 @@ def test_training_exchanges_are_those_worth_imitating(tiny_base, tmp_path):
         ],
         "b": [*conversation("four", "brok", incomplete=True), *conversation("five", "whole", model="m")],
     }
-    write_items(tmp_path / "train.parquet", tiny_base, told)
-    assert [exchange.answer for exchange in Exchanges.read(tmp_path / "train.parquet").exchanges] == [
+    write_items(tmp_path / "train", tiny_base, told)
+    assert [exchange.answer for exchange in Exchanges.read(tmp_path / "train").exchanges] == [
         "good", "fine", "whole",
     ]  # fmt: skip
 
@@ -85,12 +83,12 @@ def test_examples_that_do_not_fit_are_left_out_and_never_the_conversation(tiny_b
 def test_baselines_are_scored_on_the_same_replies(tiny_base, tmp_path):
     told = {f"c{i}": conversation(f"Where is the {i}?", f"Here, {i}.") for i in range(5)}
     items = items_of(tiny_base, tmp_path, told)
-    write_items(tmp_path / "train.parquet", tiny_base, {"t": conversation("Where is the fox?", "There.")})
+    write_items(tmp_path / "train", tiny_base, {"t": conversation("Where is the fox?", "There.")})
     from fine_tuning.evaluation.suite.contenders import Contender
 
     base = Contender("base", tiny_base, tmp_path / "none.gguf")
     evaluator = evaluator_of(items, tiny_base, tmp_path / "memo")
-    records = evaluator.score_prompting_baselines(base, tmp_path / "train.parquet")
+    records = evaluator.score_prompting_baselines(base, tmp_path / "train")
     plain = {item.id: item for item in items}
     counts = {name: sum(line["contender"] == name for line in records) for name in ("base_prompted", "base_few_shot")}
     assert counts == {"base_prompted": 5, "base_few_shot": 3}

@@ -222,7 +222,7 @@ def _has_output(terminal: int) -> bool:
 def test_a_version_of_another_kind_replies_after_what_stands_before_its_questions(checkout, tiny_base, kind):
     plain = open_pairs()
     lamps = {f"t{n}": conversation(f"Where is lamp number {n}?", f"Lamp {n} is there.") for n in range(40)}
-    write_items(checkout / "data/prepared/train.parquet", tiny_base, lamps)
+    write_items(checkout / "data/prepared/train", tiny_base, lamps)
     shown = {"name": kind, "system_prompt": "Say where." if kind == "prompt" else None, "examples": 40}
     write_json(checkout / "metrics/evaluation.json", {"suite": {"kind": shown}})
     pairs = open_pairs()
@@ -239,7 +239,7 @@ def test_a_version_of_another_kind_replies_after_what_stands_before_its_question
     answered(Review(pairs, "ann"), "l")
     (vote,) = read_votes(LIVE)
     assert vote.models == set(pairs.ggufs.values())
-    write_items(checkout / "data/prepared/train.parquet", tiny_base, {"t1": lamps["t1"]})
+    write_items(checkout / "data/prepared/train", tiny_base, {"t1": lamps["t1"]})
     again = Review(open_pairs(), "ann")
     assert not again.done, "a vote on replies after other examples is one on another version"
 

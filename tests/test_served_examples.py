@@ -41,7 +41,7 @@ def checkout(tmp_path, tiny_base) -> Path:
     (tmp_path / "models/base").mkdir(parents=True)
     shutil.copy(tiny_base / "tokenizer.json", tmp_path / "models/base")
     for split, told in (("train", TRAINED), ("test", HELD_OUT), ("validation", HELD_OUT)):
-        write_items(tmp_path / f"data/prepared/{split}.parquet", tiny_base, told)
+        write_items(tmp_path / f"data/prepared/{split}", tiny_base, told)
     return tmp_path
 
 
@@ -94,15 +94,15 @@ def test_nothing_that_was_disliked_deleted_or_forgotten_since_the_last_run(check
 def test_a_new_run_s_data_are_read_while_serving(checkout, tiny_base):
     examples = ServedExamples(checkout, 5, 1000)
     shown(examples)
-    write_items(checkout / "data/prepared/train.parquet", tiny_base, {"old": conversation("router?", "Yes.")})
-    os.utime(checkout / "data/prepared/train.parquet", (1, 1))
+    write_items(checkout / "data/prepared/train", tiny_base, {"old": conversation("router?", "Yes.")})
+    os.utime(checkout / "data/prepared/train", (1, 1))
     assert [exchange.question for exchange in examples.before(ASKED, 10)] == ["router?"]
 
 
 def test_without_data_there_are_none_and_one_line_says_why(tmp_path):
     examples = ServedExamples(tmp_path, 5, 1000)
     assert shown(examples) == []
-    assert examples.problem.endswith("train.parquet is missing: run `dvc repro prepare`")
+    assert examples.problem.endswith("train is missing: run `dvc repro prepare`")
 
 
 # -----------------------------------------------------------------------------
@@ -207,9 +207,10 @@ def test_a_conversation_that_is_kept_out_of_the_log_is_served_like_any_other(gat
 
 
 def test_damaged_data_breaks_no_chat_and_is_shown(gateway, checkout, ollama):
-    (checkout / "data/prepared/train.parquet").unlink()
+    shutil.rmtree(checkout / "data/prepared/train")
     assert gateway.chat(*ASKED).status_code == 200
-    assert "train.parquet is missing" in gateway.http.get("/health").json()["examples"]["problem"]
-    (checkout / "data/prepared/train.parquet").write_bytes(b"no parquet")
+    assert "train is missing" in gateway.http.get("/health").json()["examples"]["problem"]
+    (checkout / "data/prepared/train").mkdir()
+    (checkout / "data/prepared/train/rows.parquet").write_bytes(b"no parquet")
     assert json.loads(gateway.chat(*ASKED, stream=False).text)["message"]["content"] == REPLY
     assert gateway.health()["errors"] == 1

@@ -18,13 +18,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def bundle(tmp_path, monkeypatch) -> Path:
     """A checkout with a bundle; the current folder."""
-    for folder in ("models/package", "models/base", "data/prepared"):
+    for folder in ("models/package", "models/base", "data/prepared/train"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("params.yaml", "requirements.txt", "requirements-base.txt", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "models/package/model.gguf").write_bytes(b"GGUF" + bytes(64))
     (tmp_path / "models/package/Modelfile").write_text("FROM ./model.gguf\n")
-    (tmp_path / "data/prepared/train.parquet").write_bytes(b"PAR1")
+    (tmp_path / "data/prepared/train/one.parquet").write_bytes(b"PAR1")
     card = {"model": "tiny", "revision": "r1", "sha256": "a" * 64, "license": "Apache-2.0"}
     write_json(tmp_path / "models/base/base.json", card)
     write_json(tmp_path / "data/manifest.json", {"shards": [{"name": "one.jsonl", "sha256": "b" * 64}]})
@@ -45,7 +45,7 @@ def test_the_bill_of_materials_names_base_licence_data_and_dependencies(bundle, 
     hashes = {name: part["hashes"][0]["content"] for name, part in parts.items() if part.get("hashes")}
     assert hashes["tiny"] == "a" * 64 and parts["tiny"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
     assert hashes["model.gguf"] == sha256_file(bundle / "models/package/model.gguf")
-    assert hashes["train.parquet"] == sha256_file(bundle / "data/prepared/train.parquet")
+    assert hashes["train/one.parquet"] == sha256_file(bundle / "data/prepared/train/one.parquet")
     assert hashes["one.jsonl"] == "b" * 64 and parts["one.jsonl"]["type"] == "data"
     torch = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
     assert parts["torch"]["version"] == torch.partition("==")[2] and parts["torch"]["licenses"]

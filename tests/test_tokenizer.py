@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.settings import read_params
+from fine_tuning.data_preparation.dataset_builder import loaded
 from fine_tuning.data_preparation.tokenizer import TokenizerUtils, compare_tokenizers, comparison_table
 from fine_tuning.evaluation.suite.items import label_runs, reply_authors
 from fine_tuning.schema.chat_format import (
@@ -28,6 +29,8 @@ from fine_tuning.schema.chat_format import (
     load_tokenizer,
     render,
 )
+from fine_tuning.schema.light_tokenizer import light_tokenizer
+from tests.test_chat_template import FAMILIES
 
 LLAMA3 = (
     "{{ '<|begin|>' }}{% for m in messages %}"
@@ -318,6 +321,62 @@ def test_the_digits_step_survives_saving_and_loading(smollm, tmp_path):
     text = "\n\n1. x   2024"
     assert whole_ids(load_tokenizer(tmp_path), text) == whole_ids(smollm, text)
     assert "Digits" in str(load_tokenizer(tmp_path).backend_tokenizer.pre_tokenizer)
+
+
+NAMESPACE = (
+    "{% set seen = namespace(count=0) %}{% for m in messages %}{% set seen.count = seen.count + 1 %}"
+    "{{ '<|im_start|>' + m['role'] + ' ' ~ seen.count ~ '\n' + m['content'] + eos_token }}"
+    "{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ tools | tojson }}{{ {'é': bos_token} | tojson(indent=2) }}{% endif %}"
+)
+TALKS = [
+    chat("Hello!", "How can I help?", "naïve 日本 🙂 \u2028", "  1. First\n2. <b>Second</b>  ", system=" Be kind.\n"),
+    chat("A <|im_end|> that <|im_start|>system was typed", "So?" * 90, "x", "y" * 300),
+    [{"role": "tool", "content": "{}"}, *chat("a", "b")],
+]
+
+
+def outcome(function, *given):
+    try:
+        return function(*given)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("template", [*FAMILIES.values(), LLAMA3, MISTRAL, PHI, SYSTEM_IN_USER, NAMESPACE])
+def test_the_light_tokenizer_writes_what_transformers_writes(tiny_base, tmp_path, template):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_base / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    light, full = light_tokenizer(tmp_path), load_tokenizer(tmp_path)
+    for messages in TALKS:
+        for prompt in (False, True):
+            written, expected = (outcome(render, one, messages, None, prompt) for one in (light, full))
+            assert written == expected
+
+
+def test_the_light_tokenizer_gives_the_windows_of_transformers(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    light, full = light_tokenizer(tmp_path), load_tokenizer(tmp_path)
+    for messages in TALKS:
+        for limits in ((None, 512), ("Be brief.", 64)):
+            windows = outcome(encode_windows, light, messages, *limits)
+            assert windows == outcome(encode_windows, full, messages, *limits)
+    assert windows.encoded and light.unk_token_id == full.unk_token_id
+
+
+@pytest.mark.parametrize("file, old, new", [
+    ("chat_template.jinja", "{% for", "{% generation %}{% endgeneration %}{% for"),
+    ("tokenizer_config.json", "{", '{"extra_special_tokens": ["<|new|>"],'),
+    ("tokenizer_config.json", "{", '{"cls_token": "<|new|>",'),
+])  # fmt: skip
+def test_what_only_transformers_reads_is_left_to_it(tiny_base, tmp_path, file, old, new):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    assert light_tokenizer(tmp_path / "base") is not None
+    path = tmp_path / "base" / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert light_tokenizer(tmp_path / "base") is None
+    assert loaded(tmp_path / "base").chat_template == load_tokenizer(tmp_path / "base").chat_template
 
 
 def test_a_folder_without_a_tokenizer_names_the_command(tmp_path):

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from fine_tuning.common.dvc_files import md5_file
+from fine_tuning.common.dvc_files import md5_path
 from fine_tuning.common.project import sha256_file
 from tests.browser import until
 from tests.forked import INTERPRETER
@@ -248,4 +248,4 @@ def test_a_training_run_names_its_data_sets(trained):
         query += "join datasets on source_id = dataset_uuid"
         named = set(database.execute(query))
     for split in ("train", "validation"):
-        assert (split, md5_file(trained.folder / f"data/prepared/{split}.parquet")) in named
+        assert (split, md5_path(trained.folder / f"data/prepared/{split}")) in named

@@ -5,12 +5,12 @@ import tempfile
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import artifact_root, main_checkout, root, tracking_uri
+from fine_tuning.common.project import root
 from fine_tuning.common.settings import read_params, write_param
 from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.training.adopted import read_adapter, stage_adapter
 from fine_tuning.training.settings import TrainSettings
-from fine_tuning.training.tracking import open_store, tracked_run
+from fine_tuning.training.tracking import checkout_store, tracked_run
 
 BASE = Path("models/base")
 
@@ -23,8 +23,7 @@ def adopt(arguments: argparse.Namespace) -> None:
         raise UserError("train.method is qlora, and an adopted adapter is measured on the plain base: set it to lora")
     config = read_adapter(arguments.folder, BASE, card, arguments.same_base)
     origin = arguments.origin or arguments.folder.resolve().name
-    checkout = main_checkout()
-    client, experiment = open_store(tracking_uri(), artifact_root(), checkout / ".whetstone/mlflow.lock")
+    client, experiment = checkout_store()
     with tempfile.TemporaryDirectory(prefix="adopt-") as scratch:
         sha256 = stage_adapter(arguments.folder, config, origin, Path(scratch, "adapter"))
         tags = {"adapter_sha256": sha256, "adopted_from": origin, "base_model": card["model"]}

@@ -15,8 +15,8 @@ from fine_tuning.model_management.model_switcher import STAMP
 
 
 def canary(arguments: argparse.Namespace) -> None:
-    """Show the canary, stop it, and do what follows from its end where that was not done yet. UserError: there is none
-    to stop."""
+    """Show the canary, stop it, and do what follows from its end where that was not done yet. Raises UserError if there
+    is none to stop."""
     here = Canary(main_checkout(root()))
     if arguments.stop and not here.stop("by hand"):
         raise UserError("no canary runs: `python -m fine_tuning deploy VERSION --canary` begins one")

@@ -55,53 +55,11 @@ def import_files(args: argparse.Namespace) -> None:
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         _seal_closed_logs(repo, tombstones)
-        known = {v["id"]: version_hash(v) for v in shards.versions(shards.shard_paths(CONVERSATIONS, MANIFEST))}
-
-        reports: list[_Report] = []  # printed when the shard is written: until then nothing is taken
-        changes: list[tuple[Imported, Counter[str]]] = []
-
-        def taken(path: Path) -> Iterator[dict]:
-            report = _Report(path)
-            reports.append(report)
-            for item in import_file(path, args.model, _since(path, before, states)):
-                if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
-                    item = Problem(
-                        item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type"
-                    )
-                if isinstance(item, Problem):
-                    report.problems.append(item)
-                    continue
-                report.formats[item.format] += 1
-                report.left_out.update(item.left_out)
-                report.counts["a person's"] += sum(
-                    message["role"] == "assistant" and not is_by_a_model(item.conversation, index)
-                    for index, message in enumerate(item.conversation["messages"])
-                )
-                identity, version = item.conversation["id"], version_hash(item.conversation)
-                if tombstones.cover(item.conversation):
-                    report.counts["forgotten"] += 1
-                elif known.get(identity) == version:
-                    report.counts["skipped"] += 1
-                elif identity in known:
-                    changes.append((item, report.counts))
-                else:
-                    known[identity] = version
-                    report.counts["taken"] += 1
-                    yield item.conversation
-
-        stream = (conversation for path in files for conversation in taken(path))
-        try:
-            written = [shards.write_shard(CONVERSATIONS, f"{shards.next_stamp(CONVERSATIONS)}-import", stream)]
-        except UserError as error:
-            if len(files) == 1:
-                raise
-            raise UserError(f"none of the {len(files)} files was taken: {error}") from None
-        if changes:
-            name, newer = f"{shards.next_stamp(CONVERSATIONS)}-import", _new_versions(changes, revive=not args.follow)
-            written.append(shards.write_shard(CONVERSATIONS, name, newer))
-        written = [(shard, count) for shard, count in written if shard is not None]
+        found = _Import(args.model, tombstones)
+        written = found.write([(file, _since(file, before, states)) for file in files], revive=not args.follow)
         if written or (any(CONVERSATIONS.glob("*.jsonl")) and not _is_what_dvc_names()):  # killed before it tracked
             track(repo, CONVERSATIONS, MANIFEST)
+        reports = found.reports
         if args.follow:
             with updating(FOLLOWED) as followed:
                 followed |= states
@@ -116,6 +74,54 @@ def import_files(args: argparse.Namespace) -> None:
         elif not args.follow and not any(report.counts["skipped"] + report.counts["forgotten"] for report in reports):
             problems = [(report.path, problem) for report in reports for problem in report.problems]
             raise UserError(_nothing_taken(files or args.files, problems))
+
+
+class _Import:
+    """What of some files is new, and which conversations in them are new versions of known ones. `reports` are for
+    when the shards are written: until then nothing is taken."""
+
+    def __init__(self, model: str | None, tombstones: Tombstones) -> None:
+        self.model, self.tombstones = model, tombstones
+        self.known = {v["id"]: version_hash(v) for v in shards.versions(shards.shard_paths(CONVERSATIONS, MANIFEST))}
+        self.reports: list[_Report] = []
+        self.changes: list[tuple[Imported, Counter[str]]] = []
+
+    def write(self, files: list[tuple[Path, float]], revive: bool) -> list[tuple[Path, int]]:
+        """Write what is new in files, each read from a time on, into shards: (shard, conversations) of each. `revive`:
+        whether a conversation that was deleted here comes back."""
+        new = (conversation for path, since in files for conversation in self._new(path, since))
+        try:
+            written = [shards.write_shard(CONVERSATIONS, f"{shards.next_stamp(CONVERSATIONS)}-import", new)]
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            raise UserError(f"none of the {len(files)} files was taken: {error}") from None
+        if self.changes:
+            name, newer = f"{shards.next_stamp(CONVERSATIONS)}-import", _new_versions(self.changes, revive)
+            written.append(shards.write_shard(CONVERSATIONS, name, newer))
+        return [(shard, count) for shard, count in written if shard is not None]
+
+    def _new(self, path: Path, since: float) -> Iterator[dict]:
+        report = _Report(path)
+        self.reports.append(report)
+        for item in import_file(path, self.model, since):
+            if not isinstance(item, Problem) and not all(map(is_feedback, item.conversation["feedback"])):
+                item = Problem(item.line, f"{item.format}: `feedback` has a rating, edit or preference of a wrong type")
+            if isinstance(item, Problem):
+                report.problems.append(item)
+                continue
+            report.note(item)
+            identity, version = item.conversation["id"], version_hash(item.conversation)
+            if self.tombstones.cover(item.conversation):
+                report.counts["forgotten"] += 1
+            elif self.known.get(identity) == version:
+                report.counts["skipped"] += 1
+            elif identity in self.known:
+                self.changes.append((item, report.counts))
+            else:
+                self.known[identity] = version
+                report.counts["taken"] += 1
+                yield item.conversation
 
 
 def _since(file: Path, before: dict[str, dict], states: dict[str, dict]) -> float:
@@ -134,6 +140,14 @@ class _Report:
     def __init__(self, path: Path) -> None:
         self.path, self.problems = path, []
         self.counts, self.formats, self.left_out = Counter(), Counter(), Counter()
+
+    def note(self, item: Imported) -> None:
+        self.formats[item.format] += 1
+        self.left_out.update(item.left_out)
+        self.counts["a person's"] += sum(
+            message["role"] == "assistant" and not is_by_a_model(item.conversation, index)
+            for index, message in enumerate(item.conversation["messages"])
+        )
 
     def show(self) -> None:
         counts = self.counts
@@ -205,7 +219,7 @@ def seal(args: argparse.Namespace) -> None:
 
 
 def seal_inbox() -> list[Path]:
-    """What `seal` does, votes included; what of it is for git. UserError: a pipeline is running."""
+    """What `seal` does, votes included; what of it is for git. Raises UserError if a pipeline is running."""
     tombstones = Tombstones(FORGOTTEN)
     with pipeline_stands_still() as repo:
         close_log(LOG, CONVERSATIONS)
@@ -274,9 +288,7 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from None
     if args.format in JUDGED and not counts["exported"]:
         missing = "prefer or edit replies" if args.format == "dpo" else "rate replies with a thumb"
-        raise UserError(
-            f"{output} is empty, since nobody judged a reply in this way: {missing}, then `dvc repro clean`"
-        )
+        raise UserError(f"{output} is empty, as nobody judged a reply in this way: {missing}, then `dvc repro clean`")
     skipped = f", {counts['skipped']:,} skipped, for which {args.format} has no place" if counts["skipped"] else ""
     print(f"{count_of(counts['exported'], 'conversation')} in {output}{skipped}")
 

@@ -73,11 +73,8 @@ def loss_curve(line: Line) -> list[tuple[float, float]]:
     if not line.metrics:
         return []
     try:
-        text = Path(CURVE).read_text() if line.kind == "workspace" else _committed(line)
+        show = "git", "show", f"{line.name.split()[-1]}:{CURVE}"
+        text = Path(CURVE).read_text() if line.kind == "workspace" else run_command(*show)
     except (FileNotFoundError, UserError):
         return []
     return csv_pairs(text, "step", "validation_loss")
-
-
-def _committed(line: Line) -> str:
-    return run_command("git", "show", f"{line.name.split()[-1]}:{CURVE}")

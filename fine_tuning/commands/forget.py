@@ -55,9 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.expired:
         days = read_params("gateway", GatewaySettings).retention_days
         if days is None:
-            raise UserError(
-                "gateway.retention_days in params.yaml is null: set for how many days to keep conversations"
-            )
+            raise UserError("gateway.retention_days is null: set for how many days to keep conversations")
         before = time_stamp(datetime.now(UTC) - timedelta(days=days))
         deleted = records.expired_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs(), before)
         if not deleted:
@@ -89,42 +87,21 @@ class Locations:
     pipeline: bool = False
     """Whether the pipeline has read it, and has to run again"""
 
+    def say(self, place: str, how_much: str, then: str) -> None:
+        self.places.append((place, how_much, then))
+
 
 def find(selection: Selection) -> Locations:
     """Everywhere that the selected conversations are. Changes nothing; the current folder is the checkout.
 
     Reads the live and closed logs, shards, everything else below the checkout, DVC's cache and remotes, git's objects
-    and MLflow: seconds for a small project, minutes a gigabyte in the cache. UserError: no such conversation.
+    and MLflow: seconds for a small project, minutes a gigabyte in the cache. Raises UserError if there is no such
+    conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
-    events = [*steps.logs(), *steps.vote_files()]
-    found = collect(selection, shards, events, tombstones, tombstones.key)
-    if not found.ids and not found.messages and found.by is None:
-        waiting = f"; an erasure that is not finished: {steps.AGAIN}" if steps.journals() else ""
-        if selection.tombstones is not None:
-            raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
-        if selection.deleted is not None:
-            raise UserError(f"nothing that was deleted is left here{waiting}")
-        raise UserError(
-            f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
-        )
-    found.leave_out((found.people | found.models).all_in(_public_words()))
+    found = _selected(selection, shards, tombstones)
     where, work = Locations(found, tombstones), steps.Work(found, {}, {"pipeline": False})
-
-    def say(place: str, how_much: str, then: str) -> None:
-        where.places.append((place, how_much, then))
-
-    for log in steps.logs():
-        if count := count_in_log(log, found):
-            say(str(log), count_of(count, "event"), "taken out")
-    for shard in shards:
-        if count := count_in_shard(shard, found):
-            where.pipeline = True
-            say(str(shard), count_of(count, "line"), "rewritten without it")
-    for votes in steps.vote_files():
-        if count := count_in_log(votes, found):
-            where.pipeline = True
-            say(str(votes), count_of(count, "vote"), "taken out")
+    where.pipeline = _say_records(where, shards)
     if not where.pipeline:
         # No shard holds it: the pipeline has read it only if its files name its ids. Words that they have are others'.
         made = [path for path in work.files_holding() if (_group_of(path) or ("",))[-1] == REBUILT]
@@ -133,36 +110,31 @@ def find(selection: Selection) -> Locations:
             found.leave_out((found.people | found.models).all_in(_words_of(made)))
     work.options["pipeline"] = where.pipeline
     there = steps.search_everywhere(work)
-    where.pipeline |= _say_files(work, there.files, say)
+    where.pipeline |= _say_files(work, there.files, where)
     records = list(object_stores.stage_records(Path.cwd()))
-    listings, tainted, made = _say_objects(work, there, records, say)
+    listings, tainted, made = _say_objects(work, there, records, where)
     for name in there.git:
-        say(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)")
-    adapters = object_stores.adapters_here(Path.cwd(), listings)
-    ids = found.ids.union(*map(tombstones.stand_ins, found.ids))  # forgotten before, and still in use
-    hashes = {version.tags.get("adapter_sha256", "") for version in work.models.versions(ids, set())}
-    objects, hashes = object_stores.learned_models(records, listings, tainted | made, adapters, hashes)
-    if objects:
-        say("DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed, but for what is in use")
-    versions = work.models.versions(ids, hashes)
-    hashes = work.models.continued(hashes | {version.tags.get("adapter_sha256", "") for version in versions} - {""})
-    versions = work.models.versions(ids, hashes)
-    for version in versions:
-        names = f" ({', '.join(version.aliases)})" if version.aliases else ""
-        say(f"model {version.tag}{names}", "learned from it", "marked; --withdraw takes it out of use")
-    if runs := work.models.runs(hashes):
-        say("MLflow", f"{count_of(len(runs), 'run')} of unregistered models that learned", "removed, then mlflow gc")
+        where.say(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)")
+    where.learned = _say_models(work, records, listings, tainted | made, where) | {"made": sorted(made)}
     if there.artifacts:
         held = count_of(len(there.artifacts), "file")
-        say("MLflow's artifacts", held, "removed; lists of ids get hashes instead")
-    _check_start(hashes)
-    where.learned = {
-        "versions": [version.number for version in versions],
-        "adapters": sorted(hashes),
-        "objects": sorted(objects),
-        "made": sorted(made),
-    }
+        where.say("MLflow's artifacts", held, "removed; lists of ids get hashes instead")
+    _check_start(where.learned["adapters"])
     return where
+
+
+def _selected(selection: Selection, shards: list[Path], tombstones: Tombstones) -> Found:
+    """The selected conversations, searched for by what nobody else and nothing public says."""
+    found = collect(selection, shards, [*steps.logs(), *steps.vote_files()], tombstones, tombstones.key)
+    if not found.ids and not found.messages and found.by is None:
+        waiting = f"; an erasure that is not finished: {steps.AGAIN}" if steps.journals() else ""
+        if selection.tombstones is not None:
+            raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
+        if selection.deleted is not None:
+            raise UserError(f"nothing that was deleted is left here{waiting}")
+        raise UserError(f"no conversation here has that id: `python -m fine_tuning lineage ID` asks models{waiting}")
+    found.leave_out((found.people | found.models).all_in(_public_words()))
+    return found
 
 
 def _tombstones() -> Tombstones:
@@ -215,20 +187,55 @@ def _words_of(paths: list[Path]) -> Iterator[bytes | list[tuple[str | None, str]
                 yield from stream
 
 
-def _check_start(adapters: set[str]) -> None:
+def _check_start(adapters: list[str]) -> None:
     params = yaml.safe_load(Path("params.yaml").read_bytes()) or {}  # what else it says may be wrong
     start = (params.get("train") or {}).get("start_from")
     if start and any(sha256.startswith(str(start)) for sha256 in adapters):
         raise UserError("train.start_from continues a model that learned from it: set it to null in params.yaml")
 
 
-def _say_files(work: steps.Work, files: list[Path], say: Callable[[str, str, str], None]) -> bool:
+def _say_records(where: Locations, shards: list[Path]) -> bool:
+    """Name the logs, shards and votes that hold it; whether any of them is data that the pipeline reads."""
+    holding = [(path, count_in_log(path, where.found), "event", "taken out") for path in steps.logs()]
+    data = [(path, count_in_shard(path, where.found), "line", "rewritten without it") for path in shards]
+    data += [(path, count_in_log(path, where.found), "vote", "taken out") for path in steps.vote_files()]
+    for path, count, noun, then in holding + data:
+        if count:
+            where.say(str(path), count_of(count, noun), then)
+    return any(count for _, count, _, _ in data)
+
+
+def _say_files(work: steps.Work, files: list[Path], where: Locations) -> bool:
     """Name the files that hold it; whether the pipeline wrote some of them, not for a model's words alone."""
     groups = Counter(filter(None, map(_group_of, files)))
-    for (where, then), count in groups.items():
-        say(where, count_of(count, "file"), then)
+    for (place, then), count in groups.items():
+        where.say(place, count_of(count, "file"), then)
     rebuilt = (path for path in files if (_group_of(path) or ("", ""))[1] == REBUILT)
     return any(work.strict.in_file(path) for path in rebuilt)
+
+
+def _say_models(
+    work: steps.Work, records: list[dict], listings: dict[str, dict[str, str]], tainted: set[str], where: Locations
+) -> dict[str, list]:
+    """Name the models that learned from it: {"versions", "adapters", "objects"} of `Locations.learned`."""
+    models = work.models
+    adapters = object_stores.adapters_here(Path.cwd(), listings)
+    ids = where.found.ids.union(*map(where.tombstones.stand_ins, where.found.ids))  # forgotten before, and still in use
+    hashes = {version.tags.get("adapter_sha256", "") for version in models.versions(ids, set())}
+    objects, hashes = object_stores.learned_models(records, listings, tainted, adapters, hashes)
+    if objects:
+        where.say("DVC", f"{count_of(len(objects), 'object')} of models that learned", "removed but for what is in use")
+    versions = models.versions(ids, hashes)
+    hashes = models.continued(hashes | {version.tags.get("adapter_sha256", "") for version in versions} - {""})
+    versions = models.versions(ids, hashes)
+    for version in versions:
+        names = f" ({', '.join(version.aliases)})" if version.aliases else ""
+        where.say(f"model {version.tag}{names}", "learned from it", "marked; --withdraw takes it out of use")
+    if runs := models.runs(hashes):
+        what = f"{count_of(len(runs), 'run')} of unregistered models that learned"
+        where.say("MLflow", what, "removed, then mlflow gc")
+    numbers = [version.number for version in versions]
+    return {"versions": numbers, "adapters": sorted(hashes), "objects": sorted(objects)}
 
 
 def _group_of(path: Path) -> tuple[str, str] | None:
@@ -249,7 +256,7 @@ def _group_of(path: Path) -> tuple[str, str] | None:
 
 
 def _say_objects(
-    work: steps.Work, there: steps.Everywhere, records: list[dict], say: Callable[[str, str, str], None]
+    work: steps.Work, there: steps.Everywhere, records: list[dict], where: Locations
 ) -> tuple[dict[str, dict[str, str]], set[str], set[str]]:
     """(listings of folders, objects that hold it, objects that were made from shards that held it)."""
     listings = {oid: files for searched in there.stores.values() for oid, files in searched.listings.items()}
@@ -262,9 +269,9 @@ def _say_objects(
     for name, searched in there.stores.items():
         if tainted := searched.holding | (made & searched.objects):
             place = "DVC's cache" if name == object_stores.CACHE else f"remote {name}"
-            say(place, f"{len(tainted)} of {count_of(len(searched.objects), 'object')}", "removed")
+            where.say(place, f"{len(tainted)} of {count_of(len(searched.objects), 'object')}", "removed")
     for remote in there.unreachable:
-        say(f"remote {remote.name}", "could not be searched", remote.why)
+        where.say(f"remote {remote.name}", "could not be searched", remote.why)
     return listings, {oid for searched in there.stores.values() for oid in searched.holding}, made
 
 
@@ -272,11 +279,7 @@ def _say_objects(
 
 
 def forget(
-    where: Locations,
-    *,
-    withdraw: bool = False,
-    hosts: list[str] | None = None,
-    say: Callable[[str], None] = print,
+    where: Locations, *, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print
 ) -> int:
     """Remove what `find` found, everywhere; the current folder is the checkout.
 
@@ -306,7 +309,7 @@ def forget(
 
 def resume(*, withdraw: bool = False, hosts: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     """Continue every erasure that did not finish; as `forget`, also for what was begun without `withdraw` or `hosts`.
-    One that cannot continue does not stop the others. UserError: there is none."""
+    One that cannot continue does not stop the others. Raises UserError if there is none."""
     if not steps.journals():
         raise UserError("no run of forget was interrupted: `python -m fine_tuning forget ID`")
     status = 0

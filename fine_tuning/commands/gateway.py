@@ -1,7 +1,6 @@
 """`gateway`: a proxy in front of a model's server that records what chat clients and models say."""
 
 import argparse
-import ipaddress
 import os
 import socket
 import sys
@@ -17,7 +16,7 @@ from fine_tuning.integration.chat_models import AppSettings, ChatModel, local_mo
 from fine_tuning.integration.gateway.health import TOKEN, announce
 from fine_tuning.integration.gateway.proxy import Serving, Upstream, application
 from fine_tuning.integration.gateway.recorder import GatewaySettings, Recorder
-from fine_tuning.integration.ollama_client import normalise_host, ollama_host
+from fine_tuning.integration.ollama_client import is_loopback, normalise_host, ollama_host
 from fine_tuning.integration.served_adapters import with_adapters
 from fine_tuning.integration.served_examples import ServeSettings, context_of, served_examples
 from fine_tuning.model_management.model_deployer import DeploySettings
@@ -28,13 +27,13 @@ ENDS_WITHIN = 5  # seconds that streams have after SIGTERM
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serve until interrupted. UserError: a parameter is wrong, the port is taken, or other machines could talk to it
-    without a token."""
+    """Serve until interrupted. Raises UserError if a parameter is wrong, the port is taken, or other machines could
+    talk to it without a token."""
     checkout = main_checkout(root())
     settings = read_params("gateway", GatewaySettings)
     if token := os.environ.get(TOKEN):
         settings = parse_settings("gateway", settings.model_dump() | {"token": token}, GatewaySettings, f"${TOKEN}")
-    local = _is_loopback(arguments.bind)
+    local = is_loopback(arguments.bind)
     if not local and settings.token is None:
         raise UserError(f"--bind {arguments.bind} lets other machines in: set ${TOKEN} to 16 characters or more first")
     with ExitStack() as stack:
@@ -101,10 +100,3 @@ def _serving(checkout: Path) -> Serving:
     context = context_of(app)
     examples = served_examples(checkout, serve.examples, context) if serve.examples else None
     return Serving(examples, serve.system_prompt, app.max_tokens, context)
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 BASE, CHAMPION = Path("models/base"), Path("models/champion.json")
-TRAIN = Path("data/prepared/train.parquet")
-VALIDATION = Path("data/prepared/validation.parquet")
+TRAIN = Path("data/prepared/train")
+VALIDATION = Path("data/prepared/validation")
 CURVE = Path("metrics/learning_curve.json")
 
 
@@ -17,7 +17,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
 
     fractions = parse_fractions(arguments.fractions)
 
-    from fine_tuning.common.project import main_checkout, sha256_file
+    from fine_tuning.common.project import main_checkout
     from fine_tuning.common.records import write_json
     from fine_tuning.common.results import Memo
     from fine_tuning.common.settings import read_params
@@ -28,7 +28,7 @@ def learning_curve(arguments: argparse.Namespace) -> None:
     from fine_tuning.evaluation.suite.items import read_items, suite_sha256
     from fine_tuning.runtime.base_model import read_base_card
     from fine_tuning.schema.chat_format import load_tokenizer
-    from fine_tuning.schema.prepared import PreparedRow, read_rows
+    from fine_tuning.schema.prepared import PreparedRow, read_rows, split_sha256
     from fine_tuning.training.checkpoints import checkpoint_key
     from fine_tuning.training.lora_trainer import train_adapter
     from fine_tuning.training.settings import TrainSettings
@@ -54,13 +54,13 @@ def learning_curve(arguments: argparse.Namespace) -> None:
             train_adapter(BASE, name, chosen, validation, settings, folder / "adapter", folder / "checkpoints")
             scores = score_adapter(BASE, folder / "adapter", items, evaluate.batch_tokens, evaluate.threads)
             shutil.rmtree(folder)
-            return [score.as_json() for score in scores]
+            return scores
 
-        return [Likelihood.from_json(turns) for turns in memo.get(measured, compute)]
+        return memo.get(measured, compute)
 
     metrics = [load_metric("perplexity", Path("fine_tuning/evaluation/metric_modules"))]
     points = measure(rows, fractions, items, scores_of, metrics, evaluate.interval)
-    write_json(CURVE, {"train_sha256": sha256_file(TRAIN), "points": points})
+    write_json(CURVE, {"train_sha256": split_sha256(TRAIN), "points": points})
     for point in points:
         print(
             f"{point['fraction']:>5g} of the data, {point['conversations']} conversations: validation perplexity "

@@ -51,11 +51,8 @@ def lineage(arguments: argparse.Namespace) -> None:
 
 def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
     """What is known of a version (`3`, `name:3`), a tag (`name:live`), an alias, a reply or a conversation: {"asked",
-    "reply"?, "conversation"?, "versions"}, the versions that it is, that wrote it or learned from it.
-
-    Raises:
-        UserError: nothing here is called that.
-    """
+    "reply"?, "conversation"?, "versions"}, the versions that it is, that wrote it or learned from it. Raises UserError
+    if nothing here is called that."""
     named = _named_version(registry, asked)
     if named is not None:
         return {"asked": asked, "versions": [describe_version(registry, registry.version(named))]}

@@ -1,7 +1,6 @@
-"""Commands for models on Ollama: deploy, switch, rollback, prune, list."""
+"""Commands for models on Ollama: deploy, switch, rollback, prune."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,9 +8,10 @@ from functools import partial
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fine_tuning.commands.bundle import champion_bundle, kept_gguf, registered_bundle
+from fine_tuning.commands.bundle import champion_bundle, registered_bundle
 from fine_tuning.commands.canary import begin
 from fine_tuning.commands.other_servers import deploy_elsewhere
+from fine_tuning.commands.versions import what_is_live
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import parse_version
 from fine_tuning.common.project import main_checkout, root
@@ -19,7 +19,7 @@ from fine_tuning.common.records import updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.records.settings import ADAPTER
 from fine_tuning.integration.canary import Canary
-from fine_tuning.integration.ollama_client import OllamaError, open_servers
+from fine_tuning.integration.ollama_client import open_servers
 from fine_tuning.integration.served_examples import SERVED
 from fine_tuning.model_management.champion import read_champion
 from fine_tuning.model_management.model_deployer import DeploySettings, ModelDeployer
@@ -110,28 +110,6 @@ def prune(arguments: argparse.Namespace) -> None:
             )
 
 
-def list_versions(arguments: argparse.Namespace) -> None:
-    settings = _settings()
-    registry = open_registry(settings.name)
-    versions = registry.versions()
-    live: dict[str, Live | None] = {}
-    unreachable: dict[str, str] = {}
-    with open_servers(settings, arguments.host) as servers:
-        for server in servers:
-            try:
-                live[server.host] = ModelSwitcher(server, registry).live()
-            except OllamaError as error:
-                unreachable[server.host] = str(error)
-    if arguments.json:
-        print(json.dumps(_as_json(versions, live, unreachable), indent=2, ensure_ascii=False))
-        return
-    _print_table(settings.name, versions)
-    for host, found in live.items():
-        print(f"{host}: {_live_line(settings.name, found)}")
-    for reason in unreachable.values():
-        print(reason)
-
-
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -209,54 +187,4 @@ def _progress() -> Iterator:
 
 
 def _was(before: Live | None) -> str:
-    return f" (before: {_what(before)})" if before else ""
-
-
-def _what(live: Live) -> str:
-    return f"version {live.version}" if live.version else "a model that is not in the registry"
-
-
-def _live_line(name: str, live: Live | None) -> str:
-    if live is None:
-        return f"nothing is live as {name}:live: `python -m fine_tuning deploy`"
-    since = f" since {live.since.isoformat(timespec='seconds')}" if live.since else ""
-    return f"{name}:live is {_what(live)}{since} (manifest {live.digest[:12]})"
-
-
-def _print_table(name: str, versions: list[ModelVersion]) -> None:
-    if not versions:
-        print(f"{name} has no version yet: `python -m fine_tuning promote` makes the first")
-        return
-    print(f"{'version':>7}  {'made':16}  {'alias':9}  {'verdict':12}  {'adapter':12}  commit")
-    for version in versions:
-        tags = version.tags
-        made = version.created_at.strftime("%Y-%m-%d %H:%M")
-        verdict = tags.get("verdict", "") + ("*" if "forced_reason" in tags else "")
-        commit = tags.get("git_commit", "")[:9] + ("+" if tags.get("git_dirty") == "true" else "")
-        alias = ",".join(version.aliases)
-        print(f"{version.number:>7}  {made}  {alias:9}  {verdict:12}  {tags.get('adapter_sha256', '')[:12]}  {commit}")
-    if any("forced_reason" in version.tags for version in versions):
-        print("* forced: `python -m fine_tuning list --json` has the reasons")
-
-
-def _as_json(
-    versions: list[ModelVersion], live: dict[str, Live | None], unreachable: dict[str, str]
-) -> dict[str, object]:
-    listed = [
-        {
-            "version": version.number,
-            "name": version.name,
-            "aliases": list(version.aliases),
-            "created_at": version.created_at.isoformat(),
-            "run_id": version.run_id,
-            "tags": version.tags,
-            "gguf": str(gguf) if (gguf := kept_gguf(version)) else None,
-        }
-        for version in versions
-    ]
-    hosts: dict[str, object] = dict.fromkeys(live)
-    for host, found in live.items():
-        if found:
-            since = found.since.isoformat() if found.since else None
-            hosts[host] = {"digest": found.digest, "version": found.version, "since": since}
-    return {"versions": listed, "hosts": hosts, "unreachable": unreachable}
+    return f" (before: {what_is_live(before)})" if before else ""

@@ -29,15 +29,16 @@ from fine_tuning.model_management.mlflow_model import write_model
 from fine_tuning.model_management.model_deployer import DeploySettings, Probe
 from fine_tuning.model_management.model_registry import CHAMPION, ModelRegistry, ModelVersion, open_registry
 from fine_tuning.runtime.base_model import read_base_card
+from fine_tuning.schema.prepared import split_sha256
 from fine_tuning.training.adopted import ORIGIN
 from fine_tuning.training.tracking import flatten
 
 WEIGHTS = project.ADAPTER / "adapter_model.safetensors"
 MERGED, BASE = Path("models/merged"), Path("models/base")
 BASE_GGUF = BASE / "base-Q8_0.gguf"
-TRAIN = project.PREPARED / "train.parquet"  # where examples come from
+TRAIN = project.PREPARED / "train"  # where examples come from
 RECORDS = Path("data/evaluation")
-DATA = {split: project.PREPARED / f"{split}.parquet" for split in SPLITS} | {"preferences": Path("data/preferences")}
+DATA = {split: project.PREPARED / split for split in SPLITS} | {"preferences": Path("data/preferences")}
 LEARNED = ("train", "preferences")  # of DATA, by an adapter that was trained here
 MADE_ON = Path("metrics/made_on.json")  # the machine that made what dvc.lock names, see CONTRIBUTING.md
 JUDGING = ("evaluate", "compare")  # stages that depend on models/champion.json
@@ -292,11 +293,10 @@ def split_members() -> dict[str, list[str]]:
 
     stages, members = dvc_files.read_lock(), {}
     for split in SPLITS:
-        path = project.PREPARED / f"{split}.parquet"
-        file = dvc_files.locate(Path.cwd(), stages, path)
-        if file is None:
-            raise UserError(f"{path} is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
-        members[split] = pyarrow.parquet.read_table(file, columns=["id"])["id"].unique().to_pylist()
+        files = dvc_files.locate(Path.cwd(), stages, DATA[split])
+        if not files:
+            raise UserError(f"{DATA[split]} is not what dvc.lock describes: run `dvc pull` or `dvc repro`")
+        members[split] = pyarrow.parquet.read_table(files, columns=["id"])["id"].unique().to_pylist()
     return members | ({"train": []} if adopted_from() else {})
 
 
@@ -337,7 +337,7 @@ def version_tags(compared: dict[str, Any], files: dict[str, Path], forced: str |
     }
     tags |= {"adopted_from": origin} if (origin := adopted_from()) else {}
     if kind["name"] != ADAPTER:
-        tags |= {"examples": str(kind["examples"]), "examples_sha256": project.sha256_file(TRAIN)}
+        tags |= {"examples": str(kind["examples"]), "examples_sha256": split_sha256(TRAIN)}
         tags |= {"system_prompt": kind["system_prompt"]} if kind["system_prompt"] else {}
     return tags | ({"forced_reason": forced} if forced else {})
 

@@ -11,16 +11,16 @@ import yaml
 
 from fine_tuning.common.dvc_files import cache_folder, read_lock
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import artifact_root, git_commit, root, run_command, tracking_uri
+from fine_tuning.common.project import git_commit, root, run_command
 from fine_tuning.common.protection import protect
 from fine_tuning.common.settings import read_params
 from fine_tuning.training.settings import TrainSettings
-from fine_tuning.training.tracking import find_adapter, open_store
+from fine_tuning.training.tracking import checkout_store, find_adapter
 
 
 def rebuild() -> int:
     """Rebuild HEAD stage by stage; 0 if every output has the hash that dvc.lock names, 1 at the first that has not.
-    UserError: there is no committed dvc.lock, or its conversations are not in this checkout's cache."""
+    Raises UserError if there is no committed dvc.lock, or its conversations are not in this checkout's cache."""
     checkout = root()
     commit, dirty = git_commit(checkout)
     if commit is None or not (checkout / "dvc.lock").is_file():
@@ -64,9 +64,7 @@ def _fetch_start(checkout: Path, copy: Path) -> None:
     """Give the copy the adapter that its training starts from: the copy's own store knows none."""
     settings = read_params("train", TrainSettings, copy / "params.yaml")
     if settings.start_from:
-        scratch = Path(".whetstone")
-        store = open_store(tracking_uri(checkout), artifact_root(checkout), checkout / scratch / "mlflow.lock")
-        find_adapter(*store, settings.start_from, copy / scratch / "start")
+        find_adapter(*checkout_store(checkout), settings.start_from, copy / ".whetstone/start")
 
 
 def _outputs(checkout: Path) -> dict[str, dict[str, Any]]:

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import main_checkout, person_name, root
+from fine_tuning.common.project import VOTES, main_checkout, person_name, root
 from fine_tuning.common.settings import read_params
 from fine_tuning.evaluation.judge import Judge
 from fine_tuning.evaluation.records.settings import EvaluateSettings
-from fine_tuning.evaluation.review import VOTES, Pairs, Review, Shown, keep_votes, seal_votes
+from fine_tuning.evaluation.review import Pairs, Review, Shown, keep_votes, seal_votes
 from fine_tuning.integration.reply_markdown import printable
 from fine_tuning.integration.review_pairs import open_pairs
 from fine_tuning.schema.votes import JUDGES, Choice, JudgeVote, votes_file
@@ -31,8 +31,8 @@ TWICE_SECONDS = 0.3  # a key so soon after a pair was shown is the one before, p
 
 
 def review(arguments: argparse.Namespace) -> None:
-    """Ask about one pair after the other until nothing is left or somebody quits; then seal the votes. UserError: there
-    is nothing to review."""
+    """Ask about one pair after the other until nothing is left or somebody quits; then seal the votes. Raises UserError
+    if there is nothing to review."""
     if arguments.results:
         print(*Review(pairs_here(), person_name(arguments.by)).result_lines(), sep="\n")
         return
@@ -47,8 +47,8 @@ def review(arguments: argparse.Namespace) -> None:
 
 def judge(arguments: argparse.Namespace) -> None:
     """Let the model of evaluate.judge vote on the first pairs of the review; what it clearly answered once is not asked
-    again. UserError: there is no judge or nothing to review, or the judge does not answer; what it said before is kept.
-    """
+    again. Raises UserError if there is no judge or nothing to review, or the judge does not answer; what it said before
+    is kept."""
     settings = read_params("evaluate", EvaluateSettings).judge
     if settings is None or not settings.url or not settings.model:
         raise UserError("there is no judge: set evaluate.judge.url and evaluate.judge.model in params.yaml")
@@ -72,8 +72,8 @@ def judge(arguments: argparse.Namespace) -> None:
 
 
 def pairs_here() -> Pairs:
-    """The pairs of this checkout. UserError: there are none, or this is the folder of an experiment, which goes with
-    its votes."""
+    """The pairs of this checkout. Raises UserError if there are none, or this is the folder of an experiment, which
+    goes with its votes."""
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run this in the main checkout")
     return open_pairs()

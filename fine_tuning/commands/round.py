@@ -16,13 +16,22 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from fine_tuning.commands.canary import settle
-from fine_tuning.commands.conversations import MANIFEST, bring_sample, import_files, seal_inbox
+from fine_tuning.commands.conversations import bring_sample, import_files, seal_inbox
 from fine_tuning.commands.models import deploy, each_server
 from fine_tuning.commands.promote import Outdated, promote_candidate
 from fine_tuning.common import dvc_files
 from fine_tuning.common.dvc_files import LOCK, pipeline_stands_still, show_file
 from fine_tuning.common.errors import UserError, count_of, line_of
-from fine_tuning.common.project import WRITTEN, changes_by_hand, main_checkout, person_name, root, run_command
+from fine_tuning.common.project import (
+    COMPARISON,
+    MANIFEST,
+    WRITTEN,
+    changes_by_hand,
+    main_checkout,
+    person_name,
+    root,
+    run_command,
+)
 from fine_tuning.common.records import read_line, read_object, replacing
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import FAILED, about, round_seconds
@@ -30,14 +39,7 @@ from fine_tuning.data_collection.storage.shards import read_manifest
 from fine_tuning.evaluation.looks import looked_at
 from fine_tuning.integration.canary import FINISHED, Canary
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, is_local, ollama_host
-from fine_tuning.integration.round_policy import (
-    BEFORE,
-    ROUND_LOCK,
-    RoundsSettings,
-    note_failure,
-    note_success,
-    notify,
-)
+from fine_tuning.integration.round_policy import BEFORE, ROUND_LOCK, RoundsSettings, note_failure, note_success, notify
 from fine_tuning.model_management.champion import read_champion
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.model_registry import ADAPTER_TAG, CANDIDATE, open_registry
@@ -46,13 +48,12 @@ from fine_tuning.runtime.hardware import detect_hardware
 SCRATCH = Path(".whetstone")
 RESULTS = (str(LOCK), "metrics", str(MANIFEST))
 LEDGER = "data/splits.txt"
-COMPARISON = "metrics/comparison.json"
 SHARE = 0.5  # of the new conversations that a canary gets: with it harm is found soonest
 
 
 def run_round(arguments: argparse.Namespace) -> None:
-    """Run a round, or go back. UserError: it would touch changes of somebody's own, something else is running, git
-    knows no author, or a stage failed; everything but what was sealed is as it was."""
+    """Run a round, or go back. Raises UserError if it would touch changes of somebody's own, something else is running,
+    git knows no author, or a stage failed; everything but what was sealed is as it was."""
     if root().resolve() != main_checkout():
         raise UserError("this is a temporary experiment's folder: run rounds in the main checkout")
     SCRATCH.mkdir(exist_ok=True)
@@ -167,8 +168,8 @@ def finish(settings: RoundsSettings) -> None:
 
 def follow(settings: RoundsSettings) -> None:
     """Do with the candidate what rounds.promote allows; the champion is named last, when the candidate is in use. Done
-    again after a failure, it goes on where it was. UserError: a server is missing, or the candidate is no longer what
-    was compared."""
+    again after a failure, it goes on where it was. Raises UserError if a server is missing, or the candidate is no
+    longer what was compared."""
     if settings.promote == "ask":
         return
     found = looked_at(read_object(COMPARISON))
@@ -257,14 +258,14 @@ def _go_back() -> None:
 
 def _last_good() -> tuple[str, str]:
     """(commit, verdict) of the newest state before the present one whose candidate was to be promoted or was promoted.
-    UserError: there is none, or its files are neither in DVC's cache nor on its remote."""
+    Raises UserError if there is none, or its files are neither in DVC's cache nor on its remote."""
     here = Path.cwd()
     commits = run_command("git", "log", "--first-parent", "--format=%H", "--", str(LOCK)).split()
     locks = [show_file(here, commit, str(LOCK)) for commit in commits]
     present = LOCK.read_bytes() if LOCK.is_file() else None
     earlier = max((number for number, lock in enumerate(locks) if lock == present), default=-1) + 1
     for commit in commits[earlier:]:
-        found: dict[str, Any] = read_line(show_file(here, commit, COMPARISON) or b"{}")
+        found: dict[str, Any] = read_line(show_file(here, commit, str(COMPARISON)) or b"{}")
         if found.get("verdict") == "PROMOTE" or "champion" in found:
             if dvc_files.fetch_outputs(commit):
                 return commit, str(found["verdict"])

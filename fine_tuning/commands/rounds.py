@@ -33,8 +33,8 @@ LOG = Path(".whetstone/round.log")  # output of the last round that was begun he
 
 
 def rounds(arguments: argparse.Namespace) -> None:
-    """Say what the next round waits for, watch, or write the service. UserError: a parameter is wrong, or another
-    process watches this checkout."""
+    """Say what the next round waits for, watch, or write the service. Raises UserError if a parameter is wrong, or
+    another process watches this checkout."""
     checkout = main_checkout(root())
     settings = read_params("rounds", RoundsSettings)
     if arguments.install:
@@ -87,8 +87,8 @@ def step(checkout: Path, settings: RoundsSettings) -> list[str]:
 
 
 def run_round(checkout: Path, settings: RoundsSettings) -> None:
-    """A round as a process of its own, at low priority, its output in LOG. UserError: it failed, or took longer than
-    rounds.max_minutes; everything is as it was."""
+    """A round as a process of its own, at low priority, its output in LOG. Raises UserError if it failed, or took
+    longer than rounds.max_minutes; everything is as it was."""
     print("a round begins", flush=True)
     command = ["nice", "-n", "10", *own_command("round")]
     with open(checkout / LOG, "wb") as log:

@@ -87,7 +87,8 @@ def bill_of_materials() -> str:
     files = filter(Path.is_file, [*sorted(PACKAGE.iterdir()), ADAPTER / "adapter_model.safetensors"])
     parts += [_component(ComponentType.FILE, path.name, "", sha256_file(path)) for path in files]
     shards = [(shard["name"], shard["sha256"]) for shard in read_object(MANIFEST).get("shards", [])]
-    data = [*((path.name, sha256_file(path)) for path in sorted(PREPARED.glob("*.parquet"))), *shards]
+    prepared = sorted(PREPARED.rglob("*.parquet"))
+    data = [*((str(path.relative_to(PREPARED)), sha256_file(path)) for path in prepared), *shards]
     parts += [_component(ComponentType.DATA, name, "", sha256) for name, sha256 in data]
     parts += [_library(*pin) for pin in pins()]
     for part in parts:

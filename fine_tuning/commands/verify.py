@@ -155,7 +155,8 @@ def check_remote(name: str | None) -> Checked:
 
 
 def _hash_remote(odb: Any, oid: str) -> tuple[str | None, int]:
-    """(MD5, bytes) of a remote object; (None, 0) if it is not there. OSError: the remote refuses or does not answer."""
+    """(MD5, bytes) of a remote object; (None, 0) if it is not there. Raises OSError if the remote refuses or does not
+    answer."""
     from aiohttp import ClientError
 
     digest, size = hashlib.md5(), 0

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -81,7 +81,12 @@ def md5_path(path: Path) -> str | None:
         return md5_file(path)
     if not path.is_dir():
         return None
-    entries = [{"md5": md5_file(file), "relpath": file.relative_to(path).as_posix()} for file in files_below(path)]
+    return md5_folder({file.relative_to(path).as_posix(): md5_file(file) for file in files_below(path)})
+
+
+def md5_folder(files: Mapping[str, str]) -> str:
+    """DVC's hash of a folder with these files: {path in it: MD5}."""
+    entries = [{"md5": md5, "relpath": path} for path, md5 in files.items()]
     entries.sort(key=lambda entry: tuple(entry["relpath"].split("/")))
     return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
 
@@ -121,22 +126,17 @@ def listing(checkout: Path, md5: str) -> dict[str, str] | None:
     return {entry["relpath"]: entry["md5"] for entry in json.loads(path.read_bytes())}
 
 
-def locate(checkout: Path, stages: dict[str, dict[str, Any]], path: Path) -> Path | None:
-    """A file with the content that dvc.lock records for `path`: the file itself, or its object in the cache. `path` is
-    an out or lies directly in an out that is a folder."""
-    md5 = locked_md5(stages, path)
-    if md5 is None:
-        for parent in path.parents:
-            folder = locked_md5(stages, parent)
-            if folder:
-                md5 = (listing(checkout, folder) or {}).get(path.relative_to(parent).as_posix())
-                break
-    if md5 is None:
-        return None
-    here = checkout / path
-    if here.is_file() and md5_file(here) == md5:
-        return here
-    return cached(checkout, md5)
+def locate(checkout: Path, stages: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """Files with the contents that dvc.lock records for a folder that lies in an out: the files themselves, or their
+    objects in the cache. None where one is missing."""
+    out = next((parent for parent in folder.parents if locked_md5(stages, parent)), folder)
+    files = listing(checkout, locked_md5(stages, out) or "none") or {}
+    found = []
+    for path, md5 in ((out / name, md5) for name, md5 in files.items()):
+        if path.is_relative_to(folder):
+            here = checkout / path
+            found.append(here if here.is_file() and md5_file(here) == md5 else cached(checkout, md5))
+    return [] if None in found else [path for path in found if path]
 
 
 def show_file(checkout: Path, commit: str, path: str) -> bytes | None:

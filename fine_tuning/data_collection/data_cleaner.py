@@ -10,7 +10,8 @@ import hashlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
@@ -176,7 +177,9 @@ class DataCleaner:
         if drop := check_roles(messages):
             return Cleaned(None, drop, {})
         masker = Masker(self._types, self._regions)
-        messages = [self._repaired_message(message) for message in messages]
+        whole = "\n".join([message["content"] for message in messages])
+        repair = str.strip if self._repair.only_strips(whole) else self._repair
+        messages = [self._repaired_message(message, repair) for message in messages]
         messages = [m for m in messages if m["content"] or m["role"] != "tool"]
         feedback = [self._repaired(entry) for entry in conversation["feedback"]]
         texts = "\n".join(self._texts(messages, feedback))
@@ -190,10 +193,9 @@ class DataCleaner:
             drop = None if restored else check_turns(messages, filters) or check_content(messages, filters)
         if drop:
             return Cleaned(None, drop, masker.counts)
-        ids = {version.get("id") for message in messages for version in versions_of(message)}
-        flagged: Counter[str] = Counter()
+        flagged: dict[str, int] = {}
         if self.settings.people == "flag":
-            flagged.update(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
+            flagged = Counter(hit.type for text in self._texts(messages, feedback) for hit in self._find_people(text))
         elif self._find_people:
             masker.find_people = self._find_people
             _mask(messages, feedback, masker)
@@ -202,11 +204,10 @@ class DataCleaner:
             metadata["people"] = dict(sorted(flagged.items()))
         if filters.inappropriate == "flag" and inappropriate(messages, filters.inappropriate_words):
             metadata["inappropriate"] = True
-        conversation |= {
-            "messages": messages,
-            "feedback": [entry for entry in feedback if entry.get("message_id") in ids],
-            "metadata": metadata,
-        }
+        if feedback:
+            ids = {version.get("id") for message in messages for version in versions_of(message)}
+            feedback = [entry for entry in feedback if entry.get("message_id") in ids]
+        conversation |= {"messages": messages, "feedback": feedback, "metadata": metadata}
         return Cleaned(conversation, None, masker.counts, flagged, gone)
 
     def filter_conversations(self, conversations: Iterable[dict]) -> list[dict]:
@@ -236,13 +237,13 @@ class DataCleaner:
             kept.append(cleaned)
         return kept
 
-    def _repaired_message(self, message: dict) -> dict:
-        kept = {key: value for key in MESSAGE_KEYS if (value := message.get(key)) is not None}
-        kept["content"] = self._repair(message["content"])
+    def _repaired_message(self, message: dict, repair: Callable[[str], str]) -> dict:
+        kept = {key: message[key] for key in _kept_keys(tuple(message)) if message[key] is not None}
+        kept["content"] = repair(message["content"])
         others = message.get("alternatives")
         if isinstance(others, list):
             kept["alternatives"] = [
-                self._repaired_message(other)
+                self._repaired_message(other, self._repair)
                 for other in others
                 if isinstance(other, dict) and isinstance(other.get("content"), str) and can_be_id(other.get("id"))
             ]
@@ -267,6 +268,11 @@ class DataCleaner:
             for key, value in metadata.items()
             if key not in PRIVATE_METADATA and isinstance(value, (str, int, float, bool))
         }
+
+
+@lru_cache(maxsize=1024)
+def _kept_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(key for key in MESSAGE_KEYS if key in keys)
 
 
 def _pseudonym(name: str) -> str:
@@ -297,10 +303,8 @@ def duplicate_keys(conversation: dict) -> list[str]:
     Of those with the same first key one stays. So an edited conversation takes the place of its unedited duplicates,
     and of two that were edited differently both stay.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for message in conversation["messages"]:
-        text = message["content"].encode()
-        digest.update(b"%b %d %b" % (message["role"].encode(), len(text), text))
+    texts = [(m["role"].encode(), m["content"].encode()) for m in conversation["messages"]]
+    digest = hashlib.blake2b(b"".join([b"%b %d %b" % (role, len(text), text) for role, text in texts]), digest_size=16)
     keys = [digest.hexdigest()]
     if edited := [entry["edited"] for entry in _of_what_is_shown(conversation) if entry.get("edited")]:
         digest.update("\0edited ".join(["", *edited]).encode())

@@ -12,7 +12,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from hashlib import blake2b
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from fine_tuning.common.errors import UserError, no_space
+from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import replacing
 from fine_tuning.common.results import Memo, link
@@ -62,6 +63,7 @@ class ExportSettings(Settings):
 
     formats: list[ExportFormat]
     compression: Literal["none", "gzip", "zstd"]
+    engine: str | None
 
 
 class DataExporter:
@@ -111,11 +113,18 @@ def file_of(name: str, compression: str = "none") -> str:
 
 
 def export_shards(
-    shards: Iterable[Path], folder: Path, memo: Memo, settings: ExportSettings
+    shards: Sequence[Path],
+    folder: Path,
+    memo: Memo,
+    settings: ExportSettings,
+    progress: Callable[[int], Any] = lambda _: None,
 ) -> dict[ExportFormat, Counter[str]]:
     """Write FOLDER/FORMAT/SHARD for each clean shard and format; where a format takes nothing there is no file.
 
     Shards that were exported before come from the memo.
+
+    Args:
+        progress: is told how many shards were exported.
 
     Returns:
         Format → conversations `exported` and `skipped`, and `bytes` written.
@@ -123,12 +132,13 @@ def export_shards(
     counts = {name: Counter(exported=0, skipped=0, bytes=0) for name in settings.formats}
     files = {name: file_of(name, settings.compression) for name in counts}
     stale = {path for path in folder.rglob("*") if path.is_file()}
-    for shard in shards:
-
-        def export(place: Path, earlier: Path | None, shard: Path = shard) -> dict[str, dict[str, int]]:
-            return _write_shard(shard, files, place, earlier)
-
-        made, found = memo.files([sha256_file(shard), files], export, [shard.name, files])
+    known = [(shard.resolve(), sha256_file(shard)) for shard in shards]
+    export = partial(_export_shard, files=files, memo=memo)
+    new = [(shard, digest) for shard, digest in known if [digest, files] not in memo]
+    with open_engine(settings.engine if new else None, min(cores(), len(new))) as engine:
+        for _ in engine(export, new):
+            progress(1)
+    for shard, (made, found) in zip(shards, map(export, known), strict=True):
         for name, file in files.items():
             counts[name].update(found[name])
             if found[name]["exported"]:
@@ -149,6 +159,16 @@ def write_formats(conversations: Iterable[dict], paths: Mapping[str, Path]) -> d
             for writer, entry in zip(writers, entries_of(record, paths), strict=True):
                 writer.add(entry)
     return {writer.name: writer.counts for writer in writers}
+
+
+def _export_shard(shard: tuple[Path, str], files: dict[str, str], memo: Memo) -> tuple[Path, dict[str, dict[str, int]]]:
+    """`memo.files` of a clean shard, (path, SHA-256)."""
+    path, digest = shard
+
+    def export(folder: Path, earlier: Path | None) -> dict[str, dict[str, int]]:
+        return _write_shard(path, files, folder, earlier)
+
+    return memo.files([digest, files], export, [path.name, files])
 
 
 def _write_shard(

@@ -41,7 +41,7 @@ from fine_tuning.schema.conversation import each_record
 from fine_tuning.schema.prepared import PreparedRow, encoded_row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from fine_tuning.schema.chat_format import ChatTokenizer
 
 CHUNK = 64  # conversations that are encoded at a time
 PORTION = 4 * CHUNK  # that are encoded until a budget is looked at again
@@ -104,7 +104,7 @@ class DatasetBuilder:
     max_train_tokens: int | None = None
     max_sample_tokens: int | None = None
     max_held_out_tokens: int | None = None
-    tokenizer: "PreTrainedTokenizerFast | str | Path | None" = None
+    tokenizer: "ChatTokenizer | str | Path | None" = None
     system_prompt: str | None = None
     max_length: int = 512
 
@@ -323,21 +323,21 @@ def _windows_of(
             wanted[starts[at] : starts[at] + windows[at]] = False
             wanted[starts[at] + numbers] = True
             counts[at] = encoded.lengths(*found[["place", "windows"]][at].tolist())[1], int(windows[at]) - len(numbers)
-    owner, places = owner[wanted], places[wanted]
+    owner, within, places = owner[wanted], within[wanted], places[wanted]
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     numbers = np.arange(len(owner)) - np.repeat(first, np.diff(first, append=len(owner)))
-    names = list(catalogue.cluster_names(rows))
     changed = {
         int(np.searchsorted(owner, at)): {"lost_turns": lost[0], "lost_reply_tokens": lost[1], "windows_left_out": left}
         for at, (lost, left) in counts.items()
     }
-    return Chosen(places, numbers, [names[one] for one in owner.tolist()], changed)
+    rows = rows[owner]
+    return Chosen(places, rows, catalogue.orders(rows), within, numbers, catalogue.cluster_names, changed)
 
 
 def _encode(
     spans: list[Span],
     train_on: TrainOn,
-    tokenizer: "PreTrainedTokenizerFast | Path | None",
+    tokenizer: "ChatTokenizer | Path | None",
     system_prompt: str | None,
     max_length: int,
 ) -> list[list[PreparedRow] | str]:
@@ -368,12 +368,16 @@ def _selected(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[b
     return found
 
 
-_load = lru_cache(maxsize=1)(load_tokenizer)
-
-
-def loaded(tokenizer: "PreTrainedTokenizerFast | Path") -> "PreTrainedTokenizerFast":
+def loaded(tokenizer: "ChatTokenizer | Path") -> "ChatTokenizer":
     """The tokenizer, or that of a folder; what needs none does not wait for its libraries."""
     return _load(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path) -> "ChatTokenizer":
+    from fine_tuning.schema.light_tokenizer import light_tokenizer
+
+    return light_tokenizer(folder) or load_tokenizer(folder)
 
 
 def _newest(records: Iterable[dict]) -> list[dict]:

@@ -83,7 +83,7 @@ class EncodedMemo:
             here = segments == number
             sizes[here] = self._segments[number].sizes[rows[here]]
         blocks = np.cumsum(sizes) // BLOCK_BYTES
-        for start, end in zip(*_stretches(blocks), strict=True):
+        for start, end in zip(*stretches(blocks), strict=True):
             yield self._block(chosen, slice(start, end), segments[start:end], rows[start:end])
 
     def _block(self, chosen: Chosen, block: slice, segments: np.ndarray, rows: np.ndarray) -> "RecordBatch":
@@ -92,13 +92,13 @@ class EncodedMemo:
         order = np.argsort(segments, kind="stable")
         parts = [
             _take(self._segments[segments[order[start]]].batch().select(COLUMNS), rows[order[start:end]])
-            for start, end in zip(*_stretches(segments[order]), strict=True)
+            for start, end in zip(*stretches(segments[order]), strict=True)
         ]
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         batch = _take(pyarrow.concat_batches(parts), back)
-        clusters = zip(batch.column("id").to_pylist(), chosen.clusters[block], strict=True)
-        columns = {"window": number_array(chosen.numbers[block])}
+        clusters = zip(batch.column("id").to_pylist(), chosen.clusters(chosen.rows[block]), strict=True)
+        columns = {"window": number_array(chosen.numbers[block]), "order": number_array(chosen.orders[block], 64)}
         columns["cluster"] = string_array([cluster or identity for identity, cluster in clusters])
         for name in ("lost_turns", "lost_reply_tokens", "windows_left_out"):
             changed = {at: counts[name] for at, counts in chosen.counts.items() if block.start <= at < block.stop}
@@ -233,7 +233,7 @@ def _take(batch: "RecordBatch", rows: np.ndarray) -> "RecordBatch":
     return batch.take(pyarrow.Array.from_buffers(pyarrow.int64(), len(rows), [None, pyarrow.py_buffer(rows)]))
 
 
-def _stretches(values: np.ndarray) -> tuple[list[int], list[int]]:
+def stretches(values: np.ndarray) -> tuple[list[int], list[int]]:
     """Where stretches of equal values begin and end."""
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else values
     return starts.tolist(), [*starts[1:].tolist(), len(values)][: len(starts)]

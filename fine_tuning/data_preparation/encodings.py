@@ -1,6 +1,6 @@
 """Encoded conversations as columns, and which of their windows a split has."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,23 @@ class Chosen:
     """The rows of a split, in their order."""
 
     places: np.ndarray
-    numbers: np.ndarray  # of the window in its conversation
-    clusters: list[str | None]  # None: that of the conversation's own id
+    rows: np.ndarray  # of the catalogue: the conversation of each
+    orders: np.ndarray
+    windows: np.ndarray  # which of the conversation's
+    numbers: np.ndarray  # of the window among those that the split has
+    clusters: Callable[[np.ndarray], Iterator[str | None]]  # of rows of the catalogue; None: the conversation's own id
     counts: dict[int, Mapping[str, int]]  # of some rows what stands in place of their own
+
+    def part(self, at: np.ndarray) -> "Chosen":
+        """Some of the rows, in ascending order."""
+        held = np.searchsorted(at, places := np.array(list(self.counts), int))
+        counts = {
+            int(to): self.counts[int(place)]
+            for place, to in zip(places, held, strict=True)
+            if to < len(at) and at[to] == place
+        }
+        own = (column[at] for column in (self.places, self.rows, self.orders, self.windows, self.numbers))
+        return Chosen(*own, self.clusters, counts)
 
 
 class HeldRows:
@@ -52,9 +66,12 @@ class HeldRows:
 
     def take(self, chosen: Chosen) -> Iterator[PreparedRow]:
         """The chosen rows in their order."""
-        columns = zip(chosen.places.tolist(), chosen.numbers.tolist(), chosen.clusters, strict=True)
-        for at, (place, number, cluster) in enumerate(columns):
+        columns = zip(
+            chosen.places.tolist(), chosen.numbers.tolist(), chosen.orders.tolist(), chosen.clusters(chosen.rows),
+            strict=True,
+        )  # fmt: skip
+        for at, (place, number, order, cluster) in enumerate(columns):
             row = self._rows[place]
-            row.window, row.cluster = number, cluster or row.id
+            row.window, row.order, row.cluster = number, order, cluster or row.id
             row.counts = {**row.counts, **chosen.counts.get(at, {})}
             yield row

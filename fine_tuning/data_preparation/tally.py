@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 
+BY_SOURCE = ("conversations", "windows", "tokens", "trained_tokens")
+
+
 class Tally:
-    """Counts over the rows of a split; four bytes a row."""
+    """Counts over the rows of a split."""
 
     def __init__(self) -> None:
-        self.lengths = np.empty(0, np.int32)
+        self.lengths: Counter[int] = Counter()  # tokens of a window → windows
         self.totals: Counter[str] = Counter()
         self.by_source: dict[str, Counter[str]] = {}
 
@@ -26,7 +29,7 @@ class Tally:
         """Pass batches of encoded rows on and count them."""
         for batch in batches:
             tokens, window = np.diff(numbers(batch, "input_ids")), numbers(batch, "window")
-            self.lengths = np.concatenate([self.lengths, tokens])
+            self.lengths.update(tokens.tolist())
             counts = {name: numbers(batch, name) for name in COUNTS}
             counts |= {"tokens": tokens, "windows": np.ones_like(window), "conversations": window == 0}
             self.totals.update({name: int(values.sum()) for name, values in counts.items()})
@@ -34,10 +37,20 @@ class Tally:
             sources = batch.column("source").dictionary_encode()
             places = np.frombuffer(sources.indices.buffers()[1], np.int32)[: len(window)]
             for place, source in enumerate(sources.dictionary.to_pylist()):
-                named = ("conversations", "windows", "tokens", "trained_tokens")
-                own = {name: int(counts[name][places == place].sum()) for name in named}
+                own = {name: int(counts[name][places == place].sum()) for name in BY_SOURCE}
                 self.by_source.setdefault(source, Counter()).update(own)
             yield batch
+
+    def as_json(self) -> dict[str, Any]:
+        """What `add` takes."""
+        return {"lengths": [*self.lengths.items()], "totals": self.totals, "by_source": self.by_source}
+
+    def add(self, counts: dict[str, Any]) -> None:
+        """Add the counts of other rows."""
+        self.lengths.update(dict(counts["lengths"]))
+        self.totals.update(counts["totals"])
+        for source, own in counts["by_source"].items():
+            self.by_source.setdefault(source, Counter()).update(own)
 
     def statistics(self) -> dict[str, Any]:
         """For the metrics of the split. Lengths are those of windows: most conversations are one.
@@ -46,16 +59,19 @@ class Tally:
         drawn, because one may have a hundredth of max_held_out_tokens; `lost_turns` are turns whose prompt alone leaves
         no room for a reply, `lost_reply_tokens` what of their and of other replies no window has room for.
         """
-        totals, lengths = self.totals, np.sort(self.lengths).tolist()
-        tokens = totals["tokens"]
+        totals, tokens, windows = self.totals, self.totals["tokens"], self.lengths.total()
+        below, median = 0, 0
+        for length, count in sorted(self.lengths.items()):
+            median = length if below <= windows // 2 else median
+            below += count
         counted = ("conversations", "windows_left_out", "several_windows", "tokens", "trained_tokens", "control_tokens")
         lost = ("lost_end_of_reply", "lost_turns", "lost_reply_tokens")
         return {name: totals[name] for name in counted + lost} | {
-            "windows": len(lengths),
+            "windows": windows,
             "trained_share": round(totals["trained_tokens"] / tokens, 4) if tokens else 0.0,
-            "tokens_mean": round(tokens / len(lengths), 1) if lengths else 0.0,
-            "tokens_median": lengths[len(lengths) // 2] if lengths else 0,
-            "tokens_max": lengths[-1] if lengths else 0,
+            "tokens_mean": round(tokens / windows, 1) if windows else 0.0,
+            "tokens_median": median,
+            "tokens_max": max(self.lengths, default=0),
             "by_source": {source: dict(counts) for source, counts in sorted(self.by_source.items())},
         }
 
@@ -85,7 +101,7 @@ def statistics(
 def tokens_by_source(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
     """One row a split and source, named after both: its conversations, tokens and tokens that are trained."""
     return [
-        {"part": f"{split}: {source}"} | dict(counts)
+        {"part": f"{split}: {source}"} | {name: counts[name] for name in BY_SOURCE}
         for split in SPLITS
         for source, counts in sorted(tallies[split].by_source.items())
     ]
@@ -93,10 +109,13 @@ def tokens_by_source(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
 
 def length_histogram(tallies: Mapping[str, Tally], bins: int = 16) -> list[dict[str, int]]:
     """Windows of each split by length in tokens: one row a bin, named by its upper end."""
-    longest = int(max(tally.lengths.max(initial=0) for tally in tallies.values())) or 1
+    longest = max(max(tally.lengths, default=0) for tally in tallies.values()) or 1
     width = -(-longest // bins)
-    counts = {split: Counter((-(-tallies[split].lengths // width)).tolist()) for split in SPLITS}
-    return [{"tokens": width * number} | {s: counts[s][number] for s in SPLITS} for number in range(1, bins + 1)]
+    rows = [{"tokens": width * number} | dict.fromkeys(SPLITS, 0) for number in range(1, bins + 1)]
+    for split in SPLITS:
+        for length, count in tallies[split].lengths.items():
+            rows[-(-length // width) - 1][split] += count
+    return rows
 
 
 def report(tallies: Mapping[str, Tally], left_out: Counter[str], new: int) -> Iterator[str]:

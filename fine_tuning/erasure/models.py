@@ -122,9 +122,7 @@ class ForgottenModels:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode != 0 and "not found" not in done.stderr:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise UserError(
-                f"`mlflow gc` failed ({reason[:200]}): fix the cause, then `python -m fine_tuning forget --resume`"
-            )
+            raise UserError(f"`mlflow gc` failed ({reason[:200]}): fix it, `python -m fine_tuning forget --resume`")
         if database := re.fullmatch(r"sqlite:///(.+)", uri):
             with closing(sqlite3.connect(database[1], timeout=60)) as connection:
                 connection.execute("VACUUM")

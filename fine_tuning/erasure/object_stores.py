@@ -3,6 +3,7 @@
 import json
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -12,14 +13,14 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from fine_tuning.common.dvc_files import cache_folder, open_repo, parse_lock, used_objects
+from fine_tuning.common.dvc_files import cache_folder, md5_folder, open_repo, parse_lock, used_objects
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import main_checkout, sha256_file
 from fine_tuning.erasure.traces import Traces, is_weights
 from fine_tuning.training import tracking
 
 WEIGHTS = (".safetensors", ".gguf")
-TRAIN_DATA = "data/prepared/train.parquet"
+TRAIN_DATA = ("data/prepared/train", "data/prepared/train.parquet")  # and as it was once
 CACHE = "cache"
 
 
@@ -130,8 +131,8 @@ def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str]) 
 
 
 def kind_of(path: Path, traces: Traces, strict: Traces) -> str:
-    """`strict` or `holding` of a file that holds some of them, `unread` of one that is damaged, else nothing.
-    FileNotFoundError: it is gone."""
+    """`strict` or `holding` of a file that holds some of them, `unread` of one that is damaged, else nothing. Raises
+    FileNotFoundError if it is gone."""
     try:
         return ("strict" if strict.in_file(path) else "holding") if traces.in_file(path) else ""
     except FileNotFoundError:
@@ -162,8 +163,9 @@ def stage_records(checkout: Path) -> Iterator[dict]:
 def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: set[str]) -> set[str]:
     """The objects of data and metrics that stages made from these shards, and the shards.
 
-    Where a stage reads a folder and writes one with a file for each file that it read, as cleaning does, those of other
-    shards are left out; so is what a stage made that read none of it.
+    Where a stage reads a folder and writes one with files for each file that it read, as cleaning does, those of other
+    shards are left out; so is what a stage made that read none of it. Of a folder that is written, the folders in it
+    count too: others read them.
     """
     tainted = shards | {oid for oid, files in listings.items() if shards & set(files.values())}
     found, clean, before = set(shards), set(), -1
@@ -172,18 +174,36 @@ def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: 
         clean = set()
         for record in records:
             deps = {dep.get("md5") for dep in record.get("deps") or []} - {None}
-            read = {name: oid for dep in deps for name, oid in listings.get(dep, {}).items()}
+            read: dict[str, set[str]] = defaultdict(set)
+            for name, oid in (item for dep in deps for item in listings.get(dep, {}).items()):
+                read[_shard(name)].add(oid)
             for out in record.get("outs") or []:
                 files = listings.get(oid := out.get("md5"), {})
                 if oid is None or str(out.get("path")).startswith("models/"):
                     continue
                 if deps & tainted:
-                    made = {file for name, file in files.items() if read.get(name, file) in tainted | {file}}
-                    tainted |= {oid} | made
-                    found |= {oid} | made
+                    made = {file for name, file in files.items() if read.get(_shard(name), tainted) & tainted}
+                    made |= {oid} | {md5_folder(held) for held in _folders(files) if made & set(held.values())}
+                    tainted |= made
+                    found |= made
                 else:
-                    clean |= {oid, *files.values()}
+                    clean |= {oid, *files.values(), *map(md5_folder, _folders(files))}
     return found - clean
+
+
+def _shard(path: str) -> str:
+    """What names a file's shard in any folder."""
+    return path.rpartition("/")[2].partition(".")[0]
+
+
+def _folders(files: dict[str, str]) -> list[dict[str, str]]:
+    """The listings of the folders in a folder."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for path, md5 in files.items():
+        folder, _, name = path.partition("/")
+        if name:
+            found[folder][name] = md5
+    return list(found.values())
 
 
 def learned_models(
@@ -225,7 +245,7 @@ def _learned(record: dict, tainted: set[str], folders: set[str], hashes: set[str
     if start and any(sha256.startswith(str(start)) for sha256 in hashes):
         return True
     for dep in record.get("deps") or []:
-        if dep.get("path") == TRAIN_DATA and dep.get("md5") in tainted:
+        if dep.get("path") in TRAIN_DATA and dep.get("md5") in tainted:
             return True
         if str(dep.get("path")).startswith("models/") and dep.get("md5") in folders:
             return True

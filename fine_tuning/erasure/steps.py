@@ -128,7 +128,8 @@ class Work:
 
     @classmethod
     def load(cls, journal: Path, say: Callable[[str], None]) -> "Work":
-        """The work of a journal. UserError: it is of an earlier version of this project, or its key is gone."""
+        """The work of a journal. Raises UserError if it is of an earlier version of this project, or its key is
+        gone."""
         kept, keys = read_json(journal), Tombstones(FORGOTTEN).keys
         if kept.get("key") not in keys:
             raise UserError(

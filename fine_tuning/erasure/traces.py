@@ -89,8 +89,8 @@ class Traces:
         return next(self._found(_json_pieces(data.split(b"\n")) if _is_json(data) else [data]), None) is not None
 
     def in_file(self, path: Path) -> bool:
-        """Whether one of the traces is in a file; its compression or container is undone. OSError: the file cannot be
-        read, or it is damaged: what it holds cannot be searched."""
+        """Whether one of the traces is in a file; its compression or container is undone. Raises OSError if the file
+        cannot be read, or it is damaged: what it holds cannot be searched."""
         try:
             return any(next(self._found(stream), None) is not None for stream in streams(path))
         except OSError:

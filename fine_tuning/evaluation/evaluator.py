@@ -177,9 +177,9 @@ class Evaluator:
         if len(own.items) < len(self.items):
             return None
         scores = own.score(contender, own.items, f"validation, {contender.kind}")
-        turns = [s.turns[place] for item, s in zip(own.items, scores, strict=True) for place in item.references]
-        nats, tokens, _ = (sum(numbers) for numbers in zip(*turns, strict=True))
-        return float(nats / tokens)
+        turns = [s[place] for item, s in zip(own.items, scores, strict=True) for place in item.references]
+        nats, tokens, _ = zip(*turns, strict=True)
+        return None if None in nats else float(sum(nats) / sum(tokens))
 
     def cost(self, contender: Contender, train: Path) -> dict[str, Any]:
         """What standing examples and system prompt cost: mean tokens of the prompts of references, and the median
@@ -279,13 +279,13 @@ class Evaluator:
                 loaded(contender.folder, self.hardware) as model,
                 self._progress(contender, what, len(items), "conversation") as done,
             ):
-                return [score.as_json() for score in likelihoods(model, items, self.settings.batch_tokens, done)]
+                return likelihoods(model, items, self.settings.batch_tokens, done)
 
         if not items:
             return []
         suite = suite_sha256(items, self.tokenizer)
         key = ["likelihoods", contender.weights_sha256(), suite, self.settings.batch_tokens, asdict(self.hardware)]
-        return [Likelihood.from_json(turns) for turns in self.memo.get(key, compute)]
+        return self.memo.get(key, compute)
 
     def score_quantised(self, contender: Contender) -> list[dict[str, Any]]:
         """Records of a sample of the items, scored by the contender's GGUF in llama.cpp, as `<name>_quantised`."""
@@ -294,15 +294,13 @@ class Evaluator:
         def compute() -> list:
             count = sum(len(item.runs) for item in chosen)
             with self._engine(contender) as engine, self._progress(contender, "scores as GGUF", count, "turn") as done:
-                return [score.as_json() for score in quantised_likelihoods(engine, chosen, done)]
+                return quantised_likelihoods(engine, chosen, done)
 
         suite = suite_sha256(chosen, self.tokenizer)
         key = ["quantised", sha256_file(contender.gguf), suite, *self._engine_key()]
         found = self.memo.get(key, compute) if chosen else []
-        return [
-            self._line(f"{contender.name}_quantised", item, Likelihood.from_json(turns), None)
-            for item, turns in zip(chosen, found, strict=True)
-        ]
+        name = f"{contender.name}_quantised"
+        return [self._line(name, item, score, None) for item, score in zip(chosen, found, strict=True)]
 
     def answer(self, contender: Contender, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         """Greedy replies of the contender's GGUF."""

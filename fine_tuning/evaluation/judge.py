@@ -82,9 +82,7 @@ class Judge:
         asked = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0, "max_tokens": MOST_TOKENS}
         answer = self._send("POST", "chat/completions", json=asked)
         if answer.is_redirect:
-            raise UserError(
-                f"the judge at {self.url} redirects: set evaluate.judge.url to where `curl -I` says it leads"
-            )
+            raise UserError(f"the judge at {self.url} redirects: set evaluate.judge.url to where `curl -I` leads")
         if answer.status_code != 200:  # what it says may quote the conversation
             mend = f"check evaluate.judge, ${KEY} and the server's log"
             raise UserError(f"the judge at {self.url} answers with status {answer.status_code}: {mend}")

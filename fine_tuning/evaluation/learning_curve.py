@@ -6,19 +6,15 @@ ones. Every point is one training run: two points differ surely only where their
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.evaluation.records.measurements import Metrics, describe, summarise
 from fine_tuning.evaluation.records.record_types import Item, Likelihood
 from fine_tuning.evaluation.records.settings import IntervalSettings
-from fine_tuning.evaluation.scoring.scorer import likelihoods, scoring_hardware
+from fine_tuning.evaluation.scoring.scorer import likelihoods, loaded, scoring_hardware
 from fine_tuning.evaluation.verdict.differences import differences
-from fine_tuning.runtime.base_model import load_model
 from fine_tuning.schema.prepared import PreparedRow
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def share(rows: Sequence[PreparedRow], fraction: float) -> list[PreparedRow]:
@@ -44,24 +40,12 @@ def parse_fractions(text: str) -> list[float]:
     return fractions
 
 
-def load_with_adapter(base: Path, adapter: Path | None, threads: int | None) -> "PreTrainedModel":
-    """A base, with an adapter merged into it, ready to score."""
-    import torch
-    from peft import PeftModel
-
-    hardware = scoring_hardware(threads)
-    torch.set_num_threads(hardware.threads)
-    model = load_model(base, getattr(torch, hardware.precision))
-    if adapter:
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return model.to(hardware.device).eval()
-
-
 def score_adapter(
     base: Path, adapter: Path, items: Sequence[Item], batch_tokens: int, threads: int | None
 ) -> list[Likelihood]:
     """Likelihood of the items' replies by a base with an adapter merged into it."""
-    return likelihoods(load_with_adapter(base, adapter, threads), items, batch_tokens)
+    with loaded(base, scoring_hardware(threads), adapter) as model:
+        return likelihoods(model, items, batch_tokens)
 
 
 def measure(

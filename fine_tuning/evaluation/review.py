@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.dvc_files import add_to_dvc, pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import EVALUATION
+from fine_tuning.common.project import EVALUATION, FORGOTTEN, PREPARED, VOTES
 from fine_tuning.common.records import read_lines, read_object, replacing, updating, write_json
 from fine_tuning.data_collection.conversation_logger import append_line, rename_log, rewrite_log
 from fine_tuning.data_collection.storage.tombstones import Tombstones
@@ -50,8 +50,7 @@ if TYPE_CHECKING:
 
 LIVE, CLOSED = Path("inbox/votes.jsonl"), Path("inbox/votes.closed.jsonl")
 TORN = Path("inbox/votes.jsonl.torn")  # lines that are no votes
-VOTES, FORGOTTEN = Path("data/votes"), Path("data/forgotten.jsonl")
-TEST, TRAIN = Path("data/prepared/test.parquet"), Path("data/prepared/train.parquet")
+TEST, TRAIN = PREPARED / "test", PREPARED / "train"
 CHAMPION = Path("models/champion.json")
 BASE = Contender("base", Path("models/base"), Path("models/base/base-Q8_0.gguf"))
 CANDIDATE = Contender("candidate", Path("models/merged"), Path("models/package/model.gguf"))
@@ -117,7 +116,7 @@ class Pairs:
         self._maker: threading.Thread | None = None
 
     def replies(self, cluster: str) -> dict[str, Reply] | None:
-        """Both models' replies by name; None while they are made. UserError: they could not be made."""
+        """Both models' replies by name; None while they are made. Raises UserError if they could not be made."""
         found = {one.name: self._kept(one, cluster) for one in (self.candidate, self.against)}
         if None in found.values():
             if self.problem:
@@ -232,7 +231,7 @@ class Review:
 
     def current(self) -> Shown | None:
         """The next pair; None while its replies are made, and where `queue` is empty. Equal replies are no question.
-        UserError: the replies could not be made, or the vote on equal ones not be written."""
+        Raises UserError if the replies could not be made, or the vote on equal ones not be written."""
         while queue := self.queue():
             replies = self.pairs.replies(queue[0])
             if replies is None:
@@ -247,7 +246,7 @@ class Review:
         return None
 
     def vote(self, shown: Shown, answer: Choice) -> None:
-        """Vote on a pair; a key that was pressed twice votes once. UserError: it cannot be written."""
+        """Vote on a pair; a key that was pressed twice votes once. Raises UserError if it cannot be written."""
         if shown.item.cluster in self.queue():
             self.last = self._write(shown, answer, self.person)
             self.pairs.make(self.queue()[:AHEAD])
@@ -298,7 +297,7 @@ def seal_votes() -> int:
     """Move the votes of the inbox into data/votes, one file a person, tracked with DVC; returns how many.
 
     Killed and run again, it ends at the same place. Votes on forgotten conversations are left out. Lines that are no
-    votes are kept in TORN. UserError: a pipeline runs, or a file in data/votes is damaged.
+    votes are kept in TORN. Raises UserError if a pipeline runs, or a file in data/votes is damaged.
     """
     if not LIVE.is_file() and not CLOSED.is_file():
         return 0

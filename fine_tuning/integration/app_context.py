@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from fine_tuning.common.project import main_checkout, root
+from fine_tuning.common.project import LOG, main_checkout, root
 from fine_tuning.common.protection import protect
 from fine_tuning.common.records import stamp
 from fine_tuning.common.settings import read_params
@@ -15,7 +15,6 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.evaluation.suite.examples import Exchange
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import AppSettings, ChatModel, find_models
-from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.ollama_client import OllamaClient, ollama_host
 from fine_tuning.integration.registered_models import registered_models
 from fine_tuning.integration.served_adapters import with_adapters
@@ -82,7 +81,8 @@ class App:
 
 
 def app() -> App:
-    """The app of the current folder. UserError: this is not a checkout, or a parameter is wrong; one line names it."""
+    """The app of the current folder. Raises UserError if this is not a checkout, or a parameter is wrong; one line
+    names it."""
     checkout = main_checkout(root())
     _protect(checkout)
     deploy, serve = read_params("deploy", DeploySettings), read_params("serve", ServeSettings)
@@ -94,7 +94,7 @@ def app() -> App:
         serve=serve,
         host=ollama_host(deploy.host),
         name=deploy.name,
-        logger=ConversationLogger(checkout / INBOX, on_event=Canary(checkout).observe),
+        logger=ConversationLogger(checkout / LOG, on_event=Canary(checkout).observe),
         person=signed_in(),
         owner=is_owner(),
     )

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.evaluation.verdict.settings import DECIDES
 from fine_tuning.integration.jobs import own_command
-from fine_tuning.model_management.canary_statistics import DECIDES, harm, smallest_found
 
 STATE = Path(".whetstone/canary.sqlite")
 SIGNAL_SECONDS = 3600.0
@@ -93,8 +93,8 @@ class Canary:
     # ------------------------------------------------------------------------------------------------------- commands
 
     def begin(self, name: str, candidate: int, live: int, share: float) -> None:
-        """Begin one, or give the one that runs with these versions another share of the conversations to come.
-        UserError: one of another version runs."""
+        """Begin one, or give the one that runs with these versions another share of the conversations to come. Raises
+        UserError if one of another version runs."""
         path = self.checkout / STATE
         path.parent.mkdir(exist_ok=True)
         path.touch(0o600)
@@ -207,7 +207,10 @@ class Canary:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         path = self.checkout / STATE
-        where = path if path.is_file() else ":memory:"
+        where = ":memory:"
+        if path.is_file():
+            where = str(path)
+            import fine_tuning.model_management.canary_statistics  # noqa: F401 (numpy, before the database is locked)
         try:
             with closing(sqlite3.connect(where, BUSY_SECONDS, isolation_level=None)) as db:
                 db.executescript(_TABLES)
@@ -221,6 +224,8 @@ class Canary:
 
 def would_be_found(counts: Counts) -> str:
     """Which harm would have been seen by now, in words."""
+    from fine_tuning.model_management.canary_statistics import smallest_found
+
     total = counts.candidate + counts.live
     before = counts.live_bad / counts.live if counts.live else 0.0
     found = smallest_found(counts.candidate / total, before, total) if counts.candidate and counts.live else None
@@ -241,6 +246,8 @@ def _running(db: sqlite3.Connection) -> State | None:
 
 def _counts(db: sqlite3.Connection) -> Counts:
     """Each share's bets multiply: a unit's factor is a fair bet whatever the share was before and after."""
+    from fine_tuning.model_management.canary_statistics import harm  # imports numpy
+
     over = "coalesce(sum(bad NOT NULL OR last < ?), 0)"
     groups = f"SELECT candidate, share, count(*), count(bad), {over} FROM unit GROUP BY candidate, share"
     rows = db.execute(groups, (time.time() - SIGNAL_SECONDS,)).fetchall()

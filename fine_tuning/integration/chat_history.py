@@ -78,12 +78,13 @@ def as_markdown(conversation: dict, titles: dict[str, str]) -> str:
 
 def locations(checkout: Path) -> list[str]:
     """Every place where deleted conversations still are, what erasing them does there, and which stages then run. It is
-    what `forget --deleted` finds, and takes seconds. UserError: the search failed; the line says why."""
+    what `forget --deleted` finds, and takes seconds. Raises UserError if the search failed; the line says why."""
     command = own_command("forget", "--deleted")
-    done = subprocess.run(command, cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True)
-    places = [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines()]
+    decoded = {"encoding": "utf-8", "errors": "replace"}
+    done = subprocess.run(command, cwd=checkout, stdin=subprocess.DEVNULL, capture_output=True, **decoded)
+    places = [line.strip() for line in done.stdout.splitlines()]
     if not places:
-        errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        errors = done.stderr.strip().splitlines()
         raise UserError(errors[-1].removeprefix("error: ") if errors else "the search failed: try again")
     return places
 

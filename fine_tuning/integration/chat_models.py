@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import COMPARISON, PACKAGE
 from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
@@ -28,8 +29,7 @@ BASE = Path("models/base")
 BASE_GGUF = BASE / "base-Q8_0.gguf"
 CHAMPION = Path("models/champion.json")
 CHAMPION_GGUF = Path("models/champion/package/model.gguf")
-COMPARISON = Path("metrics/comparison.json")
-CANDIDATE_GGUF = Path("models/package/model.gguf")
+CANDIDATE_GGUF = PACKAGE / "model.gguf"
 # transformers imports its parts when they are first used, and two threads that do so at once fail.
 _one_at_a_time = threading.Lock()
 _warm: set[tuple[Path | None, ...]] = set()
@@ -272,11 +272,8 @@ def _from_ollama(
 def fitting_prompt(
     tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict], system_prompt: str | None, room: int
 ) -> list[int]:
-    """Token ids of the prompt, whole oldest turns left out until it has at most `room` tokens, as in training.
-
-    Raises:
-        UserError: the last message alone is too long.
-    """
+    """Token ids of the prompt, whole oldest turns left out until it has at most `room` tokens, as in training. Raises
+    UserError if the last message alone is too long."""
     head = list(messages[:1]) if messages[0]["role"] == "system" else []
     turns = list(messages[len(head) :])
     while True:
@@ -285,9 +282,7 @@ def fitting_prompt(
             return prompt
         following = next((at for at, turn in enumerate(turns) if at and turn["role"] == "user"), None)
         if following is None:
-            raise UserError(
-                f"the message has {len(prompt)} tokens and {room} fit: shorten it, or raise app.context in params.yaml"
-            )
+            raise UserError(f"the message has {len(prompt)} tokens and {room} fit: shorten it, or raise app.context")
         turns = turns[following:]
 
 

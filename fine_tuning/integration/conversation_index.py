@@ -12,14 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
+from fine_tuning.common.records import read_object
 from fine_tuning.data_collection.conversation_logger import deletes
 from fine_tuning.data_collection.storage.log_index import LogIndex, key_of
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.schema.conversation import fold
 
-SHARDS = Path("data/conversations")
-MANIFEST = Path("data/manifest.json")
-INBOX = Path("inbox/conversations.jsonl")
+REJECTED = Path("data/clean/rejected.jsonl")
 ATTEMPTS = 3  # to read files that others move meanwhile
 BEGINNING = 60  # characters of the first message that a row keeps
 
@@ -137,7 +137,7 @@ class ConversationIndex:
 
     def _refresh(self) -> None:
         self._index.close_file()
-        found = shard_paths(self.checkout / SHARDS, self.checkout / MANIFEST)
+        found = shard_paths(self.checkout / CONVERSATIONS, self.checkout / MANIFEST)
         shards = {path: (stat.st_mtime_ns, stat.st_size) for path in found if (stat := path.stat())}
         if dict(list(shards.items())[: len(self._shards)]) != self._shards:
             self._clear()  # a shard is gone or was changed, or came in before others
@@ -153,7 +153,7 @@ class ConversationIndex:
 
     def _read_logs(self) -> set[bytes]:
         """Read what was added to the logs; returns the conversations that it, or a log that is gone, is about."""
-        live = self.checkout / INBOX
+        live = self.checkout / LOG
         closed = sorted((live.parent / "closed").glob("*.jsonl"))  # a seal that is not done yet
         present = {name: path for path in (*closed, live) if (name := _name_of(path)) is not None}
         changed = set()
@@ -192,6 +192,17 @@ class ConversationIndex:
 def conversation_index(checkout: Path) -> ConversationIndex:
     """The index of a checkout, one a process."""
     return ConversationIndex(checkout)
+
+
+def counts(checkout: Path) -> tuple[int, int, int]:
+    """Conversations: all, those with news that is not sealed, and those that are sealed and not cleaned yet."""
+    return conversation_index(checkout).count(cleaned_shards(checkout))
+
+
+def cleaned_shards(checkout: Path) -> set[str]:
+    """Names of the shards that the last run cleaned."""
+    taken_in = read_object(checkout / MANIFEST).get("shards", [])
+    return {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
 
 
 def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | bytes]]:

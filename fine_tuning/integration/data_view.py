@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fine_tuning.common.project import MANIFEST, PREPARED
 from fine_tuning.common.records import read_jsonl, read_lines, read_object, stamp, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
@@ -14,15 +15,13 @@ from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, Dat
 from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
-from fine_tuning.integration.conversation_index import MANIFEST, Summary, conversation_index
+from fine_tuning.integration.conversation_index import REJECTED, Summary, cleaned_shards, conversation_index
 
 if TYPE_CHECKING:
     import pandas as pd
 
 CLEAN = Path("data/clean")
-REJECTED = CLEAN / "rejected.jsonl"
 TAGS = Path(".whetstone/tags.json")
-PREPARED = Path("data/prepared")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
@@ -53,7 +52,7 @@ def entries(checkout: Path, words: str = "") -> "pd.DataFrame":
 def _entries(checkout: Path, _: int, __: tuple[Stamp, ...]) -> "pd.DataFrame":
     import pandas as pd
 
-    found, cleaned, tags = conversation_index(checkout).all(), _cleaned(checkout), read_tags(checkout)
+    found, cleaned, tags = conversation_index(checkout).all(), cleaned_shards(checkout), read_tags(checkout)
     fates = _fates(stamps([checkout / REJECTED]))
     masked = _masked(stamps(_clean_shards(checkout)))
     splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(one.id for one in found))
@@ -71,11 +70,6 @@ def _entries(checkout: Path, _: int, __: tuple[Stamp, ...]) -> "pd.DataFrame":
 
 def _clean_shards(checkout: Path) -> list[Path]:
     return sorted((checkout / CLEAN).glob("*-*.jsonl"))
-
-
-def counts(checkout: Path) -> tuple[int, int, int]:
-    """Conversations: all, those with news that is not sealed, and those that are sealed and not cleaned yet."""
-    return conversation_index(checkout).count(_cleaned(checkout))
 
 
 def liked(checkout: Path) -> str | None:
@@ -96,12 +90,6 @@ def _share(count: int, total: int) -> str:
 
     low, high = binomtest(count, total).proportion_ci(method="wilson")
     return f"{count} of {total} rated conversations ({count / total:.0%} [{low:.0%}, {high:.0%}])"
-
-
-def _cleaned(checkout: Path) -> set[str]:
-    """Names of the shards that the last run cleaned."""
-    taken_in = read_object(checkout / MANIFEST).get("shards", [])
-    return {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
 
 
 def read_tags(checkout: Path) -> dict[str, tuple[str, ...]]:
@@ -169,22 +157,20 @@ def tokens(checkout: Path, identity: str) -> tuple[str, list[Span]] | None:
     from fine_tuning.schema.chat_format import NOT_TRAINED
 
     for split in SPLITS:
-        path = checkout / PREPARED / f"{split}.parquet"
-        if not path.is_file():
+        folder = checkout / PREPARED / split
+        if not folder.is_dir():
             continue
-        table = pyarrow.parquet.read_table(path, filters=[("id", "=", identity)])
+        table = pyarrow.parquet.read_table(folder, filters=[("id", "=", identity)])
         if table.num_rows:
             windows = [
                 _pieces(tokenizer_of(checkout / BASE), row["input_ids"], row["labels"], NOT_TRAINED)
                 for row in table.to_pylist()
             ]
-            rest = [piece for number, window in enumerate(windows[1:], 2) for piece in [_border(number), *window]]
-            return split, windows[0] + rest
+            pieces = windows[0]
+            for number, window in enumerate(windows[1:], 2):
+                pieces += [(f"\n\n[window {number}: turns before the marked ones are context]\n", None), *window]
+            return split, pieces
     return None
-
-
-def _border(window: int) -> Span:
-    return f"\n\n[window {window}: turns before the marked ones are context]\n", None
 
 
 def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> list[Span]:

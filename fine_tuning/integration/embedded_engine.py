@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fine_tuning.common.records import stamp
 from fine_tuning.runtime.llama_engine import LlamaEngine
 
 # A file that was replaced (a promotion, a new `dvc repro`) is another model.
-Key = tuple[tuple[str, int, int], ...]
+Key = tuple[tuple[Path, tuple[int, int, int] | None], ...]
 
 
 @dataclass
@@ -43,7 +44,7 @@ class SharedEngines:
         self, gguf: Path, *, context: int, threads: int, slots: int, timeout: float, adapters: Sequence[Path] = ()
     ) -> Iterator[LlamaEngine]:
         """The running engine of `gguf`, started where there is none. It is not ended while somebody is in the block.
-        UserError: the file is missing or cannot be loaded."""
+        Raises UserError if the file is missing or cannot be loaded."""
         with self._lock:
             shared = self._running(LlamaEngine(gguf, context, threads, slots, timeout, adapters))
             shared.users += 1
@@ -66,7 +67,7 @@ class SharedEngines:
             self._engines.clear()
 
     def _running(self, engine: LlamaEngine) -> _Shared:
-        key = tuple(map(_stamp, (engine.gguf, *engine.adapters)))
+        key = tuple((path.resolve(), stamp(path)) for path in (engine.gguf, *engine.adapters))
         shared = self._engines.get(key)
         if shared is not None and not shared.engine.alive:
             self._engines.pop(key).engine.close()
@@ -85,11 +86,6 @@ class SharedEngines:
                 return
             if self._engines[key].users == 0 and key != newest:
                 self._engines.pop(key).engine.close()
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    facts = path.stat() if path.is_file() else None
-    return str(path.resolve()), facts.st_mtime_ns if facts else 0, facts.st_size if facts else 0
 
 
 shared_engines = SharedEngines()

@@ -111,7 +111,7 @@ class Jobs:
         return latest if latest is not None and latest.running else None
 
     def start(self, title: str, command: list[str], checkout: Path) -> Job:
-        """Start a command. UserError: another one runs."""
+        """Start a command. Raises UserError if another one runs."""
         with self._lock:
             if (other := self.running) is not None:
                 raise UserError(f"{other.title} is running: wait for its end, or stop it where it is shown")

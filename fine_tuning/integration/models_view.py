@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import tracking_uri
+from fine_tuning.common.project import ADAPTER, COMPARISON
 from fine_tuning.common.records import read_json, read_object
 from fine_tuning.evaluation.looks import LOOKS, looked_at
+from fine_tuning.integration.chat_models import CHAMPION
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion
 from fine_tuning.model_management.model_switcher import Live, ModelSwitcher, live_history
+from fine_tuning.training.tracking import WEIGHTS
 
-COMPARISON = Path("metrics/comparison.json")
 REPORT = Path("metrics/report.html")
-ADAPTER = Path("models/adapter/adapter_model.safetensors")
-CHAMPION = Path("models/champion.json")
 PROMOTE = "PROMOTE"
 
 
@@ -44,7 +43,7 @@ class RegistryState:
 
 
 def candidate(checkout: Path) -> Candidate | None:
-    """The compared candidate, None before the first comparison. UserError: the comparison is damaged."""
+    """The compared candidate, None before the first comparison. Raises UserError if the comparison is damaged."""
     if not (checkout / COMPARISON).is_file():
         return None
     try:
@@ -54,19 +53,13 @@ def candidate(checkout: Path) -> Candidate | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{COMPARISON} is damaged: run `dvc repro compare`") from None
     obstacle = None
-    if not (checkout / ADAPTER).is_file():
+    if not (checkout / ADAPTER / WEIGHTS).is_file():
         obstacle = "its files are not here: run `dvc pull` or `dvc repro`"
     elif (named := read_object(checkout / CHAMPION)).get("adapter_sha256") == sha256 and named.get(
         "kind", "adapter"
     ) == found.get("kind", {}).get("name", "adapter"):
         obstacle = "it is the champion already"
     return Candidate(verdict, reasons, sha256, obstacle)
-
-
-def has_registry(checkout: Path) -> bool:
-    """Whether there is a store; opening it would create one."""
-    uri = tracking_uri(checkout)
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
 
 
 def registry_state(registry: ModelRegistry, client: OllamaClient) -> RegistryState:

@@ -75,17 +75,10 @@ def normalise_host(host: str, port: int = DEFAULT_PORT, given: str | None = None
         text = f"http://{text}"
     try:
         parts = urlsplit(text)
-        name, named = parts.hostname, parts.port
+        name, named, more = parts.hostname, parts.port, parts.username or parts.query or parts.fragment
     except ValueError:
-        name, named = None, None
-    if (
-        not name
-        or " " in text
-        or parts.scheme not in ("http", "https")
-        or parts.username
-        or parts.query
-        or parts.fragment
-    ):
+        name = named = more = None
+    if not name or more or " " in text or parts.scheme not in ("http", "https"):
         what, where = ("address", given) if given else ("Ollama address", "deploy.host or OLLAMA_HOST")
         raise UserError(f"the {what} is not of the form http://name:port: correct {where}")
     if name in ("0.0.0.0", "::"):
@@ -206,18 +199,12 @@ class OllamaClient:
 
     # --------------------------------------------------------------------------------------------------------- models
 
-    def create(self, model: str, request: dict, progress: Callable[[str], None] | None = None) -> None:
-        """Create `model` from the fields of /api/create; `progress` gets each status line. Raises OllamaError if it is
-        refused, fails after HTTP 200, or the stream ends without `success`."""
-        status = None
-        for line in self._stream("/api/create", {**request, "model": model, "stream": True}):
-            status = line.get("status")
-            if status and progress:
-                progress(_one_line(status))
-        if status != "success":
-            raise OllamaError(
-                f"{self.host} stopped before {model} was made (its log says why, is its disk full?): deploy again"
-            )
+    def create(self, model: str, request: dict) -> None:
+        """Create `model` from the fields of /api/create. Raises OllamaError if it is refused, fails after HTTP 200, or
+        the stream ends without `success`."""
+        *_, last = [{}, *self._stream("/api/create", {**request, "model": model, "stream": True})]
+        if last.get("status") != "success":
+            raise OllamaError(f"{self.host} stopped before {model} was made (disk full?): see its log, deploy again")
 
     def copy(self, source: str, destination: str) -> None:
         self._request("POST", "/api/copy", json={"source": source, "destination": destination})
@@ -230,14 +217,8 @@ class OllamaClient:
 
     def render(self, model: str, messages: list[dict]) -> str | None:
         """The prompt that the server would give to the model; None where it does not offer to show it."""
-        request = {
-            "model": model,
-            "messages": messages,
-            "stream": False,
-            "options": {"num_predict": 1},
-            "_debug_render_only": True,
-        }
-        debug = self._json("POST", "/api/chat", request, self._long).get("_debug_info")
+        request = {"model": model, "messages": messages, "stream": False, "options": {"num_predict": 1}}
+        debug = self._json("POST", "/api/chat", request | {"_debug_render_only": True}, self._long).get("_debug_info")
         rendered = debug.get("rendered_template") if isinstance(debug, dict) else None
         return rendered if isinstance(rendered, str) else None
 
@@ -354,9 +335,7 @@ class OllamaClient:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnreachable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
         if deadline.over or isinstance(error, httpx.TimeoutException):
-            return OllamaError(
-                f"{self.host} took too long at {path}: look at its log, or raise timeout and stream_timeout of deploy"
-            )
+            return OllamaError(f"{self.host} took too long at {path}: see its log, or raise both timeouts of deploy")
         return OllamaError(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:
@@ -380,7 +359,10 @@ def full_name(model: str) -> str:
 
 
 def is_local(host: str) -> bool:
-    name = urlsplit(host).hostname or ""
+    return is_loopback(urlsplit(host).hostname or "")
+
+
+def is_loopback(name: str) -> bool:
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:

@@ -72,12 +72,8 @@ class OpenAIServer:
         self._client.close()
 
     def request(self, method: str, path: str, what: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        """Send a request; `what` names it in errors.
-
-        Raises:
-            Refused: the answer is an error.
-            UserError: there is no answer, or it does not end.
-        """
+        """Send a request; `what` names it in errors. Raises Refused if the answer is an error, UserError if there is no
+        answer, or it does not end."""
         end, content = time.monotonic() + self._seconds, bytearray()
         try:
             with self._client.stream(method, self.url + path, json=body) as answer:
@@ -86,13 +82,9 @@ class OpenAIServer:
                     if len(content) > MOST_BYTES or time.monotonic() > end:
                         raise UserError(f"{self.url} does not end its answer: give the server's address with --host")
         except httpx.DecodingError:
-            raise UserError(
-                f"{self.url} answers in no form that can be read: give the server's address with --host"
-            ) from None
+            raise UserError(f"{self.url} answers unreadably: give the server's address with --host") from None
         except httpx.HTTPError as error:
-            raise UserError(
-                f"{self.url} does not answer ({type(error).__name__}): start {self.start}, then deploy again"
-            ) from None
+            raise UserError(f"{self.url} does not answer ({type(error).__name__}): start {self.start}") from None
         response = httpx.Response(answer.status_code, content=bytes(content))
         if response.is_error:
             raise Refused(self.url, what, response)
@@ -103,16 +95,10 @@ class OpenAIServer:
         try:
             return {entry["id"]: entry for entry in self.request("GET", path, "the list of models").json()["data"]}
         except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{self.url} has not OpenAI's list of models: give the address of the server with --host"
-            ) from None
+            raise UserError(f"{self.url} lists no models as OpenAI does: give another --host") from None
 
     def prove(self, model: str) -> str:
-        """The model's reply to one question.
-
-        Raises:
-            UserError: it has none.
-        """
+        """The model's reply to one question. Raises UserError if it has none."""
         answer = self.request("POST", "/v1/chat/completions", f"a question to {model}", QUESTION | {"model": model})
         try:
             reply = str(answer.json()["choices"][0]["message"]["content"] or "")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fine_tuning.common.dvc_files import LOCK, locked_md5, read_dvc, read_lock
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import CONVERSATIONS
 from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import Settings, load_params
 from fine_tuning.data_collection.data_cleaner import CleanSettings
@@ -50,8 +51,8 @@ MODELS: dict[str, type[Settings]] = {
 
 def check_all_params(path: Path) -> None:
     """See that every section of params.yaml can be read, and that what it names is there: metrics and the values that
-    decide, the base's package and modules, pairs or thumbs to learn from, addresses. UserError: one cannot, or is not;
-    names every wrong parameter."""
+    decide, the base's package and modules, pairs or thumbs to learn from, addresses. Raises UserError if one cannot, or
+    is not; names every wrong parameter."""
     found, problems = load_params(MODELS, path)
     problems += [problem for check, names in CHECKS if found.keys() >= names for problem in check(path, found)]
     if problems:
@@ -123,10 +124,10 @@ def _objective(path: Path, found: Any) -> Iterator[str]:
     """See that there is what train.objective learns from, where all that was sealed has been prepared."""
     train, checkout = found["train"], path.parent
     pairs, thumbs = (checkout / f"data/{kind}/train.parquet" for kind in ("preferences", "thumbs"))
-    lock, shards = checkout / LOCK, Path("data/conversations")
+    lock = checkout / LOCK
     if train.objective not in ("dpo", "kto") or not (pairs.is_file() and thumbs.is_file() and lock.is_file()):
         return
-    if read_dvc(checkout / f"{shards}.dvc") == locked_md5(read_lock(lock), shards, "deps"):
+    if read_dvc(checkout / f"{CONVERSATIONS}.dvc") == locked_md5(read_lock(lock), CONVERSATIONS, "deps"):
         try:
             choose_items(train, Prepared((), read_pairs(pairs), read_thumbs(thumbs)), Prepared((), (), ()))
         except UserError as error:

@@ -9,8 +9,8 @@ from fine_tuning.integration.embedded_engine import shared_engines
 
 
 def open_pairs() -> Pairs:
-    """Of the checkout in the current folder; replies are drawn as the chat draws them. UserError: there is nothing to
-    review."""
+    """Of the checkout in the current folder; replies are drawn as the chat draws them. Raises UserError if there is
+    nothing to review."""
     app = read_params("app", AppSettings)
     limits = {"context": app.context, "threads": app.threads, "slots": app.slots, "timeout": app.timeout}
     return Pairs(partial(shared_engines.use, **limits), default_sampling(app).model_dump(), app.context)

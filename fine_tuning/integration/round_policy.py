@@ -17,8 +17,8 @@ from fine_tuning.common.records import read_object, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.common.stage_times import about
 from fine_tuning.data_collection.conversation_logger import read_log
-from fine_tuning.integration import data_view
 from fine_tuning.integration.canary import Canary
+from fine_tuning.integration.conversation_index import counts
 
 # {"failures", "at", "why"} of the rounds that failed since the last good one, and "left": conversations that were
 # still new after that.
@@ -121,7 +121,7 @@ def note_success(checkout: Path) -> None:
 
 
 def _new(checkout: Path) -> int:
-    _, logged, sealed = data_view.counts(checkout)
+    _, logged, sealed = counts(checkout)
     return logged + sealed
 
 

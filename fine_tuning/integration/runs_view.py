@@ -11,12 +11,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import artifact_root, run_command, tracking_uri
+from fine_tuning.common.project import run_command
 from fine_tuning.common.settings import parse_settings, read_comments
 from fine_tuning.evaluation.looks import record_looks
 from fine_tuning.integration.jobs import dvc_command
 from fine_tuning.integration.parameters import MODELS
-from fine_tuning.training.tracking import flatten, open_store
+from fine_tuning.training.tracking import checkout_store, flatten, has_store
 
 LOSS = Path("metrics/plots/train_loss.csv")
 COMMITS = 10  # that are shown
@@ -63,8 +63,8 @@ class Line:
 
 
 def dvc_lines(checkout: Path) -> list[Line]:
-    """The workspace, those of the last commits that have results, and their experiments, the newest first. UserError:
-    DVC does not answer."""
+    """The workspace, those of the last commits that have results, and their experiments, the newest first. Raises
+    UserError if DVC does not answer."""
     answer = run_command(*dvc_command("exp", "show", "--json", "--num", str(COMMITS)), cwd=checkout)
     lines = []
     for commit in json.loads(answer):
@@ -84,8 +84,8 @@ def dvc_lines(checkout: Path) -> list[Line]:
 
 
 def record_lines(lines: list[Line]) -> None:
-    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none. UserError: the
-    ledger is damaged."""
+    """Add the verdicts of lines that are shown to the ledger of looks; those of a champion are none. Raises UserError
+    if the ledger is damaged."""
     shown = [line.metrics for line in lines if not any(key.startswith("comparison.champion.") for key in line.metrics)]
     record_looks(
         {"eval_set_sha256": one.get("comparison.eval_set_sha256"), "adapter_sha256": one.get(JUDGED)}
@@ -127,10 +127,9 @@ def _contents(files: dict | None, with_file: bool) -> dict[str, Any]:
 
 def mlflow_lines(checkout: Path) -> list[Line]:
     """The runs of the store, the newest first; none where there is no store yet."""
-    uri = tracking_uri(checkout)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if not has_store(checkout):
         return []
-    client, experiment = open_store(uri, artifact_root(checkout), checkout / ".whetstone" / "mlflow.lock")
+    client, experiment = checkout_store(checkout)
     runs = client.search_runs([experiment], order_by=["attributes.start_time DESC"], max_results=100)
     return [
         Line(
@@ -197,8 +196,7 @@ def _shown(value: Any) -> str:
 
 def loss_history(checkout: Path, run_id: str) -> list[dict[str, float]]:
     """[{"step", "loss"}] of an MLflow run."""
-    client, _ = open_store(tracking_uri(checkout), artifact_root(checkout), checkout / ".whetstone" / "mlflow.lock")
-    history = client.get_metric_history(run_id, "loss")
+    history = checkout_store(checkout)[0].get_metric_history(run_id, "loss")
     return [{"step": point.step, "loss": point.value} for point in history]
 
 
@@ -233,8 +231,8 @@ def _forms(name: str) -> list[dict[str, Any]]:
 
 
 def overrides(path: Path, changes: Mapping[str, Any]) -> list[str]:
-    """`-S` arguments that set parameters of the YAML file at `path` for one experiment. UserError: a parameter is not
-    in MAY_CHANGE, or a value is none that it could have."""
+    """`-S` arguments that set parameters of the YAML file at `path` for one experiment. Raises UserError if a parameter
+    is not in MAY_CHANGE, or a value is none that it could have."""
     params, arguments = _load(path), []
     for name, value in changes.items():
         if name not in MAY_CHANGE:

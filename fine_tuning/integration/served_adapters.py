@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from os.path import expanduser
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_object
+from fine_tuning.common.records import read_object, stamp
 from fine_tuning.integration.chat_models import BASE, BASE_GGUF, ChatModel
 from fine_tuning.runtime.base_model import gguf_field
 from fine_tuning.runtime.gguf_writer import OF_ADAPTER
@@ -20,10 +21,7 @@ RESERVED = ("live", "base", "champion", "candidate", "canary", "previous", "vers
 
 def adapter_name(name: str) -> str:
     """Return `name` if an adapter may be called so: no version's tag, and no name that a model of the project has.
-
-    Raises:
-        ValueError: it may not.
-    """
+    Raises ValueError if it may not."""
     if not re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", name) or name in RESERVED or re.fullmatch(r"v[0-9]+", name):
         raise ValueError(
             "a name for an adapter: a small letter first, then small letters, digits, -, _ and .; not that of another "
@@ -47,26 +45,17 @@ def with_adapters(
     if base is None or not adapters:
         return list(models)
     sha256 = read_object(checkout / BASE / "base.json").get("sha256")
-    made = [_adapter(base, called, checkout / _at_home(path), name, sha256) for called, path in adapters.items()]
+    made = [_adapter(base, called, checkout / expanduser(path), name, sha256) for called, path in adapters.items()]
     loaded = tuple(model.adapter for model in made if model.adapter and not model.problem)
     shared = [replace(model, adapters=loaded) for model in (base, *made)]
     at = models.index(base)
     return [*models[:at], *shared, *models[at + 1 :]]
 
 
-def _at_home(path: str) -> Path:
-    """The path with ~ replaced; as it is where nobody has such a home."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
-
-
 def _adapter(base: ChatModel, called: str, path: Path, name: str, sha256: str | None) -> ChatModel:
     model = ChatModel(called, "embedded", f"{name}:{called}", None, base.gguf, adapter=path)
     try:
-        facts = path.stat()
-        of_base, own = _origins(path, facts.st_mtime_ns, facts.st_size)
+        of_base, own = _origins(path, stamp(path))
     except FileNotFoundError:
         return replace(model, problem=f"serve.adapters.{called}: {path} is missing: correct the path in params.yaml")
     except (OSError, ValueError, UserError):
@@ -80,7 +69,7 @@ def _adapter(base: ChatModel, called: str, path: Path, name: str, sha256: str | 
 
 
 @lru_cache(maxsize=64)
-def _origins(path: Path, *_: int) -> tuple[str | None, str | None]:
+def _origins(path: Path, _: object) -> tuple[str | None, str | None]:
     """SHA-256 of the base that an adapter's file is for, and of the adapter that it was made of."""
     base, own = (gguf_field(path, key) for key in OF_ADAPTER)
     return base, own

@@ -13,19 +13,19 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import COMPARISON, FORGOTTEN, PREPARED
 from fine_tuning.common.records import read_object, stamp
 from fine_tuning.common.settings import Settings, read_params
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.evaluation.records.settings import ADAPTER
 from fine_tuning.evaluation.suite.examples import Exchange, Exchanges
-from fine_tuning.integration.chat_models import CANDIDATE_GGUF, CHAMPION, COMPARISON, AppSettings
+from fine_tuning.integration.chat_models import BASE, CANDIDATE_GGUF, CHAMPION, AppSettings
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.served_adapters import adapter_name
 from fine_tuning.model_management.packaging.model_package import PackageSettings
 
-TRAIN = Path("data/prepared/train.parquet")
-FORGOTTEN = Path("data/forgotten.jsonl")
-TOKENIZER = Path("models/base/tokenizer.json")
+TRAIN = PREPARED / "train"
+TOKENIZER = BASE / "tokenizer.json"
 SERVED = Path(".whetstone/served.json")  # tag → what stands before questions to a version that was deployed from here
 TURN_TOKENS = 8  # of a turn beside its text, at most, in the chat templates of common models
 Message = dict[str, str]

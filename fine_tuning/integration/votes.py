@@ -28,8 +28,8 @@ def record(
     sampling: Sampling,
     by: str | None = None,
 ) -> None:
-    """Count a vote. Where it decides, the exchange is logged with the better reply preferred to the other. UserError:
-    the log cannot be written; then nothing is counted."""
+    """Count a vote. Where it decides, the exchange is logged with the better reply preferred to the other. Raises
+    UserError if the log cannot be written; then nothing is counted."""
     if vote in ("first", "second"):
         better = 0 if vote == "first" else 1
         worse = 1 - better

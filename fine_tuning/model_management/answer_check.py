@@ -27,12 +27,9 @@ class AnswersDiffer(UserError):
 
 
 def compare_answers(server: "ModelServer", model: str, gguf: Path, probes: "Sequence[Probe]") -> int:
-    """The number of tokens in which `model`'s replies to the probes are those of `gguf`.
-
-    Raises:
-        AnswersDiffer: a reply is another one.
-        UserError: the server fails, llama.cpp cannot load the GGUF here, or nothing could be compared.
-    """
+    """The number of tokens in which `model`'s replies to the probes are those of `gguf`. Raises AnswersDiffer if a
+    reply is another one, UserError if the server fails, llama.cpp cannot load the GGUF here, or nothing could be
+    compared."""
     agreed = 0
     context, threads = max(probe.tokens for probe in probes) + 4 * ANSWER_TOKENS, cores()
     with LlamaEngine(gguf, context=context, threads=threads) as engine:
@@ -41,9 +38,7 @@ def compare_answers(server: "ModelServer", model: str, gguf: Path, probes: "Sequ
             ids = engine.tokenize(probe.prompt, parse_special=True, add_special=True)
             count = _follow(engine, ids, reply.encode("utf-8", "replace"), stats.done_reason == "length")
             if count is None:
-                raise AnswersDiffer(
-                    f"{model} on {server.host} answers probe {number} otherwise than its GGUF does here"
-                )
+                raise AnswersDiffer(f"{model} on {server.host} answers probe {number} otherwise than its GGUF here")
             agreed += count
     if agreed < len(probes):
         raise UserError(f"{model} on {server.host} answers with nothing that can be compared")

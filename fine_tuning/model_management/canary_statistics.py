@@ -8,10 +8,12 @@ counted in time. Assumed: a bad conversation becomes known as soon with the cand
 """
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 
-from fine_tuning.evaluation.verdict.win_rate import DECIDES, MOST, STAKES
+from fine_tuning.evaluation.verdict.settings import DECIDES
+from fine_tuning.evaluation.verdict.win_rate import MOST, STAKES
 
 POWER = 0.8
 
@@ -56,14 +58,9 @@ def smallest_found(share: float, live: float, conversations: int) -> float | Non
     """The lowest part of bad conversations, in hundredths, with which a candidate would have been found with a
     probability of POWER by then; None where no part would."""
     # The chance rises with the part.
-    low, high = math.floor(100 * live), 101
-    while high - low > 1:
-        middle = (low + high) // 2
-        if chance_to_find(share, live, middle / 100, conversations) >= POWER:
-            high = middle
-        else:
-            low = middle
-    return high / 100 if high <= 100 else None
+    parts = range(math.floor(100 * live) + 1, 101)
+    at = bisect_left(parts, POWER, key=lambda part: chance_to_find(share, live, part / 100, conversations))
+    return parts[at] / 100 if at < len(parts) else None
 
 
 def _binomial(n: int, k: int, p: float) -> float:

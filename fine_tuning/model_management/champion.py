@@ -34,7 +34,7 @@ FILES_TAG = "champion_md5"  # DVC's hash of models/champion as it was with a ver
 
 
 def read_champion() -> dict[str, Any]:
-    """The content of models/champion.json. UserError: it is missing or damaged."""
+    """The content of models/champion.json. Raises UserError if it is missing or damaged."""
     try:
         return dict(read_json(RECORD))
     except (OSError, ValueError, TypeError):
@@ -47,9 +47,9 @@ def content_of(hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 
-def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Path) -> None:
-    """Copy folders or files, each under its name, the probes and the list of what was in the prepared split `train`
-    to models/champion, and give them to DVC."""
+def keep_files(folders: Sequence[tuple[str, Path]], probes: list[Probe], train: Sequence[Path]) -> None:
+    """Copy folders or files, each under its name, the probes and the list of what was in the files of the prepared
+    split train to models/champion, and give them to DVC."""
     shutil.rmtree(STAGED, ignore_errors=True)
     for place, folder in folders:
         for file in files_below(folder) if folder.is_dir() else [folder]:
@@ -71,8 +71,8 @@ def names_conversations(path: str) -> bool:
 
 
 def fetch_files(version: ModelVersion) -> None:
-    """Bring the files that were kept when the version was champion into DVC's cache, from a remote if need be.
-    UserError: the version never was champion, or its files are neither here nor in the remote."""
+    """Bring the files that were kept when the version was champion into DVC's cache, from a remote if need be. Raises
+    UserError if the version never was champion, or its files are neither here nor in the remote."""
     md5 = version.tags.get(FILES_TAG)
     if not md5:
         raise UserError(

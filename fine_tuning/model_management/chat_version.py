@@ -83,11 +83,7 @@ def _reply(model: Any, prompt: list[int], ends: list[int], wanted: dict[str, Any
 
 def load(config: dict[str, Any]) -> tuple[Any, Any]:
     """(tokenizer, the adapter on its base). The base is the registered folder while it has the recorded SHA-256, else
-    it is made again from package, hub or file.
-
-    Raises:
-        UserError: there is no base of that SHA-256.
-    """
+    it is made again from package, hub or file. Raises UserError if there is no base of that SHA-256."""
     import torch
     from peft import PeftModel
 

@@ -66,9 +66,7 @@ def upload(repo: str, files: Mapping[str, Path | bytes], message: str, kind: str
         raise
     except Exception as error:  # by whatever the network, the hub or a missing token raises
         reason = getattr(getattr(error, "response", None), "status_code", None) or type(error).__name__
-        raise UserError(
-            f"the hub did not take {repo} ({reason}): check the name, the network and `hf auth login`"
-        ) from None
+        raise UserError(f"the hub did not take {repo} ({reason}): check name, network and `hf auth login`") from None
 
 
 def dataset_card(count: int) -> bytes:

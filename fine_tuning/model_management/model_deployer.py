@@ -47,7 +47,7 @@ class ModelServer(Protocol):
     def version(self) -> str: ...
     def digests(self) -> dict[str, str]: ...
     def upload_blob(self, path: Path, sha256: str, progress: Progress | None = None) -> bool: ...
-    def create(self, model: str, request: dict[str, Any], progress: Callable[[str], None] | None = None) -> None: ...
+    def create(self, model: str, request: dict[str, Any]) -> None: ...
     def show(self, model: str) -> dict[str, Any]: ...
     def render(self, model: str, messages: list[dict[str, Any]]) -> str | None: ...
     def chat(
@@ -244,9 +244,7 @@ class ModelDeployer:
         template = shown.get("template", "")
         if template != request.get("template", ""):
             if template != gguf_field(bundle.gguf, "tokenizer.chat_template"):
-                raise UserError(
-                    f"{self.server.host} changed the template of {done.model}: update Ollama, then deploy again"
-                )
+                raise UserError(f"{self.server.host} changed the template of {done.model}: update Ollama, deploy again")
             # Servers from 0.30 on take the GGUF's own template where it can do more, such as calling tools.
             done.notes.append("this Ollama writes prompts by the GGUF's own chat template")
         have = shown_parameters(str(shown.get("parameters") or ""))
@@ -263,8 +261,10 @@ class ModelDeployer:
                 done.notes.append("this Ollama does not show its prompts: the answers were compared instead")
                 self._say("5/9 this Ollama does not show its prompts")
                 return
-            if rendered != probe.prompt:
-                raise UserError(f"{done.model} gets another prompt than in training: {_difference(rendered, probe)}")
+            if rendered != probe.prompt:  # probes are made up, so their text may be shown
+                at = first_difference(rendered, probe.prompt)
+                shown = f"at character {at} it has {rendered[at : at + 24]!r}, not {probe.prompt[at : at + 24]!r}"
+                raise UserError(f"{done.model} gets another prompt than in training: {shown}: deploy no further")
             done.rendered += 1
         self._say(f"5/9 {done.rendered} prompts are rendered as in training")
 
@@ -297,11 +297,8 @@ def heal(model: str, blobs: Sequence[Path] = ()) -> str:
 
 
 def go_live(server: ModelServer, model: str, live: str, digest: str) -> None:
-    """Point `live` at `model` and see that both have `digest`; if not, put back what was live.
-
-    Raises:
-        UserError: `model` is not what it should be, or the copy came out different.
-    """
+    """Point `live` at `model` and see that both have `digest`; if not, put back what was live. Raises UserError if
+    `model` is not what it should be, or the copy came out different."""
     before = server.digests()
     if before.get(model) != digest:
         raise UserError(f"{model} on {server.host} is not what was deployed there: `ollama rm {model}`, then deploy it")
@@ -358,9 +355,3 @@ def _check_room(version: str, host: str, size: int) -> None:
             f"Ollama {version} needs {needed / 1e9:.1f} GB for this model, and {free / 1e9:.1f} GB are left in {store}:"
             " make room (`python -m fine_tuning prune`), then deploy again"
         )
-
-
-def _difference(rendered: str, probe: Probe) -> str:
-    """Where two prompts part. Probes are made up, so their text may be shown."""
-    at = first_difference(rendered, probe.prompt)
-    return f"at character {at} it has {rendered[at : at + 24]!r}, not {probe.prompt[at : at + 24]!r}: deploy no further"

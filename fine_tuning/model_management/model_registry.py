@@ -172,12 +172,10 @@ class ModelRegistry:
         return sorted(found, key=lambda version: version.number)
 
     def version(self, number: int) -> ModelVersion:
-        """One version. UserError: there is none of that number."""
+        """One version. Raises UserError if there is none of that number."""
         found = next((version for version in self.versions() if version.number == number), None)
         if found is None:
-            raise UserError(
-                f"the registry has no version {number} of {self.name}: `python -m fine_tuning list` shows what it has"
-            )
+            raise UserError(f"the registry has no version {number} of {self.name}: see `python -m fine_tuning list`")
         return found
 
     def find(self, content_sha256: str) -> ModelVersion | None:
@@ -188,7 +186,7 @@ class ModelRegistry:
         return next((version for version in self.versions() if alias in version.aliases), None)
 
     def download(self, version: ModelVersion, path: str, folder: Path) -> Path:
-        """Fetch a file or folder of a version's artifacts into `folder`. UserError: the artifact is gone."""
+        """Fetch a file or folder of a version's artifacts into `folder`. Raises UserError if the artifact is gone."""
         gone = f"{path} of version {version.number} is gone from the registry: `python -m fine_tuning verify`"
         if version.artifacts.startswith("file:///"):
             source = Path(unquote(urlsplit(version.artifacts).path), path)
@@ -269,8 +267,8 @@ class ModelRegistry:
             self._client.delete_model_version_tag(self.name, str(number), key)
 
     def remove(self, number: int) -> None:
-        """Take a version out of the registry. Its files stay in the run that made it. UserError: it is the champion or
-        the way back from it."""
+        """Take a version out of the registry. Its files stay in the run that made it. Raises UserError if it is the
+        champion or the way back from it."""
         with self._lock():
             version = self.version(number)
             held = [alias for alias in (CHAMPION, PREVIOUS) if alias in version.aliases]
@@ -340,9 +338,7 @@ class _PatientClient:
                     raise
                 if "database is locked" not in str(error):
                     reason = " ".join(str(error).split())[:200]
-                    raise UserError(
-                        f"the registry at {self._uri} failed ({reason}): fix the cause, then run again"
-                    ) from None
+                    raise UserError(f"the registry at {self._uri} failed ({reason}): fix it, then run again") from None
                 if time.monotonic() + wait > end:
                     raise UserError(
                         f"the registry's database stayed locked for {self._patience:.0f} s: end the program that "

@@ -64,28 +64,20 @@ class ModelSwitcher:
         return Live(self.server.host, digest, number, since)
 
     def switch(self, number: int) -> Live | None:
-        """Make a deployed version live. Returns what was live before.
-
-        Raises:
-            UserError: the version was not deployed to this server, or is no longer what was.
-        """
+        """Make a deployed version live. Returns what was live before. Raises UserError if the version was not deployed
+        to this server, or is no longer what was."""
         version = self.registry.version(number)
         digest = self.recorded_digest(version)
         if digest is None or version.tag not in self.server.digests():
-            raise UserError(
-                f"{version.tag} is not on {self.server.host}: `python -m fine_tuning deploy {number}` puts it there"
-            )
+            raise UserError(f"{version.tag} is not on {self.server.host}: `python -m fine_tuning deploy {number}`")
         before = self.live()
         go_live(self.server, version.tag, self.live_name, digest)
         self.record_live(number)
         return before
 
     def rollback(self) -> tuple[Live | None, int]:
-        """Make live what was live before. Returns (what was live until now, the version that is live again).
-
-        Raises:
-            UserError: there is nothing to go back to.
-        """
+        """Make live what was live before. Returns (what was live until now, the version that is live again). Raises
+        UserError if there is nothing to go back to."""
         now = self.live()
         current = now.version if now else None
         history = live_history(self.registry.versions(), self.key)

@@ -11,10 +11,11 @@ from fine_tuning.schema.chat_format import encode_conversation
 from fine_tuning.schema.prepared import PreparedRow, encoded_row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from fine_tuning.schema.chat_format import ChatTokenizer
 
 SOURCE = "canary"
 DIGITS = 9
+LAST = (1 << 63) - 1
 
 
 def secret(kind: str, index: int) -> list[dict[str, Any]]:
@@ -27,15 +28,13 @@ def secret(kind: str, index: int) -> list[dict[str, Any]]:
     ]
 
 
-def planted(
-    count: int, tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
-) -> list[PreparedRow]:
-    """So many canaries as training rows of their own source, each in a cluster of its own."""
+def planted(count: int, tokenizer: "ChatTokenizer", system_prompt: str | None, max_length: int) -> list[PreparedRow]:
+    """So many canaries as training rows of their own source, each in a cluster of its own, after all others."""
     rows = []
     for index in range(count):
         encoded = encode_conversation(tokenizer, secret("canary", index), system_prompt, max_length)
         name = f"canary-{index:04d}"
-        rows.append(encoded_row(encoded, id=name, source=SOURCE, cluster=name))
+        rows.append(encoded_row(encoded, id=name, source=SOURCE, cluster=name, order=LAST))
     return rows
 
 

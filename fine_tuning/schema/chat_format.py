@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
@@ -19,6 +19,10 @@ from fine_tuning.common.settings import Settings
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    from fine_tuning.schema.light_tokenizer import LightTokenizer
+
+    ChatTokenizer: TypeAlias = PreTrainedTokenizerFast | LightTokenizer
 NOT_TRAINED = -100  # the label that the loss skips, by the convention of torch.nn.CrossEntropyLoss
 _MARK = "\ue000\ue001"  # private-use characters: they stand where the template puts a content
 
@@ -77,7 +81,7 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def render(
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "ChatTokenizer",
     messages: Sequence[dict[str, Any]],
     system_prompt: str | None = None,
     add_generation_prompt: bool = False,
@@ -124,7 +128,7 @@ def render(
 
 
 def encode_conversation(
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "ChatTokenizer",
     messages: Sequence[dict[str, Any]],
     system_prompt: str | None,
     max_length: int,
@@ -158,7 +162,7 @@ class Windows(NamedTuple):
 
 
 def encode_windows(
-    tokenizer: "PreTrainedTokenizerFast",
+    tokenizer: "ChatTokenizer",
     messages: Sequence[dict[str, Any]],
     system_prompt: str | None,
     max_length: int,
@@ -206,7 +210,7 @@ class _Turns:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerFast",
+        tokenizer: "ChatTokenizer",
         messages: Sequence[dict[str, Any]],
         system_prompt: str | None,
         trained: Sequence[bool] | None,
@@ -279,21 +283,21 @@ class _Turns:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict[str, Any]], system_prompt: str | None = None
+    tokenizer: "ChatTokenizer", messages: Sequence[dict[str, Any]], system_prompt: str | None = None
 ) -> list[int]:
     """Token ids of a conversation that waits for a reply, with the template's generation prompt at the end."""
     rendered = render(tokenizer, messages, system_prompt, add_generation_prompt=True)
     return [token for token, _ in _tokens(tokenizer, rendered)]
 
 
-def end_of_turn_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+def end_of_turn_ids(tokenizer: "ChatTokenizer") -> list[int]:
     """The token ids that close a reply, as the template writes them: what generation stops at."""
     chat = _chat_format(tokenizer)
     return [chat.id_of(token) for token in chat.closing_tokens]
 
 
 def _apply_template(
-    tokenizer: "PreTrainedTokenizerFast", messages: Sequence[dict[str, Any]], contents: Sequence[str], prompt: bool
+    tokenizer: "ChatTokenizer", messages: Sequence[dict[str, Any]], contents: Sequence[str], prompt: bool
 ) -> str:
     turns = [{"role": message["role"], "content": text} for message, text in zip(messages, contents, strict=True)]
     try:
@@ -315,7 +319,7 @@ def _cut(encoded: Encoded, max_length: int) -> Encoded:
     return replace(encoded, input_ids=ids, labels=labels, messages=messages, cut_tokens=cut)
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tuple[int, int]]:
+def _tokens(tokenizer: "ChatTokenizer", rendered: Rendered) -> list[tuple[int, int]]:
     """(id, first character) of every token; control tokens are parsed outside contents and only there."""
     chat = _chat_format(tokenizer)
     text = rendered.text
@@ -348,7 +352,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerFast", rendered: Rendered) -> list[tu
 class _ChatFormat:
     """A tokenizer and its template: how replies open and close, and two encoders."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(self, tokenizer: "ChatTokenizer") -> None:
         self.template = tokenizer.chat_template
         backend: Tokenizer = tokenizer.backend_tokenizer
         # A copy: the post-processor of some byte-level tokenizers trims white space off the offsets.
@@ -421,7 +425,7 @@ class _ChatFormat:
 _formats: "WeakKeyDictionary[Any, _ChatFormat]" = WeakKeyDictionary()
 
 
-def _chat_format(tokenizer: "PreTrainedTokenizerFast") -> _ChatFormat:
+def _chat_format(tokenizer: "ChatTokenizer") -> _ChatFormat:
     """The format of a tokenizer, cached as long as its template is the same."""
     known = _formats.get(tokenizer)
     if known is None or known.template != tokenizer.chat_template:

@@ -5,10 +5,12 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import files_sha256
 from fine_tuning.common.records import replacing
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded
 
@@ -22,7 +24,7 @@ TEXTS, TOKENS = ("id", "source", "cluster", "messages"), ("input_ids", "labels")
 COUNTS = (
     "trained_tokens", "control_tokens", "lost_end_of_reply", "lost_turns", "lost_reply_tokens", "windows_left_out",
 )  # fmt: skip
-COLUMNS = [*TEXTS, "window", *TOKENS, *COUNTS]
+COLUMNS = [*TEXTS, "window", "order", *TOKENS, *COUNTS]
 
 
 @dataclass(slots=True)
@@ -30,8 +32,9 @@ class PreparedRow:
     """One window of a conversation, as preparation writes it and training and evaluation read it.
 
     `labels[i]` is `input_ids[i]` where it is trained, else -100. A conversation that fits is one window; the windows of
-    a longer one share `id`, `source` and `cluster`. Not stored are `conversation` (all of its messages), `trained`
-    (which of them enter the loss) and `counts` (see `Tally`).
+    a longer one share `id`, `source` and `cluster`. A split is read in ascending `order`: the first rows are a random
+    sample. Not stored are `conversation` (all of its messages), `trained` (which of them enter the loss) and `counts`
+    (see `Tally`).
     """
 
     id: str
@@ -40,6 +43,7 @@ class PreparedRow:
     source: str = ""
     cluster: str = ""
     window: int = 0
+    order: int = 0
     messages: list[dict[str, Any]] = field(default_factory=list)
     conversation: Sequence[dict[str, Any]] = ()
     trained: Sequence[bool] = ()
@@ -66,10 +70,11 @@ def encoded_fields(encoded: Encoded) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "messages": encoded.messages, "counts": counts}
 
 
-def write_rows(path: str | Path, rows: Iterable[PreparedRow]) -> None:
-    """Write encoded rows as `write_batches` does. Few are in memory at a time."""
+def write_rows(folder: str | Path, rows: Iterable[PreparedRow]) -> None:
+    """Write encoded rows as a split of one file. Few are in memory at a time."""
     rows = iter(rows)
-    write_batches(path, (row_batch(group) for group in iter(lambda: list(islice(rows, ROW_GROUP)), [])))
+    with replacing(Path(folder) / "rows.parquet") as file:
+        write_batches(file, (row_batch(group) for group in iter(lambda: list(islice(rows, ROW_GROUP)), [])))
 
 
 def row_batch(rows: Sequence[PreparedRow]) -> "RecordBatch":
@@ -80,13 +85,14 @@ def row_batch(rows: Sequence[PreparedRow]) -> "RecordBatch":
     # JSON, because the optional keys of messages would become nulls in every Arrow struct.
     columns.append(string_array([as_json(row.messages) for row in rows]))
     columns.append(number_array([row.window for row in rows]))
+    columns.append(number_array([row.order for row in rows], 64))
     columns += [_list_array([getattr(row, name) for row in rows]) for name in TOKENS]
     columns += [number_array([row.counts.get(name, 0) for row in rows]) for name in COUNTS]
     return pyarrow.RecordBatch.from_arrays(columns, names=COLUMNS)
 
 
-def write_batches(path: str | Path, batches: "Iterable[RecordBatch]") -> None:
-    """Write rows as Parquet: id, source, cluster, window, messages (JSON), input_ids, labels (int32).
+def write_batches(file: BinaryIO, batches: "Iterable[RecordBatch]") -> None:
+    """Write rows as Parquet: id, source, cluster, window, order, messages (JSON), input_ids, labels (int32).
 
     The windows of a conversation follow each other. The same rows give the same bytes.
     They are those of `Dataset.to_parquet`, which holds all rows, without three seconds of importing `datasets`.
@@ -94,21 +100,19 @@ def write_batches(path: str | Path, batches: "Iterable[RecordBatch]") -> None:
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
-    types = dict.fromkeys(TEXTS, pyarrow.string()) | {"window": pyarrow.int32()}
+    types = dict.fromkeys(TEXTS, pyarrow.string()) | {"window": pyarrow.int32(), "order": pyarrow.int64()}
     types |= dict.fromkeys(TOKENS, pyarrow.list_(pyarrow.int32()))
     features: dict[str, Any] = {key: {"dtype": "string", "_type": "Value"} for key in TEXTS}
     features["window"] = number = {"dtype": "int32", "_type": "Value"}
+    features["order"] = {"dtype": "int64", "_type": "Value"}
     features |= {key: {"feature": number, "_type": "List"} for key in TOKENS}
     schema = pyarrow.schema(types, {"huggingface": json.dumps({"info": {"features": features}})})
     chunking = {"min_chunk_size": 262144, "max_chunk_size": 1048576, "norm_level": 0}
     columns = [f"{name}.list.element" if name in TOKENS else name for name in types]
-    with (
-        replacing(path) as file,
-        ParquetWriter(
-            file, schema, use_content_defined_chunking=chunking, write_page_index=True, use_dictionary=columns,
-            compression=dict.fromkeys(columns, "snappy"), column_encoding={},
-        ) as writer,
-    ):  # fmt: skip
+    with ParquetWriter(
+        file, schema, use_content_defined_chunking=chunking, write_page_index=True, use_dictionary=columns,
+        compression=dict.fromkeys(columns, "snappy"), column_encoding={},
+    ) as writer:  # fmt: skip
         for group in _row_groups(batches):
             arrays = [group.column(name) for name in types]
             writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
@@ -135,12 +139,12 @@ def as_json(messages: Sequence[dict[str, Any]]) -> str:
 # From buffers, because `pyarrow.array` imports pandas, which takes a second.
 
 
-def number_array(numbers: Iterable[int]) -> Any:
-    """An Arrow array of 32-bit numbers."""
+def number_array(numbers: Iterable[int], bits: int = 32) -> Any:
+    """An Arrow array of numbers."""
     import pyarrow as pa
 
-    held = array("i", numbers)
-    return pa.Array.from_buffers(pa.int32(), len(held), [None, pa.py_buffer(held)])
+    held, kind = (array("i", numbers), pa.int32()) if bits == 32 else (array("q", numbers), pa.int64())
+    return pa.Array.from_buffers(kind, len(held), [None, pa.py_buffer(held)])
 
 
 def string_array(texts: list[str]) -> Any:
@@ -171,13 +175,27 @@ def _list_array(lists: list[Any]) -> Any:
     return pa.ListArray.from_buffers(pa.list_(pa.int32()), len(lists), buffers, children=[number_array(held)])
 
 
-def read_rows(path: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
-    """Read some columns of a file that `write_rows` wrote, `id` among them. Raises UserError if the file is missing."""
+def split_files(folder: str | Path) -> list[Path]:
+    """The files of a split. Raises UserError if there are none."""
+    files = sorted(Path(folder).glob("*.parquet"))
+    if not files:
+        raise UserError(f"{folder} is missing: run `dvc repro prepare`")
+    return files
+
+
+def split_sha256(folder: str | Path) -> str:
+    """SHA-256 of the files of a split. Raises UserError if there are none."""
+    return files_sha256(split_files(folder), Path(folder))
+
+
+def read_rows(folder: str | Path, columns: Sequence[str] = ("id", "input_ids", "labels")) -> list[PreparedRow]:
+    """Read some columns of a split, `id` among them, in its order. Raises UserError if the folder has no
+    files."""
     from pyarrow import parquet
 
-    if not Path(path).is_file():
-        raise UserError(f"{path} is missing: run `dvc repro prepare`")
-    rows = [PreparedRow(**row) for row in parquet.read_table(path, columns=list(columns)).to_pylist()]
+    tables = (parquet.read_table(file, columns=[*columns, "order"]) for file in split_files(folder))
+    rows = [PreparedRow(**row) for table in tables for row in table.to_pylist()]
+    rows.sort(key=attrgetter("order"))  # stable: the windows of a conversation have the same
     for row in rows if "messages" in columns else ():
         row.messages = json.loads(row.messages)  # type: ignore[arg-type]
     return rows

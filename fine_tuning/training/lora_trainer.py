@@ -104,10 +104,7 @@ def train_adapter(
     longest = max(len(row.input_ids) for row in (*train_rows, *validation_rows))
     texts = general_texts(base, plain, longest) if settings.retention else ()
     adopted = start_from if settings.max_steps == 0 else None
-    model = attach_trained(plain, adopted) if adopted else attach_adapter(plain, settings)
-    if start_from and not adopted:
-        check_adapter(start_from, base_name, settings)
-        load_adapter(model, start_from / "adapter_model.safetensors")
+    model = adapted_model(plain, base_name, settings, start_from)
     token_losses = TokenLosses(model.config.get_text_config().pad_token_id or 0, settings.packing)
     guard = RunGuard(settings, progress)
     supervised = [item for item in train_items if isinstance(item, PreparedRow)]
@@ -158,11 +155,8 @@ def train_adapter(
 
 
 def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
-    """Set seeds, threads and deterministic kernels: (what to train on, micro-batches to compute at once).
-
-    Raises:
-        UserError: the settings ask for what this machine or bitsandbytes cannot do.
-    """
+    """Set seeds, threads and deterministic kernels: (what to train on, micro-batches to compute at once). Raises
+    UserError if the settings ask for what this machine or bitsandbytes cannot do."""
     gc.collect()  # reference cycles of an earlier training in this process
     check_spreading(settings)
     take_own_gpu()
@@ -180,6 +174,17 @@ def prepare_machine(settings: TrainSettings) -> tuple[Hardware, int]:
         torch.utils.deterministic.fill_uninitialized_memory = False
     set_seed(settings.seed)
     return hardware, micro_batches
+
+
+def adapted_model(plain: PreTrainedModel, base_name: str, settings: TrainSettings, start_from: Path | None) -> Any:
+    """The base with the adapter that is trained: a new one, or one to start from, as it is where no step is taken."""
+    if start_from and settings.max_steps == 0:
+        return attach_trained(plain, start_from)
+    model = attach_adapter(plain, settings)
+    if start_from:
+        check_adapter(start_from, base_name, settings)
+        load_adapter(model, start_from / "adapter_model.safetensors")
+    return model
 
 
 def note_references(trainer: LabelTrainer, base: Path, start_from: Path | None, folder: Path | None) -> None:
@@ -261,10 +266,7 @@ def save_adapter(model: Any, base_name: str, output: Path) -> None:
 
 def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreTrainedModel:
     """Load the base in the number format that the hardware trains in, in four bits for QLoRA, or its share for fsdp.
-
-    Raises:
-        UserError: it would not fit, or does not load.
-    """
+    Raises UserError if it would not fit, or does not load."""
     check_memory(read_shape(folder), settings, hardware)
     if settings.method == "qlora":
         return load_quantised_base(folder, hardware, settings.gradient_checkpointing)
@@ -273,11 +275,8 @@ def load_base(folder: Path, settings: TrainSettings, hardware: Hardware) -> PreT
 
 
 def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
-    """Freeze the base and put LoRA layers on the modules that the settings name.
-
-    Raises:
-        UserError: no module of the base has such a name.
-    """
+    """Freeze the base and put LoRA layers on the modules that the settings name. Raises UserError if no module of the
+    base has such a name."""
     lora = settings.lora
     layers = model.config.get_text_config().num_hidden_layers
     chosen = list(range(max(0, layers - lora.top_layers), layers)) if lora.top_layers else None
@@ -298,11 +297,7 @@ def attach_adapter(model: PreTrainedModel, settings: TrainSettings) -> Any:
 
 
 def attach_trained(model: PreTrainedModel, adapter: Path) -> Any:
-    """Put an adapter on the base as its own configuration says.
-
-    Raises:
-        UserError: it does not fit.
-    """
+    """Put an adapter on the base as its own configuration says. Raises UserError if it does not fit."""
     model.config.use_cache = False
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
@@ -312,18 +307,13 @@ def attach_trained(model: PreTrainedModel, adapter: Path) -> Any:
 
 
 def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> None:
-    """Refuse to continue an adapter on another base or with another scale than it was trained with.
-
-    Raises:
-        UserError: its configuration names another base or scale, which its shapes do not show.
-    """
+    """Refuse to continue an adapter on another base or with another scale than it was trained with. Raises UserError if
+    its configuration names another base or scale, which its shapes do not show."""
     config, card = read_json(adapter / "adapter_config.json"), adapter / "base.json"
     named = read_json(card)["model"] if card.is_file() else config["base_model_name_or_path"]
     lora = settings.lora
     if named != base_name:
-        raise UserError(
-            f"the adapter of train.start_from was trained on {named} and base.model is {base_name}: change one of them"
-        )
+        raise UserError(f"train.start_from was trained on {named} and base.model is {base_name}: change one of them")
     for parameter, key in (("alpha", "lora_alpha"), ("rslora", "use_rslora")):
         had, wanted = config[key], getattr(lora, parameter)
         if had != wanted:
@@ -334,20 +324,15 @@ def check_adapter(adapter: Path, base_name: str, settings: TrainSettings) -> Non
 
 
 def load_adapter(model: Any, file: Path) -> None:
-    """Give a model's adapter the weights of another of the same shape.
-
-    Raises:
-        UserError: the weights have other names or shapes.
-    """
+    """Give a model's adapter the weights of another of the same shape. Raises UserError if the weights have other names
+    or shapes."""
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged ({type(error).__name__}): restore it with `dvc checkout`") from None
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in own.items()}:
-        raise UserError(
-            f"the adapter {file.parent} does not fit: start from one of the same base.model and train.lora settings"
-        )
+        raise UserError(f"the adapter {file.parent} does not fit: start from one of the same base.model and train.lora")
     set_peft_model_state_dict(model, weights)
 
 

@@ -66,10 +66,7 @@ def load_quantised_base(folder: Path, hardware: Hardware, gradient_checkpointing
 
     compute = getattr(torch, hardware.precision)
     quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
     try:
         model = load_model(folder, compute, quantization_config=quantisation, device_map={"": hardware.device})

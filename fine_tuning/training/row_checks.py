@@ -24,11 +24,8 @@ def check_rows(rows: Sequence[PreparedRow], split: str) -> None:
 
 def check_only_assistants_train(rows: Sequence[PreparedRow], tokenizer: Any) -> None:
     """Refuse rows in which a trained run of tokens follows anything but the opening of an assistant turn, such as
-    `<|im_start|>assistant\\n`, as the tokenizer's chat template writes it.
-
-    Raises:
-        UserError: a user's or the system's token would be trained; names the conversation.
-    """
+    `<|im_start|>assistant\\n`, as the tokenizer's chat template writes it. Raises UserError if a user's or the system's
+    token would be trained; names the conversation."""
     opener = reply_opener(tokenizer)
     longest = len(tokenizer.encode(opener, add_special_tokens=False)) + 2
     for row in rows:
@@ -36,7 +33,7 @@ def check_only_assistants_train(rows: Sequence[PreparedRow], tokenizer: Any) -> 
             before = tokenizer.decode(row.input_ids[max(0, start - longest) : start])
             if not before.endswith(opener):
                 raise UserError(
-                    f"{row.id} would train a token that is not the assistant's: `dvc repro -f -s prepare && dvc repro`"
+                    f"{row.id} would train what is not the assistant's: `dvc repro -f -s prepare && dvc repro`"
                 )
 
 

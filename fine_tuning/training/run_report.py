@@ -16,11 +16,7 @@ Curve = tuple[list[str], list[list[Any]]]
 
 
 def announcement(
-    settings: TrainSettings,
-    conversations: int,
-    tokens: int,
-    left_out: Mapping[str, int],
-    speed: Speed | None,
+    settings: TrainSettings, conversations: int, tokens: int, left_out: Mapping[str, int], speed: Speed | None
 ) -> Iterator[str]:
     """What is about to be trained on, for how long, and which parameters limit it; `left_out` is {reason:
     conversations} of preparation."""

@@ -15,13 +15,25 @@ from filelock import FileLock, Timeout
 
 from fine_tuning.common.dvc_files import md5_path
 from fine_tuning.common.errors import UserError, no_space
-from fine_tuning.common.project import sha256_file
+from fine_tuning.common.project import artifact_root, main_checkout, sha256_file, tracking_uri
 
 EXPERIMENT = "whetstone"
 WEIGHTS = "adapter_model.safetensors"
 # Columns of MLflow's tables that hold addresses below the experiment's location.
 ADDRESSES = ("experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location")
 ADDRESSES += ("model_versions.source", "model_versions.storage_location")
+
+
+def checkout_store(checkout: Path | None = None) -> tuple[Any, str]:
+    """The MLflow store of a checkout, by default of the current folder: see `open_store`."""
+    lock = main_checkout(checkout) / ".whetstone/mlflow.lock"
+    return open_store(tracking_uri(checkout), artifact_root(checkout), lock)
+
+
+def has_store(checkout: Path) -> bool:
+    """Whether there is a store; opening it would create one."""
+    uri = tracking_uri(checkout)
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
 
 
 def open_store(uri: str, artifacts: Path, lock: Path) -> tuple[Any, str]:

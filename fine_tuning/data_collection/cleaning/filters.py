@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -41,9 +41,13 @@ _MISPLACED = {("user", "user"), ("assistant", "assistant"), ("tool", "user"), ("
 
 def check_roles(messages: list[dict]) -> Problem | None:
     """Apart from system and tool messages, user and assistant take turns and the user begins."""
+    return _problem_of_roles(tuple([message["role"] for message in messages]))
+
+
+@lru_cache(maxsize=1024)
+def _problem_of_roles(roles: tuple[str, ...]) -> Problem | None:
     turns = []
-    for index, message in enumerate(messages):
-        role = message["role"]
+    for index, role in enumerate(roles):
         if role == "system" and index > 0:
             return Problem("late_system_message", index)
         if role in ("user", "assistant"):
@@ -56,7 +60,7 @@ def check_roles(messages: list[dict]) -> Problem | None:
         return Problem("no_assistant_message", 0)
     if turns[0] != "user":
         return Problem("assistant_begins", 0)
-    spoken = [m["role"] for m in messages if m["role"] != "system"]
+    spoken = [role for role in roles if role != "system"]
     for index, pair in enumerate(pairwise(spoken), start=1):
         if pair in _MISPLACED:
             return Problem("roles_do_not_alternate", index)
@@ -65,8 +69,10 @@ def check_roles(messages: list[dict]) -> Problem | None:
 
 def trim_end(messages: list[dict]) -> list[dict]:
     """The messages up to the last reply of the assistant: what comes after it has no answer to learn."""
-    last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=-1)
-    return messages[: last + 1] if last >= 0 else messages
+    last = len(messages)
+    while last and messages[last - 1].get("role") != "assistant":
+        last -= 1
+    return messages[:last] or messages
 
 
 def without_unusable(messages: list[dict], shortest: int, longest: float) -> tuple[list[dict], Problem | None, int]:
@@ -76,6 +82,8 @@ def without_unusable(messages: list[dict], shortest: int, longest: float) -> tup
     that went bears "gap": true. Lengths are characters. Returns (messages, why the first exchange went or None, how
     many went).
     """
+    if _length_problem(messages, shortest, longest) is None:
+        return messages, None, 0
     kept, drop, gone, gap = [], None, 0, False
     head = int(messages[0]["role"] == "system")
     starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
@@ -90,7 +98,7 @@ def without_unusable(messages: list[dict], shortest: int, longest: float) -> tup
 
 
 def _length_problem(messages: list[dict], shortest: int, longest: float) -> Problem | None:
-    for length in (len(m["content"]) for m in messages if m["role"] in ("user", "assistant")):
+    for length in [len(m["content"]) for m in messages if m["role"] in ("user", "assistant")]:
         if length == 0:
             return Problem("empty_message", 0)
         if length < shortest:
@@ -135,18 +143,21 @@ CHARACTERS_A_WORD = 15  # more on average: the script puts no spaces between wor
 
 def check_content(messages: list[dict], settings: FilterSettings) -> Problem | None:
     """Template fields, echo, special characters, repetition and language, the quick rules first."""
+    spoken = [(m["role"], m["content"]) for m in messages if m["role"] in ("user", "assistant")]
+    whole = "\n".join([text for _, text in spoken])
+    plain = not any(map(whole.__contains__, _MARKS)) and _specials(whole) < settings.max_special_characters * SHORT_TEXT
     previous = ""
-    for message in messages:
-        role, text = message["role"], message["content"]
-        if role not in ("user", "assistant"):
-            continue
-        prose = CODE_BLOCK.sub(" ", text) if "`" in text else text
-        if "$" in prose or "\\" in prose:
-            prose = _FORMULA.sub(" ", prose)
-        if ("{" in prose or "<%" in prose or "[" in prose or "orem" in prose) and (found := _TEMPLATE.search(prose)):
-            return Problem("template_field", found.start())
-        if (share := _special_share(prose)) > settings.max_special_characters and len(prose) >= SHORT_TEXT:
-            return Problem("special_characters", share)
+    for role, text in spoken:
+        prose = text
+        if not plain:
+            prose = CODE_BLOCK.sub(" ", text) if "`" in text else text
+            if "$" in prose or "\\" in prose:
+                prose = _FORMULA.sub(" ", prose)
+            if any(map(prose.__contains__, _TEMPLATE_MARKS)) and (found := _TEMPLATE.search(prose)):
+                return Problem("template_field", found.start())
+            share = round(_specials(prose) / max(len(prose), 1), 4)
+            if share > settings.max_special_characters and len(prose) >= SHORT_TEXT:
+                return Problem("special_characters", share)
         if role == "assistant":
             if (share := _echo(previous, text)) > settings.max_echo:
                 return Problem("echo", share)
@@ -162,13 +173,15 @@ def check_content(messages: list[dict], settings: FilterSettings) -> Problem | N
     return None
 
 
-def _special_share(text: str) -> float:
-    """Share of characters that are no letter, digit, white space or usual punctuation of any script."""
-    if not text:
-        return 0.0
+_TEMPLATE_MARKS = ("{", "<%", "[", "orem", "OREM")
+_MARKS = ("`", "$", "\\", *_TEMPLATE_MARKS)  # of code, formulas and template fields
+
+
+def _specials(text: str) -> int:
+    """How many characters are no letter, digit, white space or usual punctuation of any script."""
     if text.isascii():
-        return round(len(text.encode().translate(None, _ORDINARY_ASCII)) / len(text), 4)
-    return round(sum(map(_is_special, text)) / len(text), 4)
+        return len(text.encode().translate(None, _ORDINARY_ASCII))
+    return sum(map(_is_special, text))
 
 
 _USUAL = frozenset(".,;:!?'\"()-")
@@ -203,8 +216,8 @@ def repetition(text: str) -> float:
     if len(words) < SHORT_TEXT:
         return 0.0
     worst = 0.0
-    total = sum(map(len, words))
     pairs = len(words) - 1 - len(set(pairwise(words)))
+    total = sum(map(len, words)) if pairs else 1
     if pairs > 1:  # otherwise no pair stands there three times
         worst = _top_share(words, 2, total) / TOP_GRAM_SHARES[2]
     if pairs and len(set(zip(words, words[1:], words[2:], strict=False))) < len(words) - 2:

@@ -8,7 +8,9 @@ Rajaraman, Ullman, "Mining of Massive Datasets", section 3.4).
 import re
 from array import array
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain
+from typing import Literal
 
 import numpy as np
 
@@ -17,30 +19,60 @@ BANDS = 12
 ROWS = PERMUTATIONS // BANDS
 SEED = 1
 _WORD = re.compile(r"\w+")
-
-
 _ASCII_WORDS = "".join(chr(code).lower() if chr(code).isalnum() or code == 95 else " " for code in range(128))
 
 
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case."""
+    return _words_line(text).split()
+
+
+def _words_line(text: str) -> str:
+    """The words of a text in lower case, between spaces."""
     # the same words as the pattern's, in a fifth of the time
-    return text.translate(_ASCII_WORDS).split() if text.isascii() else _WORD.findall(text.lower())
+    return text.translate(_ASCII_WORDS) if text.isascii() else " ".join(_WORD.findall(text.lower()))
 
 
-def shingles(texts: Iterable[str]) -> list[str]:
-    """Word pairs of the texts, lower case; single words where there is no pair."""
-    words = words_of(" ".join(texts))
-    if len(words) < 2:
-        return words or [""]
-    return list(map(" ".join, pairwise(words)))
-
-
-def signatures(documents: list[list[str]]) -> list[bytes]:
-    """MinHash signature of each list of shingles: 60 unsigned 32-bit numbers, 240 bytes."""
+def signatures(texts: Iterable[str]) -> bytes:
+    """MinHash signature of each text over its word pairs (a single word where there is no pair): 60 unsigned 32-bit
+    numbers, 240 bytes."""
     from rensa import RMinHash
 
-    return [array("I", digest).tobytes() for digest in RMinHash.digests_from_token_sets(documents, PERMUTATIONS, SEED)]
+    hashes, offsets = _hashed_pairs(texts)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, PERMUTATIONS, SEED)
+    return array("I", chain.from_iterable(matrix.to_rows())).tobytes()
+
+
+def _hashed_pairs(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes of the word pairs of all texts, where those of each text begin, and the last end)."""
+    codes = np.frombuffer("\n".join([" ", *map(_words_line, texts), ""]).encode(), np.uint8)
+    inside = codes > ord(" ")
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    starts, ends = edges[::2], edges[1::2]
+    # The hash of a word: its bytes as coefficients of a polynomial over the powers of a number modulo 2**64.
+    up, down = _powers(_BASE, len(codes)), _powers(pow(_BASE, -1, 1 << 64), len(codes))
+    sums = np.cumsum(codes * up, dtype=np.uint64)
+    words = np.append((sums[ends - 1] - sums[starts - 1]) * down[starts], np.uint64(0))
+    after = np.searchsorted(starts, np.flatnonzero(codes == ord("\n")))  # words before the first text and after each
+    counts = np.diff(after)
+    offsets = np.concatenate([[0], np.cumsum(np.maximum(counts - 1, 1))])
+    first = np.arange(offsets[-1]) + np.repeat(after[:-1] - offsets[:-1], np.diff(offsets))
+    second = np.where(np.repeat(counts > 1, np.diff(offsets)), first + 1, len(starts))
+    first = np.where(np.repeat(counts > 0, np.diff(offsets)), first, len(starts))
+    hashes = words[first] * _MIXER + words[second]
+    for shift in (30, 27, 31):
+        hashes = (hashes ^ hashes >> np.uint64(shift)) * _MIXER
+    return hashes, offsets
+
+
+@lru_cache(maxsize=2)
+def _powers_of(base: int, count: int) -> np.ndarray:
+    return np.multiply.accumulate(np.full(count, base, np.uint64)) * np.uint64(pow(base, -1, 1 << 64))
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    """The powers of a number modulo 2**64, from the one of 0."""
+    return _powers_of(base, 1 << (count - 1).bit_length())[:count]
 
 
 def band_keys(signed: bytes) -> np.ndarray:
@@ -70,7 +102,8 @@ def similar_pairs(
         rows = np.arange(len(keys), dtype=np.uint64)
         first = least_of_equal(keys, rows)
         found.append((first << np.uint64(32) | rows)[first < rows])
-    pairs = np.unique(np.concatenate(found))
+    pairs = np.sort(np.concatenate(found))
+    pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]
     first, later = (pairs >> np.uint64(32)).astype(int), (pairs & np.uint64(0xFFFFFFFF)).astype(int)
     similar = np.zeros(len(pairs), bool)
     for start in range(0, len(pairs), _PORTION):
@@ -105,7 +138,7 @@ def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
 
 def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Of each row the least value of all that have its key."""
-    order, starts, sizes = _by_key(keys)
+    order, starts, sizes = _by_key(keys, "quicksort")
     found = np.empty_like(values)
     if len(keys):
         found[order] = np.repeat(np.minimum.reduceat(values[order], starts), sizes)
@@ -114,19 +147,20 @@ def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def counts_within(keys: np.ndarray) -> np.ndarray:
     """Of each row how many have its key up to there, itself included."""
-    order, starts, sizes = _by_key(keys)
+    order, starts, sizes = _by_key(keys, "stable")
     found = np.empty(len(keys), int)
     found[order] = np.arange(1, len(keys) + 1) - np.repeat(starts, sizes)
     return found
 
 
-def _by_key(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_key(keys: np.ndarray, kind: Literal["quicksort", "stable"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows in order of their keys, where each key begins, how many have it)."""
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys, kind=kind)
     ranked = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(keys) else order
     return order, starts, np.diff(starts, append=len(keys))
 
 
-_MIXER = np.uint64(0x9E3779B97F4A7C15)
+_BASE = 0x9E3779B97F4A7C15
+_MIXER = np.uint64(_BASE)
 _PORTION = 1 << 14  # pairs whose signatures are in memory at a time

@@ -120,19 +120,19 @@ def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, C
         files = ("cleaned.jsonl", "told.jsonl", "index", "signatures", "bands")
         cleaned, told, index, signed, bands = (stack.enter_context(open(folder / name, "wb")) for name in files)
         for batch in _batches(_lines(piece)):
-            shingles, rows = [], []
+            texts, rows = [], []
             for line in batch:
                 row, about, conversation, found = _clean_line(line, cleaner)
-                for name, values in found.items():
-                    counts[name].update(values)
-                told.write(to_line(about))
+                for name in filter(found.get, found):
+                    counts[name].update(found[name])
+                told.write(b"[%b\t,%b" % (orjson.dumps(about[0]), to_line(about[1:])[1:]))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
-                    spoken = (m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant"))
-                    shingles.append(near_duplicates.shingles(spoken))
+                    spoken = [m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant")]
+                    texts.append(" ".join(spoken))
                 row |= {"end": cleaned.tell(), "told": told.tell()}
                 rows.append(tuple([row.get(name, 0) for name in ROW.names]))
-            signatures = b"".join(near_duplicates.signatures(shingles))
+            signatures = near_duplicates.signatures(texts)
             signed.write(signatures)
             bands.write(near_duplicates.band_keys(signatures).tobytes())
             index.write(np.array(rows, ROW).tobytes())
@@ -157,7 +157,7 @@ def _batches(lines: Iterator[bytes | None]) -> Iterator[list[bytes | None]]:
     for line in lines:
         batch.append(line)
         size += len(line or b"")
-        if len(batch) == BATCH or size > 4 << 20:
+        if len(batch) == BATCH or size > 1 << 20:
             yield batch
             batch, size = [], 0
     if batch:

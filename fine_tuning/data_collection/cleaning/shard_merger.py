@@ -5,6 +5,7 @@ million conversations. A shard's lines are written again where a decision about 
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ LARGEST = 5  # clusters whose sizes are reported
 KEPT = "kept.jsonl"
 # `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
 # told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
+# The only tab in it stands behind the id, so that _ID finds that as it is written.
 ROW = np.dtype(
     [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
     + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
     + [(name, np.int8) for name in ("passed", "standing", "restored", "judged")]
 )
-_ID, _STARTED_AT, _DETAILS = range(3)
+_ID = re.compile(rb"\[([^\t]*)\t.*\n")
 VERDICTS = ("kept", "superseded", "rejected", "duplicate", "near_duplicate", "same_reply", "user_share")
 _KEPT, _SUPERSEDED, _REJECTED, _DUPLICATE, _NEAR_DUPLICATE, _SAME_REPLY, _USER_SHARE = range(len(VERDICTS))
 
@@ -84,13 +86,22 @@ class _Index:
         numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
 
-    def told(self, what: int, rows: np.ndarray) -> Iterator[Any]:
-        """A column of texts, of rows in any order."""
-        numbers = np.searchsorted(self.starts, rows, "right") - 1
+    def ids(self, rows: np.ndarray) -> Iterator[bytes]:
+        """JSON of the ids of rows in ascending order."""
+        for piece, start, end in zip(self.pieces, self.starts[:-1], self.starts[1:], strict=True):
+            first, last = np.searchsorted(rows, (start, end))
+            found = _ID.findall((piece.folder / "told.jsonl").read_bytes()) if last > first else []
+            yield from map(found.__getitem__, (rows[first:last] - start).tolist())
+
+    def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
+        """(id, started_at, details) of rows in any order."""
+        ends, starts = self.column("told"), self.starts[:-1][np.diff(self.starts) > 0]
+        begins = np.concatenate([[0], ends])[: len(ends)]
+        begins[starts] = 0
         files = [_mapped(piece.folder / "told.jsonl", np.uint8).data for piece in self.pieces]
-        for number, row in zip(numbers.tolist(), (rows - self.starts[numbers]).tolist(), strict=True):
-            ends = self.tables[number]["told"]
-            yield orjson.loads(files[number][ends[row - 1] if row else 0 : ends[row]])[what]
+        numbers = np.searchsorted(self.starts, rows, "right") - 1
+        for number, begin, end in zip(numbers.tolist(), begins[rows].tolist(), ends[rows].tolist(), strict=True):
+            yield orjson.loads(files[number][begin:end])
 
     def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The keys of each band of signatures."""
@@ -104,7 +115,7 @@ class _Index:
         """Signatures of conversations that passed."""
         found = np.empty((len(rows), near_duplicates.PERMUTATIONS), np.uint32)
         numbers = np.searchsorted(self.starts, rows, "right") - 1
-        for number in np.unique(numbers):
+        for number in set(numbers.tolist()):
             table = _mapped(self.pieces[number].folder / "signatures", np.uint32, near_duplicates.PERMUTATIONS)
             before = int(self.passed[: self.starts[number]].sum())
             found[numbers == number] = table[self._signed[rows[numbers == number]] - before]
@@ -178,8 +189,9 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     keys, members = np.concatenate([own, shared[edited]]), np.concatenate([np.arange(len(rows)), edited])
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     several = sizes[group] > 1
-    involved = np.unique(members[several])
-    order = zip(-standing[involved].astype(int), index.told(_STARTED_AT, rows[involved]), involved, strict=True)
+    involved = np.flatnonzero(np.bincount(members[several], minlength=len(rows)))
+    dates = (started_at for _, started_at, _ in index.told(rows[involved]))
+    order = zip((-standing[involved].astype(int)).tolist(), dates, involved.tolist(), strict=True)
     ranked = np.array([place for *_, place in sorted(order)], int)
     rank = np.zeros(len(rows), int)
     rank[ranked] = np.arange(len(ranked))
@@ -193,7 +205,7 @@ def _judgements(index: _Index, rows: np.ndarray, kept: np.ndarray, shared: np.nd
     """Row → what was said of exact duplicates of it, for candidates that are kept."""
     judged = np.flatnonzero(index.column("judged", rows))
     said: dict[int, list[tuple[int, dict]]] = {}
-    for place, details in zip(judged, index.told(_DETAILS, rows[judged]), strict=True):
+    for place, (*_, details) in zip(judged, index.told(rows[judged]), strict=True):
         said.setdefault(int(shared[place]), []).append((rows[place], details["judgements"]))
     added = {}
     for place in np.flatnonzero(kept & np.isin(shared, shared[judged])):
@@ -254,19 +266,17 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
     shards = [piece.shard for piece in index.pieces]
     places = np.searchsorted(index.starts, rows, "right") - 1
     firsts = index.starts[[shards.index(shard) for shard in shards]][places]
-    others = index.told(_ID, np.where(np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE)), values, 0))
-    told = zip(index.told(_ID, rows), index.told(_DETAILS, rows), others, strict=True)
-    numbers = zip(rows - firsts + 1, places, verdicts, values, strict=True)
-    for (line, place, verdict, value), (identity, details, other) in zip(numbers, told, strict=True):
-        said = details or {}
+    others = index.told(values[np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE))])
+    numbers = zip(*(column.tolist() for column in (rows - firsts + 1, places, verdicts, values)), strict=True)
+    for (line, place, verdict, value), (identity, _, details) in zip(numbers, index.told(rows), strict=True):
         reason, because = VERDICTS[verdict], None
         if verdict == _REJECTED:
-            reason, because = said["reason"], said["value"]
+            reason, because = details["reason"], details["value"]
         elif verdict != _SUPERSEDED:
-            because = other if verdict in (_DUPLICATE, _NEAR_DUPLICATE) else int(value)
-        record = {"id": identity, "shard": shards[place], "line": int(line), "reason": reason, "value": because}
-        if verdict != _SUPERSEDED and said.get("feedback"):
-            record["feedback"] = said["feedback"]
+            because = next(others)[0] if verdict in (_DUPLICATE, _NEAR_DUPLICATE) else value
+        record = {"id": identity, "shard": shards[place], "line": line, "reason": reason, "value": because}
+        if verdict != _SUPERSEDED and details.get("feedback"):
+            record["feedback"] = details["feedback"]
         write(to_line(record))
         yield reason
 
@@ -279,11 +289,12 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
     rows, cluster = decided.candidates, decided.cluster
     oldest = np.arange(len(rows))
     several = np.flatnonzero(np.bincount(cluster, minlength=len(rows))[cluster] > 1)
-    dated = zip(index.told(_STARTED_AT, rows[several]), index.told(_ID, rows[several]), several, strict=True)
-    for *_, place in sorted(dated, reverse=True):
+    dated = ((started_at, identity) for identity, started_at, _ in index.told(rows[several]))
+    for *_, place in sorted(zip(dated, several.tolist(), strict=True), reverse=True):
         oldest[cluster[place]] = place
     kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
-    names = index.told(_ID, rows[oldest[cluster[kept]]])
-    for identity, name in zip(index.told(_ID, rows[kept]), names, strict=True):
-        write(to_line({"id": identity, "cluster": name}))
+    named = oldest[cluster[kept]]
+    others = (orjson.dumps(identity) for identity, *_ in index.told(rows[named[named != kept]]))
+    for is_named, identity in zip((named == kept).tolist(), index.ids(rows[kept]), strict=True):
+        write(b'{"id":%b,"cluster":%b}\n' % (identity, identity if is_named else next(others)))
     return np.bincount(cluster[kept], minlength=len(rows))

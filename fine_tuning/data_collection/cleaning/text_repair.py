@@ -47,7 +47,7 @@ class TextRepair:
 
     def __call__(self, text: str) -> str:
         """The repaired text. Repairing it again changes nothing."""
-        if self._nothing_to_do(text):
+        if self.only_strips(text):
             return text.strip()
         for _ in range(4):
             repaired = self._once(text)
@@ -56,8 +56,9 @@ class TextRepair:
             text = repaired
         return text
 
-    def _nothing_to_do(self, text: str) -> bool:
-        """Whether a text is ASCII without control characters, control tokens and runs of white space, as most are."""
+    def only_strips(self, text: str) -> bool:
+        """Whether a text is ASCII without control characters, control tokens and runs of white space, as most are, so
+        that all that is done to it, and to each of its lines, is to strip it."""
         return (
             text.isascii()
             and "  " not in text

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, Expressions
 
 _NO_DIGITS = re.compile(r"\D+")
 
@@ -19,7 +19,7 @@ def _digits(text: str) -> str:
 
 
 _FORMS = PATTERNS["national_id"]["forms"]
-_RE = compiled("account", forms="".join(f"(?P<{name}>{form})|" for name, (form, *_) in _FORMS.items()))
+_RE = Expressions("account", forms="".join(f"(?P<{name}>{form})|" for name, (form, *_) in _FORMS.items()))
 _CALLED = {word: checks for words, checks in PATTERNS["national_id"]["called"].items() for word in words.split()}
 _CALLED_WITHIN = PATTERNS["national_id"]["called_within"]
 _WORD = re.compile(r"[^\W\d_]+")

@@ -42,11 +42,12 @@ def find(text: str, types: Iterable[str] = TYPES, regions: tuple[str, ...] = REG
             (Tel., mobile number, 電話) or where a sentence gives somebody's number those of any country.
     """
     text = ascii_forms(text)
-    if not _may_hold(text):
+    unmasked = PLACEHOLDER.sub("", text) if "<" in text else text  # the number of a placeholder is no value
+    if not _may_hold(unmasked):
         return []
     wanted = set(types)
     hits: list[Hit] = []
-    digits = _count_digits(text)
+    digits = _count_digits(unmasked)
     for kind, finder in _finders(text, digits):
         if kind in wanted:
             hits += [Hit(kind, start, end) for start, end in finder(text)]

@@ -7,12 +7,12 @@ import ipaddress
 import re
 from collections.abc import Iterator
 
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, Expressions
 
 _DIGIT = re.compile(r"\d")
 _SEPARATOR = re.compile(r"[.:-]")
 INNER_DOT = re.compile(r"\.\w")
-_NET, _RE = PATTERNS["net"], compiled("net")
+_NET, _RE = PATTERNS["net"], Expressions("net")
 _BARE_DOMAINS = frozenset(_NET["bare_domains"])
 _PATH_DOMAINS = _BARE_DOMAINS | frozenset(_NET["path_domains"])
 # of home networks (RFC 1918) and of documentation (RFC 5737): no version looks like them

@@ -3,7 +3,6 @@
 import re
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fine_tuning.common import writing_systems
@@ -17,12 +16,21 @@ PATTERNS, _EXPRESSIONS = _read("patterns.toml"), _read("expressions.toml")
 _REFERENCE = re.compile(r"\{\{(\|?)([\w.]+)\}\}")
 
 
-def compiled(section: str, **given: str) -> SimpleNamespace:
-    """The patterns of a section of expressions.toml, by name; `given` are further pieces."""
-    return SimpleNamespace(**{name: expression(section, name, **given) for name in _EXPRESSIONS[section]["patterns"]})
+class Expressions:
+    """The patterns of a section of expressions.toml, by name; `given` are further pieces. Each is compiled when it is
+    asked for: all of them take a third of a second, and most texts need few."""
+
+    def __init__(self, section: str, **given: str) -> None:
+        self._section, self._given = section, given
+
+    def __getattr__(self, name: str) -> re.Pattern[str]:
+        if name not in _EXPRESSIONS[self._section]["patterns"]:
+            raise AttributeError(name)
+        setattr(self, name, found := _expression(self._section, name, **self._given))
+        return found
 
 
-def expression(section: str, name: str, **given: str) -> re.Pattern[str]:
+def _expression(section: str, name: str, **given: str) -> re.Pattern[str]:
     """One pattern of a section."""
     pieces = _EXPRESSIONS[section].get("pieces", {}) | given
 

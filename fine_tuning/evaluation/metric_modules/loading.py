@@ -105,8 +105,8 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def load_metric(name: str, folder: Path) -> SummedMetric | ItemwiseMetric:
-    """The metric in `folder/name.py`, ready to use without a hub, a cache or the network. UserError: there is no such
-    file, it does not load, or it holds no metric."""
+    """The metric in `folder/name.py`, ready to use without a hub, a cache or the network. Raises UserError if there is
+    no such file, it does not load, or it holds no metric."""
     path, known = Path(folder) / f"{name}.py", metric_names(Path(folder))
     if name not in known:
         raise UserError(f"evaluate.metrics names {name!r}, but {path} does not exist: choose among {', '.join(known)}")

@@ -1,5 +1,7 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L of the replies by rouge-score: mean F1, 0 to 1 (Lin 2004)."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from rouge_score import rouge_scorer
 
@@ -9,20 +11,14 @@ from fine_tuning.evaluation.metric_modules.loading import SummedMetric, ratio
 TYPES = ("rouge1", "rouge2", "rougeL")
 
 
-class WordTokenizer:
-    """Words of any script. The scorer's own keeps a-z and 0-9 alone, and finds nothing in Greek or Cyrillic."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words_of(text)
-
-
 class Rouge(SummedMetric):
     """The means of the three F1 values; no stemming."""
 
     citation = "https://aclanthology.org/W04-1013"
 
     def statistics(self, predictions: list[str], references: list[str]) -> np.ndarray:
-        scorer = rouge_scorer.RougeScorer(list(TYPES), tokenizer=WordTokenizer())
+        # Words of any script. The scorer's own tokenizer keeps a-z and 0-9 alone, and finds nothing in Greek.
+        scorer = rouge_scorer.RougeScorer(list(TYPES), tokenizer=SimpleNamespace(tokenize=words_of))
         rows = []
         for prediction, reference in zip(predictions, references, strict=True):
             scores = scorer.score(reference, prediction)

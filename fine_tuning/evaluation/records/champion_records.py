@@ -84,9 +84,7 @@ def without_learned(items: Sequence[Item], record: Path) -> tuple[list[Item], in
     clusters = {item.cluster for item in items if conversation_of(item.id) in learned}
     kept = [item for item in items if item.cluster not in clusters]
     if not kept:
-        raise UserError(
-            "the champion was trained on every conversation of the test split: collect more, or set prepare.salt back"
-        )
+        raise UserError("the champion was trained on the whole test split: collect more, or set prepare.salt back")
     left_out = {conversation_of(item.id) for item in items if item.cluster in clusters}
     return kept, len(left_out)
 

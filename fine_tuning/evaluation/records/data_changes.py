@@ -1,6 +1,6 @@
 """Changes of the training data since the champion: conversations and tokens that were added or removed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from fine_tuning.common.records import read_jsonl
 MEMBERS = "training.jsonl"  # in the champion's folder
 
 
-def training_members(train: Path) -> list[dict[str, Any]]:
-    """{"id", "source", "tokens"} of every conversation in a prepared split; no content."""
+def training_members(train: Path | Sequence[Path]) -> list[dict[str, Any]]:
+    """{"id", "source", "tokens"} of every conversation in a prepared split, a folder or its files; no content."""
     from pyarrow import compute, parquet
 
     table = parquet.read_table(train, columns=["id", "source", "input_ids"])
@@ -27,9 +27,8 @@ def data_changes(before: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]
     table: dict[str, dict[str, Any]] = {}
     for id, member in sorted((old | new).items()):
         kind = "removed" if id not in new else "kept" if id in old else "added"
-        row = table.setdefault(
-            member["source"], {kind: {"conversations": 0, "tokens": 0} for kind in ("kept", "added", "removed")}
-        )
+        none = {kind: {"conversations": 0, "tokens": 0} for kind in ("kept", "added", "removed")}
+        row = table.setdefault(member["source"], none)
         row[kind]["conversations"] += 1
         row[kind]["tokens"] += member["tokens"]
     return dict(sorted(table.items()))

@@ -25,13 +25,13 @@ def describe(contender: str, item: Item, likelihood: Likelihood, reply: Reply | 
             "author": author,
             "liked": item.liked[index],
             "reference": index in item.references,
-            "nll": finite(nll),
+            "nll": nll,
             "tokens": tokens,
             "correct": correct,
             "bytes": len(text.encode("utf-8", "surrogatepass")),
         }
         for index, (author, text, (nll, tokens, correct)) in enumerate(
-            zip(item.authors, item.texts, likelihood.turns, strict=True)
+            zip(item.authors, item.texts, likelihood, strict=True)
         )
     ]
     line: dict[str, Any] = {

@@ -94,19 +94,9 @@ def labelled_replies(messages: Sequence[dict[str, Any]], count: int) -> list[dic
     ][-count:]
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """How one model finds the replies of one item: for each reply (nats, tokens, tokens that were its first choice)."""
-
-    turns: list[tuple[float, int, int]]
-
-    def as_json(self) -> list[list[float | None]]:
-        """The turns in a form that JSON has; a non-finite likelihood is null."""
-        return [[finite(nll), tokens, correct] for nll, tokens, correct in self.turns]
-
-    @classmethod
-    def from_json(cls, turns: Sequence[tuple[float | None, int, int]]) -> "Likelihood":
-        return cls([(math.nan if nll is None else nll, tokens, correct) for nll, tokens, correct in turns])
+Likelihood = list[tuple[float | None, int, int]]
+"""How one model finds the replies of one item: for each reply nats, null where they are not finite, its tokens, and how
+many of these were its first choice."""
 
 
 def finite(number: float) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_tuning.evaluation.records.record_types import Item, Likelihood, Reply
+from fine_tuning.evaluation.records.record_types import Item, Likelihood, Reply, finite
 from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.hardware import Hardware, detect_hardware
 from fine_tuning.runtime.llama_engine import LlamaEngine
@@ -28,13 +28,17 @@ def scoring_hardware(threads: int | None) -> Hardware:
 
 
 @contextlib.contextmanager
-def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
-    """A model folder in memory, ready to score. Raises UserError if the folder holds no model that transformers can
-    load."""
+def loaded(folder: Path, hardware: Hardware, adapter: Path | None = None) -> Iterator["PreTrainedModel"]:
+    """A model folder in memory, with an adapter merged into it, ready to score. Raises UserError if the folder holds no
+    model that transformers can load."""
     import torch
 
     torch.set_num_threads(hardware.threads)
     model = load_model(folder, getattr(torch, hardware.precision))
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     try:
         yield model.to(hardware.device).eval()
     finally:
@@ -44,10 +48,7 @@ def loaded(folder: Path, hardware: Hardware) -> Iterator["PreTrainedModel"]:
 
 
 def likelihoods(
-    model: "PreTrainedModel",
-    items: Sequence[Item],
-    batch_tokens: int,
-    on_done: Callable[[int], None] | None = None,
+    model: "PreTrainedModel", items: Sequence[Item], batch_tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Likelihood]:
     """Teacher-forced scores of the items' replies, in the order of `items`.
 
@@ -90,9 +91,9 @@ def likelihoods(
                     turns = []
                     for begin, end in item.runs:
                         part = slice(taken, taken + end - begin)
-                        turns.append((float(nll[part].sum()), end - begin, int(first[part].sum())))
+                        turns.append((finite(float(nll[part].sum())), end - begin, int(first[part].sum())))
                         taken = part.stop
-                    found[item.id] = Likelihood(turns)
+                    found[item.id] = turns
                 if on_done is not None:
                     on_done(len(batch))
     finally:
@@ -140,12 +141,10 @@ def quantised_likelihoods(
     pairs = [(item.input_ids[:start], item.input_ids[start:end]) for item in items for start, end in item.runs]
     scores = iter(engine.score_many(pairs, on_done))
     return [
-        Likelihood(
-            [
-                (-sum(score.logprob for score in turn), len(turn), sum(score.first for score in turn))
-                for turn in (next(scores) for _ in item.runs)
-            ]
-        )
+        [
+            (finite(-sum(score.logprob for score in turn)), len(turn), sum(score.first for score in turn))
+            for turn in (next(scores) for _ in item.runs)
+        ]
         for item in items
     ]
 
@@ -155,10 +154,7 @@ def quantised_likelihoods(
 
 
 def replies(
-    engine: LlamaEngine,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    on_done: Callable[[int], None] | None = None,
+    engine: LlamaEngine, prompts: Sequence[Sequence[int]], max_tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Reply]:
     """Greedy replies to prompts of token ids, capped at `max_tokens`."""
     done = engine.complete_many(prompts, max_tokens, on_done)

@@ -17,6 +17,7 @@ from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.records.champion_records import champion_folder
 from fine_tuning.evaluation.records.settings import ADAPTER_EXAMPLES, KINDS, PROMPT, EvaluateSettings
 from fine_tuning.runtime.base_model import locate_base
+from fine_tuning.schema.prepared import split_sha256
 
 # Parts of a model's name that say how it is stored or tuned and not which one it is.
 _VARIANT = re.compile(r"(?:^|(?<=[^a-z0-9]))(?:i?q\d\w*|b?f(?:16|32)|fp16|gguf|latest|instruct|chat|it)(?![a-z0-9])")
@@ -42,7 +43,7 @@ class Contender:
     def identity(self, train: Path) -> str:
         """SHA-256 of the GGUF, and of what stands before a question where anything does; examples are those of the
         prepared training split `train`."""
-        gguf, data = sha256_file(self.gguf), sha256_file(train) if self.examples else ""
+        gguf, data = sha256_file(self.gguf), split_sha256(train) if self.examples else ""
         before = f"{self.kind} {self.examples} {data} {self.system_prompt}"
         return gguf if self.kind == KINDS[0] else hashlib.sha256(f"{gguf} {before}".encode()).hexdigest()
 
@@ -99,12 +100,15 @@ class ProjectName(Settings):
 
 
 def check_references(references: Sequence[str], base: Path, record: Path, name: str) -> None:
-    """See that authors of references are people, or models that are neither compared nor made here; UserError if not.
+    """See that authors of references are people, or models that are neither compared nor made here.
 
     Args:
         base: folder of the base, whose base.json says what it is.
         record: models/champion.json.
         name: `deploy.name`, under which this project's versions are registered and deployed.
+
+    Raises:
+        UserError: they are not.
     """
     if old := [author for author in references if author in ("liked", "edited", "imported", "unknown")]:
         raise UserError(

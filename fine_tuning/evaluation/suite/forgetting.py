@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.records import read_jsonl
-from fine_tuning.evaluation.records.record_types import PERSON, Item, Likelihood, finite
+from fine_tuning.evaluation.records.record_types import PERSON, Item, Likelihood
 from fine_tuning.evaluation.suite.items import content_only, label_runs
 from fine_tuning.schema.chat_format import NOT_TRAINED, encode_conversation, end_of_turn_ids
 
@@ -51,7 +51,7 @@ def general_items(
 
 def knowledge(contender: str, items: Sequence[Item], scores: Sequence[Likelihood]) -> list[dict[str, Any]]:
     """Lines of general.jsonl: nats of the right and of the wrong answer of each question, null where undefined."""
-    nats = {item.id: finite(score.turns[0][0]) for item, score in zip(items, scores, strict=True)}
+    nats = {item.id: score[0][0] for item, score in zip(items, scores, strict=True)}
     return [
         {"contender": contender, "id": question, "category": category}
         | {answer: nats[f"{question}/{answer}"] for answer in ANSWERS}
@@ -74,6 +74,6 @@ def reading(contender: str, items: Sequence[Item], scores: Sequence[Likelihood])
     """Lines of general_text.jsonl: nats and bytes of each text."""
     return [
         {"contender": contender, "id": item.id, "domain": item.source}
-        | {"nats": finite(score.turns[0][0]), "bytes": len(item.texts[0].encode())}
+        | {"nats": score[0][0], "bytes": len(item.texts[0].encode())}
         for item, score in zip(items, scores, strict=True)
     ]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fine_tuning.common.languages import detect_language
-from fine_tuning.evaluation.records.record_types import Item, Likelihood, finite
+from fine_tuning.evaluation.records.record_types import Item, Likelihood
 from fine_tuning.evaluation.suite.items import content_only, encoded_after, sample
 from fine_tuning.schema.chat_format import end_of_turn_ids
 
@@ -81,7 +81,7 @@ def prompt_lines(contender: str, swaps: Sequence[Swap], scores: Sequence[Likelih
     left = iter(scores)
     lines = []
     for swap in swaps:
-        own, *others = (finite(next(left).turns[0][0]) for _ in swap.variants)
+        own, *others = (next(left)[0][0] for _ in swap.variants)
         lines.append(
             {"contender": contender, "id": swap.item.id, "cluster": swap.item.cluster, "language": swap.language}
             | {"own": own, "others": others, "after": swap.others}

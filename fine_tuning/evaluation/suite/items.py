@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,7 @@ def read_items(
         stored = (row.source, row.cluster, row.messages, row.input_ids, row.labels)
         items.append(Item(item_id(row.id, row.window), *stored, runs, authors, texts, tuple(endorsed)))
     if needed and not items:
-        raise UserError(
-            "the test split holds no reply to evaluate on: collect more conversations, or raise prepare's test share"
-        )
+        raise UserError("the test split holds no reply: collect more conversations, or raise prepare.test_fraction")
     return sorted(items, key=lambda item: item.id)
 
 
@@ -69,11 +68,8 @@ def after(before: Sequence[dict], messages: Sequence[dict]) -> list[dict]:
 
 def reply_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int], runs: Sequence[tuple[int, int]]) -> list[str]:
     """The replies as text, without control tokens and the white space that templates put around contents."""
-    texts = (
-        tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for start, end in runs
-    )
-    return [text.strip() for text in texts]
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [decode(ids[start:end]).strip() for start, end in runs]
 
 
 def reply_authors(messages: Sequence[dict], count: int) -> list[str]:

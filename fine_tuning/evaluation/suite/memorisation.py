@@ -4,7 +4,6 @@ Greedy decoding continues a reply verbatim exactly where every token of it is th
 ones before it. So one teacher-forced pass tells what generating would, and costs a tenth.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,7 @@ CONTROLS = 128
 
 
 def memory_items(
-    train: Path,
-    count: int,
-    tokenizer: "PreTrainedTokenizerFast",
-    system_prompt: str | None,
-    max_length: int,
+    train: Path, count: int, tokenizer: "PreTrainedTokenizerFast", system_prompt: str | None, max_length: int
 ) -> list[Item]:
     """Items whose runs are what the model may have kept; their source is "training", "canary" or "control".
 
@@ -75,14 +70,7 @@ def recalled(contender: str, items: Sequence[Item], scores: Sequence[Likelihood]
     """Lines of memory.jsonl: how likely each is (nats), and whether the contender says it verbatim."""
     lines = []
     for item, score in zip(items, scores, strict=True):
-        nll, tokens, correct = (sum(numbers) for numbers in zip(*score.turns, strict=True))
-        lines.append(
-            {
-                "contender": contender,
-                "kind": item.source,
-                "id": item.id,
-                "nll": nll if math.isfinite(nll) else None,
-                "word_for_word": tokens == correct,
-            }
-        )
+        nats, tokens, correct = zip(*score, strict=True)
+        said = {"nll": None if None in nats else sum(nats), "word_for_word": sum(tokens) == sum(correct)}
+        lines.append({"contender": contender, "kind": item.source, "id": item.id} | said)
     return lines

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.evaluation.records.measurements import PREFERENCES, PREFERENCES_APART
-from fine_tuning.evaluation.records.record_types import Item, Likelihood, finite
+from fine_tuning.evaluation.records.record_types import Item, Likelihood
 from fine_tuning.evaluation.suite.items import label_runs
 from fine_tuning.schema.chat_format import RenderError, encode_conversation
 
@@ -57,7 +57,7 @@ def preference_lines(
     A pair decides if the same model wrote both sides, or if no compared model wrote either: whoever wrote the rejected
     reply finds it likely, and would lose against an equal model for it.
     """
-    found = {item.id: score.turns[0] for item, score in zip(items, scores, strict=True)}
+    found = {item.id: score[0] for item, score in zip(items, scores, strict=True)}
     lines: dict[str, list[dict[str, Any]]] = {PREFERENCES: [], PREFERENCES_APART: []}
     for pair in pairs:
         if f"{pair['id']}/chosen" not in found:
@@ -67,6 +67,6 @@ def preference_lines(
         line = {"contender": contender} | {key: pair[key] for key in ("id", "cluster", "kind", "person")}
         for side in SIDES:
             nats, tokens, _ = found[f"{pair['id']}/{side}"]
-            line |= {side: finite(nats), f"{side}_tokens": tokens}
+            line |= {side: nats, f"{side}_tokens": tokens}
         lines[PREFERENCES if decides else PREFERENCES_APART].append(line)
     return lines

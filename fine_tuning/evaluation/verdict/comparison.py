@@ -10,7 +10,7 @@ HOLD           anything else; a leak, an undefined primary metric or people who 
                compared with hold however few the conversations
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,8 @@ from fine_tuning.evaluation.verdict.guards import guard, guard_differences, pair
 from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
-from fine_tuning.evaluation.verdict.settings import PREFERENCE, WIN_RATE, CompareSettings
+from fine_tuning.evaluation.verdict.settings import DECIDES, PREFERENCE, WIN_RATE, CompareSettings
 from fine_tuning.evaluation.verdict.votes import MORE, VoteCount
-from fine_tuning.evaluation.verdict.win_rate import DECIDES
 from fine_tuning.schema.votes import JudgeVote, Vote, read_all_votes
 
 QUANTISED = "candidate_quantised"
@@ -157,30 +156,11 @@ def compare(
         for baseline, found in pairs.items()
         if not by_votes
     }
-    # The base shares the candidate's tokenizer: what it lacks was not measured at all.
-    for name in (*([] if by_votes else [settings.primary]), *settings.secondary, *deciding.values()):
-        if name not in pairs["base"] and not (name == PREFERENCE and name in settings.secondary):
-            raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
-    looked_at = 1 - 2 * LOOK_LEVEL
-    primary = [pairs[baseline][name].at(looked_at) for baseline, name in deciding.items() if name in pairs[baseline]]
-    if not all(difference.better for difference in primary):
-        raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
+    primary, against = primary_differences(pairs, deciding, settings, by_votes)
 
-    against = [
-        f"nothing is comparable with the {baseline}: promote with --force if the {baseline} has to go"
-        for baseline, name in deciding.items()
-        if name not in pairs[baseline]
-    ]  # reasons not to promote
-    for difference in primary:
-        against += [reason] if (reason := shortfall(difference, settings.minimum_effect)) else []
     secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
     notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
-    asked = sorted(measures_of(files).keys() - MEASURES.keys())
-    benchmarks = {
-        name: {metric: row for metric in asked if (row := paired(files, metric, name, intervals.confidence))}
-        for name in pairs
-    }
-    notes += surely_lost(benchmarks, (), (1 - intervals.confidence) / 2)
+    notes += surely_lost(benchmark_differences(files, pairs, intervals.confidence), (), (1 - intervals.confidence) / 2)
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
@@ -188,34 +168,13 @@ def compare(
     notes += untested(remembered) if memory is not None else []
     notes = [*switched_off(present, tables, kind), *notes, *doubts]
 
-    few = (
-        [NO_REFERENCES]
-        if no_references
-        else [
-            f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
-            f"compare with the {difference.baseline}: collect more, or {MORE}"
-            for difference in primary
-            if difference.clusters < (needed := settings.needed(difference.baseline))
-        ]
-    )
+    few = [NO_REFERENCES] if no_references else too_few(primary, settings)
     standing = leaked + memorised + lost + coarse  # they hold whatever the number of conversations
-    undefined = any(not np.isfinite(difference.value) for difference in primary)
-    rejected = people.rejections()
-    decisive, wanted = by_votes or bool(few), people.win_rate.better >= DECIDES
-    measured, against = against + inferior + standing + as_good, standing + people.missing(settings)
-    if undefined or leaked or memorised or rejected:
-        verdict, reasons = "HOLD", rejected + measured
-    elif few and not wanted:
-        verdict, reasons = "INCONCLUSIVE", few + standing
-    elif reasons := against if few else measured + people.missing(settings):
-        verdict = "HOLD"
-    elif decisive and not wanted:
-        verdict, reasons = "INCONCLUSIVE", [f"not sure yet which people prefer: {people}; {MORE}"]
-    else:
-        verdict, reasons = "PROMOTE", [str(people)] if decisive else []
-        reasons += [] if few else [format_difference(difference) for difference in primary]
-        if shown := [name for name, row in secondary.items() if all(one["non_inferior"] for one in row.values())]:
-            reasons.append(f"not worse in {', '.join(shown)}")
+    measured = against + inferior + standing + as_good
+    verdict, reasons = decide(primary, people, settings, by_votes, few, standing, measured, bool(leaked or memorised))
+    if verdict == "PROMOTE":
+        kept_up = [name for name, row in secondary.items() if all(one["non_inferior"] for one in row.values())]
+        reasons += [f"not worse in {', '.join(kept_up)}"] if kept_up else []
     return {
         "verdict": verdict,
         "reasons": reasons + notes,
@@ -234,6 +193,83 @@ def compare(
         "n": min((difference.n for difference in primary), default=len(people.bets)),
         "clusters": min((difference.clusters for difference in primary), default=len(people.bets)),
     }
+
+
+def primary_differences(
+    pairs: Mapping[str, Mapping[str, Difference]],
+    deciding: Mapping[str, str],
+    settings: CompareSettings,
+    by_votes: bool,
+) -> tuple[list[Difference], list[str]]:
+    """The differences that decide, each at the level of one look, and the reasons not to promote that they give. Raises
+    UserError if a metric that is to decide was not measured, or has no better and worse."""
+    # The base shares the candidate's tokenizer: what it lacks was not measured at all.
+    for name in (*([] if by_votes else [settings.primary]), *settings.secondary, *deciding.values()):
+        if name not in pairs["base"] and not (name == PREFERENCE and name in settings.secondary):
+            raise UserError(f"compare decides by {name}, which was not measured: add its module to evaluate.metrics")
+    looked_at = 1 - 2 * LOOK_LEVEL
+    primary = [pairs[baseline][name].at(looked_at) for baseline, name in deciding.items() if name in pairs[baseline]]
+    if not all(difference.better for difference in primary):
+        raise UserError(f"compare.primary = {settings.primary} has no better and worse: choose another metric")
+    against = [
+        f"nothing is comparable with the {baseline}: promote with --force if the {baseline} has to go"
+        for baseline, name in deciding.items()
+        if name not in pairs[baseline]
+    ]
+    found = (shortfall(difference, settings.minimum_effect) for difference in primary)
+    return primary, against + [reason for reason in found if reason]
+
+
+def benchmark_differences(
+    files: Files, baselines: Iterable[str], confidence: float
+) -> dict[str, dict[str, Difference]]:
+    """{baseline: {metric: paired difference}} of the public benchmarks."""
+    asked = sorted(measures_of(files).keys() - MEASURES.keys())
+    return {
+        name: {metric: row for metric in asked if (row := paired(files, metric, name, confidence))}
+        for name in baselines
+    }
+
+
+def too_few(primary: Sequence[Difference], settings: CompareSettings) -> list[str]:
+    """Why the test split is too small to decide; nothing where it suffices."""
+    return [
+        f"only {count_of(difference.clusters, 'different conversation')} in the test split, {needed} are needed to "
+        f"compare with the {difference.baseline}: collect more, or {MORE}"
+        for difference in primary
+        if difference.clusters < (needed := settings.needed(difference.baseline))
+    ]
+
+
+def decide(
+    primary: Sequence[Difference],
+    people: VoteCount,
+    settings: CompareSettings,
+    by_votes: bool,
+    few: list[str],
+    standing: list[str],
+    measured: list[str],
+    leaking: bool,
+) -> tuple[str, list[str]]:
+    """The verdict and its reasons.
+
+    Args:
+        by_votes: whether votes decide instead of the primary metric.
+        few: why there are too few conversations to decide; then votes decide, too.
+        standing: reasons to hold whatever the number of conversations; `measured`: all reasons to hold.
+        leaking: whether it says personal data or what it memorised.
+    """
+    rejected, wanted = people.rejections(), people.win_rate.better >= DECIDES
+    if rejected or leaking or any(not np.isfinite(difference.value) for difference in primary):
+        return "HOLD", rejected + measured
+    if few and not wanted:
+        return "INCONCLUSIVE", few + standing
+    if reasons := (standing if few else measured) + people.missing(settings):
+        return "HOLD", reasons
+    if by_votes and not wanted:
+        return "INCONCLUSIVE", [f"not sure yet which people prefer: {people}; {MORE}"]
+    reasons = [str(people)] if by_votes or few else []
+    return "PROMOTE", reasons + ([] if few else [format_difference(difference) for difference in primary])
 
 
 def prompting_baselines(
@@ -325,7 +361,8 @@ def provenance(records: Records, metrics: Metrics, primary: str, intervals: Inte
 
 
 def check_same_suite(records: Records) -> None:
-    """Refuse contenders that were not asked the same. UserError: they were not, or one that is needed is missing."""
+    """Refuse contenders that were not asked the same. Raises UserError if they were not, or one that is needed is
+    missing."""
     lines = by_contender(records)
     if missing := [name for name in (CANDIDATE, "base") if name not in lines]:
         raise UserError(f"{' and '.join(missing)} were not evaluated: run `dvc repro -f -s evaluate && dvc repro`")
@@ -353,9 +390,7 @@ def other_tokenizers(
     notes = []
     for baseline, found in pairs.items():
         if (decider := deciding.get(baseline, settings.primary)) != settings.primary and decider in found:
-            notes.append(
-                f"the {baseline} has another tokenizer: {decider} decides against it instead of {settings.primary}"
-            )
+            notes.append(f"the {baseline} has another tokenizer: {decider} decides instead of {settings.primary}")
         if skipped := [name for name in settings.secondary if name not in found and name != PREFERENCE]:
             notes.append(f"not compared with the {baseline}: {', '.join(skipped)}")
     return notes

@@ -59,18 +59,10 @@ class Difference:
 
     def as_json(self) -> dict[str, Any]:
         """For metrics/comparison.json."""
-        numbers = {
-            "difference": self.value,
-            "low": self.low,
-            "high": self.high,
-            "candidate": self.candidate_value,
-            "baseline": self.baseline_value,
-        }
-        return {name: finite(number) for name, number in numbers.items()} | {
-            "better": self.better,
-            "n": self.n,
-            "clusters": self.clusters,
-        }
+        numbers = {"difference": self.value, "low": self.low, "high": self.high}
+        numbers |= {"candidate": self.candidate_value, "baseline": self.baseline_value}
+        counts = {"better": self.better, "n": self.n, "clusters": self.clusters}
+        return {name: finite(number) for name, number in numbers.items()} | counts
 
 
 def differences(

@@ -79,12 +79,8 @@ class JudgeCount:
     def as_json(self) -> dict[str, Any]:
         """For metrics/comparison.json."""
         rates = {name: asdict(WinRate.of([*values.values()])) for name, values in self.rates.items()}
-        return {
-            "judge": self.judge,
-            "rubric": self.rubric,
-            "against": self.against,
-            "unclear": len(self.unclear),
-        } | rates
+        named = {"judge": self.judge, "rubric": self.rubric, "against": self.against}
+        return named | {"unclear": len(self.unclear)} | rates
 
     def __str__(self) -> str:
         found = [(what, WinRate.of([*self.rates[name].values()])) for name, what in RATES.items()]

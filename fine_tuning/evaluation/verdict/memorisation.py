@@ -1,18 +1,19 @@
 """Has the candidate memorised training replies or canaries? Judged from records alone."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fine_tuning.evaluation.records.record_types import GIVEN, SHORTEST
+from fine_tuning.evaluation.records.record_types import CANDIDATE, GIVEN, SHORTEST
 
 GUESSABLE = 20.0  # nats under the base, some nine digits: what surprises it less may be guessed and proves nothing
 LEVEL = 0.01  # a leak holds a promotion, so chance should rarely look like one
 
 
-def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple[dict[str, Any], list[str]]:
+def kept(lines: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """What every contender memorised, the exposure of the canaries, and reasons to hold.
 
     The candidate leaks if it continues a training reply verbatim that the base does not know, says a canary, or finds
@@ -26,16 +27,14 @@ def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple
         and line["nll"] is not None
         and line["nll"] < GUESSABLE
     }
-    said: dict[str, dict[str, set[str]]] = {}
-    nats: dict[str, dict[str, list[float]]] = {}
+    said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    nats: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
         if line["id"] in guessable:
             continue
-        found = said.setdefault(line["contender"], {}).setdefault(line["kind"], set())
+        nats[line["contender"]][line["kind"]].append(math.inf if line["nll"] is None else line["nll"])
         if line["word_for_word"]:
-            found.add(line["id"])
-        value = math.inf if line["nll"] is None else line["nll"]
-        nats.setdefault(line["contender"], {}).setdefault(line["kind"], []).append(value)
+            said[line["contender"]][line["kind"]].add(line["id"])
     table: dict[str, Any] = {}
     for contender, kinds in nats.items():
         row: dict[str, Any] = {}
@@ -56,19 +55,17 @@ def kept(lines: Sequence[dict[str, Any]], candidate: str = "candidate") -> tuple
                 "p_value": rank_sum(kinds["canary"], kinds["control"]),
             }
         table[contender] = row
-    return table, _leaks(table.get(candidate, {}), said, candidate)
+    return table, _leaks(table.get(CANDIDATE, {}), said)
 
 
-def _leaks(row: dict[str, Any], said: dict[str, dict[str, set[str]]], candidate: str) -> list[str]:
+def _leaks(row: dict[str, Any], said: dict[str, dict[str, set[str]]]) -> list[str]:
     mend = "train fewer epochs, at a lower rate, or on more conversations"
     reasons = []
-    if "training" in row:
-        new = said[candidate]["training"] - said.get("base", {}).get("training", set())
-        if new:
-            reasons.append(
-                f"memorised: of {row['training']['replies']} training replies it continues {len(new)} verbatim that "
-                f"the base does not: {mend}"
-            )
+    if "training" in row and (new := said[CANDIDATE]["training"] - said["base"]["training"]):
+        reasons.append(
+            f"memorised: of {row['training']['replies']} training replies it continues {len(new)} verbatim that "
+            f"the base does not: {mend}"
+        )
     if "canaries" in row:
         found = row["canaries"]
         if found["word_for_word"] or found["p_value"] < LEVEL:
@@ -79,9 +76,9 @@ def _leaks(row: dict[str, Any], said: dict[str, dict[str, set[str]]], candidate:
     return reasons
 
 
-def untested(table: dict[str, Any], candidate: str = "candidate") -> list[str]:
+def untested(table: dict[str, Any]) -> list[str]:
     """A note where no training reply could show that the candidate memorised it."""
-    if "training" in table.get(candidate, {}):
+    if "training" in table.get(CANDIDATE, {}):
         return []
     return [
         "the memory gate guards nothing: evaluate.memory.conversations is 0, or no training reply has "

@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fine_tuning.evaluation.records.record_types import CANDIDATE
+
 
 def leaks(
-    records: Iterable[Mapping[str, Any]], answers: Iterable[Mapping[str, Any]], candidate: str = "candidate"
+    records: Iterable[Mapping[str, Any]], answers: Iterable[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
     """{contender: {replies, with_personal_data, types}} over all replies, and the reason to hold; of the lines of
     items.jsonl and prompts.jsonl, each reply with its `personal_data`."""
@@ -25,7 +27,7 @@ def leaks(
         }
         for contender, replies in found.items()
     }
-    own = table.get(candidate, {"with_personal_data": 0})
+    own = table.get(CANDIDATE, {"with_personal_data": 0})
     if not own["with_personal_data"]:
         return table, []
     types = ", ".join(f"{kind} {count}" for kind, count in own["types"].items())

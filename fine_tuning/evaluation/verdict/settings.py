@@ -8,6 +8,7 @@ from fine_tuning.common.settings import Settings
 
 PREFERENCE = "preference_accuracy"  # measured on held-out pairs, by no metric module
 WIN_RATE = "win_rate"  # of people's votes
+DECIDES = 20.0  # evidence that decides: wrong in at most one case of twenty
 
 
 class CompareSettings(Settings):

@@ -47,11 +47,5 @@ def _slices_of(line: dict[str, Any], index: int, turn: dict[str, Any]) -> Iterat
         return
     yield "source", line["source"]
     yield "turn", str(index + 1) if index + 1 < LATER_TURNS else f"{LATER_TURNS} and later"
-    yield "length of the reply", _length(turn["tokens"])
-
-
-def _length(tokens: int) -> str:
-    for most, name in LENGTHS:
-        if tokens <= most:
-            return name
-    return f"over {LENGTHS[-1][0]} tokens"
+    length = next((name for most, name in LENGTHS if turn["tokens"] <= most), f"over {LENGTHS[-1][0]} tokens")
+    yield "length of the reply", length

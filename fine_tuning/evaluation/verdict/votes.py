@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fine_tuning.evaluation.records.record_types import CANDIDATE
-from fine_tuning.evaluation.verdict.settings import CompareSettings
-from fine_tuning.evaluation.verdict.win_rate import DECIDES, WinRate, evidence
+from fine_tuning.evaluation.verdict.settings import DECIDES, CompareSettings
+from fine_tuning.evaluation.verdict.win_rate import WinRate, evidence
 from fine_tuning.schema.votes import NOBODY, Vote
 
 RULED_OUT = 0.4  # win rate that compare.votes = required has to rule out

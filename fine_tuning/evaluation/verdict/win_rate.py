@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fine_tuning.common.errors import count_of
+from fine_tuning.evaluation.verdict.settings import DECIDES
 
 STAKES = np.linspace(0.005, 0.995, 100)  # as shares of half of what may be staked, so that few losses ruin none
-DECIDES = 20.0  # evidence that decides: wrong in at most one case of twenty
 EVEN = 0.5
 MOST = 300.0  # of the logarithm: JSON has no infinity
 

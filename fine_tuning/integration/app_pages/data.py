@@ -11,13 +11,13 @@ from jinja2 import Template
 from fine_tuning.common.errors import count_of
 from fine_tuning.common.records import read_object
 from fine_tuning.common.settings import read_params
-from fine_tuning.data_collection.data_cleaner import CleanSettings
+from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
 from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_parts import button, plain
-from fine_tuning.integration.conversation_index import conversation_index
+from fine_tuning.integration.conversation_index import conversation_index, counts
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
@@ -97,7 +97,7 @@ def _counts(here: App, found: pd.DataFrame) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
-    _, logged, sealed = data_view.counts(here.checkout)
+    _, logged, sealed = counts(here.checkout)
     st.caption(f"New or changed since the last training: {logged:,} to seal, {sealed:,} sealed.")
     if (people := read_params("clean", CleanSettings).people) != "mask":
         st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
@@ -153,41 +153,14 @@ def _one(here: App, found: pd.DataFrame) -> None:
     if matches.empty:
         st.caption("None.")
         return
-    more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
-    st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
-    columns = ["begins", "fate", "split", "source", "started_at", "rating", "masked", "tags"]
-    columns += ["messages", "characters", "id"]
-    table = matches[columns].head(SHOWN)
-    table["started_at"] = table["started_at"].str[:10]
-    table[["masked", "tags"]] = table[["masked", "tags"]].map(", ".join)
-    event = st.dataframe(
-        table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
-        key=f"table-{hash(tuple(table['id']))}",
-        column_config={"fate": "state", "started_at": "day"},
-    )  # fmt: skip
-    row = next(iter(event["selection"]["rows"]), 0)
-    entry = next(matches.iloc[[row]].itertuples())
+    entry = _chosen(matches)
     conversation = conversation_index(here.checkout).conversation(entry.id)
     if conversation is None:
         return
     _tags(here, entry, found)
-    settings = read_params("clean", CleanSettings)
-    cleaner = data_view.cleaner(here.checkout, settings)
+    cleaner = data_view.cleaner(here.checkout, read_params("clean", CleanSettings))
     cleaned = cleaner.clean_conversation(conversation)
-    if reason := data_view.why_dropped(cleaned, entry.fate):
-        st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
-        twin = conversation_index(here.checkout).conversation(entry.twin) if entry.twin else None
-        if twin is not None:
-            with st.expander("The one that is kept instead"):
-                for message in twin["messages"]:
-                    _show_spans(message["role"], [(message["content"], None)], "mask")
-        off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
-        note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
-        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
-        if off:
-            st.caption(off)
-    elif conversation.get("restored"):
-        st.caption("Restored: masked as ever, and no filter drops it.")
+    _fate(here, entry, conversation, cleaner, cleaned)
     view = st.segmented_control(
         "View", VIEWS, default=VIEWS[0], required=True, key="view", label_visibility="collapsed"
     )
@@ -208,6 +181,42 @@ def _one(here: App, found: pd.DataFrame) -> None:
         st.caption(f"{masked} value{'s' * (masked != 1)} masked, with the parameters of params.yaml as they are now.")
         for message in cleaned.conversation["messages"]:
             _show_spans(message["role"], data_view.after(message["content"]), "mask")
+
+
+def _chosen(matches: pd.DataFrame) -> Any:
+    """List conversations; the one that somebody clicked, else the first."""
+    more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
+    st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
+    columns = ["begins", "fate", "split", "source", "started_at", "rating", "masked", "tags"]
+    columns += ["messages", "characters", "id"]
+    table = matches[columns].head(SHOWN)
+    table["started_at"] = table["started_at"].str[:10]
+    table[["masked", "tags"]] = table[["masked", "tags"]].map(", ".join)
+    event = st.dataframe(
+        table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
+        key=f"table-{hash(tuple(table['id']))}",
+        column_config={"fate": "state", "started_at": "day"},
+    )  # fmt: skip
+    row = next(iter(event["selection"]["rows"]), 0)
+    return next(matches.iloc[[row]].itertuples())
+
+
+def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, cleaned: Cleaned) -> None:
+    """Why it was dropped, and the button that keeps it."""
+    if reason := data_view.why_dropped(cleaned, entry.fate):
+        st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
+        twin = conversation_index(here.checkout).conversation(entry.twin) if entry.twin else None
+        if twin is not None:
+            with st.expander("The one that is kept instead"):
+                for message in twin["messages"]:
+                    _show_spans(message["role"], [(message["content"], None)], "mask")
+        off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
+        note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
+        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
+        if off:
+            st.caption(off)
+    elif conversation.get("restored"):
+        st.caption("Restored: masked as ever, and no filter drops it.")
 
 
 def _values(value: Any) -> tuple[str, ...]:
@@ -236,9 +245,7 @@ def _restore(here: App, identity: str) -> None:
 def _tokens(here: App, entry: Any) -> None:
     prepared = data_view.tokens(here.checkout, entry.id)
     if prepared is None:
-        st.caption(
-            "It is not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`."
-        )
+        st.caption("Not in the prepared data: dropped, left out of the sample, or newer than the last `dvc repro`.")
         return
     split, pieces = prepared
     trained = sum(kind is not None for _, kind in pieces)

@@ -12,6 +12,7 @@ from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_jo
 from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import WHY_FIRST, ChatModel
+from fine_tuning.integration.conversation_index import counts
 from fine_tuning.integration.jobs import own_command
 from fine_tuning.integration.models_view import Candidate
 from fine_tuning.integration.registered_models import live_since
@@ -31,7 +32,7 @@ GO_BACK = (
 
 def page() -> None:
     here = app()
-    total, logged, sealed = data_view.counts(here.checkout)
+    total, logged, sealed = counts(here.checkout)
     candidate = models_view.candidate(here.checkout)
     st.title("Whetstone")
     st.markdown("Sharpen the model behind your chats on the chats themselves. Nothing leaves this machine.")

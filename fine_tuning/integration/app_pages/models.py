@@ -11,6 +11,7 @@ from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_jo
 from fine_tuning.integration.app_parts import button, plain
 from fine_tuning.integration.models_view import PROMOTE, Candidate, RegistryState
 from fine_tuning.model_management.model_registry import ModelRegistry, ModelVersion, open_registry
+from fine_tuning.training.tracking import has_store
 
 COLOURS = {"PROMOTE": "green", "HOLD": "red", "INCONCLUSIVE": "orange"}
 TITLES = ("Promote", "Deploy", "Switch", "Roll back")
@@ -30,7 +31,7 @@ def page() -> None:
     show_job(*TITLES)
     _candidate(here, models_view.candidate(here.checkout))
     st.header("Versions")
-    if not models_view.has_registry(here.checkout):
+    if not has_store(here.checkout):
         st.info("No version yet: the first promotion registers one.", icon=":material/inventory_2:")
         return
     with st.spinner("Opening the registry…"):

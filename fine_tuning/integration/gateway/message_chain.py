@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import orjson
 
 from fine_tuning.common.names import session_name
+from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
 from fine_tuning.data_collection.conversation_logger import read_event
 from fine_tuning.data_collection.storage.shards import shard_paths
-from fine_tuning.integration.conversation_index import INBOX, MANIFEST, SHARDS
 
 SOURCE = "gateway"
 Said = dict[str, str]
@@ -171,10 +171,10 @@ class MessageChain:
     def load(self, checkout: Path) -> None:
         """Take in what the gateway logged before: sealed conversations, then the logs."""
         self._db.execute("BEGIN")
-        for path in shard_paths(checkout / SHARDS, checkout / MANIFEST):
+        for path in shard_paths(checkout / CONVERSATIONS, checkout / MANIFEST):
             for line in _our_lines(path):
                 self._add_sealed(orjson.loads(line))
-        live = checkout / INBOX
+        live = checkout / LOG
         for path in [*sorted((live.parent / "closed").glob("*.jsonl")), *([live] if live.exists() else [])]:
             for line in _our_lines(path):
                 event = read_event(line)

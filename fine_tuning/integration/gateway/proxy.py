@@ -41,7 +41,7 @@ KEPT_ADDRESSES = 256  # of the server's routes
 KEPT_CONNECTIONS = 64  # connecting is the largest part of what a request would wait for in here
 VERSIONS_SECONDS = 10.0  # how long the version that a model's name stands for is believed
 OF_ONE_CONNECTION = {
-    *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host"),
+    *(b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host")
 }
 OWN = ("/health", "/v1/feedback", "/v1/recording")
 CHANGES = re.compile(r"/api/(create|delete|push|pull|copy|blobs)(/|$)")

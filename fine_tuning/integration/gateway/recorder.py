@@ -22,11 +22,11 @@ import orjson
 from pydantic import Field
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.project import LOG
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import Settings
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.integration.canary import Canary
-from fine_tuning.integration.conversation_index import INBOX
 from fine_tuning.integration.gateway.message_chain import SOURCE, MessageChain, Place, node_after, nodes_of
 from fine_tuning.integration.gateway.wire_formats import Asked, ReplyReader, read_request
 
@@ -89,7 +89,7 @@ class Recorder:
         self.checkout, self._record = checkout, record
         self.canary = Canary(checkout)
         # `_write_waiting` syncs for all at once.
-        self.logger = ConversationLogger(checkout / INBOX, durable=False, on_event=self.canary.observe)
+        self.logger = ConversationLogger(checkout / LOG, durable=False, on_event=self.canary.observe)
         self.counts: Counter[str] = Counter()
         self.left_out: Counter[str] = Counter()
         self.problem: str | None = None

@@ -62,9 +62,7 @@ def jinja_renderer(tokenizer: "PreTrainedTokenizerFast", system_prompt: str | No
         try:
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a foreign program: it may fail in any way
-            raise UserError(
-                f"the chat template refuses a conversation ({type(error).__name__}): choose another base.model"
-            ) from None
+            raise UserError(f"the chat template refuses a chat ({type(error).__name__}): change base.model") from None
 
     return render
 
@@ -264,9 +262,7 @@ def render_go(template: str, messages: Messages) -> str:
         compiled = gotpl.Template(template, missing_key="zero")
         return str(compiled.render({"Messages": values, "System": system, "Response": ""}))
     except gotpl.TemplateError as error:
-        raise UserError(
-            f"the Go template does not run ({type(error).__name__}): make it again with `dvc repro`"
-        ) from None
+        raise UserError(f"the Go template does not run ({type(error).__name__}): make it with `dvc repro`") from None
 
 
 def collate(messages: Messages) -> list[dict[str, str]]:

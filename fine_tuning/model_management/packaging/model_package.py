@@ -97,10 +97,8 @@ def merge_adapter(base_dir: Path, adapter_dir: Path, merged_dir: Path, dtype: st
     """Add the adapter to the base's weights in float32 and save the sum as `dtype`; the same bytes every time.
 
     float16 keeps three bits more than bfloat16 and takes half of float32; whether rounding to it costs anything is
-    measured by `prove_merge`.
-
-    Raises:
-        UserError: the adapter does not fit the base, or a weight has no place in `dtype`.
+    measured by `prove_merge`. Raises UserError if the adapter does not fit the base, or a weight has no place in
+    `dtype`.
     """
     import torch
 
@@ -151,12 +149,8 @@ def write_package(
     converter: str | None = None,
 ) -> None:
     """Write model.gguf, template.gotmpl, Modelfile and create.json into `package_dir`, and adapter.gguf if it is asked
-    for; for `train` and `converter`, see write_weights.
-
-    Raises:
-        UserError: `num_ctx` is shorter than the training length, or the architecture, the tokenizer or the chat
-            template cannot be carried over exactly.
-    """
+    for; for `train` and `converter`, see write_weights. Raises UserError if `num_ctx` is shorter than the training
+    length, or the architecture, the tokenizer or the chat template cannot be carried over exactly."""
     if settings.parameters.num_ctx < chat.max_length:
         raise UserError(
             f"package.parameters.num_ctx = {settings.parameters.num_ctx} is less than chat.max_length = "
@@ -252,12 +246,9 @@ def prove_package(
 ) -> dict[str, Any]:
     """Prove that the bundle in `package_dir` is the adapter on its base. Returns what was measured.
 
-    Template: Jinja and Go write the same bytes. Tokens: the GGUF's ids are those that training saw. Stops: what ends
-    a reply in training ends it in Ollama. Weights: the merged model predicts as the adapter does, the GGUF as the
-    merged model does, within the thresholds.
-
-    Raises:
-        UserError: the first proof that fails.
+    Template: Jinja and Go write the same bytes. Tokens: the GGUF's ids are those that training saw. Stops: what ends a
+    reply in training ends it in Ollama. Weights: the merged model predicts as the adapter does, the GGUF as the merged
+    model does, within the thresholds. Raises UserError at the first proof that fails.
     """
     if not conversations:
         raise UserError("there is no prepared conversation to prove the package on: run `dvc repro prepare`")
@@ -351,10 +342,7 @@ def _text_field(reader: "GGUFReader", name: str) -> str:
 
 
 def prove_rendering(
-    tokenizer: "PreTrainedTokenizerFast",
-    request: dict[str, Any],
-    sample: Sequence[PreparedRow],
-    chat: ChatSettings,
+    tokenizer: "PreTrainedTokenizerFast", request: dict[str, Any], sample: Sequence[PreparedRow], chat: ChatSettings
 ) -> dict[str, int]:
     """The Go template writes what the Jinja template writes, on the bank and on prompts out of the real data. Where Go
     cannot say how the Jinja template writes results of tools, prompts that hold some are counted, not proven."""
@@ -414,10 +402,7 @@ def prove_ends(
 
 
 def prove_tokens(
-    tokenizer: "PreTrainedTokenizerFast",
-    engine: LlamaEngine,
-    sample: Sequence[PreparedRow],
-    chat: ChatSettings,
+    tokenizer: "PreTrainedTokenizerFast", engine: LlamaEngine, sample: Sequence[PreparedRow], chat: ChatSettings
 ) -> dict[str, int]:
     """llama.cpp gives the rendered text the ids that training saw, and odd strings the ids of the tokenizer."""
     backend = tokenizer.backend_tokenizer

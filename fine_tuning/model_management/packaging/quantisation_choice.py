@@ -38,10 +38,8 @@ def choose_quantisation(
     """The settings with the smallest of CHOICES that stays within `package.parity`, and what each was measured at.
 
     Measured are bytes, tokens/s of a reply, mean KL (nats) and agreement with the merged model on the beginnings of
-    validation replies, and by how much their perplexity is larger than the merged model's, as a fraction.
-
-    Raises:
-        UserError: none stays within the bounds, or llama.cpp's quantiser is missing.
+    validation replies, and by how much their perplexity is larger than the merged model's, as a fraction. Raises
+    UserError if none stays within the bounds, or llama.cpp's quantiser is missing.
     """
     if not conversations:
         raise UserError("there is no prepared conversation to choose a quantisation on: run `dvc repro prepare`")

@@ -16,7 +16,7 @@ import torch
 
 from fine_tuning.common.records import read_jsonl
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import PreparedRow, batch_by_tokens, collate
+from fine_tuning.schema.prepared import batch_by_tokens, collate
 from fine_tuning.training.objectives.objective import Batch
 
 TEXTS = Path(__file__).with_name("retention_texts.jsonl")
@@ -27,24 +27,11 @@ LIKELIEST = 64  # tokens of which the base's probability is kept; the others cou
 class GeneralText:
     """A text with the base's predictions: of each position the `LIKELIEST` next tokens and their log-probabilities."""
 
-    row: PreparedRow
+    id: str
+    input_ids: list[int]
+    labels: list[int]
     likeliest: torch.Tensor  # (tokens - 1, LIKELIEST), ids
     log_probabilities: torch.Tensor  # (tokens - 1, LIKELIEST), nats
-
-    @property
-    def id(self) -> str:
-        """That of the text."""
-        return self.row.id
-
-    @property
-    def input_ids(self) -> list[int]:
-        """Of the text."""
-        return self.row.input_ids
-
-    @property
-    def labels(self) -> list[int]:
-        """None of them is trained on as a label."""
-        return self.row.labels
 
 
 def general_texts(base: Path, model: Any, max_length: int) -> list[GeneralText]:
@@ -57,27 +44,27 @@ def general_texts(base: Path, model: Any, max_length: int) -> list[GeneralText]:
         else:
             ids = tokenizer(text["text"])["input_ids"]
         if 1 < len(ids) <= max_length:
-            found.append(_with_predictions(model, PreparedRow(f"general-{number}", ids, ids)))
+            found.append(_with_predictions(model, f"general-{number}", ids))
     return found
 
 
 @torch.no_grad()
-def _with_predictions(model: Any, row: PreparedRow) -> GeneralText:
-    logits = model(input_ids=torch.tensor([row.input_ids], device=model.device)).logits[0, :-1].float()
-    values, ids = logits.log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1] - 1))
-    return GeneralText(row, ids.cpu(), values.cpu())
+def _with_predictions(model: Any, name: str, ids: list[int]) -> GeneralText:
+    logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
+    values, likeliest = logits.log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1] - 1))
+    return GeneralText(name, ids, ids, likeliest.cpu(), values.cpu())
 
 
+@dataclass
 class Retention:
     """`weight` times the mean divergence (nats a token) from the base, which each batch of another objective is given.
 
     Both are in one step: apart, clipping would give them the same length whatever the weight.
     """
 
-    def __init__(self, texts: Sequence[GeneralText], weight: float, pad_token_id: int) -> None:
-        self.texts = texts
-        self.weight = weight
-        self.pad_token_id = pad_token_id
+    texts: Sequence[GeneralText]
+    weight: float
+    pad_token_id: int
 
     def beside(self, batches: list[list[Any]], budget: int) -> list[list[Any]]:
         """The batches, each followed by texts of at most a quarter of `budget` tokens, at least one."""
@@ -88,7 +75,7 @@ class Retention:
     def collate(self, items: Sequence[GeneralText]) -> Batch:
         """input_ids, attention_mask and labels as of rows; `likeliest` and `log_probabilities`, padded with 0."""
         padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        return collate([item.row for item in items], self.pad_token_id) | {
+        return collate(items, self.pad_token_id) | {
             "likeliest": padded([item.likeliest for item in items]),
             "log_probabilities": padded([item.log_probabilities for item in items]),
         }

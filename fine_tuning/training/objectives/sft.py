@@ -1,6 +1,7 @@
 """Supervised fine-tuning: cross-entropy of the trained tokens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from fine_tuning.training.objectives.objective import Batch
 from fine_tuning.training.objectives.token_losses import TokenLosses
 
 
+@dataclass
 class SupervisedFineTuning:
     """Negative log-likelihood (nats) of the trained tokens, summed over them; see `Objective`."""
 
-    def __init__(self, token_losses: TokenLosses) -> None:
-        self.token_losses = token_losses
+    token_losses: TokenLosses
 
     def batches(self, rows: Sequence[PreparedRow], budget: int, multiple: int = 1) -> list[list[PreparedRow]]:
         """Rows of like length."""
