@@ -32,6 +32,7 @@ import ast
 import errno
 import html
 import json
+import math
 import os
 import pickle
 import shutil
@@ -593,6 +594,16 @@ def test_a_parameter_of_another_form_is_said_in_words(tmp_path):
     params["train"]["start_from"] = "the old one"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(UserError, match="should be 8 to 64 digits of an adapter's SHA-256"):
+        read_params("train", TrainSettings, tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "retention"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_parameter_that_is_no_finite_number_is_one_line(tmp_path, name, value):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["train"][name] = value
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=f"train.{name} = (inf|nan) should be a finite number"):
         read_params("train", TrainSettings, tmp_path / "params.yaml")
 
 

@@ -475,6 +475,16 @@ def test_a_preference_comes_with_its_alternative_to_the_duplicate_that_stays(tmp
         assert [entry.get("over") for entry in stays["feedback"]] == [None, ["other"]]
 
 
+def test_the_duplicate_that_stays_has_a_thumb_of_each_person(tmp_path):
+    words = ("What is a lake?", "Water that stays.")
+    thumbs = {"ann": 1, "ben": -1, "cem": -1}
+    records = [judged(*words, id=f"of-{by}", by=by, rating=rating) for by, rating in thumbs.items()]
+    _, files = run(tmp_path, [path := shard(tmp_path, "1", records)])
+    for (stays,) in (rows(files, path.name), DataCleaner().filter_conversations(records)):
+        assert [entry["rating"] for entry in stays["feedback"]] == [1, -1, -1]
+        assert len({entry["by"] for entry in stays["feedback"]}) == 3
+
+
 def test_a_judgement_of_a_duplicate_that_came_later_reaches_the_one_that_stayed(tmp_path):
     words = ("What is a lake?", "Water that stays.")
     first = shard(tmp_path, "1", [talk(*words, id="a")])

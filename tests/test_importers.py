@@ -487,6 +487,27 @@ PREFERENCES = {
         "chosen": {"from": "gpt", "value": GOOD["content"]},
         "rejected": {"from": "gpt", "value": BAD["content"]},
     },
+    "anthropic": {
+        key: f"\n\nHuman: What is a lake?\n\nAssistant: {reply['content']}"
+        for key, reply in (("chosen", GOOD), ("rejected", BAD))
+    },
+    "anthropic prompt": {
+        "prompt": "\n\nHuman: What is a lake?\n\nAssistant:", "chosen": GOOD["content"], "rejected": BAD["content"]
+    },
+}  # fmt: skip
+BETTER, WORSE = GOOD["content"], BAD["content"]
+RANKED = {
+    "UltraFeedback": {
+        "instruction": "What is a lake?",
+        "completions": [{"response": WORSE, "overall_score": 2.0}, {"response": BETTER, "overall_score": 8.5}],
+    },
+    "Nectar": {
+        "prompt": "\n\nHuman: What is a lake?\n\nAssistant: ",
+        "answers": [{"answer": BETTER, "rank": 1.0}, {"answer": WORSE, "rank": 2.0}],
+    },
+    "LLaMA-Factory": {"instruction": "What is", "input": "a lake?", "output": [BETTER, WORSE]},
+    "scores": {"prompt": [QUESTION], "responses": [BETTER, BETTER, WORSE, ""], "scores": [3, 3, 1, 0]},
+    "ranks": {"prompt": "What is a lake?", "responses": [WORSE, BETTER, WORSE], "ranks": [2, 1, 3]},
 }
 
 
@@ -499,6 +520,45 @@ def test_a_preference_is_a_reply_with_a_worse_alternative(tmp_path, name):
     (other,) = talk["messages"][1]["alternatives"]
     assert other["content"] == "A car."
     assert talk["feedback"] == [{"message_id": talk["messages"][1]["id"], "over": [other["id"]]}]
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_of_a_ranked_list_the_best_reply_is_preferred_to_the_worse_ones(tmp_path, name):
+    (talk,) = taken(lines(tmp_path / "f.jsonl", RANKED[name]))
+    assert [(role, " ".join(text.split())) for role, text in turns(talk)] == EXCHANGE
+    (other,) = talk["messages"][1]["alternatives"]
+    assert other["content"] == "A car."
+    assert talk["feedback"] == [{"message_id": talk["messages"][1]["id"], "over": [other["id"]]}]
+
+
+def test_the_models_of_a_ranked_list_are_kept(tmp_path):
+    scored = [{"response": text, "score": n, "model": f"model-{n}"} for n, text in enumerate((WORSE, BETTER))]
+    (talk,) = taken(lines(tmp_path / "f.jsonl", {"prompt": "What is a lake?", "completions": scored}))
+    reply = talk["messages"][1]
+    assert (reply["model"], reply["alternatives"][0]["model"]) == ("model-1", "model-0")
+
+
+@pytest.mark.parametrize(
+    ("key", "replies", "beside", "reason"),
+    [
+        ("responses", [BETTER, WORSE], {}, "ranked list: its replies have no scores or ranks"),
+        ("responses", [BETTER, WORSE], {"scores": [1]}, "ranked list: its replies have no scores or ranks"),
+        ("answers", [{"answer": BETTER, "rank": "first"}] * 2, {}, "ranked list: its replies have no scores or ranks"),
+        ("completions", [{"said": BETTER}, {"said": WORSE}], {"scores": [1, 2]}, "ranked list: a reply has no text"),
+        ("responses", [BETTER, WORSE], {"scores": [1, 2], "prompt": " "}, "ranked list: there is no question"),
+    ],
+)
+def test_a_list_of_replies_that_ranks_nothing_is_quarantined(tmp_path, key, replies, beside, reason):
+    record = {"prompt": "What is a lake?", key: replies} | beside
+    assert problems(lines(tmp_path / "f.jsonl", record)) == [(1, reason)]
+
+
+@pytest.mark.parametrize("rejected", [GOOD["content"], "", " ", None])
+def test_a_rejected_reply_that_is_empty_or_equal_makes_no_pair_and_is_reported(tmp_path, rejected):
+    record = {"prompt": "What is a lake?", "chosen": GOOD["content"], "rejected": rejected}
+    (item,) = import_file(lines(tmp_path / "f.jsonl", record))
+    assert item.conversation["feedback"] == [] and turns(item.conversation) == EXCHANGE
+    assert item.left_out == ("no pair: the other reply is empty, or the same",)
 
 
 @pytest.mark.parametrize("key", ["label", "kto_tag"])

@@ -29,7 +29,7 @@ def chat(identity: str, question: str, reply: str, *feedback: dict, others: tupl
         {"id": identity, "role": "assistant", "content": reply, "model": "tiny", "alternatives": alternatives},
     ]
     said = [{"message_id": identity} | entry for entry in feedback]
-    start = {"source": "chat", "started_at": "2026-01-31T10:00:00Z", "metadata": {}}
+    start = {"source": "chat", "started_at": "2026-01-31T10:00:00.000Z", "metadata": {}}
     return {"id": identity, "messages": messages, "feedback": said} | start | more
 
 
@@ -221,9 +221,9 @@ def test_lengths_of_chosen_and_rejected_replies_are_reported(tokenizer):
 
 def test_exported_preferences_are_imported_to_the_same_pairs_and_thumbs(tmp_path):
     conversations = [
-        chat("a", "Hello?", "Good day.", {"over": ["a-0"]}, others=("Hi",)),
+        chat("a", "Hello?", "Good day.", {"over": ["a-0"], "by": "person-12345678"}, others=("Hi",)),
         chat("b", "How are you?", "Fine", {"edited": "Well, thank you."}),
-        chat("c", "Is it late?", "Yes", {"rating": 1}),
+        chat("c", "Is it late?", "Yes", {"rating": 1, "by": "person-87654321"}),
         chat("d", "Is it early?", "No", {"rating": -1}),
     ]
     files = DataExporter(tmp_path).export_all_formats(conversations, ["dpo", "kto"])
@@ -235,7 +235,7 @@ def test_exported_preferences_are_imported_to_the_same_pairs_and_thumbs(tmp_path
         again += [item.conversation for item in imported]
     said = [
         sorted(
-            (j.prompt[-1]["content"], j.better.text, j.worse and j.worse.text, j.liked)
+            (j.prompt[-1]["content"], j.better, j.worse or ("", ""), j.liked, j.by, j.at)
             for c in found
             for j in judgements_of(c)
         )

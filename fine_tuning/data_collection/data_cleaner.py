@@ -342,10 +342,10 @@ def judgements(conversation: dict) -> dict | None:
 
     Edits stay behind: of two that were edited differently both stay.
     """
-    kept = ("message_id", "rating", "over", "comment")
+    kept = ("message_id", "rating", "over", "comment", "by")
     feedback = [{key: e[key] for key in kept if e.get(key)} for e in conversation["feedback"]]
     messages = [{key: m[key] for key in ("id", "alternatives") if key in m} for m in conversation["messages"]]
-    said = [entry | {"rating": entry.get("rating")} for entry in feedback if entry.keys() - {"message_id"}]
+    said = [entry | {"rating": entry.get("rating")} for entry in feedback if entry.keys() - {"message_id", "by"}]
     return {"messages": messages, "feedback": said} if said else None
 
 

@@ -35,7 +35,7 @@ from fine_tuning.schema.conversation import (
     problem_of,
     to_line,
 )
-from fine_tuning.schema.judgements import PERSON, Judgement, judgements_of
+from fine_tuning.schema.judgements import PERSON, Judgement, Reply, judgements_of
 
 ExportFormat = Literal["json", "csv", "chatml", "alpaca", "instruction", "openai", "sharegpt", "dpo", "kto"]
 FILES: dict[str, str] = {
@@ -439,10 +439,15 @@ def to_sharegpt(conversation: dict) -> dict:
 
 
 def to_dpo(judgement: Judgement) -> dict | None:
-    """{"prompt", "chosen", "rejected", "models"}, TRL's conversational preferences; None for a thumb alone."""
+    """{"prompt", "chosen", "rejected", "models"}, TRL's conversational preferences; None for a thumb alone.
+
+    The rejected message has its own `model`. `by` and `started_at` say whose judgement it is, and which is newer.
+    """
     if judgement.worse is None:
         return None
-    return _judged(judgement, "chosen") | {"rejected": [{"role": "assistant", "content": judgement.worse.text}]}
+    rejected = {"role": "assistant", "content": judgement.worse.text}
+    rejected |= {"model": author} if (author := _author(judgement.worse)) else {}
+    return _judged(judgement, "chosen") | {"rejected": [rejected]}
 
 
 def to_kto(judgement: Judgement) -> dict | None:
@@ -452,10 +457,14 @@ def to_kto(judgement: Judgement) -> dict | None:
 
 def _judged(judgement: Judgement, name: str) -> dict:
     replies = [message for message in judgement.prompt if message["role"] == "assistant"]
-    author = judgement.better.author or "unknown"
-    models = [*["unknown"] * len(replies), None if author == PERSON else author]
+    models = [*["unknown"] * len(replies), _author(judgement.better)]
     reply = {"role": "assistant", "content": judgement.better.text}
-    return {"prompt": judgement.prompt, name: [reply], "models": models}
+    said = {key: value for key, value in (("by", judgement.by), ("started_at", judgement.at)) if value}
+    return {"prompt": judgement.prompt, name: [reply], "models": models} | said
+
+
+def _author(reply: Reply) -> str | None:
+    return None if reply.author == PERSON else reply.author or "unknown"
 
 
 _CONTAINERS: dict[str, _Container] = {

@@ -18,6 +18,7 @@ from fine_tuning.data_collection.importing.pieces import (
     Found,
     NotRecognised,
     Problem,
+    as_list,
     as_object,
     message_of,
     messages_in,
@@ -46,6 +47,8 @@ _PLACEHOLDER = re.compile(r"\A\s*<(image|video|audio)>|<(image|video|audio)>\s*\
 _NOTHING = (None, "", "[]", [])
 # columns that CSV and Parquet files hold as JSON text
 _NESTED = ("messages", "conversations", "conversation")
+_SCORES = (("overall_score", 1), ("score", 1))  # of the replies of a ranked list
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _CHATML_TURN = re.compile(r"<\|im_start\|>([^\n<]{1,64})\n(.*?)<\|im_end\|>|<\|endoftext\|>", re.DOTALL)
 # Between and after the turns of a ChatML text: tokens that begin or end a document, and the prompt for a reply.
 _CHATML_SPACE = re.compile(r"(?:\s|<[|/\w]{1,32}>)*(?:<\|im_start\|>assistant\s*)?")
@@ -188,25 +191,97 @@ def _exchange(record: dict) -> Found:
 
 
 def _preference(record: dict) -> Found:
-    """Two replies to one question (TRL, LLaMA-Factory): the chosen one, and the rejected one as its alternative."""
+    """Two replies to one question (TRL, LLaMA-Factory, Anthropic): the chosen one, and the rejected one as its
+    alternative."""
+    record = {key: _spoken(value) for key, value in record.items()}
     chosen, rejected = (messages_in(_as_turns(record[key], "assistant")) for key in ("chosen", "rejected"))
     before = chosen[:-1]
     if not any(message["role"] == "user" for message in before):
-        names = ("instruction", "prompt", "question", "conversations", "messages")
-        asked = next((key for key in names if key in record), "")
-        whole = isinstance(record.get(asked), list)
-        before = (messages_in(record[asked]) if whole else _asked(record, _question(record, asked))) + before
+        before = _prompt_of(record) + before
     if not chosen or not rejected or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise NotRecognised("preference: `chosen` and `rejected` do not end with a reply")
-    if not any(message["role"] == "user" and message["content"].strip() for message in before):
-        raise NotRecognised("preference: there is no question")
-    if lost := rejected[-1].get("lost"):
-        raise NotRecognised(f"preference: a reply has {lost}, which is not text")
-    found = _found("preference", record, [*before, chosen[-1]])
-    if rejected[-1]["content"] not in ("", chosen[-1]["content"]):
-        chosen[-1]["alternatives"] = [rejected[-1]]
-        found.feedback = [{"index": len(found.messages) - 1, "over": True}]
+    return _preferred("preference", record, [*before, chosen[-1]], rejected[-1:])
+
+
+def _ranked(record: dict) -> Found:
+    """Several replies to one question with scores or ranks (UltraFeedback, Nectar), or texts under `output`, the best
+    one first (LLaMA-Factory): the best one, and the worse ones as its alternatives."""
+    record = {key: _spoken(value) for key, value in record.items()}
+    replies = record[_list_of_replies(record) or ""]
+    values = _values(record, replies)
+    if values is None:
+        raise NotRecognised("ranked list: its replies have no scores or ranks")
+    read = [_reply_of(reply) for reply in replies]
+    best = values.index(max(values))
+    worse = [reply for reply, value in zip(read, values, strict=True) if value < values[best]]
+    return _preferred("ranked list", record, [*_prompt_of(record), read[best]], worse)
+
+
+def _preferred(name: str, record: dict, messages: list[dict], worse: list[dict]) -> Found:
+    """Messages, of which the last one was preferred to the worse ones."""
+    if not any(message["role"] == "user" and message["content"].strip() for message in messages):
+        raise NotRecognised(f"{name}: there is no question")
+    if lost := next((reply["lost"] for reply in worse if reply.get("lost")), None):
+        raise NotRecognised(f"{name}: a reply has {lost}, which is not text")
+    found = _found(name, record, messages)
+    texts = {reply["content"]: reply for reply in worse if reply["content"].strip()}
+    texts.pop(messages[-1]["content"], None)
+    if texts:
+        messages[-1]["alternatives"] = [*texts.values()]
+        found.feedback = [{"index": len(messages) - 1, "over": True} | _by(record)]
+    else:
+        found.left_out.append("no pair: the other reply is empty, or the same")
     return found
+
+
+def _prompt_of(record: dict) -> list[dict]:
+    names = ("instruction", "prompt", "question", "conversations", "messages")
+    asked = next((key for key in names if key in record), "")
+    whole = isinstance(record.get(asked), list)
+    return messages_in(record[asked]) if whole else _asked(record, _question(record, asked))
+
+
+def _list_of_replies(record: dict) -> str | None:
+    """Where a record has several replies to one question."""
+    lists = [key for key in ("completions", "responses", "answers", "output") if isinstance(record.get(key), list)]
+    return next((key for key in lists if len(record[key]) > 1 and (key != "output" or _are(str, record[key]))), None)
+
+
+def _values(record: dict, replies: list[Any]) -> list[float] | None:
+    """How good each reply is, the best one highest."""
+    rows = list(map(as_object, replies))
+    columns = [([row.get(key) for row in rows], sign) for key, sign in (("rank", -1), *_SCORES)]
+    columns += [(as_list(record.get(key)), sign) for key, sign in (("ranks", -1), ("scores", 1))]
+    if replies is record.get("output"):
+        columns.append((list(range(len(replies))), -1))
+    found = ((column, sign) for column, sign in columns if len(column) == len(replies) and _are((int, float), column))
+    return next(([sign * value for value in column] for column, sign in found), None)
+
+
+def _reply_of(reply: Any) -> dict:
+    row = as_object(reply)
+    text = next((row[key] for key in ("response", "answer", "completion", "text", "content") if key in row), None)
+    if not isinstance(reply if text is None else text, str):
+        raise NotRecognised("ranked list: a reply has no text")
+    return message_of(row, "assistant", reply if text is None else text)
+
+
+def _are(kind: Any, values: list[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _spoken(value: Any) -> Any:
+    """The turns of a text in the form of Anthropic's preference sets; other values as they are."""
+    if not (isinstance(value, str) and value.startswith("\n\nHuman:")):
+        return value
+    parts = _SPEAKER.split(value)[1:]
+    turns = [{"role": who.lower(), "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    return turns if turns[-1]["content"] else turns[:-1]
+
+
+def _by(record: dict) -> dict:
+    """Who judged, where the record says so."""
+    return {"by": record["by"]} if isinstance(record.get("by"), str) and record["by"] else {}
 
 
 def _asked(record: dict, question: str) -> list[dict]:
@@ -242,7 +317,7 @@ def _found(name: str, record: dict, messages: list[dict]) -> Found:
     if not feedback and (rating := rating_of(record)):
         judged = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
         asked = max((i for i in range(max(judged, default=0)) if messages[i]["role"] == "user"), default=0)
-        feedback = [{"index": index, "rating": rating} for index in judged if index >= asked]
+        feedback = [{"index": index, "rating": rating} | _by(record) for index in judged if index >= asked]
     identity, started = unique_id(record), _started(record)
     return Found(name, messages, identity, started_at=started, metadata=_metadata(record), feedback=feedback)
 
@@ -412,6 +487,7 @@ _FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], Found]]] = [
     (desktop_apps.is_lm_studio, desktop_apps.read_lm_studio),
     (_has("jan"), lambda record: desktop_apps.read_jan(record["jan"])),
     (_has("chosen", "rejected"), _preference),
+    (_list_of_replies, _ranked),
     (lambda r: _has("id", "source", "started_at", "feedback")(r) and _has_turns(r.get("messages")), _own),
     (lambda record: any(_has_turns(record.get(key)) for key in _NESTED), _messages),
     (_pair_of, _pair),
