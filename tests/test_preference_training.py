@@ -1,5 +1,6 @@
 """Preference objectives: their losses by the papers' formulas, the same with and without acceleration, and training."""
 
+import math
 import random
 import shutil
 
@@ -17,11 +18,12 @@ from fine_tuning.schema.preferences import JudgedReply, Pair
 from fine_tuning.schema.prepared import PreparedRow
 from fine_tuning.training.acceleration.accelerate import accelerated
 from fine_tuning.training.acceleration.micro_batches import split
+from fine_tuning.training.model_card import model_card
 from fine_tuning.training.objectives import retention
 from fine_tuning.training.objectives.mixture import objective_for, own_items
 from fine_tuning.training.objectives.retention import LIKELIEST, Retention, general_texts
 from fine_tuning.training.objectives.token_losses import TokenLosses
-from fine_tuning.training.run_report import preference_curve
+from fine_tuning.training.run_report import preference_curve, quality
 from tests.test_training import SETTINGS, make_rows
 
 CPU = detect_hardware("float32", 2)
@@ -282,6 +284,14 @@ def test_one_run_learns_from_rows_pairs_and_thumbs_and_says_what_each_measured(t
     measured = result.validation
     assert {"eval_loss", "eval_sft_loss", "eval_pairs_loss", "eval_pairs_accuracy", "eval_pairs_chosen"} < set(measured)
     assert result.validation_loss == measured["eval_sft_loss"] < result.validation_loss_before
+    assert quality(result)["validation_perplexity"] == pytest.approx(math.exp(result.validation_loss))
+
+
+def test_the_loss_of_pairs_alone_has_no_perplexity(tiny_base, tmp_path):
+    metrics = quality(train(tiny_base, tmp_path, make_pairs(20), make_pairs(6, seed=1)))
+    assert "validation_loss" in metrics and "validation_perplexity" not in metrics
+    base = {"model": "tiny", "license": "mit", "revision": None, "sha256": "0f"}
+    assert "perplexity" not in model_card(base, {"method": "lora"}, metrics, {"train": "d1", "validation": "d2"})
 
 
 def test_what_was_measured_on_pairs_and_thumbs_is_a_curve_by_step(tiny_base, tmp_path):

@@ -53,13 +53,14 @@ def model_card(
     """
     if origin:
         settings, hashes = {"method": "lora"}, {"validation": hashes["validation"]}
+    perplexity = metrics.get("validation_perplexity")  # of replies as they are, where some were learned from
     # A hub knows licences by short names; anything else is `other` with a name.
     license_id = base["license"] or ""
     known = bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license_id))
     head = ModelCardData(
         base_model=base["model"],
         datasets=[DATA],
-        eval_results=results("validation", {"perplexity": metrics["validation_perplexity"]}),
+        eval_results=results("validation", {} if perplexity is None else {"perplexity": perplexity}),
         library_name="peft",
         license=license_id if known else "other",
         license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", license_id.lower()).strip("-") or None,

@@ -54,13 +54,13 @@ def quality(result: TrainingResult) -> dict[str, float]:
     """What depends on data and parameters alone: it is the same in every clone."""
     losses = ("validation_loss_before", "validation_loss", "train_loss")
     names = (*losses, "steps", "tokens", "trained_tokens", "trainable_parameters")
-    # exp() overflows above 709.
-    perplexity = math.exp(min(result.validation_loss, 700.0))
     measured = {
         name.removeprefix("eval_"): v for name, v in result.validation.items() if "pairs" in name or "thumbs" in name
     }
     found = {name: value for name in names if (value := getattr(result, name)) is not None}
-    return found | {"validation_perplexity": perplexity} | measured
+    if "eval_sft_loss" in result.validation or not measured:  # losses of pairs and thumbs alone are not nats a token
+        found["validation_perplexity"] = math.exp(min(result.validation_loss, 700.0))  # exp() overflows above 709
+    return found | measured
 
 
 def speed(result: TrainingResult) -> dict[str, float]:
