@@ -12,7 +12,7 @@ from fine_tuning.runtime.base_model import read_base_card
 from fine_tuning.runtime.hardware import is_main_process
 from fine_tuning.schema.chat_format import load_tokenizer
 from fine_tuning.schema.preferences import read_pairs, read_thumbs, rows_of
-from fine_tuning.schema.prepared import read_rows, split_sha256
+from fine_tuning.schema.prepared import PreparedRow, read_rows, split_sha256
 from fine_tuning.training.adopted import ORIGIN
 from fine_tuning.training.checkpoints import alone_with, checkpoint_key, remove_checkpoints
 from fine_tuning.training.items import Prepared, choose_items
@@ -64,7 +64,8 @@ def main() -> None:
         train_without_output(lambda: train_adapter(*what, None, start, SCRATCH / "references"))
         return
     left_out = read_json(PREPARED).get("left_out", {}) if PREPARED.is_file() else {}
-    size = len({row.id for row in rows}), sum(len(row.input_ids) for row in rows)
+    conversations = {item.id for item in items if isinstance(item, PreparedRow)}
+    size = len(conversations), sum(len(row.input_ids) for row in rows)
     for line in report.announcement(settings, *size, left_out, read_speed(main_checkout() / SPEED)):
         print(f"train: {line}", flush=True)
     print(f"train: {learning_from}", flush=True)
@@ -89,7 +90,7 @@ def main() -> None:
             pipeline.log_artifacts(ADAPTER, "adapter")
         remove_checkpoints(checkpoints)
     pace = Speed(result.tokens_per_second, f"{base['model']}, {settings.method}", base["parameters"])
-    record_speed(main_checkout() / SPEED, pace)
+    record_speed(main_checkout() / SPEED, pace, result.steps)
     print(report.summary(settings, result))
 
 

@@ -85,6 +85,10 @@ def test_of_one_person_the_newest_judgement_counts_and_of_several_the_majority()
     assert settled(*several) == ([], [], {"tie": 1})
     several.append(vote("d", "2026-01-04", "Hi", "Ho", "cem"))
     assert settled(*several)[0] == [("preferred", "Hi", "Ho")]
+    # Without sign-in there is one person; who gave judgements of one moment, as in an import, is not known.
+    unnamed = [vote("a", "2026-01-01", "Hi", "Ho", None), vote("b", "2026-01-02", "Ho", "Hi", None)]
+    assert settled(*unnamed)[0] == [("preferred", "Ho", "Hi")]
+    assert settled(*unnamed, vote("c", "2026-01-02", "Hi", "Ho", None)) == ([], [], {"tie": 1})
 
 
 @pytest.mark.parametrize(

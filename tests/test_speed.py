@@ -53,6 +53,7 @@ def test_a_run_that_had_nothing_left_to_train_says_nothing_of_the_speed(tmp_path
     assert "not known yet" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
     record_speed(tmp_path / "speed.json", Speed(250.0, "x"))
     record_speed(tmp_path / "speed.json", Speed(0.0, "cut off after its last step"))
+    record_speed(tmp_path / "speed.json", Speed(7.0, "y"), steps=3)  # which is its start
     assert "at the 250 tokens/s" in expected(1000, SETTINGS, read_speed(tmp_path / "speed.json"))
 
 
@@ -134,6 +135,7 @@ def test_what_is_no_time_is_one_line(text):
 
 
 def test_before_training_its_size_its_time_and_its_limit_are_announced(checkout):
+    assert next(announcement(SETTINGS, 0, 30_000, {}, None)).startswith("lora on 30000 tokens, ")  # of pairs alone
     first, second = announcement(SETTINGS, 481, 30_000, {}, None)
     assert first == (
         "lora on 481 conversations, 30000 tokens, train.epochs 1: how long that takes is not known yet: nothing was "

@@ -290,7 +290,8 @@ def export(args: argparse.Namespace) -> None:
         missing = "prefer or edit replies" if args.format == "dpo" else "rate replies with a thumb"
         raise UserError(f"{output} is empty, as nobody judged a reply in this way: {missing}, then `dvc repro clean`")
     skipped = f", {counts['skipped']:,} skipped, for which {args.format} has no place" if counts["skipped"] else ""
-    print(f"{count_of(counts['exported'], 'conversation')} in {output}{skipped}")
+    what = {"dpo": "pair", "kto": "thumb"}.get(args.format, "conversation")
+    print(f"{count_of(counts['exported'], what)} in {output}{skipped}")
 
 
 # -----------------------------------------------------------------------------

@@ -71,10 +71,15 @@ def _replies(judgement: Judgement) -> list[Reply]:
 
 
 def _decided(said: list[Judgement], answer: Callable[[Judgement], Any], dropped: Counter[str]) -> Found | None:
-    """The judgement that counts: of each person the newest, of all of them what most say; None for a tie."""
-    newest: dict[str, Judgement] = {}
+    """The judgement that counts: of each person the newest, of all of them what most say; None for a tie.
+
+    Whoever has no name is one person, as in an app without sign-in, but for what was said at the same time.
+    """
+    newest: dict[str | tuple[str, int], Judgement] = {}
+    unnamed = max((judgement.at for judgement in said if not judgement.by), default="")
     for number, judgement in enumerate(sorted(said, key=lambda j: (j.at, j.conversation))):
-        newest[judgement.by or f"unnamed {number}"] = judgement
+        if judgement.by or judgement.at == unnamed:
+            newest[judgement.by or ("unnamed", number)] = judgement
     votes = Counter(map(answer, newest.values())).most_common(2)
     if len(votes) == 2 and votes[0][1] == votes[1][1]:
         dropped["tie"] += 1

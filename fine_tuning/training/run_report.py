@@ -19,12 +19,13 @@ def announcement(
     settings: TrainSettings, conversations: int, tokens: int, left_out: Mapping[str, int], speed: Speed | None
 ) -> Iterator[str]:
     """What is about to be trained on, for how long, and which parameters limit it; `left_out` is {reason:
-    conversations} of preparation."""
+    conversations} of preparation. A run on pairs or thumbs alone has no `conversations`."""
     if settings.max_steps == 0:
         yield "the adapter of train.start_from is taken as it is (train.max_steps: 0); set both to null to train again"
         return
+    what = f"{count_of(conversations, 'conversation')}, " if conversations else ""
     yield (
-        f"{settings.method} on {count_of(conversations, 'conversation')}, {tokens} tokens, "
+        f"{settings.method} on {what}{tokens} tokens, "
         f"train.epochs {settings.epochs:g}: {expected(tokens, settings, speed)}"
     )
     caps = [f"prepare.{name} ({count_of(n, 'conversation')} left out)" for name in CAPS if (n := left_out.get(name))]

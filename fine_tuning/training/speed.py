@@ -11,6 +11,7 @@ from fine_tuning.common.records import read_json, write_json
 from fine_tuning.training.settings import TrainSettings
 
 SPEED = Path(".whetstone/speed.json")  # in the main checkout
+SHORT = 20  # steps, of which the first are slow
 _DURATION = re.compile(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,7})s)?")
 
 
@@ -22,12 +23,13 @@ class Speed(NamedTuple):
     parameters: int | None = None
 
 
-def record_speed(path: Path, speed: Speed) -> None:
-    """Remember the speed of a run that has ended.
+def record_speed(path: Path, speed: Speed, steps: int = SHORT) -> None:
+    """Remember the speed of a run of some steps that has ended.
 
-    0 is not recorded: a run that was resumed after its last step had nothing left to train.
+    0 is not recorded: a run that was resumed after its last step had nothing left to train. Nor is that of a short run
+    where one is known.
     """
-    if speed.tokens_per_second > 0:
+    if speed.tokens_per_second > 0 and (steps >= SHORT or read_speed(path) is None):
         write_json(path, speed._asdict())
 
 
