@@ -56,6 +56,7 @@ def made(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("where", ["two workers", "three processes"])
 def test_the_bytes_are_those_of_one_process(single, cluster, tmp_path, monkeypatch, where):
     folder = tmp_path / "checkout"

@@ -74,6 +74,7 @@ def test_rows_that_cannot_be_trained_on_are_refused(rows, words):
         check_rows(rows, "train")
 
 
+@pytest.mark.end_to_end
 def test_loading_peft_does_not_warn_of_a_kernel_that_nothing_here_uses():
     program = """
 import logging, fine_tuning, peft
