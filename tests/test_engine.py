@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_results_come_in_order(cluster):
     for address, processes in ((None, 1), (None, 2), (cluster, 1)):
         with open_engine(address, processes) as run:
             assert list(run(_double, range(50))) == list(range(0, 100, 2))
+
+
+def _die(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_process_that_was_killed_is_one_line():
+    with pytest.raises(UserError, match="one of the processes was killed"), open_engine(None, 2) as run:
+        list(run(_die, range(9)))
 
 
 def test_an_address_where_nobody_schedules_is_one_line(monkeypatch):

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,13 +35,18 @@ def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
         processes: on this machine; 1: no other process.
 
     Raises:
-        UserError: no scheduler answers there, it has no worker, or a worker was lost for good.
+        UserError: no scheduler answers there, it has no worker, or a worker or process was lost for good.
     """
     if address is None and processes <= 1:
         yield map
     elif address is None:
-        with ProcessPoolExecutor(processes) as pool:
-            yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
+        try:
+            with ProcessPoolExecutor(processes) as pool:
+                yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
+        except BrokenProcessPool:
+            raise UserError(
+                "one of the processes was killed (memory full?): close other programs, then run the same again"
+            ) from None
     else:
         with _dask_client(address) as client:
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())

@@ -67,8 +67,8 @@ class ExportSettings(Settings):
 
 
 class DataExporter:
-    """Writes conversations into files of one folder, which is made if it is not there. UserError: the compression is
-    unknown."""
+    """Writes conversations into files of one folder, which is made if it is not there. Raises UserError if the
+    compression is unknown."""
 
     def __init__(self, folder: str | Path, compression: Literal["none", "gzip", "zstd"] = "none") -> None:
         if compression not in SUFFIXES:
@@ -105,7 +105,7 @@ class DataExporter:
 
 
 def file_of(name: str, compression: str = "none") -> str:
-    """The name of the file of a format. UserError: the format is unknown."""
+    """The name of the file of a format. Raises UserError if the format is unknown."""
     files = FILES | JUDGED
     if name not in files:
         raise UserError(f"unknown export format {name!r}: choose from {', '.join(files)}")

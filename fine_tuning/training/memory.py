@@ -113,7 +113,9 @@ def check_memory(shape: Shape, settings: TrainSettings, hardware: Hardware) -> N
         needed *= local_process_count()
     free = free_memory(hardware.device)
     if needed > free:
-        raise UserError(f"training needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {_smaller(settings)}")
+        raise UserError(
+            f"training needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {_smaller(settings)}"
+        )
 
 
 def _smaller(settings: TrainSettings) -> str:

@@ -22,7 +22,8 @@ PROGRAMS = (
 
 
 def records_in_database(path: Path, since: float = 0.0) -> Iterator[tuple[int, Any]]:
-    """The numbered records of what changed at `since` or later. UserError: it is of another program or unreadable."""
+    """The numbered records of what changed at `since` or later. Raises UserError if it is of another program or
+    unreadable."""
     with _opened(path) as (db, tables, _, read):
         yield from enumerate(read(db, tables, since), start=1)
 

@@ -51,8 +51,8 @@ Find = Callable[[str], list[Hit]]
 
 
 def people_finder(settings: PeopleSettings) -> Find | None:
-    """What finds people, loaded once in a process; None where the settings ask for nothing. UserError: onnxruntime or
-    the model's files are missing or unreadable, or none of the labels is a name."""
+    """What finds people, loaded once in a process; None where the settings ask for nothing. Raises UserError if
+    onnxruntime or the model's files are missing or unreadable, or none of the labels is a name."""
     return None if settings.people == "off" else _load(settings.people_model)
 
 
