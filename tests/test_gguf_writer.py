@@ -115,6 +115,7 @@ def fields(reader: gguf.GGUFReader) -> dict:
     return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("kind", JUDGED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_is_the_one_that_upstreams_converter_writes(family, kind, models_of, judged, tmp_path):
@@ -262,6 +263,7 @@ def test_what_is_not_covered_names_the_road(models_of, tmp_path):
         write_gguf(folder, tmp_path / "phi.gguf")
 
 
+@pytest.mark.end_to_end
 def test_upstreams_converter_takes_over_where_it_is_set(tiny_base, tmp_path):
     """As a person sets it, but for the one thing that it cannot know: the tokenizer of the tests."""
     folder = write_model("granite", tiny_base, tmp_path / "granite")

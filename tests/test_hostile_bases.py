@@ -209,6 +209,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("what", ENDLESS)
 def test_a_template_that_does_not_end_is_one_line(folder, tmp_path, monkeypatch, what):
     monkeypatch.setattr(template_trial, "SECONDS", 0)

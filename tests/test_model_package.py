@@ -177,6 +177,7 @@ def test_the_users_own_quantiser_gets_an_importance_matrix_of_training_conversat
     assert found["blk.1.ffn_down.weight.counts"].item() == len(text)
 
 
+@pytest.mark.end_to_end
 def test_auto_takes_the_smallest_within_the_bounds_and_lists_what_each_costs(wide_checkout, capsys):
     change_params(wide_checkout / "params.yaml", "package", quantisation="auto")
     loose = yaml.safe_load((wide_checkout / "params.yaml").read_text())["package"]["parity"]

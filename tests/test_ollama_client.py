@@ -313,6 +313,7 @@ def test_a_dripping_server_holds_nobody_up(call, answer):
         assert time.monotonic() - started < 6 * PATIENCE
 
 
+@pytest.mark.end_to_end
 def test_a_stream_that_goes_on_and_on_is_ended():
     line = b'{"message": {"content": "a"}}\n'
     with hostile(dripping(JSON_HEAD + b"Connection: close\r\n\r\n", line)) as client:

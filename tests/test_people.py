@@ -90,6 +90,7 @@ def test_flagged_values_stay_and_are_counted_in_the_metadata():
     assert not cleaned.masked and "people" not in cleaner("flag").clean_conversation(talk("Hi", "Yo")).conversation
 
 
+@pytest.mark.end_to_end
 def test_cleaning_again_changes_nothing():
     masking = cleaner("mask")
     for case in read_jsonl(CASES):

@@ -264,6 +264,7 @@ def test_report_and_summary_say_how_much_was_left_out_and_why(page, result, prep
     assert all(words in printed for words in LEFT_OUT)
 
 
+@pytest.mark.end_to_end
 def test_the_summary_says_when_the_verdict_is_older_than_the_data(result, prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_json("prepare.json", prepared)

@@ -502,6 +502,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.end_to_end
 def test_a_hub_that_does_not_answer_is_asked_once_and_one_for_no_path(tmp_path):
     asked = []
 
