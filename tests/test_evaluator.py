@@ -368,7 +368,7 @@ def test_what_another_model_cannot_be_asked_whole_is_left_out(tiny_base, other_b
 
 def test_a_split_without_replies_is_one_clear_line(tiny_base, tmp_path):
     path = write_items(tmp_path / "test", tiny_base, {})
-    with pytest.raises(UserError, match="holds no reply"):
+    with pytest.raises(UserError, match=r"holds no reply: collect more conversations, or raise prepare\.test_fraction"):
         read_items(path, load_tokenizer(tiny_base))
     with pytest.raises(UserError, match="run `dvc repro prepare`"):
         read_items(tmp_path / "missing", load_tokenizer(tiny_base))

@@ -91,14 +91,14 @@ def test_what_vllm_refuses_is_one_line_and_leaves_live_as_it_was(promoted, optio
 
 def test_a_server_that_is_down_is_one_line_that_says_how_to_start_it(promoted):
     for kind, words in (("vllm", "vllm serve models/base --enable-lora"), ("llama-server", "--models-preset /.*ini")):
-        with pytest.raises(UserError, match=rf"does not answer \(ConnectError\): start `.*{words}`"):
+        with pytest.raises(UserError, match=rf"does not answer \(ConnectError\): start `.*{words}`, then deploy again"):
             here("deploy", "--server", kind, "--host", "http://127.0.0.1:9")
 
 
 def test_another_server_than_vllm_is_one_line(promoted):
     with FakeServer() as server:
         server.route = lambda *_: (200, "It works!")
-        with pytest.raises(UserError, match="lists no models as OpenAI does: give another"):
+        with pytest.raises(UserError, match="has not OpenAI's list of models: give the address"):
             here("deploy", "--server", "vllm", "--host", server.url)
 
 
@@ -115,7 +115,7 @@ def test_an_answer_that_cannot_be_read_or_does_not_end_is_one_line(promoted, mon
         with pytest.raises(UserError, match="does not end its answer: give the server's address with --host"):
             here("deploy", "--server", "vllm", "--host", server.url)
         server.encoding = "gzip"
-        with pytest.raises(UserError, match="answers unreadably"):
+        with pytest.raises(UserError, match="answers in no form that can be read"):
             here("deploy", "--server", "vllm", "--host", server.url)
 
 

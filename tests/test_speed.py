@@ -91,7 +91,7 @@ def test_a_budget_needs_a_speed_that_was_measured_here(checkout):
     write_json(SPEED, {"tokens_per_second": None})
     assert read_speed(SPEED) is None
     record_speed(SPEED, Speed(10.0, "x"))
-    with pytest.raises(UserError, match="holds no batch at 10 tokens/s"):
+    with pytest.raises(UserError, match="too short for one batch at 10 tokens/s: give more time"):
         run("5s")
     assert Path("params.yaml").read_bytes() == before
 

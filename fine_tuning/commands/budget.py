@@ -26,7 +26,9 @@ def budget(arguments: argparse.Namespace) -> None:
         raise UserError("nothing was trained here yet, so its speed is not known: run `dvc repro train` once")
     tokens = int(seconds * speed.tokens_per_second / settings.epochs)
     if tokens < settings.batch_tokens:
-        raise UserError(f"{arguments.time} holds no batch at {speed.tokens_per_second:.0f} tokens/s: give more")
+        raise UserError(
+            f"{arguments.time} is too short for one batch at {speed.tokens_per_second:.0f} tokens/s: give more time"
+        )
     write_param("prepare", "max_train_tokens", tokens)
     print(
         f"prepare.max_train_tokens is {tokens}: {arguments.time} at {speed.tokens_per_second:.0f} tokens/s "

@@ -132,7 +132,9 @@ def _selected(selection: Selection, shards: list[Path], tombstones: Tombstones) 
             raise UserError(f"nothing that is in {FORGOTTEN} is left here{waiting}")
         if selection.deleted is not None:
             raise UserError(f"nothing that was deleted is left here{waiting}")
-        raise UserError(f"no conversation here has that id: `python -m fine_tuning lineage ID` asks models{waiting}")
+        raise UserError(
+            f"no conversation here has that id: `python -m fine_tuning lineage ID` searches the models too{waiting}"
+        )
     found.leave_out((found.people | found.models).all_in(_public_words()))
     return found
 

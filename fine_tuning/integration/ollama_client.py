@@ -204,7 +204,9 @@ class OllamaClient:
         the stream ends without `success`."""
         *_, last = [{}, *self._stream("/api/create", {**request, "model": model, "stream": True})]
         if last.get("status") != "success":
-            raise OllamaError(f"{self.host} stopped before {model} was made (disk full?): see its log, deploy again")
+            raise OllamaError(
+                f"{self.host} stopped before {model} was made (its log says why, is its disk full?): deploy again"
+            )
 
     def copy(self, source: str, destination: str) -> None:
         self._request("POST", "/api/copy", json={"source": source, "destination": destination})
@@ -335,7 +337,10 @@ class OllamaClient:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
             return OllamaUnreachable(f"no Ollama answers at {self.host}: start it (`ollama serve`), or set deploy.host")
         if deadline.over or isinstance(error, httpx.TimeoutException):
-            return OllamaError(f"{self.host} took too long at {path}: see its log, or raise both timeouts of deploy")
+            return OllamaError(
+                f"{self.host} took too long at {path}: look at its log, or raise deploy.timeout and "
+                "deploy.stream_timeout in params.yaml"
+            )
         return OllamaError(f"the connection to {self.host} was lost at {path}: look at its log, then run again")
 
     def _refusal(self, response: httpx.Response, what: str) -> OllamaError:

@@ -82,9 +82,13 @@ class OpenAIServer:
                     if len(content) > MOST_BYTES or time.monotonic() > end:
                         raise UserError(f"{self.url} does not end its answer: give the server's address with --host")
         except httpx.DecodingError:
-            raise UserError(f"{self.url} answers unreadably: give the server's address with --host") from None
+            raise UserError(
+                f"{self.url} answers in no form that can be read: give the server's address with --host"
+            ) from None
         except httpx.HTTPError as error:
-            raise UserError(f"{self.url} does not answer ({type(error).__name__}): start {self.start}") from None
+            raise UserError(
+                f"{self.url} does not answer ({type(error).__name__}): start {self.start}, then deploy again"
+            ) from None
         response = httpx.Response(answer.status_code, content=bytes(content))
         if response.is_error:
             raise Refused(self.url, what, response)
@@ -95,7 +99,9 @@ class OpenAIServer:
         try:
             return {entry["id"]: entry for entry in self.request("GET", path, "the list of models").json()["data"]}
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.url} lists no models as OpenAI does: give another --host") from None
+            raise UserError(
+                f"{self.url} has not OpenAI's list of models: give the address of the server with --host"
+            ) from None
 
     def prove(self, model: str) -> str:
         """The model's reply to one question. Raises UserError if it has none."""
