@@ -1,9 +1,9 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-A Dask worker needs the same environment and the same commit: start it in a checkout with `python -m dask worker
-ADDRESS --nworkers=-1 --nthreads=1`. Files reach it on a shared disk, where that checkout has the same path, or through
-a folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run
-code on its workers: keep it in a network of your own.
+Scheduler and workers need the same environment and commit: start them in a checkout, `python -m dask scheduler` and
+`python -m dask worker ADDRESS --nworkers=-1 --nthreads=1`. Files reach workers on a shared disk, where their checkout
+has the same path, or through a folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever
+reaches a scheduler can run code on its workers: keep it in a network of your own.
 """
 
 import os
@@ -78,7 +78,8 @@ def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
         if "deserialization" not in str(error):
             raise
         raise UserError(
-            "a Dask worker has other code or packages: start it in a checkout of this commit, with the same environment"
+            "the Dask scheduler or a worker has other code or packages: start them in a checkout of this commit, with "
+            "this environment"
         ) from None
 
 
@@ -102,7 +103,8 @@ def _dask_client(address: str) -> Iterator[Any]:
         client = Client(address, timeout=TIMEOUT, set_as_default=False)
     except (OSError, ValueError):
         raise UserError(
-            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or set engine to null"
+            f"no Dask scheduler answers at {address}: start one in a checkout with "
+            "`python -m dask scheduler`, or set engine to null"
         ) from None
     with client:
         try:
