@@ -142,14 +142,16 @@ class ConversationIndex:
         if dict(list(shards.items())[: len(self._shards)]) != self._shards:
             self._clear()  # a shard is gone or was changed, or came in before others
         new = [path for path in shards if path not in self._shards]
-        changed = self._index.add_shards(new, all_of_them=True)
+        changed = self._index.add_shards(new, self._summarise_version)
         self._shards = shards
+        if new:
+            changed |= self._index.touched_after(0)
         changed |= self._read_logs()
         if self._index.loose_events() > self._unmatched or (new and self._unmatched):
             changed |= self._index.add_shards(shards)  # a judgement that names a sealed message, and no conversation
         self._unmatched = self._index.loose_events()
         self._summarise(changed)
-        self._changes += bool(changed)
+        self._changes += bool(changed or new)
 
     def _read_logs(self) -> set[bytes]:
         """Read what was added to the logs; returns the conversations that it, or a log that is gone, is about."""
@@ -169,15 +171,22 @@ class ConversationIndex:
             changed |= self._index.touched_after(last)
         return changed
 
+    def _summarise_version(self, key: bytes, version: dict, shard: Path) -> None:
+        self._put(key, version, shard.name, gone=bool(version.get("deleted")))
+
     def _summarise(self, changed: Iterable[bytes]) -> None:
         for key in changed:
             conversation, shard = self._folded(key)
-            self._index.rows("DELETE FROM summary WHERE conversation = ?", key)
             if gone := conversation is not None and bool(conversation.get("deleted")):
                 conversation, shard = self._folded(key, undeleted=True)
-            if conversation is not None and (conversation["messages"] or gone):
-                row = (key, *_summary(conversation, shard), gone)
-                self._index.rows(f"INSERT INTO summary VALUES ({', '.join('?' * len(row))})", *row)
+            self._put(key, conversation, shard, gone)
+
+    def _put(self, key: bytes, conversation: dict | None, shard: str | None, gone: bool) -> None:
+        if conversation is not None and (conversation["messages"] or gone):
+            row = (key, *_summary(conversation, shard), gone)
+            self._index.rows(f"INSERT OR REPLACE INTO summary VALUES ({', '.join('?' * len(row))})", *row)
+        else:
+            self._index.rows("DELETE FROM summary WHERE conversation = ?", key)
 
     def _folded(self, key: bytes, undeleted: bool = False) -> tuple[dict | None, str | None]:
         """(conversation as it is now, or without its deletion, the shard that has it so)."""

@@ -6,7 +6,7 @@ its cache of two megabytes. It holds positions and ids, no texts.
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,16 +71,17 @@ class LogIndex:
         row = (number, start, length, owner, exchange_key, message)
         self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def add_shards(self, paths: Iterable[Path], all_of_them: bool = False) -> set[bytes]:
-        """Index the newest versions in `paths`, in shard order, of the conversations that have events, or of all.
+    def add_shards(self, paths: Iterable[Path], see: Callable[[bytes, dict, Path], None] | None = None) -> set[bytes]:
+        """Index the newest versions in `paths`, in shard order, of the conversations that have events; or of all, where
+        `see` gets (key, version, shard) of each version.
 
-        Returns the keys of all that were indexed where all are, and of those that events were found to belong to.
+        Returns the keys of the conversations that events were found to belong to.
         """
         loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
         indexed = set()
 
         def wanted(identity: str) -> bool:
-            return all_of_them or bool(loose) or self.rows(_HAS_EVENTS, key_of(identity)) != []
+            return see is not None or bool(loose) or self.rows(_HAS_EVENTS, key_of(identity)) != []
 
         self.rows("BEGIN")
         for path, start, length, version in located_versions(paths, wanted):
@@ -88,14 +89,14 @@ class LogIndex:
             for message in loose.intersection(map(key_of, message_ids(version))) if loose else ():
                 self.rows("UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", key, message)
                 indexed.add(key)
-            if all_of_them or self.rows(_HAS_EVENTS, key):
+            if see or self.rows(_HAS_EVENTS, key):
                 self.rows(
                     "INSERT INTO sealed (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
                     "SET file = excluded.file, start = excluded.start, length = excluded.length",
                     *(key, self._number(path), start, length),
                 )
-                if all_of_them:
-                    indexed.add(key)
+            if see:
+                see(key, version, path)
         self.rows("COMMIT")
         return indexed
 
