@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import dump_line, read_jsonl
+from fine_tuning.data_collection.cleaning import shard_merger
 from fine_tuning.data_collection.cleaning.filters import check_content, repetition
 from fine_tuning.data_collection.cleaning.near_duplicates import signatures
 from fine_tuning.data_collection.cleaning.shard_cleaner import clean_shards
@@ -692,6 +693,24 @@ def test_a_shard_of_which_the_same_is_kept_stays_the_same_file(tmp_path):
     assert newer[first[1].name] == before[first[1].name]
 
 
+@pytest.mark.parametrize("piece_bytes", [1 << 26, 1000])
+def test_of_a_long_shard_only_the_file_of_what_changed_is_written_again(tmp_path, monkeypatch, piece_bytes):
+    first = shard(tmp_path, "1", questions(20))
+    whole = run(tmp_path, [first])[1][first.name]
+    monkeypatch.setattr(shard_merger, "FILE_ROWS", 6)
+
+    def parts(shards):
+        run(tmp_path, shards, piece_bytes=piece_bytes)
+        newest = max(tmp_path.glob("clean-*"), key=lambda path: path.stat().st_ctime_ns)
+        return sorted(newest.glob(f"{first.stem}*"))
+
+    before = parts([first])
+    assert [path.name for path in before] == [f"{first.stem}.{number:04}.jsonl" for number in range(4)]
+    assert b"".join(path.read_bytes() for path in before) == whole
+    after = parts([first, shard(tmp_path, "2", questions(1, start=7))])
+    assert [old.samefile(new) for old, new in zip(before, after, strict=True)] == [True, False, True, True]
+
+
 DRAWN = ("lake", "pond", "river", "sea")
 
 
@@ -723,8 +742,9 @@ def drawn_records(draw: random.Random, count: int) -> list[dict]:
         {"near_duplicate_threshold": 1.1},
     ],
 )
-def test_whatever_comes_and_goes_the_bytes_are_those_of_a_full_run(tmp_path, changes):
+def test_whatever_comes_and_goes_the_bytes_are_those_of_a_full_run(tmp_path, changes, monkeypatch):
     draw = random.Random(str(changes))
+    monkeypatch.setattr(shard_merger, "FILE_ROWS", 3)
     shards: list = []
     for step in range(25):
         if shards and draw.random() < 0.15:  # one goes, or loses what was forgotten

@@ -63,7 +63,7 @@ def clean_shards(
     progress: Callable[[int, int], None] = lambda done, total: None,
     piece_bytes: int = PIECE_BYTES,
 ) -> dict[str, Any]:
-    """Clean shards into `output`: one file a shard, rejected.jsonl and clusters.jsonl.
+    """Clean shards into `output`: files of at most 2,048 conversations of a shard, rejected.jsonl and clusters.jsonl.
 
     Args:
         shards: (path, SHA-256 of its bytes) in their order.
