@@ -557,10 +557,9 @@ def test_no_line_of_json_stops_a_run_and_what_is_kept_is_whole(tmp_path, text):
 def test_ids_of_any_characters_are_written_as_they_are(tmp_path):
     ids = ["a\tb", 'c",', ",", "d\n[e\t", "é\u2028", '["f\t"', "\\"]
     records = [talk(f"what is {number}", f"it is number {number}", id=name) for number, name in enumerate(ids)]
-    records += [talk("what is 0", "another reply altogether", id="last\t")]
+    records += [talk(f"what is {number}", f"other words, {number}", id=f"{name}2") for number, name in enumerate(ids)]
     _, files = run(tmp_path, [shard(tmp_path, "1", records)], piece_bytes=1)
-    named = [*zip(ids, ids, strict=True), ("last\t", "a\tb")]
-    assert rows(files, "clusters.jsonl") == [{"id": name, "cluster": cluster} for name, cluster in named]
+    assert rows(files, "clusters.jsonl") == [{"id": f"{name}2", "cluster": name} for name in ids]
 
 
 def test_clusters_hold_near_duplicates_and_equal_questions_under_the_oldest_id(tmp_path):
@@ -575,7 +574,7 @@ def test_clusters_hold_near_duplicates_and_equal_questions_under_the_oldest_id(t
     ]
     _, files = run(tmp_path, [shard(tmp_path, "1", records)], near_duplicate_threshold=0.6)
     clusters = {row["id"]: row["cluster"] for row in rows(files, "clusters.jsonl")}
-    assert clusters == {"a": "c", "b": "c", "c": "c", "d": "d", "e": "e", "f": "f"}
+    assert clusters == {"a": "c", "b": "c"}
 
 
 def test_chats_that_always_begin_alike_are_tied_by_how_they_go_on(tmp_path):
@@ -609,8 +608,7 @@ def test_who_asks_the_same_and_goes_on_the_same_is_in_one_cluster(tmp_path):
     ]
     records = [record | {"id": str(number)} for number, record in enumerate(records)]
     summary, files = run(tmp_path, [shard(tmp_path, "1", records)], near_duplicate_threshold=1.1)
-    clusters = [row["cluster"] for row in rows(files, "clusters.jsonl")]
-    assert clusters[0] == clusters[1] != clusters[2] == clusters[3] != clusters[4]
+    assert rows(files, "clusters.jsonl") == [{"id": "1", "cluster": "0"}, {"id": "3", "cluster": "2"}]
     assert summary["clusters"] == 3 and summary["largest_clusters"] == [2, 2]
 
 

@@ -125,7 +125,7 @@ def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, C
                 row, about, conversation, found = _clean_line(line, cleaner)
                 for name in filter(found.get, found):
                     counts[name].update(found[name])
-                told.write(b"[%b\t,%b" % (orjson.dumps(about[0]), to_line(about[1:])[1:]))
+                told.write(to_line(about))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                     spoken = [m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant")]

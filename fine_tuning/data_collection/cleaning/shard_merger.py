@@ -5,7 +5,6 @@ million conversations. A shard's lines are written again where a decision about 
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,13 +26,11 @@ KEPT = "kept.jsonl"
 FILE_ROWS = 2048  # at most: what a deletion or a newer version makes be written again
 # `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
 # told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
-# The only tab in it stands behind the id, so that _ID finds that as it is written.
 ROW = np.dtype(
     [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
     + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
     + [(name, np.int8) for name in ("passed", "standing", "restored", "judged")]
 )
-_ID = re.compile(rb"\[([^\t]*)\t.*\n")
 VERDICTS = ("kept", "superseded", "rejected", "duplicate", "near_duplicate", "same_reply", "user_share")
 _KEPT, _SUPERSEDED, _REJECTED, _DUPLICATE, _NEAR_DUPLICATE, _SAME_REPLY, _USER_SHARE = range(len(VERDICTS))
 
@@ -86,13 +83,6 @@ class _Index:
     def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
-
-    def ids(self, rows: np.ndarray) -> Iterator[bytes]:
-        """JSON of the ids of rows in ascending order."""
-        for piece, start, end in zip(self.pieces, self.starts[:-1], self.starts[1:], strict=True):
-            first, last = np.searchsorted(rows, (start, end))
-            found = _ID.findall((piece.folder / "told.jsonl").read_bytes()) if last > first else []
-            yield from map(found.__getitem__, (rows[first:last] - start).tolist())
 
     def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
         """(id, started_at, details) of rows in any order."""
@@ -303,7 +293,7 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
 
 
 def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any]) -> np.ndarray:
-    """Write {"id", "cluster"} of every kept conversation; a cluster is named after its oldest conversation.
+    """Write {"id", "cluster"} of kept conversations that another one, the oldest of their cluster, gives its name.
 
     Returns the kept conversations of each cluster, at the place of its first candidate; 0 elsewhere.
     """
@@ -315,7 +305,9 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
         oldest[cluster[place]] = place
     kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
     named = oldest[cluster[kept]]
-    others = (orjson.dumps(identity) for identity, *_ in index.told(rows[named[named != kept]]))
-    for is_named, identity in zip((named == kept).tolist(), index.ids(rows[kept]), strict=True):
-        write(b'{"id":%b,"cluster":%b}\n' % (identity, identity if is_named else next(others)))
+    members = named != kept
+    for (identity, *_), (other, *_) in zip(
+        index.told(rows[kept[members]]), index.told(rows[named[members]]), strict=True
+    ):
+        write(to_line({"id": identity, "cluster": other}))
     return np.bincount(cluster[kept], minlength=len(rows))
