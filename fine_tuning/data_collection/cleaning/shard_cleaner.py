@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     """Bytes start:end of a shard, whole lines; `key` names what its cleaning depends on besides the code."""
 
     shard: str
-    path: str
+    path: Path
     start: int
     end: int
     key: list[Any]
@@ -101,7 +101,7 @@ def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> list[An
 def _pieces(shards: list[tuple[Path, str]], common: list[Any], size: int) -> Iterator[Piece]:
     for path, sha256 in shards:
         for start, end in [*line_ranges(path, size)] or [(0, 0)]:
-            yield Piece(path.name, str(path.resolve()), start, end, [sha256, start, end, common])
+            yield Piece(path.name, path.resolve(), start, end, [sha256, start, end, common])
 
 
 def clean_piece(piece: Piece, memo: Memo, settings: CleanSettings, control_tokens: tuple[str, ...]) -> CleanPiece:
