@@ -172,15 +172,15 @@ def _undo_delete(here: App, identity: str) -> None:
 
 def _deleted(here: App, titles: dict[str, str]) -> None:
     """What was deleted and is still here: hidden, to be taken back, or to be erased from every place."""
-    gone = conversation_index(here.checkout).deleted()
-    if not here.owner or not (gone or chat_history.interrupted(here.checkout)):
+    gone, count, sealed = conversation_index(here.checkout).deleted(LISTED)
+    if not here.owner or not (count or chat_history.interrupted(here.checkout)):
         return
-    with st.expander(f"Deleted ({len(gone)})", icon=":material/delete:"):
-        for entry in [entry for entry in gone if entry.messages][:LISTED]:
+    with st.expander(f"Deleted ({count:,})", icon=":material/delete:"):
+        for entry in gone:
             name = plain(titles.get(entry.id) or chat_history.shortened(entry.begins))
             button(f"Undo: {name}", "undo", f"undo-{entry.id}", _undo_delete, here, entry.id, type="tertiary")
-        if sealed := sum(not entry.messages for entry in gone):
-            st.caption(f"{sealed} more: sealed as deleted.")
+        if sealed:
+            st.caption(f"{sealed:,} more: sealed as deleted.")
         st.caption("Hidden everywhere, not trained on. Older shards and DVC's cache may hold it until it is erased.")
         if st.button("Erase for good…", key="erase", width="stretch"):
             st.session_state.pop("places", None)
