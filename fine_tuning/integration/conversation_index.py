@@ -115,6 +115,10 @@ class ConversationIndex:
         with self._up_to_date():
             return self._changes, self._numbered
 
+    def was_read(self) -> bool:
+        """Whether what is sealed and logged was read; the first time takes half a minute for a million."""
+        return bool(self._shards or self._logs)
+
     def columns(self) -> tuple[np.ndarray, dict[str, list[str | None]]]:
         """A copy of the `Columns`: the row of each number, and the names that its numbers stand for."""
         with self._up_to_date():

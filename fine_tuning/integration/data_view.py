@@ -28,6 +28,7 @@ TAGS = Path(".whetstone/tags.json")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
+_NOBODY = np.zeros(1, np.uint64)  # no conversation has the number 0
 _PLACEHOLDER = re.compile(PLACEHOLDER.pattern.encode())
 
 Span = tuple[str, str | None]  # text, and what is special about it
@@ -231,7 +232,8 @@ class _Outcomes:
         self.checkout, self.index = checkout, conversation_index(checkout)
         self._names: dict[_Reader, dict[str, int]] = {}
         self._read: dict[Path, tuple[object, np.ndarray, np.ndarray]] = {}  # path → stamp, numbers, codes
-        self._salt, self._keys = "", np.zeros(1, np.uint64)
+        self._ledger: Ledger | None = None
+        self._salt, self._keys, self._splits = "", _NOBODY, np.zeros(1, np.int8)
 
     def drops(self, size: int) -> Marks:
         """Why conversations were dropped."""
@@ -248,12 +250,13 @@ class _Outcomes:
         salt = read_params("prepare", PrepareSettings, self.checkout / "params.yaml").salt
         ledger = _ledger(self.checkout / LEDGER, stamp(self.checkout / LEDGER), salt)
         if salt != self._salt:
-            self._salt, self._keys = salt, np.zeros(1, np.uint64)  # there is no number 0
+            self._salt, self._keys = salt, _NOBODY
         while identities := self.index.identities(len(self._keys)):
             self._keys = np.concatenate([self._keys, ledger.keys(identities)])
-        splits, found = np.full(size, -1), ledger.splits_of(self._keys[:size])
-        splits[: len(found)] = found
-        return np.where(splits < 0, NAMES.index(LEFT_OUT), splits)
+        known = self._splits if ledger is self._ledger else _NOBODY.astype(np.int8)
+        new = ledger.splits_of(self._keys[len(known) :])
+        self._ledger, self._splits = ledger, np.concatenate([known, np.where(new < 0, NAMES.index(LEFT_OUT), new)])
+        return np.concatenate([self._splits, np.zeros(max(0, size - len(self._splits)), np.int8)])
 
     def _marks(self, paths: list[Path], read: _Reader, size: int) -> Marks:
         names, marks = self._names.setdefault(read, {"": 0}), np.zeros(size, np.int32)

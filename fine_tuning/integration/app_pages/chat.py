@@ -10,7 +10,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.integration import chat_history, chat_models, chat_session, chat_settings
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job
-from fine_tuning.integration.app_parts import button, plain, show_text
+from fine_tuning.integration.app_parts import button, plain, read_conversations, show_text
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
@@ -48,6 +48,7 @@ class Asking:
 
 def page() -> None:
     here = app()
+    read_conversations(here.checkout)
     identity = _current_id()
     question, waiting, conversation = _pending_and_logged(here, identity)
     _sidebar(here, conversation, identity)

@@ -16,7 +16,7 @@ from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
-from fine_tuning.integration.app_parts import button, plain
+from fine_tuning.integration.app_parts import button, plain, read_conversations
 from fine_tuning.integration.conversation_index import ConversationIndex, Summary, conversation_index, counts
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
@@ -37,7 +37,9 @@ SPANS = Template(Path(__file__).with_name("spans.html.jinja").read_text(encoding
 def page() -> None:
     here = app()
     st.title("Data")
-    found = data_view.entries(here.checkout)
+    read_conversations(here.checkout)
+    with st.spinner("Reading what became of them…", show_time=True):
+        found = data_view.entries(here.checkout)
     _upload(here)
     _gateways(here)
     if found.empty:
