@@ -285,7 +285,7 @@ def _everything(paths: list[Path]) -> Iterator[dict]:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the clean conversations in one format into one file; the stage `export` writes a file a shard."""
+    """Write the clean conversations in one format into one file; the stage `export` writes many."""
     root()
     if not CLEAN.is_dir():
         raise UserError(f"{CLEAN} is missing: run `dvc repro clean`")

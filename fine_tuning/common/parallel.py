@@ -1,19 +1,24 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-A Dask worker needs the same environment, the same commit and the same folder at the same path: start it in the
-checkout with `dask worker ADDRESS`. Whoever reaches a scheduler can run code on its workers: keep it in a network of
+A Dask worker needs the same environment and the same commit: start it in a checkout with `dask worker ADDRESS`. Files
+reach it on a shared disk, where that checkout has the same path, or through a folder that fsspec opens: the engine is
+then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code on its workers: keep it in a network of
 your own.
 """
 
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.shared_folder import folder_of_a_run, pack, work_on
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
@@ -27,19 +32,19 @@ def cores() -> int:
 
 
 @contextmanager
-def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
+def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
     """A `map` whose results come in order, few of them at a time, whoever works.
 
     Args:
-        address: of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
+        engine: address of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
         processes: on this machine; 1: no other process.
 
     Raises:
         UserError: no scheduler answers there, it has no worker, or a worker or process was lost for good.
     """
-    if address is None and processes <= 1:
+    if engine is None and processes <= 1:
         yield map
-    elif address is None:
+    elif engine is None:
         try:
             with ProcessPoolExecutor(processes) as pool:
                 yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
@@ -48,13 +53,32 @@ def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
                 "one of the processes was killed (memory full?): close other programs, then run the same again"
             ) from None
     else:
+        address, _, folder = engine.partition("?folder=")
         with _dask_client(address) as client:
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
+            submit = partial(client.submit, pure=False)
+            if folder:
+                with folder_of_a_run(folder, client) as run:
+                    packed = partial(_submit_packed, submit, run)
+                    yield lambda function, items: map(pickle.loads, _in_order(packed, function, items, AHEAD * workers))
+            else:
+                yield lambda function, items: _on_shared_disk(_in_order(submit, function, items, AHEAD * workers))
 
-            def submit(function: Worker, item: object) -> Any:
-                return client.submit(function, item, pure=False)
 
-            yield lambda function, items: _in_order(submit, function, items, AHEAD * workers)
+def _submit_packed(submit: Callable[..., Any], folder: str, function: Worker, item: object) -> Any:
+    return submit(work_on, pack(folder, (function, item)), folder)
+
+
+def _on_shared_disk(results: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from results
+    except FileNotFoundError as error:
+        if not (error.filename and Path(error.filename).exists()):
+            raise
+        raise UserError(
+            f"a Dask worker has no {error.filename}: workers need this folder at the same path, or an engine with "
+            "?folder=, see docs/scale.md"
+        ) from None
 
 
 def _in_order(

@@ -7,12 +7,13 @@ shards is that of the manifest: the shards that it names, then newcomers by name
 import hashlib
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -171,7 +172,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: restore it with `git checkout {path}`") from None
 
 
-def describe_shard(path: Path, see: Callable[[Path, bytes], None] = lambda path, line: None) -> dict[str, Any]:
+def describe_shard(path: Path, see: Callable[[bytes], None] = lambda line: None) -> dict[str, Any]:
     """{"name", "sha256", "bytes", "lines", "source"} of a shard, which is read once; `see` gets each of its lines.
     Raises UserError if it is gone."""
     digest, size, lines = hashlib.sha256(), 0, 0
@@ -181,7 +182,7 @@ def describe_shard(path: Path, see: Callable[[Path, bytes], None] = lambda path,
                 digest.update(line)
                 size += len(line)
                 lines += 1
-                see(path, line)
+                see(line)
     except FileNotFoundError:
         raise UserError(f"the shard {path} is gone: {bring_back(path)}, then `dvc repro`") from None
     return {"name": path.name, "sha256": digest.hexdigest(), "bytes": size, "lines": lines, "source": _source(path)}
@@ -197,23 +198,26 @@ def wanted_shards(folder: str | Path, manifest: str | Path, sample: bool) -> lis
     return [path for path in shard_paths(folder, manifest) if sample or _source(path) != "sample"]
 
 
-class Seen:
-    """What `describe_shard` lets see of all shards: the conversations, eight bytes each, and which may be forgotten."""
+class Scanned(NamedTuple):
+    """What a shard says when it is read once."""
 
-    def __init__(self, forgotten: Callable[[str], bool] | None = None) -> None:
-        self._forgotten = forgotten
-        self._ids: set[int] = set()
-        self.suspects: set[Path] = set()  # shards in which a line may be of a conversation that was forgotten
+    entry: dict[str, Any]  # of the manifest
+    ids: "array[int]"  # eight bytes for the conversation of each line
+    suspect: bool  # whether a line may be of a conversation that was forgotten
 
-    def __len__(self) -> int:
-        return len(self._ids)
 
-    def line(self, path: Path, line: bytes) -> None:
-        """Take a line of a shard in."""
+def scan_shard(path: Path, forgotten: Callable[[str], bool] = lambda identity: False) -> Scanned:
+    """Read a shard once; `forgotten` is asked of each conversation's id. Raises UserError if the shard is gone."""
+    ids, suspect = array("Q"), False
+
+    def see(line: bytes) -> None:
+        nonlocal suspect
         start = _ID_FIRST.match(line)
-        self._ids.add(hash(start.group(1) if start else line.rstrip(b"\n")))
-        if self._forgotten and (not start or self._forgotten(start.group(1).decode("utf-8", "replace"))):
-            self.suspects.add(path)
+        name = start.group(1) if start else line.rstrip(b"\n")
+        ids.append(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()))
+        suspect = suspect or not start or forgotten(name.decode("utf-8", "replace"))
+
+    return Scanned(describe_shard(path, see), ids, suspect)
 
 
 def bring_back(shard: str | Path) -> str:
