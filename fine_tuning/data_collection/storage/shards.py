@@ -9,14 +9,18 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import dump_line, read_json, read_line, sync
+from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync
 from fine_tuning.common.settings import Settings
-from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded
+from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded, from_line
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -72,13 +76,13 @@ def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tupl
         temporary.unlink(missing_ok=True)
 
 
-def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[dict]:
+def versions(paths: Iterable[Path], wanted: Callable[[str], bool] | None = None) -> Iterator[dict]:
     """Every version of the wanted conversations in shard order; lines that are no conversation are passed over."""
     return (version for *_, version in located_versions(paths, wanted))
 
 
 def located_versions(
-    paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True
+    paths: Iterable[Path], wanted: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[Path, int, int, dict]]:
     """(shard, first byte, bytes, version) of the versions that `versions` yields. Raises UserError if another version
     of this project wrote a shard, in a form that this one does not know."""
@@ -87,17 +91,55 @@ def located_versions(
         with open(path, "rb") as file:
             for line in file:
                 begin, end = end, end + len(line)
-                first = _ID_FIRST.match(line)
-                if first and not wanted(first.group(1).decode("utf-8", "replace")):
+                if wanted and (first := _ID_FIRST.match(line)) and not wanted(first[1].decode("utf-8", "replace")):
                     continue
                 try:
-                    record = read_line(line)
+                    record = _parsed(line)
                 except (ValueError, RecursionError):
                     continue
-                if can_be_folded(record) and wanted(record["id"]):
+                if can_be_folded(record) and (wanted is None or wanted(record["id"])):
                     if record.get("schema_version", 1) != SCHEMA_VERSION:
                         raise UserError(f"{path} was written by another version of this project: update this one")
                     yield path, begin, len(line), record
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return from_line(line)
+    except (ValueError, RecursionError):  # what Python writes and orjson does not read
+        return read_line(line)
+
+
+def newest(paths: list[Path]) -> Iterator[dict]:
+    """The newest version of every conversation; in memory are some bytes a line."""
+    ids = _ids(paths)
+    _, last = np.unique(ids[::-1], return_index=True)
+    wanted = np.zeros(len(ids), np.bool_)
+    wanted[len(ids) - 1 - last] = True
+    lines = (line for path in paths for _, line in read_lines(path))
+    for line in compress(lines, wanted):
+        with suppress(ValueError, RecursionError):
+            if can_be_folded(version := _parsed(line)):
+                yield version
+
+
+def count_conversations(paths: Iterable[Path]) -> int:
+    """Number of different conversation ids in the shards."""
+    return len(np.unique(_ids(paths)))
+
+
+def _ids(paths: Iterable[Path]) -> np.ndarray:
+    """A number for the id of each line, the same for the same id."""
+
+    def identity(line: bytes) -> bytes:
+        if first := _ID_FIRST.match(line):
+            return first[1]
+        with suppress(ValueError, RecursionError):
+            if can_be_folded(version := _parsed(line)):
+                return version["id"].encode("utf-8", "surrogatepass")
+        return line
+
+    return np.fromiter((hash(identity(line)) for path in paths for _, line in read_lines(path)), np.int64)
 
 
 def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
@@ -208,11 +250,6 @@ def check_append_only(manifest: str | Path, folder: str | Path, current: list[di
             raise UserError(f"the shard {path} was changed, and shards never change: {bring_back(path)}")
     known = {shard["name"] for shard in previous}
     return [shard for shard in current if shard["name"] not in known]
-
-
-def count_conversations(paths: Iterable[Path]) -> int:
-    """Number of different conversation ids in the shards."""
-    return len({identity for path in paths for identity in scan_shard(path).ids})
 
 
 def track(repo: "Repo", folder: Path, manifest: Path) -> None:
