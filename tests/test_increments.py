@@ -15,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.data_collection.cleaning import shard_merger
 from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_preparation import encoded_memo, split_writer
 from fine_tuning.data_preparation.catalogue import REASONS
@@ -43,6 +44,7 @@ def empty(tmp_path_factory, tiny_base):
     shutil.copy(ROOT / "dvc.yaml", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_writer, "FILE_ROWS", 8)
+        patch.setattr(shard_merger, "FILE_ROWS", 3)
         yield folder
 
 

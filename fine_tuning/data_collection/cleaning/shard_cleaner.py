@@ -63,7 +63,7 @@ def clean_shards(
     progress: Callable[[int, int], None] = lambda done, total: None,
     piece_bytes: int = PIECE_BYTES,
 ) -> dict[str, Any]:
-    """Clean shards into `output`: one file a shard, rejected.jsonl and clusters.jsonl.
+    """Clean shards into `output`: files of at most 2,048 conversations of a shard, rejected.jsonl and clusters.jsonl.
 
     Args:
         shards: (path, SHA-256 of its bytes) in their order.
@@ -125,7 +125,7 @@ def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, C
                 row, about, conversation, found = _clean_line(line, cleaner)
                 for name in filter(found.get, found):
                     counts[name].update(found[name])
-                told.write(b"[%b\t,%b" % (orjson.dumps(about[0]), to_line(about[1:])[1:]))
+                told.write(to_line(about))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                     spoken = [m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant")]
