@@ -161,6 +161,7 @@ def test_a_worker_without_a_shared_disk_is_one_line(cluster, tmp_path):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.end_to_end
 def test_a_worker_without_the_code_is_one_line(tmp_path, monkeypatch):
     from distributed import Client, LocalCluster
 
@@ -176,6 +177,7 @@ def test_a_worker_without_the_code_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.end_to_end
 def test_a_worker_without_access_to_the_bucket_is_one_line(cluster, bucket, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
     address, environment = bucket
