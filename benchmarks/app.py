@@ -5,7 +5,8 @@
 For each size a checkout is made in a temporary folder (of DIR): conversations of benchmarks/load.py as shards, which
 the stages intake and clean have taken in, and a tiny base model. The app runs in it as `make chat` starts it, with
 chromium on the same machine. `first` is the first visit after the app has started, when what pages read is indexed;
-`again` the median of three later ones. `search` is the time from Enter in the search of Data, for a word that nobody
+`again` the median of three later ones; then those after a message was logged, and after a thousand conversations were
+sealed. `search` is the time from Enter in the search of Data, for a word that nobody
 said, to the answer. The memory is the server's (PSS) at the end.
 """
 
@@ -20,6 +21,8 @@ import psutil
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.load import SHARD, conversations
+from fine_tuning.common.project import CONVERSATIONS, LOG
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.shards import write_shard
 from stages import clean, intake
 from tests.app_checkout import write_checkout
@@ -27,6 +30,7 @@ from tests.browser import CHROMIUM, app_process, settled
 from tests.tiny import write_tiny_base
 
 PAGES = ("", "chat", "data")  # those that read the conversations
+SEALED = 1000
 WAIT = 600_000  # milliseconds
 
 
@@ -41,7 +45,7 @@ def main() -> None:
             collect(Path(name) / str(size), base, size)
         with sync_playwright() as playwright:
             chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox"])
-            print("conversations  page    first    again")
+            print("conversations  page    first    again    said   sealed")
             for size in arguments.sizes:
                 visit(chromium, Path(name) / str(size), size)
 
@@ -62,9 +66,14 @@ def visit(chromium: Browser, checkout: Path, size: int) -> None:
     with app_process(checkout) as (address, server):
         page = chromium.new_page()
         page.set_default_timeout(WAIT)
-        for path in PAGES:
+        for number, path in enumerate(PAGES):
             first, *later = (seconds(page, f"{address}/{path}") for _ in range(4))
-            print(f"{size:13,}  {path or 'home':6} {first:6.2f} s {statistics.median(later):6.2f} s", flush=True)
+            ConversationLogger(checkout / LOG).log_conversation("What is new?", "This.")
+            said = seconds(page, f"{address}/{path}")
+            start = size + number * SEALED
+            write_shard(checkout / CONVERSATIONS, f"20270101T{start:09d}-chat", conversations(start, start + SEALED))
+            times = (first, statistics.median(later), said, seconds(page, f"{address}/{path}"))
+            print(f"{size:13,}  {path or 'home':6} {' '.join(f'{time:6.2f} s' for time in times)}", flush=True)
         began = time.monotonic()
         page.get_by_role("textbox", name="Search").fill("qqqq")
         page.get_by_role("textbox", name="Search").press("Enter")

@@ -9,9 +9,10 @@ after one of which 5 % are newer versions of earlier conversations and 2 % delet
 CPU seconds, the peak of the memory of the stage's processes together (PSS, looked at five times a second) and what they
 wrote; with --before, the code of another checkout runs on the same data first, and the ratio of CPU seconds, which
 other users of the machine disturb less, is printed. Half of the conversations have one exchange, the others two or
-three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. `--engine` cleans, exports
-and tokenises on the Dask cluster at that address. `--links` gives the shards to DVC and runs the four stages by `dvc
-repro`, with each of these values of DVC's `cache.type`, and prints what DVC adds and what lies on disk.
+three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. With `--engine` the workers
+of a Dask cluster clean, export and prepare, and their CPU seconds are printed apart from those of the stages. `--links`
+gives the shards to DVC and runs the four stages by `dvc repro`, with each of these values of DVC's `cache.type`, and
+prints what DVC adds and what lies on disk.
 """
 
 import argparse
@@ -138,15 +139,16 @@ class Measured(NamedTuple):
     cpu: float
     peak: float  # MB
     written: float  # MB
+    workers: float  # CPU seconds of the workers of the engine
 
 
-def run_stage(folder: Path, root: Path, stage: str) -> Measured:
+def run_stage(folder: Path, root: Path, stage: str, engine: str | None) -> Measured:
     """Run a stage of the checkout `root` in a folder."""
-    return run_measured(folder, [sys.executable, "-m", f"stages.{stage}"], PYTHONPATH=str(root))
+    return run_measured(folder, [sys.executable, "-m", f"stages.{stage}"], engine, PYTHONPATH=str(root))
 
 
-def run_measured(folder: Path, command: list[str], **environment: str) -> Measured:
-    start = time.perf_counter()
+def run_measured(folder: Path, command: list[str], engine: str | None = None, **environment: str) -> Measured:
+    start, before = time.perf_counter(), _workers_cpu(engine)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | environment
     with open(folder / "errors.txt", "wb") as errors:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
@@ -158,7 +160,17 @@ def run_measured(folder: Path, command: list[str], **environment: str) -> Measur
     if status:
         sys.exit((folder / "errors.txt").read_text()[-2000:])
     cpu = used.ru_utime + used.ru_stime
-    return Measured(time.perf_counter() - start, cpu, peak / 1e6, used.ru_oublock * 512 / 1e6)
+    wall = time.perf_counter() - start
+    return Measured(wall, cpu, peak / 1e6, used.ru_oublock * 512 / 1e6, _workers_cpu(engine) - before)
+
+
+def _workers_cpu(engine: str | None) -> float:
+    if engine is None:
+        return 0.0
+    from distributed import Client
+
+    with Client(engine.partition("?")[0], set_as_default=False) as client:
+        return sum(client.run(time.process_time).values())
 
 
 def _memory(pid: int) -> int:
@@ -174,15 +186,15 @@ def _memory(pid: int) -> int:
 def measure(folder: Path, root: Path, count: int, options: argparse.Namespace) -> dict[str, dict[str, Measured]]:
     """What arrived → stage → what it took, the code being that of the checkout `root`."""
     write_checkout(folder, root, options.base, count, options.engine)
-    found = {"all": {stage: run_stage(folder, root, stage) for stage in STAGES}}
+    found = {"all": {stage: run_stage(folder, root, stage, options.engine) for stage in STAGES}}
     for number, (name, talks) in enumerate((("new", conversations), ("mixed", mixed)), start=1):
         first = count + (number - 1) * options.more
         add_shard(folder, first, talks(first, first + options.more))
-        found[name] = {stage: run_stage(folder, root, stage) for stage in STAGES}
+        found[name] = {stage: run_stage(folder, root, stage, options.engine) for stage in STAGES}
     for stages in found.values():
         every = list(stages.values())
-        walls, cpus, peaks, written = zip(*every, strict=True)
-        stages["together"] = Measured(sum(walls), sum(cpus), max(peaks), sum(written))
+        walls, cpus, peaks, written, workers = zip(*every, strict=True)
+        stages["together"] = Measured(sum(walls), sum(cpus), max(peaks), sum(written), sum(workers))
     return found
 
 
@@ -232,25 +244,15 @@ def main() -> None:
     parser.add_argument("--links", nargs="+", help="values of DVC's cache.type: run by `dvc repro` with each")
     options = parser.parse_args()
     if options.links:
-        columns = (
-            "of",
-            "links",
-            "arrived",
-            "add s",
-            "CPU s",
-            "repro s",
-            "CPU s",
-            "stages s",
-            "MB written",
-            "MB",
-            "cache",
-        )
+        columns = ["of", "links", "arrived", "add s", "CPU s", "repro s", "CPU s", "stages s"]
+        columns += ["MB written", "MB", "cache"]
         print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
         for count, links in itertools.product(options.sizes, options.links):
             with tempfile.TemporaryDirectory(prefix="load-", dir=options.folder) as name:
                 measure_repro(Path(name) / "checkout", links, count, options)
         return
-    columns = ("of", "arrived", "stage", "s", "CPU s", "MB of memory", "MB written", "CPU of all", "before", "ratio")
+    columns = ["of", "arrived", "stage", "s", "CPU s", "workers' CPU s", "MB of memory", "MB written"]
+    columns += ["CPU of all", "before", "ratio"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for count in options.sizes:
         runs = []
@@ -263,8 +265,8 @@ def main() -> None:
                 earlier = runs[0][arrived][stage].cpu
                 compared = f"{earlier:.1f} | {now.cpu / earlier:.2f}" if options.before else " | "
                 print(
-                    f"| {count:,} | {arrived} | {stage} | {now.wall:.1f} | {now.cpu:.1f} | {now.peak:.0f} | "
-                    f"{now.written:.0f} | {share:.0%} | {compared} |",
+                    f"| {count:,} | {arrived} | {stage} | {now.wall:.1f} | {now.cpu:.1f} | {now.workers:.1f} | "
+                    f"{now.peak:.0f} | {now.written:.0f} | {share:.0%} | {compared} |",
                     flush=True,
                 )
 

@@ -1,4 +1,4 @@
-"""In: the manifest's shards. Out: data/clean (a file a shard, rejected and clusters.jsonl), metrics/clean.json."""
+"""In: the manifest's shards. Out: data/clean (files of each shard, rejected and clusters.jsonl), metrics/clean.json."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""In: data/clean. Out: data/exports, a folder a format with a file a shard; metrics/export.json."""
+"""In: data/clean. Out: data/exports, a folder a format with a file for each of data/clean; metrics/export.json."""
 
 from pathlib import Path
 

@@ -1,17 +1,19 @@
 """In: data/conversations. Out: data/manifest.json, which lists its shards; a lost or changed one fails the stage."""
 
+from array import array
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError, count_of
+from fine_tuning.common.project import main_checkout, sha256_file
 from fine_tuning.common.records import write_json
-from fine_tuning.common.results import state_of
+from fine_tuning.common.results import Memo, state_of
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
-    Seen,
+    Scanned,
     check_append_only,
-    describe_shard,
+    scan_shard,
     versions,
     wanted_shards,
 )
@@ -20,29 +22,51 @@ from fine_tuning.data_collection.storage.tombstones import Tombstones
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 FORGOTTEN = Path("data/forgotten.jsonl")
+MEMO, IDS = Path(".whetstone/memo/intake"), "ids"
 
 
 def main() -> None:
     sample = read_params("intake", IntakeSettings).sample
     tombstones = Tombstones(FORGOTTEN)
-    seen = Seen(tombstones.names if len(tombstones) else None)
     before = states(sample)
-    shards = [describe_shard(path, seen.line) for path in before]
+    scanned = scan(before, tombstones)
+    shards = [shard.entry for shard in scanned.values()]
     new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     if not shards:
         raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
-    refuse_forgotten(sorted(seen.suspects), tombstones)
+    if len(tombstones):
+        refuse_forgotten([path for path, shard in scanned.items() if shard.suspect], tombstones)
     # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
     if states(sample) != before:
         raise UserError(f"{CONVERSATIONS} changed while it was being read: run `dvc repro` again")
+    count = len(set().union(*(shard.ids for shard in scanned.values())))
     lines = sum(shard["lines"] for shard in shards)
-    write_json(MANIFEST, {"shards": shards, "total_conversations": len(seen), "total_lines": lines})
-    print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(len(seen), 'conversation')}")
+    write_json(MANIFEST, {"shards": shards, "total_conversations": count, "total_lines": lines})
+    print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(count, 'conversation')}")
 
 
-def states(sample: bool) -> dict[Path, list[int] | None]:
-    """The shards in their order, with what changes when somebody writes into one."""
-    return {path: state_of(path) for path in wanted_shards(CONVERSATIONS, MANIFEST, sample)}
+def states(sample: bool) -> dict[Path, list[int]]:
+    """The shards in their order, with what changes when somebody writes into one or puts another in its place."""
+    paths = wanted_shards(CONVERSATIONS, MANIFEST, sample)
+    return {path: [*(state_of(path) or ()), path.stat().st_ino] for path in paths}
+
+
+def scan(states: dict[Path, list[int]], tombstones: Tombstones) -> dict[Path, Scanned]:
+    """Read what has not been read since it was written."""
+    memo = Memo(main_checkout() / MEMO, "intake")
+    forgotten = sha256_file(FORGOTTEN) if len(tombstones) else None
+    scanned = {}
+    for path, state in states.items():
+
+        def make(folder: Path, _: object, path: Path = path) -> tuple[dict, bool]:
+            entry, ids, suspect = scan_shard(path, tombstones.names)
+            (folder / IDS).write_bytes(ids.tobytes())
+            return entry, suspect
+
+        folder, (entry, suspect) = memo.files([path.name, state, forgotten], make)
+        scanned[path] = Scanned(entry, array("Q", (folder / IDS).read_bytes()), suspect)
+    memo.remove_unused()
+    return scanned
 
 
 def refuse_forgotten(paths: list[Path], tombstones: Tombstones) -> None:

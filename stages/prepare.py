@@ -19,9 +19,9 @@ from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings, loaded
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.preferences import find_preferences
-from fine_tuning.data_preparation.split_writer import write_split
+from fine_tuning.data_preparation.split_writer import write_splits
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
-from fine_tuning.data_preparation.tally import Tally, length_histogram, report, statistics, tokens_by_source
+from fine_tuning.data_preparation.tally import length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
 from fine_tuning.schema.chat_format import ChatSettings, load_tokenizer
 from fine_tuning.schema.prepared import row_batch, write_batches
@@ -53,7 +53,6 @@ def main() -> None:
     memo, made_by = main_checkout() / MEMO, [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
     shards = [path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED)]
     clean = ConversationFiles(shards, Memo(memo / "facts", "prepare"))
-    tallies: dict[str, Tally] = {}
     ledger, written = open_ledger(LEDGER, settings.salt), Memo(memo / "written", "prepare")
     with (
         open_engine(settings.engine) as engine,
@@ -61,9 +60,9 @@ def main() -> None:
         tqdm(desc="tokenise", unit=" conversations", leave=False, disable=None) as bar,
     ):
         catalogue = builder.catalogue(clean, clusters(), ledger, engine, dropped_duplicates())
-        for split, chosen in builder.choose(clean, catalogue, encoded, engine, bar.update):
-            key = [*made_by, settings.salt, settings.train_on, split]
-            tallies[split] = write_split(PREPARED / split, chosen, clean, catalogue, encoded, written, key)
+        chosen = dict(builder.choose(clean, catalogue, encoded, engine, bar.update))
+        key = [*made_by, settings.salt, settings.train_on]
+        tallies = write_splits(PREPARED, chosen, clean, catalogue, encoded, written, key, engine)
     written.remove_unused()
     if settings.canaries:
         secrets = row_batch(planted(settings.canaries, loaded(base), chat.system_prompt, chat.max_length))
@@ -90,8 +89,8 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def clusters() -> Iterator[tuple[str, str]]:
-    """(conversation id, cluster id) of those that do not stand alone."""
-    return ((line["id"], line["cluster"]) for line in lines(CLUSTERS) if line["cluster"] != line["id"])
+    """(conversation id, cluster id) of those whose cluster has another's name."""
+    return ((line["id"], line["cluster"]) for line in lines(CLUSTERS))
 
 
 def dropped_duplicates() -> Iterator[tuple[str, str]]:

@@ -414,7 +414,7 @@ def test_deleting_is_instant_starts_nothing_and_can_be_undone(checkout):
     logger, index = ConversationLogger(checkout / "inbox/conversations.jsonl"), ConversationIndex(checkout)
     assert f"open-{identity}" not in [button.key for button in at.button]
     assert logger.read_conversations() == [] and logger.get_conversation_stats()["total_conversations"] == 0
-    assert index.all() == [] and index.conversation(identity) is None
+    assert index.deleted()[1] == 1 and index.listed("chat")[1] == 0 and index.conversation(identity) is None
 
     at.button(key=f"undo-{identity}").click().run()
     assert at.query_params["chat"] == identity and at.button(key=f"open-{identity}")

@@ -29,7 +29,7 @@ def app(tmp_path_factory, trained_project):
 def broken_rules(page) -> list[str]:
     """`rule: element` of everything on the page that breaks a rule of axe-core."""
     settled(page)
-    page.mouse.move(0, 0)  # what moved under the mouse shows its help, in an overlay of Streamlit's outside every region
+    page.mouse.move(0, 0)  # help of what lies under the mouse is in an overlay of Streamlit's, outside every region
     page.get_by_role("tooltip").first.wait_for(state="hidden")
     page.evaluate(AXE)
     found = page.evaluate(f"axe.run({{exclude: {STREAMLITS}}}, {{resultTypes: ['violations']}})")

@@ -14,7 +14,7 @@ from filelock import FileLock
 from streamlit.testing.v1 import AppTest
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import read_jsonl, write_json
+from fine_tuning.common.records import read_json, read_jsonl, write_json
 from fine_tuning.common.stage_times import SAMPLE, TIMES
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
@@ -192,7 +192,7 @@ def test_conversations_are_found_by_day_and_by_what_was_masked_in_them(collected
     assert list(at.dataframe[-1].value["id"]) == ["c900"] and list(at.dataframe[-1].value["masked"]) == ["EMAIL"]
     at.selectbox(key="masked").set_value("all").run()
     at.date_input(key="days").set_value((date(2026, 1, 2), date(2026, 1, 3))).run()
-    assert set(at.dataframe[-1].value["started_at"]) == {"2026-01-02", "2026-01-03"}
+    assert set(at.dataframe[-1].value["day"]) == {"2026-01-02", "2026-01-03"}
 
 
 def test_of_many_conversations_the_first_are_listed_and_what_changes_shows_at_once(collected, monkeypatch):
@@ -215,7 +215,7 @@ def test_a_tag_stays_with_its_conversation_and_finds_it(collected):
     again.selectbox(key="tags").set_value("to check").run()
     assert list(again.dataframe[-1].value["id"]) == ["c900"]
     again.multiselect(key="tags-c900").set_value([]).run()
-    assert data_view.read_tags(collected) == {}
+    assert read_json(collected / data_view.TAGS) == {}
 
 
 def test_a_corrected_reply_is_an_edit_in_the_log_and_shown(collected):

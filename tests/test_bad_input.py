@@ -221,9 +221,9 @@ def test_a_bad_line_costs_nothing_but_itself(checkout, capfd, door, case):
     assert run_stages() == first, "a rerun converges"
     assert {path.name for path in checkout.parent.iterdir()} - {*around} <= {"foreign.jsonl"}
 
-    shown = data_view.entries(checkout)
+    index, shown = conversation_index(checkout), data_view.entries(checkout)
     assert len(shown) >= 22
-    assert all(conversation_index(checkout).conversation(identity)["messages"] for identity in shown["id"])
+    assert all(index.conversation(one.id)["messages"] for one in index.summaries(shown.index))
 
 
 SCRIPTS = {

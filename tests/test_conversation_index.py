@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -75,11 +76,16 @@ def test_after_every_step_the_index_says_what_the_files_say(steps):
         for step, number in steps:
             take(step, number, checkout, logger, said)
             there = in_the_files(checkout)
-            assert {found.id: found.messages for found in index.all()} == {
+            rows, names = index.columns()
+            numbers = np.flatnonzero(rows["there"])
+            assert {found.id: found.messages for found in index.summaries(numbers)} == {
                 identity: len(c["messages"]) for identity, c in there.items()
             }
+            assert numbers.tolist() == sorted(index.numbers(there)) == sorted(index.with_words(""))
+            days = sorted(names["day"][code] for code in rows["day"][numbers])
+            assert days == sorted(str(c.get("started_at") or "")[:10] for c in there.values())
             assert all(index.conversation(identity) == c for identity, c in there.items())
-            assert there.keys().isdisjoint(found.id for found in index.deleted())
+            assert there.keys().isdisjoint(found.id for found in index.deleted()[0])
 
 
 def test_only_what_is_new_is_read(tmp_path, monkeypatch):

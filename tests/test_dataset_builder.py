@@ -547,8 +547,7 @@ def project(tiny_base, tmp_path, monkeypatch):
         def clean(self, conversations: list[dict]) -> None:
             write_jsonl("data/clean/shard.jsonl", conversations)
             write_jsonl("data/clean/rejected.jsonl", [{"id": "r", "reason": "too_short"}])
-            clusters = ({"id": c["id"], "cluster": c["id"]} for c in conversations)
-            write_jsonl("data/clean/clusters.jsonl", clusters)
+            write_jsonl("data/clean/clusters.jsonl", [])
 
         def params(self, **prepare) -> None:
             changed = document | {"prepare": document["prepare"] | prepare}

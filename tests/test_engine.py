@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from benchmarks.load import add_shard, conversations, write_checkout
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores, open_engine
 from fine_tuning.common.settings import read_params
+from fine_tuning.data_preparation import dataset_builder, encoded_memo
 from fine_tuning.runtime.hardware import detect_hardware
 from stages import clean, export, intake, prepare
+from tests import servers
 
 ROOT = Path(__file__).parents[1]
 STAGES = (intake, clean, export, prepare)
@@ -26,6 +30,54 @@ def cluster():
 
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         yield cluster.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    """A folder in an S3, and what whoever uses it has in the environment."""
+    with servers.s3(tmp_path_factory.mktemp("s3")) as remote:
+        yield remote.url, remote.environment
+
+
+def _forbid(folder: str) -> None:
+    """From now on this process cannot open a file in a folder, as if it were on another machine."""
+
+    def refuse(event, arguments):
+        if event == "open" and str(arguments[0]).startswith(folder):
+            raise FileNotFoundError(2, "not on this machine", arguments[0])
+
+    sys.addaudithook(refuse)
+
+
+def _left(dask_worker) -> list[Path]:
+    return [path for path in Path(dask_worker.local_directory).rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def engine_apart(bucket, tmp_path, monkeypatch):
+    """An engine of two workers who see the bucket, and nothing of tmp_path."""
+    from distributed import Client, LocalCluster
+
+    address, environment = bucket
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster, set_as_default=False) as client:
+        command = [sys.executable, "-m", "dask", "worker", cluster.scheduler_address, "--nworkers=2", "--nthreads=1"]
+        workers = subprocess.Popen([*command, "--no-dashboard"], cwd=ROOT)
+        try:
+            client.wait_for_workers(2, timeout=60)
+            client.run(_forbid, str(tmp_path))
+            yield f"{cluster.scheduler_address}?folder={address}"
+            left = client.run(_left)
+            assert not any(left.values()), "the workers' files of conversations are gone"
+        finally:
+            workers.terminate()
+            workers.wait()
+    from fsspec.core import url_to_fs
+
+    files, folder = url_to_fs(address)
+    files.invalidate_cache()
+    assert files.find(folder) in ([], [folder]), "and those in the bucket"
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +110,22 @@ def made(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("where", ["two workers", "three processes"])
-def test_the_bytes_are_those_of_one_process(single, cluster, tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("where", ["two workers", "two workers without a shared disk", "three processes"])
+def test_the_bytes_are_those_of_one_process(single, request, tmp_path, monkeypatch, where):
     folder = tmp_path / "checkout"
     shutil.copytree(
         single,
         folder,
         ignore=shutil.ignore_patterns("clean", "exports", "prepared", "splits.txt", "metrics", ".whetstone"),
     )
-    if where == "two workers":
-        change(folder, {"engine": cluster}, {"engine": cluster}, {"engine": cluster})
-    else:
+    if where == "three processes":
         change(folder, {"processes": 3}, {})
+    else:
+        engine = {"engine": request.getfixturevalue("cluster" if where == "two workers" else "engine_apart")}
+        change(folder, engine, engine, engine)
+    # Pieces so small that there are many, and files so small that whoever encodes a piece writes it.
+    monkeypatch.setattr(dataset_builder, "PIECE_CHARACTERS", 20_000)
+    monkeypatch.setattr(encoded_memo, "SEGMENT_BYTES", 1 << 16)
     monkeypatch.chdir(folder)
     for stage in STAGES:
         stage.main()
@@ -84,6 +140,34 @@ def test_results_come_in_order(cluster):
     for address, processes in ((None, 1), (None, 2), (cluster, 1)):
         with open_engine(address, processes) as run:
             assert list(run(_double, range(50))) == list(range(0, 100, 2))
+
+
+def test_a_worker_without_a_shared_disk_is_one_line(cluster, tmp_path):
+    from distributed import Client
+
+    (tmp_path / "file").write_text("text")
+    with Client(cluster, set_as_default=False) as client:
+        client.run(_forbid, str(tmp_path))
+    with pytest.raises(UserError, match=r"a Dask worker has no .*\?folder=") as told, open_engine(cluster) as run:
+        list(run(_text, [tmp_path / "file"]))
+    assert "\n" not in str(told.value)
+
+
+def test_a_worker_without_access_to_the_bucket_is_one_line(cluster, bucket, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    address, environment = bucket
+    for name, value in environment.items():  # of this process, not of the workers
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=f"has no access to {address}.*credentials") as told,
+        open_engine(f"{cluster}?folder={address}") as run,
+    ):
+        list(run(_text, [tmp_path / "file"]))
+    assert "\n" not in str(told.value)
+
+
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
 def _die(number: int) -> int:

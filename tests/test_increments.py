@@ -15,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.data_collection.cleaning import shard_merger
 from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_preparation import encoded_memo, split_writer
 from fine_tuning.data_preparation.catalogue import REASONS
@@ -43,6 +44,7 @@ def empty(tmp_path_factory, tiny_base):
     shutil.copy(ROOT / "dvc.yaml", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_writer, "FILE_ROWS", 8)
+        patch.setattr(shard_merger, "FILE_ROWS", 3)
         yield folder
 
 
@@ -203,6 +205,11 @@ def test_what_arrives_leaves_the_prepared_files_of_others_as_they_are(empty, tmp
 # what was encoded before
 
 
+def add(memo, lines, encoded):
+    (found,) = memo.encode(list, [(lines, encoded)], map)
+    return found
+
+
 def asked(folder, *keys, settings=()):
     """The keys that had to be computed."""
     lines = np.array([[key, 7 * key] for key in keys], np.uint64)
@@ -213,9 +220,9 @@ def asked(folder, *keys, settings=()):
         found = memo.find(lines)
         computed = [key for key, place in zip(keys, found["place"], strict=True) if place < 0]
         if computed:
-            found[found["place"] < 0] = memo.add(lines[found["place"] < 0], [[rows[key]] for key in computed])
+            found[found["place"] < 0] = add(memo, lines[found["place"] < 0], [[rows[key]] for key in computed])
         none = np.zeros(len(keys), int)
-        chosen = Chosen(found["place"], none, none, none, none, lambda rows: iter([None] * len(rows)), {})
+        chosen = Chosen(found["place"], none, none, none, none, np.full(len(keys), None), {})
         taken = [row for batch in memo.take(chosen) for row in batch.to_pylist()]
         assert [row["id"] for row in taken] == [row["cluster"] for row in taken] == [f"c{key}" for key in keys]
         assert [row["input_ids"] for row in taken] == [[1, 2, key] for key in keys]
@@ -233,7 +240,7 @@ def test_nothing_is_encoded_twice_and_what_nobody_asks_for_goes(tmp_path):
 
 def test_a_memo_in_use_or_damaged_costs_time_only(tmp_path):
     with EncodedMemo(tmp_path, ()) as memo:
-        memo.add(np.array([[1, 7]], np.uint64), ["too_long"])
+        add(memo, np.array([[1, 7]], np.uint64), ["too_long"])
         assert asked(tmp_path, 2) == [2]
     assert asked(tmp_path, 2) == []
     for damage in (b"no Arrow", b"", None):
@@ -249,8 +256,8 @@ def test_a_failed_run_keeps_what_was_encoded(tmp_path):
     assert asked(tmp_path, 1, 2) == [1, 2]
     three = np.array([[3, 21]], np.uint64)
     with pytest.raises(ZeroDivisionError), EncodedMemo(tmp_path, ()) as memo:
-        memo.add(three, ["too_long"])
-        memo.add(three + np.uint64(1), [1 / 0])
+        add(memo, three, ["too_long"])
+        add(memo, three + np.uint64(1), [1 / 0])
     with EncodedMemo(tmp_path, ()) as memo:
         assert REASONS[memo.find(three)["reason"][0]] == "too_long"
     assert asked(tmp_path, 1) == [1], "that run asked for the third only"

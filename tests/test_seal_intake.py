@@ -21,7 +21,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json, read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
-from fine_tuning.data_collection.storage.shards import newest_versions, next_stamp, shard_paths
+from fine_tuning.data_collection.storage.shards import newest_versions, next_stamp, scan_shard, shard_paths
 from fine_tuning.data_collection.storage.tombstones import Tombstones, id_hash
 from fine_tuning.schema.conversation import fold, version_hash
 from stages import intake
@@ -717,6 +717,28 @@ def test_a_changed_shard_is_refused(project, command, intake_stage):
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"A", b"B"))
     assert "was changed, and shards never change" in intake_stage(project)
+
+
+def test_another_shard_in_the_place_of_one_is_refused_whatever_its_time(project, command, intake_stage):
+    sealed(command, project, "a")
+    assert intake_stage(project) is None
+    (path,) = shards(project)
+    before, other = path.stat(), path.with_suffix(".other")
+    other.write_bytes(path.read_bytes().replace(b"A", b"B"))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert "was changed, and shards never change" in intake_stage(project)
+
+
+def test_intake_reads_only_shards_that_are_new(project, command, intake_stage, monkeypatch):
+    sealed(command, project, "a", "b")
+    assert intake_stage(project) is None
+    sealed(command, project, "c")
+    read = []
+    monkeypatch.setattr(intake, "scan_shard", lambda path, *others: read.append(path) or scan_shard(path, *others))
+    assert intake_stage(project) is None
+    assert [project.folder / path for path in read] == shards(project)[2:]
+    assert read_json(project.folder / "data/manifest.json")["total_conversations"] == 3
 
 
 def test_a_shard_that_arrives_meanwhile_asks_for_another_run(project, monkeypatch, command):

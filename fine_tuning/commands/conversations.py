@@ -265,16 +265,27 @@ def bring_sample(args: argparse.Namespace) -> None:
 
 def show_stats(args: argparse.Namespace) -> None:
     found = shards.shard_paths(CONVERSATIONS, MANIFEST)
-    conversations = {v["id"]: v for v in shards.versions(found)} if args.all else {}
-    fold(ConversationLogger(LOG).read_events(), conversations)
-    kept = [conversation for conversation in conversations.values() if conversation["messages"]]
-    print(json.dumps(conversation_stats(kept), ensure_ascii=False, indent=2))
-    if not args.all and not kept and (sealed := shards.count_conversations(found)):
+    stats = conversation_stats(c for c in _everything(found if args.all else []) if c["messages"])
+    print(json.dumps(stats, ensure_ascii=False, indent=2))
+    if not args.all and not stats["total_conversations"] and (sealed := shards.count_conversations(found)):
         print(f"nothing was logged since the last seal; --all counts the {sealed:,} sealed ones", file=sys.stderr)
 
 
+def _everything(paths: list[Path]) -> Iterator[dict]:
+    """The conversations of shards and of the log as they are now; those that the log names are in memory."""
+    events, named = list(ConversationLogger(LOG).read_events()), {}
+    ids = {event.get(key) for event in events for key in ("conversation_id", "id", "message_id")}
+    for version in shards.newest(paths):
+        if ids.isdisjoint((version["id"], *message_ids(version))):
+            yield version
+        else:
+            named[version["id"]] = version
+    fold(events, named)
+    yield from named.values()
+
+
 def export(args: argparse.Namespace) -> None:
-    """Write the clean conversations in one format into one file; the stage `export` writes a file a shard."""
+    """Write the clean conversations in one format into one file; the stage `export` writes many."""
     root()
     if not CLEAN.is_dir():
         raise UserError(f"{CLEAN} is missing: run `dvc repro clean`")

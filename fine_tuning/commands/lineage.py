@@ -62,7 +62,7 @@ def trace(registry: ModelRegistry, asked: str) -> dict[str, Any]:
     taught = {
         version.number: split
         for version in registry.versions()
-        for split, members in conversations_of(registry, version).items()
+        for split, members in conversations_of(registry, version, holding=asked).items()
         if asked in members
     }
     if not places and not taught:
@@ -143,9 +143,10 @@ def describe_version(registry: ModelRegistry, version: ModelVersion) -> dict[str
     }
 
 
-def conversations_of(registry: ModelRegistry, version: ModelVersion) -> dict[str, list[str]]:
-    """{split: ids of conversations} of a version; empty if the registry lost the list."""
-    return json.loads(registry.read(version, "provenance/conversations.json") or b"{}")
+def conversations_of(registry: ModelRegistry, version: ModelVersion, holding: str = "") -> dict[str, list[str]]:
+    """{split: ids of conversations} of a version; empty if the registry lost the list, or it does not hold an id."""
+    kept = registry.read(version, "provenance/conversations.json") or b"{}"
+    return json.loads(kept) if holding.encode() in kept else {}
 
 
 def _subject(commit: str) -> str | None:
@@ -162,9 +163,10 @@ def _subject(commit: str) -> str | None:
 
 def _places_of(identity: str) -> Iterator[dict[str, Any]]:
     """Files that hold a conversation or a reply of this id. No content is passed on."""
+    asked = identity.encode()
     for path in sorted(CONVERSATIONS.glob("*.jsonl")):
         for _, line in read_lines(path):
-            if identity.encode() in line:  # only such lines are parsed
+            if asked in line:  # only such lines are parsed
                 with suppress(ValueError, AttributeError):
                     yield from _places_in(as_conversation(json.loads(line)), identity, path)
     for path in filter(Path.is_file, [LOG, *sorted((LOG.parent / "closed").glob("*.jsonl"))]):

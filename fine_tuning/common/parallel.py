@@ -1,19 +1,23 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-A Dask worker needs the same environment, the same commit and the same folder at the same path: start it in the
-checkout with `dask worker ADDRESS`. Whoever reaches a scheduler can run code on its workers: keep it in a network of
-your own.
+Scheduler and workers need the same environment and commit: start them in a checkout, `python -m dask scheduler` and
+`python -m dask worker ADDRESS --nworkers=-1 --nthreads=1`. Files reach workers on a shared disk, where their checkout
+has the same path, or through a folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever
+reaches a scheduler can run code on its workers: keep it in a network of your own.
 """
 
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.shared_folder import folder_of_a_run, pack, work_on
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
@@ -27,19 +31,19 @@ def cores() -> int:
 
 
 @contextmanager
-def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
+def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
     """A `map` whose results come in order, few of them at a time, whoever works.
 
     Args:
-        address: of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
+        engine: address of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
         processes: on this machine; 1: no other process.
 
     Raises:
         UserError: no scheduler answers there, it has no worker, or a worker or process was lost for good.
     """
-    if address is None and processes <= 1:
+    if engine is None and processes <= 1:
         yield map
-    elif address is None:
+    elif engine is None:
         try:
             with ProcessPoolExecutor(processes) as pool:
                 yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
@@ -48,13 +52,35 @@ def open_engine(address: str | None, processes: int = 1) -> Iterator[Map]:
                 "one of the processes was killed (memory full?): close other programs, then run the same again"
             ) from None
     else:
+        address, _, folder = engine.partition("?folder=")
         with _dask_client(address) as client:
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
+            with folder_of_a_run(folder, client) if folder else nullcontext(None) as run:
 
-            def submit(function: Worker, item: object) -> Any:
-                return client.submit(function, item, pure=False)
+                def submit(function: Worker, item: object) -> Any:
+                    # Packed in any case: Dask would look into every list for its own objects.
+                    return client.submit(work_on, pack(run, (function, item)), run, pure=False)
 
-            yield lambda function, items: _in_order(submit, function, items, AHEAD * workers)
+                yield lambda function, items: _unpacked(_in_order(submit, function, items, AHEAD * workers))
+
+
+def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
+    try:
+        yield from map(pickle.loads, results)
+    except FileNotFoundError as error:
+        if not (error.filename and Path(error.filename).exists()):
+            raise
+        raise UserError(
+            f"a Dask worker has no {error.filename}: workers need this folder at the same path, or an engine with "
+            "?folder=, see docs/scale.md"
+        ) from None
+    except RuntimeError as error:
+        if "deserialization" not in str(error):
+            raise
+        raise UserError(
+            "the Dask scheduler or a worker has other code or packages: start them in a checkout of this commit, with "
+            "this environment"
+        ) from None
 
 
 def _in_order(
@@ -77,14 +103,16 @@ def _dask_client(address: str) -> Iterator[Any]:
         client = Client(address, timeout=TIMEOUT, set_as_default=False)
     except (OSError, ValueError):
         raise UserError(
-            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or set engine to null"
+            f"no Dask scheduler answers at {address}: start one in a checkout with "
+            "`python -m dask scheduler`, or set engine to null"
         ) from None
     with client:
         try:
             client.wait_for_workers(1, timeout=TIMEOUT)
         except TimeoutError:
             raise UserError(
-                f"the Dask scheduler at {address} has no worker: start one in the checkout with `dask worker {address}`"
+                f"the Dask scheduler at {address} has no worker: start one in the checkout with "
+                f"`python -m dask worker {address} --nworkers=-1 --nthreads=1`"
             ) from None
         try:
             yield client

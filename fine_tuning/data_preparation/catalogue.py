@@ -289,10 +289,11 @@ class Catalogue:
         """Take rows out of their split."""
         self.reason[rows] = REASONS.index(reason)
 
-    def cluster_names(self, rows: np.ndarray) -> Iterator[str | None]:
+    def cluster_names(self, rows: np.ndarray) -> np.ndarray:
         """The cluster of each of some rows; None: it stands alone."""
-        places = _find(self._name_keys, self.facts["id"][rows])
-        return (self._names[place] if place >= 0 else None for place in places.tolist())
+        names, places = np.full(len(rows), None), _find(self._name_keys, self.facts["id"][rows])
+        names[places >= 0] = self._names[places[places >= 0]]
+        return names
 
     def left_out_because(self, row: int) -> str:
         """Why a conversation is in no split; "" for one that is in one, or deleted."""

@@ -24,7 +24,7 @@ from fine_tuning.data_preparation.catalogue import (
     read_spans,
 )
 from fine_tuning.data_preparation.decontamination import HeldOut, repeating
-from fine_tuning.data_preparation.encoded_memo import EncodedMemo
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo, stretches
 from fine_tuning.data_preparation.encodings import Chosen, HeldRows
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select
 from fine_tuning.data_preparation.splits import (
@@ -43,8 +43,8 @@ from fine_tuning.schema.prepared import PreparedRow, encoded_row
 if TYPE_CHECKING:
     from fine_tuning.schema.chat_format import ChatTokenizer
 
-CHUNK = 64  # conversations that are encoded at a time
-PORTION = 4 * CHUNK  # that are encoded until a budget is looked at again
+PIECE_CHARACTERS = 4 << 20  # of messages that are encoded at a time: their rows fill a file of the memo
+PORTION = 256  # conversations that are encoded until a budget is looked at again
 
 
 class PrepareSettings(Settings):
@@ -247,7 +247,7 @@ class DatasetBuilder:
         train_on = self.train_on if split == "train" else "not_disliked"
         encode = partial(
             _encode, train_on=train_on, tokenizer=self.tokenizer, system_prompt=self.system_prompt,
-            max_length=self.max_length,
+            max_length=self.max_length, files=_files_of(self.tokenizer),
         )  # fmt: skip
         lines, sample = catalogue.facts["line"][rows], catalogue.facts["sample"][rows] > 0
         # Without feedback it is the same whatever is trained on.
@@ -260,10 +260,12 @@ class DatasetBuilder:
         for start, stop in pairwise(_portions(sample, budgets)):
             missing = start + np.flatnonzero(found["place"][start:stop] < 0)
             missing = missing[np.argsort(rows[missing])]
-            chunks = np.split(missing, range(CHUNK, len(missing), CHUNK)) if len(missing) else []
-            for chunk, windows in zip(chunks, run(encode, (conversations.spans(rows[c]) for c in chunks)), strict=True):
-                found[chunk] = encoded.add(lines[chunk], windows)
-                progress(len(chunk))
+            piece_of = np.cumsum(catalogue.facts["characters"][rows[missing]]) // PIECE_CHARACTERS
+            pieces = [missing[slice(*ends)] for ends in zip(*stretches(piece_of), strict=True)]
+            work = ((lines[piece], conversations.spans(rows[piece])) for piece in pieces)
+            for piece, known in zip(pieces, encoded.encode(encode, work, run), strict=True):
+                found[piece] = known
+                progress(len(piece))
             if "max_held_out_tokens" in budgets:
                 for at in start + np.flatnonzero(found["windows"][start:stop] > 1):
                     lengths, _ = encoded.lengths(*found[["place", "windows"]][at].tolist())
@@ -331,7 +333,7 @@ def _windows_of(
         for at, (lost, left) in counts.items()
     }
     rows = rows[owner]
-    return Chosen(places, rows, catalogue.orders(rows), within, numbers, catalogue.cluster_names, changed)
+    return Chosen(places, rows, catalogue.orders(rows), within, numbers, catalogue.cluster_names(rows), changed)
 
 
 def _encode(
@@ -340,8 +342,9 @@ def _encode(
     tokenizer: "ChatTokenizer | Path | None",
     system_prompt: str | None,
     max_length: int,
+    files: Sequence[Path],
 ) -> list[list[PreparedRow] | str]:
-    """The windows of each conversation, or why there are none."""
+    """The windows of each conversation, or why there are none. `files` of the tokenizer come along to a worker."""
     encoded: list[list[PreparedRow] | str] = []
     for conversation in read_spans(spans):
         messages, trained = _selected(conversation, train_on)
@@ -366,6 +369,10 @@ def _selected(conversation: dict, train_on: TrainOn) -> tuple[list[dict], list[b
     found = select(conversation, train_on)
     assert found is not None  # the catalogue left out those of which nothing is used
     return found
+
+
+def _files_of(tokenizer: "ChatTokenizer | Path | None") -> list[Path]:
+    return [path for path in sorted(tokenizer.glob("*.j*")) if path.is_file()] if isinstance(tokenizer, Path) else []
 
 
 def loaded(tokenizer: "ChatTokenizer | Path") -> "ChatTokenizer":

@@ -5,24 +5,29 @@ import mmap
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from fine_tuning.common.errors import UserError
+from fine_tuning.common.parallel import Map
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.common.records import sync
 from fine_tuning.common.results import ABANDONED, remove_oldest, state_of
-from fine_tuning.data_preparation.catalogue import REASONS, LineIndex
-from fine_tuning.data_preparation.encodings import FOUND, Chosen
+from fine_tuning.data_preparation.catalogue import REASONS, LineIndex, Span
+from fine_tuning.data_preparation.encodings import FOUND, Chosen, Encode
 from fine_tuning.schema.prepared import COLUMNS, PreparedRow, number_array, numbers, row_batch, string_array
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 SEGMENT_BYTES = 16 << 20
+BATCH = 64  # conversations that a process encodes at a time
 BLOCK_BYTES = 16 << 20  # of rows that are in memory at a time
 _SHIFT, _ROW = 32, (1 << 32) - 1  # a place is the number of a segment, and a row of it
 
@@ -56,64 +61,41 @@ class EncodedMemo:
         self._used[places[hit]] = True
         return found
 
-    def add(self, lines: np.ndarray, encoded: Sequence[list[PreparedRow] | str]) -> np.ndarray:
-        """Take up the rows of lines, or the reasons why there are none: FOUND."""
-        rows = [row for one in encoded for row in ([PreparedRow("")] if isinstance(one, str) else one)]
-        reasons = [REASONS.index(one) if isinstance(one, str) else 0 for one in encoded]
-        sizes = [1 if isinstance(one, str) else len(one) for one in encoded]
-        batch, keys = row_batch(rows), np.repeat(lines, sizes, axis=0).view(np.int32)
-        own = [number_array(keys[:, column].tobytes()) for column in range(4)]
-        batch = _with(batch, dict(zip(_LINE, own, strict=True)) | {"reason": number_array(np.repeat(reasons, sizes))})
-        self._segments.append(segment := _Segment(batch))
-        self._unwritten.append(segment)
-        if sum(one.bytes for one in self._unwritten) >= SEGMENT_BYTES:
-            self._write_new()
-        return segment.found(len(self._segments) - 1)
+    def encode(self, encode: Encode, pieces: Iterable[tuple[np.ndarray, list[Span]]], run: Map) -> Iterator[np.ndarray]:
+        """FOUND of the conversations of each piece, (hashes of their lines, where they are).
+
+        Whoever encodes a large piece writes its file too. Rows of small ones are collected here.
+        """
+        for made in run(partial(_encoded, encode=encode, folder=self._folder, large=SEGMENT_BYTES // 2), pieces):
+            if isinstance(made, Path):
+                if not (segment := _opened(made)):
+                    raise UserError(f"{made} was written by another machine and is not here: see docs/scale.md")
+                self._segments.append(segment)
+            else:
+                self._segments.append(segment := _Segment(made))
+                self._collect(segment)
+            yield segment.found(len(self._segments) - 1)
 
     def lengths(self, place: int, windows: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Tokens of each window of a conversation, and what of its turns and reply tokens is in none."""
         segment, row = self._segments[place >> _SHIFT], place & _ROW
         return segment.tokens[row : row + windows], tuple(segment.lost[:, row].tolist())
 
-    def take(self, chosen: Chosen) -> "Iterator[RecordBatch]":
-        """The chosen rows in their order, few of them at a time."""
-        segments, rows = chosen.places >> _SHIFT, chosen.places & _ROW
-        sizes = np.zeros(len(rows), np.int64)
-        for number in np.unique(segments).tolist():
-            here = segments == number
-            sizes[here] = self._segments[number].sizes[rows[here]]
-        blocks = np.cumsum(sizes) // BLOCK_BYTES
-        for start, end in zip(*stretches(blocks), strict=True):
-            yield self._block(chosen, slice(start, end), segments[start:end], rows[start:end])
-
-    def _block(self, chosen: Chosen, block: slice, segments: np.ndarray, rows: np.ndarray) -> "RecordBatch":
-        import pyarrow
-
-        order = np.argsort(segments, kind="stable")
-        parts = [
-            _take(self._segments[segments[order[start]]].batch().select(COLUMNS), rows[order[start:end]])
-            for start, end in zip(*stretches(segments[order]), strict=True)
-        ]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        batch = _take(pyarrow.concat_batches(parts), back)
-        clusters = zip(batch.column("id").to_pylist(), chosen.clusters(chosen.rows[block]), strict=True)
-        columns = {"window": number_array(chosen.numbers[block]), "order": number_array(chosen.orders[block], 64)}
-        columns["cluster"] = string_array([cluster or identity for identity, cluster in clusters])
-        for name in ("lost_turns", "lost_reply_tokens", "windows_left_out"):
-            changed = {at: counts[name] for at, counts in chosen.counts.items() if block.start <= at < block.stop}
-            if changed:
-                values = numbers(batch, name).copy()
-                values[np.array(list(changed)) - block.start] = list(changed.values())
-                columns[name] = number_array(values)
-        return _with(batch, columns)
+    def take(self, chosen: Chosen) -> "TakenRows":
+        """The chosen rows in their order. After `flush` another process may read them."""
+        used, files = np.unique(chosen.places >> _SHIFT, return_inverse=True)
+        rows, sizes = chosen.places & _ROW, np.zeros(len(files), int)
+        segments = [self._segments[number] for number in used.tolist()]
+        for number, segment in enumerate(segments):
+            sizes[files == number] = segment.sizes[rows[files == number]]
+        return TakenRows(chosen, segments, files, rows, np.cumsum(sizes) // BLOCK_BYTES)
 
     def __enter__(self) -> "EncodedMemo":
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
         if failed:
-            self._write_new()
+            self.flush()
             return
         old, start, changed = [], 0, len(self._segments) > self._kept
         for segment in self._segments[: self._kept]:
@@ -122,30 +104,26 @@ class EncodedMemo:
             whole = used.all() and not changed if segment.bytes < SEGMENT_BYTES // 2 else used.mean() >= 0.5
             if not whole:
                 windows = np.diff(segment.first, append=len(segment.tokens))
-                self._unwritten.append(_Segment(_take(segment.batch(), np.flatnonzero(np.repeat(used, windows)))))
+                self._collect(_Segment(_take(segment.batch(), np.flatnonzero(np.repeat(used, windows)))))
                 old.append(segment.path)
-                if sum(one.bytes for one in self._unwritten) >= SEGMENT_BYTES:
-                    self._write_new()
-        self._write_new()
+        self.flush()
         for path in old:
             path.unlink(missing_ok=True)
         self._remove_unused()
 
-    def _write_new(self) -> None:
-        import pyarrow
+    def _collect(self, segment: "_Segment") -> None:
+        self._unwritten.append(segment)
+        if sum(one.bytes for one in self._unwritten) >= SEGMENT_BYTES:
+            self.flush()
 
+    def flush(self) -> None:
+        """Write the rows that are in memory only."""
         if not sum(len(segment.tokens) for segment in self._unwritten):
             return
-        batch = pyarrow.concat_batches([segment.batch() for segment in self._unwritten])
-        temporary = self._folder / f".{os.getpid()}.{uuid.uuid4().hex}"
-        with pyarrow.OSFile(str(temporary), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        sync(temporary)
-        path = self._folder / _name(temporary)
-        os.rename(temporary, path)
-        start = 0
+        path, start = _write(self._folder, [segment.batch() for segment in self._unwritten]), 0
+        file = open(path, "rb")  # noqa: SIM115
         for segment in self._unwritten:
-            segment.move(path, start)
+            segment.move(file, start)
             start += len(segment.tokens)
         self._unwritten = []
 
@@ -155,6 +133,43 @@ class EncodedMemo:
         for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
             if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink(missing_ok=True)
+
+
+@dataclass
+class TakenRows:
+    """Chosen rows of a memo and where they are: batches in their order, few in memory at a time."""
+
+    chosen: Chosen
+    segments: "list[_Segment]"
+    files: np.ndarray  # of each row the number of its segment
+    rows: np.ndarray  # and where it is there
+    blocks: np.ndarray  # of each row the number of its batch
+
+    def __iter__(self) -> "Iterator[RecordBatch]":
+        return (self._block(slice(*ends)) for ends in zip(*stretches(self.blocks), strict=True))
+
+    def _block(self, block: slice) -> "RecordBatch":
+        import pyarrow
+
+        chosen, files, rows = self.chosen, self.files[block], self.rows[block]
+        order = np.argsort(files, kind="stable")
+        parts = [
+            _take(self.segments[files[order[start]]].batch().select(COLUMNS), rows[order[start:end]])
+            for start, end in zip(*stretches(files[order]), strict=True)
+        ]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        batch = _take(pyarrow.concat_batches(parts), back)
+        clusters = zip(batch.column("id").to_pylist(), chosen.clusters[block], strict=True)
+        columns = {"window": number_array(chosen.numbers[block]), "order": number_array(chosen.orders[block], 64)}
+        columns["cluster"] = string_array([cluster or identity for identity, cluster in clusters])
+        for name in ("lost_turns", "lost_reply_tokens", "windows_left_out"):
+            changed = {at: counts[name] for at, counts in chosen.counts.items() if block.start <= at < block.stop}
+            if changed:
+                values = numbers(batch, name).copy()
+                values[np.array(list(changed)) - block.start] = list(changed.values())
+                columns[name] = number_array(values)
+        return _with(batch, columns)
 
 
 # -----------------------------------------------------------------------------
@@ -174,6 +189,7 @@ class _Segment:
         lines = np.stack([numbers(batch, name)[self.first] for name in _LINE], axis=1)
         self.lines = np.ascontiguousarray(lines).view(np.uint64)
         self.tokens = np.diff(numbers(batch, "input_ids"))
+        self._count = len(self.tokens)
         self.sizes = 8 * self.tokens + np.diff(numbers(batch, "messages"))
         self.lost = np.stack([numbers(batch, name) for name in ("lost_turns", "lost_reply_tokens")])
         self._reasons = numbers(batch, "reason")[self.first]
@@ -190,17 +206,57 @@ class _Segment:
         """The rows; those of a file are mapped for as long as the batch lives."""
         if self._batch is not None:
             return self._batch
-        return _read(self._file).slice(self._start, len(self.tokens))
+        if self._file is not None:
+            return _read(self._file).slice(self._start, self._count)
+        with open(self.path, "rb") as file:
+            return _read(file).slice(self._start, self._count)
 
-    def move(self, path: Path, start: int) -> None:
+    def move(self, file: BinaryIO, start: int) -> None:
         """The rows are in a file now."""
-        self._batch, self._file, self._start = None, open(path, "rb"), start  # noqa: SIM115
+        self._batch, self._file, self._start, self.path = None, file, start, Path(file.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads the rows of a file."""
+        own = {"path": self.path, "_start": self._start, "_count": self._count}
+        return own | {"_batch": None, "_file": None}
+
+
+def _encoded(piece: tuple[np.ndarray, list[Span]], encode: Encode, folder: Path, large: int) -> "RecordBatch | Path":
+    """The rows of a piece; of `large` bytes, the file in the folder that they were written into."""
+    import pyarrow
+
+    lines, spans = piece
+    batches = []
+    for start in range(0, len(spans), BATCH):
+        encoded = encode(spans[start : start + BATCH])
+        rows = [row for one in encoded for row in ([PreparedRow("")] if isinstance(one, str) else one)]
+        reasons = [REASONS.index(one) if isinstance(one, str) else 0 for one in encoded]
+        sizes = [1 if isinstance(one, str) else len(one) for one in encoded]
+        keys = np.repeat(lines[start : start + BATCH], sizes, axis=0).view(np.int32)
+        own = dict(zip(_LINE, (number_array(keys[:, column].tobytes()) for column in range(4)), strict=True))
+        batches.append(_with(row_batch(rows), own | {"reason": number_array(np.repeat(reasons, sizes))}))
+    if sum(batch.nbytes for batch in batches) >= large:
+        return _write(folder, batches)
+    return pyarrow.concat_batches(batches)
+
+
+def _write(folder: Path, batches: "list[RecordBatch]") -> Path:
+    import pyarrow
+
+    batch, temporary = pyarrow.concat_batches(batches), folder / f".{os.getpid()}.{uuid.uuid4().hex}"
+    with pyarrow.OSFile(str(temporary), "wb") as file, pyarrow.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    sync(temporary)
+    # Pieces of other machines may have the same size and time.
+    path = folder / f"{_state(temporary)}-{uuid.uuid4().hex[:8]}.arrow"
+    os.rename(temporary, path)
+    return path
 
 
 def _opened(path: Path) -> _Segment | None:
     try:
         file = open(path, "rb")  # noqa: SIM115 (stays open: another run may remove it)
-        if path.name == _name(path):
+        if path.stem.rpartition("-")[0] == _state(path):
             return _Segment(_read(file), file)
     except (OSError, ValueError, KeyError):  # Arrow's errors are ValueErrors
         pass
@@ -208,8 +264,8 @@ def _opened(path: Path) -> _Segment | None:
     return None
 
 
-def _name(path: Path) -> str:
-    return "-".join(map(str, state_of(path) or ())) + ".arrow"
+def _state(path: Path) -> str:
+    return "-".join(map(str, state_of(path) or ()))
 
 
 def _read(file: BinaryIO) -> "RecordBatch":

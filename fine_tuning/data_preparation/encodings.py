@@ -1,15 +1,17 @@
 """Encoded conversations as columns, and which of their windows a split has."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fine_tuning.data_preparation.catalogue import REASONS
+from fine_tuning.common.parallel import Map
+from fine_tuning.data_preparation.catalogue import REASONS, Span
 from fine_tuning.schema.prepared import PreparedRow
 
 # Of a conversation: where its first row is (-1: nowhere), how many it has, why there are none (of REASONS), tokens.
+Encode = Callable[[list[Span]], list[list[PreparedRow] | str]]  # the windows of each, or why there are none
 FOUND = np.dtype([("place", np.int64), ("windows", np.int32), ("reason", np.int8), ("tokens", np.int64)])
 
 
@@ -22,7 +24,7 @@ class Chosen:
     orders: np.ndarray
     windows: np.ndarray  # which of the conversation's
     numbers: np.ndarray  # of the window among those that the split has
-    clusters: Callable[[np.ndarray], Iterator[str | None]]  # of rows of the catalogue; None: the conversation's own id
+    clusters: np.ndarray  # of the conversation of each; None: its own id
     counts: dict[int, Mapping[str, int]]  # of some rows what stands in place of their own
 
     def part(self, at: np.ndarray) -> "Chosen":
@@ -33,8 +35,8 @@ class Chosen:
             for place, to in zip(places, held, strict=True)
             if to < len(at) and at[to] == place
         }
-        own = (column[at] for column in (self.places, self.rows, self.orders, self.windows, self.numbers))
-        return Chosen(*own, self.clusters, counts)
+        columns = (self.places, self.rows, self.orders, self.windows, self.numbers, self.clusters)
+        return Chosen(*(column[at] for column in columns), counts)
 
 
 class HeldRows:
@@ -47,8 +49,11 @@ class HeldRows:
         """Nothing is known: FOUND of nothing."""
         return np.full(len(lines), -1).astype(FOUND)
 
-    def add(self, lines: np.ndarray, encoded: Sequence[list[PreparedRow] | str]) -> np.ndarray:
-        """Take up the rows of conversations, or the reasons why there are none: FOUND."""
+    def encode(self, encode: Encode, pieces: Iterable[tuple[np.ndarray, list[Span]]], run: Map) -> Iterator[np.ndarray]:
+        """FOUND of the conversations of each piece, (hashes of their lines, where they are)."""
+        return map(self._add, run(encode, (spans for _, spans in pieces)))
+
+    def _add(self, encoded: Sequence[list[PreparedRow] | str]) -> np.ndarray:
         found: list[tuple[Any, ...]] = []
         for rows in encoded:
             if isinstance(rows, str):
@@ -67,9 +72,8 @@ class HeldRows:
     def take(self, chosen: Chosen) -> Iterator[PreparedRow]:
         """The chosen rows in their order."""
         columns = zip(
-            chosen.places.tolist(), chosen.numbers.tolist(), chosen.orders.tolist(), chosen.clusters(chosen.rows),
-            strict=True,
-        )  # fmt: skip
+            chosen.places.tolist(), chosen.numbers.tolist(), chosen.orders.tolist(), chosen.clusters, strict=True
+        )
         for at, (place, number, order, cluster) in enumerate(columns):
             row = self._rows[place]
             row.window, row.order, row.cluster = number, order, cluster or row.id

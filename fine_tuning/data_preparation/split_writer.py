@@ -1,15 +1,19 @@
 """Prepared splits on disk: files for each file of clean conversations, so that what arrives leaves the others alone."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fine_tuning.common.parallel import Map
 from fine_tuning.common.results import Memo, link
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
-from fine_tuning.data_preparation.encoded_memo import EncodedMemo, stretches
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo, TakenRows, stretches
 from fine_tuning.data_preparation.encodings import Chosen
 from fine_tuning.data_preparation.tally import Tally
 from fine_tuning.schema.prepared import write_batches
@@ -18,44 +22,83 @@ FILE_ROWS = 2048  # at most, about: what a deletion or a newer version makes be 
 ROWS = "rows.parquet"  # in the memo
 
 
-def write_split(
+class _Part(NamedTuple):
+    """The rows of one file of a split."""
+
+    split: str
+    name: str
+    key: list[Any]  # in the memo
+    at: np.ndarray  # which of the split's rows
+
+
+def write_splits(
     folder: Path,
-    chosen: Chosen,
+    chosen: Mapping[str, Chosen],
     clean: ConversationFiles,
     catalogue: Catalogue,
     encoded: EncodedMemo,
     memo: Memo,
     made_by: Sequence[Any],
-) -> Tally:
-    """Write the rows of a split as FOLDER/SHARD.PART.parquet, and count them; a file that was written before is linked.
+    run: Map = map,
+) -> dict[str, Tally]:
+    """Write the rows of splits as FOLDER/SPLIT/SHARD.PART.parquet, and count them; a file that was written before is
+    linked.
 
     Args:
         made_by: what rows depend on besides the conversations, their clusters and which of their windows there are.
+        run: what maps a function over files: `map`, or an engine's.
     """
-    tally, stale = Tally(), set(folder.glob("*"))
+    encoded.flush()
+    parts = [
+        part for split, rows in chosen.items() for part in _parts(split, rows, clean, catalogue, [*made_by, split])
+    ]
+
+    def rows_of(part: _Part) -> TakenRows:
+        return encoded.take(chosen[part.split].part(part.at))
+
+    new = (part for part in parts if part.key not in memo)
+    deque(run(partial(_make, memo=memo), ((part.key, rows_of(part)) for part in new)), 0)
+    tallies = {split: Tally() for split in chosen}
+    stale = {path for split in chosen for path in (folder / split).glob("*")}
+    for part in parts:
+        made, counts = memo.files(part.key, lambda place, _, part=part: _write(place, rows_of(part)))
+        target = folder / part.split / part.name
+        link(made / ROWS, target)
+        stale.discard(target)
+        tallies[part.split].add(counts)
+    for path in stale:
+        path.unlink()
+    return tallies
+
+
+def _parts(
+    split: str, chosen: Chosen, clean: ConversationFiles, catalogue: Catalogue, made_by: list[Any]
+) -> Iterator[_Part]:
     shards = clean.files_of(chosen.rows)
     # A power of two and bits of a hash: where some rows come or go, the others stay in their part.
     parts = 1 << np.ceil(np.log2(np.maximum(np.bincount(shards) / FILE_ROWS, 1))).astype(np.int64)
     files = shards << 32 | chosen.orders >> 24 & parts[shards] - 1
     order = np.argsort(files, kind="stable")
     for start, end in zip(*stretches(files[order]), strict=True):
-        own = chosen.part(order[start:end])
-
-        def write(place: Path, _: Path | None, own: Chosen = own) -> dict[str, Any]:
-            counts = Tally()
-            # No fsync for each file: a file that a power cut leaves short is made again.
-            with open(place / ROWS, "wb") as file:
-                write_batches(file, counts.watch(encoded.take(own)))
-            return counts.as_json()
-
-        columns = (catalogue.facts["line"][own.rows], catalogue.cluster[own.rows], own.windows)
+        at = order[start:end]
+        rows = chosen.rows[at]
+        columns = (catalogue.facts["line"][rows], catalogue.cluster[rows], chosen.windows[at])
         digest = sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
-        made, counts = memo.files([*made_by, digest], write)
-        shard, part = divmod(int(files[order[start]]), 1 << 32)
-        target = folder / f"{clean.paths[shard].stem}.{part}.parquet"
-        link(made / ROWS, target)
-        stale.discard(target)
-        tally.add(counts)
-    for path in stale:
-        path.unlink()
-    return tally
+        shard, number = divmod(int(files[at[0]]), 1 << 32)
+        yield _Part(split, f"{clean.paths[shard].stem}.{number}.parquet", [*made_by, digest], at)
+
+
+def _make(part: tuple[list[Any], TakenRows], memo: Memo) -> Path | None:
+    key, rows = part
+    # Another run may have put rows into another file meanwhile: the main process still holds the earlier one open.
+    with suppress(FileNotFoundError, IsADirectoryError):
+        return memo.files(key, lambda place, _: _write(place, rows))[0]
+    return None
+
+
+def _write(place: Path, rows: TakenRows) -> dict[str, Any]:
+    counts = Tally()
+    # No fsync for each file: a file that a power cut leaves short is made again.
+    with open(place / ROWS, "wb") as file:
+        write_batches(file, counts.watch(rows))
+    return counts.as_json()

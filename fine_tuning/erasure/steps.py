@@ -41,7 +41,7 @@ TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folder
 # What the app keeps by conversation id.
 BY_CONVERSATION = tuple(SCRATCH / name for name in ("titles.json", "tags.json", "chat_settings.json", "questions.json"))
 # Of SCRATCH: made again when they are needed.
-MEMOS = ("clean", "export", "prepare", "review", "judge")
+MEMOS = ("intake", "clean", "export", "prepare", "review", "judge")
 DROPPED = (*(f"memo/{name}" for name in MEMOS), "checkpoints", "references", "start")
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
 LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}

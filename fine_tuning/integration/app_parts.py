@@ -1,10 +1,15 @@
 """What pages are made of: text that people and models wrote, labels made of it, and buttons."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
+from fine_tuning.common.errors import count_of
+from fine_tuning.common.project import MANIFEST
+from fine_tuning.common.records import read_object
+from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.reply_markdown import pieces, printable
 
 MARKUP = set("\\`*_{}[]()<>#+-.!|$:~")
@@ -23,6 +28,14 @@ def show_text(text: str, typed: bool = False) -> None:
 def plain(text: str) -> str:
     """`text` for labels and captions, where Streamlit reads Markdown: nothing in it is markup."""
     return "".join(f"\\{character}" if character in MARKUP else character for character in printable(text))
+
+
+def read_conversations(checkout: Path) -> None:
+    """Say what is read where that takes long: at the first visit, every conversation."""
+    if not (index := conversation_index(checkout)).was_read():
+        total = int(read_object(checkout / MANIFEST).get("total_conversations") or 0)
+        with st.spinner(f"Reading {count_of(total, 'conversation')}…", show_time=True):
+            index.state()
 
 
 def button(

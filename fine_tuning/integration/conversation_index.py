@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
 from fine_tuning.common.records import read_object
 from fine_tuning.data_collection.conversation_logger import deletes
@@ -24,18 +26,28 @@ ATTEMPTS = 3  # to read files that others move meanwhile
 BEGINNING = 60  # characters of the first message that a row keeps
 
 _SUMMARY = """
-    CREATE TABLE summary (conversation BLOB PRIMARY KEY, id TEXT, source TEXT, started_at TEXT, last_spoken TEXT,
-        messages INT, characters INT, begins TEXT, shard TEXT, rating INT,
-        text TEXT, gone INT);
-    CREATE INDEX by_time ON summary (source, last_spoken);
+    PRAGMA cache_size = -65536;
+    CREATE TABLE summary (number INTEGER PRIMARY KEY, id TEXT, source TEXT, started_at TEXT, last_spoken TEXT,
+        messages INT, characters INT, begins TEXT, rating INT, gone INT);
+    CREATE TABLE said (number INTEGER PRIMARY KEY, text TEXT);
+    CREATE TABLE hit (number INTEGER PRIMARY KEY);
 """
-_COLUMNS = "id, source, started_at, last_spoken, messages, characters, begins, shard, rating"
+_BY_TIME = (  # made when the rows are there, which is quicker
+    "CREATE INDEX IF NOT EXISTS by_time ON summary (source, gone, last_spoken)",
+    "CREATE INDEX IF NOT EXISTS rated ON summary (last_spoken, rating) WHERE rating != 0 AND NOT gone",
+    "CREATE INDEX IF NOT EXISTS deleted ON summary (last_spoken, messages) WHERE gone",
+)
+_COLUMNS = "number, id, source, started_at, last_spoken, messages, characters, begins, rating"
+ROW = np.dtype(
+    [("there", "?"), ("shard", "i4"), ("source", "i4"), ("day", "i4"), ("characters", "i8"), ("rating", "i1")]
+)
 
 
 class Summary(NamedTuple):
-    """One conversation. `shard` names where its newest version is sealed; None if there is news of it since. `rating`
-    is 1 where its replies are liked rather than disliked, -1 where the other way round, else 0."""
+    """One conversation, and its number in the index. `rating` is 1 where its replies are liked rather than disliked, -1
+    where the other way round, else 0."""
 
+    number: int
     id: str
     source: str
     started_at: str
@@ -43,8 +55,27 @@ class Summary(NamedTuple):
     messages: int
     characters: int
     begins: str
-    shard: str | None
     rating: int
+
+
+class Columns:
+    """What is counted of all conversations: a ROW of numbers each. In it a shard, a source and a day stand for an entry
+    of `names`, the shard None for news since the last seal."""
+
+    def __init__(self) -> None:
+        self.rows = np.zeros(1024, ROW)
+        self.names: dict[str, dict[str | None, int]] = {"shard": {None: 0}, "source": {}, "day": {}}
+
+    def put(self, one: Summary, shard: str | None) -> None:
+        if one.number >= len(self.rows):
+            self.rows = np.concatenate([self.rows, np.zeros(max(len(self.rows), one.number), ROW)])
+        given = {"shard": shard, "source": one.source, "day": one.started_at[:10]}
+        codes = (self.names[name].setdefault(value, len(self.names[name])) for name, value in given.items())
+        self.rows[one.number] = (True, *codes, one.characters, one.rating)
+
+    def remove(self, number: int) -> None:
+        if number < len(self.rows):
+            self.rows["there"][number] = False
 
 
 class ConversationIndex:
@@ -53,12 +84,13 @@ class ConversationIndex:
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
         self._lock = threading.Lock()
-        self._changes = 0
+        self._changes = self._numbered = 0
         self._clear()
 
     def _clear(self) -> None:
         self._changes += 1
-        self._index = LogIndex(_SUMMARY)
+        self._numbered += 1
+        self._index, self._columns = LogIndex(_SUMMARY), Columns()
         self._shards: dict[Path, tuple[int, int]] = {}
         self._unmatched = 0
         self._logs: dict[str, tuple[Path, int]] = {}  # what tells a log from others → its path, bytes read
@@ -68,37 +100,60 @@ class ConversationIndex:
     ) -> tuple[list[Summary], int]:
         """The conversations of a source in whose title or messages all words occur, whatever their case: those spoken
         in last, at most `limit`, and how many there are."""
-        condition, values = _condition(words, titles or {})
-        condition, values = f"{condition} AND source = ?", [*values, source]
+        condition = "source = ? AND gone = 0"
         with self._up_to_date() as index:
-            ((count,),) = index.rows(f"SELECT count(*) FROM summary WHERE {condition}", *values)
+            if words.strip():
+                _find(index, words, titles or {})
+                condition += " AND number IN hit"
+            ((count,),) = index.rows(f"SELECT count(*) FROM summary WHERE {condition}", source)
             query = f"SELECT {_COLUMNS} FROM summary WHERE {condition} ORDER BY last_spoken DESC LIMIT {limit}"
-            return [Summary(*row) for row in index.rows(query, *values)], count
+            return [Summary(*row) for row in index.rows(query, source)], count
 
-    def changes(self) -> int:
-        """A number that grows whenever a conversation comes, changes or goes."""
+    def state(self) -> tuple[int, int]:
+        """A number that grows whenever a conversation comes, changes or goes; and one that grows when the conversations
+        get other numbers."""
         with self._up_to_date():
-            return self._changes
+            return self._changes, self._numbered
 
-    def all(self) -> list[Summary]:
-        """Every conversation, those with news since the last seal first."""
-        with self._up_to_date() as index:
-            query = f"SELECT {_COLUMNS} FROM summary WHERE NOT gone ORDER BY shard NOT NULL, rowid"
-            return list(map(Summary._make, index.rows(query)))
+    def was_read(self) -> bool:
+        """Whether what is sealed and logged was read; the first time takes half a minute for a million."""
+        return bool(self._shards or self._logs)
 
-    def with_words(self, words: str) -> list[str]:
-        """The ids of the conversations in whose id or messages all words occur, whatever their case."""
-        condition, values = _condition(words, {})
+    def columns(self) -> tuple[np.ndarray, dict[str, list[str | None]]]:
+        """A copy of the `Columns`: the row of each number, and the names that its numbers stand for."""
+        with self._up_to_date():
+            return self._columns.rows.copy(), {name: list(codes) for name, codes in self._columns.names.items()}
+
+    def summaries(self, numbers: Iterable[int]) -> list[Summary]:
+        """Conversations by their numbers."""
+        query = f"SELECT {_COLUMNS} FROM summary WHERE number = ?"
         with self._up_to_date() as index:
-            return [identity for (identity,) in index.rows(f"SELECT id FROM summary WHERE {condition}", *values)]
+            return [Summary(*row) for number in numbers for row in index.rows(query, int(number))]
+
+    def numbers(self, identities: Iterable[str]) -> list[int]:
+        """The numbers of conversations, also of those that are not there."""
+        with self._up_to_date() as index:
+            return [index.number(key_of(identity)) for identity in identities]
+
+    def identities(self, first: int, limit: int = 100_000) -> list[str]:
+        """The ids with the numbers from `first` on, at most `limit`."""
+        with self._up_to_date() as index:
+            query = "SELECT conversation FROM known WHERE number >= ? ORDER BY number LIMIT ?"
+            keys = index.rows(query, first, limit)
+        return [key.decode("utf-8", "surrogatepass") for (key,) in keys]
+
+    def with_words(self, words: str) -> list[int]:
+        """The numbers of the conversations in whose id or messages all words occur, whatever their case."""
+        with self._up_to_date() as index:
+            _find(index, words, {})
+            return [number for (number,) in index.rows("SELECT number FROM hit")]
 
     def count(self, shards: Collection[str]) -> tuple[int, int, int]:
         """(all, those with news since the last seal, those whose newest version is in none of `shards`)."""
-        with self._up_to_date() as index:
-            rows = index.rows("SELECT shard, count(*) FROM summary WHERE NOT gone GROUP BY shard")
-        numbers = dict(rows)
-        logged, cleaned = numbers.get(None, 0), sum(numbers.get(shard, 0) for shard in shards)
-        return (total := sum(numbers.values())), logged, total - logged - cleaned
+        rows, names = self.columns()
+        numbers = np.bincount(rows["shard"][rows["there"]], minlength=len(names["shard"])).tolist()
+        cleaned = sum(number for number, shard in zip(numbers, names["shard"], strict=True) if shard in shards)
+        return (total := sum(numbers)), numbers[0], total - numbers[0] - cleaned
 
     def ratings(self, since: str, until: str) -> tuple[int, int]:
         """(liked, liked or disliked) of the conversations that were last spoken in between two ISO 8601 times."""
@@ -107,11 +162,13 @@ class ConversationIndex:
             ((liked, rated),) = index.rows(f"{query} AND last_spoken >= ? AND last_spoken < ?", since, until)
         return liked, rated
 
-    def deleted(self) -> list[Summary]:
-        """The deleted conversations as they were, the newest first; one without messages was sealed as deleted."""
+    def deleted(self, limit: int = 60) -> tuple[list[Summary], int, int]:
+        """The deleted conversations as they were, the newest first, at most `limit`; how many are deleted; and how many
+        of those have no messages, because they were sealed so."""
         with self._up_to_date() as index:
-            query = f"SELECT {_COLUMNS} FROM summary WHERE gone ORDER BY last_spoken DESC"
-            return [Summary(*row) for row in index.rows(query)]
+            query = f"SELECT {_COLUMNS} FROM summary WHERE gone AND messages ORDER BY last_spoken DESC LIMIT {limit}"
+            ((count, sealed),) = index.rows("SELECT count(*), sum(NOT messages) FROM summary WHERE gone")
+            return [Summary(*row) for row in index.rows(query)], count, sealed or 0
 
     def conversation(self, identity: str, source: str | None = None) -> dict | None:
         """A conversation as it is now; None if nobody knows it, it was deleted, or it is of another source."""
@@ -142,14 +199,18 @@ class ConversationIndex:
         if dict(list(shards.items())[: len(self._shards)]) != self._shards:
             self._clear()  # a shard is gone or was changed, or came in before others
         new = [path for path in shards if path not in self._shards]
-        changed = self._index.add_shards(new, all_of_them=True)
+        changed = self._index.add_shards(new, self._summarise_version)
+        for query in _BY_TIME:
+            self._index.rows(query)
         self._shards = shards
+        if new:
+            changed |= self._index.touched_after(0)
         changed |= self._read_logs()
         if self._index.loose_events() > self._unmatched or (new and self._unmatched):
             changed |= self._index.add_shards(shards)  # a judgement that names a sealed message, and no conversation
         self._unmatched = self._index.loose_events()
         self._summarise(changed)
-        self._changes += bool(changed)
+        self._changes += bool(changed or new)
 
     def _read_logs(self) -> set[bytes]:
         """Read what was added to the logs; returns the conversations that it, or a log that is gone, is about."""
@@ -169,15 +230,29 @@ class ConversationIndex:
             changed |= self._index.touched_after(last)
         return changed
 
+    def _summarise_version(self, number: int, version: dict, shard: Path) -> None:
+        self._put(number, version, shard.name, gone=bool(version.get("deleted")))
+
     def _summarise(self, changed: Iterable[bytes]) -> None:
         for key in changed:
             conversation, shard = self._folded(key)
-            self._index.rows("DELETE FROM summary WHERE conversation = ?", key)
             if gone := conversation is not None and bool(conversation.get("deleted")):
                 conversation, shard = self._folded(key, undeleted=True)
-            if conversation is not None and (conversation["messages"] or gone):
-                row = (key, *_summary(conversation, shard), gone)
-                self._index.rows(f"INSERT INTO summary VALUES ({', '.join('?' * len(row))})", *row)
+            self._put(self._index.number(key), conversation, shard, gone)
+
+    def _put(self, number: int, conversation: dict | None, shard: str | None, gone: bool) -> None:
+        there = conversation is not None and (conversation["messages"] or gone)
+        if conversation is None or not there:
+            self._index.rows("DELETE FROM summary WHERE number = ?", number)
+        else:
+            one, text = _summary(number, conversation)
+            self._index.rows("INSERT OR REPLACE INTO summary VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *one, gone)
+        if there and not gone:
+            self._index.rows("INSERT OR REPLACE INTO said VALUES (?, ?)", number, text)
+            self._columns.put(one, shard)
+        else:
+            self._index.rows("DELETE FROM said WHERE number = ?", number)
+            self._columns.remove(number)
 
     def _folded(self, key: bytes, undeleted: bool = False) -> tuple[dict | None, str | None]:
         """(conversation as it is now, or without its deletion, the shard that has it so)."""
@@ -205,38 +280,41 @@ def cleaned_shards(checkout: Path) -> set[str]:
     return {shard["name"] for shard in taken_in} if (checkout / REJECTED).exists() else set()
 
 
-def _condition(words: str, titles: Mapping[str, str]) -> tuple[str, list[str | bytes]]:
-    """What a query asks of a row, and its values: all words in its id, its messages or its title."""
-    condition, values = "NOT gone", []
+def _find(index: LogIndex, words: str, titles: Mapping[str, str]) -> None:
+    """Put into the table `hit` who has all words in its messages, its id or its title."""
+    condition, values = "1", []
     for word in words.lower().split():
         named = [key_of(identity) for identity, title in titles.items() if word in title.lower()]
-        condition += f" AND (instr(text, ?) OR instr(id, ?) OR conversation IN ({', '.join('?' * len(named))}))"
-        values += [word, word, *named]
-    return condition, values
+        keys = ", ".join("?" * len(named))
+        condition += f" AND (instr(text, ?) OR number IN (SELECT number FROM known WHERE conversation IN ({keys})))"
+        values += [word, *named]
+    index.rows("DELETE FROM hit")
+    index.rows(f"INSERT INTO hit SELECT number FROM said WHERE {condition}", *values)
 
 
 def last_spoken(conversation: dict) -> str:
     return max((message.get("at") or "" for message in conversation["messages"]), default="")
 
 
-def _summary(conversation: dict, shard: str | None) -> tuple:
+def _summary(number: int, conversation: dict) -> tuple[Summary, str]:
+    """The summary, and what is searched for words."""
     messages = conversation["messages"]
-    first = next((message["content"] for message in messages if message.get("role") == "user"), "") or ""
-    liked = sum(entry.get("rating") or 0 for entry in conversation.get("feedback") or [])
-    values = (
+    contents = [message.get("content") or "" for message in messages]
+    first = next((text for message, text in zip(messages, contents, strict=True) if message.get("role") == "user"), "")
+    liked = sum(entry.get("rating") or 0 for entry in conversation.get("feedback") or ())
+    texts = (
         conversation["id"],
-        conversation.get("source") or "unknown",
+        str(conversation.get("source") or "unknown"),
         str(conversation.get("started_at") or ""),
         last_spoken(conversation),
-        len(messages),
-        sum(len(message.get("content") or "") for message in messages),
-        " ".join(str(first).split())[:BEGINNING],
-        shard,
-        (liked > 0) - (liked < 0),
-        "\n".join(message.get("content") or "" for message in messages).lower(),
+        " ".join(first.split())[:BEGINNING],
+        "\n".join(contents).lower() + "\n" + conversation["id"],
     )
-    # A lone surrogate, which JSON can hold, has no UTF-8.
-    return tuple(v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values)
+    if not all(map(str.isascii, texts)):  # a lone surrogate, which JSON can hold, has no UTF-8
+        texts = tuple(text.encode("utf-8", "replace").decode() for text in texts)
+    identity, source, started, spoken, begins, text = texts
+    size, rating = sum(map(len, contents)), (liked > 0) - (liked < 0)
+    return Summary(number, identity, source, started, spoken, len(messages), size, begins, rating), text
 
 
 def _name_of(log: Path) -> str | None:

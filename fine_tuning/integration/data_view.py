@@ -1,11 +1,13 @@
 """What the page Data shows: where every conversation is on its way from the log to the tokens."""
 
-import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fine_tuning.common.project import MANIFEST, PREPARED
 from fine_tuning.common.records import read_jsonl, read_lines, read_object, stamp, updating
@@ -14,8 +16,9 @@ from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
 from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
-from fine_tuning.data_preparation.splits import Ledger
-from fine_tuning.integration.conversation_index import REJECTED, Summary, cleaned_shards, conversation_index
+from fine_tuning.data_preparation.splits import LEFT_OUT, NAMES, Ledger
+from fine_tuning.integration.conversation_index import REJECTED, cleaned_shards, conversation_index
+from fine_tuning.schema.conversation import from_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +28,8 @@ TAGS = Path(".whetstone/tags.json")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
+_NOBODY = np.zeros(1, np.uint64)  # no conversation has the number 0
+_PLACEHOLDER = re.compile(PLACEHOLDER.pattern.encode())
 
 Span = tuple[str, str | None]  # text, and what is special about it
 Stamp = tuple[Path, object]
@@ -35,37 +40,56 @@ def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
     return tuple((path, found) for path in paths if (found := stamp(path)))
 
 
-def entries(checkout: Path, words: str = "") -> "pd.DataFrame":
-    """Every conversation in whose id or messages all words occur, those with news since the last seal first.
+def entries(checkout: Path) -> "pd.DataFrame":
+    """Every conversation by its number in the index, those with news since the last seal first.
 
-    Columns: those of a `Summary`; `fate`: kept, new, not cleaned yet, or why it was dropped; `twin`: the id of the one
-    that was kept instead of a duplicate, or ""; `split`: train, validation, test, or none; `masked`: the types of
-    personal data that were masked in it; `tags`: what somebody called it.
+    Columns: `source`; `day` on which it started, or ""; `characters`; `rating`; `fate`: kept, new, not cleaned yet, or
+    why it was dropped; `split`: train, validation, test, or none; `masked`: the types of personal data that were masked
+    in it; `tags`: what somebody called it. Of masked and tags there is one a line.
     """
-    index = conversation_index(checkout)
     files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS)]
-    found = _entries(checkout, index.changes(), stamps([*files, *_clean_shards(checkout)]))
-    return found[found["id"].isin(index.with_words(words))] if words.strip() else found
+    return _entries(checkout, *conversation_index(checkout).state(), stamps([*files, *_clean_shards(checkout)]))
 
 
 @lru_cache(maxsize=1)
-def _entries(checkout: Path, _: int, __: tuple[Stamp, ...]) -> "pd.DataFrame":
+def _entries(checkout: Path, _: int, numbered: int, __: tuple[Stamp, ...]) -> "pd.DataFrame":
     import pandas as pd
 
-    found, cleaned, tags = conversation_index(checkout).all(), cleaned_shards(checkout), read_tags(checkout)
-    fates = _fates(stamps([checkout / REJECTED]))
-    masked = _masked(stamps(_clean_shards(checkout)))
-    splits = dict(_ledger(stamps([checkout / LEDGER]), checkout).find(one.id for one in found))
+    rows, names = conversation_index(checkout).columns()
+    outcomes, cleaned = _outcomes(checkout, numbered), cleaned_shards(checkout)
+    numbers = np.flatnonzero(rows["there"])
+    new = rows["shard"][numbers] == 0
+    numbers = np.concatenate([numbers[new], numbers[~new]])
+    found = rows[numbers]
+    reasons, dropped = outcomes.drops(len(rows))
+    in_cleaned = np.array([name in cleaned for name in names["shard"]])[found["shard"]]
+    dropped = np.where(in_cleaned, dropped[numbers], 0)
+    fate = np.select([found["shard"] == 0, ~in_cleaned], [1, 2], np.where(dropped, dropped + 2, 0))
+    split = np.where(fate == 0, outcomes.splits(len(rows))[numbers], NAMES.index(LEFT_OUT))
+    masked, tags = outcomes.masked(len(rows)), outcomes.tags(len(rows))
+    return pd.DataFrame(
+        {
+            "source": _category(found["source"], names["source"]),
+            "day": _category(found["day"], names["day"]),
+            "characters": found["characters"],
+            "rating": found["rating"],
+            "fate": _category(fate, ["kept", "new", "not cleaned yet", *reasons[1:]]),
+            "split": _category(split, NAMES),
+            "masked": _category(masked[1][numbers], masked[0]),
+            "tags": _category(tags[1][numbers], tags[0]),
+        },
+        index=numbers,
+    )
 
-    def about(one: Summary) -> tuple:
-        drop = fates.get(one.id) if one.shard in cleaned else None
-        fate = "new" if one.shard is None else "kept" if one.shard in cleaned else "not cleaned yet"
-        twin = str(drop["value"]) if drop and drop["reason"] == "duplicate" else ""
-        split = splits.get(one.id, "none") if fate == "kept" and not drop else "none"
-        fate = drop["reason"] if drop else fate
-        return *one, fate, twin, split, masked.get(one.id, ()), tags.get(one.id, ())
 
-    return pd.DataFrame(map(about, found), columns=[*Summary._fields, "fate", "twin", "split", "masked", "tags"])
+def _category(codes: np.ndarray, names: Sequence[str | None]) -> "pd.Categorical":
+    """Numbers as the names that they stand for, in the order of the names."""
+    import pandas as pd
+
+    order = sorted(range(len(names)), key=lambda code: str(names[code]))
+    place = np.empty(len(names), np.int32)
+    place[order] = np.arange(len(names))
+    return pd.Categorical.from_codes(place[codes], [names[code] for code in order])
 
 
 def _clean_shards(checkout: Path) -> list[Path]:
@@ -92,8 +116,8 @@ def _share(count: int, total: int) -> str:
     return f"{count} of {total} rated conversations ({count / total:.0%} [{low:.0%}, {high:.0%}])"
 
 
-def read_tags(checkout: Path) -> dict[str, tuple[str, ...]]:
-    return {key: tuple(map(str, tags)) for key, tags in read_object(checkout / TAGS).items() if isinstance(tags, list)}
+def _tags(path: Path) -> dict[str, list[str]]:
+    return {key: list(map(str, tags)) for key, tags in read_object(path).items() if isinstance(tags, list)}
 
 
 def write_tags(checkout: Path, identity: str, tags: Iterable[str]) -> None:
@@ -131,6 +155,12 @@ def _spans(text: str, marked: Iterable[tuple[int, int, str]]) -> list[Span]:
         spans += [(text[position:start], None), (text[start:end], kind)]
         position = end
     return [*spans, (text[position:], None)]
+
+
+def twin(checkout: Path, identity: str) -> str | None:
+    """The id of the conversation that was kept instead of a duplicate."""
+    drops = (from_line(line) for _, line in read_lines(checkout / REJECTED) if b'"reason":"duplicate"' in line)
+    return next((str(drop["value"]) for drop in drops if drop["id"] == identity), None)
 
 
 def can_be_restored(cleaner: DataCleaner, conversation: dict, fate: str) -> bool:
@@ -190,20 +220,80 @@ def _pieces(tokenizer, ids: list[int], labels: list[int], not_trained: int) -> l
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
-
-@lru_cache(maxsize=2)
-def _fates(rejected: tuple[Stamp, ...]) -> dict[str, dict]:
-    drops = (drop for path, _ in rejected for drop in read_jsonl(path))
-    return {drop["id"]: drop for drop in drops if drop.get("id") and drop["reason"] != "superseded"}
+_Reader = Callable[[Path], Iterable[tuple[str, str]]]  # (id, name) of the conversations that a file names
+Marks = tuple[list[str], np.ndarray]  # names, of which the first is "", and which of them each conversation has
 
 
-@lru_cache(maxsize=2)
-def _masked(shards: tuple[Stamp, ...]) -> dict[str, tuple[str, ...]]:
-    lines = (line for path, _ in shards for _, line in read_lines(path))
-    found = ((line, sorted({match[1] for match in PLACEHOLDER.finditer(line.decode())})) for line in lines)
-    return {json.loads(line)["id"]: tuple(types) for line, types in found if types}
+class _Outcomes:
+    """What the files of the pipeline say of conversations, by their numbers in the index. A file is read again when it
+    changed."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout, self.index = checkout, conversation_index(checkout)
+        self._names: dict[_Reader, dict[str, int]] = {}
+        self._read: dict[Path, tuple[object, np.ndarray, np.ndarray]] = {}  # path → stamp, numbers, codes
+        self._ledger: Ledger | None = None
+        self._salt, self._keys, self._splits = "", _NOBODY, np.zeros(1, np.int8)
+
+    def drops(self, size: int) -> Marks:
+        """Why conversations were dropped."""
+        return self._marks([self.checkout / REJECTED], _drops_in, size)
+
+    def masked(self, size: int) -> Marks:
+        return self._marks(_clean_shards(self.checkout), _masked_in, size)
+
+    def tags(self, size: int) -> Marks:
+        return self._marks([self.checkout / TAGS], _tags_in, size)
+
+    def splits(self, size: int) -> np.ndarray:
+        """Numbers of NAMES."""
+        salt = read_params("prepare", PrepareSettings, self.checkout / "params.yaml").salt
+        ledger = _ledger(self.checkout / LEDGER, stamp(self.checkout / LEDGER), salt)
+        if salt != self._salt:
+            self._salt, self._keys = salt, _NOBODY
+        while identities := self.index.identities(len(self._keys)):
+            self._keys = np.concatenate([self._keys, ledger.keys(identities)])
+        known = self._splits if ledger is self._ledger else _NOBODY.astype(np.int8)
+        new = ledger.splits_of(self._keys[len(known) :])
+        self._ledger, self._splits = ledger, np.concatenate([known, np.where(new < 0, NAMES.index(LEFT_OUT), new)])
+        return np.concatenate([self._splits, np.zeros(max(0, size - len(self._splits)), np.int8)])
+
+    def _marks(self, paths: list[Path], read: _Reader, size: int) -> Marks:
+        names, marks = self._names.setdefault(read, {"": 0}), np.zeros(size, np.int32)
+        for path in paths:
+            now, known = stamp(path), self._read.get(path)
+            if now is not None and (known is None or known[0] != now):
+                pairs = list(read(path))
+                numbers = np.array(self.index.numbers(identity for identity, _ in pairs), np.int64)
+                codes = np.array([names.setdefault(name, len(names)) for _, name in pairs], np.int32)
+                self._read[path] = known = now, numbers, codes
+            if now is not None:
+                _, numbers, codes = known
+                marks[numbers[numbers < size]] = codes[numbers < size]
+        return list(names), marks
 
 
-@lru_cache(maxsize=2)
-def _ledger(_: tuple[Stamp, ...], checkout: Path) -> Ledger:
-    return Ledger(checkout / LEDGER, read_params("prepare", PrepareSettings, checkout / "params.yaml").salt)
+@lru_cache(maxsize=1)
+def _outcomes(checkout: Path, _: int) -> _Outcomes:
+    return _Outcomes(checkout)
+
+
+def _drops_in(path: Path) -> Iterator[tuple[str, str]]:
+    for drop in read_jsonl(path):
+        if drop.get("id") and drop["reason"] != "superseded":
+            yield drop["id"], drop["reason"]
+
+
+def _masked_in(path: Path) -> Iterator[tuple[str, str]]:
+    for _, line in read_lines(path):
+        if b"<" in line and (types := {match[1].decode() for match in _PLACEHOLDER.finditer(line)}):
+            yield from_line(line)["id"], "\n".join(sorted(types))
+
+
+def _tags_in(path: Path) -> Iterator[tuple[str, str]]:
+    return ((identity, "\n".join(tags)) for identity, tags in _tags(path).items())
+
+
+@lru_cache(maxsize=1)
+def _ledger(path: Path, _: object, salt: str) -> Ledger:
+    return Ledger(path, salt)

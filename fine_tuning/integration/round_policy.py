@@ -5,6 +5,7 @@ import re
 import subprocess
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,13 +13,14 @@ from filelock import FileLock, Timeout
 from pydantic import AfterValidator, Field
 
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import FOLLOWED, LOG, changes_by_hand
-from fine_tuning.common.records import read_object, write_json
+from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, LOG, MANIFEST, changes_by_hand
+from fine_tuning.common.records import read_object, stamp, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.common.stage_times import about
-from fine_tuning.data_collection.conversation_logger import read_log
+from fine_tuning.data_collection.conversation_logger import deletes, read_log
+from fine_tuning.data_collection.storage.shards import shard_paths, versions
 from fine_tuning.integration.canary import Canary
-from fine_tuning.integration.conversation_index import counts
+from fine_tuning.integration.conversation_index import cleaned_shards
 
 # {"failures", "at", "why"} of the rounds that failed since the last good one, and "left": conversations that were
 # still new after that.
@@ -83,10 +85,8 @@ def waits_for(checkout: Path, settings: RoundsSettings) -> list[str]:
 
 def new_pairs(checkout: Path) -> int:
     """Replies that were edited or preferred since the last seal."""
-    live = checkout / LOG
-    logs = [*sorted((live.parent / "closed").glob("*.jsonl")), live]
     with suppress(FileNotFoundError):  # a seal moves one meanwhile
-        events = (event for log in logs if log.exists() for _, event in read_log(log))
+        events = (event for log in _logs(checkout) for _, event in read_log(log))
         return sum(bool(event and (event["event"] == "edit" or event.get("over"))) for event in events)
     return 0
 
@@ -121,8 +121,30 @@ def note_success(checkout: Path) -> None:
 
 
 def _new(checkout: Path) -> int:
-    _, logged, sealed = counts(checkout)
-    return logged + sealed
+    """Conversations that were said, changed or brought since the last cleaning."""
+    cleaned = cleaned_shards(checkout)
+    shards = [p for p in shard_paths(checkout / CONVERSATIONS, checkout / MANIFEST) if p.name not in cleaned]
+    with suppress(FileNotFoundError):  # a seal moves one meanwhile
+        return _count_new(*(tuple((path, stamp(path)) for path in paths) for paths in (shards, _logs(checkout))))
+    return 0
+
+
+@lru_cache(maxsize=1)
+def _count_new(shards: tuple[tuple[Path, object], ...], logs: tuple[tuple[Path, object], ...]) -> int:
+    there = {version["id"]: not version.get("deleted") for version in versions(path for path, _ in shards)}
+    owners: dict[str, str] = {}
+    for event in (event for log, _ in logs for _, event in read_log(log) if event):
+        message = str(event.get("message_id")).removesuffix("-user")
+        identity = event.get("conversation_id") or owners.get(message, message)
+        if event["event"] == "exchange":
+            owners[event["id"]] = identity
+        there[identity] = there.get(identity, True) and not deletes(event)
+    return sum(there.values())
+
+
+def _logs(checkout: Path) -> list[Path]:
+    live = checkout / LOG
+    return [log for log in (*sorted((live.parent / "closed").glob("*.jsonl")), live) if log.exists()]
 
 
 def pause_left(checkout: Path) -> float:

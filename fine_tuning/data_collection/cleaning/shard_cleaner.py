@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     """Bytes start:end of a shard, whole lines; `key` names what its cleaning depends on besides the code."""
 
     shard: str
-    path: str
+    path: Path
     start: int
     end: int
     key: list[Any]
@@ -63,7 +63,7 @@ def clean_shards(
     progress: Callable[[int, int], None] = lambda done, total: None,
     piece_bytes: int = PIECE_BYTES,
 ) -> dict[str, Any]:
-    """Clean shards into `output`: one file a shard, rejected.jsonl and clusters.jsonl.
+    """Clean shards into `output`: files of at most 2,048 conversations of a shard, rejected.jsonl and clusters.jsonl.
 
     Args:
         shards: (path, SHA-256 of its bytes) in their order.
@@ -101,7 +101,7 @@ def _common(settings: CleanSettings, control_tokens: tuple[str, ...]) -> list[An
 def _pieces(shards: list[tuple[Path, str]], common: list[Any], size: int) -> Iterator[Piece]:
     for path, sha256 in shards:
         for start, end in [*line_ranges(path, size)] or [(0, 0)]:
-            yield Piece(path.name, str(path.resolve()), start, end, [sha256, start, end, common])
+            yield Piece(path.name, path.resolve(), start, end, [sha256, start, end, common])
 
 
 def clean_piece(piece: Piece, memo: Memo, settings: CleanSettings, control_tokens: tuple[str, ...]) -> CleanPiece:
@@ -125,7 +125,7 @@ def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, C
                 row, about, conversation, found = _clean_line(line, cleaner)
                 for name in filter(found.get, found):
                     counts[name].update(found[name])
-                told.write(b"[%b\t,%b" % (orjson.dumps(about[0]), to_line(about[1:])[1:]))
+                told.write(to_line(about))
                 if conversation is not None:
                     cleaned.write(to_line(conversation))
                     spoken = [m["content"] for m in conversation["messages"] if m["role"] in ("user", "assistant")]

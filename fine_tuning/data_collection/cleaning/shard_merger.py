@@ -5,10 +5,9 @@ million conversations. A shard's lines are written again where a decision about 
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +23,14 @@ from fine_tuning.schema.conversation import from_line, to_line
 
 LARGEST = 5  # clusters whose sizes are reported
 KEPT = "kept.jsonl"
+FILE_ROWS = 2048  # at most: what a deletion or a newer version makes be written again
 # `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
 # told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
-# The only tab in it stands behind the id, so that _ID finds that as it is written.
 ROW = np.dtype(
     [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
     + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
     + [(name, np.int8) for name in ("passed", "standing", "restored", "judged")]
 )
-_ID = re.compile(rb"\[([^\t]*)\t.*\n")
 VERDICTS = ("kept", "superseded", "rejected", "duplicate", "near_duplicate", "same_reply", "user_share")
 _KEPT, _SUPERSEDED, _REJECTED, _DUPLICATE, _NEAR_DUPLICATE, _SAME_REPLY, _USER_SHARE = range(len(VERDICTS))
 
@@ -46,7 +44,7 @@ class CleanPiece(NamedTuple):
 
 
 def merge(pieces: list[CleanPiece], memo: Memo, output: Path, settings: CleanSettings) -> dict[str, Any]:
-    """Write into `output` one file a shard, rejected.jsonl and clusters.jsonl; returns what `clean_shards` does."""
+    """Write into `output` files of each shard, rejected.jsonl and clusters.jsonl; returns what `clean_shards` does."""
     index = _Index(pieces)
     decided = _decide(index, settings)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,13 +83,6 @@ class _Index:
     def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
         return numbers if rows is None else numbers[rows]
-
-    def ids(self, rows: np.ndarray) -> Iterator[bytes]:
-        """JSON of the ids of rows in ascending order."""
-        for piece, start, end in zip(self.pieces, self.starts[:-1], self.starts[1:], strict=True):
-            first, last = np.searchsorted(rows, (start, end))
-            found = _ID.findall((piece.folder / "told.jsonl").read_bytes()) if last > first else []
-            yield from map(found.__getitem__, (rows[first:last] - start).tolist())
 
     def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
         """(id, started_at, details) of rows in any order."""
@@ -138,7 +129,11 @@ class _Decided:
     value: np.ndarray  # the row of the better or earlier duplicate, or the count that was too many
     candidates: np.ndarray  # rows that only another conversation can drop
     cluster: np.ndarray  # of each candidate the first of its cluster
-    added: dict[int, list[dict]]  # row → judgements of exact duplicates of it
+    added: dict[int, list[dict]]  # row → judgements of exact duplicates of it, in ascending order
+    judged: np.ndarray = field(init=False)  # the rows of `added`
+
+    def __post_init__(self) -> None:
+        self.judged = np.fromiter(self.added, np.int64)
 
 
 def _decide(index: _Index, settings: CleanSettings) -> _Decided:
@@ -219,43 +214,59 @@ def _judgements(index: _Index, rows: np.ndarray, kept: np.ndarray, shared: np.nd
 
 
 def _write_shards(index: _Index, decided: _Decided, memo: Memo, output: Path) -> None:
-    """Write the lines that are kept of each shard; a shard of which the same are kept as before is linked."""
+    """Write the lines that are kept of each shard, FILE_ROWS a file; a file that keeps the same as before is linked."""
     written = {"rejected.jsonl", "clusters.jsonl"}
     for shard, group in groupby(enumerate(index.pieces), key=lambda numbered: numbered[1].shard):
         numbers = [number for number, _ in group]
         start, end = index.starts[numbers[0]], index.starts[numbers[-1] + 1]
-        kept = np.packbits(decided.verdict[start:end] == _KEPT).tobytes()
-        added = {str(row - start): said for row, said in decided.added.items() if start <= row < end}
-        key = [[index.pieces[number].folder.name for number in numbers], hashlib.sha256(kept).hexdigest(), added]
-
-        def write(place: Path, _: object, numbers: list[int] = numbers) -> int:
-            with open(place / KEPT, "wb") as file:
-                for number in numbers:
-                    _write_piece(index, decided, number, file.write)
-            return len(numbers)
-
-        link(memo.files(key, write)[0] / KEPT, output / shard)
-        written.add(shard)
+        firsts = range(start, max(end, start + 1), FILE_ROWS)
+        for part, first in enumerate(firsts):
+            name = shard if len(firsts) == 1 else f"{Path(shard).stem}.{part:04}.jsonl"
+            link(_part(index, decided, memo, numbers, first, min(first + FILE_ROWS, end)), output / name)
+            written.add(name)
     for path in output.glob("*.jsonl"):
         if path.name not in written:
             path.unlink()
     memo.remove_unused()
 
 
-def _write_piece(index: _Index, decided: _Decided, number: int, write: Callable[[Any], Any]) -> None:
-    first, last = index.starts[number : number + 2]
-    ends = np.array(index.tables[number]["end"])
+def _part(index: _Index, decided: _Decided, memo: Memo, numbers: list[int], first: int, last: int) -> Path:
+    """The file of the lines that are kept of the rows first:last, which are in some of the pieces `numbers`."""
+    pieces = [
+        (number, max(first, index.starts[number]), min(last, index.starts[number + 1]))
+        for number in numbers
+        if index.starts[number] < last and first < index.starts[number + 1]
+    ]
+    kept = np.packbits(decided.verdict[first:last] == _KEPT).tobytes()
+    judged = decided.judged[slice(*np.searchsorted(decided.judged, (first, last)))].tolist()
+    added = {str(row - first): decided.added[row] for row in judged}
+    places = [[index.pieces[number].folder.name, int(begin - index.starts[number])] for number, begin, _ in pieces]
+
+    def write(place: Path, _: object) -> int:
+        with open(place / KEPT, "wb") as file:
+            for number, begin, end in pieces:
+                _write_rows(index, decided, number, begin, end, file.write)
+        return len(pieces)
+
+    return memo.files([places, hashlib.sha256(kept).hexdigest(), int(last - first), added], write)[0] / KEPT
+
+
+def _write_rows(
+    index: _Index, decided: _Decided, number: int, first: int, last: int, write: Callable[[Any], Any]
+) -> None:
+    """Write the lines that are kept of some rows of a piece."""
+    start, ends = index.starts[number], np.array(index.tables[number]["end"])
     begins = np.concatenate([[0], ends[:-1]])
-    kept = np.flatnonzero(decided.verdict[first:last] == _KEPT)
+    kept = first - start + np.flatnonzero(decided.verdict[first:last] == _KEPT)
     if not len(kept):
         return
-    changed = np.isin(first + kept, list(decided.added))
+    changed = np.isin(start + kept, decided.judged)
     broken = (begins[kept][1:] != ends[kept][:-1]) | changed[1:] | changed[:-1]
     stretches = np.split(kept, np.flatnonzero(broken) + 1)
     cleaned = _mapped(index.pieces[number].folder / "cleaned.jsonl", np.uint8).data
     for stretch in stretches:
         lines = cleaned[begins[stretch[0]] : ends[stretch[-1]]]
-        others = decided.added.get(int(first + stretch[0]))
+        others = decided.added.get(int(start + stretch[0]))
         write(to_line(add_judgements(from_line(bytes(lines)), others)) if others else lines)
 
 
@@ -282,7 +293,7 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
 
 
 def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any]) -> np.ndarray:
-    """Write {"id", "cluster"} of every kept conversation; a cluster is named after its oldest conversation.
+    """Write {"id", "cluster"} of kept conversations that another one, the oldest of their cluster, gives its name.
 
     Returns the kept conversations of each cluster, at the place of its first candidate; 0 elsewhere.
     """
@@ -294,7 +305,9 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
         oldest[cluster[place]] = place
     kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
     named = oldest[cluster[kept]]
-    others = (orjson.dumps(identity) for identity, *_ in index.told(rows[named[named != kept]]))
-    for is_named, identity in zip((named == kept).tolist(), index.ids(rows[kept]), strict=True):
-        write(b'{"id":%b,"cluster":%b}\n' % (identity, identity if is_named else next(others)))
+    members = named != kept
+    for (identity, *_), (other, *_) in zip(
+        index.told(rows[kept[members]]), index.told(rows[named[members]]), strict=True
+    ):
+        write(to_line({"id": identity, "cluster": other}))
     return np.bincount(cluster[kept], minlength=len(rows))

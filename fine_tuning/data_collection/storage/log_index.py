@@ -6,7 +6,7 @@ its cache of two megabytes. It holds positions and ids, no texts.
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,8 +20,12 @@ _TABLES = """
     CREATE TABLE event (file INT, start INT, length INT, conversation BLOB, exchange BLOB, message BLOB);
     CREATE INDEX of_conversation ON event (conversation);
     CREATE INDEX of_exchange ON event (exchange) WHERE exchange NOT NULL;
-    CREATE TABLE sealed (number INTEGER PRIMARY KEY, conversation BLOB UNIQUE, file INT, start INT, length INT);
+    CREATE TABLE known (number INTEGER PRIMARY KEY, conversation BLOB UNIQUE, file INT, start INT, length INT);
 """
+_PUT = (
+    "INSERT INTO known (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
+    "SET file = excluded.file, start = excluded.start, length = excluded.length RETURNING number"
+)
 _HAS_EVENTS = "SELECT 1 FROM event WHERE conversation = ? LIMIT 1"
 _PLACE, _FILE = "SELECT path, start, length FROM", "JOIN file ON file = file.number"
 
@@ -71,31 +75,31 @@ class LogIndex:
         row = (number, start, length, owner, exchange_key, message)
         self._db.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def add_shards(self, paths: Iterable[Path], all_of_them: bool = False) -> set[bytes]:
-        """Index the newest versions in `paths`, in shard order, of the conversations that have events, or of all.
+    def add_shards(self, paths: Iterable[Path], see: Callable[[int, dict, Path], None] | None = None) -> set[bytes]:
+        """Index the newest versions in `paths`, in shard order, of the conversations that have events; or of all, where
+        `see` gets (number, version, shard) of each version.
 
-        Returns the keys of all that were indexed where all are, and of those that events were found to belong to.
+        Returns the keys of the conversations that events were found to belong to.
         """
         loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
-        indexed = set()
+        events = {hash(key) for (key,) in self._db.execute("SELECT DISTINCT conversation FROM event")}
+        indexed, shard, file = set(), None, 0
 
         def wanted(identity: str) -> bool:
-            return all_of_them or bool(loose) or self.rows(_HAS_EVENTS, key_of(identity)) != []
+            return hash(key_of(identity)) in events
 
         self.rows("BEGIN")
-        for path, start, length, version in located_versions(paths, wanted):
+        for path, start, length, version in located_versions(paths, None if see or loose else wanted):
             key = key_of(version["id"])
             for message in loose.intersection(map(key_of, message_ids(version))) if loose else ():
                 self.rows("UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", key, message)
                 indexed.add(key)
-            if all_of_them or self.rows(_HAS_EVENTS, key):
-                self.rows(
-                    "INSERT INTO sealed (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
-                    "SET file = excluded.file, start = excluded.start, length = excluded.length",
-                    *(key, self._number(path), start, length),
-                )
-                if all_of_them:
-                    indexed.add(key)
+            if path is not shard:
+                shard, file = path, self._number(path)
+            if see or self.rows(_HAS_EVENTS, key):
+                ((number,),) = self.rows(_PUT, key, file, start, length)
+                if see:
+                    see(number, version, path)
         self.rows("COMMIT")
         return indexed
 
@@ -130,8 +134,8 @@ class LogIndex:
         at the end (None, events) with the events that belong to none.
         """
         keys = self._db.execute(
-            "SELECT event.conversation FROM event LEFT JOIN sealed USING (conversation) WHERE event.conversation NOT "
-            "NULL GROUP BY event.conversation ORDER BY sealed.number IS NULL, sealed.number, min(event.rowid)"
+            "SELECT event.conversation FROM event LEFT JOIN known USING (conversation) WHERE event.conversation NOT "
+            "NULL GROUP BY event.conversation ORDER BY known.file IS NULL, known.number, min(event.rowid)"
         )
         for (key,) in keys:
             yield self.version(key), self.events(key)
@@ -139,12 +143,12 @@ class LogIndex:
             yield None, loose
 
     def version(self, key: bytes) -> dict | None:
-        place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
+        place = self.rows(f"{_PLACE} known {_FILE} WHERE conversation = ?", key)
         return read_line(self.read(*place[0])) if place else None
 
     def shard(self, key: bytes) -> str | None:
         """Name of the shard that has the newest sealed version of a conversation."""
-        place = self.rows(f"{_PLACE} sealed {_FILE} WHERE conversation = ?", key)
+        place = self.rows(f"{_PLACE} known {_FILE} WHERE conversation = ?", key)
         return Path(place[0][0]).name if place else None
 
     def events(self, key: bytes) -> list[dict]:
@@ -154,6 +158,11 @@ class LogIndex:
     def _events_where(self, condition: str, *values: Any) -> list[dict]:
         places = self.rows(f"{_PLACE} event {_FILE} WHERE {condition} ORDER BY event.rowid", *values)
         return [event for place in places if (event := read_event(self.read(*place).rstrip(b"\n"))) is not None]
+
+    def number(self, key: bytes) -> int:
+        """The number of a conversation, a new one if it has none yet."""
+        found = self.rows("SELECT number FROM known WHERE conversation = ?", key)
+        return (found or self.rows("INSERT INTO known (conversation) VALUES (?) RETURNING number", key))[0][0]
 
     def _number(self, path: Path) -> int:
         self.rows("INSERT OR IGNORE INTO file (path) VALUES (?)", str(path))

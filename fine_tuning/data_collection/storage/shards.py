@@ -7,15 +7,20 @@ shards is that of the manifest: the shards that it names, then newcomers by name
 import hashlib
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import dump_line, read_json, read_line, sync
+from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync
 from fine_tuning.common.settings import Settings
-from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded
+from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded, from_line
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -71,13 +76,13 @@ def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tupl
         temporary.unlink(missing_ok=True)
 
 
-def versions(paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True) -> Iterator[dict]:
+def versions(paths: Iterable[Path], wanted: Callable[[str], bool] | None = None) -> Iterator[dict]:
     """Every version of the wanted conversations in shard order; lines that are no conversation are passed over."""
     return (version for *_, version in located_versions(paths, wanted))
 
 
 def located_versions(
-    paths: Iterable[Path], wanted: Callable[[str], bool] = lambda _: True
+    paths: Iterable[Path], wanted: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[Path, int, int, dict]]:
     """(shard, first byte, bytes, version) of the versions that `versions` yields. Raises UserError if another version
     of this project wrote a shard, in a form that this one does not know."""
@@ -86,17 +91,55 @@ def located_versions(
         with open(path, "rb") as file:
             for line in file:
                 begin, end = end, end + len(line)
-                first = _ID_FIRST.match(line)
-                if first and not wanted(first.group(1).decode("utf-8", "replace")):
+                if wanted and (first := _ID_FIRST.match(line)) and not wanted(first[1].decode("utf-8", "replace")):
                     continue
                 try:
-                    record = read_line(line)
+                    record = _parsed(line)
                 except (ValueError, RecursionError):
                     continue
-                if can_be_folded(record) and wanted(record["id"]):
+                if can_be_folded(record) and (wanted is None or wanted(record["id"])):
                     if record.get("schema_version", 1) != SCHEMA_VERSION:
                         raise UserError(f"{path} was written by another version of this project: update this one")
                     yield path, begin, len(line), record
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return from_line(line)
+    except (ValueError, RecursionError):  # what Python writes and orjson does not read
+        return read_line(line)
+
+
+def newest(paths: list[Path]) -> Iterator[dict]:
+    """The newest version of every conversation; in memory are some bytes a line."""
+    ids = _ids(paths)
+    _, last = np.unique(ids[::-1], return_index=True)
+    wanted = np.zeros(len(ids), np.bool_)
+    wanted[len(ids) - 1 - last] = True
+    lines = (line for path in paths for _, line in read_lines(path))
+    for line in compress(lines, wanted):
+        with suppress(ValueError, RecursionError):
+            if can_be_folded(version := _parsed(line)):
+                yield version
+
+
+def count_conversations(paths: Iterable[Path]) -> int:
+    """Number of different conversation ids in the shards."""
+    return len(np.unique(_ids(paths)))
+
+
+def _ids(paths: Iterable[Path]) -> np.ndarray:
+    """A number for the id of each line, the same for the same id."""
+
+    def identity(line: bytes) -> bytes:
+        if first := _ID_FIRST.match(line):
+            return first[1]
+        with suppress(ValueError, RecursionError):
+            if can_be_folded(version := _parsed(line)):
+                return version["id"].encode("utf-8", "surrogatepass")
+        return line
+
+    return np.fromiter((hash(identity(line)) for path in paths for _, line in read_lines(path)), np.int64)
 
 
 def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
@@ -129,7 +172,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: restore it with `git checkout {path}`") from None
 
 
-def describe_shard(path: Path, see: Callable[[Path, bytes], None] = lambda path, line: None) -> dict[str, Any]:
+def describe_shard(path: Path, see: Callable[[bytes], None] = lambda line: None) -> dict[str, Any]:
     """{"name", "sha256", "bytes", "lines", "source"} of a shard, which is read once; `see` gets each of its lines.
     Raises UserError if it is gone."""
     digest, size, lines = hashlib.sha256(), 0, 0
@@ -139,7 +182,7 @@ def describe_shard(path: Path, see: Callable[[Path, bytes], None] = lambda path,
                 digest.update(line)
                 size += len(line)
                 lines += 1
-                see(path, line)
+                see(line)
     except FileNotFoundError:
         raise UserError(f"the shard {path} is gone: {bring_back(path)}, then `dvc repro`") from None
     return {"name": path.name, "sha256": digest.hexdigest(), "bytes": size, "lines": lines, "source": _source(path)}
@@ -155,23 +198,26 @@ def wanted_shards(folder: str | Path, manifest: str | Path, sample: bool) -> lis
     return [path for path in shard_paths(folder, manifest) if sample or _source(path) != "sample"]
 
 
-class Seen:
-    """What `describe_shard` lets see of all shards: the conversations, eight bytes each, and which may be forgotten."""
+class Scanned(NamedTuple):
+    """What a shard says when it is read once."""
 
-    def __init__(self, forgotten: Callable[[str], bool] | None = None) -> None:
-        self._forgotten = forgotten
-        self._ids: set[int] = set()
-        self.suspects: set[Path] = set()  # shards in which a line may be of a conversation that was forgotten
+    entry: dict[str, Any]  # of the manifest
+    ids: "array[int]"  # eight bytes for the conversation of each line
+    suspect: bool  # whether a line may be of a conversation that was forgotten
 
-    def __len__(self) -> int:
-        return len(self._ids)
 
-    def line(self, path: Path, line: bytes) -> None:
-        """Take a line of a shard in."""
+def scan_shard(path: Path, forgotten: Callable[[str], bool] = lambda identity: False) -> Scanned:
+    """Read a shard once; `forgotten` is asked of each conversation's id. Raises UserError if the shard is gone."""
+    ids, suspect = array("Q"), False
+
+    def see(line: bytes) -> None:
+        nonlocal suspect
         start = _ID_FIRST.match(line)
-        self._ids.add(hash(start.group(1) if start else line.rstrip(b"\n")))
-        if self._forgotten and (not start or self._forgotten(start.group(1).decode("utf-8", "replace"))):
-            self.suspects.add(path)
+        name = start.group(1) if start else line.rstrip(b"\n")
+        ids.append(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()))
+        suspect = suspect or not start or forgotten(name.decode("utf-8", "replace"))
+
+    return Scanned(describe_shard(path, see), ids, suspect)
 
 
 def bring_back(shard: str | Path) -> str:
@@ -204,14 +250,6 @@ def check_append_only(manifest: str | Path, folder: str | Path, current: list[di
             raise UserError(f"the shard {path} was changed, and shards never change: {bring_back(path)}")
     known = {shard["name"] for shard in previous}
     return [shard for shard in current if shard["name"] not in known]
-
-
-def count_conversations(paths: Iterable[Path]) -> int:
-    """Number of different conversation ids in the shards, in eight bytes an id."""
-    seen = Seen()
-    for path in paths:
-        describe_shard(path, seen.line)
-    return len(seen)
 
 
 def track(repo: "Repo", folder: Path, manifest: Path) -> None:

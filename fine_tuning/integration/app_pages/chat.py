@@ -10,7 +10,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.integration import chat_history, chat_models, chat_session, chat_settings
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job
-from fine_tuning.integration.app_parts import button, plain, show_text
+from fine_tuning.integration.app_parts import button, plain, read_conversations, show_text
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sampling, stream_reply, warm_up
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
@@ -48,6 +48,7 @@ class Asking:
 
 def page() -> None:
     here = app()
+    read_conversations(here.checkout)
     identity = _current_id()
     question, waiting, conversation = _pending_and_logged(here, identity)
     _sidebar(here, conversation, identity)
@@ -172,15 +173,15 @@ def _undo_delete(here: App, identity: str) -> None:
 
 def _deleted(here: App, titles: dict[str, str]) -> None:
     """What was deleted and is still here: hidden, to be taken back, or to be erased from every place."""
-    gone = conversation_index(here.checkout).deleted()
-    if not here.owner or not (gone or chat_history.interrupted(here.checkout)):
+    gone, count, sealed = conversation_index(here.checkout).deleted(LISTED)
+    if not here.owner or not (count or chat_history.interrupted(here.checkout)):
         return
-    with st.expander(f"Deleted ({len(gone)})", icon=":material/delete:"):
-        for entry in [entry for entry in gone if entry.messages][:LISTED]:
+    with st.expander(f"Deleted ({count:,})", icon=":material/delete:"):
+        for entry in gone:
             name = plain(titles.get(entry.id) or chat_history.shortened(entry.begins))
             button(f"Undo: {name}", "undo", f"undo-{entry.id}", _undo_delete, here, entry.id, type="tertiary")
-        if sealed := sum(not entry.messages for entry in gone):
-            st.caption(f"{sealed} more: sealed as deleted.")
+        if sealed:
+            st.caption(f"{sealed:,} more: sealed as deleted.")
         st.caption("Hidden everywhere, not trained on. Older shards and DVC's cache may hold it until it is erased.")
         if st.button("Erase for good…", key="erase", width="stretch"):
             st.session_state.pop("places", None)

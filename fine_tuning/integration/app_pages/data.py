@@ -16,8 +16,8 @@ from fine_tuning.integration import data_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
-from fine_tuning.integration.app_parts import button, plain
-from fine_tuning.integration.conversation_index import conversation_index, counts
+from fine_tuning.integration.app_parts import button, plain, read_conversations
+from fine_tuning.integration.conversation_index import ConversationIndex, Summary, conversation_index, counts
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
@@ -37,7 +37,9 @@ SPANS = Template(Path(__file__).with_name("spans.html.jinja").read_text(encoding
 def page() -> None:
     here = app()
     st.title("Data")
-    found = data_view.entries(here.checkout)
+    read_conversations(here.checkout)
+    with st.spinner("Reading what became of them…", show_time=True):
+        found = data_view.entries(here.checkout)
     _upload(here)
     _gateways(here)
     if found.empty:
@@ -126,12 +128,12 @@ def _counts(here: App, found: pd.DataFrame) -> None:
 def _charts(found: pd.DataFrame) -> None:
     edges = [0, 100, 300, 1000, 3000, 10_000, float("inf")]
     names = [f"{number} from {edge:,}" for number, edge in enumerate(edges[:-1])]
-    days = found["started_at"].str[:10].replace("", None)
     lengths = pd.cut(found["characters"], edges, right=False, labels=names)
-    rows = pd.DataFrame({"source": found["source"], "day": days, "length": lengths})
+    rows = pd.DataFrame({"source": found["source"], "day": found["day"], "length": lengths})
     for tab, name in zip(st.tabs(["Over time", "Length in characters"]), ("day", "length"), strict=True):
         table = rows.groupby([name, "source"], observed=True).size().unstack(fill_value=0)
-        if len(table):
+        table = table.set_axis(table.index.astype(str)).set_axis(table.columns.astype(str), axis=1)
+        if len(table := table[table.index != ""]):
             tab.bar_chart(table, height=220, y_label="conversations")
 
 
@@ -141,20 +143,22 @@ def _charts(found: pd.DataFrame) -> None:
 def _one(here: App, found: pd.DataFrame) -> None:
     st.header("Conversations")
     words = st.text_input("Search", key="find", placeholder="words of any message, or an id")
-    matches = data_view.entries(here.checkout, words) if words.strip() else found
+    index = conversation_index(here.checkout)
+    matches = found[found.index.isin(index.with_words(words))] if words.strip() else found
     with st.container(horizontal=True):
         for label, name in FILTERS.items():
             choices = ["all", *sorted({value for key in found[name].unique() for value in _values(key)})]
             chosen = st.selectbox(label, choices, format_func=_words, key=name)
             if chosen != "all":
-                matches = matches[[chosen in _values(value) for value in matches[name]]]
+                matches = matches[matches[name].isin([v for v in found[name].unique() if chosen in _values(v)])]
         if len(days := st.date_input("Days", (), key="days")) == 2:
-            matches = matches[matches["started_at"].str[:10].between(*map(str, days))]
+            first, last = map(str, days)
+            matches = matches[matches["day"].isin([day for day in found["day"].unique() if first <= day <= last])]
     if matches.empty:
         st.caption("None.")
         return
-    entry = _chosen(matches)
-    conversation = conversation_index(here.checkout).conversation(entry.id)
+    entry = _chosen(index, matches)
+    conversation = entry and index.conversation(entry.id)
     if conversation is None:
         return
     _tags(here, entry, found)
@@ -183,29 +187,31 @@ def _one(here: App, found: pd.DataFrame) -> None:
             _show_spans(message["role"], data_view.after(message["content"]), "mask")
 
 
-def _chosen(matches: pd.DataFrame) -> Any:
-    """List conversations; the one that somebody clicked, else the first."""
+def _chosen(index: ConversationIndex, matches: pd.DataFrame) -> Any:
+    """List conversations; the one that somebody clicked, else the first; None where all went meanwhile."""
     more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
     st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
-    columns = ["begins", "fate", "split", "source", "started_at", "rating", "masked", "tags"]
-    columns += ["messages", "characters", "id"]
-    table = matches[columns].head(SHOWN)
-    table["started_at"] = table["started_at"].str[:10]
-    table[["masked", "tags"]] = table[["masked", "tags"]].map(", ".join)
+    found = pd.DataFrame(index.summaries(matches.index[:SHOWN]), columns=Summary._fields).set_index("number")
+    found = found.join(matches[["day", "fate", "split", "masked", "tags"]]).reset_index(drop=True)
+    if found.empty:
+        return None
+    table = found[["begins", "fate", "split", "source", "day", "rating", "masked", "tags"]]
+    table = table.assign(**{name: table[name].str.replace("\n", ", ") for name in ("masked", "tags")})
+    table[["messages", "characters", "id"]] = found[["messages", "characters", "id"]]
     event = st.dataframe(
         table, hide_index=True, height=280, on_select="rerun", selection_mode="single-row", alt="Conversations",
-        key=f"table-{hash(tuple(table['id']))}",
-        column_config={"fate": "state", "started_at": "day"},
+        key=f"table-{hash(tuple(table['id']))}", column_config={"fate": "state"},
     )  # fmt: skip
     row = next(iter(event["selection"]["rows"]), 0)
-    return next(matches.iloc[[row]].itertuples())
+    return next(found.iloc[[row]].itertuples())
 
 
 def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, cleaned: Cleaned) -> None:
     """Why it was dropped, and the button that keeps it."""
     if reason := data_view.why_dropped(cleaned, entry.fate):
         st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
-        twin = conversation_index(here.checkout).conversation(entry.twin) if entry.twin else None
+        other = data_view.twin(here.checkout, entry.id) if entry.fate == "duplicate" else None
+        twin = conversation_index(here.checkout).conversation(other) if other else None
         if twin is not None:
             with st.expander("The one that is kept instead"):
                 for message in twin["messages"]:
@@ -219,14 +225,14 @@ def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, clean
         st.caption("Restored: masked as ever, and no filter drops it.")
 
 
-def _values(value: Any) -> tuple[str, ...]:
-    return value if isinstance(value, tuple) else (str(value),)
+def _values(value: Any) -> list[str]:
+    return str(value).splitlines()
 
 
 def _tags(here: App, entry: Any, found: pd.DataFrame) -> None:
-    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in tags})
+    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in _values(tags)})
     st.multiselect(
-        "Tags", known, entry.tags, key=key, accept_new_options=True, placeholder="add a tag",
+        "Tags", known, _values(entry.tags), key=key, accept_new_options=True, placeholder="add a tag",
         on_change=lambda: data_view.write_tags(here.checkout, entry.id, st.session_state[key]),
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from fine_tuning.common.stage_times import about, round_seconds
 from fine_tuning.integration import data_view, models_view
 from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, confirm, say_failure, show_job, start
-from fine_tuning.integration.app_parts import button, plain
+from fine_tuning.integration.app_parts import button, plain, read_conversations
 from fine_tuning.integration.canary import Canary
 from fine_tuning.integration.chat_models import WHY_FIRST, ChatModel
 from fine_tuning.integration.conversation_index import counts
@@ -32,6 +32,7 @@ GO_BACK = (
 
 def page() -> None:
     here = app()
+    read_conversations(here.checkout)
     total, logged, sealed = counts(here.checkout)
     candidate = models_view.candidate(here.checkout)
     st.title("Whetstone")

@@ -1,0 +1,148 @@
+"""Work for machines that share no disk: files travel through a folder that fsspec opens, such as s3://bucket/prefix.
+
+A piece of work and its result are pickled. In the pickle an absolute path stands for the file itself: whoever packs it
+uploads the file under the hash of its content, whoever unpacks it downloads what is missing. A worker keeps files below
+a scratch folder of its own; the client finds them at the path that they would have had on a shared disk, with the same
+time and mode. Each run has a folder of its own in the shared one. It holds conversations, and goes with the run.
+"""
+
+import io
+import os
+import pickle
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fine_tuning.common.errors import UserError, no_space
+from fine_tuning.common.project import sha256_file
+from fine_tuning.common.results import making_folder, state_of
+
+_BASES: dict[str, Path] = {}  # folder of a run → where files lie here
+_SENT: dict[tuple[str, Path], tuple[list[int] | None, str]] = {}  # (folder, path) → state and hash, on both sides
+
+
+class _Stored(NamedTuple):
+    """A file in the shared folder."""
+
+    name: str
+    sha256: str
+    time: int  # ns
+    mode: int
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, folder: str | None, results: bool) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._folder, self._results = folder, results
+
+    def reducer_override(self, value: Any) -> Any:
+        if self._folder is None or not isinstance(value, Path):
+            return NotImplemented
+        if not value.is_relative_to(base := _BASES[self._folder]):
+            return NotImplemented
+        place = value.relative_to(base)
+        if value.is_file():
+            return _file, (self._folder, place.parent, _upload(self._folder, value))
+        # Only of a result are its files wanted.
+        files = [_upload(self._folder, path) for path in sorted(value.glob("*"))] if self._results else []
+        return _files, (self._folder, place, files)
+
+
+def pack(folder: str | None, value: Any, results: bool = False) -> bytes:
+    """Pickle a value and upload the files that it names; of `results`, those in folders that it names too. Without a
+    folder paths stay paths, on a disk that all share."""
+    packed = io.BytesIO()
+    _Packer(packed, folder, results).dump(value)
+    return packed.getvalue()
+
+
+def work_on(packed: bytes, folder: str | None) -> bytes:
+    """On a worker: unpack (function, argument) and pack the result."""
+    from distributed import get_worker
+
+    if folder:
+        _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
+    function, argument = pickle.loads(packed)
+    return pack(folder, function(argument), results=True)
+
+
+@contextmanager
+def folder_of_a_run(address: str, client: Any) -> Iterator[str]:
+    """The address of a new folder in the shared one; it and the workers' files are removed at the end."""
+    folder = f"{address.rstrip('/')}/{uuid.uuid4().hex}"
+    _BASES[folder] = Path("/")
+    with _access(folder) as (files, path):
+        files.makedirs(path, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        client.run(_leave, folder, on_error="ignore")
+        with _access(folder) as (files, path), suppress(FileNotFoundError):
+            files.rm(path, recursive=True)
+
+
+def _leave(folder: str) -> None:
+    if scratch := _BASES.pop(folder, None):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _upload(folder: str, path: Path) -> _Stored:
+    state = state_of(path)
+    known, digest = _SENT.get((folder, path), (None, ""))
+    if known != state:
+        digest = sha256_file(path)
+        with _access(folder) as (files, root):
+            files.put_file(str(path), f"{root}/{digest}")
+        _SENT[folder, path] = state, digest
+    found = path.stat()
+    return _Stored(path.name, digest, found.st_mtime_ns, found.st_mode & 0o777)
+
+
+def _file(folder: str, place: Path, stored: _Stored) -> Path:
+    path = _BASES[folder] / place / stored.name
+    if not path.is_file() or path.stat().st_mtime_ns != stored.time:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        _download(folder, stored, temporary)
+        os.replace(temporary, path)
+    _SENT[folder, path] = state_of(path), stored.sha256
+    return path
+
+
+def _files(folder: str, place: Path, stored: list[_Stored]) -> Path:
+    path = _BASES[folder] / place
+    if not stored:
+        path.mkdir(parents=True, exist_ok=True)
+    elif not path.is_dir():
+        with making_folder(path) as made:
+            for one in stored:
+                _download(folder, one, made / one.name)
+    return path
+
+
+def _download(folder: str, stored: _Stored, path: Path) -> None:
+    with _access(folder) as (files, root):
+        files.get_file(f"{root}/{stored.sha256}", str(path))
+    path.chmod(stored.mode)
+    os.utime(path, ns=(stored.time, stored.time))
+
+
+@contextmanager
+def _access(folder: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a folder, and the folder's path there."""
+    from fsspec.core import url_to_fs
+
+    try:
+        yield url_to_fs(folder)
+    except Exception as error:  # of whatever library speaks to the store
+        if no_space(error):
+            raise
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"{socket.gethostname()} has no access to {folder.rpartition('/')[0]} ({reason}): give this machine and "
+            "every worker the credentials, then run the same again"
+        ) from None
