@@ -1,6 +1,7 @@
 """Time and memory of intake, clean, export and prepare as conversations grow a hundredfold, and of a thousand more.
 
     python -m benchmarks.load [--sizes 10000 100000 1000000] [--more 1000] [--before CHECKOUT] [--folder DIR]
+    python -m benchmarks.load --sizes 100000 --links copy hardlink,copy
 
 For each size a checkout of its own is made in a temporary folder (of DIR), the stages run in it as `dvc repro` runs
 them, each in a process of its own; again after a shard of a thousand new conversations has arrived ("new"); and again
@@ -9,10 +10,13 @@ CPU seconds, the peak of the memory of the stage's processes together (PSS, look
 wrote; with --before, the code of another checkout runs on the same data first, and the ratio of CPU seconds, which
 other users of the machine disturb less, is printed. Half of the conversations have one exchange, the others two or
 three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. With `--engine` the workers
-of a Dask cluster clean, export and prepare, and their CPU seconds are printed apart from those of the stages.
+of a Dask cluster clean, export and prepare, and their CPU seconds are printed apart from those of the stages. `--links`
+gives the shards to DVC and runs the four stages by `dvc repro`, with each of these values of DVC's `cache.type`, and
+prints what DVC adds and what lies on disk.
 """
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -28,6 +32,8 @@ import psutil
 import yaml
 
 from benchmarks.cleaning import FOREIGN, PERSONAL
+from fine_tuning.common.records import read_object
+from fine_tuning.common.stage_times import TIMES
 from fine_tuning.data_collection.storage.shards import write_shard
 
 ROOT = Path(__file__).parents[1]
@@ -138,13 +144,14 @@ class Measured(NamedTuple):
 
 def run_stage(folder: Path, root: Path, stage: str, engine: str | None) -> Measured:
     """Run a stage of the checkout `root` in a folder."""
+    return run_measured(folder, [sys.executable, "-m", f"stages.{stage}"], engine, PYTHONPATH=str(root))
+
+
+def run_measured(folder: Path, command: list[str], engine: str | None = None, **environment: str) -> Measured:
     start, before = time.perf_counter(), _workers_cpu(engine)
-    environment = os.environ | {"PYTHONPATH": str(root), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | environment
     with open(folder / "errors.txt", "wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )  # fmt: skip
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
     peak, ended = 0, 0
     while not ended:
         peak = max(peak, _memory(process.pid))
@@ -191,6 +198,41 @@ def measure(folder: Path, root: Path, count: int, options: argparse.Namespace) -
     return found
 
 
+# -----------------------------------------------------------------------------
+# with DVC
+
+
+def measure_repro(folder: Path, links: str, count: int, options: argparse.Namespace) -> None:
+    """Print what `dvc add` of the shards and `dvc repro` take, and what the stages' own commands take of that."""
+    write_checkout(folder, ROOT, options.base, count, options.engine)
+    for room in ("fine_tuning", "stages"):
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "data/forgotten.jsonl", folder / "data")
+    for words in (["git", "init"], ["dvc", "init"], ["dvc", "config", "cache.type", links]):
+        subprocess.run([*words, "-q"] if words[1] == "init" else words, cwd=folder, check=True)
+    for number, (name, talks) in enumerate(
+        (("all", None), ("new", conversations), ("mixed", mixed), ("nothing", None))
+    ):
+        if talks:
+            first = count + (number - 1) * options.more
+            add_shard(folder, first, talks(first, first + options.more))
+        add = run_measured(folder, ["dvc", "add", "-q", "data/conversations"])
+        repro = run_measured(folder, ["dvc", "repro", "-q", "-s", *STAGES])
+        own = sum(read_object(folder / TIMES).values()) if name != "nothing" else 0
+        size, linked = disk(folder), disk(folder / ".dvc/cache")
+        print(
+            f"| {count:,} | {links} | {name} | {add.wall:.1f} | {add.cpu:.1f} | {repro.wall:.1f} | {repro.cpu:.1f} | "
+            f"{own:.1f} | {add.written + repro.written:.0f} | {size:.0f} | {linked:.0f} |",
+            flush=True,
+        )
+
+
+def disk(folder: Path) -> float:
+    """MB of all that lies in a folder; a file that is linked there more than once counts once."""
+    found = {(s.st_dev, s.st_ino): s.st_blocks for p in folder.rglob("*") if (s := p.lstat())}
+    return sum(found.values()) * 512 / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -199,7 +241,16 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("models/base"), help="folder with a tokenizer")
     parser.add_argument("--folder", type=Path, help="where to work; needs 16 GB for a million")
     parser.add_argument("--engine", help="address of a Dask scheduler; without one, processes of this machine")
+    parser.add_argument("--links", nargs="+", help="values of DVC's cache.type: run by `dvc repro` with each")
     options = parser.parse_args()
+    if options.links:
+        columns = ["of", "links", "arrived", "add s", "CPU s", "repro s", "CPU s", "stages s"]
+        columns += ["MB written", "MB", "cache"]
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+        for count, links in itertools.product(options.sizes, options.links):
+            with tempfile.TemporaryDirectory(prefix="load-", dir=options.folder) as name:
+                measure_repro(Path(name) / "checkout", links, count, options)
+        return
     columns = ["of", "arrived", "stage", "s", "CPU s", "workers' CPU s", "MB of memory", "MB written"]
     columns += ["CPU of all", "before", "ratio"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import csv_pairs, read_json, read_object, replacing, write_json
+from fine_tuning.common.records import csv_pairs, read_json, read_object, write_json, write_text
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.evaluation.records.champion_records import called_champion, champion_folder, is_champion
@@ -64,16 +64,11 @@ def main() -> None:
     baseline = list(verdict["differences"])[-1:]
     shown = verdict["differences"][baseline[0]] if baseline else {}
     title = f"candidate against {baseline[0]}: {verdict['verdict']}" if baseline else verdict["verdict"]
-    write_plot(PLOTS["differences"], standalone(interval_plot(shown), title))
-    write_plot(PLOTS["curve"], standalone(curve(learning["points"]), "learning curve"))
+    write_text(PLOTS["differences"], standalone(interval_plot(shown), title))
+    write_text(PLOTS["curve"], standalone(curve(learning["points"]), "learning curve"))
     print(f"compare: {verdict['verdict']}")
     for reason in verdict["reasons"]:
         print(f"compare: {reason}")
-
-
-def write_plot(path: Path, drawing: str) -> None:
-    with replacing(path) as file:
-        file.write(drawing.encode())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fine_tuning.common.errors import count_of
 from fine_tuning.common.project import main_checkout
-from fine_tuning.common.records import write_json, write_jsonl
+from fine_tuning.common.records import write_json, write_jsonl, write_text
 from fine_tuning.common.results import Memo
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
@@ -84,7 +84,7 @@ def main() -> None:
         write_jsonl(RECORDS / f"{name}.jsonl", lines)
     write_jsonl(RECORDS / "memory.jsonl", found.memory)
     write_jsonl(RECORDS / "prompts.jsonl", found.answer_lines(settings.test_prompts, find_people))
-    PAGE.write_text(side_by_side(settings.test_prompts, found.answers), encoding="utf-8", errors="replace")
+    write_text(PAGE, side_by_side(settings.test_prompts, found.answers))
     ggufs = {one.name: one.identity(TRAIN) for one in contenders}
     identity = {"learned_by_champion": learned, "signatures": signatures(metrics), "method_sha256": method}
     identity |= {"ggufs": ggufs, "kind": kind}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import git_commit, main_checkout, sha256_file, versions
-from fine_tuning.common.records import read_json, read_object, write_csv, write_json
+from fine_tuning.common.records import read_json, read_object, write_csv, write_json, write_text
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.runtime.base_model import read_base_card
@@ -82,7 +82,7 @@ def main() -> None:
             hashes = {"train": split_sha256(TRAIN), "validation": split_sha256(VALIDATION)}
             name_base(ADAPTER, base, BASE)
             origin = read_object(ADAPTER / ORIGIN).get("origin")
-            (ADAPTER / "README.md").write_text(model_card(base, parameters, metrics, hashes, origin))
+            write_text(ADAPTER / "README.md", model_card(base, parameters, metrics, hashes, origin))
             for one in (pipeline, tracked):
                 one.log_data({"validation": VALIDATION} | ({} if origin else LEARNED_FROM))
                 one.tag(adapter_sha256=sha256_file(ADAPTER / "adapter_model.safetensors"), **vars(result.hardware))

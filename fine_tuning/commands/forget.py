@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, MANIFEST, VOTES, main_checkout, root
+from fine_tuning.common.records import copy_file
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import about, expected_seconds
 from fine_tuning.data_collection.storage.shards import shard_paths
@@ -29,7 +30,6 @@ from fine_tuning.erasure import object_stores, records, steps
 from fine_tuning.erasure.records import Found, Selection, collect, count_in_log, count_in_shard
 from fine_tuning.erasure.traces import streams
 from fine_tuning.integration.gateway.recorder import GatewaySettings
-from fine_tuning.model_management.champion import copy_file
 from fine_tuning.schema.conversation import time_stamp
 
 REBUILT = "rebuilt by dvc repro"

@@ -1,9 +1,9 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-A Dask worker needs the same environment and the same commit: start it in a checkout with `dask worker ADDRESS`. Files
-reach it on a shared disk, where that checkout has the same path, or through a folder that fsspec opens: the engine is
-then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code on its workers: keep it in a network of
-your own.
+Scheduler and workers need the same environment and commit: start them in a checkout, `python -m dask scheduler` and
+`python -m dask worker ADDRESS --nworkers=-1 --nthreads=1`. Files reach workers on a shared disk, where their checkout
+has the same path, or through a folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever
+reaches a scheduler can run code on its workers: keep it in a network of your own.
 """
 
 import os
@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +55,31 @@ def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
         address, _, folder = engine.partition("?folder=")
         with _dask_client(address) as client:
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
-            submit = partial(client.submit, pure=False)
-            if folder:
-                with folder_of_a_run(folder, client) as run:
-                    packed = partial(_submit_packed, submit, run)
-                    yield lambda function, items: map(pickle.loads, _in_order(packed, function, items, AHEAD * workers))
-            else:
-                yield lambda function, items: _on_shared_disk(_in_order(submit, function, items, AHEAD * workers))
+            with folder_of_a_run(folder, client) if folder else nullcontext(None) as run:
+
+                def submit(function: Worker, item: object) -> Any:
+                    # Packed in any case: Dask would look into every list for its own objects.
+                    return client.submit(work_on, pack(run, (function, item)), run, pure=False)
+
+                yield lambda function, items: _unpacked(_in_order(submit, function, items, AHEAD * workers))
 
 
-def _submit_packed(submit: Callable[..., Any], folder: str, function: Worker, item: object) -> Any:
-    return submit(work_on, pack(folder, (function, item)), folder)
-
-
-def _on_shared_disk(results: Iterator[Any]) -> Iterator[Any]:
+def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
     try:
-        yield from results
+        yield from map(pickle.loads, results)
     except FileNotFoundError as error:
         if not (error.filename and Path(error.filename).exists()):
             raise
         raise UserError(
             f"a Dask worker has no {error.filename}: workers need this folder at the same path, or an engine with "
             "?folder=, see docs/scale.md"
+        ) from None
+    except RuntimeError as error:
+        if "deserialization" not in str(error):
+            raise
+        raise UserError(
+            "the Dask scheduler or a worker has other code or packages: start them in a checkout of this commit, with "
+            "this environment"
         ) from None
 
 
@@ -101,14 +103,16 @@ def _dask_client(address: str) -> Iterator[Any]:
         client = Client(address, timeout=TIMEOUT, set_as_default=False)
     except (OSError, ValueError):
         raise UserError(
-            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or set engine to null"
+            f"no Dask scheduler answers at {address}: start one in a checkout with "
+            "`python -m dask scheduler`, or set engine to null"
         ) from None
     with client:
         try:
             client.wait_for_workers(1, timeout=TIMEOUT)
         except TimeoutError:
             raise UserError(
-                f"the Dask scheduler at {address} has no worker: start one in the checkout with `dask worker {address}`"
+                f"the Dask scheduler at {address} has no worker: start one in the checkout with "
+                f"`python -m dask worker {address} --nworkers=-1 --nthreads=1`"
             ) from None
         try:
             yield client

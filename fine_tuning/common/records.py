@@ -1,10 +1,14 @@
-"""JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all."""
+"""JSON and JSON Lines on disk: bytes split on newlines only, files replaced whole or not at all.
+
+An existing output is never opened for writing: it may be a hard link to its object in DVC's cache.
+"""
 
 import csv
 import io
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +33,26 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy content only: DVC's files may be read-only, the copy is not."""
+    with open(source, "rb") as file, replacing(target) as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8, with a question mark for a lone surrogate."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def emptied(folder: Path) -> Path:
+    """Make a folder without files, for libraries that write in place."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def sync(path: Path) -> None:

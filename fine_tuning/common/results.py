@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.project import code_sha256, versions
-from fine_tuning.common.records import read_json, read_object, replacing, write_json
+from fine_tuning.common.records import copy_file, read_json, read_object, write_json
 
 ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
 ABANDONED = 3600  # seconds without a write, after which a temporary folder is one of a run that was killed
@@ -144,5 +144,4 @@ def link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        with open(source, "rb") as file, replacing(target) as copy:
-            shutil.copyfileobj(file, copy, 1 << 20)
+        copy_file(source, target)

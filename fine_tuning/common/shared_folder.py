@@ -35,12 +35,14 @@ class _Stored(NamedTuple):
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, folder: str, results: bool) -> None:
+    def __init__(self, file: io.BytesIO, folder: str | None, results: bool) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._folder, self._results = folder, results
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Path) or not value.is_relative_to(base := _BASES[self._folder]):
+        if self._folder is None or not isinstance(value, Path):
+            return NotImplemented
+        if not value.is_relative_to(base := _BASES[self._folder]):
             return NotImplemented
         place = value.relative_to(base)
         if value.is_file():
@@ -50,18 +52,20 @@ class _Packer(pickle.Pickler):
         return _files, (self._folder, place, files)
 
 
-def pack(folder: str, value: Any, results: bool = False) -> bytes:
-    """Pickle a value and upload the files that it names; of `results`, those in folders that it names too."""
+def pack(folder: str | None, value: Any, results: bool = False) -> bytes:
+    """Pickle a value and upload the files that it names; of `results`, those in folders that it names too. Without a
+    folder paths stay paths, on a disk that all share."""
     packed = io.BytesIO()
     _Packer(packed, folder, results).dump(value)
     return packed.getvalue()
 
 
-def work_on(packed: bytes, folder: str) -> bytes:
+def work_on(packed: bytes, folder: str | None) -> bytes:
     """On a worker: unpack (function, argument) and pack the result."""
     from distributed import get_worker
 
-    _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
+    if folder:
+        _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
     function, argument = pickle.loads(packed)
     return pack(folder, function(argument), results=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 from fine_tuning.common.dvc_files import cached, dvc_add, fetch, files_below, listing, md5_path
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import files_sha256, sha256_file
-from fine_tuning.common.records import read_json, write_json, write_jsonl
+from fine_tuning.common.records import copy_file, read_json, write_json, write_jsonl
 from fine_tuning.evaluation.records.champion_records import KEPT
 from fine_tuning.evaluation.records.data_changes import MEMBERS, training_members
 from fine_tuning.model_management.model_deployer import Probe
@@ -121,9 +121,3 @@ def name_champion(registry: ModelRegistry, version: ModelVersion, tags: dict[str
         **{key: known[key] for key in ("promoted_at", "promoted_by", *VERDICT_TAGS) if key in known},
     }
     write_json(RECORD, described)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy content only: DVC's files may be read-only, the copy is not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)

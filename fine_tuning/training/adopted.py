@@ -1,7 +1,6 @@
 """Adapters that were trained elsewhere: whether one fits the base, and what is known of its origin."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import read_object, write_json
+from fine_tuning.common.records import copy_file, read_object, write_json
 from fine_tuning.runtime.base_model import tensor_shapes
 
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "origin.json"
@@ -80,9 +79,8 @@ def _check_shapes(folder: Path, base: Path, ranks: set[int | None]) -> None:
 
 def stage_adapter(folder: Path, config: dict[str, Any], origin: str, target: Path) -> str:
     """Copy an adapter to `target` with origin.json, which says where it comes from; the SHA-256 of its weights."""
-    target.mkdir(parents=True)
     for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(folder / name, target / name)
+        copy_file(folder / name, target / name)
     sha256 = sha256_file(target / WEIGHTS)
     known = {"origin": origin, "adapter_sha256": sha256, "peft_version": config.get("peft_version")}
     write_json(target / ORIGIN, known | {"trained_on": config.get("base_model_name_or_path")})
@@ -91,7 +89,6 @@ def stage_adapter(folder: Path, config: dict[str, Any], origin: str, target: Pat
 
 def take_adapter(source: Path, output: Path) -> None:
     """Copy an adapter with its origin, as it is."""
-    output.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG, WEIGHTS, ORIGIN):
         if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+            copy_file(source / name, output / name)

@@ -6,14 +6,13 @@ are restored byte for byte, so that the verdict behind the promotion stands and 
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import code_sha256, files_sha256, main_checkout, sha256_file
-from fine_tuning.common.records import read_json, read_jsonl
+from fine_tuning.common.records import copy_file, read_json, read_jsonl
 from fine_tuning.common.settings import Settings
 from fine_tuning.evaluation.records.data_changes import MEMBERS
 from fine_tuning.evaluation.records.record_types import Item, conversation_of
@@ -54,9 +53,7 @@ def restore_records(record: Path, metrics: Path, method: str) -> bool:
     if folder / metrics not in files or read_json(folder / metrics)["suite"].get("method_sha256") != method:
         return False
     for file in files:
-        target = file.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        copy_file(file, file.relative_to(folder))
     return True
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fine_tuning.common.records import replacing
+from fine_tuning.common.records import write_text
 from fine_tuning.evaluation.records.record_types import COUNTING
 from fine_tuning.evaluation.report.charts import curve, curves, frontier, interval_plot, number
 from fine_tuning.evaluation.report.red_flags import red_flags
@@ -86,8 +86,7 @@ def write_report(path: Path, found: Findings) -> None:
         data_changes=found.data_changes,
         learning_curve=found.learning_curve,
     )
-    with replacing(path) as file:
-        file.write(page.encode("utf-8", "replace"))
+    write_text(path, page)
 
 
 def quantised_as(package: dict[str, Any]) -> str | None:

@@ -1,0 +1,52 @@
+"""Outputs may be hard links to DVC's cache (`cache.type`): whoever opened one for writing would change the cache."""
+
+import hashlib
+
+import pytest
+
+from tests.project import Project
+
+pytestmark = pytest.mark.end_to_end
+
+STAGES = ("base", "intake", "clean", "export", "prepare", "train", "package", "evaluate", "compare")
+
+
+@pytest.fixture
+def project(trained_project, tmp_path) -> Project:
+    """A project whose outputs are hard links to its cache."""
+    project = trained_project.copy(tmp_path / "project")
+    project.run("dvc", "config", "cache.type", "hardlink,copy")
+    project.run("dvc", "checkout", "-q", "--relink")
+    assert (project.folder / "models/package/model.gguf").stat().st_nlink == 2
+    return project
+
+
+def objects(project: Project) -> dict[str, int]:
+    """The objects of the cache by their MD5, with the time at which somebody last wrote into them."""
+    found = {}
+    for path in (project.folder / ".dvc/cache/files/md5").glob("??/*"):
+        md5 = path.parent.name + path.name
+        assert md5.removesuffix(".dir") == hashlib.md5(path.read_bytes()).hexdigest()
+        found[md5] = path.stat().st_mtime_ns
+    return found
+
+
+def assert_kept(before: dict[str, int], project: Project) -> None:
+    after = objects(project)
+    assert {md5: after.get(md5) for md5 in before} == before
+
+
+def test_a_stage_that_runs_without_dvc_writes_no_output_in_place(project):
+    before = objects(project)
+    project.set_params(train={"seed": 5})
+    for stage in STAGES:
+        project.run("python", "-m", f"stages.{stage}")
+    assert_kept(before, project)
+
+
+def test_the_records_of_the_champion_are_restored_beside_those_that_dvc_keeps(project):
+    project.run("python", "-m", "fine_tuning", "promote", "--force", "trial")
+    project.run("dvc", "repro", "-q")
+    before = objects(project)
+    assert "restored" in project.run("python", "-m", "stages.evaluate")
+    assert_kept(before, project)
