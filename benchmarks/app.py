@@ -6,8 +6,8 @@ For each size a checkout is made in a temporary folder (of DIR): conversations o
 the stages intake and clean have taken in, and a tiny base model. The app runs in it as `make chat` starts it, with
 chromium on the same machine. `first` is the first visit after the app has started, when what pages read is indexed;
 `again` the median of three later ones; then those after a message was logged, and after a thousand conversations were
-sealed. `search` is the time from Enter in the search of Data, for a word that nobody
-said, to the answer. The memory is the server's (PSS) at the end.
+sealed. Beside each are the CPU seconds of the server. `search` is the time from Enter in the search of Data, for a word
+that nobody said, to the answer. The memory is the server's (PSS) at the end.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
             collect(Path(name) / str(size), base, size)
         with sync_playwright() as playwright:
             chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox"])
-            print("conversations  page    first    again    said   sealed")
+            print("conversations  page   first    (CPU)   again    (CPU)   said     (CPU)   sealed   (CPU)")
             for size in arguments.sizes:
                 visit(chromium, Path(name) / str(size), size)
 
@@ -67,13 +67,14 @@ def visit(chromium: Browser, checkout: Path, size: int) -> None:
         page = chromium.new_page()
         page.set_default_timeout(WAIT)
         for number, path in enumerate(PAGES):
-            first, *later = (seconds(page, f"{address}/{path}") for _ in range(4))
+            first, *later = (seconds(page, f"{address}/{path}", server.pid) for _ in range(4))
             ConversationLogger(checkout / LOG).log_conversation("What is new?", "This.")
-            said = seconds(page, f"{address}/{path}")
+            said = seconds(page, f"{address}/{path}", server.pid)
             start = size + number * SEALED
             write_shard(checkout / CONVERSATIONS, f"20270101T{start:09d}-chat", conversations(start, start + SEALED))
-            times = (first, statistics.median(later), said, seconds(page, f"{address}/{path}"))
-            print(f"{size:13,}  {path or 'home':6} {' '.join(f'{time:6.2f} s' for time in times)}", flush=True)
+            times = (first, statistics.median_low(later), said, seconds(page, f"{address}/{path}", server.pid))
+            shown = " ".join(f"{wall:6.2f} s ({cpu:5.2f})" for wall, cpu in times)
+            print(f"{size:13,}  {path or 'home':6} {shown}", flush=True)
         began = time.monotonic()
         page.get_by_role("textbox", name="Search").fill("qqqq")
         page.get_by_role("textbox", name="Search").press("Enter")
@@ -84,13 +85,13 @@ def visit(chromium: Browser, checkout: Path, size: int) -> None:
         page.close()
 
 
-def seconds(page: Page, address: str) -> float:
-    """From the request to the page as it stays."""
-    began = time.monotonic()
+def seconds(page: Page, address: str, server: int) -> tuple[float, float]:
+    """From the request to the page as it stays, and the server's CPU seconds meanwhile."""
+    began, used = time.monotonic(), sum(psutil.Process(server).cpu_times()[:2])
     page.goto(address)
     page.get_by_test_id("stMainBlockContainer").wait_for()
     settled(page)
-    return time.monotonic() - began
+    return time.monotonic() - began, sum(psutil.Process(server).cpu_times()[:2]) - used
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple
 
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
 from fine_tuning.common.records import read_object
@@ -20,6 +18,9 @@ from fine_tuning.data_collection.conversation_logger import deletes
 from fine_tuning.data_collection.storage.log_index import LogIndex, key_of
 from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.schema.conversation import fold
+
+if TYPE_CHECKING:
+    import numpy as np
 
 REJECTED = Path("data/clean/rejected.jsonl")
 ATTEMPTS = 3  # to read files that others move meanwhile
@@ -38,9 +39,7 @@ _BY_TIME = (  # made when the rows are there, which is quicker
     "CREATE INDEX IF NOT EXISTS deleted ON summary (last_spoken, messages) WHERE gone",
 )
 _COLUMNS = "number, id, source, started_at, last_spoken, messages, characters, begins, rating"
-ROW = np.dtype(
-    [("there", "?"), ("shard", "i4"), ("source", "i4"), ("day", "i4"), ("characters", "i8"), ("rating", "i1")]
-)
+_ROW = [("there", "?"), ("shard", "i4"), ("source", "i4"), ("day", "i4"), ("characters", "i8"), ("rating", "i1")]
 
 
 class Summary(NamedTuple):
@@ -59,16 +58,20 @@ class Summary(NamedTuple):
 
 
 class Columns:
-    """What is counted of all conversations: a ROW of numbers each. In it a shard, a source and a day stand for an entry
+    """What is counted of all conversations: a row of numbers each. In it a shard, a source and a day stand for an entry
     of `names`, the shard None for news since the last seal."""
 
     def __init__(self) -> None:
-        self.rows = np.zeros(1024, ROW)
+        import numpy as np  # here, as commands that read no conversation start without it
+
+        self.rows = np.zeros(1024, _ROW)
         self.names: dict[str, dict[str | None, int]] = {"shard": {None: 0}, "source": {}, "day": {}}
 
     def put(self, one: Summary, shard: str | None) -> None:
         if one.number >= len(self.rows):
-            self.rows = np.concatenate([self.rows, np.zeros(max(len(self.rows), one.number), ROW)])
+            before, self.rows = self.rows, self.rows.repeat(2 + one.number // len(self.rows))
+            self.rows[:] = False
+            self.rows[: len(before)] = before
         given = {"shard": shard, "source": one.source, "day": one.started_at[:10]}
         codes = (self.names[name].setdefault(value, len(self.names[name])) for name, value in given.items())
         self.rows[one.number] = (True, *codes, one.characters, one.rating)
@@ -119,7 +122,7 @@ class ConversationIndex:
         """Whether what is sealed and logged was read; the first time takes half a minute for a million."""
         return bool(self._shards or self._logs)
 
-    def columns(self) -> tuple[np.ndarray, dict[str, list[str | None]]]:
+    def columns(self) -> tuple["np.ndarray", dict[str, list[str | None]]]:
         """A copy of the `Columns`: the row of each number, and the names that its numbers stand for."""
         with self._up_to_date():
             return self._columns.rows.copy(), {name: list(codes) for name, codes in self._columns.names.items()}
@@ -151,6 +154,8 @@ class ConversationIndex:
     def count(self, shards: Collection[str]) -> tuple[int, int, int]:
         """(all, those with news since the last seal, those whose newest version is in none of `shards`)."""
         rows, names = self.columns()
+        import numpy as np
+
         numbers = np.bincount(rows["shard"][rows["there"]], minlength=len(names["shard"])).tolist()
         cleaned = sum(number for number, shard in zip(numbers, names["shard"], strict=True) if shard in shards)
         return (total := sum(numbers)), numbers[0], total - numbers[0] - cleaned

@@ -26,6 +26,7 @@ _PUT = (
     "INSERT INTO known (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
     "SET file = excluded.file, start = excluded.start, length = excluded.length RETURNING number"
 )
+_SLOTS = 1 << 20
 _HAS_EVENTS = "SELECT 1 FROM event WHERE conversation = ? LIMIT 1"
 _PLACE, _FILE = "SELECT path, start, length FROM", "JOIN file ON file = file.number"
 
@@ -82,11 +83,13 @@ class LogIndex:
         Returns the keys of the conversations that events were found to belong to.
         """
         loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
-        events = {hash(key) for (key,) in self._db.execute("SELECT DISTINCT conversation FROM event")}
+        events = bytearray(_SLOTS)  # a quick test of whether a conversation may have events
+        for (key,) in self._db.execute("SELECT conversation FROM event"):
+            events[hash(key) % _SLOTS] = 1
         indexed, shard, file = set(), None, 0
 
         def wanted(identity: str) -> bool:
-            return hash(key_of(identity)) in events
+            return bool(events[hash(key_of(identity)) % _SLOTS])
 
         self.rows("BEGIN")
         for path, start, length, version in located_versions(paths, None if see or loose else wanted):

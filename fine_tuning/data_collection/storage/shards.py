@@ -15,8 +15,6 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync
 from fine_tuning.common.settings import Settings
@@ -112,7 +110,9 @@ def _parsed(line: bytes) -> Any:
 
 def newest(paths: list[Path]) -> Iterator[dict]:
     """The newest version of every conversation; in memory are some bytes a line."""
-    ids = _ids(paths)
+    import numpy as np  # here, as commands that read no shard start without it
+
+    ids = np.fromiter(_ids(paths), np.int64)
     _, last = np.unique(ids[::-1], return_index=True)
     wanted = np.zeros(len(ids), np.bool_)
     wanted[len(ids) - 1 - last] = True
@@ -125,10 +125,10 @@ def newest(paths: list[Path]) -> Iterator[dict]:
 
 def count_conversations(paths: Iterable[Path]) -> int:
     """Number of different conversation ids in the shards."""
-    return len(np.unique(_ids(paths)))
+    return len(set(_ids(paths)))
 
 
-def _ids(paths: Iterable[Path]) -> np.ndarray:
+def _ids(paths: Iterable[Path]) -> Iterator[int]:
     """A number for the id of each line, the same for the same id."""
 
     def identity(line: bytes) -> bytes:
@@ -139,7 +139,7 @@ def _ids(paths: Iterable[Path]) -> np.ndarray:
                 return version["id"].encode("utf-8", "surrogatepass")
         return line
 
-    return np.fromiter((hash(identity(line)) for path in paths for _, line in read_lines(path)), np.int64)
+    return (hash(identity(line)) for path in paths for _, line in read_lines(path))
 
 
 def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
