@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shlex
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests import forked
 from tests.tiny import write_tiny_base
 
 # Files that take minutes begin first, so that the workers end together (`make test-all` gives files to workers).
@@ -20,6 +22,8 @@ SLOWEST = (
     "test_training", "test_uses", "test_promote", "test_app_browser", "test_faults", "test_forget", "test_champion",
     "test_forget_promoted", "test_hostile_bases", "test_app_journey", "test_preference_pipeline", "test_remotes",
     "test_app_pages", "test_bad_input", "test_verify", "test_benchmarks", "test_seal_intake", "test_deployer",
+    "test_app", "test_llama_engine", "test_comparison", "test_cleaner", "test_gateway", "test_preference_training",
+    "test_ollama_client", "test_switcher", "test_model_package", "test_gguf_writer", "test_tokenizer",
 )  # fmt: skip
 NEW_MODULES = 100  # so many are worth a collection
 gc.disable()  # while tests are collected, which imports everything
@@ -30,6 +34,14 @@ def pytest_configure(config):
     # `dvc` and what its stages call are found without an activated environment.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     config.addinivalue_line("markers", END_TO_END)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    """Fork the workers from the process that has imported the libraries, and share it: an import takes ten seconds."""
+    os.environ[forked.SHARED] = str(forked.folder())
+    for spec in specs:
+        spec.python = shlex.quote(f"{os.environ[forked.SHARED]}/worker")
 
 
 def pytest_collection_modifyitems(items):
@@ -165,9 +177,8 @@ def _enter_copy(project, tmp_path, monkeypatch):
     import shutil
 
     from fine_tuning.common.protection import protect
-    from tests.forked import folder as forked_python
 
-    monkeypatch.setattr(sys, "executable", str(forked_python() / "python"))
+    monkeypatch.setattr(sys, "executable", str(forked.folder() / "python"))
     folder = tmp_path / "project"
     shutil.copytree(project, folder, symlinks=True)
     protect(folder)

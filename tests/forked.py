@@ -3,6 +3,7 @@
 Importing torch, transformers, peft and MLflow takes longer than what a stage does with a tiny model. Nothing of this
 project is imported before the fork, so every project runs its own code. Forked processes share one seed of hashes: a
 test that compares the bytes of two runs starts an interpreter of its own for one (`Project.run(..., forked=False)`).
+The workers of `pytest -n` are forked from the same process: they import none of the libraries again.
 """
 
 import atexit
@@ -25,11 +26,15 @@ HEAVY = (
     "transformers.models.llama.modeling_llama", "transformers.pipelines", "peft", "accelerate", "datasets", "evaluate",
     "rouge_score.rouge_scorer", "sacrebleu", "scipy.stats", "mlflow", "mlflow.store.tracking.sqlalchemy_store",
     "dvc.cli.parser", "dvc.repo", "dvc.repo.reproduce", "dvc.repo.experiments", "pyarrow.parquet", "safetensors.torch",
+    "mlflow.pyfunc", "gguf", "altair", "streamlit",
 )  # fmt: skip
+SHARED = "WHETSTONE_FORKED"  # names the folder in the environment of workers
 CLIENT = """#!{python} -ISE
 import json, os, signal, socket, sys
 if sys.argv[0].endswith("/dvc"):
     sys.argv[1:1] = ["-m", "dvc"]
+if sys.argv[0].endswith("/worker"):  # as execnet starts one: `worker -u -c CODE`
+    sys.argv[1:] = ["-c", "import sys; sys.executable = {python!r}; " + sys.argv[3]]
 first = (sys.argv + [""])[1]
 if first not in ("-m", "-c") and (not first or first[0] == "-") or "PYTHONHASHSEED" in os.environ:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
@@ -51,7 +56,12 @@ os._exit(status)
 
 @functools.cache
 def folder() -> Path:
-    """A folder with the programs `python` and `dvc`, for the front of PATH; they work as long as this process."""
+    """A folder with the programs `python` and `dvc`, for the front of PATH; they work as long as this process.
+
+    `worker` there is for the workers of this process, which share the folder.
+    """
+    if SHARED in os.environ:
+        return Path(os.environ[SHARED])
     kept = tempfile.TemporaryDirectory(prefix="forked-")
     place = Path(kept.name)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,7 +70,8 @@ def folder() -> Path:
     program = place / "python"
     program.write_text(CLIENT.format(python=sys.executable, address=str(place / "socket")))
     program.chmod(0o700)
-    (place / "dvc").symlink_to(program)
+    for name in ("dvc", "worker"):
+        (place / name).symlink_to(program)
     started = subprocess.Popen(
         [sys.executable, __file__, str(listener.fileno()), str(program)],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[listener.fileno()],

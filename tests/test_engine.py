@@ -144,12 +144,16 @@ def _double(number: int) -> int:
     return 2 * number
 
 
-def test_results_come_in_order(cluster):
-    for address, processes in ((None, 1), (None, 2), (cluster, 1)):
-        with open_engine(address, processes) as run:
-            assert list(run(_double, range(50))) == list(range(0, 100, 2))
+@pytest.mark.parametrize(
+    ("where", "processes"), [(None, 1), (None, 2), pytest.param("cluster", 1, marks=pytest.mark.end_to_end)]
+)
+def test_results_come_in_order(request, where, processes):
+    address = where and request.getfixturevalue(where)
+    with open_engine(address, processes) as run:
+        assert list(run(_double, range(50))) == list(range(0, 100, 2))
 
 
+@pytest.mark.end_to_end
 def test_a_worker_without_a_shared_disk_is_one_line(cluster, tmp_path):
     from distributed import Client
 

@@ -161,7 +161,7 @@ def test_what_a_server_remembers_of_one_client_reaches_no_other_and_no_header_is
         def log_message(self, *_): ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         with running(tmp_path, f"http://127.0.0.1:{server.server_port}") as gateway:
             for _ in range(2):
                 with httpx.Client(base_url=gateway.url, trust_env=False, headers={"User-Agent": "mine"}) as http:
