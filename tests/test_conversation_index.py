@@ -1,6 +1,12 @@
 """The index that the pages read: whatever is logged, sealed, forgotten or deleted, it says what the files say."""
 
+import itertools
+import shutil
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +18,10 @@ from fine_tuning.data_collection.conversation_logger import ConversationLogger, 
 from fine_tuning.data_collection.storage import log_index
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import shard_paths, versions, write_shard
-from fine_tuning.integration.conversation_index import ConversationIndex
+from fine_tuning.integration import data_view
+from fine_tuning.integration.conversation_index import ConversationIndex, conversation_index
 from fine_tuning.schema.conversation import fold
+from tests.project import ROOT
 
 KINDS = ("say", "judge", "edit", "delete", "undo", "close", "seal", "forget", "erase", "bring", "torn")
 STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=14)
@@ -130,3 +138,27 @@ def test_a_search_finds_words_of_any_message_or_of_a_given_name(tmp_path):
     assert found("%") == ["s1"]
     assert found("BREAK fruit") == ["s2"]
     assert found("grapes") == []
+
+
+def test_two_people_who_open_the_page_data_at_once_get_the_same(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    records = [
+        {"id": f"c{number}", "messages": [{"id": "m", "role": "user", "content": "Why?"}], "feedback": []}
+        for number in range(4)
+    ]
+    write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", records)
+    outcomes = data_view._outcomes(tmp_path, conversation_index(tmp_path).state()[1])
+    identities, both, others = ConversationIndex.identities, threading.Barrier(2), itertools.count()
+
+    def interleaved(index, first, *limit):
+        found = identities(index, first, *limit)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5 if first == 1 else 0)
+            while next(others) and len(outcomes._keys) == first:  # the second goes on when the first has its keys
+                time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(ConversationIndex, "identities", interleaved)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(data_view.entries, [tmp_path] * 2)
+    assert first.equals(second) and len(outcomes._keys) == 1 + len(records)

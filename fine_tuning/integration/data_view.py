@@ -1,6 +1,7 @@
 """What the page Data shows: where every conversation is on its way from the log to the tokens."""
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -28,6 +29,7 @@ TAGS = Path(".whetstone/tags.json")
 LEDGER = Path("data/splits.txt")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
+_LOCK = threading.Lock()  # of what is kept between two visits
 _NOBODY = np.zeros(1, np.uint64)  # no conversation has the number 0
 _PLACEHOLDER = re.compile(PLACEHOLDER.pattern.encode())
 
@@ -48,7 +50,8 @@ def entries(checkout: Path) -> "pd.DataFrame":
     in it; `tags`: what somebody called it. Of masked and tags there is one a line.
     """
     files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS)]
-    return _entries(checkout, *conversation_index(checkout).state(), stamps([*files, *_clean_shards(checkout)]))
+    with _LOCK:
+        return _entries(checkout, *conversation_index(checkout).state(), stamps([*files, *_clean_shards(checkout)]))
 
 
 @lru_cache(maxsize=1)
