@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def _forbid(folder: str) -> None:
     sys.addaudithook(refuse)
 
 
+@contextmanager
+def two_workers(client, folder: Path):
+    """Started as the documentation says."""
+    command = [sys.executable, "-m", "dask", "worker", client.scheduler.address, "--nworkers=2", "--nthreads=1"]
+    process = subprocess.Popen([*command, "--no-dashboard"], cwd=folder)
+    try:
+        client.wait_for_workers(2, timeout=60)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def _left(dask_worker) -> list[Path]:
     return [path for path in Path(dask_worker.local_directory).rglob("*") if path.is_file()]
 
@@ -62,17 +76,11 @@ def engine_apart(bucket, tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster, set_as_default=False) as client:
-        command = [sys.executable, "-m", "dask", "worker", cluster.scheduler_address, "--nworkers=2", "--nthreads=1"]
-        workers = subprocess.Popen([*command, "--no-dashboard"], cwd=ROOT)
-        try:
-            client.wait_for_workers(2, timeout=60)
+        with two_workers(client, ROOT):
             client.run(_forbid, str(tmp_path))
             yield f"{cluster.scheduler_address}?folder={address}"
             left = client.run(_left)
-            assert not any(left.values()), "the workers' files of conversations are gone"
-        finally:
-            workers.terminate()
-            workers.wait()
+        assert not any(left.values()), "the workers' files of conversations are gone"
     from fsspec.core import url_to_fs
 
     files, folder = url_to_fs(address)
@@ -150,6 +158,21 @@ def test_a_worker_without_a_shared_disk_is_one_line(cluster, tmp_path):
         client.run(_forbid, str(tmp_path))
     with pytest.raises(UserError, match=r"a Dask worker has no .*\?folder=") as told, open_engine(cluster) as run:
         list(run(_text, [tmp_path / "file"]))
+    assert "\n" not in str(told.value)
+
+
+def test_a_worker_without_the_code_is_one_line(tmp_path, monkeypatch):
+    from distributed import Client, LocalCluster
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with (
+        LocalCluster(n_workers=0, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        two_workers(client, tmp_path),
+        pytest.raises(UserError, match="a Dask worker has no module fine_tuning: start workers in a checkout") as told,
+        open_engine(cluster.scheduler_address) as run,
+    ):
+        list(run(_double, range(3)))
     assert "\n" not in str(told.value)
 
 

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from tests.project import Project
+from tests.project import Project, conversations
 
 pytestmark = pytest.mark.end_to_end
 
@@ -50,3 +50,10 @@ def test_the_records_of_the_champion_are_restored_beside_those_that_dvc_keeps(pr
     before = objects(project)
     assert "restored" in project.run("python", "-m", "stages.evaluate")
     assert_kept(before, project)
+
+
+def test_conversations_are_kept_twice(project):
+    """A shard that is damaged in place comes back from the cache."""
+    assert {path.stat().st_nlink for path in (project.folder / "data/conversations").iterdir()} == {2}
+    project.import_conversations(conversations(("tent",)), "more")
+    assert {path.stat().st_nlink for path in (project.folder / "data/conversations").iterdir()} == {1}

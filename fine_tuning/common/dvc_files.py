@@ -164,8 +164,10 @@ def add_to_dvc(repo: "Repo", path: Path, known: Container[str] = ()) -> None:
     """
     logging.getLogger("dvc").setLevel(logging.ERROR)
     logging.getLogger("dvc_data").setLevel(logging.CRITICAL)  # a traceback for each copy that fails
+    cache = repo.cache.local
+    cache.cache_types = ["reflink", "copy"]  # whatever is configured: what cannot be made again is kept twice
     repo.add([path.as_posix()])
-    cache, added = repo.cache.local, str(read_dvc(Path(f"{path}.dvc")))
+    added = str(read_dvc(Path(f"{path}.dvc")))
     listed = json.loads(Path(cache.oid_to_path(added)).read_bytes()) if added.endswith(".dir") else [{"md5": added}]
     for entry in listed:
         file, md5 = path / entry.get("relpath", ""), entry["md5"]

@@ -1,9 +1,9 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-Scheduler and workers need the same environment and commit: start them in a checkout, `python -m dask scheduler` and
-`python -m dask worker ADDRESS --nworkers=-1 --nthreads=1`. Files reach workers on a shared disk, where their checkout
-has the same path, or through a folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever
-reaches a scheduler can run code on its workers: keep it in a network of your own.
+Workers need the same environment and commit: start them in a checkout, `python -m dask worker ADDRESS --nworkers=-1
+--nthreads=1`. Files reach them on a shared disk, where their checkout has the same path, or through a folder that
+fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code on its
+workers: keep it in a network of your own.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.shared_folder import folder_of_a_run, pack, work_on
+from fine_tuning.common.shared_folder import folder_of_a_run, task
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
@@ -58,8 +58,7 @@ def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
             with folder_of_a_run(folder, client) if folder else nullcontext(None) as run:
 
                 def submit(function: Worker, item: object) -> Any:
-                    # Packed in any case: Dask would look into every list for its own objects.
-                    return client.submit(work_on, pack(run, (function, item)), run, pure=False)
+                    return client.submit(pickle.loads, task(run, function, item), pure=False)
 
                 yield lambda function, items: _unpacked(_in_order(submit, function, items, AHEAD * workers))
 
@@ -74,12 +73,9 @@ def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
             f"a Dask worker has no {error.filename}: workers need this folder at the same path, or an engine with "
             "?folder=, see docs/scale.md"
         ) from None
-    except RuntimeError as error:
-        if "deserialization" not in str(error):
-            raise
+    except ModuleNotFoundError as error:
         raise UserError(
-            "the Dask scheduler or a worker has other code or packages: start them in a checkout of this commit, with "
-            "this environment"
+            f"a Dask worker has no module {error.name}: start workers in a checkout of this commit, in this environment"
         ) from None
 
 
@@ -103,8 +99,7 @@ def _dask_client(address: str) -> Iterator[Any]:
         client = Client(address, timeout=TIMEOUT, set_as_default=False)
     except (OSError, ValueError):
         raise UserError(
-            f"no Dask scheduler answers at {address}: start one in a checkout with "
-            "`python -m dask scheduler`, or set engine to null"
+            f"no Dask scheduler answers at {address}: start one with `dask scheduler`, or set engine to null"
         ) from None
     with client:
         try:

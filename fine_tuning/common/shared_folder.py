@@ -12,7 +12,7 @@ import pickle
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +58,20 @@ def pack(folder: str | None, value: Any, results: bool = False) -> bytes:
     packed = io.BytesIO()
     _Packer(packed, folder, results).dump(value)
     return packed.getvalue()
+
+
+class _Task(NamedTuple):
+    packed: bytes
+    folder: str | None
+
+    def __reduce__(self) -> Any:
+        return work_on, tuple(self)
+
+
+def task(folder: str | None, function: Callable[[Any], Any], argument: object) -> bytes:
+    """What does the work where it is unpickled, with a packed result. To Dask it is bytes: it looks into no list for
+    its own objects, a scheduler needs no code of ours, and a worker without it raises an error instead of hanging."""
+    return pickle.dumps(_Task(pack(folder, (function, argument)), folder))
 
 
 def work_on(packed: bytes, folder: str | None) -> bytes:
