@@ -15,12 +15,14 @@ import yaml
 from filelock import FileLock
 
 from fine_tuning.commands import rounds
-from fine_tuning.common.records import read_json
+from fine_tuning.common.records import read_json, write_json, write_jsonl
 from fine_tuning.common.settings import parse_settings
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.integration import canary as canary_module
 from fine_tuning.integration import round_policy
 from fine_tuning.integration.canary import Canary
+from fine_tuning.integration.conversation_index import counts
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.integration.round_policy import ROUNDS, RoundsSettings, waits_for
 from fine_tuning.model_management.model_registry import open_registry
@@ -102,6 +104,23 @@ def test_a_round_that_was_killed_goes_on_without_anything_new(project, monkeypat
 def test_hours_may_go_over_midnight(hours, inside, outside):
     assert all(round_policy._within(hours, hour) for hour in inside)
     assert not any(round_policy._within(hours, hour) for hour in outside)
+
+
+def test_what_is_new_is_counted_from_the_logs_and_from_the_shards_that_were_not_cleaned(tmp_path):
+    shards, log = tmp_path / "data/conversations", ConversationLogger(tmp_path / "inbox/conversations.jsonl")
+    messages = [{"id": "q", "role": "user", "content": "Why?"}, {"id": "a", "role": "assistant", "content": "So."}]
+    talks = [{"id": f"c{number}", "messages": messages, "feedback": [], "metadata": {}} for number in range(6)]
+    cleaned, _ = write_shard(shards, "20260101T000000000-import", talks[:3])
+    write_json(tmp_path / "data/manifest.json", {"shards": [{"name": cleaned.name}]})
+    write_jsonl(tmp_path / "data/clean/rejected.jsonl", [])
+    assert round_policy._new(tmp_path) == 0
+    write_shard(shards, "20260102T000000000-import", [*talks[2:5], talks[5] | {"messages": [], "deleted": True}])
+    said = log.log_conversation("New?", "Yes.", {"session_id": "s1"})
+    log.log_conversation("Newer?", "Yes.", {"session_id": "s1"})
+    log.log_feedback(said, 1)
+    log.log_edit(said, "No.", conversation_id="c0")
+    log.log_delete("c3")
+    assert round_policy._new(tmp_path) == len({"c2", "c4", "s1", "c0"}) == sum(counts(tmp_path)[1:])
 
 
 def test_a_failure_is_tried_again_after_a_pause_that_doubles_and_no_clock_makes_it_endless(tmp_path, monkeypatch):

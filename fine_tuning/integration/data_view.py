@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fine_tuning.common.project import MANIFEST, PREPARED
-from fine_tuning.common.records import read_jsonl, read_lines, read_object, stamp, updating
+from fine_tuning.common.records import read_jsonl, read_line, read_lines, read_object, stamp, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.cleaning.text_repair import CONTROL_TOKENS
 from fine_tuning.data_collection.data_cleaner import Cleaned, CleanSettings, DataCleaner
@@ -19,7 +19,6 @@ from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import LEFT_OUT, NAMES, Ledger
 from fine_tuning.integration.conversation_index import REJECTED, cleaned_shards, conversation_index
-from fine_tuning.schema.conversation import from_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +161,7 @@ def _spans(text: str, marked: Iterable[tuple[int, int, str]]) -> list[Span]:
 
 def twin(checkout: Path, identity: str) -> str | None:
     """The id of the conversation that was kept instead of a duplicate."""
-    drops = (from_line(line) for _, line in read_lines(checkout / REJECTED) if b'"reason":"duplicate"' in line)
+    drops = (read_line(line) for _, line in read_lines(checkout / REJECTED) if b'"reason":"duplicate"' in line)
     return next((str(drop["value"]) for drop in drops if drop["id"] == identity), None)
 
 
@@ -290,7 +289,7 @@ def _drops_in(path: Path) -> Iterator[tuple[str, str]]:
 def _masked_in(path: Path) -> Iterator[tuple[str, str]]:
     for _, line in read_lines(path):
         if b"<" in line and (types := {match[1].decode() for match in _PLACEHOLDER.finditer(line)}):
-            yield from_line(line)["id"], "\n".join(sorted(types))
+            yield read_line(line)["id"], "\n".join(sorted(types))
 
 
 def _tags_in(path: Path) -> Iterator[tuple[str, str]]:
