@@ -10,14 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
+from fine_tuning.common.records import dump_line, write_json, write_jsonl
+from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, rewrite_log
 from fine_tuning.data_collection.storage import log_index
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
 from fine_tuning.data_collection.storage.shards import shard_paths, versions, write_shard
+from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.integration import data_view
 from fine_tuning.integration.conversation_index import ConversationIndex, conversation_index
 from fine_tuning.schema.conversation import fold
@@ -138,6 +144,49 @@ def test_a_search_finds_words_of_any_message_or_of_a_given_name(tmp_path):
     assert found("%") == ["s1"]
     assert found("BREAK fruit") == ["s2"]
     assert found("grapes") == []
+    assert found("S0") == ["s0"]
+    assert found(" ".join(["plums", *(f"word{number}" for number in range(2000))])) == []
+    assert found("\ud800") == []
+
+
+def test_an_id_is_found_whatever_its_case(tmp_path):
+    messages = [{"id": "m", "role": "user", "content": "Why?"}]
+    write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", [{"id": "ChatGPT-7F", "messages": messages}])
+    index = ConversationIndex(tmp_path)
+    assert index.with_words("ChatGPT-7F") == index.with_words("chatgpt") == [1]
+
+
+def test_a_shard_that_no_index_can_hold_is_named_at_every_visit_until_it_is_gone(tmp_path):
+    record = {"id": "c", "messages": [{"id": "m", "role": "user", "content": "Why?"}]}
+    write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", [record])
+    newer = tmp_path / CONVERSATIONS / "20260102T000000000-import-newer.jsonl"
+    newer.write_bytes(dump_line(record | {"id": "d"}) + dump_line(record | {"id": "e", "schema_version": 99}))
+    index = ConversationIndex(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="newer.jsonl was written by another version of this project"):
+            index.state()
+    newer.unlink()
+    assert index.count(set()) == (1, 0, 1)
+
+
+def test_the_newest_version_is_that_of_the_last_shard_also_when_the_manifest_says_another_order(tmp_path):
+    for day, text in (("1", "First"), ("2", "Second")):
+        message = {"id": f"m{day}", "role": "user", "content": text}
+        write_shard(tmp_path / CONVERSATIONS, f"2026010{day}T000000000-import", [{"id": "c", "messages": [message]}])
+    index, names = ConversationIndex(tmp_path), [path.name for path in shard_paths(tmp_path / CONVERSATIONS)]
+    assert index.conversation("c")["messages"][0]["content"] == "Second"
+    write_json(tmp_path / MANIFEST, {"shards": [{"name": name} for name in reversed(names)]})
+    assert index.conversation("c")["messages"][0]["content"] == "First"
+
+
+@pytest.mark.parametrize("odd", [{"at": 5}, {"at": ["x"]}, {"content": "\ud800"}, {"id": ["x"]}])
+def test_a_shard_by_hand_with_values_of_odd_types_is_listed(tmp_path, odd):
+    said = [{"id": "q", "role": "user", "content": "Why?", "at": "2026-01-01T00:00:00Z"} | odd]
+    said.append({"id": "r", "role": "assistant", "content": "So.", "at": "2026-01-01T00:00:00Z"})
+    record = {"id": "c", "source": "other", "messages": said, "feedback": [{"message_id": "r", "rating": "1"}]}
+    write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", [record])
+    (found,), count = ConversationIndex(tmp_path).listed("other")
+    assert (count, found.id, found.messages, found.rating) == (1, "c", 2, 0)
 
 
 def test_two_people_who_open_the_page_data_at_once_get_the_same(tmp_path, monkeypatch):
@@ -162,3 +211,38 @@ def test_two_people_who_open_the_page_data_at_once_get_the_same(tmp_path, monkey
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(data_view.entries, [tmp_path] * 2)
     assert first.equals(second) and len(outcomes._keys) == 1 + len(records)
+
+
+def prepared(checkout: Path, texts: list[str]) -> None:
+    """A checkout that was cleaned, with a ledger under the salt of params.yaml."""
+    shutil.copy(ROOT / "params.yaml", checkout)
+    messages = [[{"id": "m", "role": "user", "content": text}] for text in texts]
+    records = [{"id": f"c{number}", "messages": said} for number, said in enumerate(messages)]
+    shard, _ = write_shard(checkout / CONVERSATIONS, "20260101T000000000-import", records)
+    write_json(checkout / MANIFEST, {"shards": [{"name": shard.name}]})
+    (checkout / "data/clean").mkdir()
+    (checkout / "data/clean/rejected.jsonl").write_bytes(b"")
+    write_jsonl(checkout / "data/clean" / shard.name, records)
+    salt = read_params("prepare", PrepareSettings, checkout / "params.yaml").salt
+    Ledger(checkout / data_view.LEDGER, salt).append((f"c{number}", "test") for number in range(len(texts)))
+
+
+def test_another_salt_shows_other_splits_at_once(tmp_path):
+    prepared(tmp_path, ["Why?"])
+    assert data_view.entries(tmp_path)["split"].tolist() == ["test"]
+    params = tmp_path / "params.yaml"
+    params.write_text(params.read_text().replace("salt: whetstone", "salt: another"))
+    assert data_view.entries(tmp_path)["split"].tolist() == ["none"]
+
+
+def test_the_page_data_shows_what_there_is_while_a_run_removes_files(tmp_path, monkeypatch):
+    prepared(tmp_path, ["Mail <EMAIL_1>", "Why?"])
+    reader = data_view.read_lines
+
+    def removed(path):
+        Path(path).unlink()
+        return reader(path)
+
+    monkeypatch.setattr(data_view, "read_lines", removed)
+    assert data_view.entries(tmp_path)["masked"].tolist() == ["", ""]
+    assert data_view.twin(tmp_path, "c0") is None

@@ -191,9 +191,10 @@ class ConversationIndex:
                 try:
                     self._refresh()
                     break
-                except FileNotFoundError:  # a seal has moved on since the files were listed
-                    self._clear()
-                    if attempt == ATTEMPTS - 1:
+                except BaseException as error:
+                    self._clear()  # half of a shard may be in it
+                    moved = isinstance(error, FileNotFoundError)  # a seal has moved on since the files were listed
+                    if not moved or attempt == ATTEMPTS - 1:
                         raise
             yield self._index
 
@@ -201,8 +202,8 @@ class ConversationIndex:
         self._index.close_file()
         found = shard_paths(self.checkout / CONVERSATIONS, self.checkout / MANIFEST)
         shards = {path: (stat.st_mtime_ns, stat.st_size) for path in found if (stat := path.stat())}
-        if dict(list(shards.items())[: len(self._shards)]) != self._shards:
-            self._clear()  # a shard is gone or was changed, or came in before others
+        if list(shards.items())[: len(self._shards)] != list(self._shards.items()):
+            self._clear()  # a shard is gone or was changed, came in before others, or has another place
         new = [path for path in shards if path not in self._shards]
         changed = self._index.add_shards(new, self._summarise_version)
         for query in _BY_TIME:
@@ -287,18 +288,20 @@ def cleaned_shards(checkout: Path) -> set[str]:
 
 def _find(index: LogIndex, words: str, titles: Mapping[str, str]) -> None:
     """Put into the table `hit` who has all words in its messages, its id or its title."""
-    condition, values = "1", []
-    for word in words.lower().split():
+    index.rows("DELETE FROM hit")
+    for place, word in enumerate(dict.fromkeys(_printable(words).lower().split()) or [""]):
         named = [key_of(identity) for identity, title in titles.items() if word in title.lower()]
         keys = ", ".join("?" * len(named))
-        condition += f" AND (instr(text, ?) OR number IN (SELECT number FROM known WHERE conversation IN ({keys})))"
-        values += [word, *named]
-    index.rows("DELETE FROM hit")
-    index.rows(f"INSERT INTO hit SELECT number FROM said WHERE {condition}", *values)
+        condition = f"instr(text, ?) OR number IN (SELECT number FROM known WHERE conversation IN ({keys}))"
+        if place == 0:
+            index.rows(f"INSERT INTO hit SELECT number FROM said WHERE {condition}", word, *named)
+        else:
+            lacking = f"SELECT number FROM hit CROSS JOIN said USING (number) WHERE NOT ({condition})"
+            index.rows(f"DELETE FROM hit WHERE number IN ({lacking})", word, *named)
 
 
 def last_spoken(conversation: dict) -> str:
-    return max((message.get("at") or "" for message in conversation["messages"]), default="")
+    return max((str(message.get("at") or "") for message in conversation["messages"]), default="")
 
 
 def _summary(number: int, conversation: dict) -> tuple[Summary, str]:
@@ -306,20 +309,26 @@ def _summary(number: int, conversation: dict) -> tuple[Summary, str]:
     messages = conversation["messages"]
     contents = [message.get("content") or "" for message in messages]
     first = next((text for message, text in zip(messages, contents, strict=True) if message.get("role") == "user"), "")
-    liked = sum(entry.get("rating") or 0 for entry in conversation.get("feedback") or ())
+    ratings = [entry.get("rating") for entry in conversation.get("feedback") or ()]
+    liked = sum(rating for rating in ratings if isinstance(rating, int | float))
     texts = (
         conversation["id"],
         str(conversation.get("source") or "unknown"),
         str(conversation.get("started_at") or ""),
         last_spoken(conversation),
         " ".join(first.split())[:BEGINNING],
-        "\n".join(contents).lower() + "\n" + conversation["id"],
+        "\n".join([*contents, conversation["id"]]).lower(),
     )
-    if not all(map(str.isascii, texts)):  # a lone surrogate, which JSON can hold, has no UTF-8
-        texts = tuple(text.encode("utf-8", "replace").decode() for text in texts)
+    if not all(map(str.isascii, texts)):
+        texts = tuple(map(_printable, texts))
     identity, source, started, spoken, begins, text = texts
     size, rating = sum(map(len, contents)), (liked > 0) - (liked < 0)
     return Summary(number, identity, source, started, spoken, len(messages), size, begins, rating), text
+
+
+def _printable(text: str) -> str:
+    """A lone surrogate, which JSON can hold, has no UTF-8: a question mark stands for it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _name_of(log: Path) -> str | None:

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 CLEAN = Path("data/clean")
 TAGS = Path(".whetstone/tags.json")
 LEDGER = Path("data/splits.txt")
+PARAMS = Path("params.yaml")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
 _LOCK = threading.Lock()  # of what is kept between two visits
@@ -48,7 +50,7 @@ def entries(checkout: Path) -> "pd.DataFrame":
     why it was dropped; `split`: train, validation, test, or none; `masked`: the types of personal data that were masked
     in it; `tags`: what somebody called it. Of masked and tags there is one a line.
     """
-    files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS)]
+    files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS, PARAMS)]
     with _LOCK:
         return _entries(checkout, *conversation_index(checkout).state(), stamps([*files, *_clean_shards(checkout)]))
 
@@ -162,7 +164,9 @@ def _spans(text: str, marked: Iterable[tuple[int, int, str]]) -> list[Span]:
 def twin(checkout: Path, identity: str) -> str | None:
     """The id of the conversation that was kept instead of a duplicate."""
     drops = (read_line(line) for _, line in read_lines(checkout / REJECTED) if b'"reason":"duplicate"' in line)
-    return next((str(drop["value"]) for drop in drops if drop["id"] == identity), None)
+    with suppress(FileNotFoundError):  # DVC removes what a stage makes anew
+        return next((str(drop["value"]) for drop in drops if drop["id"] == identity), None)
+    return None
 
 
 def can_be_restored(cleaner: DataCleaner, conversation: dict, fate: str) -> bool:
@@ -249,7 +253,7 @@ class _Outcomes:
 
     def splits(self, size: int) -> np.ndarray:
         """Numbers of NAMES."""
-        salt = read_params("prepare", PrepareSettings, self.checkout / "params.yaml").salt
+        salt = read_params("prepare", PrepareSettings, self.checkout / PARAMS).salt
         ledger = _ledger(self.checkout / LEDGER, stamp(self.checkout / LEDGER), salt)
         if salt != self._salt:
             self._salt, self._keys = salt, _NOBODY
@@ -265,7 +269,10 @@ class _Outcomes:
         for path in paths:
             now, known = stamp(path), self._read.get(path)
             if now is not None and (known is None or known[0] != now):
-                pairs = list(read(path))
+                try:
+                    pairs = list(read(path))
+                except FileNotFoundError:  # DVC removes what a stage makes anew
+                    continue
                 numbers = np.array(self.index.numbers(identity for identity, _ in pairs), np.int64)
                 codes = np.array([names.setdefault(name, len(names)) for _, name in pairs], np.int32)
                 self._read[path] = known = now, numbers, codes
