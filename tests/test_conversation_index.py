@@ -163,7 +163,7 @@ def test_a_shard_that_no_index_can_hold_is_named_at_every_visit_until_it_is_gone
     newer.write_bytes(dump_line(record | {"id": "d"}) + dump_line(record | {"id": "e", "schema_version": 99}))
     index = ConversationIndex(tmp_path)
     for _ in range(2):
-        with pytest.raises(UserError, match="newer.jsonl was written by another version of this project"):
+        with pytest.raises(UserError, match=r"newer\.jsonl was written by another version of this project"):
             index.state()
     newer.unlink()
     assert index.count(set()) == (1, 0, 1)
