@@ -32,8 +32,8 @@ def plain(text: str) -> str:
 
 def read_conversations(checkout: Path) -> None:
     """Say what is read where that takes long: at the first visit, every conversation."""
-    if not (index := conversation_index(checkout)).was_read():
-        total = int(read_object(checkout / MANIFEST).get("total_conversations") or 0)
+    total = int(read_object(checkout / MANIFEST).get("total_conversations") or 0)
+    if total and not (index := conversation_index(checkout)).was_read():
         with st.spinner(f"Reading {count_of(total, 'conversation')}…", show_time=True):
             index.state()
 
