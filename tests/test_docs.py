@@ -1,5 +1,6 @@
 """README and docs: generated blocks are current, links lead somewhere, and every command shown exists."""
 
+import importlib
 import json
 import re
 import shlex
@@ -104,9 +105,15 @@ def check_accelerate(words: list[str]) -> None:
     assert (ROOT / arguments.config_file).is_file()
 
 
+def check_dask(words: list[str]) -> None:
+    command = importlib.import_module(f"distributed.cli.dask_{words[0]}").main
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options
+
+
 # Programs whose words are not looked into: they are no part of the requirements, or of the shell.
 UNCHECKED = (
-    "curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "dask", "scontrol", "head", "hf", "vllm",
+    "curl", "docker", "git", "source", "export", "cd", "pre-commit", "grep", "scontrol", "head", "hf", "vllm",
     "llama-server",
 )  # fmt: skip
 
@@ -120,6 +127,10 @@ def check(words: list[str]) -> None:
         check_program(rest[2:])
     elif program == "python" and rest[1].split(".")[0] in ("benchmarks", "tests"):
         check_module(rest[1], rest[2:])
+    elif program == "dask":
+        check_dask(rest)
+    elif program == "python" and rest[1] == "dask":
+        check_dask(rest[2:])
     elif program == "python":
         assert rest[:2] == ["-m", "http.server"]
     elif program == "make":
