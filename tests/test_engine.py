@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -203,6 +204,50 @@ def _die(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def _slowly(path: Path) -> Path:
+    """Copy what a file says into one beside it, whose folder is made."""
+    text, made = path.read_bytes(), path.with_suffix(".made")
+    time.sleep(0.5)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_bytes(text)
+    return made
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("lost", ["the scheduler", "the stage's patience"])
+def test_a_run_that_ends_early_leaves_no_conversation_in_the_shared_folder_or_with_the_workers(tmp_path, lost):
+    """As a real scheduler and real workers that are started by hand."""
+    from distributed import Client
+
+    shared, scratch, said = tmp_path / "shared", tmp_path / "scratch", tmp_path / "said.jsonl"
+    said.write_text("something private")
+    address, dask = f"tcp://127.0.0.1:{servers.free_ports(1)[0]}", [sys.executable, "-m", "dask"]
+    scheduler = subprocess.Popen([*dask, "scheduler", "--port", address.rpartition(":")[2], "--no-dashboard"], cwd=ROOT)
+    options = ["--nworkers=2", "--nthreads=1", "--no-dashboard", "--local-directory", str(scratch)]
+    workers = subprocess.Popen([*dask, "worker", address, *options], cwd=ROOT)
+    try:
+        with Client(address, timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=60)
+        ended = pytest.raises(UserError, match="went away") if lost == "the scheduler" else pytest.raises(Interrupted)
+        with ended, open_engine(f"{address}?folder={shared}") as run:
+            for number, _ in enumerate(run(_slowly, [said] * 40)):
+                if number == 3 and lost == "the scheduler":
+                    scheduler.kill()
+                elif number == 3:
+                    raise Interrupted
+        time.sleep(2)  # what was worked on ends
+        assert [path for path in shared.rglob("*") if path.is_file()] == []
+        assert [path for path in scratch.rglob("said.*")] == []
+    finally:
+        for process in (workers, scheduler):
+            process.terminate()
+            process.wait()
+
+
+class Interrupted(Exception):
+    pass
 
 
 def test_a_process_that_was_killed_is_one_line():

@@ -115,3 +115,9 @@ def _dask_client(address: str) -> Iterator[Any]:
             raise UserError(
                 f"workers of the Dask scheduler at {address} died repeatedly: read their logs, then run the same again"
             ) from None
+        except Exception:
+            if client.status == "running":
+                raise
+            raise UserError(
+                f"the Dask scheduler at {address} went away: start it and its workers, then run the same again"
+            ) from None

@@ -22,6 +22,7 @@ from fine_tuning.common.project import sha256_file
 from fine_tuning.common.results import making_folder, state_of
 
 _BASES: dict[str, Path] = {}  # folder of a run → where files lie here
+_ENDED: set[str] = set()  # folders of runs that are over: what is still worked on leaves nothing
 _SENT: dict[tuple[str, Path], tuple[list[int] | None, str]] = {}  # (folder, path) → state and hash, on both sides
 
 
@@ -78,10 +79,18 @@ def work_on(packed: bytes, folder: str | None) -> bytes:
     """On a worker: unpack (function, argument) and pack the result."""
     from distributed import get_worker
 
-    if folder:
-        _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
-    function, argument = pickle.loads(packed)
-    return pack(folder, function(argument), results=True)
+    if not folder:
+        function, argument = pickle.loads(packed)
+        return pack(None, function(argument), results=True)
+    if folder in _ENDED:
+        raise RuntimeError("the run has ended")
+    scratch = _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
+    try:
+        function, argument = pickle.loads(packed)
+        return pack(folder, function(argument), results=True)
+    finally:
+        if folder in _ENDED:  # meanwhile
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -94,12 +103,15 @@ def folder_of_a_run(address: str, client: Any) -> Iterator[str]:
     try:
         yield folder
     finally:
-        client.run(_leave, folder, on_error="ignore")
-        with _access(folder) as (files, path), suppress(FileNotFoundError):
-            files.rm(path, recursive=True)
+        try:
+            client.run(_leave, folder, on_error="ignore")
+        finally:  # also where the scheduler is gone
+            with _access(folder) as (files, path), suppress(FileNotFoundError):
+                files.rm(path, recursive=True)
 
 
 def _leave(folder: str) -> None:
+    _ENDED.add(folder)
     if scratch := _BASES.pop(folder, None):
         shutil.rmtree(scratch, ignore_errors=True)
 
