@@ -31,6 +31,7 @@ def broken_rules(page) -> list[str]:
     settled(page)
     page.mouse.move(0, 0)  # help of what lies under the mouse is in an overlay of Streamlit's, outside every region
     page.get_by_role("tooltip").first.wait_for(state="hidden")
+    page.wait_for_timeout(500)  # colours fade
     page.evaluate(AXE)
     found = page.evaluate(f"axe.run({{exclude: {STREAMLITS}}}, {{resultTypes: ['violations']}})")
     return [f"{rule['id']}: {node['html'][:160]}" for rule in found["violations"] for node in rule["nodes"]]

