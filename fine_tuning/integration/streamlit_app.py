@@ -22,7 +22,8 @@ if PROJECT not in sys.path:
 # As dir="auto": each paragraph runs as its own script does. Captions, and buttons pointed at or open, lack contrast.
 STYLE = """<style>[data-testid=stMarkdownContainer] :is(p, li), textarea { unicode-bidi: plaintext; }
 div[data-testid=stCaptionContainer] { color: inherit; opacity: 0.8; } h2 { font-size: 1.5rem !important; }
-:is(button[kind=tertiary], [data-testid=stPopoverButton]):is(:hover, :focus, :active, [aria-expanded=true]) { color: inherit !important; }
+:is(button[kind=tertiary], [data-testid=stPopoverButton]):is(:hover, :focus, :active,
+[aria-expanded=true]) { color: inherit !important; }
 </style>"""
 PAGES = {
     "home": "home",
