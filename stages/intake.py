@@ -45,13 +45,13 @@ def main() -> None:
     print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(count, 'conversation')}")
 
 
-def states(sample: bool) -> dict[Path, list[int]]:
+def states(sample: bool) -> dict[Path, list[int] | None]:
     """The shards in their order, with what changes when somebody writes into one or puts another in its place."""
     paths = wanted_shards(CONVERSATIONS, MANIFEST, sample)
-    return {path: [*(state_of(path) or ()), path.stat().st_ino] for path in paths}
+    return {path: (known := state_of(path)) and [*known, path.stat().st_ino] for path in paths}
 
 
-def scan(states: dict[Path, list[int]], tombstones: Tombstones) -> dict[Path, Scanned]:
+def scan(states: dict[Path, list[int] | None], tombstones: Tombstones) -> dict[Path, Scanned]:
     """Read what has not been read since it was written."""
     memo = Memo(main_checkout() / MEMO, "intake")
     forgotten = sha256_file(FORGOTTEN) if len(tombstones) else None

@@ -719,6 +719,16 @@ def test_a_changed_shard_is_refused(project, command, intake_stage):
     assert "was changed, and shards never change" in intake_stage(project)
 
 
+def test_a_link_to_a_shard_that_is_gone_is_one_line(project, command, intake_stage):
+    sealed(command, project, "a")
+    assert intake_stage(project) is None
+    (path,) = shards(project)
+    path.unlink()
+    path.symlink_to(project.folder / "nowhere")
+    output = intake_stage(project)
+    assert "is gone: bring it back with `dvc get" in output and "\n" not in output
+
+
 def test_another_shard_in_the_place_of_one_is_refused_whatever_its_time(project, command, intake_stage):
     sealed(command, project, "a")
     assert intake_stage(project) is None

@@ -47,11 +47,12 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode("utf-8", "replace"))
 
 
-def emptied(folder: Path) -> Path:
-    """Make a folder without files, for libraries that write in place."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def unlinked(folder: Path) -> Path:
+    """Make a folder into which libraries may write in place: what is there is a link to no other file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and (path.is_symlink() or path.stat().st_nlink > 1):
+            copy_file(path, path)
     return folder
 
 

@@ -10,8 +10,8 @@ from fine_tuning.common.parallel import Map
 from fine_tuning.data_preparation.catalogue import REASONS, Span
 from fine_tuning.schema.prepared import PreparedRow
 
-# Of a conversation: where its first row is (-1: nowhere), how many it has, why there are none (of REASONS), tokens.
 Encode = Callable[[list[Span]], list[list[PreparedRow] | str]]  # the windows of each, or why there are none
+# Of a conversation: where its first row is (-1: nowhere), how many it has, why there are none (of REASONS), tokens.
 FOUND = np.dtype([("place", np.int64), ("windows", np.int32), ("reason", np.int8), ("tokens", np.int64)])
 
 

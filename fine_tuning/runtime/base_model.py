@@ -13,7 +13,7 @@ from typing import Any
 
 from fine_tuning.common.errors import UserError, no_memory, no_space
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import emptied, read_json, write_json
+from fine_tuning.common.records import read_json, unlinked, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.runtime.gguf_writer import known_pre_tokenizers
 from fine_tuning.runtime.ollama_store import model_gguf
@@ -289,7 +289,7 @@ def write_base(settings: BaseSettings, folder: Path) -> dict[str, Any]:
     model.generation_config.do_sample = False
     for sampling in ("temperature", "top_p", "top_k"):
         setattr(model.generation_config, sampling, None)
-    model.save_pretrained(emptied(folder))
+    model.save_pretrained(unlinked(folder))
     tokenizer.save_pretrained(folder)
     about = {
         "model": settings.model,

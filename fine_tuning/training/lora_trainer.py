@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import code_sha256, sha256_file, versions
-from fine_tuning.common.records import emptied, read_json, write_json
+from fine_tuning.common.records import read_json, unlinked, write_json
 from fine_tuning.runtime.base_model import load_model, quiet_transformers
 from fine_tuning.runtime.hardware import Hardware, detect_hardware, is_main_process, process_count
 from fine_tuning.schema.preferences import Item, JudgedReply, Pair, rows_of
@@ -259,7 +259,7 @@ def save_adapter(model: Any, base_name: str, output: Path) -> None:
     """Write the adapter with peft; of several processes the main one does."""
     model.peft_config["default"].base_model_name_or_path = base_name
     if is_main_process():
-        model.save_pretrained(emptied(output), save_embedding_layers=False)
+        model.save_pretrained(unlinked(output), save_embedding_layers=False)
         sort_adapter_config(output)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import emptied, read_json, read_object, write_json
+from fine_tuning.common.records import read_json, read_object, unlinked, write_json
 from fine_tuning.common.settings import Settings
 from fine_tuning.model_management.packaging.chat_template import (
     conversation_bank,
@@ -107,7 +107,10 @@ def merge_adapter(base_dir: Path, adapter_dir: Path, merged_dir: Path, dtype: st
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()) or float(weight.abs().max()) > limit:
             raise UserError(f"weight {name} is not finite in {dtype}: set package.merged_dtype to float32 or retrain")
-    model.to(getattr(torch, dtype)).save_pretrained(emptied(merged_dir))
+    if merged_dir.exists():
+        shutil.rmtree(merged_dir)
+    merged_dir.mkdir(parents=True)
+    model.to(getattr(torch, dtype)).save_pretrained(merged_dir)
     for file in sorted(base_dir.iterdir()):
         if file.name in ("base.json", "chat_template.jinja", "generation_config.json") or file.match("tokenizer*"):
             shutil.copyfile(file, merged_dir / file.name)
@@ -159,7 +162,7 @@ def write_package(
             "the chat template writes today's date, so that training and serving would differ: give base.model a copy "
             "of the folder with a fixed date in its chat_template.jinja"
         )
-    emptied(package_dir)
+    unlinked(package_dir)
     write_weights(merged_dir, package_dir / "model.gguf", settings, train, converter)
     if settings.adapter_gguf:
         write_adapter_gguf(base_dir, adapter_dir, package_dir / "adapter.gguf")
