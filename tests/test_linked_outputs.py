@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 
+from fine_tuning.common.records import unlinked
 from tests.project import Project, conversations
 
 pytestmark = pytest.mark.end_to_end
@@ -42,6 +43,18 @@ def test_a_stage_that_runs_without_dvc_writes_no_output_in_place(project):
     for stage in STAGES:
         project.run("python", "-m", f"stages.{stage}")
     assert_kept(before, project)
+
+
+@pytest.mark.parametrize("link", ["hardlink_to", "symlink_to"])
+def test_a_folder_that_is_written_into_keeps_its_files_and_writes_through_no_link(tmp_path, link):
+    cached, folder = tmp_path / "cached", tmp_path / "models"
+    cached.write_text("kept")
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    getattr(folder / "weights", link)(cached)
+    (unlinked(folder) / "weights").write_text("new")
+    assert cached.read_text() == "kept"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"notes.txt": "mine", "weights": "new"}
 
 
 def test_the_records_of_the_champion_are_restored_beside_those_that_dvc_keeps(project):
