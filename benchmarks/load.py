@@ -38,6 +38,7 @@ from fine_tuning.common.records import read_object, write_jsonl
 from fine_tuning.common.stage_times import TIMES
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.shards import write_shard
+from tests.servers import s3
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("intake", "clean", "export", "prepare")
@@ -281,6 +282,14 @@ def measure_daily(folder: Path, count: int, options: argparse.Namespace) -> None
     row("rounds", "rounds")
     row("dvc repro", "dvc", "repro", "-q")
     row("dvc push", "dvc", "push", "-q")
+    with s3(folder.parent / "s3") as remote:
+        remote.add_to(folder, "s3", "local")
+        run_measured(folder, ["dvc", "push", "-q", "-r", "s3"])
+        row("import", "import", new("d.jsonl", count + 3 * options.more))
+        run_measured(folder, ["dvc", "repro", "-q"])
+        row("dvc push to S3", "dvc", "push", "-q", "-r", "s3")
+        row("dvc push to S3 of nothing", "dvc", "push", "-q", "-r", "s3")
+    run_measured(folder, ["dvc", "remote", "remove", "--local", "s3"])
     row("verify --local", "verify", "--local")
     row("verify", "verify")
     row("forget", "forget", identity, "--yes")

@@ -22,8 +22,8 @@ from fine_tuning.common.records import read_json, read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage import shard_index
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
-from fine_tuning.data_collection.storage.shard_index import scan_shard
-from fine_tuning.data_collection.storage.shards import newest_versions, next_stamp, shard_paths
+from fine_tuning.data_collection.storage.shard_index import ShardIndex, scan_shard
+from fine_tuning.data_collection.storage.shards import next_stamp, shard_paths
 from fine_tuning.data_collection.storage.tombstones import Tombstones, id_hash
 from fine_tuning.schema.conversation import fold, version_hash
 from stages import intake
@@ -56,7 +56,7 @@ def shards(project):
 
 
 def versions(project, *ids):
-    return newest_versions(shards(project), set(ids))
+    return ShardIndex.read(shards(project)).newest(set(ids))
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_wherever_a_log_is_sealed_and_however_often_the_conversation_is_the_same
         seal(1)
         whole = {}
         fold(events, whole)
-        newest = newest_versions(shard_paths(shards), {"s"})
+        newest = ShardIndex.read(shard_paths(shards)).newest({"s"})
         assert {i: version_hash(c) for i, c in newest.items()} == {i: version_hash(c) for i, c in whole.items()}
 
 

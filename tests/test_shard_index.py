@@ -11,8 +11,8 @@ from fine_tuning.data_collection.storage.shard_index import ShardIndex
 from fine_tuning.data_collection.storage.shards import (
     describe_shard,
     located_versions,
-    newest_versions,
     shard_paths,
+    versions,
     write_lines,
     write_shard,
 )
@@ -31,6 +31,10 @@ ODD = (
 def version(identity, number):
     message = {"id": f"m{number}", "role": "user", "content": str(number)}
     return {"id": identity, "messages": [message], "feedback": [], "metadata": {}, "started_at": None}
+
+
+def newest_versions(paths, ids):
+    return {version["id"]: version for version in versions(paths) if version["id"] in ids}
 
 
 shard_of = st.lists(st.one_of(st.sampled_from(IDS), st.sampled_from(ODD)), min_size=1, max_size=6)

@@ -247,7 +247,7 @@ def _json_pieces(lines: Iterable[bytes]) -> Iterator[bytes | list[Value]]:
     yield from decoded(lines, torn)
     rest = b"\n".join(torn)
     document = _loads(rest) if len(rest) <= DOCUMENT else None
-    yield list(_walk(document, None)) if document else rest
+    yield _walk(document, None) if document else rest
 
 
 def decoded(lines: Iterable[bytes], torn: list[bytes] | None = None) -> Iterator[bytes | list[Value]]:
@@ -257,7 +257,7 @@ def decoded(lines: Iterable[bytes], torn: list[bytes] | None = None) -> Iterator
     for line in lines:
         record = _loads(line.strip().rstrip(b","))
         if isinstance(record, (dict, list)):
-            values += _walk(record, None)
+            _walk(record, None, values)
             size += len(line)
         elif torn is None:
             yield line
@@ -278,23 +278,25 @@ def _loads(line: bytes | str) -> Any:
     return None
 
 
-def _walk(value: Any, name: str | None) -> Iterator[Value]:
-    """All texts in a decoded value, JSON within texts decoded as well, and numbers that are ids."""
+def _walk(value: Any, name: str | None, values: list[Value] | None = None) -> list[Value]:
+    """All texts in a decoded value, JSON within texts decoded as well, and numbers that are ids; added to `values`."""
+    values = [] if values is None else values
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if isinstance(value, dict):
+    if isinstance(value, str):
+        values.append((name, value))
+        if value[:1] in ("{", "[") and isinstance(inner := _loads(value), (dict, list)):
+            _walk(inner, name, values)
+    elif isinstance(value, dict):
         for key, held in value.items():
-            yield None, str(key)
-            yield from _walk(held, str(key))
+            values.append((None, str(key)))
+            _walk(held, str(key), values)
     elif isinstance(value, (list, tuple)):
         for held in value:
-            yield from _walk(held, name)
-    elif isinstance(value, str):
-        yield name, value
-        if value[:1] in ("{", "[") and isinstance(inner := _loads(value), (dict, list)):
-            yield from _walk(inner, name)
+            _walk(held, name, values)
     elif isinstance(value, int) and name is not None and name.endswith("id"):
-        yield name, str(value)
+        values.append((name, str(value)))
+    return values
 
 
 def _table(file: Iterable[str]) -> Iterator[list[Value]]:

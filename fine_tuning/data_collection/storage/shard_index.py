@@ -104,6 +104,8 @@ class ShardIndex:
         wanted = np.unique(np.fromiter(map(_number, names), np.uint64))
         low, high = (np.searchsorted(self._sorted, wanted, side) for side in ("left", "right"))
         counts = high - low
+        if not counts.any():
+            return
         places = np.repeat(high - counts.cumsum(), counts) + np.arange(counts.sum())
         for line in np.sort(self._order[places]).tolist():
             shard = int(np.searchsorted(self._first_lines, line, "right")) - 1

@@ -112,11 +112,6 @@ def of_this_version(path: Path, record: dict) -> dict:
     return record
 
 
-def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
-    """The newest version of each of the given conversations that exists."""
-    return {record["id"]: record for record in versions(paths, ids.__contains__)}
-
-
 def next_stamp(*folders: Path) -> str:
     """The current time for the name of a new shard, moved behind every stamp in `folders` if the clock went back."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")[:18]
