@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.common.project import code_sha256, versions
+from fine_tuning.common.project import code_sha256, sha256_file, versions
 from fine_tuning.common.records import copy_file, read_json, read_object, write_json
 
 ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
+HASHES = "hashes"  # in the folder of a memo: of files that were read
 ABANDONED = 3600  # seconds without a write, after which a temporary folder is one of a run that was killed
 
 
@@ -24,6 +25,10 @@ class Memo:
         self.folder = folder
         self._made_by = [code_sha256(stage), versions()]
         self._used: set[str] = set()
+        self._known: dict[str, Any] = {}  # values of folders that were found sound, until they are given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": {}}  # a worker is given nothing
 
     def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The JSON value stored under `key`, or that of `compute()`, stored.
@@ -39,7 +44,9 @@ class Memo:
         return value
 
     def __contains__(self, key: Sequence[Any]) -> bool:
-        return _sound(self.folder / self._name(key)) is not None
+        if (value := _sound(self.folder / (name := self._name(key)))) is not None:
+            self._known[name] = value
+        return value is not None
 
     def files(
         self, key: Sequence[Any], make: Callable[[Path, Path | None], Any], last: Sequence[Any] = ()
@@ -51,7 +58,8 @@ class Memo:
         """
         folder, pointer = self.folder / self._name(key), self.folder / f"{self._name(['last', *last])}.json"
         self._used.add(folder.name)
-        if (known := _sound(folder)) is not None:
+        known = self._known.pop(folder.name) if folder.name in self._known else _sound(folder)
+        if known is not None:
             os.utime(folder)
             return folder, known
         shutil.rmtree(folder, ignore_errors=True)
@@ -66,6 +74,20 @@ class Memo:
             write_json(pointer, {"folder": folder.name})
         return folder, value
 
+    def hashes(self, paths: Sequence[Path]) -> list[str]:
+        """SHA-256 of files, in hexadecimal; one with the name, size, time and inode that it had last is not read."""
+        before, found = read_object(self.folder / HASHES), {}
+        for path in paths:
+            state = [*(state_of(path) or ()), path.stat().st_ino]
+            match before.get(path.name):
+                case [*known, str(digest)] if known == state:
+                    found[path.name] = [*state, digest]
+                case _:
+                    found[path.name] = [*state, sha256_file(path)]
+        if found != before:
+            write_json(self.folder / HASHES, found)
+        return [digest for *_, digest in found.values()]
+
     def remove_unused(self, spare: int | None = None) -> None:
         """Remove folders that `files` did not give, but for the newest, as many as it gave or `spare`: they hold
         conversations. What killed runs left goes an hour later.
@@ -77,7 +99,7 @@ class Memo:
             if folder.name.startswith(".") and time.time() - _last_write(folder) > ABANDONED:
                 shutil.rmtree(folder, ignore_errors=True)
         for pointer in self.folder.glob("*.json"):
-            if not self._pointed(pointer):
+            if not (self.folder / str(read_object(pointer).get("folder", "none"))).is_dir():
                 pointer.unlink()
 
     def _pointed(self, pointer: Path) -> Path | None:
@@ -93,7 +115,7 @@ def _sound(folder: Path) -> Any:
     """The value of a folder of results in which no file was changed; None for any other folder."""
     known = read_object(folder / ENTRY)
     files = known.get("files")
-    sound = isinstance(files, dict) and files == {name: state_of(folder / name) for name in files}
+    sound = isinstance(files, dict) and files == {name: state_of(f"{folder}/{name}") for name in files}
     return known.get("value") if sound else None
 
 
@@ -105,10 +127,10 @@ def _last_write(folder: Path) -> float:
         return time.time()
 
 
-def state_of(path: Path) -> list[int] | None:
+def state_of(path: Path | str) -> list[int] | None:
     """Bytes and time of a file, which change when somebody writes into it; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except FileNotFoundError:
         return None
     return [found.st_size, found.st_mtime_ns]
