@@ -13,6 +13,7 @@ from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
     Scanned,
     check_append_only,
+    keep_twice,
     scan_shard,
     versions,
     wanted_shards,
@@ -28,6 +29,8 @@ MEMO, IDS = Path(".whetstone/memo/intake"), "ids"
 def main() -> None:
     sample = read_params("intake", IntakeSettings).sample
     tombstones = Tombstones(FORGOTTEN)
+    if main_checkout() == Path.cwd():  # not in the copy that an experiment runs in
+        keep_twice(CONVERSATIONS)
     before = states(sample)
     scanned = scan(before, tombstones)
     shards = [shard.entry for shard in scanned.values()]
