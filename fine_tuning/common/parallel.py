@@ -1,9 +1,9 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-Workers need the same environment and commit: start them in a checkout, `python -m dask worker ADDRESS --nworkers=-1
---nthreads=1`. Files reach them on a shared disk, where their checkout has the same path, or through a folder that
-fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code on its
-workers: keep it in a network of your own.
+Workers need the same code and packages, or are refused: start them in a checkout, `python -m dask worker ADDRESS
+--nworkers=-1 --nthreads=1`. Files reach them on a shared disk, where their checkout has the same path, or through a
+folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code
+on its workers: keep it in a network of your own.
 """
 
 import os
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.shared_folder import folder_of_a_run, task
+from fine_tuning.common.project import MadeBy, other_here
+from fine_tuning.common.shared_folder import START_IT, Call, folder_of_a_run, other_worker, task
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
@@ -31,15 +32,18 @@ def cores() -> int:
 
 
 @contextmanager
-def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
+def open_engine(engine: str | None, stage: str, processes: int = 1, packages: Iterable[str] = ()) -> Iterator[Map]:
     """A `map` whose results come in order, few of them at a time, whoever works.
 
     Args:
         engine: address of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
+        stage: whose work it is.
         processes: on this machine; 1: no other process.
+        packages: whose versions a worker must have too, besides those that compute.
 
     Raises:
-        UserError: no scheduler answers there, it has no worker, or a worker or process was lost for good.
+        UserError: no scheduler answers there, it has no worker or one with other code or packages, or a worker or
+            process was lost for good.
     """
     if engine is None and processes <= 1:
         yield map
@@ -54,13 +58,24 @@ def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
     else:
         address, _, folder = engine.partition("?folder=")
         with _dask_client(address) as client:
+            _refuse_others(client, made_by := MadeBy.here(stage, packages))
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
             with folder_of_a_run(folder, client) if folder else nullcontext(None) as run:
 
                 def submit(function: Worker, item: object) -> Any:
-                    return client.submit(pickle.loads, task(run, function, item), pure=False)
+                    return client.submit(pickle.loads, task(run, function, item, made_by), pure=False)
 
                 yield lambda function, items: _unpacked(_in_order(submit, function, items, AHEAD * workers))
+
+
+def _refuse_others(client: Any, made_by: MadeBy) -> None:
+    """Raise UserError if a worker has other code or packages; one that comes later refuses its first piece."""
+    question = pickle.dumps(Call(other_here, made_by))
+    for address, answer in client.run(pickle.loads, question, on_error="return").items():
+        if isinstance(answer, Exception):
+            raise other_worker(address, f"does not say which code it has ({answer})")
+        if answer:
+            raise other_worker(address, f"has {answer}")
 
 
 def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
@@ -73,10 +88,8 @@ def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
             f"a Dask worker has no {error.filename}: workers need this folder at the same path, or an engine with "
             "?folder=, see docs/scale.md"
         ) from None
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"a Dask worker has no module {error.name}: start workers in a checkout of this commit, in this environment"
-        ) from None
+    except ModuleNotFoundError as error:  # of one that came late
+        raise UserError(f"a Dask worker has no module {error.name}: {START_IT}") from None
 
 
 def _in_order(

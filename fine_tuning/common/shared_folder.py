@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fine_tuning.common.errors import UserError, no_space
-from fine_tuning.common.project import sha256_file
+from fine_tuning.common.project import MadeBy, other_here, sha256_file
 from fine_tuning.common.results import making_folder, state_of
 
+START_IT = "start it again in a checkout with the same code, in this environment"
 _BASES: dict[str, Path] = {}  # folder of a run → where files lie here
 _ENDED: set[str] = set()  # folders of runs that are over: what is still worked on leaves nothing
 _SENT: dict[tuple[str, Path], tuple[list[int] | None, str]] = {}  # (folder, path) → state and hash, on both sides
@@ -61,24 +62,33 @@ def pack(folder: str | None, value: Any, results: bool = False) -> bytes:
     return packed.getvalue()
 
 
-class _Task(NamedTuple):
-    packed: bytes
-    folder: str | None
+def other_worker(address: str, because: str) -> UserError:
+    """What is said of a worker whose results would be other bytes."""
+    return UserError(f"the Dask worker {address} {because}: {START_IT}")
+
+
+class Call:
+    """A call that is made where it is unpickled. To Dask its pickle is bytes: it looks into no list for its own
+    objects, a scheduler needs no code of ours, and a worker without it raises an error instead of hanging."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
 
     def __reduce__(self) -> Any:
-        return work_on, tuple(self)
+        return self._call
 
 
-def task(folder: str | None, function: Callable[[Any], Any], argument: object) -> bytes:
-    """What does the work where it is unpickled, with a packed result. To Dask it is bytes: it looks into no list for
-    its own objects, a scheduler needs no code of ours, and a worker without it raises an error instead of hanging."""
-    return pickle.dumps(_Task(pack(folder, (function, argument)), folder))
+def task(folder: str | None, function: Callable[[Any], Any], argument: object, made_by: MadeBy) -> bytes:
+    """A pickle that does the work where it is unpickled, with a packed result."""
+    return pickle.dumps(Call(work_on, pack(folder, (function, argument)), folder, made_by))
 
 
-def work_on(packed: bytes, folder: str | None) -> bytes:
+def work_on(packed: bytes, folder: str | None, made_by: MadeBy) -> bytes:
     """On a worker: unpack (function, argument) and pack the result."""
     from distributed import get_worker
 
+    if other := other_here(made_by):
+        raise other_worker(get_worker().address, f"has {other}")
     if not folder:
         function, argument = pickle.loads(packed)
         return pack(None, function(argument), results=True)
