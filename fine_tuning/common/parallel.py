@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import MadeBy, other_here
-from fine_tuning.common.shared_folder import START_IT, Call, folder_of_a_run, other_worker, task
+from fine_tuning.common.shared_folder import START_IT, Call, folder_of_a_run, other_worker, task, unpack
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
 TIMEOUT = 10  # seconds for a scheduler to answer
-AHEAD = 3  # pieces a worker may be ahead of what was taken
+AHEAD = 4  # pieces a worker may be ahead of what was taken
 
 
 def cores() -> int:
@@ -50,7 +51,7 @@ def open_engine(engine: str | None, stage: str, processes: int = 1, packages: It
     elif engine is None:
         try:
             with ProcessPoolExecutor(processes) as pool:
-                yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
+                yield lambda function, items: chain.from_iterable(_in_order(pool.submit, function, items, processes))
         except BrokenProcessPool:
             raise UserError(
                 "one of the processes was killed (memory full?): close other programs, then run the same again"
@@ -65,7 +66,7 @@ def open_engine(engine: str | None, stage: str, processes: int = 1, packages: It
                 def submit(function: Worker, item: object) -> Any:
                     return client.submit(pickle.loads, task(run, function, item, made_by), pure=False)
 
-                yield lambda function, items: _unpacked(_in_order(submit, function, items, AHEAD * workers))
+                yield lambda function, items: _unpacked(_in_order(submit, function, items, workers), run)
 
 
 def _refuse_others(client: Any, made_by: MadeBy) -> None:
@@ -78,9 +79,9 @@ def _refuse_others(client: Any, made_by: MadeBy) -> None:
             raise other_worker(address, f"has {answer}")
 
 
-def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
+def _unpacked(results: Iterator[list[bytes]], run: str | None) -> Iterator[Any]:
     try:
-        yield from map(pickle.loads, results)
+        yield from chain.from_iterable(unpack(run, some) for some in results)
     except FileNotFoundError as error:
         if not (error.filename and Path(error.filename).exists()):
             raise
@@ -93,15 +94,23 @@ def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
 
 
 def _in_order(
-    submit: Callable[..., Any], function: Callable[..., Any], items: Iterable[Any], ahead: int
-) -> Iterator[Any]:
+    submit: Callable[..., Any], function: Callable[..., Any], items: Iterable[Any], workers: int
+) -> Iterator[list[Any]]:
+    """Results in order; together those that are there, at most half of what is waited for."""
     waiting: deque[Any] = deque()
     for item in items:
         waiting.append(submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
+        if len(waiting) >= AHEAD * workers:
+            yield _ready(waiting, AHEAD * workers // 2)
     while waiting:
-        yield waiting.popleft().result()
+        yield _ready(waiting, AHEAD * workers // 2)
+
+
+def _ready(waiting: deque[Any], most: int) -> list[Any]:
+    results = [waiting.popleft().result()]
+    while len(results) < most and waiting and waiting[0].done() and waiting[0].exception() is None:
+        results.append(waiting.popleft().result())
+    return results
 
 
 @contextmanager
