@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -251,6 +252,38 @@ def test_a_memo_in_use_or_damaged_costs_time_only(tmp_path):
         path.write_bytes(damage)
         assert asked(tmp_path, 2) == [2]
         assert asked(tmp_path, 2) == []
+
+
+def test_what_a_run_reads_stays_until_it_ends(tmp_path):
+    assert asked(tmp_path, 1) == [1]
+    with EncodedMemo(tmp_path, ()) as memo:
+        found = memo.find(np.array([[1, 7]], np.uint64))
+        for settings in ((), ["another tokenizer"], ["a third"]):  # each run has no use for the first's rows
+            assert asked(tmp_path, 2, settings=settings) == [2]
+        none = np.zeros(1, int)
+        (batch,) = memo.take(Chosen(found["place"], none, none, none, none, np.full(1, None), {}))
+        assert batch.column("id").to_pylist() == ["c1"]
+    assert asked(tmp_path, 2) == [], "and nothing of the others is lost"
+    assert asked(tmp_path, 1) == [1], "what nobody asked for goes with the next run"
+
+
+def test_more_files_than_may_be_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_memo, "SEGMENT_BYTES", 200)
+    keys = range(1, 80)
+    rows = (PreparedRow(f"c{key}", [1, 2, key], [-100, 2, key], messages=[{"content": "ü \u2028"}]) for key in keys)
+    pieces = ((np.array([[key, 7 * key]], np.uint64), [[row]]) for key, row in zip(keys, rows, strict=True))
+    with EncodedMemo(tmp_path, ()) as memo:
+        assert len(list(memo.encode(list, pieces, map))) == len(keys)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
+    assert len(before) == len(keys)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(soft)) - set(map(int, os.listdir("/proc/self/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], hard))
+    try:
+        assert asked(tmp_path, *keys) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")} == before
 
 
 def test_a_failed_run_keeps_what_was_encoded(tmp_path):
