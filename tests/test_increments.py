@@ -307,16 +307,49 @@ def test_many_rows_in_many_files_come_out_in_any_order(tmp_path, monkeypatch):
     assert asked(tmp_path, *range(20, 90)) == []
 
 
-def test_a_damaged_memo_of_preparation_costs_time_only(empty, tmp_path, monkeypatch):
+def into_folder(path):
+    path.unlink()
+    (path / "folder").mkdir(parents=True)
+
+
+def into_file(path, content=b"{}"):
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+MEMO = Path(".whetstone/memo")
+ODD = (
+    b"[]",
+    b"[" * 100_000,
+    b'{"files": {}, "value": 3}',
+    b'{"files": {"\\u0000": 1}}',
+    b'{"folder": "../x"}',
+    b"\xff",
+)
+DAMAGE = {
+    "files are shorter": lambda paths: [into_file(path, path.read_bytes()[:-7]) for path in paths if path.is_file()],
+    "files are folders": lambda paths: [into_folder(path) for path in paths if path.is_file()],
+    "folders are files": lambda paths: [into_file(path) for path in paths if path.is_dir()],
+    "folders of stages are files": lambda paths: [into_file(path) for path in paths if path.parent == MEMO],
+    "all is a file": lambda _: into_file(MEMO),
+    **{
+        f"JSON files have {odd[:20]!r}": lambda paths, odd=odd: [
+            into_file(p, odd) for p in paths if p.suffix == ".json"
+        ]
+        for odd in ODD
+    },
+}
+
+
+def test_a_damaged_memo_costs_time_only(empty, tmp_path, monkeypatch):
     shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
     monkeypatch.chdir(tmp_path / "checkout")
     Arrivals().shard([("new", 0)] * 30)
     run_all()
     before = written()
-    files = [path for path in Path(".whetstone/memo/prepare").rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"facts", "pieces"}
-    for path in files:
-        path.chmod(0o644)
-        path.write_bytes(path.read_bytes()[:-7])
-    prepare.main()
-    assert written() == before
+    assert {path.name for path in MEMO.rglob("*")} >= {"entry.json", "facts", "pieces", "ids", "kept.jsonl", "lines"}
+    for damage, make in DAMAGE.items():
+        make(sorted(MEMO.rglob("*"), reverse=True))  # what is in a folder before the folder
+        run_all()
+        assert written() == before, damage

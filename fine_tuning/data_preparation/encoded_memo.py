@@ -20,7 +20,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.common.records import sync
-from fine_tuning.common.results import ABANDONED, remove_oldest, state_of
+from fine_tuning.common.results import ABANDONED, make_own_folder, remove, remove_oldest, state_of
 from fine_tuning.data_preparation.catalogue import REASONS, LineIndex, Span
 from fine_tuning.data_preparation.encodings import FOUND, Chosen, Encode
 from fine_tuning.schema.prepared import COLUMNS, PreparedRow, number_array, numbers, row_batch, string_array
@@ -47,9 +47,10 @@ class EncodedMemo:
 
     def __init__(self, folder: Path, settings: Sequence[Any]) -> None:
         made_by = json.dumps([code_sha256("prepare"), versions(), settings])
-        self._folder = folder / sha256(made_by.encode()).hexdigest()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / ".lock", "ab")  # noqa: SIM115
+        self._folder = make_own_folder(folder / sha256(made_by.encode()).hexdigest())
+        if (lock := folder / ".lock").is_dir():
+            remove(lock)
+        self._lock = open(lock, "ab")  # noqa: SIM115
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         files = {path: _opened(path) for path in sorted(self._folder.glob("*.arrow"))}
         self._segments = [segment for segment in files.values() if segment]
@@ -143,11 +144,11 @@ class EncodedMemo:
         except BlockingIOError:
             return
         for path in self._old:
-            path.unlink(missing_ok=True)
+            remove(path)
         remove_oldest([path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder], 1)
         for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
             if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink(missing_ok=True)
+                remove(path)
 
 
 @dataclass
