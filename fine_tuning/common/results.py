@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.common.project import code_sha256, versions
+from fine_tuning.common.project import code_sha256, sha256_file, versions
 from fine_tuning.common.records import copy_file, read_object, write_json
 
 ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
-HASH = "sha256"  # in each JSON file: of the rest of it
+HASHES = "hashes"  # in the folder of a memo: of files that were read
+OWN = "sha256"  # in each JSON file: of the rest of it
 ABANDONED = 3600  # seconds without a write, after which a temporary folder is one of a run that was killed
 
 
@@ -25,6 +26,10 @@ class Memo:
         self.folder = make_own_folder(folder)
         self._made_by = [code_sha256(stage), versions()]
         self._used: set[str] = set()
+        self._known: dict[str, Any] = {}  # values of folders that were found sound, until they are given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": {}}  # a worker is given nothing
 
     def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The JSON value stored under `key`, or that of `compute()`, stored.
@@ -37,7 +42,9 @@ class Memo:
         return known["value"]
 
     def __contains__(self, key: Sequence[Any]) -> bool:
-        return _sound(self.folder / self._name(key)) is not None
+        if (value := _sound(self.folder / (name := self._name(key)))) is not None:
+            self._known[name] = value
+        return value is not None
 
     def files(
         self, key: Sequence[Any], make: Callable[[Path, Path | None], Any], last: Sequence[Any] = ()
@@ -49,7 +56,8 @@ class Memo:
         """
         folder, pointer = self.folder / self._name(key), self.folder / f"{self._name(['last', *last])}.json"
         self._used.add(folder.name)
-        if (known := _sound(folder)) is not None:
+        known = self._known.pop(folder.name) if folder.name in self._known else _sound(folder)
+        if known is not None:
             os.utime(folder)
             return folder, known
         remove(folder)
@@ -64,6 +72,17 @@ class Memo:
             _write(pointer, {"folder": folder.name})
         return folder, value
 
+    def hashes(self, paths: Sequence[Path]) -> list[str]:
+        """SHA-256 of files, in hexadecimal; one with the name, size, time and inode that it had last is not read."""
+        before, found = (_read(self.folder / HASHES) or {"files": {}})["files"], {}
+        for path in paths:
+            state = [*(state_of(path) or ()), path.stat().st_ino]
+            *known, digest = before.get(path.name, [None])
+            found[path.name] = [*state, digest if known == state else sha256_file(path)]
+        if found != before:
+            _write(self.folder / HASHES, {"files": found})
+        return [digest for *_, digest in found.values()]
+
     def remove_unused(self, spare: int | None = None) -> None:
         """Remove folders that `files` did not give, but for the newest, as many as it gave or `spare`: they hold
         conversations. What killed runs left goes an hour later.
@@ -75,7 +94,8 @@ class Memo:
             if folder.name.startswith(".") and time.time() - _last_write(folder) > ABANDONED:
                 shutil.rmtree(folder, ignore_errors=True)
         for pointer in self.folder.glob("*.json"):
-            if not self._pointed(pointer):
+            known = _read(pointer) or {}
+            if not (self.folder / known.get("folder", "none")).is_dir():
                 remove(pointer)
 
     def _pointed(self, pointer: Path) -> Path | None:
@@ -90,14 +110,14 @@ class Memo:
 def _sound(folder: Path) -> Any:
     """The value of a folder of results in which no file was changed; None for any other folder."""
     known = _read(folder / ENTRY)
-    sound = known and known["files"] == {name: state_of(folder / name) for name in known["files"]}
+    sound = known and known["files"] == {name: state_of(f"{folder}/{name}") for name in known["files"]}
     return known["value"] if known and sound else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What `_write` wrote there; None where it is something else."""
     found = read_object(path)
-    return found if found.pop(HASH, None) == _hash(found) else None
+    return found if found.pop(OWN, None) == _hash(found) else None
 
 
 def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +125,7 @@ def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     content = json.loads(json.dumps(content, allow_nan=False))
     if path.is_dir():
         remove(path)
-    write_json(path, content | {HASH: _hash(content)})
+    write_json(path, content | {OWN: _hash(content)})
     return content
 
 
@@ -121,10 +141,10 @@ def _last_write(folder: Path) -> float:
         return time.time()
 
 
-def state_of(path: Path) -> list[int] | None:
+def state_of(path: Path | str) -> list[int] | None:
     """Bytes and time of a file, which change when somebody writes into it; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except FileNotFoundError:
         return None
     return [found.st_size, found.st_mtime_ns]
