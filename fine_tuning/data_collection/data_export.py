@@ -133,7 +133,8 @@ def export_shards(
     known = list(zip([shard.resolve() for shard in shards], memo.hashes(shards), strict=True))
     export = partial(_export_shard, files=files, memo=memo)
     new = [(shard, digest) for shard, digest in known if [digest, files] not in memo]
-    with open_engine(settings.engine if new else None, min(cores(), len(new))) as engine:
+    processes = min(cores(), len(new))
+    with open_engine(settings.engine if new else None, "export", processes, ("orjson", "zstandard")) as engine:
         for _ in engine(export, new):
             progress(1)
     for shard, (made, found) in zip(shards, map(export, known), strict=True):
