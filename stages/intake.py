@@ -8,7 +8,13 @@ from fine_tuning.common.records import write_json
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
 from fine_tuning.data_collection.storage.shard_index import ShardIndex, shard_state
-from fine_tuning.data_collection.storage.shards import IntakeSettings, check_append_only, versions, wanted_shards
+from fine_tuning.data_collection.storage.shards import (
+    IntakeSettings,
+    check_append_only,
+    keep_twice,
+    versions,
+    wanted_shards,
+)
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 
 CONVERSATIONS = Path("data/conversations")
@@ -20,6 +26,8 @@ MEMO = Path(".whetstone/memo/intake")
 def main() -> None:
     sample = read_params("intake", IntakeSettings).sample
     tombstones = Tombstones(FORGOTTEN)
+    if main_checkout() == Path.cwd():  # not in the copy that an experiment runs in
+        keep_twice(CONVERSATIONS)
     before = states(sample)
     index = ShardIndex.read(list(before), main_checkout() / MEMO, tombstones)
     shards = [shard.entry for shard in index.shards.values()]

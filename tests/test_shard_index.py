@@ -1,5 +1,6 @@
 """The index of shards is a cache: whatever is in its folder, it says what the shards say."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,13 +39,19 @@ def newest_versions(paths, ids):
 
 
 shard_of = st.lists(st.one_of(st.sampled_from(IDS), st.sampled_from(ODD)), min_size=1, max_size=6)
-damage = st.sampled_from(("none", "lost", "torn", "flipped", "empty"))
+damage = st.sampled_from(("none", "lost", "torn", "flipped", "empty", "folder", "file"))
 
 
 def do(damage, file, place):
     data = bytearray(file.read_bytes())
     if damage == "lost":
         file.unlink()
+    elif damage == "folder":
+        file.unlink()
+        (file / "in it").mkdir(parents=True)
+    elif damage == "file":
+        shutil.rmtree(file.parent)
+        file.parent.write_bytes(data)
     elif damage == "empty":
         file.write_bytes(b"")
     elif damage == "torn":

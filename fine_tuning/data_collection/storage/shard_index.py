@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_lines, replacing
+from fine_tuning.common.results import make_own_folder, remove
 from fine_tuning.data_collection.storage.shards import ID_FIRST, describe_shard, of_this_version, version_in
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 
@@ -79,19 +80,19 @@ class ShardIndex:
         """The index of shards in their order. `folder` keeps it; what it has of other shards is removed. Raises
         UserError if a shard is gone."""
         forgotten = sha256_file(tombstones.path) if tombstones else None
-        shards = {}
+        kept, shards = make_own_folder(folder) if folder else None, {}
         for path in paths:
-            file = folder and folder / f"{path.name}.index"
-            key = [FORMAT, shard_state(path), forgotten]
-            found = file and _load(file, key)
+            file, key = kept and kept / f"{path.name}.index", [FORMAT, shard_state(path), forgotten]
+            found = _load(file, key) if file else None
             if found is None:
                 found = scan_shard(path, tombstones.names) if tombstones else scan_shard(path)
                 if file:
                     _save(file, key, found)
             shards[path] = found
-        for file in folder.iterdir() if folder and folder.is_dir() else ():
-            if file.suffix == ".index" and folder / file.stem not in {folder / path.name for path in paths}:
-                file.unlink(missing_ok=True)
+        used = {f"{path.name}.index" for path in paths}
+        for file in kept.iterdir() if kept else ():
+            if file.name not in used and not file.name.endswith(".tmp"):  # of another process
+                remove(file)
         return cls(shards)
 
     def located(self, names: Iterable[bytes]) -> Iterator[tuple[Path, int, int, dict]]:
@@ -189,5 +190,7 @@ def _load(file: Path, key: list) -> Scanned | None:
 def _save(file: Path, key: list, found: Scanned) -> None:
     head = json.dumps({"key": key, "entry": found.entry, "suspect": found.suspect}).encode()
     data = head + b"\n" + found.ids.tobytes() + found.ends.tobytes()
+    if file.is_dir():
+        remove(file)
     with replacing(file) as target:
         target.write(hashlib.blake2b(data).hexdigest().encode() + b"\n" + data)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import dump_line, read_json, read_line, sync
+from fine_tuning.common.records import copy_file, dump_line, read_json, read_line, sync
 from fine_tuning.common.settings import Settings
 from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded, from_line
 
@@ -163,15 +163,26 @@ def wanted_shards(folder: str | Path, manifest: str | Path, sample: bool) -> lis
     return [path for path in shard_paths(folder, manifest) if sample or _source(path) != "sample"]
 
 
+def keep_twice(folder: Path) -> None:
+    """Make shards that are hard links to DVC's cache, after a `dvc checkout` say, files of their own: what damages one
+    leaves the other."""
+    for path in folder.glob("*.jsonl"):
+        if path.is_file() and path.stat().st_nlink > 1:
+            copy_file(path, path)
+            path.chmod(0o444)
+
+
 def bring_back(shard: str | Path) -> str:
     """What mends a shard that is gone or was changed.
 
-    `dvc checkout` alone does not: `dvc repro` has written the damage into the folder's .dvc file by then.
+    `dvc checkout` alone does not: `dvc repro` has written the damage into the folder's .dvc file by then. And `dvc get
+    --force` puts no link in the place of a file.
     """
     tracked = f"{Path(shard).parent}.dvc"
     return (
-        f"bring it back with `dvc get -f . {shard} --rev HEAD -o {shard}`, or all shards of the last commit, and none "
-        f"that came later, with `git checkout HEAD {tracked} && dvc checkout {tracked}` (or `dvc pull {tracked}`)"
+        f"bring it back with `rm -f {shard} && dvc get . {shard} --rev HEAD -o {shard}`, or all shards of the last "
+        f"commit, and none that came later, with `git checkout HEAD {tracked} && dvc checkout {tracked}` (or `dvc pull "
+        f"{tracked}`)"
     )
 
 
