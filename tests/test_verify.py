@@ -10,6 +10,9 @@ import pytest
 from fine_tuning.common.dvc_files import cached, md5_file
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
+from fine_tuning.common.records import write_json
+from fine_tuning.data_collection.storage.shard_index import ShardIndex
+from fine_tuning.data_collection.storage.shards import describe_shard, write_shard
 from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.chat_format import load_tokenizer
@@ -52,7 +55,7 @@ def test_a_sound_project_is_said_to_be_sound(project, capsys):
     with FakeOllama() as server:
         assert here("verify", "--host", server.host) == 0
     shown = capsys.readouterr().out
-    assert shown.count("ok  ") == 6 and "DAMAGED" not in shown
+    assert shown.count("ok  ") == 7 and "DAMAGED" not in shown
 
 
 def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, capsys):
@@ -64,6 +67,18 @@ def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, c
     assert "models/champion/package/model.gguf, models/package/model.gguf" in damage["what"]
     sh(project, damage["remedy"].partition(" (")[0])
     assert verify(capsys, "--local") == (0, []) and md5_file(GGUF) == md5
+
+
+def test_a_flipped_bit_in_a_shard_that_intake_knows_is_found(project, capsys):
+    shard, _ = write_shard("data/conversations", "29990101T000000000-chat", [{"id": "a", "messages": []}])
+    write_json("data/manifest.json", {"shards": [describe_shard(shard)]})
+    assert verify(capsys, "--local") == (0, [])
+    index = Path(".whetstone/memo/intake")
+    before = ShardIndex.read([shard], index).shards
+    flip(shard)
+    assert ShardIndex.read([shard], index).shards == before  # its size, time and inode are as they were
+    status, (damage,) = verify(capsys, "--local")
+    assert status == 1 and damage["what"] == str(shard) and "dvc get" in damage["remedy"]
 
 
 def test_without_a_remote_the_remedy_makes_what_was_damaged_again(project, capsys):

@@ -18,9 +18,10 @@ from fine_tuning.commands.rebuild import rebuild
 from fine_tuning.common.dvc_files import cache_folder, dvc_objects, files_below, md5_file, open_repo, used_objects
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores
-from fine_tuning.common.project import root, sha256_file
+from fine_tuning.common.project import CONVERSATIONS, MANIFEST, root, sha256_file
 from fine_tuning.common.protection import FOLDERS, OTHERS, open_to_others
 from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.storage.shards import bring_back, read_manifest
 from fine_tuning.evaluation.records.champion_records import KEPT, kept_files
 from fine_tuning.integration.ollama_client import OllamaClient, OllamaError, open_servers
 from fine_tuning.model_management import champion
@@ -65,7 +66,7 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.rebuild:
         return rebuild()
     checkout, settings = root(), read_params("deploy", DeploySettings)
-    parts = [check_privacy(checkout), check_cache(checkout)]
+    parts = [check_privacy(checkout), check_shards(), check_cache(checkout)]
     if not arguments.local:
         parts.append(check_remote(arguments.remote))
     registry = open_registry(settings.name)
@@ -95,6 +96,20 @@ def check_privacy(checkout: Path) -> Checked:
 
 
 # ----------------------------------------------------------------------------------------------------------------- DVC
+
+
+def check_shards() -> Checked:
+    """Hash the conversations: intake reads no shard again whose size and time are as they were."""
+    checked = Checked("the conversations' shards")
+    for entry in read_manifest(MANIFEST)["shards"]:
+        path = CONVERSATIONS / entry["name"]
+        if not path.is_file():
+            checked.add(NOTE, f"{path} is not here", f"dvc pull {CONVERSATIONS}")
+            continue
+        checked.count(path)
+        if sha256_file(path) != entry["sha256"]:
+            checked.add(DAMAGED, str(path), bring_back(path))
+    return checked
 
 
 def check_cache(checkout: Path) -> Checked:
