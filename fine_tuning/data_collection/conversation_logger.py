@@ -177,8 +177,9 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
     for conversation in conversations:
         totals["conversations"] += 1
         days[str(conversation.get("started_at") or "unknown")[:10]] += 1
-        totals["judged"] += len({e.get("message_id") for e in conversation["feedback"]})
-        for entry in conversation["feedback"]:
+        feedback = conversation.get("feedback") or []  # a shard by hand may lack it
+        totals["judged"] += len({e.get("message_id") for e in feedback})
+        for entry in feedback:
             totals[{1: "liked", -1: "disliked"}.get(entry.get("rating"), "unrated")] += 1
             totals["edited"] += bool(entry.get("edited"))
         for message in conversation["messages"]:

@@ -397,6 +397,8 @@ def fold(events: Iterable[Record], conversations: dict[str, Record]) -> list[Rec
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
     that name a conversation or a message nobody knows, and exchanges that say something else under an id that is taken.
     """
+    for known in conversations.values():  # a shard by hand may lack them
+        known |= {"feedback": known.get("feedback") or [], "metadata": known.get("metadata") or {}}
     owners = {identity: c for c in conversations.values() for identity in message_ids(c)}
     unmatched = []
     for event in events:
