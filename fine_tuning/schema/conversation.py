@@ -397,6 +397,8 @@ def fold(events: Iterable[Record], conversations: dict[str, Record]) -> list[Rec
     An event that was applied before changes nothing, so a log can be folded again after a crash. Returns the events
     that name a conversation or a message nobody knows, and exchanges that say something else under an id that is taken.
     """
+    for known in conversations.values():  # a shard by hand may lack them
+        known |= {"feedback": known.get("feedback") or [], "metadata": known.get("metadata") or {}}
     owners = {identity: c for c in conversations.values() for identity in message_ids(c)}
     unmatched = []
     for event in events:
@@ -479,7 +481,7 @@ def _prefer(event: Record, conversation: Record) -> None:
         others = message.get("alternatives") or []
         preferred = next((other for other in others if other.get("id") == chosen), None)
         if preferred is not None:
-            if index and messages[index - 1]["role"] == "user":
+            if index and messages[index - 1].get("role") == "user":
                 messages[index - 1]["id"] = f"{chosen}-user"
             kept = [other for other in others if other.get("id") != chosen]
             messages[index] = preferred | {"alternatives": [*kept, _alone(message)]}
