@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import strategies as hypothesis
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
@@ -28,9 +28,10 @@ from fine_tuning.integration import data_view
 from fine_tuning.integration.conversation_index import ConversationIndex, conversation_index
 from fine_tuning.schema.conversation import fold
 from tests.project import ROOT
+from tests.test_odd_records import ODD, changed, places
 
 KINDS = ("say", "judge", "edit", "delete", "undo", "close", "seal", "forget", "erase", "bring", "torn")
-STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=14)
+STEPS = hypothesis.lists(hypothesis.tuples(hypothesis.sampled_from(KINDS), hypothesis.integers(0, 3)), max_size=14)
 
 
 def in_the_files(checkout: Path) -> dict[str, dict]:
@@ -187,6 +188,42 @@ def test_a_shard_by_hand_with_values_of_odd_types_is_listed(tmp_path, odd):
     write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", [record])
     (found,), count = ConversationIndex(tmp_path).listed("other")
     assert (count, found.id, found.messages, found.rating) == (1, "c", 2, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(hypothesis.data())
+def test_what_is_said_of_a_conversation_that_is_odd_anywhere_stops_neither_index_nor_seal(data):
+    message = {"id": "c-1", "role": "assistant", "content": "So.", "alternatives": [{"id": "c-2", "content": "No."}]}
+    whole = {"id": "c", "source": "x", "started_at": "2026-01-01", "messages": [message], "metadata": {"user_id": "a"},
+             "feedback": [{"message_id": "c-1", "rating": -1, "over": ["c-2"], "by": "ann"}],
+             "deleted_messages": ["d"]}  # fmt: skip
+    place = data.draw(hypothesis.sampled_from([place for place in places(whole) if place]))
+    odd = changed(whole, place, data.draw(ODD))
+    with tempfile.TemporaryDirectory() as name:
+        shard = Path(name) / CONVERSATIONS / "20260101T000000000-import.jsonl"
+        shard.parent.mkdir(parents=True)
+        shard.write_bytes(dump_line(odd))
+        index, logger = ConversationIndex(Path(name)), ConversationLogger(Path(name) / LOG, durable=False)
+        index.state()
+        for act in (
+            lambda: logger.log_feedback("c-1", 1),
+            lambda: logger.log_preference("c-2", ["c-1"], "ann", conversation_id="c"),
+            lambda: logger.log_conversation("Why?", "So.", {"session_id": "c", "replaces": "c-1", "user_id": "b"}),
+            lambda: logger.log_delete(conversation_id="c", message_id="c-1"),
+            lambda: logger.log_delete(conversation_id="c"),
+        ):
+            act()
+            index.state()
+        for log in close_log(logger.path, shard.parent):
+            seal_log(log, shard.parent, Path(name) / MANIFEST)
+
+
+def test_a_conversation_is_opened_whose_id_has_no_utf_8(tmp_path):
+    record = {"id": "c\ud800", "source": "chat", "messages": [{"id": "m", "role": "user", "content": "Why?"}]}
+    write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", [record])
+    index = ConversationIndex(tmp_path)
+    (found,), _ = index.listed("chat")
+    assert index.conversation(found.id, "chat")["id"] == "c\ud800"
 
 
 def test_two_people_who_open_the_page_data_at_once_get_the_same(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ _ROW = [("there", "?"), ("shard", "i4"), ("source", "i4"), ("day", "i4"), ("char
 
 class Summary(NamedTuple):
     """One conversation, and its number in the index. `rating` is 1 where its replies are liked rather than disliked, -1
-    where the other way round, else 0."""
+    where the other way round, else 0. In texts a question mark stands for a lone surrogate."""
 
     number: int
     id: str
@@ -176,10 +176,13 @@ class ConversationIndex:
             return [Summary(*row) for row in index.rows(query)], count, sealed or 0
 
     def conversation(self, identity: str, source: str | None = None) -> dict | None:
-        """A conversation as it is now; None if nobody knows it, it was deleted, or it is of another source."""
-        key = key_of(identity)
-        with self._up_to_date():
-            found, _ = self._folded(key)
+        """A conversation as it is now, by its id or what a `Summary` has for it; None if nobody knows it, it was
+        deleted, or it is of another source."""
+        query = "SELECT conversation FROM known JOIN summary USING (number) WHERE id = ?"
+        with self._up_to_date() as index:
+            found, _ = self._folded(key_of(identity))
+            if found is None and "?" in identity:
+                found = next((self._folded(key)[0] for (key,) in index.rows(query, _printable(identity))), None)
         if found is None or not found["messages"] or source not in (None, found.get("source")):
             return None
         return found

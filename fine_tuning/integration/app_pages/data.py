@@ -161,7 +161,7 @@ def _one(here: App, found: pd.DataFrame) -> None:
     conversation = entry and index.conversation(entry.id)
     if conversation is None:
         return
-    _tags(here, entry, found)
+    _tags(here, entry, conversation["id"], found)
     cleaner = data_view.cleaner(here.checkout, read_params("clean", CleanSettings))
     cleaned = cleaner.clean_conversation(conversation)
     _fate(here, entry, conversation, cleaner, cleaned)
@@ -177,7 +177,7 @@ def _one(here: App, found: pd.DataFrame) -> None:
             _show_spans(message["role"], data_view.before(cleaner, text), "mask")
             key = f"correct-{message['id']}"
             if message["role"] == "assistant" and button("Correct", "edit", key, type="tertiary"):
-                edit_reply(here, entry.id, message["id"], text)
+                edit_reply(here, conversation["id"], message["id"], text)
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")
     else:
@@ -210,7 +210,7 @@ def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, clean
     """Why it was dropped, and the button that keeps it."""
     if reason := data_view.why_dropped(cleaned, entry.fate):
         st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
-        other = data_view.twin(here.checkout, entry.id) if entry.fate == "duplicate" else None
+        other = data_view.twin(here.checkout, conversation["id"]) if entry.fate == "duplicate" else None
         twin = conversation_index(here.checkout).conversation(other) if other else None
         if twin is not None:
             with st.expander("The one that is kept instead"):
@@ -218,7 +218,7 @@ def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, clean
                     _show_spans(message["role"], [(message["content"], None)], "mask")
         off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
         note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
-        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
+        button("Keep it all the same", icon, "restore", _restore, here, conversation["id"], off=off, help=note)
         if off:
             st.caption(off)
     elif conversation.get("restored"):
@@ -229,11 +229,11 @@ def _values(value: Any) -> list[str]:
     return str(value).splitlines()
 
 
-def _tags(here: App, entry: Any, found: pd.DataFrame) -> None:
+def _tags(here: App, entry: Any, identity: str, found: pd.DataFrame) -> None:
     key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in _values(tags)})
     st.multiselect(
         "Tags", known, _values(entry.tags), key=key, accept_new_options=True, placeholder="add a tag",
-        on_change=lambda: data_view.write_tags(here.checkout, entry.id, st.session_state[key]),
+        on_change=lambda: data_view.write_tags(here.checkout, identity, st.session_state[key]),
     )  # fmt: skip
 
 
