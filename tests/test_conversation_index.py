@@ -264,6 +264,15 @@ def prepared(checkout: Path, texts: list[str]) -> None:
     Ledger(checkout / data_view.LEDGER, salt).append((f"c{number}", "test") for number in range(len(texts)))
 
 
+def test_conversations_are_counted_by_length_and_state(tmp_path):
+    prepared(tmp_path, ["Why?", "Why " * 24, "Why?" * 25, "w" * 10_000])
+    ConversationLogger(tmp_path / LOG, durable=False).log_conversation("New?", "Yes.")
+    found = data_view.entries(tmp_path)
+    table = data_view.counted(found["length"], found["fate"])
+    assert table["kept"].to_dict() == {"0 from 0": 2, "1 from 100": 1, "5 from 10,000": 1}
+    assert table["new"].to_dict() == {"0 from 0": 1, "1 from 100": 0, "5 from 10,000": 0}
+
+
 def test_another_salt_shows_other_splits_at_once(tmp_path):
     prepared(tmp_path, ["Why?"])
     assert data_view.entries(tmp_path)["split"].tolist() == ["test"]

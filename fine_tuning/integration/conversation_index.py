@@ -153,11 +153,12 @@ class ConversationIndex:
 
     def count(self, shards: Collection[str]) -> tuple[int, int, int]:
         """(all, those with news since the last seal, those whose newest version is in none of `shards`)."""
-        rows, names = self.columns()
         import numpy as np
 
-        numbers = np.bincount(rows["shard"][rows["there"]], minlength=len(names["shard"])).tolist()
-        cleaned = sum(number for number, shard in zip(numbers, names["shard"], strict=True) if shard in shards)
+        with self._up_to_date():
+            rows, names = self._columns.rows, self._columns.names["shard"]
+            numbers = np.bincount(rows["shard"], rows["there"], len(names)).astype(int).tolist()
+            cleaned = sum(number for number, shard in zip(numbers, names, strict=True) if shard in shards)
         return (total := sum(numbers)), numbers[0], total - numbers[0] - cleaned
 
     def ratings(self, since: str, until: str) -> tuple[int, int]:

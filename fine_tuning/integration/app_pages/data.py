@@ -17,7 +17,7 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_parts import button, plain, read_conversations
-from fine_tuning.integration.conversation_index import ConversationIndex, Summary, conversation_index, counts
+from fine_tuning.integration.conversation_index import ConversationIndex, Summary, conversation_index
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
@@ -99,7 +99,7 @@ def _counts(here: App, found: pd.DataFrame) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
-    _, logged, sealed = counts(here.checkout)
+    logged, sealed = (int((found["fate"] == fate).sum()) for fate in ("new", "not cleaned yet"))
     st.caption(f"New or changed since the last training: {logged:,} to seal, {sealed:,} sealed.")
     if (people := read_params("clean", CleanSettings).people) != "mask":
         st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
@@ -126,13 +126,8 @@ def _counts(here: App, found: pd.DataFrame) -> None:
 
 
 def _charts(found: pd.DataFrame) -> None:
-    edges = [0, 100, 300, 1000, 3000, 10_000, float("inf")]
-    names = [f"{number} from {edge:,}" for number, edge in enumerate(edges[:-1])]
-    lengths = pd.cut(found["characters"], edges, right=False, labels=names)
-    rows = pd.DataFrame({"source": found["source"], "day": found["day"], "length": lengths})
     for tab, name in zip(st.tabs(["Over time", "Length in characters"]), ("day", "length"), strict=True):
-        table = rows.groupby([name, "source"], observed=True).size().unstack(fill_value=0)
-        table = table.set_axis(table.index.astype(str)).set_axis(table.columns.astype(str), axis=1)
+        table = data_view.counted(found[name], found["source"])
         if len(table := table[table.index != ""]):
             tab.bar_chart(table, height=220, y_label="conversations")
 
@@ -147,13 +142,14 @@ def _one(here: App, found: pd.DataFrame) -> None:
     matches = found[found.index.isin(index.with_words(words))] if words.strip() else found
     with st.container(horizontal=True):
         for label, name in FILTERS.items():
-            choices = ["all", *sorted({value for key in found[name].unique() for value in _values(key)})]
+            names = found[name].cat.categories
+            choices = ["all", *sorted({value for key in names for value in key.splitlines()})]
             chosen = st.selectbox(label, choices, format_func=_words, key=name)
             if chosen != "all":
-                matches = matches[matches[name].isin([v for v in found[name].unique() if chosen in _values(v)])]
+                matches = matches[matches[name].isin([key for key in names if chosen in key.splitlines()])]
         if len(days := st.date_input("Days", (), key="days")) == 2:
             first, last = map(str, days)
-            matches = matches[matches["day"].isin([day for day in found["day"].unique() if first <= day <= last])]
+            matches = matches[matches["day"].isin([d for d in found["day"].cat.categories if first <= d <= last])]
     if matches.empty:
         st.caption("None.")
         return
@@ -192,7 +188,7 @@ def _chosen(index: ConversationIndex, matches: pd.DataFrame) -> Any:
     more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
     st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
     found = pd.DataFrame(index.summaries(matches.index[:SHOWN]), columns=Summary._fields).set_index("number")
-    found = found.join(matches[["day", "fate", "split", "masked", "tags"]]).reset_index(drop=True)
+    found = found.join(matches[:SHOWN][["day", "fate", "split", "masked", "tags"]]).reset_index(drop=True)
     if found.empty:
         return None
     table = found[["begins", "fate", "split", "source", "day", "rating", "masked", "tags"]]
@@ -225,14 +221,10 @@ def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, clean
         st.caption("Restored: masked as ever, and no filter drops it.")
 
 
-def _values(value: Any) -> list[str]:
-    return str(value).splitlines()
-
-
 def _tags(here: App, entry: Any, identity: str, found: pd.DataFrame) -> None:
-    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in _values(tags)})
+    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].cat.categories for tag in tags.splitlines()})
     st.multiselect(
-        "Tags", known, _values(entry.tags), key=key, accept_new_options=True, placeholder="add a tag",
+        "Tags", known, entry.tags.splitlines(), key=key, accept_new_options=True, placeholder="add a tag",
         on_change=lambda: data_view.write_tags(here.checkout, identity, st.session_state[key]),
     )  # fmt: skip
 
