@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -283,12 +284,12 @@ def test_another_salt_shows_other_splits_at_once(tmp_path):
 
 def test_the_page_data_shows_what_there_is_while_a_run_removes_files(tmp_path, monkeypatch):
     prepared(tmp_path, ["Mail <EMAIL_1>", "Why?"])
-    reader = data_view.read_lines
 
-    def removed(path):
+    def removing(reader, path):
         Path(path).unlink()
         return reader(path)
 
-    monkeypatch.setattr(data_view, "read_lines", removed)
+    for name in ("_masked_in", "read_lines"):
+        monkeypatch.setattr(data_view, name, partial(removing, getattr(data_view, name)))
     assert data_view.entries(tmp_path)["masked"].tolist() == ["", ""]
     assert data_view.twin(tmp_path, "c0") is None

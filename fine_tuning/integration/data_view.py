@@ -20,6 +20,7 @@ from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import LEFT_OUT, NAMES, Ledger
 from fine_tuning.integration.conversation_index import REJECTED, cleaned_shards, conversation_index
+from fine_tuning.schema.conversation import from_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -308,9 +309,11 @@ def _drops_in(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _masked_in(path: Path) -> Iterator[tuple[str, str]]:
-    for _, line in read_lines(path):
-        if b"<" in line and (types := {match[1].decode() for match in _PLACEHOLDER.finditer(line)}):
-            yield read_line(line)["id"], "\n".join(sorted(types))
+    content, types = path.read_bytes(), dict[int, set[str]]()  # by where a line begins
+    for match in _PLACEHOLDER.finditer(content):
+        types.setdefault(content.rfind(b"\n", 0, match.start()) + 1, set()).add(match[1].decode())
+    for start, found in types.items():
+        yield from_line(content[start : content.index(b"\n", start)])["id"], "\n".join(sorted(found))
 
 
 def _tags_in(path: Path) -> Iterator[tuple[str, str]]:
