@@ -175,7 +175,8 @@ def _parsed(line: bytes) -> dict | None:
 def _messages(conversation: dict) -> Iterator[dict]:
     for message in conversation["messages"]:
         yield message
-        yield from (other for other in message.get("alternatives") or [] if isinstance(other, dict))
+        others = message.get("alternatives")
+        yield from (other for other in others if isinstance(other, dict)) if isinstance(others, list) else ()
 
 
 def _judgements(conversation: dict, user: str | None) -> list[dict]:
