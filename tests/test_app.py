@@ -406,6 +406,18 @@ def test_conversations_are_listed_found_and_renamed(checkout):
     assert at.text_input(key=f"name-{first}").value == "The box in the hall"
 
 
+def test_a_chat_whose_id_has_no_utf_8_is_opened_and_renamed(checkout):
+    said = [
+        {"id": "m", "role": "user", "content": "Where is it?"},
+        {"id": "r", "role": "assistant", "content": "Here."},
+    ]
+    write_shard("data/conversations", "chat", [{"id": "c\ud800", "source": "chat", "messages": said}])
+    at = settle(open_chat().button(key="open-c?").click().run())
+    assert [message.markdown[0].value for message in at.chat_message] == ["Where is it?", "Here."]
+    at.text_input(key="name-c?").set_value("Odd").run()
+    assert not at.exception and json.loads((checkout / ".whetstone/titles.json").read_text()) == {"c\ud800": "Odd"}
+
+
 def test_deleting_is_instant_starts_nothing_and_can_be_undone(checkout):
     at = say(open_chat(), "How do I tune a xylophone?")
     identity, before = at.query_params["chat"], conversation(checkout)

@@ -287,6 +287,16 @@ def test_html_in_a_conversation_stays_text(tmp_path, tiny_base, monkeypatch):
     assert "&lt;img" in bodies and "<img" not in bodies and "<script" not in bodies
 
 
+def test_a_conversation_whose_id_has_no_utf_8_is_opened_and_tagged(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.chdir(write_checkout(tmp_path, tiny_base))
+    write_shard("data/conversations", "import", [talk(1, "Where is it?", "Here it is.") | {"id": "c\ud800"}])
+    at = open_page("data")
+    assert "Where is it?" in at.html[0].proto.body
+    at.multiselect(key="tags-c?").set_value(["odd"]).run()
+    assert not at.exception and read_json(data_view.TAGS) == {"c\ud800": ["odd"]}
+    assert list(open_page("data").dataframe[-1].value["tags"]) == ["odd"]
+
+
 # -------------------------------------------------------------------------------------------------- models and runs
 
 

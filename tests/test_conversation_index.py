@@ -7,12 +7,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import strategies as hypothesis
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
@@ -28,9 +29,10 @@ from fine_tuning.integration import data_view
 from fine_tuning.integration.conversation_index import ConversationIndex, conversation_index
 from fine_tuning.schema.conversation import fold
 from tests.project import ROOT
+from tests.test_odd_records import ODD, changed, places
 
 KINDS = ("say", "judge", "edit", "delete", "undo", "close", "seal", "forget", "erase", "bring", "torn")
-STEPS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 3)), max_size=14)
+STEPS = hypothesis.lists(hypothesis.tuples(hypothesis.sampled_from(KINDS), hypothesis.integers(0, 3)), max_size=14)
 
 
 def in_the_files(checkout: Path) -> dict[str, dict]:
@@ -189,6 +191,42 @@ def test_a_shard_by_hand_with_values_of_odd_types_is_listed(tmp_path, odd):
     assert (count, found.id, found.messages, found.rating) == (1, "c", 2, 0)
 
 
+@settings(max_examples=200, deadline=None)
+@given(hypothesis.data())
+def test_what_is_said_of_a_conversation_that_is_odd_anywhere_stops_neither_index_nor_seal(data):
+    message = {"id": "c-1", "role": "assistant", "content": "So.", "alternatives": [{"id": "c-2", "content": "No."}]}
+    whole = {"id": "c", "source": "x", "started_at": "2026-01-01", "messages": [message], "metadata": {"user_id": "a"},
+             "feedback": [{"message_id": "c-1", "rating": -1, "over": ["c-2"], "by": "ann"}],
+             "deleted_messages": ["d"]}  # fmt: skip
+    place = data.draw(hypothesis.sampled_from([place for place in places(whole) if place]))
+    odd = changed(whole, place, data.draw(ODD))
+    with tempfile.TemporaryDirectory() as name:
+        shard = Path(name) / CONVERSATIONS / "20260101T000000000-import.jsonl"
+        shard.parent.mkdir(parents=True)
+        shard.write_bytes(dump_line(odd))
+        index, logger = ConversationIndex(Path(name)), ConversationLogger(Path(name) / LOG, durable=False)
+        index.state()
+        for act in (
+            lambda: logger.log_feedback("c-1", 1),
+            lambda: logger.log_preference("c-2", ["c-1"], "ann", conversation_id="c"),
+            lambda: logger.log_conversation("Why?", "So.", {"session_id": "c", "replaces": "c-1", "user_id": "b"}),
+            lambda: logger.log_delete(conversation_id="c", message_id="c-1"),
+            lambda: logger.log_delete(conversation_id="c"),
+        ):
+            act()
+            index.state()
+        for log in close_log(logger.path, shard.parent):
+            seal_log(log, shard.parent, Path(name) / MANIFEST)
+
+
+def test_a_conversation_is_opened_whose_id_has_no_utf_8(tmp_path):
+    record = {"id": "c\ud800", "source": "chat", "messages": [{"id": "m", "role": "user", "content": "Why?"}]}
+    write_shard(tmp_path / CONVERSATIONS, "20260101T000000000-import", [record])
+    index = ConversationIndex(tmp_path)
+    (found,), _ = index.listed("chat")
+    assert index.conversation(found.id, "chat")["id"] == "c\ud800"
+
+
 def test_two_people_who_open_the_page_data_at_once_get_the_same(tmp_path, monkeypatch):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     records = [
@@ -227,6 +265,15 @@ def prepared(checkout: Path, texts: list[str]) -> None:
     Ledger(checkout / data_view.LEDGER, salt).append((f"c{number}", "test") for number in range(len(texts)))
 
 
+def test_conversations_are_counted_by_length_and_state(tmp_path):
+    prepared(tmp_path, ["Why?", "Why " * 24, "Why?" * 25, "w" * 10_000])
+    ConversationLogger(tmp_path / LOG, durable=False).log_conversation("New?", "Yes.")
+    found = data_view.entries(tmp_path)
+    table = data_view.counted(found["length"], found["fate"])
+    assert table["kept"].to_dict() == {"0 from 0": 2, "1 from 100": 1, "5 from 10,000": 1}
+    assert table["new"].to_dict() == {"0 from 0": 1, "1 from 100": 0, "5 from 10,000": 0}
+
+
 def test_another_salt_shows_other_splits_at_once(tmp_path):
     prepared(tmp_path, ["Why?"])
     assert data_view.entries(tmp_path)["split"].tolist() == ["test"]
@@ -237,12 +284,12 @@ def test_another_salt_shows_other_splits_at_once(tmp_path):
 
 def test_the_page_data_shows_what_there_is_while_a_run_removes_files(tmp_path, monkeypatch):
     prepared(tmp_path, ["Mail <EMAIL_1>", "Why?"])
-    reader = data_view.read_lines
 
-    def removed(path):
+    def removing(reader, path):
         Path(path).unlink()
         return reader(path)
 
-    monkeypatch.setattr(data_view, "read_lines", removed)
+    for name in ("_masked_in", "read_lines"):
+        monkeypatch.setattr(data_view, name, partial(removing, getattr(data_view, name)))
     assert data_view.entries(tmp_path)["masked"].tolist() == ["", ""]
     assert data_view.twin(tmp_path, "c0") is None

@@ -31,7 +31,7 @@ from fine_tuning.model_management.model_registry import (
     open_registry,
 )
 from fine_tuning.model_management.model_switcher import deployments, went_live
-from fine_tuning.schema.conversation import as_conversation
+from fine_tuning.schema.conversation import as_conversation, versions_of
 from fine_tuning.training.tracking import flatten
 
 IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -178,7 +178,7 @@ def _places_in(conversation: dict, identity: str, path: Path) -> Iterator[dict[s
     if conversation["id"] == identity:
         yield {"file": path.as_posix()}
     for message in conversation.get("messages") or []:
-        for said in (message, *(message.get("alternatives") or [])):
+        for said in versions_of(message):
             if said.get("id") == identity and said.get("role") == "assistant":
                 reply = {"id": identity, "conversation": conversation["id"], "in": path.as_posix()}
                 author = {name: said.get(name) for name in ("model", "version", "at")}

@@ -78,7 +78,7 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys. NaN and infinities are refused (ValueError)."""
     text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
     with replacing(path) as file:
-        file.write(text.encode("utf-8") + b"\n")
+        file.write(text.encode("utf-8", "backslashreplace") + b"\n")  # of a lone surrogate, JSON's own escape
 
 
 def read_json(path: str | Path) -> Any:
@@ -89,7 +89,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is none or it is damaged: for pages, which show what there is."""
     try:
         found = read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

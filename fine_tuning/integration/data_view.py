@@ -20,6 +20,7 @@ from fine_tuning.data_collection.personal_data.finder import PLACEHOLDER
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import LEFT_OUT, NAMES, Ledger
 from fine_tuning.integration.conversation_index import REJECTED, cleaned_shards, conversation_index
+from fine_tuning.schema.conversation import from_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,8 @@ LEDGER = Path("data/splits.txt")
 PARAMS = Path("params.yaml")
 DAYS, FEWEST_RATED = 30, 5  # length of the periods that are compared, and ratings below which a share says nothing
 SPLITS = ("train", "validation", "test")
+LENGTHS = (0, 100, 300, 1000, 3000, 10_000)  # characters from which a conversation counts into the next bin
+_LENGTH_NAMES = [f"{number} from {edge:,}" for number, edge in enumerate(LENGTHS)]
 _LOCK = threading.Lock()  # of what is kept between two visits
 _NOBODY = np.zeros(1, np.uint64)  # no conversation has the number 0
 _PLACEHOLDER = re.compile(PLACEHOLDER.pattern.encode())
@@ -46,9 +49,10 @@ def stamps(paths: list[Path]) -> tuple[Stamp, ...]:
 def entries(checkout: Path) -> "pd.DataFrame":
     """Every conversation by its number in the index, those with news since the last seal first.
 
-    Columns: `source`; `day` on which it started, or ""; `characters`; `rating`; `fate`: kept, new, not cleaned yet, or
-    why it was dropped; `split`: train, validation, test, or none; `masked`: the types of personal data that were masked
-    in it; `tags`: what somebody called it. Of masked and tags there is one a line.
+    Columns, each a category whose names occur: `source`; `day` on which it started, or ""; `length`: the bin of LENGTHS
+    that its characters are in; `rating`: -1, 0 or 1; `fate`: kept, new, not cleaned yet, or why it was dropped;
+    `split`: train, validation, test, or none; `masked`: the types of personal data that were masked in it; `tags`: what
+    somebody called it. Of masked and tags there is one a line.
     """
     files = [checkout / path for path in (REJECTED, LEDGER, MANIFEST, TAGS, PARAMS)]
     with _LOCK:
@@ -75,8 +79,8 @@ def _entries(checkout: Path, _: int, numbered: int, __: tuple[Stamp, ...]) -> "p
         {
             "source": _category(found["source"], names["source"]),
             "day": _category(found["day"], names["day"]),
-            "characters": found["characters"],
-            "rating": found["rating"],
+            "length": _category(np.searchsorted(LENGTHS, found["characters"], "right") - 1, _LENGTH_NAMES),
+            "rating": _category(found["rating"] + 1, ("-1", "0", "1")),
             "fate": _category(fate, ["kept", "new", "not cleaned yet", *reasons[1:]]),
             "split": _category(split, NAMES),
             "masked": _category(masked[1][numbers], masked[0]),
@@ -87,13 +91,24 @@ def _entries(checkout: Path, _: int, numbered: int, __: tuple[Stamp, ...]) -> "p
 
 
 def _category(codes: np.ndarray, names: Sequence[str | None]) -> "pd.Categorical":
-    """Numbers as the names that they stand for, in the order of the names."""
+    """Numbers as the names that they stand for, those that occur, in the order of the names."""
     import pandas as pd
 
-    order = sorted(range(len(names)), key=lambda code: str(names[code]))
-    place = np.empty(len(names), np.int32)
-    place[order] = np.arange(len(names))
+    present = np.flatnonzero(np.bincount(codes, minlength=len(names))).tolist()
+    order = sorted(present, key=lambda code: str(names[code]))
+    place = np.zeros(len(names), np.int32)
+    place[order] = np.arange(len(order))
     return pd.Categorical.from_codes(place[codes], [names[code] for code in order])
+
+
+def counted(rows: "pd.Series", columns: "pd.Series") -> "pd.DataFrame":
+    """How many conversations have each two names of two columns of `entries`."""
+    import pandas as pd
+
+    names, others = rows.cat.categories, columns.cat.categories
+    pairs = rows.cat.codes.to_numpy(np.int64) * len(others) + columns.cat.codes.to_numpy()
+    counts = np.bincount(pairs, minlength=len(names) * len(others)).reshape(len(names), len(others))
+    return pd.DataFrame(counts, names.astype(str), others.astype(str))
 
 
 def _clean_shards(checkout: Path) -> list[Path]:
@@ -294,9 +309,11 @@ def _drops_in(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _masked_in(path: Path) -> Iterator[tuple[str, str]]:
-    for _, line in read_lines(path):
-        if b"<" in line and (types := {match[1].decode() for match in _PLACEHOLDER.finditer(line)}):
-            yield read_line(line)["id"], "\n".join(sorted(types))
+    content, types = path.read_bytes(), dict[int, set[str]]()  # by where a line begins
+    for match in _PLACEHOLDER.finditer(content):
+        types.setdefault(content.rfind(b"\n", 0, match.start()) + 1, set()).add(match[1].decode())
+    for start, found in types.items():
+        yield from_line(content[start : content.index(b"\n", start)])["id"], "\n".join(sorted(found))
 
 
 def _tags_in(path: Path) -> Iterator[tuple[str, str]]:

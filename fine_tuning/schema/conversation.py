@@ -272,7 +272,7 @@ def version_hash(conversation: Record) -> str:
     """What a version of a conversation says: messages, feedback, deletion. Source and times do not count."""
     messages = []
     for m in conversation["messages"]:
-        others = sorted([str(a.get("content")), str(a.get("model"))] for a in m.get("alternatives") or [])
+        others = sorted([str(a.get("content")), str(a.get("model"))] for a in alternatives_of(m))
         messages.append([*map(m.get, ("role", "content", "model", "weight")), *others])
     keys = ("message_id", "rating", "comment", "edited", "by")
     feedback = [[*map(entry.get, keys), *_over(entry)] for entry in conversation.get("feedback") or []]
@@ -322,12 +322,12 @@ def carry_feedback(feedback: list[Record], conversation: Record, pairs: Iterable
         names[old.get("id")] = new.get("id")
         known = {version["content"]: version.get("id") for version in versions_of(new)}
         shown = any(new is message for message in conversation["messages"])
-        for other in (old.get("alternatives") or []) if shown else ():
+        for other in alternatives_of(old) if shown else ():
             name = known.get(other["content"])
             if name is None:
                 taken = other.get("id") in known.values()
                 name = short_hash([other["id"], other["content"]]) if taken else other.get("id")
-                new["alternatives"] = [*(new.get("alternatives") or []), other | {"id": name}]
+                new["alternatives"] = [*alternatives_of(new), other | {"id": name}]
                 known[other["content"]] = name
             names.setdefault(other.get("id"), name)
     for entry in feedback:
@@ -341,7 +341,14 @@ def carry_feedback(feedback: list[Record], conversation: Record, pairs: Iterable
 
 def versions_of(message: Record) -> list[Record]:
     """A reply and its alternatives."""
-    return [message, *(message.get("alternatives") or [])]
+    return [message, *alternatives_of(message)] if "alternatives" in message else [message]
+
+
+def alternatives_of(message: Record) -> list[Record]:
+    """Other replies; a shard by hand may have something else there."""
+    others = message.get("alternatives")
+    found = [other for other in others if isinstance(other, dict)] if isinstance(others, list) else []
+    return [other for other in found if isinstance(other.get("content"), str) and can_be_id(other.get("id"))]
 
 
 def _alone(message: Record) -> Record:
@@ -426,7 +433,7 @@ def _add_exchange(event: Record, conversations: dict[str, Record], owners: dict[
     conversation = conversations.get(new["id"])
     if conversation is None:
         conversations[new["id"]] = conversation = new
-    elif conversation.get("deleted") or event["id"] in conversation.get("deleted_messages", ()):
+    elif conversation.get("deleted") or event["id"] in deleted_messages(conversation):
         return True
     elif event["id"] in (replies := _replies(conversation)):
         return bool(replies[event["id"]] == event["assistant_response"])
@@ -454,9 +461,15 @@ def message_ids(conversation: Record) -> Iterator[str]:
         yield from (m["id"] for m in versions_of(message) if isinstance(m.get("id"), str))
 
 
+def deleted_messages(conversation: Record) -> list[str]:
+    gone = conversation.get("deleted_messages")
+    return [identity for identity in gone if isinstance(identity, str)] if isinstance(gone, list) else []
+
+
 def _replies(conversation: Record) -> dict[str | None, str]:
     """Contents of all messages by id, those of alternatives too."""
-    return {m.get("id"): m["content"] for message in conversation["messages"] for m in versions_of(message)}
+    versions = (version for message in conversation["messages"] for version in versions_of(message))
+    return {version.get("id"): version["content"] for version in versions if can_be_id(version.get("id"))}
 
 
 def _replace(event: Record, conversation: Record, pair: list[Record]) -> bool:
@@ -466,7 +479,7 @@ def _replace(event: Record, conversation: Record, pair: list[Record]) -> bool:
         return False
     messages = conversation["messages"]
     for index, message in enumerate(messages):
-        others = message.get("alternatives") or []
+        others = alternatives_of(message)
         if index and replaced in (message.get("id"), *(other.get("id") for other in others)):
             messages[index - 1 : index + 1] = [pair[0], pair[1] | {"alternatives": [*others, _alone(message)]}]
             return True
@@ -478,7 +491,7 @@ def _prefer(event: Record, conversation: Record) -> None:
     chosen = event["message_id"]
     messages = conversation["messages"]
     for index, message in enumerate(messages):
-        others = message.get("alternatives") or []
+        others = alternatives_of(message)
         preferred = next((other for other in others if other.get("id") == chosen), None)
         if preferred is not None:
             if index and messages[index - 1].get("role") == "user":
@@ -505,22 +518,23 @@ def _delete(event: Record, conversation: Record) -> None:
         return
     # With a reply go the other replies to its question; of those, one goes alone.
     lost = {gone} | {i for m in conversation["messages"] if m.get("id") == gone for i in message_ids({"messages": [m]})}
-    partners = lost | {f"{identity}-user" for identity in lost}
+    partners = [*lost, *(f"{identity}-user" for identity in lost)]
     for before, message in pairwise(conversation["messages"]):  # what was said before the deletion rests on it
         if before.get("id") in partners:
             message["gap"] = True
     conversation["messages"] = [m for m in conversation["messages"] if m.get("id") not in partners]
     for message in conversation["messages"]:
-        if others := message.pop("alternatives", None):
-            kept = [other for other in others if other.get("id") not in lost]
-            message |= {"alternatives": kept} if kept else {}
+        others = alternatives_of(message)
+        message.pop("alternatives", None)
+        if kept := [other for other in others if other.get("id") not in lost]:
+            message["alternatives"] = kept
     conversation["feedback"] = [e for e in conversation["feedback"] if e.get("message_id") not in partners]
-    conversation["deleted_messages"] = sorted({*conversation.get("deleted_messages", ()), *lost})
+    conversation["deleted_messages"] = sorted({*deleted_messages(conversation), *lost})
 
 
 def _judge(event: Record, conversation: Record) -> None:
     """A person has one entry a message: the newest rating, comment and edit, each kept until it is replaced."""
-    if conversation.get("deleted") or event.get("message_id") in conversation.get("deleted_messages", ()):
+    if conversation.get("deleted") or event.get("message_id") in deleted_messages(conversation):
         return
     feedback = conversation["feedback"]
     entry = _entry_of(event, feedback)

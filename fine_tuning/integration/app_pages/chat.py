@@ -16,8 +16,9 @@ from fine_tuning.integration.chat_models import ChatModel, Sampling, default_sam
 from fine_tuning.integration.chat_session import Question, new_conversation_id, pending_replies
 from fine_tuning.integration.conversation_index import conversation_index
 from fine_tuning.integration.jobs import jobs, own_command
+from fine_tuning.integration.reply_markdown import printable
 from fine_tuning.integration.served_examples import after_examples, kind_served, sources
-from fine_tuning.schema.conversation import edits
+from fine_tuning.schema.conversation import alternatives_of, edits
 
 REFRESH_SECONDS = 0.15  # how often the page shows a reply that is being written
 LISTED = 60  # conversations in the side bar; the search finds the others
@@ -135,22 +136,20 @@ def _sidebar(here: App, conversation: dict | None, current: str) -> None:
 
 
 def _manage(here: App, conversation: dict, titles: dict[str, str]) -> None:
-    identity = conversation["id"]
+    identity, key = conversation["id"], f"name-{printable(conversation['id'])}"
 
     def rename() -> None:
-        chat_history.rename(here.checkout, identity, st.session_state[f"name-{identity}"])
+        chat_history.rename(here.checkout, identity, st.session_state[key])
 
-    st.text_input(
-        "Name", chat_history.title(conversation, titles), key=f"name-{identity}", on_change=rename, max_chars=80
-    )
+    st.text_input("Name", chat_history.title(conversation, titles), key=key, on_change=rename, max_chars=80)
     name = chat_history.file_name(conversation, titles)
     for form, ending, mime, text in (
         ("Markdown", "md", "text/markdown", chat_history.as_markdown(conversation, titles)),
         ("JSON", "json", "application/json", chat_history.as_json(conversation)),
     ):
         st.download_button(
-            f"Export as {form}", text, f"{name}.{ending}", mime, key=f"export-{form.lower()}",
-            icon=":material/download:", width="stretch", on_click="ignore",
+            f"Export as {form}", text.encode("utf-8", "backslashreplace"), f"{name}.{ending}", mime,
+            key=f"export-{form.lower()}", icon=":material/download:", width="stretch", on_click="ignore",
         )  # fmt: skip
     if here.owner:
         note = "It is hidden everywhere at once and not trained on. It can be undone until the next seal."
@@ -307,7 +306,7 @@ def _below_reply(
             label_visibility="collapsed", on_change=_comment,
             args=(here, conversation["id"], identity, entry.get("comment") or ""), max_chars=500,
         )  # fmt: skip
-    if others := message.get("alternatives"):
+    if others := alternatives_of(message):
         _alternatives(here, conversation, message, others)
 
 

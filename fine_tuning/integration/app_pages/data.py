@@ -17,7 +17,7 @@ from fine_tuning.integration.app_context import App, app
 from fine_tuning.integration.app_jobs import busy, show_job, start
 from fine_tuning.integration.app_pages.chat import edit_reply
 from fine_tuning.integration.app_parts import button, plain, read_conversations
-from fine_tuning.integration.conversation_index import ConversationIndex, Summary, conversation_index, counts
+from fine_tuning.integration.conversation_index import ConversationIndex, Summary, conversation_index
 from fine_tuning.integration.data_view import Span
 from fine_tuning.integration.gateway.health import gateways
 from fine_tuning.integration.gateway.recorder import GatewaySettings
@@ -99,7 +99,7 @@ def _counts(here: App, found: pd.DataFrame) -> None:
     with st.container(horizontal=True):
         for name, number in numbers.items():
             st.metric(name, f"{number:,}", width="content")
-    _, logged, sealed = counts(here.checkout)
+    logged, sealed = (int((found["fate"] == fate).sum()) for fate in ("new", "not cleaned yet"))
     st.caption(f"New or changed since the last training: {logged:,} to seal, {sealed:,} sealed.")
     if (people := read_params("clean", CleanSettings).people) != "mask":
         st.caption(f"Names, addresses and dates of birth are not masked: clean.people in params.yaml is {people}.")
@@ -126,13 +126,8 @@ def _counts(here: App, found: pd.DataFrame) -> None:
 
 
 def _charts(found: pd.DataFrame) -> None:
-    edges = [0, 100, 300, 1000, 3000, 10_000, float("inf")]
-    names = [f"{number} from {edge:,}" for number, edge in enumerate(edges[:-1])]
-    lengths = pd.cut(found["characters"], edges, right=False, labels=names)
-    rows = pd.DataFrame({"source": found["source"], "day": found["day"], "length": lengths})
     for tab, name in zip(st.tabs(["Over time", "Length in characters"]), ("day", "length"), strict=True):
-        table = rows.groupby([name, "source"], observed=True).size().unstack(fill_value=0)
-        table = table.set_axis(table.index.astype(str)).set_axis(table.columns.astype(str), axis=1)
+        table = data_view.counted(found[name], found["source"])
         if len(table := table[table.index != ""]):
             tab.bar_chart(table, height=220, y_label="conversations")
 
@@ -147,13 +142,14 @@ def _one(here: App, found: pd.DataFrame) -> None:
     matches = found[found.index.isin(index.with_words(words))] if words.strip() else found
     with st.container(horizontal=True):
         for label, name in FILTERS.items():
-            choices = ["all", *sorted({value for key in found[name].unique() for value in _values(key)})]
+            names = found[name].cat.categories
+            choices = ["all", *sorted({value for key in names for value in key.splitlines()})]
             chosen = st.selectbox(label, choices, format_func=_words, key=name)
             if chosen != "all":
-                matches = matches[matches[name].isin([v for v in found[name].unique() if chosen in _values(v)])]
+                matches = matches[matches[name].isin([key for key in names if chosen in key.splitlines()])]
         if len(days := st.date_input("Days", (), key="days")) == 2:
             first, last = map(str, days)
-            matches = matches[matches["day"].isin([day for day in found["day"].unique() if first <= day <= last])]
+            matches = matches[matches["day"].isin([d for d in found["day"].cat.categories if first <= d <= last])]
     if matches.empty:
         st.caption("None.")
         return
@@ -161,7 +157,7 @@ def _one(here: App, found: pd.DataFrame) -> None:
     conversation = entry and index.conversation(entry.id)
     if conversation is None:
         return
-    _tags(here, entry, found)
+    _tags(here, entry, conversation["id"], found)
     cleaner = data_view.cleaner(here.checkout, read_params("clean", CleanSettings))
     cleaned = cleaner.clean_conversation(conversation)
     _fate(here, entry, conversation, cleaner, cleaned)
@@ -177,7 +173,7 @@ def _one(here: App, found: pd.DataFrame) -> None:
             _show_spans(message["role"], data_view.before(cleaner, text), "mask")
             key = f"correct-{message['id']}"
             if message["role"] == "assistant" and button("Correct", "edit", key, type="tertiary"):
-                edit_reply(here, entry.id, message["id"], text)
+                edit_reply(here, conversation["id"], message["id"], text)
     elif cleaned.conversation is None:
         st.caption("Nothing is left of it.")
     else:
@@ -192,7 +188,7 @@ def _chosen(index: ConversationIndex, matches: pd.DataFrame) -> Any:
     more = f"; the first {SHOWN:,} are listed" if len(matches) > SHOWN else ""
     st.caption(f"{count_of(len(matches), 'conversation')}{more}; click the left edge of a row to look at it.")
     found = pd.DataFrame(index.summaries(matches.index[:SHOWN]), columns=Summary._fields).set_index("number")
-    found = found.join(matches[["day", "fate", "split", "masked", "tags"]]).reset_index(drop=True)
+    found = found.join(matches[:SHOWN][["day", "fate", "split", "masked", "tags"]]).reset_index(drop=True)
     if found.empty:
         return None
     table = found[["begins", "fate", "split", "source", "day", "rating", "masked", "tags"]]
@@ -210,7 +206,7 @@ def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, clean
     """Why it was dropped, and the button that keeps it."""
     if reason := data_view.why_dropped(cleaned, entry.fate):
         st.warning(f"Dropped: {plain(reason)}", icon=":material/filter_alt:")
-        other = data_view.twin(here.checkout, entry.id) if entry.fate == "duplicate" else None
+        other = data_view.twin(here.checkout, conversation["id"]) if entry.fate == "duplicate" else None
         twin = conversation_index(here.checkout).conversation(other) if other else None
         if twin is not None:
             with st.expander("The one that is kept instead"):
@@ -218,22 +214,18 @@ def _fate(here: App, entry: Any, conversation: dict, cleaner: DataCleaner, clean
                     _show_spans(message["role"], [(message["content"], None)], "mask")
         off = None if data_view.can_be_restored(cleaner, conversation, entry.fate) else _never(entry.fate)
         note, icon = "It is masked as ever, and no filter drops it again.", "settings_backup_restore"
-        button("Keep it all the same", icon, "restore", _restore, here, entry.id, off=off, help=note)
+        button("Keep it all the same", icon, "restore", _restore, here, conversation["id"], off=off, help=note)
         if off:
             st.caption(off)
     elif conversation.get("restored"):
         st.caption("Restored: masked as ever, and no filter drops it.")
 
 
-def _values(value: Any) -> list[str]:
-    return str(value).splitlines()
-
-
-def _tags(here: App, entry: Any, found: pd.DataFrame) -> None:
-    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].unique() for tag in _values(tags)})
+def _tags(here: App, entry: Any, identity: str, found: pd.DataFrame) -> None:
+    key, known = f"tags-{entry.id}", sorted({tag for tags in found["tags"].cat.categories for tag in tags.splitlines()})
     st.multiselect(
-        "Tags", known, _values(entry.tags), key=key, accept_new_options=True, placeholder="add a tag",
-        on_change=lambda: data_view.write_tags(here.checkout, entry.id, st.session_state[key]),
+        "Tags", known, entry.tags.splitlines(), key=key, accept_new_options=True, placeholder="add a tag",
+        on_change=lambda: data_view.write_tags(here.checkout, identity, st.session_state[key]),
     )  # fmt: skip
 
 

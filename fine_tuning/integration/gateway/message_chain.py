@@ -23,6 +23,7 @@ from fine_tuning.common.names import session_name
 from fine_tuning.common.project import CONVERSATIONS, LOG, MANIFEST
 from fine_tuning.data_collection.conversation_logger import read_event
 from fine_tuning.data_collection.storage.shards import shard_paths
+from fine_tuning.schema.conversation import alternatives_of
 
 SOURCE = "gateway"
 Said = dict[str, str]
@@ -208,7 +209,7 @@ class MessageChain:
                 continue
             event = {"conversation_id": conversation["id"], "user_message": asked["content"]}
             placed = {"history": before[:-1]} if first else {}
-            for reply in (*(message.get("alternatives") or ()), message):
+            for reply in (*alternatives_of(message), message):
                 cut = {"incomplete": reply["incomplete"]} if "incomplete" in reply else {}
                 said = {"id": reply["id"], "assistant_response": reply["content"], "metadata": metadata | placed | cut}
                 self._add_logged(event | said)
