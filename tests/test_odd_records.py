@@ -100,6 +100,14 @@ def test_a_record_that_is_odd_anywhere_passes_every_door_or_is_left_out(tmp_path
     assert json.loads(json.dumps(built))
 
 
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_line_of_a_shard_that_is_odd_anywhere_takes_events_or_is_passed_over(tmp_path_factory, data):
+    record = WHOLE[1] | {"deleted_messages": ["c-9"]}
+    place = data.draw(st.sampled_from([place for place in places(record) if place]))
+    events_fit(tmp_path_factory.getbasetemp() / "odd.jsonl", changed(record, place, data.draw(ODD | st.just(...))))
+
+
 @pytest.mark.parametrize("key", ["feedback", "metadata", "source", "started_at"])
 def test_a_line_of_a_shard_takes_events_without_what_need_not_be_there(tmp_path, key):
     assert events_fit(tmp_path / "shard.jsonl", {name: WHOLE[1][name] for name in WHOLE[1].keys() - {key}})
@@ -138,9 +146,11 @@ def places(value, path=()):
 
 
 def changed(value, path, new):
-    """A copy of a JSON value with another one at a path."""
+    """A copy of a JSON value with another one at a path, or with none there (`...`)."""
     if not path:
         return new
     copy = dict(value) if isinstance(value, dict) else list(value)
     copy[path[0]] = changed(value[path[0]], path[1:], new)
+    if copy[path[0]] is ...:
+        del copy[path[0]]
     return copy

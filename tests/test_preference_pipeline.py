@@ -69,7 +69,7 @@ def judge_in_the_app(checkout: Path, number: int) -> None:
     at.text_area(key="prompt").set_value(f"What is kite number {number} made of?")
     at.button(key="ask-both").click().run()
     for reply in at.session_state["duel"].replies:
-        assert reply.wait(30)
+        reply._thread.join(30)
     at.run()
     at.button(key="vote-second").click().run()
     assert not at.exception

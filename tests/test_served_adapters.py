@@ -130,7 +130,7 @@ def test_each_adapter_answers_as_the_model_it_is_merged_into_in_turn_and_side_by
     assert [ask(checkout, known[name]) for name in turns] == [alone[name] for name in turns]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda name: ask(checkout, known[name]), turns * 3)) == [alone[n] for n in turns * 3]
-    assert len(shared_engines.running()) == 1
+    assert len(shared_engines._engines) == 1
 
 
 def test_the_app_offers_them_and_logs_which_one_answered(checkout, people):

@@ -18,6 +18,7 @@ from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation.dataset_builder import loaded
 from fine_tuning.data_preparation.tokenizer import TokenizerUtils, compare_tokenizers, comparison_table
 from fine_tuning.evaluation.suite.items import label_runs, reply_authors
+from fine_tuning.runtime.gguf_writer import PROBES, write_gguf
 from fine_tuning.schema.chat_format import (
     NOT_TRAINED,
     ChatSettings,
@@ -530,6 +531,12 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_one_for_no_path(tmp_path):
         hub.shutdown()
     assert len([path for path in asked if "nothing" in path]) == 1
     assert not [path for path in asked if "where" in path]
+
+
+def test_a_gguf_file_has_the_ids_of_the_folder_that_it_was_written_from(tiny_base, tmp_path):
+    write_gguf(tiny_base, tmp_path / "tiny.gguf", "F16")
+    folder, file = TokenizerUtils(tiny_base), TokenizerUtils(tmp_path / "tiny.gguf")
+    assert [file.encode(text) for text in PROBES] == [folder.encode(text) for text in PROBES]
 
 
 @pytest.mark.parametrize("content", [b"", b"{broken", b"{}"])

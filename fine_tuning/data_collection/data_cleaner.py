@@ -34,8 +34,8 @@ from fine_tuning.data_collection.personal_data.finder import Hit, Masker, Person
 from fine_tuning.data_collection.personal_data.people import MODEL, PeopleSettings, people_finder
 from fine_tuning.schema.conversation import (
     Problem,
+    alternatives_of,
     as_conversation,
-    can_be_id,
     carry_feedback,
     each_record,
     is_exchange,
@@ -240,13 +240,8 @@ class DataCleaner:
     def _repaired_message(self, message: dict, repair: Callable[[str], str]) -> dict:
         kept = {key: message[key] for key in _kept_keys(tuple(message)) if message[key] is not None}
         kept["content"] = repair(message["content"])
-        others = message.get("alternatives")
-        if isinstance(others, list):
-            kept["alternatives"] = [
-                self._repaired_message(other, self._repair)
-                for other in others
-                if isinstance(other, dict) and isinstance(other.get("content"), str) and can_be_id(other.get("id"))
-            ]
+        if isinstance(message.get("alternatives"), list):
+            kept["alternatives"] = [self._repaired_message(one, self._repair) for one in alternatives_of(message)]
         return kept
 
     def _repaired(self, entry: dict) -> dict:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from fine_tuning.common.writing_systems import words_of
-from fine_tuning.schema.conversation import is_by_a_model
+from fine_tuning.schema.conversation import is_by_a_model, versions_of
 
 # An edit of which more than one word in five stands in the model's reply, in the same order, is still the model's: it
 # makes that model's likelihood higher than an equal one's (`python -m benchmarks.verdict own-words` measures it).
@@ -23,12 +23,10 @@ def is_by_a_person(conversation: dict, index: int, edited: str | None = None) ->
     if not edited:
         return False
     reply = conversation["messages"][index]
-    words, others = words_of(edited)[:MOST_WORDS], reply.get("alternatives")
-    originals = [reply, *(others if isinstance(others, list) else [])]
+    words = words_of(edited)[:MOST_WORDS]
     return bool(words) and all(
-        common_words(words, words_of(str(other["content"]))[:MOST_WORDS]) <= MOST_KEPT * len(words)
-        for other in originals
-        if isinstance(other, dict) and other.get("content")
+        common_words(words, words_of(original["content"])[:MOST_WORDS]) <= MOST_KEPT * len(words)
+        for original in versions_of(reply)
     )
 
 

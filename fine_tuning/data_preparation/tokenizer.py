@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.runtime.base_model import gguf_field, restore_pre_tokenizer
 from fine_tuning.schema.chat_format import _chat_format, _tokens, end_of_turn_ids, render
 from fine_tuning.schema.conversation import as_conversation, problem_of
 from fine_tuning.schema.template_trial import try_template
@@ -187,6 +188,7 @@ def _load_any(name: str) -> "PreTrainedTokenizerFast":
 
         if path.suffix == ".gguf" and path.is_file():
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+            restore_pre_tokenizer(tokenizer, gguf_field(path, "tokenizer.ggml.pre"))
         elif path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise FileNotFoundError("it holds no tokenizer" if path.exists() else "it does not exist")
         else:  # in one request: transformers itself asks for file after file, each time with retries

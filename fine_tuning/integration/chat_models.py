@@ -115,14 +115,13 @@ class ChatModel:
         return f"{self.name}{version} · {self.tag} · {server}"
 
 
-def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[ChatModel]:
+def find_models(checkout: Path, client: OllamaClient, name: str) -> list[ChatModel]:
     """All models that can answer now, the user's other ones on Ollama too.
 
     The one at the head is the candidate where its verdict is PROMOTE and nothing is live yet, otherwise the live
     version, the champion or the base: `WHY_FIRST` says so.
 
     Args:
-        client: the Ollama server, None to leave it out.
         name: the deployed model's name there; `name:live` is the switch, `name:<version>` what it points at.
     """
     models = [*served_models(client, name), *local_models(checkout)]
@@ -134,10 +133,8 @@ def find_models(checkout: Path, client: OllamaClient | None, name: str) -> list[
     return sorted(models, key=lambda model: model is not first)
 
 
-def served_models(client: OllamaClient | None, name: str) -> list[ChatModel]:
+def served_models(client: OllamaClient, name: str) -> list[ChatModel]:
     """The live model and the versions that a server has."""
-    if client is None:
-        return []
     try:
         digests = client.digests()
     except OllamaError:
@@ -187,7 +184,7 @@ def stream_reply(
     checkout: Path,
     system_prompt: str | None,
     settings: AppSettings,
-    client: OllamaClient | None,
+    client: OllamaClient,
 ) -> Iterator[str]:
     """Yield the model's reply to `messages` piece by piece, its prompt rendered as in training.
 
@@ -254,19 +251,13 @@ def _from_ollama(
     messages: Sequence[dict],
     sampling: Sampling,
     system_prompt: str | None,
-    client: OllamaClient | None,
+    client: OllamaClient,
 ) -> Iterator[str]:
-    if client is None:
-        raise UserError("Ollama is left out: choose a model of the built-in engine")
     turns = list(messages)
     if system_prompt is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system_prompt})
     options = sampling.model_dump(exclude={"max_tokens"}, exclude_none=True) | {"num_predict": sampling.max_tokens}
-    stream = client.chat_stream(model.tag, turns, options)
-    try:
-        yield from stream
-    finally:
-        stream.close()
+    yield from client.chat_stream(model.tag, turns, options)
 
 
 def fitting_prompt(
