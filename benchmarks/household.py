@@ -39,7 +39,8 @@ from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_object, write_jsonl
 from fine_tuning.common.writing_systems import words_of
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.storage.shards import newest_versions, shard_paths
+from fine_tuning.data_collection.storage.shard_index import ShardIndex
+from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.integration.canary import ENOUGH, ROLLED_BACK, Canary, State
 from fine_tuning.integration.round_policy import BEFORE
 from tests.fake_ollama import FakeOllama, Manifest
@@ -478,7 +479,7 @@ class Household:
     def lost(self) -> list[str]:
         """Ids of what was acknowledged and is neither in the log nor in the shards as it was said."""
         ids = {told.conversation for told in self.told.values()}
-        kept = newest_versions(shard_paths(self.checkout / "data/conversations"), ids)
+        kept = ShardIndex.read(shard_paths(self.checkout / "data/conversations")).newest(ids)
         logged = ConversationLogger(self.checkout / "inbox/conversations.jsonl").read_conversations()
         kept |= {conversation["id"]: conversation for conversation in logged}
         return [name for name, told in self.told.items() if not is_kept(kept.get(told.conversation), name, told)]

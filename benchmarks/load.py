@@ -2,6 +2,7 @@
 
     python -m benchmarks.load [--sizes 10000 100000 1000000] [--more 1000] [--before CHECKOUT] [--folder DIR]
     python -m benchmarks.load --sizes 100000 --links copy hardlink,copy
+    python -m benchmarks.load --sizes 1000 100000 --daily
 
 For each size a checkout of its own is made in a temporary folder (of DIR), the stages run in it as `dvc repro` runs
 them, each in a process of its own; again after a shard of a thousand new conversations has arrived ("new"); and again
@@ -12,7 +13,8 @@ other users of the machine disturb less, is printed. Half of the conversations h
 three; 15 % hold personal data, 5 % are exact duplicates and 5 % near-duplicates of another. With `--engine` the workers
 of a Dask cluster clean, export and prepare, and their CPU seconds are printed apart from those of the stages. `--links`
 gives the shards to DVC and runs the four stages by `dvc repro`, with each of these values of DVC's `cache.type`, and
-prints what DVC adds and what lies on disk.
+prints what DVC adds and what lies on disk. `--daily` prints what each command of a day takes in a checkout of which the
+four stages have run, with nothing new and with a thousand new conversations.
 """
 
 import argparse
@@ -32,9 +34,11 @@ import psutil
 import yaml
 
 from benchmarks.cleaning import FOREIGN, PERSONAL
-from fine_tuning.common.records import read_object
+from fine_tuning.common.records import read_object, write_jsonl
 from fine_tuning.common.stage_times import TIMES
+from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.storage.shards import write_shard
+from tests.servers import s3
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("intake", "clean", "export", "prepare")
@@ -202,14 +206,19 @@ def measure(folder: Path, root: Path, count: int, options: argparse.Namespace) -
 # with DVC
 
 
-def measure_repro(folder: Path, links: str, count: int, options: argparse.Namespace) -> None:
-    """Print what `dvc add` of the shards and `dvc repro` take, and what the stages' own commands take of that."""
+def write_repository(folder: Path, links: str, count: int, options: argparse.Namespace) -> None:
+    """A checkout with its code, under git and DVC."""
     write_checkout(folder, ROOT, options.base, count, options.engine)
     for room in ("fine_tuning", "stages"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "data/forgotten.jsonl", folder / "data")
     for words in (["git", "init"], ["dvc", "init"], ["dvc", "config", "cache.type", links]):
         subprocess.run([*words, "-q"] if words[1] == "init" else words, cwd=folder, check=True)
+
+
+def measure_repro(folder: Path, links: str, count: int, options: argparse.Namespace) -> None:
+    """Print what `dvc add` of the shards and `dvc repro` take, and what the stages' own commands take of that."""
+    write_repository(folder, links, count, options)
     for number, (name, talks) in enumerate(
         (("all", None), ("new", conversations), ("mixed", mixed), ("nothing", None))
     ):
@@ -227,6 +236,66 @@ def measure_repro(folder: Path, links: str, count: int, options: argparse.Namesp
         )
 
 
+def measure_daily(folder: Path, count: int, options: argparse.Namespace) -> None:
+    """Print what the commands of a day take."""
+    write_repository(folder, "reflink,copy", count, options)
+    stages = yaml.safe_load((folder / "dvc.yaml").read_bytes())["stages"]  # without training
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {name: stages[name] for name in STAGES}}))
+    subprocess.run(
+        ["dvc", "remote", "add", "-q", "-d", "storage", str(folder.parent / "remote")], cwd=folder, check=True
+    )
+    for words in (["add", "-q", "data/conversations"], ["repro", "-q"], ["push", "-q"]):
+        run_measured(folder, ["dvc", *words])
+    for name in (".gitignore", "models/champion.json"):
+        shutil.copy(ROOT / name, folder / name)
+    for words in (["add", "-A"], ["-c", "user.name=load", "-c", "user.email=load@localhost", "commit", "-qm", "All"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+
+    def row(what: str, *words: str) -> None:
+        command = list(words) if words[0] == "dvc" else [sys.executable, "-m", "fine_tuning", *words]
+        found = run_measured(folder, command)
+        print(f"| {count:,} | {what} | {found.wall:.1f} | {found.cpu:.1f} | {found.peak:.0f} |", flush=True)
+
+    def new(name: str, first: int) -> str:
+        path = folder.parent / "exports" / name
+        path.parent.mkdir(exist_ok=True)
+        write_jsonl(path, conversations(first, first + options.more))
+        return str(path)
+
+    identity = f"g{count // 2:08d}"
+    row("dvc status", "dvc", "status", "-q")
+    row("dvc push of nothing", "dvc", "push", "-q")
+    row("import", "import", new("a.jsonl", count))
+    row("import of the same", "import", new("a.jsonl", count))
+    row("import --follow", "import", "--follow", str(folder.parent / "exports"))
+    new("b.jsonl", count + options.more)
+    row("import --follow of a new file", "import", "--follow", str(folder.parent / "exports"))
+    row("import --follow of nothing new", "import", "--follow", str(folder.parent / "exports"))
+    logger = ConversationLogger(folder / "inbox/conversations.jsonl", durable=False)
+    for number in range(options.more):
+        logger.log_conversation(f"Question {number}?", f"Answer {number}.", {"session_id": f"s{number}", "model": "m"})
+    row("stats", "stats")
+    row("seal", "seal")
+    row("stats after a seal", "stats")
+    row("stats --all", "stats", "--all")
+    row("lineage of a conversation", "lineage", identity)
+    row("rounds", "rounds")
+    row("dvc repro", "dvc", "repro", "-q")
+    row("dvc push", "dvc", "push", "-q")
+    with s3(folder.parent / "s3") as remote:
+        remote.add_to(folder, "s3", "local")
+        run_measured(folder, ["dvc", "push", "-q", "-r", "s3"])
+        row("import", "import", new("d.jsonl", count + 3 * options.more))
+        run_measured(folder, ["dvc", "repro", "-q"])
+        row("dvc push to S3", "dvc", "push", "-q", "-r", "s3")
+        row("dvc push to S3 of nothing", "dvc", "push", "-q", "-r", "s3")
+    run_measured(folder, ["dvc", "remote", "remove", "--local", "s3"])
+    row("verify --local", "verify", "--local")
+    row("verify", "verify")
+    row("forget", "forget", identity, "--yes")
+    row("import after it", "import", new("c.jsonl", count + 2 * options.more))
+
+
 def disk(folder: Path) -> float:
     """MB of all that lies in a folder; a file that is linked there more than once counts once."""
     found = {(s.st_dev, s.st_ino): s.st_blocks for p in folder.rglob("*") if (s := p.lstat())}
@@ -242,7 +311,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; needs 16 GB for a million")
     parser.add_argument("--engine", help="address of a Dask scheduler; without one, processes of this machine")
     parser.add_argument("--links", nargs="+", help="values of DVC's cache.type: run by `dvc repro` with each")
+    parser.add_argument("--daily", action="store_true", help="the commands of a day instead of the stages")
     options = parser.parse_args()
+    if options.daily:
+        columns = ["of", "command", "s", "CPU s", "MB of memory"]
+        print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+        for count in options.sizes:
+            with tempfile.TemporaryDirectory(prefix="load-", dir=options.folder) as name:
+                measure_daily(Path(name) / "checkout", count, options)
+        return
     if options.links:
         columns = ["of", "links", "arrived", "add s", "CPU s", "repro s", "CPU s", "stages s"]
         columns += ["MB written", "MB", "cache"]

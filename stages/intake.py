@@ -1,19 +1,17 @@
 """In: data/conversations. Out: data/manifest.json, which lists its shards; a lost or changed one fails the stage."""
 
-from array import array
 from pathlib import Path
 
 from fine_tuning.common.errors import UserError, count_of
-from fine_tuning.common.project import main_checkout, sha256_file
+from fine_tuning.common.project import main_checkout
 from fine_tuning.common.records import write_json
-from fine_tuning.common.results import Memo, state_of
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
+from fine_tuning.data_collection.storage.shard_index import ShardIndex, shard_state
 from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
-    Scanned,
     check_append_only,
-    scan_shard,
+    keep_twice,
     versions,
     wanted_shards,
 )
@@ -22,51 +20,34 @@ from fine_tuning.data_collection.storage.tombstones import Tombstones
 CONVERSATIONS = Path("data/conversations")
 MANIFEST = Path("data/manifest.json")
 FORGOTTEN = Path("data/forgotten.jsonl")
-MEMO, IDS = Path(".whetstone/memo/intake"), "ids"
+MEMO = Path(".whetstone/memo/intake")
 
 
 def main() -> None:
     sample = read_params("intake", IntakeSettings).sample
     tombstones = Tombstones(FORGOTTEN)
+    if main_checkout() == Path.cwd():  # not in the copy that an experiment runs in
+        keep_twice(CONVERSATIONS)
     before = states(sample)
-    scanned = scan(before, tombstones)
-    shards = [shard.entry for shard in scanned.values()]
+    index = ShardIndex.read(list(before), main_checkout() / MEMO, tombstones)
+    shards = [shard.entry for shard in index.shards.values()]
     new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     if not shards:
         raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
     if len(tombstones):
-        refuse_forgotten([path for path, shard in scanned.items() if shard.suspect], tombstones)
+        refuse_forgotten([path for path, shard in index.shards.items() if shard.suspect], tombstones)
     # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
     if states(sample) != before:
         raise UserError(f"{CONVERSATIONS} changed while it was being read: run `dvc repro` again")
-    count = len(set().union(*(shard.ids for shard in scanned.values())))
+    count = index.count()
     lines = sum(shard["lines"] for shard in shards)
     write_json(MANIFEST, {"shards": shards, "total_conversations": count, "total_lines": lines})
     print(f"{count_of(len(shards), 'shard')}, {len(new)} of them new, {count_of(count, 'conversation')}")
 
 
 def states(sample: bool) -> dict[Path, list[int] | None]:
-    """The shards in their order, with what changes when somebody writes into one or puts another in its place."""
-    paths = wanted_shards(CONVERSATIONS, MANIFEST, sample)
-    return {path: (known := state_of(path)) and [*known, path.stat().st_ino] for path in paths}
-
-
-def scan(states: dict[Path, list[int] | None], tombstones: Tombstones) -> dict[Path, Scanned]:
-    """Read what has not been read since it was written."""
-    memo = Memo(main_checkout() / MEMO, "intake")
-    forgotten = sha256_file(FORGOTTEN) if len(tombstones) else None
-    scanned = {}
-    for path, state in states.items():
-
-        def make(folder: Path, _: object, path: Path = path) -> tuple[dict, bool]:
-            entry, ids, suspect = scan_shard(path, tombstones.names)
-            (folder / IDS).write_bytes(ids.tobytes())
-            return entry, suspect
-
-        folder, (entry, suspect) = memo.files([path.name, state, forgotten], make)
-        scanned[path] = Scanned(entry, array("Q", (folder / IDS).read_bytes()), suspect)
-    memo.remove_unused()
-    return scanned
+    """The shards in their order, with what changes when one changes."""
+    return {path: shard_state(path) for path in wanted_shards(CONVERSATIONS, MANIFEST, sample)}
 
 
 def refuse_forgotten(paths: list[Path], tombstones: Tombstones) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
     clean = ConversationFiles(shards, Memo(memo / "facts", "prepare"))
     ledger, written = open_ledger(LEDGER, settings.salt), Memo(memo / "written", "prepare")
     with (
-        open_engine(settings.engine) as engine,
+        open_engine(settings.engine, "prepare", packages=("orjson", "pyarrow")) as engine,
         EncodedMemo(memo / "encoded", made_by) as encoded,
         tqdm(desc="tokenise", unit=" conversations", leave=False, disable=None) as bar,
     ):

@@ -121,7 +121,7 @@ def test_nine_steps_end_with_the_version_live(any_client, bundle):
     assert digests[f"{NAME}:live"] == digests[f"{NAME}:1"] == result.done.digest
     assert result.recorded == [result.done.digest]
     assert [line[:3] for line in result.said.split("\n")] == [f"{step}/9" for step in range(1, 10)]
-    assert result.done.created and result.done.replaced is None
+    assert result.done.created
     assert result.done.prompt_tokens == bundle.probes[0].tokens
     assert not result.done.uploaded or seen[-1] == (bundle.gguf.stat().st_size,) * 2
 
@@ -130,7 +130,7 @@ def test_the_next_version_replaces_it_and_the_old_one_stays(any_client, bundle, 
     first = deploy(any_client, bundle).done
     second = deploy(any_client, other).done
     digests = any_client.digests()
-    assert second.replaced == first.digest != second.digest
+    assert first.digest != second.digest
     assert digests[f"{NAME}:live"] == second.digest and digests[f"{NAME}:1"] == first.digest
 
 

@@ -1,12 +1,14 @@
 """Clean, export and prepare on a Dask cluster of two workers, or in processes: the same bytes as in one process."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -57,7 +59,7 @@ def two_workers(client, folder: Path):
     command = [sys.executable, "-m", "dask", "worker", client.scheduler.address, "--nworkers=2", "--nthreads=1"]
     process = subprocess.Popen([*command, "--no-dashboard"], cwd=folder)
     try:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(len(client.scheduler_info(n_workers=-1)["workers"]) + 2, timeout=60)
         yield
     finally:
         process.terminate()
@@ -150,7 +152,7 @@ def _double(number: int) -> int:
 )
 def test_results_come_in_order(request, where, processes):
     address = where and request.getfixturevalue(where)
-    with open_engine(address, processes) as run:
+    with open_engine(address, "clean", processes) as run:
         assert list(run(_double, range(50))) == list(range(0, 100, 2))
 
 
@@ -161,25 +163,84 @@ def test_a_worker_without_a_shared_disk_is_one_line(cluster, tmp_path):
     (tmp_path / "file").write_text("text")
     with Client(cluster, set_as_default=False) as client:
         client.run(_forbid, str(tmp_path))
-    with pytest.raises(UserError, match=r"a Dask worker has no .*\?folder=") as told, open_engine(cluster) as run:
+    with (
+        pytest.raises(UserError, match=r"a Dask worker has no .*\?folder=") as told,
+        open_engine(cluster, "clean") as run,
+    ):
         list(run(_text, [tmp_path / "file"]))
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.end_to_end
-def test_a_worker_without_the_code_is_one_line(tmp_path, monkeypatch):
+@pytest.fixture
+def scheduler(monkeypatch):
+    """A client of one without workers; those that a test starts find the code in the folder that they start in only."""
     from distributed import Client, LocalCluster
 
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    with LocalCluster(n_workers=0, dashboard_address=None) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def second_checkout(tmp_path_factory):
+    """Of the same code, but for a comment in a file that clean and no other stage of a cluster depends on."""
+    folder = tmp_path_factory.mktemp("second") / "checkout"
+    for name in ("fine_tuning", "stages"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    with open(folder / "fine_tuning/data_collection/data_cleaner.py", "a") as file:
+        file.write("# A comment.\n")
+    return folder
+
+
+@pytest.mark.end_to_end
+def test_a_worker_without_the_code_is_one_line(scheduler, tmp_path):
     with (
-        LocalCluster(n_workers=0, dashboard_address=None) as cluster,
-        Client(cluster, set_as_default=False) as client,
-        two_workers(client, tmp_path),
-        pytest.raises(UserError, match="a Dask worker has no module fine_tuning: start workers in a checkout") as told,
-        open_engine(cluster.scheduler_address) as run,
+        two_workers(scheduler, tmp_path),
+        pytest.raises(UserError, match=r"worker tcp://[\d.:]+ does not say .*No module named 'fine_tuning'.*") as told,
+        open_engine(scheduler.scheduler.address, "clean"),
     ):
-        list(run(_double, range(3)))
+        pass
     assert "\n" not in str(told.value)
+
+
+OTHER_CODE = r"worker tcp://[\d.:]+ has other code of the stage clean: start it"
+
+
+@pytest.mark.end_to_end
+def test_a_worker_with_other_code_of_the_stage_is_refused(scheduler, second_checkout):
+    address = scheduler.scheduler.address
+    with two_workers(scheduler, second_checkout):
+        with pytest.raises(UserError, match=OTHER_CODE) as told, open_engine(address, "clean"):
+            pass
+        assert "\n" not in str(told.value)
+        with open_engine(address, "export") as run:
+            assert list(run(abs, range(-9, 0))) == list(range(9, 0, -1)), "export does not depend on that file"
+
+
+@pytest.mark.end_to_end
+def test_a_worker_with_other_code_that_comes_later_is_refused(scheduler, second_checkout):
+    with two_workers(scheduler, ROOT), open_engine(scheduler.scheduler.address, "clean") as run:
+        results = run(time.sleep, [0.1] * 200)
+        next(results)
+        with two_workers(scheduler, second_checkout), pytest.raises(UserError, match=OTHER_CODE):
+            list(results)
+
+
+@pytest.mark.end_to_end
+def test_a_worker_with_another_version_of_a_package_is_refused(scheduler, second_checkout, tmp_path):
+    folder = tmp_path / "checkout"
+    shutil.copytree(second_checkout, folder)
+    for name in ("numpy", "orjson"):
+        (folder / f"{name}-0.1.dist-info").mkdir()
+        (folder / f"{name}-0.1.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+    numpy, orjson = (rf"{name} 0\.1 instead of {re.escape(version(name))}" for name in ("numpy", "orjson"))
+    with (
+        two_workers(scheduler, folder),
+        pytest.raises(UserError, match=f" has {numpy}, {orjson}: start it"),
+        open_engine(scheduler.scheduler.address, "export", packages=("orjson",)),
+    ):
+        pass
 
 
 @pytest.mark.end_to_end
@@ -190,7 +251,7 @@ def test_a_worker_without_access_to_the_bucket_is_one_line(cluster, bucket, tmp_
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(UserError, match=f"has no access to {address}.*credentials") as told,
-        open_engine(f"{cluster}?folder={address}") as run,
+        open_engine(f"{cluster}?folder={address}", "clean") as run,
     ):
         list(run(_text, [tmp_path / "file"]))
     assert "\n" not in str(told.value)
@@ -231,7 +292,7 @@ def test_a_run_that_ends_early_leaves_no_conversation_in_the_shared_folder_or_wi
         with Client(address, timeout=60, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=60)
         ended = pytest.raises(UserError, match="went away") if lost == "the scheduler" else pytest.raises(Interrupted)
-        with ended, open_engine(f"{address}?folder={shared}") as run:
+        with ended, open_engine(f"{address}?folder={shared}", "clean") as run:
             for number, _ in enumerate(run(_slowly, [said] * 40)):
                 if number == 3 and lost == "the scheduler":
                     scheduler.kill()
@@ -251,13 +312,13 @@ class Interrupted(Exception):
 
 
 def test_a_process_that_was_killed_is_one_line():
-    with pytest.raises(UserError, match="one of the processes was killed"), open_engine(None, 2) as run:
+    with pytest.raises(UserError, match="one of the processes was killed"), open_engine(None, "clean", 2) as run:
         list(run(_die, range(9)))
 
 
 def test_an_address_where_nobody_schedules_is_one_line(monkeypatch):
     monkeypatch.setattr("fine_tuning.common.parallel.TIMEOUT", 1)
-    with pytest.raises(UserError, match="no Dask scheduler answers") as told, open_engine("tcp://127.0.0.1:9"):
+    with pytest.raises(UserError, match="no Dask scheduler answers") as told, open_engine("tcp://127.0.0.1:9", "clean"):
         pass
     assert "\n" not in str(told.value)
 
@@ -269,7 +330,7 @@ def test_a_cluster_without_workers_is_one_line(monkeypatch):
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as empty,
         pytest.raises(UserError, match="has no worker"),
-        open_engine(empty.scheduler_address),
+        open_engine(empty.scheduler_address, "clean"),
     ):
         pass
 

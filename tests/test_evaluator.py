@@ -118,6 +118,20 @@ def test_replies_that_were_computed_side_by_side_otherwise_are_not_taken_from_th
         other.answer(suite.base, [[1, 2, 3]])
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"[]", b'{"value": 3}', b'{"sha256": "0"}', b"[" * 100_000])
+def test_a_damaged_result_is_computed_again(tmp_path, damage):
+    memo = Memo(tmp_path / "memo", "evaluate")
+    value = {"replies": ["\u00fc", 1.5, None], "10": 1, "9": 2}
+    assert memo.get(["key"], lambda: value) == memo.get(["key"], lambda: "not computed") == value
+    (path,) = (tmp_path / "memo").iterdir()
+    if damage is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(damage)
+    assert memo.get(["key"], lambda: [*value]) == memo.get(["key"], lambda: "not computed") == [*value]
+
+
 def test_a_result_is_computed_again_when_any_code_or_package_behind_it_changes(library, tmp_path, monkeypatch):
     computed = []
 

@@ -44,7 +44,8 @@ import pytest
 
 from fine_tuning.common.records import read_json, read_jsonl, write_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
-from fine_tuning.data_collection.storage.shards import newest_versions, shard_paths
+from fine_tuning.data_collection.storage.shard_index import ShardIndex
+from fine_tuning.data_collection.storage.shards import shard_paths
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
 from tests.project import ROOT, Project, conversations, new_project, outputs
@@ -240,7 +241,7 @@ def test_a_full_disk_costs_a_seal_nothing(checkout):
     assert status == 1 and "the disk is full" in one_line(said)
     assert shard_paths("data/conversations") == before
     type_seal()
-    assert len(newest_versions(shard_paths("data/conversations"), {f"e{n}" for n in range(40)})) == 40
+    assert len(ShardIndex.read(shard_paths("data/conversations")).newest({f"e{n}" for n in range(40)})) == 40
 
 
 def test_a_log_is_kept_until_the_cache_of_dvc_has_its_shard(checkout, tmp_path):
@@ -465,7 +466,7 @@ def test_with_a_clock_that_goes_back_the_later_word_still_wins(checkout, monkeyp
         logger.log_conversation(f"question {text}", f"reply {text}", {"session_id": "s"}, id=text)
         logger.log_edit("first", f"better {text}")
         type_seal()
-    newest = newest_versions(shard_paths("data/conversations", "data/manifest.json"), {"s"})["s"]
+    newest = ShardIndex.read(shard_paths("data/conversations", "data/manifest.json")).newest({"s"})["s"]
     assert [m["content"] for m in newest["messages"]][::2] == ["question first", "question second"]
     assert newest["feedback"][0]["edited"] == "better second"
 
@@ -476,7 +477,7 @@ def test_an_id_that_is_given_twice_with_other_content_is_kept_apart(checkout, ca
         logger.log_conversation("question", reply, id="same")
     type_seal()
     assert "1 unmatched" in capsys.readouterr().out
-    newest = newest_versions(shard_paths("data/conversations"), {"same"})["same"]
+    newest = ShardIndex.read(shard_paths("data/conversations")).newest({"same"})["same"]
     assert [message["content"] for message in newest["messages"]] == ["question", "the first reply"]
     (aside,) = Path("inbox").glob("*.unmatched")
     assert [event["assistant_response"] for event in read_jsonl(aside)] == ["another reply"]

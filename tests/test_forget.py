@@ -24,14 +24,16 @@ from fine_tuning.commands import forget as forgetting
 from fine_tuning.common.dvc_files import md5_folder
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import sha256_file
-from fine_tuning.common.records import read_json, read_jsonl, write_json, write_jsonl
+from fine_tuning.common.records import dump_line, read_json, read_jsonl, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
 from fine_tuning.data_collection.importers import import_file
+from fine_tuning.data_collection.storage.shard_index import ShardIndex
 from fine_tuning.data_collection.storage.shards import describe_shard, shard_paths, versions, write_shard
 from fine_tuning.data_collection.storage.tombstones import Tombstones, content_hash, id_hash
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.erasure import object_stores
-from fine_tuning.erasure.records import Selection, clear_shards, collect, deleted_ids
+from fine_tuning.erasure import records as erased
+from fine_tuning.erasure.records import Selection, clear_shards, collect, count_in_shard, deleted_ids
 from fine_tuning.erasure.steps import STEPS
 from fine_tuning.erasure.traces import ID, Traces
 from fine_tuning.evaluation.review import seal_votes
@@ -594,7 +596,9 @@ def test_a_user_of_open_webui_is_found_by_name(tmp_path):
 def test_what_another_clone_brings_back_is_refused_and_forgotten_again(project):
     from stages import intake
 
+    ShardIndex.read(shard_paths("data/conversations"), Path(".whetstone/memo/intake"))
     assert forget_in_process(user="zoe")[0] == 0
+    assert not Path(".whetstone/memo/intake").exists()  # it has hashes of ids
     write_shard("data/conversations", "20260103T000000000-chat", [canary()])
     with pytest.raises(UserError, match="forget --again"):
         intake.refuse_forgotten(shard_paths("data/conversations"), Tombstones("data/forgotten.jsonl"))
@@ -799,6 +803,50 @@ def test_a_shard_is_written_anew_in_its_place_and_a_crash_in_between_changes_not
     assert names[0].startswith("1-chat-") and len(names) == 2
     assert (folder / names[0]).read_bytes() == second.read_bytes()
     assert read_json(manifest)["shards"][0] == describe_shard(folder / names[0])
+
+
+named = st.sampled_from(["x", "zoe-1", "a b", "caf\u00e9", "s", "\ud800"])
+records = st.builds(
+    lambda identity, branch, by, content, key: {
+        **{key: identity, "messages": [{"role": "user", "content": content}]},
+        **{"feedback": [{"by": by, "comment": content}], "metadata": {"branch_of": branch}},
+    },
+    *(named, named, named, named, st.sampled_from(["id", "name"])),
+)
+exchanges = st.builds(
+    lambda identity, text: {"id": identity, "user_message": text, "assistant_response": text}, named, named
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.one_of(records, exchanges), st.booleans()), max_size=6), named, st.booleans())
+def test_the_quick_test_of_a_line_passes_over_none_that_names_a_conversation(lines, asked, by_user):
+    selection = Selection(user=asked) if by_user else Selection(conversation=asked)
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        shard = Path(name) / "1-chat.jsonl"
+        written = (json.dumps(record).encode() + b"\n" if escaped else dump_line(record) for record, escaped in lines)
+        shard.write_bytes(b"".join(written))
+        found = collect(selection, [shard], [])
+        quick = found.ids, found.versions, found.names.known, found.people.known, count_in_shard(shard, found)
+        patch.setattr(erased, "_may_name", lambda ids: lambda line: True)
+        found = collect(selection, [shard], [])
+        assert quick == (
+            *(found.ids, found.versions, found.names.known, found.people.known, count_in_shard(shard, found)),
+        )
+
+
+def test_a_content_is_searched_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    traces, known, read = Traces.of([CANARY, ANSWER]), {}, []
+    plain, copy, table = tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.csv"
+    for path in (plain, copy, table):
+        path.write_text("conversation_id,text\n1,nothing\n")
+    search = Traces.in_file
+    monkeypatch.setattr(Traces, "in_file", lambda traces, path: read.append(path) or search(traces, path))
+    assert [object_stores.kind_of(path, traces, traces, known) for path in (plain, copy, table, plain)] == [""] * 4
+    assert read == [plain, table]
+    copy.write_text(CANARY)
+    assert object_stores.kind_of(copy, traces, traces, known) == "strict"
+    assert object_stores.kind_of(plain, traces, traces, known) == ""
 
 
 # -----------------------------------------------------------------------------

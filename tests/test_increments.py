@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -253,6 +254,38 @@ def test_a_memo_in_use_or_damaged_costs_time_only(tmp_path):
         assert asked(tmp_path, 2) == []
 
 
+def test_what_a_run_reads_stays_until_it_ends(tmp_path):
+    assert asked(tmp_path, 1) == [1]
+    with EncodedMemo(tmp_path, ()) as memo:
+        found = memo.find(np.array([[1, 7]], np.uint64))
+        for settings in ((), ["another tokenizer"], ["a third"]):  # each run has no use for the first's rows
+            assert asked(tmp_path, 2, settings=settings) == [2]
+        none = np.zeros(1, int)
+        (batch,) = memo.take(Chosen(found["place"], none, none, none, none, np.full(1, None), {}))
+        assert batch.column("id").to_pylist() == ["c1"]
+    assert asked(tmp_path, 2) == [], "and nothing of the others is lost"
+    assert asked(tmp_path, 1) == [1], "what nobody asked for goes with the next run"
+
+
+def test_more_files_than_may_be_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_memo, "SEGMENT_BYTES", 200)
+    keys = range(1, 80)
+    rows = (PreparedRow(f"c{key}", [1, 2, key], [-100, 2, key], messages=[{"content": "ü \u2028"}]) for key in keys)
+    pieces = ((np.array([[key, 7 * key]], np.uint64), [[row]]) for key, row in zip(keys, rows, strict=True))
+    with EncodedMemo(tmp_path, ()) as memo:
+        assert len(list(memo.encode(list, pieces, map))) == len(keys)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")}
+    assert len(before) == len(keys)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = sorted(set(range(soft)) - set(map(int, os.listdir("/proc/self/fd"))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[30], hard))
+    try:
+        assert asked(tmp_path, *keys) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.arrow")} == before
+
+
 def test_a_failed_run_keeps_what_was_encoded(tmp_path):
     assert asked(tmp_path, 1, 2) == [1, 2]
     three = np.array([[3, 21]], np.uint64)
@@ -274,16 +307,49 @@ def test_many_rows_in_many_files_come_out_in_any_order(tmp_path, monkeypatch):
     assert asked(tmp_path, *range(20, 90)) == []
 
 
-def test_a_damaged_memo_of_preparation_costs_time_only(empty, tmp_path, monkeypatch):
+def into_folder(path):
+    path.unlink()
+    (path / "folder").mkdir(parents=True)
+
+
+def into_file(path, content=b"{}"):
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+MEMO = Path(".whetstone/memo")
+ODD = (
+    b"[]",
+    b"[" * 100_000,
+    b'{"files": {}, "value": 3}',
+    b'{"files": {"\\u0000": 1}}',
+    b'{"folder": "../x"}',
+    b"\xff",
+)
+DAMAGE = {
+    "files are shorter": lambda paths: [into_file(path, path.read_bytes()[:-7]) for path in paths if path.is_file()],
+    "files are folders": lambda paths: [into_folder(path) for path in paths if path.is_file()],
+    "folders are files": lambda paths: [into_file(path) for path in paths if path.is_dir()],
+    "folders of stages are files": lambda paths: [into_file(path) for path in paths if path.parent == MEMO],
+    "all is a file": lambda _: into_file(MEMO),
+    **{
+        f"JSON files have {odd[:20]!r}": lambda paths, odd=odd: [
+            into_file(p, odd) for p in paths if p.suffix == ".json"
+        ]
+        for odd in ODD
+    },
+}
+
+
+def test_a_damaged_memo_costs_time_only(empty, tmp_path, monkeypatch):
     shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
     monkeypatch.chdir(tmp_path / "checkout")
     Arrivals().shard([("new", 0)] * 30)
     run_all()
     before = written()
-    files = [path for path in Path(".whetstone/memo/prepare").rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"facts", "pieces"}
-    for path in files:
-        path.chmod(0o644)
-        path.write_bytes(path.read_bytes()[:-7])
-    prepare.main()
-    assert written() == before
+    assert {path.name for path in MEMO.rglob("*")} >= {"entry.json", "facts", "pieces", "ids", "kept.jsonl", "lines"}
+    for damage, make in DAMAGE.items():
+        make(sorted(MEMO.rglob("*"), reverse=True))  # what is in a folder before the folder
+        run_all()
+        assert written() == before, damage

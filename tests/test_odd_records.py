@@ -7,12 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.common.errors import UserError
+from fine_tuning.common.records import dump_line
+from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
 from fine_tuning.data_collection.data_cleaner import DataCleaner
 from fine_tuning.data_collection.data_export import DataExporter
 from fine_tuning.data_collection.importers import Imported, import_file
+from fine_tuning.data_collection.storage.shards import versions
+from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder
 from fine_tuning.data_preparation.formatter import FORMATS, TrainingDataFormatter
 from fine_tuning.data_preparation.selection import structure_problem
+from fine_tuning.schema.conversation import fold, version_hash
 
 EXCHANGE = {"user_message": "What is a lake?", "assistant_response": "Water that stays."}
 LISTS = [None, 5, "text", EXCHANGE, [None], ["text"], [EXCHANGE, 5]]
@@ -93,6 +98,36 @@ def test_a_record_that_is_odd_anywhere_passes_every_door_or_is_left_out(tmp_path
         TrainingDataFormatter(format).create_training_pairs(given)
     built = DatasetBuilder().build_dataset([*given, EXCHANGE])
     assert json.loads(json.dumps(built))
+
+
+@pytest.mark.parametrize("key", ["feedback", "metadata", "source", "started_at"])
+def test_a_line_of_a_shard_takes_events_without_what_need_not_be_there(tmp_path, key):
+    assert events_fit(tmp_path / "shard.jsonl", {name: WHOLE[1][name] for name in WHOLE[1].keys() - {key}})
+
+
+def events_fit(shard, record):
+    """Whether a line is a conversation; then every kind of event can be applied to it, again and again."""
+    logger = ConversationLogger(shard.with_name("log.jsonl"), durable=False)
+    logger.path.unlink(missing_ok=True)
+    shard.write_bytes(dump_line(record))
+    for version in versions([shard]):
+        identity = version["id"]
+        before, target = version_hash(version), {"conversation_id": identity}
+        assert conversation_stats([version])["total_conversations"] == 1
+        Tombstones(shard.with_name("forgotten.jsonl")).cover(version)
+        logger.log_feedback("c-1", 1, by="ann", **target)
+        logger.log_preference("c-2", ["c-1"], by="ann", **target)
+        logger.log_conversation("Why?", "So.", {"session_id": identity, "replaces": "c-2"}, id="e1")
+        logger.log_conversation("And?", "So.", {"session_id": identity, "user_id": "bob"}, id="e2")
+        logger.log_edit("e1", "For that.", **target)
+        logger.log_delete(message_id="c-0", **target)
+        fold(logger.read_events(), known := {identity: version})
+        assert version_hash(version) != before
+        logger.log_delete(conversation_id=identity)
+        fold(logger.read_events(), known)
+        assert version["deleted"] and version["messages"] == []
+        return True
+    return False
 
 
 def places(value, path=()):

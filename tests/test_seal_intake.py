@@ -20,8 +20,10 @@ from fine_tuning.commands import command_line
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_json, read_jsonl
 from fine_tuning.data_collection.conversation_logger import ConversationLogger
+from fine_tuning.data_collection.storage import shard_index
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
-from fine_tuning.data_collection.storage.shards import newest_versions, next_stamp, scan_shard, shard_paths
+from fine_tuning.data_collection.storage.shard_index import ShardIndex, scan_shard
+from fine_tuning.data_collection.storage.shards import next_stamp, shard_paths
 from fine_tuning.data_collection.storage.tombstones import Tombstones, id_hash
 from fine_tuning.schema.conversation import fold, version_hash
 from stages import intake
@@ -54,7 +56,7 @@ def shards(project):
 
 
 def versions(project, *ids):
-    return newest_versions(shards(project), set(ids))
+    return ShardIndex.read(shards(project)).newest(set(ids))
 
 
 @pytest.fixture
@@ -257,7 +259,7 @@ def test_wherever_a_log_is_sealed_and_however_often_the_conversation_is_the_same
             for log in close_log(logger.path, shards):
                 events.extend(ConversationLogger(log).read_events())
                 for _ in range(times):
-                    seal_log(log, shards, folder / "manifest.json")
+                    seal_log(log, shards, folder / "manifest.json", None, folder / "memo")
                 log.unlink()
 
         for kind, one, two in steps:
@@ -284,7 +286,7 @@ def test_wherever_a_log_is_sealed_and_however_often_the_conversation_is_the_same
         seal(1)
         whole = {}
         fold(events, whole)
-        newest = newest_versions(shard_paths(shards), {"s"})
+        newest = ShardIndex.read(shard_paths(shards)).newest({"s"})
         assert {i: version_hash(c) for i, c in newest.items()} == {i: version_hash(c) for i, c in whole.items()}
 
 
@@ -683,7 +685,7 @@ def test_a_vanished_shard_is_one_line_with_the_command_that_mends_it(project, co
     assert intake_stage(project) is None
     shards(project)[0].unlink()
     output = intake_stage(project)
-    assert "is gone: bring it back with `dvc get" in output and "\n" not in output
+    assert "is gone: bring it back with `rm -f" in output and "\n" not in output
     assert len(read_json(project.folder / "data/manifest.json")["shards"]) == 2
 
 
@@ -707,7 +709,8 @@ def test_the_commands_that_intake_names_bring_the_shard_back(project, command, i
         mend = re.findall("`(.*?)`", told)[number]
         project.run("sh", "-c", f"{mend} --force" if "checkout" in mend else mend)  # it would ask
         assert {p.name: p.read_bytes() for p in shards(project)} == dict(list(whole.items())[:kept])
-    assert intake_stage(project) is None
+        assert intake_stage(project) is None or kept == 2  # the newest is gone
+        assert {path.stat().st_nlink for path in shards(project)} == {1}, "the cache would be damaged with the shard"
 
 
 def test_a_changed_shard_is_refused(project, command, intake_stage):
@@ -726,7 +729,7 @@ def test_a_link_to_a_shard_that_is_gone_is_one_line(project, command, intake_sta
     path.unlink()
     path.symlink_to(project.folder / "nowhere")
     output = intake_stage(project)
-    assert "is gone: bring it back with `dvc get" in output and "\n" not in output
+    assert "is gone: bring it back with `rm -f" in output and "\n" not in output
 
 
 def test_another_shard_in_the_place_of_one_is_refused_whatever_its_time(project, command, intake_stage):
@@ -745,10 +748,23 @@ def test_intake_reads_only_shards_that_are_new(project, command, intake_stage, m
     assert intake_stage(project) is None
     sealed(command, project, "c")
     read = []
-    monkeypatch.setattr(intake, "scan_shard", lambda path, *others: read.append(path) or scan_shard(path, *others))
+    monkeypatch.setattr(shard_index, "scan_shard", lambda path, *others: read.append(path) or scan_shard(path, *others))
     assert intake_stage(project) is None
     assert [project.folder / path for path in read] == shards(project)[2:]
     assert read_json(project.folder / "data/manifest.json")["total_conversations"] == 3
+
+
+def test_seal_and_import_read_only_shards_that_are_new(project, tmp_path, command, intake_stage, monkeypatch):
+    sealed(command, project, "a", "b")
+    assert intake_stage(project) is None
+    sealed(command, project, "c")
+    (tmp_path / "more.jsonl").write_text('{"prompt": "A new one?", "completion": "Yes."}\n')
+    read = []
+    monkeypatch.setattr(shard_index, "scan_shard", lambda path, *others: read.append(path) or scan_shard(path, *others))
+    assert "1 taken" in command(project, "import", str(tmp_path / "more.jsonl"))
+    log(project).log_feedback("b", 1, conversation_id="b")
+    command(project, "seal")
+    assert [project.folder / path for path in read] == shards(project)[2:4]
 
 
 def test_a_shard_that_arrives_meanwhile_asks_for_another_run(project, monkeypatch, command):

@@ -12,7 +12,7 @@ import yaml
 
 from fine_tuning.common.dvc_files import pipeline_stands_still
 from fine_tuning.common.errors import UserError, count_of, no_space
-from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, MANIFEST, VOTES, root
+from fine_tuning.common.project import CONVERSATIONS, FOLLOWED, FORGOTTEN, LOG, MANIFEST, VOTES, main_checkout, root
 from fine_tuning.common.records import read_object, updating
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.conversation_logger import ConversationLogger, conversation_stats
@@ -20,6 +20,7 @@ from fine_tuning.data_collection.data_export import JUDGED, file_of, read_clean,
 from fine_tuning.data_collection.importers import Imported, Problem, files_in, import_file, state_of
 from fine_tuning.data_collection.storage import shards
 from fine_tuning.data_collection.storage.sealing import close_log, seal_log
+from fine_tuning.data_collection.storage.shard_index import ShardIndex
 from fine_tuning.data_collection.storage.shards import track
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.schema.conversation import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 TRACKED = Path("data/conversations.dvc")
 CLEAN = Path("data/clean")
+INDEX = Path(".whetstone/memo/intake")
 SHOWN_PROBLEMS = 10
 
 
@@ -82,7 +84,8 @@ class _Import:
 
     def __init__(self, model: str | None, tombstones: Tombstones) -> None:
         self.model, self.tombstones = model, tombstones
-        self.known = {v["id"]: version_hash(v) for v in shards.versions(shards.shard_paths(CONVERSATIONS, MANIFEST))}
+        self.sealed = _index(tombstones)
+        self.known: dict[str, str] = {}
         self.reports: list[_Report] = []
         self.changes: list[tuple[Imported, Counter[str]]] = []
 
@@ -97,7 +100,8 @@ class _Import:
                 raise
             raise UserError(f"none of the {len(files)} files was taken: {error}") from None
         if self.changes:
-            name, newer = f"{shards.next_stamp(CONVERSATIONS)}-import", _new_versions(self.changes, revive)
+            name = f"{shards.next_stamp(CONVERSATIONS)}-import"
+            newer = _new_versions(self.changes, _index(self.tombstones), revive)
             written.append(shards.write_shard(CONVERSATIONS, name, newer))
         return [(shard, count) for shard, count in written if shard is not None]
 
@@ -114,14 +118,20 @@ class _Import:
             identity, version = item.conversation["id"], version_hash(item.conversation)
             if self.tombstones.cover(item.conversation):
                 report.counts["forgotten"] += 1
-            elif self.known.get(identity) == version:
+            elif (known := self._known(identity)) == version:
                 report.counts["skipped"] += 1
-            elif identity in self.known:
+            elif known is not None:
                 self.changes.append((item, report.counts))
             else:
                 self.known[identity] = version
                 report.counts["taken"] += 1
                 yield item.conversation
+
+    def _known(self, identity: str) -> str | None:
+        """What tells the newest version of a conversation from others, None if there is none."""
+        if identity not in self.known:
+            self.known |= {name: version_hash(newest) for name, newest in self.sealed.newest({identity}).items()}
+        return self.known.get(identity)
 
 
 def _since(file: Path, before: dict[str, dict], states: dict[str, dict]) -> float:
@@ -170,7 +180,7 @@ class _Report:
                 print(f"  {count_of(count, 'time')} {reason}")
 
 
-def _new_versions(changes: list[tuple[Imported, Counter[str]]], revive: bool) -> Iterator[dict]:
+def _new_versions(changes: list[tuple[Imported, Counter[str]]], sealed: ShardIndex, revive: bool) -> Iterator[dict]:
     """New versions of known conversations, each with the feedback that is known of the same words.
 
     A judgement brings the chat as it was when somebody judged: it changes the known messages only if it continues
@@ -178,7 +188,7 @@ def _new_versions(changes: list[tuple[Imported, Counter[str]]], revive: bool) ->
     """
     names = {item.conversation["id"] for item, _ in changes}
     names |= {f"{item.conversation['id']}-{item.judges}" for item, _ in changes if item.judges}
-    newest = shards.newest_versions(shards.shard_paths(CONVERSATIONS, MANIFEST), names)
+    newest = sealed.newest(names)
     for item, counts in changes:
         newer, older = item.conversation, newest[item.conversation["id"]]
         if older.get("deleted") and not revive:
@@ -264,18 +274,18 @@ def bring_sample(args: argparse.Namespace) -> None:
 
 
 def show_stats(args: argparse.Namespace) -> None:
-    found = shards.shard_paths(CONVERSATIONS, MANIFEST)
-    stats = conversation_stats(c for c in _everything(found if args.all else []) if c["messages"])
-    print(json.dumps(stats, ensure_ascii=False, indent=2))
-    if not args.all and not stats["total_conversations"] and (sealed := shards.count_conversations(found)):
+    found = conversation_stats(c for c in _everything(args.all) if c["messages"])
+    print(json.dumps(found, ensure_ascii=False, indent=2))
+    if not args.all and not found["total_conversations"] and (sealed := _index(Tombstones(FORGOTTEN)).count()):
         print(f"nothing was logged since the last seal; --all counts the {sealed:,} sealed ones", file=sys.stderr)
 
 
-def _everything(paths: list[Path]) -> Iterator[dict]:
-    """The conversations of shards and of the log as they are now; those that the log names are in memory."""
+def _everything(sealed: bool) -> Iterator[dict]:
+    """The conversations of the log as they are now, and of shards if `sealed`; those that the log names are in
+    memory."""
     events, named = list(ConversationLogger(LOG).read_events()), {}
     ids = {event.get(key) for event in events for key in ("conversation_id", "id", "message_id")}
-    for version in shards.newest(paths):
+    for version in _index(Tombstones(FORGOTTEN)).all_newest() if sealed else ():
         if ids.isdisjoint((version["id"], *message_ids(version))):
             yield version
         else:
@@ -305,6 +315,11 @@ def export(args: argparse.Namespace) -> None:
     print(f"{count_of(counts['exported'], what)} in {output}{skipped}")
 
 
+def _index(tombstones: Tombstones) -> ShardIndex:
+    """The index of the shards, which intake keeps too."""
+    return ShardIndex.read(shards.shard_paths(CONVERSATIONS, MANIFEST), main_checkout() / INDEX, tombstones)
+
+
 # -----------------------------------------------------------------------------
 # DVC
 
@@ -313,7 +328,7 @@ def _seal_closed_logs(repo: "Repo", tombstones: Tombstones) -> bool:
     """Make a shard of each closed log, track it, and only then remove the log. False if there was none."""
     logs = sorted((LOG.parent / "closed").glob("*.jsonl"))
     for log in logs:
-        done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones)
+        done = seal_log(log, CONVERSATIONS, MANIFEST, tombstones, main_checkout() / INDEX)
         if any(CONVERSATIONS.glob("*.jsonl")):
             track(repo, CONVERSATIONS, MANIFEST)
         log.unlink()

@@ -84,6 +84,8 @@ class Locations:
     learned: dict[str, list] = field(default_factory=dict)
     """{"versions": numbers, "adapters": SHA-256, "objects": DVC's names}: the models that learned from it; "made": the
     objects that were made from its shards"""
+    searched: dict[str, str] = field(default_factory=dict)
+    """What `search` knows: `forget` does not search it again"""
     pipeline: bool = False
     """Whether the pipeline has read it, and has to run again"""
 
@@ -108,6 +110,7 @@ def find(selection: Selection) -> Locations:
         where.pipeline = any(found.names.in_file(path) for path in made)
         if not where.pipeline:
             found.leave_out((found.people | found.models).all_in(_words_of(made)))
+            work.known.clear()  # it was searched for other traces
     work.options["pipeline"] = where.pipeline
     there = steps.search_everywhere(work)
     where.pipeline |= _say_files(work, there.files, where)
@@ -120,6 +123,7 @@ def find(selection: Selection) -> Locations:
         held = count_of(len(there.artifacts), "file")
         where.say("MLflow's artifacts", held, "removed; lists of ids get hashes instead")
     _check_start(where.learned["adapters"])
+    where.searched = work.known
     return where
 
 
@@ -302,7 +306,7 @@ def forget(
             lines = count_of(upgraded, "line")
             say(f"{FORGOTTEN}: {lines} of an earlier version now keyed; git's history keeps the unkeyed ones")
         options = {"withdraw": withdraw, "hosts": hosts, "pipeline": where.pipeline}
-        work = steps.Work(where.found, where.learned, options, say=say)
+        work = steps.Work(where.found, where.learned, options, say=say, known=where.searched)
         work.save()
         where.found.versions.clear()
         steps.run_steps(work)

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -97,7 +98,7 @@ def check_privacy(checkout: Path) -> Checked:
 
 
 def check_cache(checkout: Path) -> Checked:
-    """Hash every object of DVC's cache: its name is its MD5."""
+    """Hash every object of DVC's cache: its name is its MD5. An output, and the memo's file, may be links to it."""
     checked, damaged = Checked(f"DVC's cache {cache_folder(checkout)}"), []
     objects = list(dvc_objects(checkout))
     with ThreadPoolExecutor(cores()) as pool:  # hashing lets other threads run
@@ -114,7 +115,9 @@ def check_cache(checkout: Path) -> Checked:
             used.setdefault(name, set()).add(path)
     for path in damaged:
         users = ", ".join(sorted(used.get(path.parent.name + path.name, ()))) or "nothing here"
-        remedy = f"rm -f {path} && dvc fetch (or `dvc repro` where no remote has it)"
+        place = shlex.quote(str(path))
+        remedy = f"find {place} . -samefile {place} -delete && dvc fetch && dvc checkout"
+        remedy += " (or `dvc repro` in place of both where no remote has it)"
         checked.add(DAMAGED, f"{path} (used by {users})", remedy)
     return checked
 

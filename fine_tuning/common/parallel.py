@@ -1,9 +1,9 @@
 """Where independent pieces of work run: here, in processes of this machine, or on the workers of a Dask cluster.
 
-Workers need the same environment and commit: start them in a checkout, `python -m dask worker ADDRESS --nworkers=-1
---nthreads=1`. Files reach them on a shared disk, where their checkout has the same path, or through a folder that
-fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code on its
-workers: keep it in a network of your own.
+Workers need the same code and packages, or are refused: start them in a checkout, `python -m dask worker ADDRESS
+--nworkers=-1 --nthreads=1`. Files reach them on a shared disk, where their checkout has the same path, or through a
+folder that fsspec opens: the engine is then ADDRESS?folder=s3://bucket/prefix. Whoever reaches a scheduler can run code
+on its workers: keep it in a network of your own.
 """
 
 import os
@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.shared_folder import folder_of_a_run, task
+from fine_tuning.common.project import MadeBy, other_here
+from fine_tuning.common.shared_folder import START_IT, Call, folder_of_a_run, other_worker, task, unpack
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
 TIMEOUT = 10  # seconds for a scheduler to answer
-AHEAD = 3  # pieces a worker may be ahead of what was taken
+AHEAD = 4  # pieces a worker may be ahead of what was taken
 
 
 def cores() -> int:
@@ -31,22 +33,25 @@ def cores() -> int:
 
 
 @contextmanager
-def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
+def open_engine(engine: str | None, stage: str, processes: int = 1, packages: Iterable[str] = ()) -> Iterator[Map]:
     """A `map` whose results come in order, few of them at a time, whoever works.
 
     Args:
         engine: address of a Dask scheduler, such as tcp://10.0.0.1:8786; None: this machine.
+        stage: whose work it is.
         processes: on this machine; 1: no other process.
+        packages: whose versions a worker must have too, besides those that compute.
 
     Raises:
-        UserError: no scheduler answers there, it has no worker, or a worker or process was lost for good.
+        UserError: no scheduler answers there, it has no worker or one with other code or packages, or a worker or
+            process was lost for good.
     """
     if engine is None and processes <= 1:
         yield map
     elif engine is None:
         try:
             with ProcessPoolExecutor(processes) as pool:
-                yield lambda function, items: _in_order(pool.submit, function, items, AHEAD * processes)
+                yield lambda function, items: chain.from_iterable(_in_order(pool.submit, function, items, processes))
         except BrokenProcessPool:
             raise UserError(
                 "one of the processes was killed (memory full?): close other programs, then run the same again"
@@ -54,18 +59,29 @@ def open_engine(engine: str | None, processes: int = 1) -> Iterator[Map]:
     else:
         address, _, folder = engine.partition("?folder=")
         with _dask_client(address) as client:
+            _refuse_others(client, made_by := MadeBy.here(stage, packages))
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
             with folder_of_a_run(folder, client) if folder else nullcontext(None) as run:
 
                 def submit(function: Worker, item: object) -> Any:
-                    return client.submit(pickle.loads, task(run, function, item), pure=False)
+                    return client.submit(pickle.loads, task(run, function, item, made_by), pure=False)
 
-                yield lambda function, items: _unpacked(_in_order(submit, function, items, AHEAD * workers))
+                yield lambda function, items: _unpacked(_in_order(submit, function, items, workers), run)
 
 
-def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
+def _refuse_others(client: Any, made_by: MadeBy) -> None:
+    """Raise UserError if a worker has other code or packages; one that comes later refuses its first piece."""
+    question = pickle.dumps(Call(other_here, made_by))
+    for address, answer in client.run(pickle.loads, question, on_error="return").items():
+        if isinstance(answer, Exception):
+            raise other_worker(address, f"does not say which code it has ({answer})")
+        if answer:
+            raise other_worker(address, f"has {answer}")
+
+
+def _unpacked(results: Iterator[list[bytes]], run: str | None) -> Iterator[Any]:
     try:
-        yield from map(pickle.loads, results)
+        yield from chain.from_iterable(unpack(run, some) for some in results)
     except FileNotFoundError as error:
         if not (error.filename and Path(error.filename).exists()):
             raise
@@ -73,22 +89,28 @@ def _unpacked(results: Iterator[bytes]) -> Iterator[Any]:
             f"a Dask worker has no {error.filename}: workers need this folder at the same path, or an engine with "
             "?folder=, see docs/scale.md"
         ) from None
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"a Dask worker has no module {error.name}: start workers in a checkout of this commit, in this environment"
-        ) from None
+    except ModuleNotFoundError as error:  # of one that came late
+        raise UserError(f"a Dask worker has no module {error.name}: {START_IT}") from None
 
 
 def _in_order(
-    submit: Callable[..., Any], function: Callable[..., Any], items: Iterable[Any], ahead: int
-) -> Iterator[Any]:
+    submit: Callable[..., Any], function: Callable[..., Any], items: Iterable[Any], workers: int
+) -> Iterator[list[Any]]:
+    """Results in order; together those that are there, at most half of what is waited for."""
     waiting: deque[Any] = deque()
     for item in items:
         waiting.append(submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
+        if len(waiting) >= AHEAD * workers:
+            yield _ready(waiting, AHEAD * workers // 2)
     while waiting:
-        yield waiting.popleft().result()
+        yield _ready(waiting, AHEAD * workers // 2)
+
+
+def _ready(waiting: deque[Any], most: int) -> list[Any]:
+    results = [waiting.popleft().result()]
+    while len(results) < most and waiting and waiting[0].done() and waiting[0].exception() is None:
+        results.append(waiting.popleft().result())
+    return results
 
 
 @contextmanager

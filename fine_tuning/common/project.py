@@ -5,10 +5,10 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -93,15 +93,43 @@ def files_sha256(files: Iterable[Path], folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute, by name; "none" where one is not installed."""
+def versions(others: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that compute and of `others`; "none" where one is not installed."""
     found = {"python": platform.python_version()}
-    for name in COMPUTING:
+    for name in (*COMPUTING, *others):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "none"
     return found
+
+
+class MadeBy(NamedTuple):
+    """What the results of a stage depend on besides its inputs and settings."""
+
+    stage: str
+    code: str  # SHA-256
+    versions: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def here(cls, stage: str, packages: Iterable[str]) -> "MadeBy":
+        """By this checkout, where the versions of `packages` count too."""
+        return cls(stage, code_sha256(stage), tuple(versions(packages).items()))
+
+
+@cache
+def other_here(wanted: MadeBy) -> str:
+    """Where this process runs other code or versions than are wanted: which; "" where it does not."""
+    found = versions(name for name, _ in wanted.versions if name != "python")
+    others = [f"{name} {found[name]} instead of {known}" for name, known in wanted.versions if found[name] != known]
+    same_code = _code_of_stages().get(wanted.stage) == wanted.code
+    return ", ".join(others if same_code else [f"other code of the stage {wanted.stage}", *others])
+
+
+@cache
+def _code_of_stages() -> dict[str, str]:
+    """Of all at once: after a `git pull` this process goes on with the modules that it has loaded."""
+    return {stage: code_sha256(stage) for stage in _stages((LIBRARY.parent / "dvc.yaml").read_bytes())}
 
 
 def run_command(*command: str, cwd: Path | None = None) -> str:

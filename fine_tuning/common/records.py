@@ -89,7 +89,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is none or it is damaged: for pages, which show what there is."""
     try:
         found = read_json(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -10,20 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fine_tuning.common.project import code_sha256, versions
-from fine_tuning.common.records import copy_file, read_json, read_object, write_json
+from fine_tuning.common.project import code_sha256, sha256_file, versions
+from fine_tuning.common.records import copy_file, read_object, write_json
 
 ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
+HASHES = "hashes"  # in the folder of a memo: of files that were read
+OWN = "sha256"  # in each JSON file: of the rest of it
 ABANDONED = 3600  # seconds without a write, after which a temporary folder is one of a run that was killed
 
 
 class Memo:
-    """A folder of results of one stage. One that was damaged is made again."""
+    """A folder of results of one stage. What is damaged, or a file in the place of a folder, counts as absent."""
 
     def __init__(self, folder: Path, stage: str) -> None:
-        self.folder = folder
+        self.folder = make_own_folder(folder)
         self._made_by = [code_sha256(stage), versions()]
         self._used: set[str] = set()
+        self._known: dict[str, Any] = {}  # values of folders that were found sound, until they are given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": {}}  # a worker is given nothing
 
     def get(self, key: Sequence[Any], compute: Callable[[], Any]) -> Any:
         """The JSON value stored under `key`, or that of `compute()`, stored.
@@ -31,15 +37,14 @@ class Memo:
         `key` names the inputs and settings; the stage's code and the versions of what it calls are added here.
         """
         path = self.folder / f"{self._name(key)}.json"
-        try:
-            value = read_json(path)
-        except (OSError, ValueError):
-            write_json(path, compute())
-            return read_json(path)
-        return value
+        if (known := _read(path)) is None:
+            known = _write(path, {"value": compute()})
+        return known["value"]
 
     def __contains__(self, key: Sequence[Any]) -> bool:
-        return _sound(self.folder / self._name(key)) is not None
+        if (value := _sound(self.folder / (name := self._name(key)))) is not None:
+            self._known[name] = value
+        return value is not None
 
     def files(
         self, key: Sequence[Any], make: Callable[[Path, Path | None], Any], last: Sequence[Any] = ()
@@ -51,20 +56,32 @@ class Memo:
         """
         folder, pointer = self.folder / self._name(key), self.folder / f"{self._name(['last', *last])}.json"
         self._used.add(folder.name)
-        if (known := _sound(folder)) is not None:
+        known = self._known.pop(folder.name) if folder.name in self._known else _sound(folder)
+        if known is not None:
             os.utime(folder)
             return folder, known
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         earlier = self._pointed(pointer)
         with making_folder(folder) as temporary:
             value = make(temporary, earlier if last else None)
             for path in temporary.iterdir():
                 path.chmod(0o444)
             states = {path.name: state_of(path) for path in temporary.iterdir()}
-            write_json(temporary / ENTRY, {"value": value, "files": states})
+            _write(temporary / ENTRY, {"value": value, "files": states})
         if last:
-            write_json(pointer, {"folder": folder.name})
+            _write(pointer, {"folder": folder.name})
         return folder, value
+
+    def hashes(self, paths: Sequence[Path]) -> list[str]:
+        """SHA-256 of files, in hexadecimal; one with the name, size, time and inode that it had last is not read."""
+        before, found = (_read(self.folder / HASHES) or {"files": {}})["files"], {}
+        for path in paths:
+            state = [*(state_of(path) or ()), path.stat().st_ino]
+            *known, digest = before.get(path.name, [None])
+            found[path.name] = [*state, digest if known == state else sha256_file(path)]
+        if found != before:
+            _write(self.folder / HASHES, {"files": found})
+        return [digest for *_, digest in found.values()]
 
     def remove_unused(self, spare: int | None = None) -> None:
         """Remove folders that `files` did not give, but for the newest, as many as it gave or `spare`: they hold
@@ -77,13 +94,14 @@ class Memo:
             if folder.name.startswith(".") and time.time() - _last_write(folder) > ABANDONED:
                 shutil.rmtree(folder, ignore_errors=True)
         for pointer in self.folder.glob("*.json"):
-            if not self._pointed(pointer):
-                pointer.unlink()
+            known = _read(pointer) or {}
+            if not (self.folder / known.get("folder", "none")).is_dir():
+                remove(pointer)
 
     def _pointed(self, pointer: Path) -> Path | None:
         """The folder of results that a pointer names; None if there is none, or it was changed."""
-        folder = self.folder / str(read_object(pointer).get("folder", "none"))
-        return folder if _sound(folder) is not None else None
+        known = _read(pointer)
+        return folder if known and _sound(folder := self.folder / known["folder"]) is not None else None
 
     def _name(self, key: Sequence[Any]) -> str:
         return hashlib.sha256(json.dumps([self._made_by, *key], sort_keys=True).encode()).hexdigest()
@@ -91,10 +109,28 @@ class Memo:
 
 def _sound(folder: Path) -> Any:
     """The value of a folder of results in which no file was changed; None for any other folder."""
-    known = read_object(folder / ENTRY)
-    files = known.get("files")
-    sound = isinstance(files, dict) and files == {name: state_of(folder / name) for name in files}
-    return known.get("value") if sound else None
+    known = _read(folder / ENTRY)
+    sound = known and known["files"] == {name: state_of(f"{folder}/{name}") for name in known["files"]}
+    return known["value"] if known and sound else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What `_write` wrote there; None where it is something else."""
+    found = read_object(path)
+    return found if found.pop(OWN, None) == _hash(found) else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write a JSON object with a hash of it, and return it as it is read."""
+    content = json.loads(json.dumps(content, allow_nan=False))
+    if path.is_dir():
+        remove(path)
+    write_json(path, content | {OWN: _hash(content)})
+    return content
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _last_write(folder: Path) -> float:
@@ -105,10 +141,10 @@ def _last_write(folder: Path) -> float:
         return time.time()
 
 
-def state_of(path: Path) -> list[int] | None:
+def state_of(path: Path | str) -> list[int] | None:
     """Bytes and time of a file, which change when somebody writes into it; None where there is none."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except FileNotFoundError:
         return None
     return [found.st_size, found.st_mtime_ns]
@@ -118,7 +154,7 @@ def state_of(path: Path) -> list[int] | None:
 def making_folder(folder: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` at the end: it appears whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -129,6 +165,23 @@ def making_folder(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_own_folder(folder: Path) -> Path:
+    """Make a folder that nobody else writes into, in the place of a file too."""
+    for path in (*reversed(folder.parents), folder):
+        if path.is_file():
+            path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or a file, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_oldest(folders: Collection[Path], keep: int) -> None:

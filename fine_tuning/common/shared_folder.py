@@ -1,9 +1,10 @@
 """Work for machines that share no disk: files travel through a folder that fsspec opens, such as s3://bucket/prefix.
 
 A piece of work and its result are pickled. In the pickle an absolute path stands for the file itself: whoever packs it
-uploads the file under the hash of its content, whoever unpacks it downloads what is missing. A worker keeps files below
-a scratch folder of its own; the client finds them at the path that they would have had on a shared disk, with the same
-time and mode. Each run has a folder of its own in the shared one. It holds conversations, and goes with the run.
+uploads the file under the hash of its content, whoever unpacks it downloads what is missing, at once where fsspec asks
+the store asynchronously (S3, Google, Azure). A worker keeps files below a scratch folder of its own; the client finds
+them at the path that they would have had on a shared disk, with the same time and mode. Each run has a folder of its
+own in the shared one. It holds conversations, and goes with the run.
 """
 
 import io
@@ -12,18 +13,21 @@ import pickle
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fine_tuning.common.errors import UserError, no_space
-from fine_tuning.common.project import sha256_file
+from fine_tuning.common.project import MadeBy, other_here, sha256_file
 from fine_tuning.common.results import making_folder, state_of
 
+START_IT = "start it again in a checkout with the same code, in this environment"
 _BASES: dict[str, Path] = {}  # folder of a run → where files lie here
 _ENDED: set[str] = set()  # folders of runs that are over: what is still worked on leaves nothing
-_SENT: dict[tuple[str, Path], tuple[list[int] | None, str]] = {}  # (folder, path) → state and hash, on both sides
+_State = tuple[list[int] | None, str]  # of a file: its size and time, and its hash
+_SENT: dict[tuple[str, Path], _State] = {}  # by folder and path, on both sides
 
 
 class _Stored(NamedTuple):
@@ -39,6 +43,7 @@ class _Packer(pickle.Pickler):
     def __init__(self, file: io.BytesIO, folder: str | None, results: bool) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._folder, self._results = folder, results
+        self.missing: dict[Path, _State] = {}  # in the folder
 
     def reducer_override(self, value: Any) -> Any:
         if self._folder is None or not isinstance(value, Path):
@@ -47,49 +52,92 @@ class _Packer(pickle.Pickler):
             return NotImplemented
         place = value.relative_to(base)
         if value.is_file():
-            return _file, (self._folder, place.parent, _upload(self._folder, value))
+            return _file, (place.parent, self._stored(self._folder, value))
         # Only of a result are its files wanted.
-        files = [_upload(self._folder, path) for path in sorted(value.glob("*"))] if self._results else []
-        return _files, (self._folder, place, files)
+        files = [self._stored(self._folder, path) for path in sorted(value.glob("*"))] if self._results else []
+        return _files, (place, files)
+
+    def _stored(self, folder: str, path: Path) -> _Stored:
+        found = path.stat()
+        known, digest = _SENT.get((folder, path), (None, ""))
+        if known != (state := state_of(path)):
+            digest = sha256_file(path)
+            self.missing[path] = state, digest
+        return _Stored(path.name, digest, found.st_mtime_ns, found.st_mode & 0o777)
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, packed: bytes, folder: str, missing: dict[Path, _Stored], made: ExitStack) -> None:
+        super().__init__(io.BytesIO(packed))
+        self.folder, self.missing, self.made = folder, missing, made
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return partial(found, self) if found is _file or found is _files else found
 
 
 def pack(folder: str | None, value: Any, results: bool = False) -> bytes:
     """Pickle a value and upload the files that it names; of `results`, those in folders that it names too. Without a
     folder paths stay paths, on a disk that all share."""
     packed = io.BytesIO()
-    _Packer(packed, folder, results).dump(value)
+    packer = _Packer(packed, folder, results)
+    packer.dump(value)
+    if folder and packer.missing:
+        with _access(folder) as (files, root):
+            files.put(list(map(str, packer.missing)), [f"{root}/{digest}" for _, digest in packer.missing.values()])
+        _SENT.update({(folder, path): state for path, state in packer.missing.items()})
     return packed.getvalue()
 
 
-class _Task(NamedTuple):
-    packed: bytes
-    folder: str | None
+def unpack(folder: str | None, packed: Iterable[bytes]) -> list[Any]:
+    """The values, and the files that they name."""
+    missing: dict[Path, _Stored] = {}
+    with ExitStack() as made:  # what places files once they are here
+        values = [_Unpacker(one, folder or "", missing, made).load() for one in packed]
+        if folder and missing:
+            with _access(folder) as (files, root):
+                files.get([f"{root}/{stored.sha256}" for stored in missing.values()], list(map(str, missing)))
+        for path, stored in missing.items():
+            path.chmod(stored.mode)
+            os.utime(path, ns=(stored.time, stored.time))
+    return values
+
+
+def other_worker(address: str, because: str) -> UserError:
+    """What is said of a worker whose results would be other bytes."""
+    return UserError(f"the Dask worker {address} {because}: {START_IT}")
+
+
+class Call:
+    """A call that is made where it is unpickled. To Dask its pickle is bytes: it looks into no list for its own
+    objects, a scheduler needs no code of ours, and a worker without it raises an error instead of hanging."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
 
     def __reduce__(self) -> Any:
-        return work_on, tuple(self)
+        return self._call
 
 
-def task(folder: str | None, function: Callable[[Any], Any], argument: object) -> bytes:
-    """What does the work where it is unpickled, with a packed result. To Dask it is bytes: it looks into no list for
-    its own objects, a scheduler needs no code of ours, and a worker without it raises an error instead of hanging."""
-    return pickle.dumps(_Task(pack(folder, (function, argument)), folder))
+def task(folder: str | None, function: Callable[[Any], Any], argument: object, made_by: MadeBy) -> bytes:
+    """A pickle that does the work where it is unpickled, with a packed result."""
+    return pickle.dumps(Call(work_on, pack(folder, (function, argument)), folder, made_by))
 
 
-def work_on(packed: bytes, folder: str | None) -> bytes:
+def work_on(packed: bytes, folder: str | None, made_by: MadeBy) -> bytes:
     """On a worker: unpack (function, argument) and pack the result."""
     from distributed import get_worker
 
-    if not folder:
-        function, argument = pickle.loads(packed)
-        return pack(None, function(argument), results=True)
+    if other := other_here(made_by):
+        raise other_worker(get_worker().address, f"has {other}")
     if folder in _ENDED:
         raise RuntimeError("the run has ended")
-    scratch = _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
+    scratch = folder and _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
     try:
-        function, argument = pickle.loads(packed)
+        ((function, argument),) = unpack(folder, [packed])
         return pack(folder, function(argument), results=True)
     finally:
-        if folder in _ENDED:  # meanwhile
+        if scratch and folder in _ENDED:  # meanwhile
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -116,45 +164,35 @@ def _leave(folder: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _upload(folder: str, path: Path) -> _Stored:
-    state = state_of(path)
-    known, digest = _SENT.get((folder, path), (None, ""))
-    if known != state:
-        digest = sha256_file(path)
-        with _access(folder) as (files, root):
-            files.put_file(str(path), f"{root}/{digest}")
-        _SENT[folder, path] = state, digest
-    found = path.stat()
-    return _Stored(path.name, digest, found.st_mtime_ns, found.st_mode & 0o777)
-
-
-def _file(folder: str, place: Path, stored: _Stored) -> Path:
-    path = _BASES[folder] / place / stored.name
-    if not path.is_file() or path.stat().st_mtime_ns != stored.time:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        _download(folder, stored, temporary)
-        os.replace(temporary, path)
-    _SENT[folder, path] = state_of(path), stored.sha256
+def _file(unpacker: _Unpacker, place: Path, stored: _Stored) -> Path:
+    path = _BASES[unpacker.folder] / place / stored.name
+    if path.is_file() and path.stat().st_mtime_ns == stored.time:
+        _SENT[unpacker.folder, path] = state_of(path), stored.sha256
+    else:
+        unpacker.missing[unpacker.made.enter_context(_placing(unpacker.folder, path, stored))] = stored
     return path
 
 
-def _files(folder: str, place: Path, stored: list[_Stored]) -> Path:
-    path = _BASES[folder] / place
+@contextmanager
+def _placing(folder: str, path: Path, stored: _Stored) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _SENT[folder, path] = state_of(path), stored.sha256
+
+
+def _files(unpacker: _Unpacker, place: Path, stored: list[_Stored]) -> Path:
+    path = _BASES[unpacker.folder] / place
     if not stored:
         path.mkdir(parents=True, exist_ok=True)
     elif not path.is_dir():
-        with making_folder(path) as made:
-            for one in stored:
-                _download(folder, one, made / one.name)
+        made = unpacker.made.enter_context(making_folder(path))
+        unpacker.missing |= {made / one.name: one for one in stored}
     return path
-
-
-def _download(folder: str, stored: _Stored, path: Path) -> None:
-    with _access(folder) as (files, root):
-        files.get_file(f"{root}/{stored.sha256}", str(path))
-    path.chmod(stored.mode)
-    os.utime(path, ns=(stored.time, stored.time))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from filelock import lock_descriptor
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.names import session_name
 from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync
-from fine_tuning.schema.conversation import fold, now
+from fine_tuning.schema.conversation import fold, now, problem_of
 
 EVENTS = ("exchange", "feedback", "edit", "delete", "restore", "vote")
 CHARACTERS_PER_TOKEN = 4  # of English text in byte-pair vocabularies, for replies whose token count nobody logged
@@ -177,17 +177,22 @@ def conversation_stats(conversations: Iterator[dict] | list[dict]) -> dict[str, 
     for conversation in conversations:
         totals["conversations"] += 1
         days[str(conversation.get("started_at") or "unknown")[:10]] += 1
-        totals["judged"] += len({e.get("message_id") for e in conversation["feedback"]})
-        for entry in conversation["feedback"]:
+        if problem_of(conversation):  # of a shard by hand: cleaning drops it
+            continue
+        feedback = conversation.get("feedback") or []
+        totals["judged"] += len({e.get("message_id") for e in feedback})
+        for entry in feedback:
             totals[{1: "liked", -1: "disliked"}.get(entry.get("rating"), "unrated")] += 1
             totals["edited"] += bool(entry.get("edited"))
         for message in conversation["messages"]:
-            role, length = message["role"], len(message["content"] or "")
+            role, length = message["role"], len(message["content"])
             totals[f"{role}_messages"] += 1
             totals[f"{role}_characters"] += length
-            totals["tokens"] += message.get("tokens") or -(-length // CHARACTERS_PER_TOKEN)
+            tokens = message.get("tokens")
+            known = isinstance(tokens, int) and tokens > 0
+            totals["tokens"] += tokens if known else -(-length // CHARACTERS_PER_TOKEN)
             if role == "assistant":
-                models[message.get("model") or "unknown"] += 1
+                models[str(message.get("model") or "unknown")] += 1
     replies = totals["assistant_messages"]
     return {
         "total_conversations": totals["conversations"],

@@ -10,7 +10,6 @@ import io
 import mmap
 import os
 import re
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,7 +21,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from fine_tuning.common.errors import UserError, no_space
 from fine_tuning.common.parallel import cores, open_engine
-from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import replacing
 from fine_tuning.common.results import Memo, link
 from fine_tuning.common.settings import Settings
@@ -132,10 +130,11 @@ def export_shards(
     counts = {name: Counter(exported=0, skipped=0, bytes=0) for name in settings.formats}
     files = {name: file_of(name, settings.compression) for name in counts}
     stale = {path for path in folder.rglob("*") if path.is_file()}
-    known = [(shard.resolve(), sha256_file(shard)) for shard in shards]
+    known = list(zip([shard.resolve() for shard in shards], memo.hashes(shards), strict=True))
     export = partial(_export_shard, files=files, memo=memo)
     new = [(shard, digest) for shard, digest in known if [digest, files] not in memo]
-    with open_engine(settings.engine if new else None, min(cores(), len(new))) as engine:
+    processes = min(cores(), len(new))
+    with open_engine(settings.engine if new else None, "export", processes, ("orjson", "zstandard")) as engine:
         for _ in engine(export, new):
             progress(1)
     for shard, (made, found) in zip(shards, map(export, known), strict=True):
@@ -157,7 +156,7 @@ def write_formats(conversations: Iterable[dict], paths: Mapping[str, Path]) -> d
     with _writers(paths, replacing) as writers:
         for record in each_record(conversations):
             for writer, entry in zip(writers, entries_of(record, paths), strict=True):
-                writer.add(entry)
+                writer.add(entry, exported=int(bool(entry)))
     return {writer.name: writer.counts for writer in writers}
 
 
@@ -179,33 +178,54 @@ def _write_shard(
     LINES in such a folder has of each line of the shard a hash, and where it ends in each file. Compressed files are
     not copied from.
     """
-    width, old, new = 1 + len(files), array("Q"), array("Q")
+    import numpy as np
+
     plain = not any(file.endswith((SUFFIXES["gzip"], SUFFIXES["zstd"])) for file in files.values())
-    if earlier and plain:
-        old.frombytes((earlier / LINES).read_bytes())
-    place_of = {digest: place for place, digest in enumerate(old[::width])}
+    known = earlier and plain
+    old = np.fromfile(earlier / LINES, np.int64) if known else np.empty(0, np.int64)
+    old = old.reshape(-1, 1 + len(files))
     # No fsync for each file: a file that a power cut leaves short is made again.
     paths = {name: folder / file for name, file in files.items()}
     with _writers(paths, partial(open, mode="wb")) as writers, open(shard, "rb") as lines, ExitStack() as stack:
-        sources = [stack.enter_context(_mapped(earlier / file)) for file in files.values()] if old else []
-        for line in lines:
-            digest = int.from_bytes(blake2b(line, digest_size=8).digest())
-            place = place_of.get(digest)
-            new.append(digest)
+        sources = [stack.enter_context(_mapped(earlier / file)) for file in files.values()] if known else []
+        ends = np.concatenate([[[0, *(len(writer.container.head) for writer in writers)]], old])
+        table = [old[:0]]
+        for place, count, line in _stretches(lines, old[:, 0].tolist()):
             if place is None:
-                entries = entries_of(from_line(line), files)
-            else:
-                ends = old[place * width + 1 : (place + 1) * width]
-                begins = (
-                    old[(place - 1) * width + 1 : place * width] if place else (len(w.container.head) for w in writers)
-                )
-                entries = [source[begin:end] for source, begin, end in zip(sources, begins, ends, strict=True)]
-            for writer, entry in zip(writers, entries, strict=True):
-                writer.add(entry)
-                new.append(writer.end)
+                for writer, entry in zip(writers, entries_of(from_line(line), files), strict=True):
+                    writer.add(entry, exported=int(bool(entry)))
+                table.append(np.array([[_hash(line), *(writer.end for writer in writers)]]))
+                continue
+            rows = ends[place : place + count + 1].copy()
+            exported = np.count_nonzero(np.diff(rows, axis=0), axis=0).tolist()
+            for column, (writer, source) in enumerate(zip(writers, sources, strict=True), start=1):
+                writer.add(source[rows[0, column] : rows[-1, column]], exported[column], count)
+                rows[:, column] += writer.end - rows[-1, column]
+            table.append(rows[1:])
     if plain:
-        (folder / LINES).write_bytes(new.tobytes())
+        np.concatenate(table).tofile(folder / LINES)
     return {writer.name: writer.counts for writer in writers}
+
+
+def _stretches(lines: Iterable[bytes], known: Iterable[int]) -> Iterator[tuple[int | None, int, bytes]]:
+    """(None, 1, line) of a line whose hash is not known, (place of the first, how many, b"") of known ones in a row."""
+    place_of = {digest: place for place, digest in enumerate(known)}
+    start, count = 0, 0
+    for line in lines:
+        place = place_of.get(_hash(line))
+        if count and place != start + count:
+            yield start, count, b""
+            count = 0
+        if place is None:
+            yield None, 1, line
+        else:
+            start, count = place - count, count + 1
+    if count:
+        yield start, count, b""
+
+
+def _hash(line: bytes) -> int:
+    return int.from_bytes(blake2b(line, digest_size=8).digest(), signed=True)
 
 
 def _mapped(path: Path) -> AbstractContextManager[Any]:
@@ -277,12 +297,14 @@ class _Writer:
         self.counts = {"exported": 0, "skipped": 0}
         self.end = file.write(self.container.head)
 
-    def add(self, entry: bytes) -> None:
-        self.counts["exported" if entry else "skipped"] += 1
-        if self.container.array and entry:
-            entry = (b"," if self.end else b"[") + entry[1:]
-        self._file.write(entry)
-        self.end += len(entry)
+    def add(self, entries: bytes, exported: int, of: int = 1) -> None:
+        """Write the entries of some conversations, `exported` of them."""
+        self.counts["exported"] += exported
+        self.counts["skipped"] += of - exported
+        if self.container.array and entries:
+            entries = (b"," if self.end else b"[") + entries[1:]
+        self._file.write(entries)
+        self.end += len(entries)
 
     def close(self) -> None:
         if self.container.array:

@@ -18,7 +18,6 @@ import numpy as np
 import orjson
 
 from fine_tuning.common.parallel import Map
-from fine_tuning.common.project import sha256_file
 from fine_tuning.common.results import Memo
 from fine_tuning.data_preparation.decontamination import HeldOut
 from fine_tuning.data_preparation.selection import (
@@ -28,7 +27,7 @@ from fine_tuning.data_preparation.selection import (
     texts_of,
     unused_because,
 )
-from fine_tuning.data_preparation.splits import SPLITS, Fractions, Ledger, deal, fractions_of, salted_hashes
+from fine_tuning.data_preparation.splits import SPLITS, Fractions, Ledger, deal, fractions_of, salted_hashes, search
 
 # Why a conversation is in no split; the first two are no reason to tell of.
 REASONS = (
@@ -106,7 +105,7 @@ class ConversationFiles:
     def facts(self, settings: FactSettings, run: Map = map) -> np.ndarray:
         """A row of FACT for each line, in order."""
         make = partial(_make_facts, memo=self._memo, settings=settings)
-        files = [(path, sha256_file(path)) for path in self.paths]
+        files = list(zip(self.paths, self._memo.hashes(self.paths), strict=True))
         deque(run(make, [file for file in files if _key(file, settings) not in self._memo]), 0)
         self._folders = list(map(make, files))
         self._memo.remove_unused()
@@ -173,7 +172,7 @@ class LineIndex:
         """The row of each; -1 for one that is not among them."""
         if not len(self._ranked):
             return np.full(len(lines), -1)
-        places = np.minimum(np.searchsorted(self._ranked[:, 0], lines[:, 0]), len(self._ranked) - 1)
+        places = np.minimum(search(self._ranked[:, 0], lines[:, 0]), len(self._ranked) - 1)
         return np.where((self._ranked[places] == lines).all(axis=1), self._order[places], -1)
 
 
@@ -334,5 +333,5 @@ def _find(ranked: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """The place of each key among sorted ones; -1 where it is none of them."""
     if not len(ranked):
         return np.full(len(keys), -1)
-    places = np.minimum(np.searchsorted(ranked, keys), len(ranked) - 1)
+    places = np.minimum(search(ranked, keys), len(ranked) - 1)
     return np.where(ranked[places] == keys, places, -1)

@@ -1,11 +1,13 @@
 """Windows of conversations that were encoded before, so that a newcomer does not make all others be encoded again."""
 
+import fcntl
 import json
 import mmap
 import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -18,7 +20,7 @@ from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.common.records import sync
-from fine_tuning.common.results import ABANDONED, remove_oldest, state_of
+from fine_tuning.common.results import ABANDONED, make_own_folder, remove, remove_oldest, state_of
 from fine_tuning.data_preparation.catalogue import REASONS, LineIndex, Span
 from fine_tuning.data_preparation.encodings import FOUND, Chosen, Encode
 from fine_tuning.schema.prepared import COLUMNS, PreparedRow, number_array, numbers, row_batch, string_array
@@ -37,6 +39,7 @@ class EncodedMemo:
 
     A context manager: at its end new rows are written, together with what is left of small files and of those that are
     mostly unused: they hold conversations. A file's name has its size and time: one that was changed counts as absent.
+    Files are opened when their rows are wanted, and none is removed while another run may want them.
 
     Args:
         settings: what all results depend on, besides the code and the versions of the packages.
@@ -44,9 +47,14 @@ class EncodedMemo:
 
     def __init__(self, folder: Path, settings: Sequence[Any]) -> None:
         made_by = json.dumps([code_sha256("prepare"), versions(), settings])
-        self._folder = folder / sha256(made_by.encode()).hexdigest()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._segments = [segment for path in sorted(self._folder.glob("*.arrow")) if (segment := _opened(path))]
+        self._folder = make_own_folder(folder / sha256(made_by.encode()).hexdigest())
+        if (lock := folder / ".lock").is_dir():
+            remove(lock)
+        self._lock = open(lock, "ab")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        files = {path: _opened(path) for path in sorted(self._folder.glob("*.arrow"))}
+        self._segments = [segment for segment in files.values() if segment]
+        self._old = [path for path, segment in files.items() if not segment]
         self._kept = len(self._segments)  # the others are of this run
         self._known = np.concatenate([np.empty(0, FOUND), *(s.found(n) for n, s in enumerate(self._segments))])
         self._index = LineIndex(np.concatenate([np.empty((0, 2), np.uint64), *(s.lines for s in self._segments)]))
@@ -94,10 +102,16 @@ class EncodedMemo:
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:
-        if failed:
+        with self._lock:
+            if not failed:
+                self._collect_used()
             self.flush()
-            return
-        old, start, changed = [], 0, len(self._segments) > self._kept
+            if not failed:
+                self._remove_unused()
+
+    def _collect_used(self) -> None:
+        """Take what is used of small files and of those that are mostly unused."""
+        start, changed = 0, len(self._segments) > self._kept
         for segment in self._segments[: self._kept]:
             used = self._used[start : start + len(segment.first)]
             start += len(used)
@@ -105,11 +119,7 @@ class EncodedMemo:
             if not whole:
                 windows = np.diff(segment.first, append=len(segment.tokens))
                 self._collect(_Segment(_take(segment.batch(), np.flatnonzero(np.repeat(used, windows)))))
-                old.append(segment.path)
-        self.flush()
-        for path in old:
-            path.unlink(missing_ok=True)
-        self._remove_unused()
+                self._old.append(segment.path)
 
     def _collect(self, segment: "_Segment") -> None:
         self._unwritten.append(segment)
@@ -121,18 +131,24 @@ class EncodedMemo:
         if not sum(len(segment.tokens) for segment in self._unwritten):
             return
         path, start = _write(self._folder, [segment.batch() for segment in self._unwritten]), 0
-        file = open(path, "rb")  # noqa: SIM115
         for segment in self._unwritten:
-            segment.move(file, start)
+            segment.move(path, start)
             start += len(segment.tokens)
         self._unwritten = []
 
     def _remove_unused(self) -> None:
-        """Remove results of other settings but the newest, those of earlier versions and what killed runs left."""
+        """Remove files that were collected or are damaged, results of other settings but the newest, those of earlier
+        versions and what killed runs left; where another run works, the next one does."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        for path in self._old:
+            remove(path)
         remove_oldest([path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder], 1)
         for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
             if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink(missing_ok=True)
+                remove(path)
 
 
 @dataclass
@@ -181,9 +197,8 @@ _LINE = ("line0", "line1", "line2", "line3")
 class _Segment:
     """Rows in memory or in a file; what is needed of all of them at any time is in memory: 40 bytes a row."""
 
-    def __init__(self, batch: "RecordBatch", file: BinaryIO | None = None) -> None:
-        self._batch, self._file, self._start = None if file else batch, file, 0
-        self.path = Path(file.name) if file else Path()
+    def __init__(self, batch: "RecordBatch", path: Path | None = None) -> None:
+        self._batch, self._start, self.path = None if path else batch, 0, path or Path()
         self.bytes = batch.nbytes
         self.first = np.flatnonzero(numbers(batch, "window") == 0)
         lines = np.stack([numbers(batch, name)[self.first] for name in _LINE], axis=1)
@@ -206,19 +221,16 @@ class _Segment:
         """The rows; those of a file are mapped for as long as the batch lives."""
         if self._batch is not None:
             return self._batch
-        if self._file is not None:
-            return _read(self._file).slice(self._start, self._count)
         with open(self.path, "rb") as file:
             return _read(file).slice(self._start, self._count)
 
-    def move(self, file: BinaryIO, start: int) -> None:
+    def move(self, path: Path, start: int) -> None:
         """The rows are in a file now."""
-        self._batch, self._file, self._start, self.path = None, file, start, Path(file.name)
+        self._batch, self._start, self.path = None, start, path
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which reads the rows of a file."""
-        own = {"path": self.path, "_start": self._start, "_count": self._count}
-        return own | {"_batch": None, "_file": None}
+        return {"path": self.path, "_start": self._start, "_count": self._count, "_batch": None}
 
 
 def _encoded(piece: tuple[np.ndarray, list[Span]], encode: Encode, folder: Path, large: int) -> "RecordBatch | Path":
@@ -254,13 +266,10 @@ def _write(folder: Path, batches: "list[RecordBatch]") -> Path:
 
 
 def _opened(path: Path) -> _Segment | None:
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (stays open: another run may remove it)
+    """None for one that is damaged, or not there."""
+    with suppress(FileNotFoundError, IsADirectoryError, ValueError, LookupError, TypeError), open(path, "rb") as file:
         if path.stem.rpartition("-")[0] == _state(path):
-            return _Segment(_read(file), file)
-    except (OSError, ValueError, KeyError):  # Arrow's errors are ValueErrors
-        pass
-    path.unlink(missing_ok=True)
+            return _Segment(_read(file), path)  # Arrow's errors are those above
     return None
 
 

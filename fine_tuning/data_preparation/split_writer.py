@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -88,12 +87,9 @@ def _parts(
         yield _Part(split, f"{clean.paths[shard].stem}.{number}.parquet", [*made_by, digest], at)
 
 
-def _make(part: tuple[list[Any], TakenRows], memo: Memo) -> Path | None:
+def _make(part: tuple[list[Any], TakenRows], memo: Memo) -> Path:
     key, rows = part
-    # Another run may have put rows into another file meanwhile: the main process still holds the earlier one open.
-    with suppress(FileNotFoundError, IsADirectoryError):
-        return memo.files(key, lambda place, _: _write(place, rows))[0]
-    return None
+    return memo.files(key, lambda place, _: _write(place, rows))[0]
 
 
 def _write(place: Path, rows: TakenRows) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
@@ -108,13 +108,23 @@ def salted_hashes(salt: str) -> Callable[[str], int]:
     return salted_hash
 
 
+def search(ranked: np.ndarray, keys: np.ndarray, side: Literal["left", "right"] = "left") -> np.ndarray:
+    """`np.searchsorted`, for many keys in any order: of sorted ones neighbours are in the processor's cache."""
+    order, places = np.argsort(keys), np.empty(len(keys), np.int64)
+    places[order] = np.searchsorted(ranked, keys[order], side)
+    return places
+
+
 # -----------------------------------------------------------------------------
 # the ledger
 
 _DIGITS = 15  # of an id's hash: 60 bits, of a million ids two are the same with a probability of 4e-7
 _SPARE = np.uint64(64 - 4 * _DIGITS)
-_NUMBERS = {name.encode(): number for number, name in enumerate(NAMES)}
-_LEDGER = re.compile(rb"(?:[0-9a-f]{%d} (?:%b)(?:\n|\Z))*+" % (_DIGITS, b"|".join(_NUMBERS)))
+_LEDGER = re.compile(rb"(?:[0-9a-f]{%d} (?:%b)(?:\n|\Z))*+" % (_DIGITS, "|".join(NAMES).encode()))
+# By the code of a character: the value of a digit, the number of the split whose name has it as second letter.
+_HEX, _SECOND_LETTERS = np.zeros((2, 256), np.uint64)
+_HEX[list(b"0123456789abcdef")] = range(16)
+_SECOND_LETTERS[[ord(name[1]) for name in NAMES]] = range(len(NAMES))
 
 
 class Ledger:
@@ -141,14 +151,16 @@ class Ledger:
         if not _LEDGER.fullmatch(text):
             number = next(number for number, line in read_lines(self.path) if not _LEDGER.fullmatch(line))
             raise UserError(f"line {number} of {self.path} is damaged: `git checkout {self.path}`")
-        words = text.split()
-        lines = zip(words[::2], words[1::2], strict=True)
+        raw = np.frombuffer(text, np.uint8)
+        starts = np.concatenate([[0], np.flatnonzero(raw == ord("\n")) + 1])
+        starts = starts[starts < len(raw)]
+        lines = np.zeros(len(starts), np.uint64)
+        for place in range(_DIGITS):
+            lines = lines << np.uint64(4) | _HEX[raw[starts + place]]
+        lines = lines << np.uint64(2) | _SECOND_LETTERS[raw[starts + _DIGITS + 2]]
+        given = (self._hash(identity) >> 4 << 2 | NAMES.index(split) for identity, split in assigned.items())
         # Hash and split in one number each: of a hash's the last is the strictest.
-        known = chain(
-            (int(digits, 16) << 2 | _NUMBERS[split] for digits, split in lines),
-            (self._hash(identity) >> 4 << 2 | NAMES.index(split) for identity, split in assigned.items()),
-        )
-        self._known = np.sort(np.fromiter(known, np.uint64, len(words) // 2 + len(assigned)))
+        self._known = np.sort(np.concatenate([lines, np.fromiter(given, np.uint64)]))
 
     def find(self, identities: Iterable[str]) -> Iterator[tuple[str, str]]:
         """(id, split) of those that were assigned before."""
@@ -163,7 +175,7 @@ class Ledger:
     def splits_of(self, keys: np.ndarray) -> np.ndarray:
         """Numbers of NAMES by the hashes of ids; -1 for who was not assigned before."""
         keys = keys >> _SPARE
-        places = np.searchsorted(self._known, keys << np.uint64(2) | np.uint64(3), "right") - 1
+        places = search(self._known, keys << np.uint64(2) | np.uint64(3), "right") - 1
         found = self._known[places] if len(self._known) else np.zeros(len(keys), np.uint64)
         same = (places >= 0) & (found >> np.uint64(2) == keys)
         return np.where(same, found & np.uint64(3), -1).astype(np.int8)

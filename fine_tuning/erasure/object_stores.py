@@ -113,14 +113,14 @@ class Searched:
 
 
 def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str]) -> Searched:
-    """Look into every object of a store; `strict` are the traces that models do not write. `known` grows: {object: the
-    field of `Searched` that it is in} of objects that were searched before."""
+    """Look into every object of a store; `strict` are the traces that models do not write. `known` grows: {object or
+    content: the field of `Searched` that it is in} of what was searched before."""
     result = Searched(store.objects())
     for oid in tqdm(sorted(result.objects), desc=store.name, unit="object", disable=None, leave=False):
         listing = oid.endswith(".dir")
         if oid not in known or (listing and store.name == CACHE):
             with suppress(FileNotFoundError), store.local(oid) as path:
-                known[oid] = "" if path is None else kind_of(path, traces, strict)
+                known[oid] = "" if path is None else kind_of(path, traces, strict, known)
                 if listing and path is not None:
                     with suppress(ValueError, KeyError, TypeError):
                         result.listings[oid] = {e["relpath"]: e["md5"] for e in json.loads(path.read_bytes())}
@@ -130,15 +130,29 @@ def search(store: Store, traces: Traces, strict: Traces, known: dict[str, str]) 
     return result
 
 
-def kind_of(path: Path, traces: Traces, strict: Traces) -> str:
+def kind_of(path: Path, traces: Traces, strict: Traces, known: dict[str, str] | None = None) -> str:
     """`strict` or `holding` of a file that holds some of them, `unread` of one that is damaged, else nothing. Raises
-    FileNotFoundError if it is gone."""
+    FileNotFoundError if it is gone.
+
+    A content that is in `known`, by its hash, is not searched again: a file is often an object of the cache too.
+    """
     try:
-        return ("strict" if strict.in_file(path) else "holding") if traces.in_file(path) else ""
+        with open(path, "rb") as file:
+            weights = is_weights(file.read(16))
+        if known is None or weights:  # of weights the search reads little
+            return _kind_of(path, traces, strict)
+        content = f"{sha256_file(path)}{'.csv' * ('.csv' in path.suffixes)}"  # the only name that `streams` looks at
+        if content not in known:
+            known[content] = _kind_of(path, traces, strict)
+        return known[content]
     except FileNotFoundError:
         raise
     except OSError:
         return "unread"
+
+
+def _kind_of(path: Path, traces: Traces, strict: Traces) -> str:
+    return ("strict" if strict.in_file(path) else "holding") if traces.in_file(path) else ""
 
 
 # -----------------------------------------------------------------------------

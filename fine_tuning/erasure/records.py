@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,12 +12,14 @@ from typing import Any
 from fine_tuning.common.names import session_name
 from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import deletes, read_log, rewrite_log
-from fine_tuning.data_collection.storage.shards import describe_shard, read_manifest, write_lines
+from fine_tuning.data_collection.storage.shards import ID_FIRST, describe_shard, read_manifest, write_lines
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.erasure.traces import ID, TEXT, Traces, decoded
 from fine_tuning.schema.conversation import as_conversation, from_exchange, speakers
 
 USER_NAMES = ("username", "email", "name")  # metadata of imported conversations that may say who spoke
+MOST_IDS = 100  # that lines are searched for one by one
+_PLAIN = re.compile(r"[A-Za-z0-9._-]+")  # what JSON escapes as \u00.. or not at all
 _HASH_ENDING = re.compile(r"-[0-9a-f]{12}$")
 
 
@@ -76,14 +78,15 @@ def collect(
     """Find the selected conversations in shards and logs, and what they say that no other conversation says: traces by
     `key`. What people log about a conversation after it was forgotten is found by the tombstones."""
     found = Found()
-    for conversation in _everything(shards, logs):
+    asked_for = None if selection.conversation is None else {selection.conversation}
+    for conversation in _everything(shards, logs, _may_name(asked_for)):
         if selection.takes(conversation):
             found.ids.add(conversation["id"])
     asked = {name for name in (selection.conversation, selection.session) if name is not None}
     if tombstones is not None:  # forgotten before, and maybe not everywhere
         found.ids |= {name for name in {*asked, *map(session_name, asked)} if tombstones.names(name)}
     said_by_people, said_by_models, said_about = [], [], []
-    for conversation in _everything(shards, logs):
+    for conversation in _everything(shards, logs, _may_name(None if selection.user is not None else found.ids)):
         if selection.user is not None and (judged := _judgements(conversation, selection.user)):
             found.by = selection.user
             said_by_people += [text for entry in judged for text in _texts_of(entry)]
@@ -131,11 +134,13 @@ def expired_ids(shards: list[Path], logs: list[Path], before: str) -> set[str]:
     return {identity for identity, at in latest.items() if at < before}
 
 
-def _everything(shards: list[Path], logs: list[Path]) -> Iterator[dict]:
-    """Every version in the shards and every exchange in the logs as a conversation."""
+def _everything(
+    shards: list[Path], logs: list[Path], wanted: Callable[[bytes], bool] = lambda line: True
+) -> Iterator[dict]:
+    """Every version in the wanted lines of shards and every exchange in the logs as a conversation."""
     for shard in shards:
         for _, line in read_lines(shard):
-            if (conversation := _parsed(line)) is not None:
+            if wanted(line) and (conversation := _parsed(line)) is not None:
                 yield conversation
     for log in logs:
         yield from (from_exchange(event) for event in _events(log) if event["event"] == "exchange")
@@ -143,6 +148,20 @@ def _everything(shards: list[Path], logs: list[Path]) -> Iterator[dict]:
 
 def _events(log: Path) -> Iterator[dict]:
     return (event for _, event in read_log(log) if event is not None)
+
+
+def _may_name(ids: Set[str] | None) -> Callable[[bytes], bool]:
+    """A test of a shard's line that costs a hundredth of its parsing: whether the line may name one of these ids. True
+    of every line without ids, where they are many, and where JSON may write one in another way."""
+    if ids is None or len(ids) > MOST_IDS or not all(map(_PLAIN.fullmatch, ids)):
+        return lambda line: True
+    names = [identity.encode() for identity in ids]
+
+    def test(line: bytes) -> bool:
+        odd = b"\\u00" in line or b'"user_message"' in line or not ID_FIRST.match(line)
+        return odd or any(name in line for name in names)
+
+    return test
 
 
 def _parsed(line: bytes) -> dict | None:
@@ -182,7 +201,8 @@ def _words(conversation: dict) -> tuple[list[str], list[str]]:
 
 
 def _lines_that_stay(shard: Path, found: Found) -> Iterator[bytes]:
-    kept = (_without(line, found) for _, line in read_lines(shard))
+    may_go = _may_name(found.ids if found.by is None else None)
+    kept = (_without(line, found) if may_go(line) else line for _, line in read_lines(shard))
     return (line + b"\n" for line in kept if line is not None)
 
 
@@ -217,7 +237,8 @@ def _concerns(event: dict, found: Found) -> bool:
 
 def count_in_shard(shard: Path, found: Found) -> int:
     """Lines of a shard that go or change."""
-    return sum(_without(line, found) != line for _, line in read_lines(shard))
+    may_go = _may_name(found.ids if found.by is None else None)
+    return sum(may_go(line) and _without(line, found) != line for _, line in read_lines(shard))
 
 
 def count_in_log(log: Path, found: Found) -> int:

@@ -41,7 +41,8 @@ TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folder
 # What the app keeps by conversation id.
 BY_CONVERSATION = tuple(SCRATCH / name for name in ("titles.json", "tags.json", "chat_settings.json", "questions.json"))
 # Of SCRATCH: made again when they are needed.
-MEMOS = ("intake", "clean", "export", "prepare", "review", "judge")
+INDEX = SCRATCH / "memo/intake"  # of the shards, by hashes of ids
+MEMOS = ("clean", "export", "prepare", "review", "judge")
 DROPPED = (*(f"memo/{name}" for name in MEMOS), "checkpoints", "references", "start")
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
 LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
@@ -57,7 +58,7 @@ class Work:
     options: dict[str, Any]
     done: list[str] = field(default_factory=list)
     say: Callable[[str], None] = print
-    known: dict[str, str] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)  # what was searched for these traces: see `search`
     unread: set[str] = field(default_factory=set)
     journal: Path = field(default_factory=lambda: SCRATCH / f"forget-{uuid.uuid4().hex[:8]}.json")
 
@@ -82,7 +83,7 @@ class Work:
         found = []
         for path in [*files_of_checkout(), *temporary_files()]:
             with suppress(FileNotFoundError):
-                kind = kind_of(path, everything, people)
+                kind = kind_of(path, everything, people, self.known)
                 if kind == "unread":
                     self.unread.add(str(path))
                 elif kind == "strict" or (kind and not path.as_posix().startswith(WRITTEN_BY_MODELS + kept)):
@@ -91,7 +92,7 @@ class Work:
 
     def holds(self, path: Path, name: str) -> bool:
         """Whether a file holds some of it; `name` is what the proof calls it if it cannot be read."""
-        kind = kind_of(path, self.everything, self.strict)
+        kind = kind_of(path, self.everything, self.strict, self.known)
         if kind == "unread":
             self.unread.add(name)
         return kind in ("holding", "strict")
@@ -225,6 +226,7 @@ def clear_data(work: Work) -> None:
 
 def clear_scratch(work: Work) -> None:
     """Memoised results, checkpoints, copies of temporary experiments, leftovers of killed commands."""
+    shutil.rmtree(INDEX, ignore_errors=True)
     for name in DROPPED if work.options["pipeline"] else ():
         shutil.rmtree(SCRATCH / name, ignore_errors=True)
     own = [path for path in work.files_holding() if is_leftover(path)]

@@ -32,6 +32,7 @@ SHORT = 8  # bytes of a text or an id that other things may be called as well
 FEWEST_BYTES = 5  # different ones in a window: `00000…` is in every binary file
 CHUNK = 1 << 16
 DOCUMENT = 64 << 20  # bytes of a JSON document of many lines that is decoded as a whole
+SEEN = 1 << 16  # short values of a file that are remembered
 HEADER = 256  # chunks of a file of weights: names, vocabulary and templates; numbers hold no text
 TEXT, ID = -1, -2  # in place of a rolling hash
 TEXT_NAMES = re.compile(
@@ -99,19 +100,27 @@ class Traces:
             raise OSError(f"{path} is damaged: {type(error).__name__}") from None
 
     def _found(self, pieces: Iterable[bytes | list[Value]]) -> Iterator[str]:
-        rest = b""
+        rest, seen = b"", set()
         for piece in pieces if self.known else ():
             if isinstance(piece, list):
-                yield from self._values(piece)
-                piece = b"\n".join(_utf8(text) for _, text in piece)
+                yield from self._values(piece, seen)
+                piece = _utf8("\n".join(text for _, text in piece))
             elif b"\\u" in piece:
                 piece = _ESCAPED.sub(lambda match: _utf8(json.loads(b'"%s"' % match[0])), piece)
             data = rest + bytes(piece).translate(None, _SIGNS)
             yield from self._matches(data)
             rest = data[-(WINDOW - 1) :]
 
-    def _values(self, values: list[Value]) -> Iterator[str]:
-        for name, text in values:
+    def _values(self, values: list[Value], seen: set[Value]) -> Iterator[str]:
+        """The traces that are values; short ones that were `seen` are passed over, and most are names and roles."""
+        if len(seen) > SEEN:
+            seen.clear()
+        for value in values:
+            if value in seen:
+                continue
+            name, text = value
+            if len(text) < WINDOW:
+                seen.add(value)
             squeezed = _squeezed(text)
             if len(squeezed) >= SHORT or TEXT_NAMES.fullmatch(name or ""):
                 key = self._digest(b"text" + squeezed)
@@ -122,7 +131,7 @@ class Traces:
 
     def ids_in(self, name: str) -> Iterator[str]:
         """The trace of an id, if it is one of these, or that of the conversation of which `ID#1` is a part."""
-        for identity in {name, name.rpartition("#")[0] or name}:
+        for identity in {name, name.rpartition("#")[0] or name} if "#" in name else (name,):
             if self.known.get(key := self._digest(b"id" + _utf8(identity))) == ID:
                 yield key
 
@@ -238,7 +247,7 @@ def _json_pieces(lines: Iterable[bytes]) -> Iterator[bytes | list[Value]]:
     yield from decoded(lines, torn)
     rest = b"\n".join(torn)
     document = _loads(rest) if len(rest) <= DOCUMENT else None
-    yield list(_walk(document, None)) if document else rest
+    yield _walk(document, None) if document else rest
 
 
 def decoded(lines: Iterable[bytes], torn: list[bytes] | None = None) -> Iterator[bytes | list[Value]]:
@@ -248,7 +257,7 @@ def decoded(lines: Iterable[bytes], torn: list[bytes] | None = None) -> Iterator
     for line in lines:
         record = _loads(line.strip().rstrip(b","))
         if isinstance(record, (dict, list)):
-            values += _walk(record, None)
+            _walk(record, None, values)
             size += len(line)
         elif torn is None:
             yield line
@@ -269,23 +278,25 @@ def _loads(line: bytes | str) -> Any:
     return None
 
 
-def _walk(value: Any, name: str | None) -> Iterator[Value]:
-    """All texts in a decoded value, JSON within texts decoded as well, and numbers that are ids."""
+def _walk(value: Any, name: str | None, values: list[Value] | None = None) -> list[Value]:
+    """All texts in a decoded value, JSON within texts decoded as well, and numbers that are ids; added to `values`."""
+    values = [] if values is None else values
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if isinstance(value, dict):
+    if isinstance(value, str):
+        values.append((name, value))
+        if value[:1] in ("{", "[") and isinstance(inner := _loads(value), (dict, list)):
+            _walk(inner, name, values)
+    elif isinstance(value, dict):
         for key, held in value.items():
-            yield None, str(key)
-            yield from _walk(held, str(key))
+            values.append((None, str(key)))
+            _walk(held, str(key), values)
     elif isinstance(value, (list, tuple)):
         for held in value:
-            yield from _walk(held, name)
-    elif isinstance(value, str):
-        yield name, value
-        if value[:1] in ("{", "[") and isinstance(inner := _loads(value), (dict, list)):
-            yield from _walk(inner, name)
+            _walk(held, name, values)
     elif isinstance(value, int) and name is not None and name.endswith("id"):
-        yield name, str(value)
+        values.append((name, str(value)))
+    return values
 
 
 def _table(file: Iterable[str]) -> Iterator[list[Value]]:

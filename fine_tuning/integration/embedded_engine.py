@@ -55,11 +55,6 @@ class SharedEngines:
                 shared.users -= 1
                 self._end_idle()
 
-    def running(self) -> list[LlamaEngine]:
-        """The engines that hold memory now."""
-        with self._lock:
-            return [shared.engine for shared in self._engines.values()]
-
     def close(self) -> None:
         with self._lock:
             for shared in self._engines.values():

@@ -1,6 +1,5 @@
 """params.yaml as a whole, checked before a pipeline starts: DVC removes a stage's outputs before it runs the stage."""
 
-import json
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from fine_tuning.integration.round_policy import RoundsSettings
 from fine_tuning.integration.served_examples import ServeSettings
 from fine_tuning.model_management.model_deployer import DeploySettings
 from fine_tuning.model_management.packaging.model_package import PackageSettings
-from fine_tuning.runtime.base_model import BaseSettings
+from fine_tuning.runtime.base_model import BaseSettings, tensor_shapes
 from fine_tuning.schema.chat_format import ChatSettings
 from fine_tuning.schema.preferences import read_pairs, read_thumbs
 from fine_tuning.training.items import Prepared, choose_items
@@ -108,12 +107,8 @@ def _target_modules(path: Path, found: Any) -> Iterator[str]:
     made of `model`, else of the folder `model`. What is not here yet is checked when it is trained."""
     wanted, model, made = found["train"].lora.target_modules, found["base"].model, path.parent / "models/base"
     folder = made if read_object(made / "base.json").get("model") == model else path.parent / Path(model).expanduser()
-    modules: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as weights:
-            header = json.loads(weights.read(int.from_bytes(weights.read(8), "little")))
-        named = ((key.split("."), entry) for key, entry in header.items())
-        modules |= {key[-2] for key, entry in named if key[-1] == "weight" and len(entry["shape"]) == 2}
+    shapes = tensor_shapes(folder.glob("*.safetensors")).items()
+    modules = {key.split(".")[-2] for key, shape in shapes if key.endswith(".weight") and len(shape) == 2}
     missing = [] if isinstance(wanted, str) else [name for name in wanted if name not in modules]
     if modules and missing:
         known = ", ".join(sorted(modules - {"embed_tokens", "lm_head"}))

@@ -56,11 +56,6 @@ class Reply:
     def stop(self) -> None:
         self._end("stopped")
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the thread is done; returns whether it is."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
     def _read(self, stream: Callable[[], Iterator[str]]) -> None:
         pieces: Iterator[str] | None = None
         try:

@@ -102,7 +102,6 @@ class Deployment:
     rendered: int = 0
     compared: int = 0
     prompt_tokens: int | None = None
-    replaced: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,7 +148,6 @@ class ModelDeployer:
         _check_server(done.server_version, self.server.host)
         self._say(f"1/9 Ollama {done.server_version} answers at {self.server.host}")
         before = self.server.digests()
-        done.replaced = before.get(self.live)
         known = before.get(done.model)
         if known is None:
             self._create(bundle, done)

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import random
-import re
 import shutil
 import socket
 import tempfile
@@ -130,7 +129,7 @@ class ModelRegistry:
     def _run_of(self, adapter_sha256: str | None) -> tuple[str, str]:
         """(id, artifact address) of the newest run with this adapter, or of a new one."""
         if adapter_sha256:
-            wanted, newest = f"tags.{ADAPTER_TAG} = '{_hex(adapter_sha256)}'", ["attributes.start_time DESC"]
+            wanted, newest = f"tags.{ADAPTER_TAG} = '{adapter_sha256}'", ["attributes.start_time DESC"]
             runs = self._client.search_runs([self.store[1]], wanted, order_by=newest, max_results=1)
             if runs:
                 return runs[0].info.run_id, runs[0].info.artifact_uri
@@ -346,12 +345,6 @@ class _PatientClient:
                     ) from None
             time.sleep(wait)
             wait = min(wait * 2, 2.0)
-
-
-def _hex(sha256: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise UserError("a content hash is not a SHA-256 in hex: run `dvc repro` again")
-    return sha256
 
 
 def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:

@@ -494,7 +494,7 @@ def _prefer(event: Record, conversation: Record) -> None:
         others = alternatives_of(message)
         preferred = next((other for other in others if other.get("id") == chosen), None)
         if preferred is not None:
-            if index and messages[index - 1]["role"] == "user":
+            if index and messages[index - 1].get("role") == "user":
                 messages[index - 1]["id"] = f"{chosen}-user"
             kept = [other for other in others if other.get("id") != chosen]
             messages[index] = preferred | {"alternatives": [*kept, _alone(message)]}

@@ -138,11 +138,21 @@ def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
 
 def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Of each row the least value of all that have its key."""
-    order, starts, sizes = _by_key(keys, "quicksort")
-    found = np.empty_like(values)
-    if len(keys):
-        found[order] = np.repeat(np.minimum.reduceat(values[order], starts), sizes)
+    found, rows = values.copy(), _perhaps_several(keys)
+    if len(rows):
+        order, starts, sizes = _by_key(keys[rows], "quicksort")
+        found[rows[order]] = np.repeat(np.minimum.reduceat(values[rows[order]], starts), sizes)
     return found
+
+
+def _perhaps_several(keys: np.ndarray) -> np.ndarray:
+    """The rows whose key others may have too, by the first bits of keys that are hashes: sorting all takes longer."""
+    bits = (8 * len(keys)).bit_length()
+    places, rows = (keys >> np.uint64(64 - bits)).astype(np.int64), np.arange(len(keys), dtype=np.int32)
+    last, several = np.empty(1 << bits, np.int32), np.zeros(1 << bits, np.bool_)
+    last[places] = rows
+    several[places[last[places] != rows]] = True
+    return np.flatnonzero(several[places])
 
 
 def counts_within(keys: np.ndarray) -> np.ndarray:

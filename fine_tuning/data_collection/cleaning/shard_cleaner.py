@@ -80,7 +80,7 @@ def clean_shards(
     new = [piece for piece in pieces if piece.key not in known]
     processes = min(settings.processes or cores(), len(new))
     work = partial(clean_piece, memo=known, settings=settings, control_tokens=control_tokens)
-    with open_engine(settings.engine if new else None, processes) as engine:
+    with open_engine(settings.engine if new else None, "clean", processes, LIBRARIES) as engine:
         for done, _ in enumerate(engine(work, new), start=1):
             progress(done, len(new))
     summary = merge(list(map(work, pieces)), Memo(memo / KEPT, "clean"), output, settings)

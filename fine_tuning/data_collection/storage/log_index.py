@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from fine_tuning.common.records import read_line
 from fine_tuning.data_collection.conversation_logger import read_event
+from fine_tuning.data_collection.storage.shard_index import ShardIndex, key_of
 from fine_tuning.data_collection.storage.shards import located_versions
 from fine_tuning.schema.conversation import message_ids
 
@@ -26,7 +27,6 @@ _PUT = (
     "INSERT INTO known (conversation, file, start, length) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
     "SET file = excluded.file, start = excluded.start, length = excluded.length RETURNING number"
 )
-_SLOTS = 1 << 20
 _HAS_EVENTS = "SELECT 1 FROM event WHERE conversation = ? LIMIT 1"
 _PLACE, _FILE = "SELECT path, start, length FROM", "JOIN file ON file = file.number"
 
@@ -82,17 +82,27 @@ class LogIndex:
 
         Returns the keys of the conversations that events were found to belong to.
         """
-        loose = {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
-        events = bytearray(_SLOTS)  # a quick test of whether a conversation may have events
-        for (key,) in self._db.execute("SELECT conversation FROM event"):
-            events[hash(key) % _SLOTS] = 1
-        indexed, shard, file = set(), None, 0
+        return self._add_versions(located_versions(paths), see)
 
-        def wanted(identity: str) -> bool:
-            return bool(events[hash(key_of(identity)) % _SLOTS])
+    def add_indexed(self, shards: ShardIndex) -> None:
+        """`add_shards` that reads of the shards only the conversations that have events, unless an event names only a
+        message that no log has."""
+        if self._loose():
+            self.add_shards(shards.shards)
+        else:
+            keys = self._db.execute("SELECT DISTINCT conversation FROM event WHERE conversation NOT NULL")
+            self._add_versions(shards.located(key for (key,) in keys))
 
+    def _loose(self) -> set[bytes]:
+        """Messages that events name, and that belong to no conversation that is known."""
+        return {key for (key,) in self.rows("SELECT message FROM event WHERE conversation IS NULL")} - {None}
+
+    def _add_versions(
+        self, located: Iterable[tuple[Path, int, int, dict]], see: Callable[[int, dict, Path], None] | None = None
+    ) -> set[bytes]:
+        loose, indexed, shard, file = self._loose(), set(), None, 0
         self.rows("BEGIN")
-        for path, start, length, version in located_versions(paths, None if see or loose else wanted):
+        for path, start, length, version in located:
             key = key_of(version["id"])
             for message in loose.intersection(map(key_of, message_ids(version))) if loose else ():
                 self.rows("UPDATE event SET conversation = ? WHERE conversation IS NULL AND message = ?", key, message)
@@ -186,8 +196,3 @@ class LogIndex:
 
     def rows(self, query: str, *values: Any) -> list[tuple]:
         return self._db.execute(query, values).fetchall()
-
-
-def key_of(identity: str) -> bytes:
-    """An id as SQLite keeps it, lone surrogates too."""
-    return identity.encode("utf-8", "surrogatepass")

@@ -9,6 +9,7 @@ from typing import Any
 from fine_tuning.common.records import dump_line, replacing
 from fine_tuning.data_collection.conversation_logger import rename_log
 from fine_tuning.data_collection.storage.log_index import LogIndex
+from fine_tuning.data_collection.storage.shard_index import ShardIndex
 from fine_tuning.data_collection.storage.shards import next_stamp, shard_paths, write_shard
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.schema.conversation import fold, version_hash
@@ -24,16 +25,18 @@ def close_log(log: Path, folder: Path) -> list[Path]:
     return sorted(closed.glob("*.jsonl"))
 
 
-def seal_log(closed: Path, folder: Path, manifest: Path, tombstones: Tombstones | None = None) -> dict[str, Any]:
+def seal_log(
+    closed: Path, folder: Path, manifest: Path, tombstones: Tombstones | None = None, memo: Path | None = None
+) -> dict[str, Any]:
     """Fold a closed log onto the newest versions of the conversations that it touches, and write them as a shard.
 
     One conversation at a time is in memory. Doing it again, after a crash or not, gives the same conversations. What
     was forgotten is left out. What cannot be used is kept beside the log: `<name>.torn` for lines that are no events,
-    `<name>.unmatched` for events on conversations nobody knows.
+    `<name>.unmatched` for events on conversations nobody knows. `memo` is the folder of the index of shards.
     """
     index = LogIndex()
     _, torn = index.add_log(closed)
-    index.add_shards(shard_paths(folder, manifest))
+    index.add_indexed(ShardIndex.read(shard_paths(folder, manifest), memo, tombstones))
     counts: Counter[str] = Counter(torn=len(torn))
     unmatched: list[dict] = []
 

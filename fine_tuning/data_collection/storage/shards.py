@@ -7,16 +7,13 @@ shards is that of the manifest: the shards that it names, then newcomers by name
 import hashlib
 import os
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.records import dump_line, read_json, read_line, read_lines, sync
+from fine_tuning.common.records import copy_file, dump_line, read_json, read_line, sync
 from fine_tuning.common.settings import Settings
 from fine_tuning.schema.conversation import SCHEMA_VERSION, can_be_folded, from_line
 
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
-_ID_FIRST = re.compile(rb'\{"id":"([^"\\]{1,512})"')
+ID_FIRST = re.compile(rb'\{"id":"([^"\\]{1,512})"')
 
 
 class IntakeSettings(Settings):
@@ -89,62 +86,30 @@ def located_versions(
         with open(path, "rb") as file:
             for line in file:
                 begin, end = end, end + len(line)
-                if wanted and (first := _ID_FIRST.match(line)) and not wanted(first[1].decode("utf-8", "replace")):
+                if wanted and (first := ID_FIRST.match(line)) and not wanted(first[1].decode("utf-8", "replace")):
                     continue
-                try:
-                    record = _parsed(line)
-                except (ValueError, RecursionError):
-                    continue
-                if can_be_folded(record) and (wanted is None or wanted(record["id"])):
-                    if record.get("schema_version", 1) != SCHEMA_VERSION:
-                        raise UserError(f"{path} was written by another version of this project: update this one")
-                    yield path, begin, len(line), record
+                record = version_in(line)
+                if record is not None and (wanted is None or wanted(record["id"])):
+                    yield path, begin, len(line), of_this_version(path, record)
 
 
-def _parsed(line: bytes) -> Any:
+def version_in(line: bytes) -> dict | None:
+    """The version of a conversation in a shard's line; None if it is none."""
     try:
-        return from_line(line)
+        record = from_line(line)
     except (ValueError, RecursionError):  # what Python writes and orjson does not read
-        return read_line(line)
+        try:
+            record = read_line(line)
+        except (ValueError, RecursionError):
+            return None
+    return record if can_be_folded(record) else None
 
 
-def newest(paths: list[Path]) -> Iterator[dict]:
-    """The newest version of every conversation; in memory are some bytes a line."""
-    import numpy as np  # here, as commands that read no shard start without it
-
-    ids = np.fromiter(_ids(paths), np.int64)
-    _, last = np.unique(ids[::-1], return_index=True)
-    wanted = np.zeros(len(ids), np.bool_)
-    wanted[len(ids) - 1 - last] = True
-    lines = (line for path in paths for _, line in read_lines(path))
-    for line in compress(lines, wanted):
-        with suppress(ValueError, RecursionError):
-            if can_be_folded(version := _parsed(line)):
-                yield version
-
-
-def count_conversations(paths: Iterable[Path]) -> int:
-    """Number of different conversation ids in the shards."""
-    return len(set(_ids(paths)))
-
-
-def _ids(paths: Iterable[Path]) -> Iterator[int]:
-    """A number for the id of each line, the same for the same id."""
-
-    def identity(line: bytes) -> bytes:
-        if first := _ID_FIRST.match(line):
-            return first[1]
-        with suppress(ValueError, RecursionError):
-            if can_be_folded(version := _parsed(line)):
-                return version["id"].encode("utf-8", "surrogatepass")
-        return line
-
-    return (hash(identity(line)) for path in paths for _, line in read_lines(path))
-
-
-def newest_versions(paths: Iterable[Path], ids: set[str]) -> dict[str, dict]:
-    """The newest version of each of the given conversations that exists."""
-    return {record["id"]: record for record in versions(paths, ids.__contains__)}
+def of_this_version(path: Path, record: dict) -> dict:
+    """The same record. Raises UserError if another version of this project wrote it."""
+    if record.get("schema_version", 1) != SCHEMA_VERSION:
+        raise UserError(f"{path} was written by another version of this project: update this one")
+    return record
 
 
 def next_stamp(*folders: Path) -> str:
@@ -198,37 +163,26 @@ def wanted_shards(folder: str | Path, manifest: str | Path, sample: bool) -> lis
     return [path for path in shard_paths(folder, manifest) if sample or _source(path) != "sample"]
 
 
-class Scanned(NamedTuple):
-    """What a shard says when it is read once."""
-
-    entry: dict[str, Any]  # of the manifest
-    ids: "array[int]"  # eight bytes for the conversation of each line
-    suspect: bool  # whether a line may be of a conversation that was forgotten
-
-
-def scan_shard(path: Path, forgotten: Callable[[str], bool] = lambda identity: False) -> Scanned:
-    """Read a shard once; `forgotten` is asked of each conversation's id. Raises UserError if the shard is gone."""
-    ids, suspect = array("Q"), False
-
-    def see(line: bytes) -> None:
-        nonlocal suspect
-        start = _ID_FIRST.match(line)
-        name = start.group(1) if start else line.rstrip(b"\n")
-        ids.append(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()))
-        suspect = suspect or not start or forgotten(name.decode("utf-8", "replace"))
-
-    return Scanned(describe_shard(path, see), ids, suspect)
+def keep_twice(folder: Path) -> None:
+    """Make shards that are hard links to DVC's cache, after a `dvc checkout` say, files of their own: what damages one
+    leaves the other."""
+    for path in folder.glob("*.jsonl"):
+        if path.is_file() and path.stat().st_nlink > 1:
+            copy_file(path, path)
+            path.chmod(0o444)
 
 
 def bring_back(shard: str | Path) -> str:
     """What mends a shard that is gone or was changed.
 
-    `dvc checkout` alone does not: `dvc repro` has written the damage into the folder's .dvc file by then.
+    `dvc checkout` alone does not: `dvc repro` has written the damage into the folder's .dvc file by then. And `dvc get
+    --force` puts no link in the place of a file.
     """
     tracked = f"{Path(shard).parent}.dvc"
     return (
-        f"bring it back with `dvc get -f . {shard} --rev HEAD -o {shard}`, or all shards of the last commit, and none "
-        f"that came later, with `git checkout HEAD {tracked} && dvc checkout {tracked}` (or `dvc pull {tracked}`)"
+        f"bring it back with `rm -f {shard} && dvc get . {shard} --rev HEAD -o {shard}`, or all shards of the last "
+        f"commit, and none that came later, with `git checkout HEAD {tracked} && dvc checkout {tracked}` (or `dvc pull "
+        f"{tracked}`)"
     )
 
 

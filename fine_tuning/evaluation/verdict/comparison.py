@@ -10,7 +10,7 @@ HOLD           anything else; a leak, an undefined primary metric or people who 
                compared with hold however few the conversations
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from fine_tuning.evaluation.records.measurements import (
     Metrics,
     by_contender,
     likelihood_columns,
-    measures_of,
 )
 from fine_tuning.evaluation.records.record_types import CANDIDATE, FEW_SHOT, PROMPTED, finite
 from fine_tuning.evaluation.records.settings import ADAPTER, METRIC_MODULES, EvaluateSettings, IntervalSettings
@@ -43,7 +42,7 @@ from fine_tuning.evaluation.verdict.differences import (
     shortfall,
     surely_lost,
 )
-from fine_tuning.evaluation.verdict.guards import guard, guard_differences, paired
+from fine_tuning.evaluation.verdict.guards import guard, guard_differences
 from fine_tuning.evaluation.verdict.judge import JudgeCount
 from fine_tuning.evaluation.verdict.memorisation import kept, untested
 from fine_tuning.evaluation.verdict.privacy import leaks
@@ -147,10 +146,11 @@ def compare(
         settings = settings.model_copy(update={"secondary": {}})
     present = {line["contender"] for line in records}
     pairs = {name: differences(records, metrics, name, intervals) for name in BASELINES if name in present}
-    for baseline, rows in pairs.items():
-        if preferred := paired(files, PREFERENCE, baseline, intervals.confidence):
-            rows[PREFERENCE] = preferred
     others = guard_differences(files, pairs, intervals.confidence)
+    asked = {name: {metric: row for metric, row in others[name].items() if metric not in MEASURES} for name in pairs}
+    for baseline, rows in pairs.items():
+        if preferred := others[baseline].get(PREFERENCE):
+            rows[PREFERENCE] = preferred
     deciding = {
         baseline: settings.primary if settings.primary in found else ANY_TOKENIZER
         for baseline, found in pairs.items()
@@ -160,7 +160,7 @@ def compare(
 
     secondary, inferior, notes = non_inferiority(pairs, settings.secondary)
     notes += surely_lost(pairs, (*settings.secondary, *deciding.values()), (1 - intervals.confidence) / 2)
-    notes += surely_lost(benchmark_differences(files, pairs, intervals.confidence), (), (1 - intervals.confidence) / 2)
+    notes += surely_lost(asked, (), (1 - intervals.confidence) / 2)
     notes += looping(pairs)
     quantisation, coarse = quantising_loss(records, metrics, intervals, settings)
     prompted, as_good, close = prompting_baselines(records, metrics, intervals, settings)
@@ -182,7 +182,7 @@ def compare(
         | {difference.baseline: {"metric": difference.metric} | difference.as_json() for difference in primary},
         "secondary": secondary,
         "differences": {
-            baseline: {name: difference.as_json() for name, difference in found.items()} | others[baseline]
+            baseline: {name: difference.as_json() for name, difference in (found | others[baseline]).items()}
             for baseline, found in pairs.items()
         },
         "other_tokens": [baseline for baseline, found in pairs.items() if pairs["base"].keys() - found.keys()],
@@ -218,17 +218,6 @@ def primary_differences(
     ]
     found = (shortfall(difference, settings.minimum_effect) for difference in primary)
     return primary, against + [reason for reason in found if reason]
-
-
-def benchmark_differences(
-    files: Files, baselines: Iterable[str], confidence: float
-) -> dict[str, dict[str, Difference]]:
-    """{baseline: {metric: paired difference}} of the public benchmarks."""
-    asked = sorted(measures_of(files).keys() - MEASURES.keys())
-    return {
-        name: {metric: row for metric in asked if (row := paired(files, metric, name, confidence))}
-        for name in baselines
-    }
 
 
 def too_few(primary: Sequence[Difference], settings: CompareSettings) -> list[str]:

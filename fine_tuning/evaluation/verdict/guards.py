@@ -47,15 +47,11 @@ def guard(
     return {name: row[0] for name, row in found.items()}, reasons, notes
 
 
-def guard_differences(files: Files, baselines: Iterable[str], confidence: float) -> dict[str, dict[str, Any]]:
-    """{baseline: {metric: paired difference}} as comparison.json has them for other metrics."""
+def guard_differences(files: Files, baselines: Iterable[str], confidence: float) -> dict[str, dict[str, Difference]]:
+    """{baseline: {metric: paired difference}} of MEASURES and public benchmarks."""
     return {
-        baseline: {
-            metric: row.as_json()
-            for metric in measures_of(files)
-            if (row := paired(files, metric, baseline, confidence))
-        }
-        for baseline in baselines
+        name: {metric: row for metric in measures_of(files) if (row := paired(files, metric, name, confidence))}
+        for name in baselines
     }
 
 
