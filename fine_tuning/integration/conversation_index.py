@@ -121,14 +121,13 @@ class Texts:
         for step in range(0, len(self._numbers), AT_ONCE):
             starts = self._starts[step : step + AT_ONCE + 1].tolist()
             content, place = self._read(starts), 0
-            ends = [start - starts[0] for start in starts[1:]]
             position = content.find(first)
             while 0 <= position < len(content):
-                place = bisect_right(ends, position, place)
-                start = ends[place - 1] if place else 0
-                if all(content.find(word, start, ends[place]) >= 0 for word in others):
+                place = bisect_right(starts, starts[0] + position, place + 1) - 1
+                start, end = starts[place] - starts[0], starts[place + 1] - starts[0]
+                if all(content.find(word, start, end) >= 0 for word in others):
                     found.append(self._numbers[step + place])
-                position = content.find(first, ends[place])
+                position = content.find(first, end)
         return [number for number in found if number]
 
     def _read(self, starts: Sequence[int]) -> bytes:
