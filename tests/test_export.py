@@ -310,6 +310,17 @@ def test_shards_that_changed_or_went_give_what_an_export_from_nothing_gives(clea
     assert files_of(Path("data/exports")) == grown
 
 
+def test_formats_in_another_order_are_the_same_formats(clean):
+    export_clean(formats=("openai", "csv"))
+    write_jsonl("data/clean/1-import.jsonl", CONVERSATIONS[1:4])
+    export_clean(formats=("csv", "openai"))
+    grown = files_of(Path("data/exports"))
+    for folder in (Path("data/exports"), Path("memo")):
+        folder.rename(f"old-{folder.name}")
+    export_clean(formats=("csv", "openai"))
+    assert files_of(Path("data/exports")) == grown
+
+
 def test_a_file_that_somebody_wrote_into_is_made_again(clean):
     export_clean()
     before = files_of(Path("data/exports"))

@@ -128,7 +128,8 @@ def export_shards(
     Returns:
         Format → conversations `exported` and `skipped`, and `bytes` written.
     """
-    counts = {name: Counter(exported=0, skipped=0, bytes=0) for name in settings.formats}
+    # Sorted: a memo's key does not tell their order, and LINES has a column for each.
+    counts = {name: Counter(exported=0, skipped=0, bytes=0) for name in sorted(settings.formats)}
     files = {name: file_of(name, settings.compression) for name in counts}
     stale = {path for path in folder.rglob("*") if path.is_file()}
     known = list(zip([shard.resolve() for shard in shards], memo.hashes(shards), strict=True))
