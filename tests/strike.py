@@ -125,6 +125,7 @@ def die_at(limit: int) -> None:
 
 def fill_disk(size: int) -> None:
     """From now on a file that would grow beyond `size` bytes does not (EFBIG), nor does one that is longer already."""
+    sys.dont_write_bytecode = True  # Python 3.11 keeps a file of it that was cut short (python/cpython#126606)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
