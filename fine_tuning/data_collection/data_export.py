@@ -10,6 +10,7 @@ import io
 import mmap
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -190,43 +191,40 @@ def _write_shard(
     with _writers(paths, partial(open, mode="wb")) as writers, open(shard, "rb") as lines, ExitStack() as stack:
         sources = [stack.enter_context(_mapped(earlier / file)) for file in files.values()] if known else []
         ends = np.concatenate([[[0, *(len(writer.container.head) for writer in writers)]], old])
-        table = [old[:0]]
+        table = array("q")
         for place, count, line in _stretches(lines, old[:, 0].tolist()):
             if place is None:
                 for writer, entry in zip(writers, entries_of(from_line(line), files), strict=True):
                     writer.add(entry, exported=int(bool(entry)))
-                table.append(np.array([[_hash(line), *(writer.end for writer in writers)]]))
+                table.extend((count, *(writer.end for writer in writers)))
                 continue
             rows = ends[place : place + count + 1].copy()
             exported = np.count_nonzero(np.diff(rows, axis=0), axis=0).tolist()
             for column, (writer, source) in enumerate(zip(writers, sources, strict=True), start=1):
                 writer.add(source[rows[0, column] : rows[-1, column]], exported[column], count)
                 rows[:, column] += writer.end - rows[-1, column]
-            table.append(rows[1:])
+            table.frombytes(rows[1:].tobytes())
     if plain:
-        np.concatenate(table).tofile(folder / LINES)
+        (folder / LINES).write_bytes(table.tobytes())
     return {writer.name: writer.counts for writer in writers}
 
 
 def _stretches(lines: Iterable[bytes], known: Iterable[int]) -> Iterator[tuple[int | None, int, bytes]]:
-    """(None, 1, line) of a line whose hash is not known, (place of the first, how many, b"") of known ones in a row."""
+    """(None, hash, line) of a line that is not known; (place of the first, how many, b"") of known ones in a row."""
     place_of = {digest: place for place, digest in enumerate(known)}
     start, count = 0, 0
     for line in lines:
-        place = place_of.get(_hash(line))
+        digest = int.from_bytes(blake2b(line, digest_size=8).digest(), signed=True)
+        place = place_of.get(digest)
         if count and place != start + count:
             yield start, count, b""
             count = 0
         if place is None:
-            yield None, 1, line
+            yield None, digest, line
         else:
             start, count = place - count, count + 1
     if count:
         yield start, count, b""
-
-
-def _hash(line: bytes) -> int:
-    return int.from_bytes(blake2b(line, digest_size=8).digest(), signed=True)
 
 
 def _mapped(path: Path) -> AbstractContextManager[Any]:
