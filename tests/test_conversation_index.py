@@ -227,6 +227,13 @@ def test_a_conversation_is_opened_whose_id_has_no_utf_8(tmp_path):
     assert index.conversation(found.id, "chat")["id"] == "c\ud800"
 
 
+def test_what_was_masked_is_found_in_a_last_line_without_an_end(tmp_path):
+    (tmp_path / "1-chat.jsonl").write_bytes(
+        b'{"id":"a","messages":[]}\n{"id":"b","messages":["<EMAIL_1> or <PHONE_1>"]}'
+    )
+    assert list(data_view._masked_in(tmp_path / "1-chat.jsonl")) == [("b", "EMAIL\nPHONE")]
+
+
 def test_two_people_who_open_the_page_data_at_once_get_the_same(tmp_path, monkeypatch):
     shutil.copy(ROOT / "params.yaml", tmp_path)
     records = [

@@ -554,13 +554,14 @@ def test_without_the_key_tombstones_are_neither_guessed_nor_passed_over(project,
     assert "1 left out (forgotten" in fine_tuning(clone, "import", str(file))
 
 
-def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project, tmp_path):
+@pytest.mark.parametrize("before", ["", "dvc repro -q data/conversations.dvc"])
+def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project, tmp_path, before):
     clone = tmp_path / "clone"
     sh(tmp_path, f"git clone -q {project} clone")
     sh(clone, "git config user.email t@example.org && git config user.name T && dvc pull -q")
     assert forget_in_process(conversation=canary()["id"])[0] == 0
     sh(project, "git add -A && git commit -qm Forget && dvc push -q")
-    sh(clone, "git pull -q")
+    sh(clone, f"git pull -q\n{before}")
     done = run(clone, "--again", "--yes")
     assert done.returncode == 0, done.stdout + done.stderr
     assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate")) == [], done.stdout

@@ -767,6 +767,13 @@ def test_seal_and_import_read_only_shards_that_are_new(project, tmp_path, comman
     assert [project.folder / path for path in read] == shards(project)[2:4]
 
 
+def test_stats_count_where_the_index_cannot_be_kept(project, command):
+    sealed(command, project, "a", "b")
+    shutil.rmtree(project.folder / ".whetstone/memo")
+    (project.folder / ".whetstone/memo").symlink_to("/nowhere/memo")  # of a disk that is not there
+    assert json.loads(command(project, "stats", "--all"))["total_conversations"] == 2
+
+
 def test_a_shard_that_arrives_meanwhile_asks_for_another_run(project, monkeypatch, command):
     sealed(command, project, "a")
     monkeypatch.chdir(project.folder)

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fine_tuning.common.dvc_files import cached, md5_file
 from fine_tuning.common.errors import UserError
@@ -17,7 +19,7 @@ from fine_tuning.integration.ollama_client import OllamaClient
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.chat_format import load_tokenizer
 from tests.fake_ollama import FakeOllama
-from tests.registered import here, sh
+from tests.registered import environment, here, sh
 
 pytestmark = pytest.mark.end_to_end
 
@@ -67,6 +69,34 @@ def test_a_flipped_bit_in_the_cache_is_named_and_mended_by_the_remedy(project, c
     assert "models/champion/package/model.gguf, models/package/model.gguf" in damage["what"]
     sh(project, damage["remedy"].partition(" (")[0])
     assert verify(capsys, "--local") == (0, []) and md5_file(GGUF) == md5
+
+
+def test_what_a_stage_made_of_a_damaged_output_is_made_again_too(project, capsys):
+    stages, weights = yaml.safe_load(Path("dvc.yaml").read_text()), Path("models/adapter/adapter_model.safetensors")
+    stages["stages"]["copy"] = {"cmd": f"cp {weights} copied", "deps": [str(weights.parent)], "outs": ["copied"]}
+    Path("dvc.yaml").write_text(yaml.safe_dump(stages))
+    sound, kept = weights.read_bytes(), cached(project, md5_file(weights))
+    weights.unlink()
+    os.link(kept, weights)
+    flip(weights)
+    sh(project, "dvc repro -q -s copy")
+    (damage,) = (finding for finding in verify(capsys, "--local")[1] if "cache" in finding["place"])
+    mend, _, others = damage["remedy"].partition(" (")
+    sh(project, f"{mend} && {others.split('`')[3]} -q -s copy")
+    assert Path("copied").read_bytes() == weights.read_bytes() == sound
+
+
+def test_the_remedy_keeps_what_is_left_of_conversations(project, capsys):
+    shard = next(Path("data/conversations").glob("*.jsonl"))
+    sh(project, "dvc remote remove store")
+    kept = cached(project, md5_file(shard))
+    shard.unlink()
+    os.link(kept, shard)  # as `dvc checkout` does, until intake runs
+    flip(shard)
+    data = shard.read_bytes()
+    (damage,) = (finding for finding in verify(capsys, "--local")[1] if "cache" in finding["place"])
+    subprocess.run(damage["remedy"].partition(" (")[0], shell=True, env=environment())
+    assert not shard.exists() and data in [path.read_bytes() for path in Path(".whetstone").glob("damaged-*")]
 
 
 def test_a_flipped_bit_in_a_shard_that_intake_knows_is_found(project, capsys):

@@ -316,8 +316,12 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _index(tombstones: Tombstones) -> ShardIndex:
-    """The index of the shards, which intake keeps too."""
-    return ShardIndex.read(shards.shard_paths(CONVERSATIONS, MANIFEST), main_checkout() / INDEX, tombstones)
+    """The index of the shards, which intake keeps too; where it cannot be kept, they are read."""
+    found = shards.shard_paths(CONVERSATIONS, MANIFEST)
+    try:
+        return ShardIndex.read(found, main_checkout() / INDEX, tombstones)
+    except OSError:  # another user's checkout, or a disk that is read-only
+        return ShardIndex.read(found, None, tombstones)
 
 
 # -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc
+from fine_tuning.common.dvc_files import cached, fetch, listing, read_dvc, show_file
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, MANIFEST, VOTES, main_checkout, root
 from fine_tuning.common.records import copy_file
@@ -148,8 +148,11 @@ def _tombstones() -> Tombstones:
     what was forgotten there."""
     with suppress(UserError):
         return Tombstones(FORGOTTEN)
-    folder = read_dvc(CONVERSATIONS.with_suffix(".dvc"))
-    if folder and fetch([folder]):
+    tracked = CONVERSATIONS.with_suffix(".dvc")
+    committed = yaml.safe_load(show_file(Path.cwd(), "HEAD", tracked.as_posix()) or b"") or {}
+    # A `dvc repro` that was refused has written the shards that are here into the file, without the key.
+    folders = {read_dvc(tracked), *(out["md5"] for out in committed.get("outs", ()))} - {None}
+    for folder in filter(lambda folder: fetch([folder]), folders):
         keys = {name: md5 for name, md5 in (listing(Path.cwd(), folder) or {}).items() if name.endswith(".key")}
         fetch(keys.values())
         for name, md5 in keys.items():

@@ -18,7 +18,7 @@ from fine_tuning.commands.rebuild import rebuild
 from fine_tuning.common.dvc_files import cache_folder, dvc_objects, files_below, md5_file, open_repo, used_objects
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores
-from fine_tuning.common.project import CONVERSATIONS, MANIFEST, root, sha256_file
+from fine_tuning.common.project import CONVERSATIONS, MANIFEST, VOTES, root, sha256_file
 from fine_tuning.common.protection import FOLDERS, OTHERS, open_to_others
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_collection.storage.shards import bring_back, read_manifest
@@ -98,6 +98,9 @@ def check_privacy(checkout: Path) -> Checked:
 # ----------------------------------------------------------------------------------------------------------------- DVC
 
 
+NO_OUTPUT = (CONVERSATIONS, VOTES, champion.FOLDER)  # in DVC's cache, but of no stage
+
+
 def check_shards() -> Checked:
     """Hash the conversations: intake reads no shard again whose size and time are as they were."""
     checked = Checked("the conversations' shards")
@@ -129,11 +132,18 @@ def check_cache(checkout: Path) -> Checked:
         for name, path in used_objects(repo):
             used.setdefault(name, set()).add(path)
     for path in damaged:
-        users = ", ".join(sorted(used.get(path.parent.name + path.name, ()))) or "nothing here"
+        users = sorted(used.get(path.parent.name + path.name, ()))
         place = shlex.quote(str(path))
         remedy = f"find {place} . -samefile {place} -delete && dvc fetch && dvc checkout"
-        remedy += " (or `dvc repro` in place of both where no remote has it)"
-        checked.add(DAMAGED, f"{path} (used by {users})", remedy)
+        if users and all(any(Path(user).is_relative_to(own) for own in NO_OUTPUT) for user in users):
+            kept = f".whetstone/damaged-{path.name}"
+            remedy = f"cp {place} {kept} && {remedy} (no stage makes it again: keep {kept} where no remote has it)"
+        else:
+            remedy += (
+                " (or `dvc repro` in place of both where no remote has it); if a stage has run since it was damaged, "
+                "`dvc repro -f` afterwards: what was made of it is not known"
+            )
+        checked.add(DAMAGED, f"{path} (used by {', '.join(users) or 'nothing here'})", remedy)
     return checked
 
 

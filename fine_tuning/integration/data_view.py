@@ -309,7 +309,7 @@ def _drops_in(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _masked_in(path: Path) -> Iterator[tuple[str, str]]:
-    content, types = path.read_bytes(), dict[int, set[str]]()  # by where a line begins
+    content, types = path.read_bytes() + b"\n", dict[int, set[str]]()  # by where a line begins
     for match in _PLACEHOLDER.finditer(content):
         types.setdefault(content.rfind(b"\n", 0, match.start()) + 1, set()).add(match[1].decode())
     for start, found in types.items():
