@@ -16,6 +16,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fine_tuning.common.results import Memo
 from fine_tuning.data_collection.cleaning import shard_merger
 from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_preparation import encoded_memo, split_writer
@@ -340,6 +341,18 @@ DAMAGE = {
         for odd in ODD
     },
 }
+
+
+def test_what_another_run_removes_is_made_again(tmp_path):
+    def make(folder, earlier):
+        (folder / "made").write_text("again")
+        return 1
+
+    memo = Memo(tmp_path, "export")
+    folder, _ = memo.files(["key"], make)
+    assert ["key"] in memo
+    shutil.rmtree(folder)
+    assert memo.files(["key"], make) == (folder, 1) and (folder / "made").read_text() == "again"
 
 
 def test_a_damaged_memo_costs_time_only(empty, tmp_path, monkeypatch):
