@@ -164,9 +164,9 @@ def wanted_shards(folder: str | Path, manifest: str | Path, sample: bool) -> lis
 
 
 def keep_twice(folder: Path) -> None:
-    """Make shards that are hard links to DVC's cache, after a `dvc checkout` say, files of their own: what damages one
-    leaves the other."""
-    for path in folder.glob("*.jsonl"):
+    """Make shards, and the keys beside them, that are hard links to DVC's cache, after a `dvc checkout` say, files of
+    their own: what damages one leaves the other."""
+    for path in folder.glob("*"):
         if path.is_file() and path.stat().st_nlink > 1:
             copy_file(path, path)
             path.chmod(0o444)
