@@ -1,6 +1,7 @@
 """Outputs may be hard links to DVC's cache (`cache.type`): whoever opened one for writing would change the cache."""
 
 import hashlib
+import os
 
 import pytest
 
@@ -63,6 +64,22 @@ def test_the_records_of_the_champion_are_restored_beside_those_that_dvc_keeps(pr
     before = objects(project)
     assert "restored" in project.run("python", "-m", "stages.evaluate")
     assert_kept(before, project)
+
+
+def test_a_verdict_on_records_that_were_edited_in_place_is_refused(project):
+    """The edit is in DVC's cache too, and DVC trusts size and time."""
+    records = project.folder / "data/evaluation/items.jsonl"
+    known, data = records.stat(), bytearray(records.read_bytes())
+    digit = data.index(b'"nll":') + len(b'"nll":')
+    data[digit] = ord("2" if data[digit] == ord("1") else "1")
+    records.chmod(0o644)
+    records.write_bytes(data)
+    os.utime(records, ns=(known.st_atime_ns, known.st_mtime_ns))
+    records.chmod(known.st_mode)
+    project.run("dvc", "repro", "-q", "-f", "-s", "compare")
+    assert "up to date" in project.run("dvc", "status")
+    said = project.run("python", "-m", "fine_tuning", "promote", "--force", "trial", check=False)
+    assert "data/evaluation is not what dvc.lock describes" in said
 
 
 def test_conversations_are_kept_twice(project):
