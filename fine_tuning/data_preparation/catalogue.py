@@ -167,12 +167,13 @@ class LineIndex:
     def __init__(self, lines: np.ndarray) -> None:
         self._order = np.argsort(lines[:, 0], kind="stable")
         self._ranked = lines[self._order]
+        self._first = np.ascontiguousarray(self._ranked[:, 0])
 
     def find(self, lines: np.ndarray) -> np.ndarray:
         """The row of each; -1 for one that is not among them."""
         if not len(self._ranked):
             return np.full(len(lines), -1)
-        places = np.minimum(search(self._ranked[:, 0], lines[:, 0]), len(self._ranked) - 1)
+        places = np.minimum(search(self._first, lines[:, 0]), len(self._ranked) - 1)
         return np.where((self._ranked[places] == lines).all(axis=1), self._order[places], -1)
 
 
@@ -246,6 +247,7 @@ class Catalogue:
         newest = np.zeros(len(facts), bool)
         newest[len(facts) - 1 - np.unique(keys[::-1], return_index=True)[1]] = True
         self.split = np.where(newest, ledger.splits_of(keys), -1).astype(np.int8)
+        self._new = self.split < 0  # to the ledger
         places = _find(self._heirs, keys)
         heirs = newest & (self.split < 0) & (places >= 0)
         self.split[heirs] = self._inherited[places[heirs]]
@@ -321,7 +323,7 @@ class Catalogue:
 
     def remember(self, ledger: Ledger) -> int:
         """Append every deal to the ledger, those of heirs that are in no file too; returns how many are new."""
-        dealt = self.split >= 0
+        dealt = (self.split >= 0) & self._new
         keys = np.concatenate([self.facts["id"][dealt], self._heirs])
         return ledger.append_keys(keys, np.concatenate([self.split[dealt], self._inherited]))
 
