@@ -119,7 +119,7 @@ def keep_made_of(folder: Path, sources: Set[str]) -> list[Path]:
     stay = []
     for path in folder.iterdir() if folder.is_dir() else ():
         of = (_sound_entry(path) or {}).get("of")
-        if of is not None and sources.issuperset(of):
+        if of is not None and all(one in sources for one in of):
             stay.append(path)
     names = {path.name for path in stay}
     for path in folder.iterdir() if folder.is_dir() else ():
