@@ -742,6 +742,7 @@ SCRIPTS = (
     "?!",
     "a\nb",
     '"q"',
+    "C:\\new\\u0041 \\\\n",
 )
 
 
@@ -755,6 +756,8 @@ def test_a_text_of_any_length_and_script_is_found_in_every_record(tmp_path_facto
     plain, pretty = json.dumps(record), json.dumps(record, ensure_ascii=False, indent=1)
     line = json.dumps({"id": "other", "messages": []}) + "\n" + json.dumps(record, ensure_ascii=False) + "\n"
     kept = {"json": plain, "pretty": pretty, "jsonl": line, "bom": "\ufeff" + line}
+    kept["in JSON"] = json.dumps({"id": "other", "content": plain})
+    kept["in JSON in JSON"] = json.dumps([kept["in JSON"]], ensure_ascii=False)
     for name, data in kept.items():
         (folder / name).write_text(data, encoding="utf-8", newline="")
     (folder / "gz").write_bytes(gzip.compress(line.encode()))

@@ -109,7 +109,8 @@ def collect(
     models, names = Traces.of(said_by_models, key), Traces.of(found.ids | found.messages, key, ID)
     lines = (line for shard in shards for line in _lines_that_stay(shard, found))
     events = (line for log in logs for line, event in read_log(log) if event and not _concerns(event, found))
-    others = (people | models | names).all_in(decoded(chain(lines, events)))
+    every = people | models | names
+    others = every.all_in(decoded(every.lines_that_may_hold(chain(lines, events))))
     own = {trace for trace, kind in Traces.of(found.ids, key, ID).known.items() if kind == ID}
     found.people, found.models, found.names = people, models.without(people.known), names.without(others - own)
     found.leave_out(others)

@@ -15,8 +15,9 @@ import json
 import re
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import closing, suppress
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from functools import cached_property, partial
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from fine_tuning.common.records import read_line
 
 WINDOW = 24
 WINDOWS_OF_A_TEXT = 16
+NESTED = 8  # JSON texts in JSON texts in …, of which the quick test undoes the escapes
+MOST_SHORT = 64  # texts and ids that are sought one by one
 SHORT = 8  # bytes of a text or an id that other things may be called as well
 FEWEST_BYTES = 5  # different ones in a window: `00000…` is in every binary file
 CHUNK = 1 << 16
@@ -50,10 +53,15 @@ Value = tuple[str | None, str]
 
 
 class Traces:
-    """A set of fingerprints: {keyed hash in hex: rolling hash, TEXT or ID}. Without the key it reveals nothing."""
+    """A set of fingerprints: {keyed hash in hex: rolling hash, TEXT or ID}. Without the key it reveals nothing.
 
-    def __init__(self, known: dict[str, int], key: bytes = b"") -> None:
+    `plain` has, in memory only, the first letters and digits of each: a content without any of them is not decoded.
+    Where one is missing, as after a journal was read, every content is decoded.
+    """
+
+    def __init__(self, known: dict[str, int], key: bytes = b"", plain: dict[str, bytes] | None = None) -> None:
         self.known, self.key = known, key
+        self.plain = {trace: plain[trace] for trace in known if trace in plain} if plain else {}
         self._base = int.from_bytes(hashlib.blake2b(b"base", key=key).digest()[:4]) | 1
         self._hashes = np.fromiter((rolling for rolling in known.values() if rolling >= 0), np.uint32)
         self._quick = np.zeros(1 << _SLOTS, bool)
@@ -62,22 +70,25 @@ class Traces:
     @classmethod
     def of(cls, texts: Iterable[str], key: bytes = b"", kind: int | None = TEXT) -> "Traces":
         """The traces of texts or, of the kind ID, of ids: windows, and unless the kind is None each as a value."""
-        empty, known = cls({}, key), {}
+        empty, known, plain = cls({}, key), {}, {}
         for text in filter(str.strip, texts):
-            known |= {empty._digest(window): int(_rolling(window, empty._base)[0]) for window in _windows(text)}
+            for window in _windows(text):
+                known[trace := empty._digest(window)] = int(_rolling(window, empty._base)[0])
+                plain[trace] = window
             if kind is not None:
-                known[empty._digest(b"text" + _squeezed(text) if kind == TEXT else b"id" + _utf8(text))] = kind
-        return cls(known, key)
+                trace = empty._digest(b"text" + _squeezed(text) if kind == TEXT else b"id" + _utf8(text))
+                known[trace], plain[trace] = kind, _utf8(text).translate(None, _SIGNS)[:WINDOW]
+        return cls(known, key, plain)
 
     def __len__(self) -> int:
         return len(self.known)
 
     def __or__(self, other: "Traces") -> "Traces":
-        return Traces(self.known | other.known, self.key)
+        return Traces(self.known | other.known, self.key, self.plain | other.plain)
 
     def without(self, others: Collection[str]) -> "Traces":
         """All traces but those."""
-        return Traces({key: value for key, value in self.known.items() if key not in others}, self.key)
+        return Traces({key: value for key, value in self.known.items() if key not in others}, self.key, self.plain)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -93,11 +104,73 @@ class Traces:
         """Whether one of the traces is in a file; its compression or container is undone. Raises OSError if the file
         cannot be read, or it is damaged: what it holds cannot be searched."""
         try:
-            return any(next(self._found(stream), None) is not None for stream in streams(path))
+            return self._may_be_in(path) and any(next(self._found(each), None) is not None for each in streams(path))
         except OSError:
             raise
         except Exception as error:  # every container has its own
             raise OSError(f"{path} is damaged: {type(error).__name__}") from None
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def lines_that_may_hold(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Lines of JSON without stretches of them in which none of the traces can be."""
+        lines = iter(lines)
+        while some := list(islice(lines, 64)):
+            if self._may_hold(b"".join(some)):
+                yield from some
+
+    def _may_be_in(self, path: Path) -> bool:
+        """False of a file in which the search would find nothing."""
+        if self._needles is None:
+            return True
+        with open(path, "rb") as file, ExitStack() as stack:
+            start = file.peek(16)[:16]
+            if start[:4] == b"PAR1":
+                return any(text is None or self._may_hold(text) for text in _parquet_texts(path))
+            if start == b"SQLite format 3\0" or is_weights(start):
+                return True
+            unpacked = stack.enter_context(_unpacked(file))
+            data = unpacked.read(DOCUMENT + 1)
+        decoded = _is_json(data) or ".csv" in path.suffixes or b"conversation_id," in data[:CHUNK]
+        return len(data) > DOCUMENT or self._may_hold(data, decoded)
+
+    def _may_hold(self, data: bytes, decoded: bool = True) -> bool:
+        """False where none of the traces is in some text, `decoded` as JSON and JSON within it or not."""
+        if self._needles is None:
+            return True
+        short, long, words = self._needles
+        for text in _unescaped_again_and_again(data, decoded):
+            if text is None:
+                return True
+            squeezed = text.translate(None, _SIGNS)
+            if any(needle in squeezed for needle in short):
+                return True
+            if not long:
+                continue
+            # Of 15 bytes, wherever they stand, one aligned word of 8 is part.
+            held = np.frombuffer(squeezed, np.uint64, len(squeezed) // 8)
+            likely = held[self._quick_words[_slots(held)]]
+            if len(likely) and any(n in squeezed for n in {long[at] for at in np.flatnonzero(np.isin(words, likely))}):
+                return True
+        return False
+
+    @cached_property
+    def _needles(self) -> tuple[list[bytes], list[bytes], np.ndarray] | None:
+        """(short ones, the long one of each word, words of 8 bytes in long ones); None if some trace has none, or where
+        there are too many short ones."""
+        needles = {*self.plain.values()}
+        short = [needle for needle in needles if len(needle) < 15]
+        if len(self.plain) < len(self.known) or b"" in needles or len(short) > MOST_SHORT:
+            return None
+        pairs = [
+            (needle, needle[at : at + 8]) for needle in needles if len(needle) >= 15 for at in range(len(needle) - 7)
+        ]
+        words = np.frombuffer(b"".join(word for _, word in pairs), np.uint64)
+        self._quick_words = np.zeros(1 << _SLOTS, bool)
+        self._quick_words[_slots(words)] = True
+        return short, [needle for needle, _ in pairs], words
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _found(self, pieces: Iterable[bytes | list[Value]]) -> Iterator[str]:
         rest, seen = b"", set()
@@ -106,7 +179,7 @@ class Traces:
                 yield from self._values(piece, seen)
                 piece = _utf8("\n".join(text for _, text in piece))
             elif b"\\u" in piece:
-                piece = _ESCAPED.sub(lambda match: _utf8(json.loads(b'"%s"' % match[0])), piece)
+                piece = _ESCAPED.sub(_of_escape, piece)
             data = rest + bytes(piece).translate(None, _SIGNS)
             yield from self._matches(data)
             rest = data[-(WINDOW - 1) :]
@@ -147,6 +220,37 @@ class Traces:
 
     def _digest(self, data: bytes) -> str:
         return hashlib.blake2b(data, key=self.key, digest_size=16).hexdigest()
+
+
+def _slots(words: np.ndarray) -> np.ndarray:
+    return (words * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - _SLOTS)
+
+
+def _unescaped_again_and_again(data: bytes, decoded: bool) -> Iterator[bytes | None]:
+    """Data as they are, with what `_found` makes of them, and if they are `decoded` with JSON's escapes undone, until
+    there are no more; None where that is not known."""
+    yield data
+    if b"\\u" in data:
+        yield _ESCAPED.sub(_of_escape, data)
+    for _ in range(NESTED):
+        if not decoded or b"\\" not in data:
+            return
+        if b"\xff" in data:  # stands for a backslash below; no UTF-8 has it
+            break
+        before, data = data, data.replace(b"\\\\", b"\xff")
+        for letter in (b"n", b"r", b"t", b"b", b"f", b'"', b"/"):
+            data = data.replace(b"\\" + letter, b" ")
+        if b"\\u" in data:
+            data = _ESCAPED.sub(_of_escape, data)
+        data = data.replace(b"\xff", b"\\")
+        if data == before:
+            return
+        yield data
+    yield None
+
+
+def _of_escape(match: re.Match[bytes]) -> bytes:
+    return _utf8(json.loads(b'"%s"' % match[0]))
 
 
 def _utf8(text: str) -> bytes:
@@ -195,16 +299,7 @@ def streams(path: Path) -> Iterator[Iterable[bytes | list[Value]]]:
     """The contents of a file: gzip and zstd unpacked; JSON, CSV, Parquet and SQLite as values; others as bytes."""
     with open(path, "rb") as file:
         start = file.read(16)
-    if start[:2] == b"\x1f\x8b":
-        with gzip.open(path) as file:
-            yield _text(file, path)
-    elif start[:4] == b"\x28\xb5\x2f\xfd":
-        import zstandard
-
-        with open(path, "rb") as raw:
-            reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            yield _text(io.BufferedReader(reader), path)
-    elif start[:4] == b"PAR1":
+    if start[:4] == b"PAR1":
         yield _parquet(path)
     elif start == b"SQLite format 3\0":
         yield _blocks(path)  # pages that are free still hold what was deleted
@@ -212,8 +307,20 @@ def streams(path: Path) -> Iterator[Iterable[bytes | list[Value]]]:
     elif is_weights(start):
         yield _blocks(path, HEADER)
     else:
-        with open(path, "rb") as file:
-            yield _text(file, path)
+        with open(path, "rb") as file, _unpacked(file) as unpacked:
+            yield _text(unpacked, path)
+
+
+def _unpacked(file: BufferedReader) -> AbstractContextManager[Any]:
+    """A reader of what is in a file, gzip and zstd undone."""
+    start = file.peek(16)
+    if start[:2] == b"\x1f\x8b":
+        return gzip.GzipFile(fileobj=file)
+    if start[:4] == b"\x28\xb5\x2f\xfd":
+        import zstandard
+
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    return nullcontext(file)
 
 
 def is_weights(start: bytes) -> bool:
@@ -312,6 +419,25 @@ def _parquet(path: Path) -> Iterator[list[Value]]:
         words = [n for n in file.schema_arrow.names if not _is_numbers(file.schema_arrow.field(n).type)]
         for batch in file.iter_batches(batch_size=1024, columns=words):
             yield [value for name in words for value in _walk(batch[name].to_pylist(), name)]
+
+
+def _parquet_texts(path: Path) -> Iterator[bytes | None]:
+    """The texts of a column and some rows as they lie in memory; None of one that is decoded otherwise."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        fields = [field for field in file.schema_arrow if not _is_numbers(field.type)]
+        yield b"\n".join(field.name.encode() for field in fields)
+        for batch in file.iter_batches(4096, columns=[field.name for field in fields]):
+            for field in fields:
+                values, kind = batch[field.name], field.type
+                while pyarrow.types.is_list(kind):
+                    values, kind = values.values, kind.value_type
+                if pyarrow.types.is_string(kind):
+                    buffer = values.buffers()[2]
+                    yield buffer.to_pybytes() if buffer else b""
+                elif not pyarrow.types.is_primitive(kind) or field.name.endswith("id"):
+                    yield None
 
 
 def _is_numbers(kind: Any) -> bool:
