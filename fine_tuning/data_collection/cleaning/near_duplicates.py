@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 
@@ -97,11 +96,9 @@ def similar_pairs(
         signatures_of: (rows, 60), the signatures of some rows.
         threshold: estimated Jaccard similarity from which two rows are near-duplicates.
     """
-    found = []
-    for keys in bands:
-        rows = np.arange(len(keys), dtype=np.uint64)
-        first = least_of_equal(keys, rows)
-        found.append((first << np.uint64(32) | rows)[first < rows])
+    found = [
+        first.astype(np.uint64) << np.uint64(32) | later.astype(np.uint64) for first, later in map(equal_pairs, bands)
+    ]
     pairs = np.sort(np.concatenate(found))
     pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]
     first, later = (pairs >> np.uint64(32)).astype(int), (pairs & np.uint64(0xFFFFFFFF)).astype(int)
@@ -115,62 +112,54 @@ def similar_pairs(
 
 def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
     """Of each of `count` rows the first row that it is joined with by a chain of pairs, (2, pairs)."""
-    parents: dict[int, int] = {}
-
-    def root(row: int) -> int:
-        while (parent := parents.get(row, row)) != row:
-            parents[row] = parents.get(parent, parent)
-            row = parent
-        return row
-
-    for first, second in pairs.T.tolist():
-        first, second = root(first), root(second)
-        if first != second:
-            parents[max(first, second)] = min(first, second)
-    found = np.arange(count)
-    found[list(parents)] = [root(row) for row in list(parents)]
-    return found
+    found, rows = np.arange(count, dtype=np.int32), np.unique(pairs)
+    while True:
+        ends = found[pairs]
+        if not (apart := ends[0] != ends[1]).any():
+            return found
+        pairs, ends = pairs[:, apart], ends[:, apart]
+        np.minimum.at(found, ends.max(axis=0), ends.min(axis=0))
+        while ((further := found[found[rows]]) != found[rows]).any():
+            found[rows] = further
 
 
 # -----------------------------------------------------------------------------
 # columns
 
 
-def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of each row the least value of all that have its key."""
-    found, rows = values.copy(), _perhaps_several(keys)
-    if len(rows):
-        order, starts, sizes = _by_key(keys[rows], "quicksort")
-        found[rows[order]] = np.repeat(np.minimum.reduceat(values[rows[order]], starts), sizes)
-    return found
+def equal_pairs(keys: np.ndarray) -> np.ndarray:
+    """(2, pairs): the first row of each key that several have, and each of the others."""
+    rows, starts, sizes = equal_groups(keys)
+    first = np.repeat(rows[starts], sizes)
+    return np.stack([first, rows])[:, first != rows]
+
+
+def equal_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows whose key others have too, by key and in order; where those of each key begin, how many there are)."""
+    rows = _perhaps_several(keys)
+    rows = rows[np.argsort(keys[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(keys[rows], prepend=~keys[rows[:1]]))
+    sizes = np.diff(starts, append=len(rows))
+    rows, sizes = rows[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
+    return rows, np.cumsum(sizes) - sizes, sizes
 
 
 def _perhaps_several(keys: np.ndarray) -> np.ndarray:
-    """The rows whose key others may have too, by the first bits of keys that are hashes: sorting all takes longer."""
-    bits = (8 * len(keys)).bit_length()
-    places, rows = (keys >> np.uint64(64 - bits)).astype(np.int64), np.arange(len(keys), dtype=np.int32)
-    last, several = np.empty(1 << bits, np.int32), np.zeros(1 << bits, np.bool_)
-    last[places] = rows
-    several[places[last[places] != rows]] = True
-    return np.flatnonzero(several[places])
-
-
-def counts_within(keys: np.ndarray) -> np.ndarray:
-    """Of each row how many have its key up to there, itself included."""
-    order, starts, sizes = _by_key(keys, "stable")
-    found = np.empty(len(keys), int)
-    found[order] = np.arange(1, len(keys) + 1) - np.repeat(starts, sizes)
-    return found
-
-
-def _by_key(keys: np.ndarray, kind: Literal["quicksort", "stable"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows in order of their keys, where each key begins, how many have it)."""
-    order = np.argsort(keys, kind=kind)
-    ranked = keys[order]
-    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(keys) else order
-    return order, starts, np.diff(starts, append=len(keys))
+    """The rows whose key others may have too, by the first bits of keys that are hashes: sorting all takes longer.
+    Range by range, as the table of one fits into the processor's cache."""
+    spare, found = (len(keys) >> _RANGE).bit_length(), np.zeros(len(keys), np.bool_)
+    places = (keys >> np.uint64(61 - _RANGE - spare)).astype(np.uint32)
+    ranges, last = (places >> (_RANGE + 3)).astype(np.uint16), np.empty(8 << _RANGE, np.int32)
+    for number in range(1 << spare):
+        rows = np.flatnonzero(ranges == number).astype(np.int32)
+        here, several = places[rows] & ((8 << _RANGE) - 1), np.zeros(8 << _RANGE, np.bool_)
+        last[here] = rows
+        several[here[last[here] != rows]] = True
+        found[rows] = several[here]
+    return np.flatnonzero(found).astype(np.int32)
 
 
 _BASE = 0x9E3779B97F4A7C15
 _MIXER = np.uint64(_BASE)
 _PORTION = 1 << 14  # pairs whose signatures are in memory at a time
+_RANGE = 17  # as a power of two: keys that are looked through at a time, about
