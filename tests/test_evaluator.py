@@ -29,8 +29,7 @@ from fine_tuning.evaluation.suite.items import label_runs, read_items, reply_aut
 from fine_tuning.evaluation.suite.prompting_baselines import NOTHING, with_messages
 from fine_tuning.evaluation.verdict.slices import slices
 from fine_tuning.schema.chat_format import load_tokenizer
-from fine_tuning.schema.prepared import write_rows
-from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
+from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items, write_rows
 from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
 
