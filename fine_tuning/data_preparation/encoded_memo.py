@@ -137,8 +137,8 @@ class EncodedMemo:
         self._unwritten = []
 
     def _remove_unused(self) -> None:
-        """Remove files that were collected or are damaged, results of other settings but the newest, those of earlier
-        versions and what killed runs left; where another run works, the next one does."""
+        """Remove files that were collected or are damaged, results of other settings but the newest, and what killed
+        runs left; where another run works, the next one does."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -146,8 +146,8 @@ class EncodedMemo:
         for path in self._old:
             remove(path)
         remove_oldest([path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder], 1)
-        for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
-            if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
+        for path in self._folder.glob(".*"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
                 remove(path)
 
 
