@@ -44,6 +44,7 @@ FACT = np.dtype(
     + [(name, np.int8) for name in ("problem", "untrained", "unmeasured", "sample", "judged")]  # REASONS, and 0 or 1
 )
 BATCH = 1024
+FACTS = "facts"  # the folder of the memo, and the file of facts in its entries
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,12 @@ class ConversationFiles:
     def facts(self, settings: FactSettings, run: Map = map) -> np.ndarray:
         """A row of FACT for each line, in order."""
         make = partial(_make_facts, memo=self._memo, settings=settings)
-        files = list(zip(self.paths, self._memo.hashes(self.paths), strict=True))
+        self.hashes = self._memo.hashes(self.paths)
+        files = list(zip(self.paths, self.hashes, strict=True))
         deque(run(make, [file for file in files if _key(file, settings) not in self._memo]), 0)
         self._folders = list(map(make, files))
         self._memo.remove_unused()
-        tables = [np.fromfile(folder / "facts", FACT) for folder in self._folders]
+        tables = [np.fromfile(folder / FACTS, FACT) for folder in self._folders]
         self._starts = np.cumsum([0, *map(len, tables)])
         facts = np.concatenate([np.empty(0, FACT), *tables])
         self._ends = facts["end"]
@@ -185,12 +187,12 @@ def _make_facts(file: tuple[Path, str], memo: Memo, settings: FactSettings) -> P
     """The folder with the facts of a file, (path, SHA-256); those of lines that it had before are copied."""
 
     def make(folder: Path, earlier: Path | None) -> list[int]:
-        known = np.fromfile(earlier / "facts", FACT) if earlier else np.empty(0, FACT)
+        known = np.fromfile(earlier / FACTS, FACT) if earlier else np.empty(0, FACT)
         pieces = np.fromfile(earlier / "pieces", np.uint64) if earlier else np.empty(0, np.uint64)
         index, ends = LineIndex(known["line"]), [0, 0]
         with (
             open(file[0], "rb") as read_from,
-            open(folder / "facts", "wb") as facts,
+            open(folder / FACTS, "wb") as facts,
             open(folder / "pieces", "wb") as held,
         ):
             while lines := list(islice(read_from, BATCH)):
@@ -215,7 +217,12 @@ def _make_facts(file: tuple[Path, str], memo: Memo, settings: FactSettings) -> P
         return ends
 
     key = _key(file, settings)
-    return memo.files(key, make, key[:-1])[0]
+    return memo.files(key, make, key[:-1], key[-1:])[0]
+
+
+def lines_of(folders: Iterable[Path]) -> np.ndarray:
+    """(n, 2) hashes of the lines that folders of the memo have facts of."""
+    return np.concatenate([np.empty((0, 2), np.uint64), *(np.fromfile(f / FACTS, FACT)["line"] for f in folders)])
 
 
 class Catalogue:

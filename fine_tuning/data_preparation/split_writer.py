@@ -18,7 +18,7 @@ from fine_tuning.data_preparation.tally import Tally
 from fine_tuning.schema.prepared import write_batches
 
 FILE_ROWS = 2048  # at most, about: what a deletion or a newer version makes be written again
-ROWS = "rows.parquet"  # in the memo
+WRITTEN, ROWS = "written", "rows.parquet"  # the folder of the memo, the file in its entries
 
 
 class _Part(NamedTuple):
@@ -27,6 +27,7 @@ class _Part(NamedTuple):
     split: str
     name: str
     key: list[Any]  # in the memo
+    of: list[str]  # the file of conversations
     at: np.ndarray  # which of the split's rows
 
 
@@ -56,11 +57,11 @@ def write_splits(
         return encoded.take(chosen[part.split].part(part.at))
 
     new = (part for part in parts if part.key not in memo)
-    deque(run(partial(_make, memo=memo), ((part.key, rows_of(part)) for part in new)), 0)
+    deque(run(partial(_make, memo=memo), ((part.key, part.of, rows_of(part)) for part in new)), 0)
     tallies = {split: Tally() for split in chosen}
     stale = {path for split in chosen for path in (folder / split).glob("*")}
     for part in parts:
-        made, counts = memo.files(part.key, lambda place, _, part=part: _write(place, rows_of(part)))
+        made, counts = memo.files(part.key, lambda place, _, part=part: _write(place, rows_of(part)), of=part.of)
         target = folder / part.split / part.name
         link(made / ROWS, target)
         stale.discard(target)
@@ -84,12 +85,13 @@ def _parts(
         columns = (catalogue.facts["line"][rows], catalogue.cluster[rows], chosen.windows[at])
         digest = sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
         shard, number = divmod(int(files[at[0]]), 1 << 32)
-        yield _Part(split, f"{clean.paths[shard].stem}.{number}.parquet", [*made_by, digest], at)
+        name = f"{clean.paths[shard].stem}.{number}.parquet"
+        yield _Part(split, name, [*made_by, digest], [clean.hashes[shard]], at)
 
 
-def _make(part: tuple[list[Any], TakenRows], memo: Memo) -> Path:
-    key, rows = part
-    return memo.files(key, lambda place, _: _write(place, rows))[0]
+def _make(part: tuple[list[Any], list[str], TakenRows], memo: Memo) -> Path:
+    key, of, rows = part
+    return memo.files(key, lambda place, _: _write(place, rows), of=of)[0]
 
 
 def _write(place: Path, rows: TakenRows) -> dict[str, Any]:
