@@ -22,7 +22,7 @@ from fine_tuning.data_collection.storage.shards import write_shard
 from fine_tuning.data_preparation import encoded_memo, split_writer
 from fine_tuning.data_preparation.catalogue import REASONS
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
-from fine_tuning.data_preparation.encodings import Chosen
+from fine_tuning.data_preparation.encodings import Ordered
 from fine_tuning.schema.prepared import PreparedRow, as_json, read_rows
 from stages import clean, export, intake, prepare
 from tests.project import ROOT
@@ -225,7 +225,7 @@ def asked(folder, *keys, settings=()):
         if computed:
             found[found["place"] < 0] = add(memo, lines[found["place"] < 0], [[rows[key]] for key in computed])
         none = np.zeros(len(keys), int)
-        chosen = Chosen(found["place"], none, none, none, none, np.full(len(keys), None), {})
+        chosen = Ordered(found["place"], none, none, np.full(len(keys), None), {})
         taken = [row for batch in memo.take(chosen) for row in batch.to_pylist()]
         assert [row["id"] for row in taken] == [row["cluster"] for row in taken] == [f"c{key}" for key in keys]
         assert [row["input_ids"] for row in taken] == [[1, 2, key] for key in keys]
@@ -262,7 +262,7 @@ def test_what_a_run_reads_stays_until_it_ends(tmp_path):
         for settings in ((), ["another tokenizer"], ["a third"]):  # each run has no use for the first's rows
             assert asked(tmp_path, 2, settings=settings) == [2]
         none = np.zeros(1, int)
-        (batch,) = memo.take(Chosen(found["place"], none, none, none, none, np.full(1, None), {}))
+        (batch,) = memo.take(Ordered(found["place"], none, none, np.full(1, None), {}))
         assert batch.column("id").to_pylist() == ["c1"]
     assert asked(tmp_path, 2) == [], "and nothing of the others is lost"
     assert asked(tmp_path, 1) == [1], "what nobody asked for goes with the next run"
