@@ -24,9 +24,10 @@ from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded, load_tokenizer
-from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, row_batch, write_batches, write_rows
+from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, row_batch, write_batches
 from fine_tuning.schema.reasons import in_words
 from stages import prepare
+from tests.evaluation_suite import write_rows
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"word{number}" for number in range(400)]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -341,6 +342,58 @@ DAMAGE = {
         for odd in ODD
     },
 }
+
+
+EACH_STAGE = """
+import sys
+from fine_tuning.common.stage_times import run_stage
+from fine_tuning.data_collection.cleaning import shard_merger
+from fine_tuning.data_preparation import split_writer
+from stages import clean, export, intake, prepare
+from tests.strike import in_child, without_locks
+shard_merger.FILE_ROWS, split_writer.FILE_ROWS = 3, 8
+for stage in (intake, clean, export, prepare):
+    sys.argv = [stage.__file__]
+    print("ended", in_child(lambda: {before}, lambda: run_stage(stage.main)) >> 8, file=sys.stderr)
+"""
+DISKS = {  # where the memo lies, how the disk is made, what is said of it
+    "gone": ("", "disk/memo, which is not there"),
+    "gone with .whetstone": ("", "disk/memo, which is not there"),
+    "read-only": ("mount --bind -o ro .whetstone/memo .whetstone/memo", "may not be read or written"),
+    "full": ("mount -t tmpfs -o size=8k tmpfs .whetstone/memo", "the disk is full: free some space (`df -h "),
+    "another file system": ("mount -t tmpfs tmpfs .whetstone/memo", ""),
+    "without locks": ("", "cannot lock files"),
+}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("disk", DISKS)
+def test_what_a_memo_lies_on_is_one_line_or_costs_time_only(empty, tmp_path, monkeypatch, disk):
+    shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
+    monkeypatch.chdir(tmp_path / "checkout")
+    shards = Arrivals()
+    shards.shard([("new", 0)] * 30)
+    run_all()
+    shards.shard([("new", 0), ("longer", 3)])
+    before = ledger_now()
+    mount, words = DISKS[disk]
+    if disk.startswith("gone"):
+        place = MEMO.parent if "with" in disk else MEMO
+        shutil.rmtree(place)
+        place.symlink_to(tmp_path / "disk/memo")
+    script = EACH_STAGE.format(before="without_locks(37)" if disk == "without locks" else "None")
+    command = f"{mount or ':'} && cd $PWD && exec {shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    alone = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*alone, "sh", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.stderr.count("ended") == len(STAGES) and "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == done.stderr.count("ended 1") == len(STAGES) - done.stderr.count("ended 0"), done.stderr
+    assert not (tmp_path / "disk").exists()
+    if words:
+        assert errors and all(words in error for error in errors), done.stderr
+    else:
+        assert not errors and written() == from_nothing(before)
 
 
 def test_what_another_run_removes_is_made_again(tmp_path):

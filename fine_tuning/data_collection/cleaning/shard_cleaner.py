@@ -76,7 +76,7 @@ def clean_shards(
     """
     common = _common(settings, control_tokens)
     pieces = list(_pieces(shards, common, piece_bytes))
-    known = Memo(memo.resolve() / PIECES, "clean")
+    known = Memo(memo.absolute() / PIECES, "clean")
     new = [piece for piece in pieces if piece.key not in known]
     processes = min(settings.processes or cores(), len(new))
     work = partial(clean_piece, memo=known, settings=settings, control_tokens=control_tokens)
