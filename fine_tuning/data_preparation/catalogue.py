@@ -268,7 +268,7 @@ class Catalogue:
         self, facts: Facts, clusters: Iterable[tuple[str, str]], ledger: Ledger, fractions: Fractions, salt: str,
         dropped_duplicates: Iterable[tuple[str, str]] = (),
     ) -> None:  # fmt: skip
-        self.facts, keys = facts, facts.column("id")
+        self.facts, keys, self.sample = facts, facts.column("id"), facts.column("sample")
         named, names = _hashed(clusters, ledger)
         dropped, kept = _hashed(dropped_duplicates, ledger)
         passed_on = ledger.splits_of(dropped)
@@ -321,7 +321,7 @@ class Catalogue:
         """Numbers of 63 bits that sort rows: people's own before the sample's, and in the order of a salted hash, so
         that any first n are a fair sample, and stay much the same when data grow."""
         turns = (self.facts.column("turn", rows) >> np.uint64(2)).astype(np.int64)
-        return turns | self.facts.column("sample", rows).astype(np.int64) << 62
+        return turns | self.sample[rows].astype(np.int64) << 62
 
     def leave_out(self, rows: np.ndarray, reason: str) -> None:
         """Take rows out of their split."""

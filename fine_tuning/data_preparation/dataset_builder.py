@@ -250,7 +250,7 @@ class DatasetBuilder:
             _encode, train_on=train_on, tokenizer=self.tokenizer, system_prompt=self.system_prompt,
             max_length=self.max_length, files=_files_of(self.tokenizer),
         )  # fmt: skip
-        lines, sample = catalogue.facts.column("line", rows), catalogue.facts.column("sample", rows) > 0
+        lines, sample = catalogue.facts.column("line", rows), catalogue.sample[rows] > 0
         # Without feedback it is the same whatever is trained on.
         lines[catalogue.facts.column("judged", rows) > 0, 0] ^= np.uint64(get_args(TrainOn).index(train_on) + 1)
         found = encoded.find(lines)
