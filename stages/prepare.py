@@ -16,11 +16,11 @@ from fine_tuning.common.records import replacing, write_csv, write_json
 from fine_tuning.common.results import Memo
 from fine_tuning.common.settings import read_params
 from fine_tuning.common.stage_times import run_stage
-from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
+from fine_tuning.data_preparation.catalogue import FACTS, Catalogue, ConversationFiles
 from fine_tuning.data_preparation.dataset_builder import DatasetBuilder, PrepareSettings, loaded
-from fine_tuning.data_preparation.encoded_memo import EncodedMemo
+from fine_tuning.data_preparation.encoded_memo import ENCODED, EncodedMemo
 from fine_tuning.data_preparation.preferences import find_preferences
-from fine_tuning.data_preparation.split_writer import write_splits
+from fine_tuning.data_preparation.split_writer import WRITTEN, write_splits
 from fine_tuning.data_preparation.splits import SPLITS, open_ledger
 from fine_tuning.data_preparation.tally import length_histogram, report, statistics, tokens_by_source
 from fine_tuning.schema.canaries import planted
@@ -53,11 +53,11 @@ def main() -> None:
     builder = DatasetBuilder(**dealing, tokenizer=base, **chat.model_dump())
     memo, made_by = main_checkout() / MEMO, [[sha256_file(path) for path in TOKENIZER], chat.model_dump()]
     shards = [path for path in sorted(CLEAN.glob("*.jsonl")) if path not in (CLUSTERS, REJECTED)]
-    clean = ConversationFiles(shards, Memo(memo / "facts", "prepare"))
-    ledger, written = open_ledger(LEDGER, settings.salt), Memo(memo / "written", "prepare")
+    clean = ConversationFiles(shards, Memo(memo / FACTS, "prepare"))
+    ledger, written = open_ledger(LEDGER, settings.salt), Memo(memo / WRITTEN, "prepare")
     with (
         open_engine(settings.engine, "prepare", packages=("orjson", "pyarrow")) as engine,
-        EncodedMemo(memo / "encoded", made_by) as encoded,
+        EncodedMemo(memo / ENCODED, made_by) as encoded,
         tqdm(desc="tokenise", unit=" conversations", leave=False, disable=None) as bar,
     ):
         catalogue = builder.catalogue(clean, clusters(), ledger, engine, dropped_duplicates())

@@ -12,18 +12,24 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fine_tuning.common.results import Memo
-from fine_tuning.data_collection.cleaning import shard_merger
-from fine_tuning.data_collection.storage.shards import write_shard
+from fine_tuning.data_collection.cleaning import shard_cleaner, shard_merger
+from fine_tuning.data_collection.cleaning.near_duplicates import BANDS
+from fine_tuning.data_collection.cleaning.shard_merger import ROW
+from fine_tuning.data_collection.storage.shards import shard_paths, write_shard
 from fine_tuning.data_preparation import encoded_memo, split_writer
-from fine_tuning.data_preparation.catalogue import REASONS
+from fine_tuning.data_preparation.catalogue import FACT, REASONS
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.encodings import Ordered
+from fine_tuning.data_preparation.splits import Ledger, salted_hashes
+from fine_tuning.erasure import steps
+from fine_tuning.erasure.records import Selection, clear_shards, collect
 from fine_tuning.schema.prepared import PreparedRow, as_json, read_rows
 from stages import clean, export, intake, prepare
 from tests.project import ROOT
@@ -91,7 +97,7 @@ class Arrivals:
             "longer": {"messages": [*old["messages"], *talk(place + 500)["messages"]]},
             "delete": {"messages": [], "deleted": True},
             "restore": {"restored": True},
-            "liked": {"feedback": [{"message_id": reply, "rating": 1, "by": "zoe"}]},
+            "liked": {"feedback": [{"message_id": reply, "rating": 1, "comment": f"Zoe likes {place}."}]},
             "edited": {"feedback": [{"message_id": reply, "edited": f"Subject {place} in better words."}]},
         }[kind]
         if kind != "delete":
@@ -203,6 +209,124 @@ def test_what_arrives_leaves_the_prepared_files_of_others_as_they_are(empty, tmp
     run_all()
     (changed,) = (path for path in second if not path.exists() or path.read_bytes() != second[path])
     assert deleted.encode() in second[changed] and deleted not in {row.id for row in read_rows(train)}
+
+
+# -----------------------------------------------------------------------------
+# forgetting
+
+
+def forget(identity):
+    """The steps of `forget` that concern shards, ledger and memo, around those of the pipeline; the ledger between."""
+    found = collect(Selection(conversation=identity), shard_paths("data/conversations", "data/manifest.json"), [])
+    clear_shards(Path("data/conversations"), Path("data/manifest.json"), found)
+    Ledger(Path("data/splits.txt"), "whetstone").forget(found.ids)
+    Path(".dvc").mkdir()  # where it looks for the cache
+    steps.clear_scratch(steps.Work(found, {}, {"pipeline": True}))
+    before = ledger_now()
+    run_all()
+    steps.clear_encoded()
+    return before
+
+
+def numbers_of(identity):
+    """The hashes that the memo holds of a conversation and of no other: of its id, contents, line, parts of it."""
+    rows, own = [], []
+    for entry in (index.parent for index in Path(".whetstone/memo/clean/pieces").glob("*/index")):
+        table, bands = columns_of(entry / "index", ROW), np.fromfile(entry / "bands", np.uint64).reshape(BANDS, -1).T
+        passed = np.cumsum(table["passed"]) - 1
+        for line, (row, told) in enumerate(zip(table, (entry / "told.jsonl").read_bytes().splitlines(), strict=True)):
+            held = [row[name] for name in ("id_key", "own", "shared", "question", "reply")]
+            held += bands[passed[line]].tolist() if row["passed"] else []
+            (own if json.loads(told)[0] == identity else rows).extend(map(int, held))
+    keys = {salted_hashes(f"whetstone{part}")(identity) for part in ("/ledger", "/order", "")}
+    for entry in Path(".whetstone/memo/prepare/facts").glob("*/facts"):
+        for fact in columns_of(entry, FACT):
+            held = [fact[name] for name in ("id", "turn", "draw")] + fact["line"].tolist()
+            (own if int(fact["id"]) in keys else rows).extend(map(int, held))
+    assert keys & set(own)
+    return {number.to_bytes(8, "little") for number in set(own) - set(rows) - {0}}
+
+
+def columns_of(path, kinds):
+    count = path.stat().st_size // kinds.itemsize
+    table = np.empty(count, kinds)
+    for name, (kind, before, *_) in kinds.fields.items():
+        table[name] = np.fromfile(path, kind, count, offset=count * before)
+    return table
+
+
+def held_in_memo(needles):
+    """Files of the memo that hold one of some bytes, tables decoded."""
+    return [
+        str(path)
+        for path in Path(".whetstone").rglob("*")
+        if path.is_file()
+        and any(needle in data for data in (path.read_bytes(), decoded_table(path)) for needle in needles)
+    ]
+
+
+def decoded_table(path):
+    if path.suffix == ".parquet":
+        table, lines = pyarrow.parquet.read_table(path), []
+    elif path.suffix == ".arrow":
+        table = pyarrow.ipc.open_file(path.read_bytes()).read_all()
+        lines = [table[f"line{n}"].to_numpy() for n in range(4)]
+    else:
+        return b""
+    rows = json.dumps(table.to_pylist(), default=str, ensure_ascii=False).encode()
+    return rows + np.stack(lines, axis=1).tobytes() if lines else rows
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(action, min_size=1, max_size=8), min_size=1, max_size=3), st.integers(0, 29))
+@example([[("liked", 3), ("duplicate", 3), ("near", 3)], [("longer", 3), ("duplicate", 3)]], 3)
+@example([[("near", 29)]], 29)  # whose id is the name of the other's cluster
+@example([[("liked", 3), ("edited", 4)], [("duplicate", 3)], [("liked", 30)]], 3)
+def test_after_forgetting_the_memo_holds_nothing_of_it_and_the_result_is_that_of_a_full_run(empty, arrivals, place):
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoded_memo, "SEGMENT_BYTES", 1)  # runs of prepare collect from small files only
+        shutil.copytree(empty, f"{folder}/checkout", symlinks=True)
+        os.chdir(f"{folder}/checkout")
+        try:
+            shards = Arrivals()
+            for actions in ([("new", 0)] * 30, *arrivals):
+                shards.shard(actions)
+                run_all()
+            ids = [f'"t{place}"'.encode(), *(f'"t{place}-{n}"'.encode() for n in range(2))]
+            said, numbers = f'"Zoe likes {place}."'.encode(), numbers_of(f"t{place}")
+            assert held_in_memo(ids) and all(held_in_memo([number]) for number in list(numbers)[:3])
+            before = forget(f"t{place}")
+            assert held_in_memo(numbers) == []
+            copies = {
+                message["id"] for talk in shards.talks for message in talk["messages"] if talk["id"] != f"t{place}"
+            }
+            assert held_in_memo([said, *(name for name in ids if json.loads(name) not in copies)]) == []
+            assert written() == from_nothing(before)
+        finally:
+            os.chdir(here)
+
+
+def test_after_forgetting_only_its_shard_is_worked_on_again(empty, tmp_path, monkeypatch):
+    shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
+    monkeypatch.chdir(tmp_path / "checkout")
+    shards = Arrivals()
+    for _ in range(3):
+        shards.shard([("new", 0)] * 20)
+        run_all()
+    cleaned, encoded = [], []
+    clean_line, encode = shard_cleaner._clean_line, encoded_memo._encoded
+    monkeypatch.setattr(
+        shard_cleaner, "_clean_line", lambda line, *rest: cleaned.append(line) or clean_line(line, *rest)
+    )
+    monkeypatch.setattr(
+        encoded_memo, "_encoded", lambda piece, **rest: encoded.extend(piece[1]) or encode(piece, **rest)
+    )
+    kept = set(Path(".whetstone/memo").rglob("entry.json"))
+    forget("t25")
+    assert len(cleaned) == 19 and encoded == []
+    assert len(kept & set(Path(".whetstone/memo").rglob("entry.json"))) > len(kept) / 2
+    assert not held_in_memo([b'"t25"'])
 
 
 # -----------------------------------------------------------------------------

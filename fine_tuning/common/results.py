@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from fine_tuning.common.project import code_sha256, sha256_file, versions
 from fine_tuning.common.records import copy_file, read_object, write_json
 
-ENTRY = "entry.json"  # of a folder of results: the value, and size and time of each file
+ENTRY = "entry.json"  # of a folder of results: the value, size and time of each file, what it was made of
 HASHES = "hashes"  # in the folder of a memo: of files that were read
 OWN = "sha256"  # in each JSON file: of the rest of it
 ABANDONED = 3600  # seconds without a write, after which a temporary folder is one of a run that was killed
@@ -47,12 +47,17 @@ class Memo:
         return value is not None
 
     def files(
-        self, key: Sequence[Any], make: Callable[[Path, Path | None], Any], last: Sequence[Any] = ()
+        self,
+        key: Sequence[Any],
+        make: Callable[[Path, Path | None], Any],
+        last: Sequence[Any] = (),
+        of: Collection[str] | None = None,
     ) -> tuple[Path, Any]:
         """(folder, JSON value) of the files that `make(folder, earlier)` wrote, and of what it returned.
 
         The files are read-only and may be linked elsewhere: one that was changed there in place is made again.
-        `earlier` is the folder that was given before for the key `last`, None where there is none.
+        `earlier` is the folder that was given before for the key `last`, None where there is none. `of` names all whose
+        text the files may hold, for `keep_made_of`: None if that is not known.
         """
         folder, pointer = self.folder / self._name(key), self.folder / f"{self._name(['last', *last])}.json"
         self._used.add(folder.name)
@@ -73,7 +78,7 @@ class Memo:
             for path in temporary.iterdir():
                 path.chmod(0o444)
             states = {path.name: state_of(path) for path in temporary.iterdir()}
-            _write(temporary / ENTRY, {"value": value, "files": states})
+            _write(temporary / ENTRY, {"value": value, "files": states, "of": None if of is None else sorted(of)})
         if last:
             _write(pointer, {"folder": folder.name})
         return folder, value
@@ -113,11 +118,30 @@ class Memo:
         return hashlib.sha256(json.dumps([self._made_by, *key], sort_keys=True).encode()).hexdigest()
 
 
+def keep_made_of(folder: Path, sources: Set[str]) -> list[Path]:
+    """Remove all that is in the folder of a memo but folders of results that were made of `sources` alone, and what
+    points to them; returns these folders."""
+    stay = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        of = (_sound_entry(path) or {}).get("of")
+        if of is not None and all(one in sources for one in of):
+            stay.append(path)
+    names = {path.name for path in stay}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in names and (_read(path) or {}).get("folder") not in names:
+            remove(path)
+    return stay
+
+
 def _sound(folder: Path) -> Any:
     """The value of a folder of results in which no file was changed; None for any other folder."""
+    return (_sound_entry(folder) or {}).get("value")
+
+
+def _sound_entry(folder: Path) -> dict[str, Any] | None:
     known = _read(folder / ENTRY)
     sound = known and known["files"] == {name: state_of(f"{folder}/{name}") for name in known["files"]}
-    return known["value"] if known and sound else None
+    return known if sound else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -169,7 +169,7 @@ def _export_shard(shard: tuple[Path, str], files: dict[str, str], memo: Memo) ->
     def export(folder: Path, earlier: Path | None) -> dict[str, dict[str, int]]:
         return _write_shard(path, files, folder, earlier)
 
-    return memo.files([digest, files], export, [path.name, files])
+    return memo.files([digest, files], export, [path.name, files], [digest])
 
 
 def _write_shard(

@@ -45,6 +45,7 @@ FACT = np.dtype(
     + [(name, np.int8) for name in ("problem", "untrained", "unmeasured", "sample", "judged")]  # REASONS, and 0 or 1
 )
 BATCH = 1024
+FACTS = "facts"  # the folder of the memo, and the file of facts in its entries
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,12 @@ class ConversationFiles:
     def facts(self, settings: FactSettings, run: Map = map) -> Facts:
         """A row of FACT for each line, in order."""
         make = partial(_make_facts, memo=self._memo, settings=settings)
-        files = list(zip(self.paths, self._memo.hashes(self.paths), strict=True))
+        self.hashes = self._memo.hashes(self.paths)
+        files = list(zip(self.paths, self.hashes, strict=True))
         deque(run(make, [file for file in files if _key(file, settings) not in self._memo]), 0)
         self._folders = list(map(make, files))
         self._memo.remove_unused()
-        self._facts = Facts([folder / "facts" for folder in self._folders])
+        self._facts = Facts([folder / FACTS for folder in self._folders])
         return self._facts
 
     def holding(self, pieces: np.ndarray) -> np.ndarray:
@@ -222,7 +224,7 @@ def _make_facts(file: tuple[Path, str], memo: Memo, settings: FactSettings) -> P
     """The folder with the facts of a file, (path, SHA-256); those of lines that it had before are copied."""
 
     def make(folder: Path, earlier: Path | None) -> int:
-        known = Facts([earlier / "facts"] if earlier else []).table()
+        known = Facts([earlier / FACTS] if earlier else []).table()
         pieces = np.fromfile(earlier / "pieces", np.uint64) if earlier else np.empty(0, np.uint64)
         index, begins = LineIndex(known["line"]), np.concatenate([[0], known["pieces"]])
         tables, end, held = [np.empty(0, FACT)], 0, 0
@@ -245,12 +247,17 @@ def _make_facts(file: tuple[Path, str], memo: Memo, settings: FactSettings) -> P
                 tables.append(rows)
                 file_of_pieces.write(own)
         table = np.concatenate(tables)
-        with open(folder / "facts", "wb") as facts:
+        with open(folder / FACTS, "wb") as facts:
             facts.writelines(np.ascontiguousarray(table[name]) for name in FACT.names)
         return len(table)
 
     key = _key(file, settings)
-    return memo.files(key, make, key[:-1])[0]
+    return memo.files(key, make, key[:-1], key[-1:])[0]
+
+
+def lines_of(folders: Iterable[Path]) -> np.ndarray:
+    """(n, 2) hashes of the lines that folders of the memo have facts of."""
+    return Facts([folder / FACTS for folder in folders]).column("line")
 
 
 class Catalogue:

@@ -29,6 +29,7 @@ from fine_tuning.schema.prepared import COLUMNS, PreparedRow, number_array, numb
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
+ENCODED, LOCK = "encoded", ".lock"  # the folder in the stage's memo, a file there
 SEGMENT_BYTES = 16 << 20
 BATCH = 64  # conversations that a process encodes at a time
 BLOCK_BYTES = 16 << 20  # of rows that are in memory at a time
@@ -49,7 +50,7 @@ class EncodedMemo:
     def __init__(self, folder: Path, settings: Sequence[Any]) -> None:
         made_by = json.dumps([code_sha256("prepare"), versions(), settings])
         self._folder = make_own_folder(folder / sha256(made_by.encode()).hexdigest())
-        if (lock := folder / ".lock").is_dir():
+        if (lock := folder / LOCK).is_dir():
             remove(lock)
         self._lock = open(lock, "ab")  # noqa: SIM115
         fcntl.flock(self._lock, fcntl.LOCK_SH)
@@ -120,8 +121,7 @@ class EncodedMemo:
             start += len(used)
             whole = used.all() and not changed if segment.bytes < SEGMENT_BYTES // 2 else used.mean() >= 0.5
             if not whole:
-                windows = self._known["windows"][start - len(used) : start]
-                self._collect(_Segment(_take(segment.batch(), np.flatnonzero(np.repeat(used, windows)))))
+                self._collect(_Segment(segment.only(used)))
                 self._old.append(segment.path)
 
     def _collect(self, segment: "_Segment") -> None:
@@ -151,6 +151,20 @@ class EncodedMemo:
         remove_oldest([path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder], 1)
         for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
             if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
+                remove(path)
+
+
+def keep_rows_of(folder: Path, lines: np.ndarray) -> None:
+    """Remove from the folder of such memos all but the rows of these lines, (n, 2) hashes, once no run reads it."""
+    index = LineIndex(lines)
+    with open(make_own_folder(folder) / LOCK, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in (*folder.glob("*/*"), *(path for path in folder.glob("*") if path.suffix)):
+            segment = _opened(path)
+            stay = index.find(segment.found(0)[1]) >= 0 if segment else np.zeros(1, bool)
+            if segment and stay.any() and not stay.all():
+                _write(path.parent, [segment.only(stay)])
+            if not stay.all():
                 remove(path)
 
 
@@ -226,6 +240,12 @@ class _Segment:
             return self._batch
         with open(self.path, "rb") as file:
             return _read(file).slice(self._start, self.rows)
+
+    def only(self, some: np.ndarray) -> "RecordBatch":
+        """The rows of some conversations."""
+        batch = self.batch()
+        windows = np.diff(np.flatnonzero(numbers(batch, "window") == 0), append=self.rows)
+        return _take(batch, np.flatnonzero(np.repeat(some, windows)))
 
     def move(self, path: Path, start: int) -> None:
         """The rows are in a file now."""

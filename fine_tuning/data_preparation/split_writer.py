@@ -21,7 +21,7 @@ from fine_tuning.data_preparation.tally import Tally
 from fine_tuning.schema.prepared import write_batches
 
 FILE_ROWS = 2048  # at most, about: what a deletion or a newer version makes be written again
-ROWS = "rows.parquet"  # in the memo
+WRITTEN, ROWS = "written", "rows.parquet"  # the folder of the memo, the file in its entries
 
 
 class _Part(NamedTuple):
@@ -30,6 +30,7 @@ class _Part(NamedTuple):
     split: str
     name: str
     key: list[Any]  # in the memo
+    of: list[str]  # the file of conversations
     at: np.ndarray  # which of the split's rows
 
 
@@ -59,11 +60,11 @@ def write_splits(
         return encoded.take(chosen[part.split].ordered(catalogue, part.at))
 
     new = (part for part in parts if part.key not in memo)
-    deque(run(partial(_make, memo=memo), ((part.key, rows_of(part)) for part in new)), 0)
+    deque(run(partial(_make, memo=memo), ((part.key, part.of, rows_of(part)) for part in new)), 0)
     tallies = {split: Tally() for split in chosen}
     stale = {path for split in chosen for path in (folder / split).glob("*")}
     for part in parts:
-        made, counts = memo.files(part.key, lambda place, _, part=part: _write(place, rows_of(part)))
+        made, counts = memo.files(part.key, lambda place, _, part=part: _write(place, rows_of(part)), of=part.of)
         target = folder / part.split / part.name
         link(made / ROWS, target)
         stale.discard(target)
@@ -77,7 +78,7 @@ def _parts(
     split: str, chosen: Chosen, clean: ConversationFiles, catalogue: Catalogue, made_by: list[Any]
 ) -> Iterator[_Part]:
     ends = np.searchsorted(chosen.rows, catalogue.facts.starts).tolist()
-    for path, (first, last) in zip(clean.paths, pairwise(ends), strict=True):
+    for path, of, (first, last) in zip(clean.paths, clean.hashes, pairwise(ends), strict=True):
         rows = chosen.rows[first:last]
         # A power of two and bits of a hash: where some rows come or go, the others stay in their part.
         parts = 1 << max(0, math.ceil(math.log2(max(1, len(rows)) / FILE_ROWS)))
@@ -90,12 +91,12 @@ def _parts(
             columns = (catalogue.facts.column("line", rows[here]), catalogue.cluster[rows[here]], chosen.windows[at])
             digest = sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
             name = f"{path.stem}.{numbers[here[0]]}.parquet"
-            yield _Part(split, name, [*made_by, digest], np.sort(at).astype(np.int32))
+            yield _Part(split, name, [*made_by, digest], [of], np.sort(at).astype(np.int32))
 
 
-def _make(part: tuple[list[Any], TakenRows], memo: Memo) -> Path:
-    key, rows = part
-    return memo.files(key, lambda place, _: _write(place, rows))[0]
+def _make(part: tuple[list[Any], list[str], TakenRows], memo: Memo) -> Path:
+    key, of, rows = part
+    return memo.files(key, lambda place, _: _write(place, rows), of=of)[0]
 
 
 def _write(place: Path, rows: TakenRows) -> dict[str, Any]:

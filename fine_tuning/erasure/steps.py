@@ -15,12 +15,19 @@ from typing import Any
 from fine_tuning.common import dvc_files
 from fine_tuning.common.errors import UserError, count_of
 from fine_tuning.common.names import host_key
-from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST, VOTES
+from fine_tuning.common.project import CONVERSATIONS, FORGOTTEN, LOG, MANIFEST, VOTES, sha256_file
 from fine_tuning.common.records import read_json, read_object, updating, write_json
+from fine_tuning.common.results import keep_made_of, remove
 from fine_tuning.common.settings import read_params
+from fine_tuning.data_collection.cleaning.shard_cleaner import KEPT as MERGED
+from fine_tuning.data_collection.cleaning.shard_cleaner import PIECES
+from fine_tuning.data_collection.cleaning.shard_merger import KEPT
 from fine_tuning.data_collection.storage.shards import track
 from fine_tuning.data_collection.storage.tombstones import Tombstones, key_name
+from fine_tuning.data_preparation.catalogue import FACTS, lines_of
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
+from fine_tuning.data_preparation.encoded_memo import ENCODED, keep_rows_of
+from fine_tuning.data_preparation.split_writer import WRITTEN
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.erasure.models import ForgottenModels
 from fine_tuning.erasure.object_stores import Searched, Unreachable, git_objects_with, in_use, kind_of, search, stores
@@ -40,10 +47,10 @@ JOURNALS = "forget*.json"  # in SCRATCH: one for each erasure that is not finish
 TEMPORARY = ("promote-????????", "clean-????????", "rebuild-????????")  # folders that a killed command leaves behind
 # What the app keeps by conversation id.
 BY_CONVERSATION = tuple(SCRATCH / name for name in ("titles.json", "tags.json", "chat_settings.json", "questions.json"))
-# Of SCRATCH: made again when they are needed.
-INDEX = SCRATCH / "memo/intake"  # of the shards, by hashes of ids
-MEMOS = ("clean", "export", "prepare", "review", "judge")
-DROPPED = (*(f"memo/{name}" for name in MEMOS), "checkpoints", "references", "start")
+MEMO = SCRATCH / "memo"
+INDEX = MEMO / "intake"  # of the shards, by hashes of ids
+ENCODED_ROWS = MEMO / "prepare" / ENCODED
+DROPPED = ("memo/review", "memo/judge", "checkpoints", "references", "start")  # made again when they are needed
 WRITTEN_BY_MODELS = ("data/evaluation/", "metrics/", ".whetstone/memo/evaluate/")
 LEFT_OUT = {".git", ".venv", "__pycache__", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 AGAIN = "`python -m fine_tuning forget --resume`"
@@ -227,12 +234,41 @@ def clear_data(work: Work) -> None:
 def clear_scratch(work: Work) -> None:
     """Memoised results, checkpoints, copies of temporary experiments, leftovers of killed commands."""
     shutil.rmtree(INDEX, ignore_errors=True)
-    for name in DROPPED if work.options["pipeline"] else ():
-        shutil.rmtree(SCRATCH / name, ignore_errors=True)
+    if work.options["pipeline"]:
+        clear_memos()
+        for name in DROPPED:
+            shutil.rmtree(SCRATCH / name, ignore_errors=True)
     own = [path for path in work.files_holding() if is_leftover(path)]
+    if work.options["pipeline"]:
+        own = [path for path in own if not path.is_relative_to(ENCODED_ROWS)]  # see `clear_encoded`
     for path in own:
         path.unlink(missing_ok=True)
-    work.say(f"memoised results and checkpoints: removed, {count_of(len(own), 'other file')} with text of it")
+    work.say(
+        f"memoised results of its shards and checkpoints: removed, {count_of(len(own), 'other file')} with its text"
+    )
+
+
+def clear_memos() -> set[str]:
+    """Remove what the data stages memoised, but what they made of nothing else than the shards as they are now; returns
+    the hashes of the clean files that it was made of. Encoded rows stay: see `clear_encoded`."""
+    clean, prepare = MEMO / "clean", MEMO / "prepare"
+    for folder, kept in ((clean, (PIECES, MERGED)), (prepare, (FACTS, WRITTEN, ENCODED))):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name not in kept:
+                remove(path)
+    pieces = keep_made_of(clean / PIECES, {sha256_file(shard) for shard in CONVERSATIONS.glob("*.jsonl")})
+    merged = keep_made_of(clean / MERGED, {path.name for path in pieces})
+    files = {sha256_file(path / KEPT) for path in merged}
+    for folder in (MEMO / "export", prepare / FACTS, prepare / WRITTEN):
+        keep_made_of(folder, files)
+    return files
+
+
+def clear_encoded() -> None:
+    """Remove encoded rows of other lines than those of clean files that were made of the shards as they are now. After
+    `dvc repro`, which takes the others of a rewritten shard from there."""
+    facts = keep_made_of(MEMO / "prepare" / FACTS, clear_memos())
+    keep_rows_of(ENCODED_ROWS, lines_of(facts))
 
 
 def mark_models(work: Work) -> None:
@@ -300,13 +336,13 @@ def clear_champion(work: Work) -> None:
 
 def run_pipeline(work: Work) -> None:
     """`dvc repro`, if the pipeline has read it. If it fails, what it would have replaced is removed."""
-    if not Path("dvc.lock").is_file():
-        return
     if not work.options["pipeline"]:
         work.say("pipeline: not run, it has never read it")
         return
-    work.options["reproduced"] = dvc_files.reproduce()
-    if not work.options["reproduced"]:
+    if Path("dvc.lock").is_file():
+        work.options["reproduced"] = dvc_files.reproduce()
+    clear_encoded()
+    if not work.options.get("reproduced", True):
         for file in work.files_holding():
             if file.parts[0] in ("data", "metrics", "models"):
                 file.unlink()

@@ -110,7 +110,7 @@ def clean_piece(piece: Piece, memo: Memo, settings: CleanSettings, control_token
     def make(folder: Path, _: object) -> dict[str, Counter[str]]:
         return _clean_into(folder, piece, DataCleaner(settings=settings, control_tokens=control_tokens))
 
-    return CleanPiece(piece.shard, *memo.files(piece.key, make))
+    return CleanPiece(piece.shard, *memo.files(piece.key, make, of=piece.key[:1]))
 
 
 def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, Counter[str]]:

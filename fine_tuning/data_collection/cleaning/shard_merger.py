@@ -141,7 +141,7 @@ class _Decided:
     value: np.ndarray  # the row of the better or earlier duplicate, or the count that was too many
     candidates: np.ndarray  # rows that only another conversation can drop
     cluster: np.ndarray  # of each candidate the first of its cluster
-    added: dict[int, list[dict]]  # row → judgements of exact duplicates of it, in ascending order
+    added: dict[int, dict[int, dict]]  # row → judgements of exact duplicates of it by their row, in ascending order
     judged: np.ndarray = field(init=False)  # the rows of `added`
 
     def __post_init__(self) -> None:
@@ -209,15 +209,15 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     return best
 
 
-def _judgements(index: _Index, rows: np.ndarray, kept: np.ndarray, shared: np.ndarray) -> dict[int, list[dict]]:
+def _judgements(index: _Index, rows: np.ndarray, kept: np.ndarray, shared: np.ndarray) -> dict[int, dict[int, dict]]:
     """Row → what was said of exact duplicates of it, for candidates that are kept."""
     judged = np.flatnonzero(index.column("judged", rows))
     said: dict[int, list[tuple[int, dict]]] = {}
     for place, (*_, details) in zip(judged, index.told(rows[judged]), strict=True):
-        said.setdefault(int(shared[place]), []).append((rows[place], details["judgements"]))
+        said.setdefault(int(shared[place]), []).append((int(rows[place]), details["judgements"]))
     added = {}
     for place in np.flatnonzero(kept & np.isin(shared, shared[judged])):
-        if others := [one for row, one in said[int(shared[place])] if row != rows[place]]:
+        if others := {row: one for row, one in said[int(shared[place])] if row != rows[place]}:
             added[int(rows[place])] = others
     return added
 
@@ -252,8 +252,10 @@ def _part(index: _Index, decided: _Decided, memo: Memo, numbers: list[int], firs
     ]
     kept = np.packbits(decided.verdict[first:last] == _KEPT).tobytes()
     judged = decided.judged[slice(*np.searchsorted(decided.judged, (first, last)))].tolist()
-    added = {str(row - first): decided.added[row] for row in judged}
+    added = {str(row - first): [*decided.added[row].values()] for row in judged}
     places = [[index.pieces[number].folder.name, int(begin - index.starts[number])] for number, begin, _ in pieces]
+    others = [other for row in judged for other in decided.added[row]]
+    numbers = {*(number for number, *_ in pieces), *(np.searchsorted(index.starts, others, "right") - 1).tolist()}
 
     def write(place: Path, _: object) -> int:
         with open(place / KEPT, "wb") as file:
@@ -261,7 +263,8 @@ def _part(index: _Index, decided: _Decided, memo: Memo, numbers: list[int], firs
                 _write_rows(index, decided, number, begin, end, file.write)
         return len(pieces)
 
-    return memo.files([places, hashlib.sha256(kept).hexdigest(), int(last - first), added], write)[0] / KEPT
+    key = [places, hashlib.sha256(kept).hexdigest(), int(last - first), added]
+    return memo.files(key, write, of={index.pieces[number].folder.name for number in numbers})[0] / KEPT
 
 
 def _write_rows(
@@ -281,7 +284,7 @@ def _write_rows(
             cleaned.seek(begins[stretch[0]])
             lines = cleaned.read(ends[stretch[-1]] - begins[stretch[0]])
             others = decided.added.get(int(start + stretch[0]))
-            write(to_line(add_judgements(from_line(lines), others)) if others else lines)
+            write(to_line(add_judgements(from_line(lines), others.values())) if others else lines)
 
 
 def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any]) -> Iterator[str]:
