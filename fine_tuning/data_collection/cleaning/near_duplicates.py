@@ -13,6 +13,8 @@ from itertools import chain
 
 import numpy as np
 
+from fine_tuning.common.columns import equal_pairs
+
 PERMUTATIONS = 60
 BANDS = 12
 ROWS = PERMUTATIONS // BANDS
@@ -123,43 +125,6 @@ def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
             found[rows] = further
 
 
-# -----------------------------------------------------------------------------
-# columns
-
-
-def equal_pairs(keys: np.ndarray) -> np.ndarray:
-    """(2, pairs): the first row of each key that several have, and each of the others."""
-    rows, starts, sizes = equal_groups(keys)
-    first = np.repeat(rows[starts], sizes)
-    return np.stack([first, rows])[:, first != rows]
-
-
-def equal_groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows whose key others have too, by key and in order; where those of each key begin, how many there are)."""
-    rows = _perhaps_several(keys)
-    rows = rows[np.argsort(keys[rows], kind="stable")]
-    starts = np.flatnonzero(np.diff(keys[rows], prepend=~keys[rows[:1]]))
-    sizes = np.diff(starts, append=len(rows))
-    rows, sizes = rows[np.repeat(sizes > 1, sizes)], sizes[sizes > 1]
-    return rows, np.cumsum(sizes) - sizes, sizes
-
-
-def _perhaps_several(keys: np.ndarray) -> np.ndarray:
-    """The rows whose key others may have too, by the first bits of keys that are hashes: sorting all takes longer.
-    Range by range, as the table of one fits into the processor's cache."""
-    spare, found = (len(keys) >> _RANGE).bit_length(), np.zeros(len(keys), np.bool_)
-    places = (keys >> np.uint64(61 - _RANGE - spare)).astype(np.uint32)
-    ranges, last = (places >> (_RANGE + 3)).astype(np.uint16), np.empty(8 << _RANGE, np.int32)
-    for number in range(1 << spare):
-        rows = np.flatnonzero(ranges == number).astype(np.int32)
-        here, several = places[rows] & ((8 << _RANGE) - 1), np.zeros(8 << _RANGE, np.bool_)
-        last[here] = rows
-        several[here[last[here] != rows]] = True
-        found[rows] = several[here]
-    return np.flatnonzero(found).astype(np.int32)
-
-
 _BASE = 0x9E3779B97F4A7C15
 _MIXER = np.uint64(_BASE)
 _PORTION = 1 << 14  # pairs whose signatures are in memory at a time
-_RANGE = 17  # as a power of two: keys that are looked through at a time, about

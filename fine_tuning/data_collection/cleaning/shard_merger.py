@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from fine_tuning.common.columns import equal_groups, equal_pairs
 from fine_tuning.common.records import replacing
 from fine_tuning.common.results import Memo, link
 from fine_tuning.data_collection.cleaning import near_duplicates
@@ -150,7 +151,7 @@ class _Decided:
 def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     verdict = np.where(index.passed, np.int8(_KEPT), np.int8(_REJECTED))
     id_keys = index.column("id_key")
-    versions, starts, sizes = near_duplicates.equal_groups(id_keys)
+    versions, starts, sizes = equal_groups(id_keys)
     older = np.ones(len(versions), bool)
     older[starts + sizes - 1] = False
     verdict[versions[older & (id_keys[versions] > 0)]] = _SUPERSEDED
@@ -158,7 +159,7 @@ def _decide(index: _Index, settings: CleanSettings) -> _Decided:
     standing, shared = index.column("standing", rows), index.column("shared", rows)
     best = _best_of_duplicates(index, rows, standing, shared)
     alone = best == np.arange(len(rows))
-    edges = [near_duplicates.equal_pairs(keys) for keys in (shared, index.column("question", rows))]
+    edges = [equal_pairs(keys) for keys in (shared, index.column("question", rows))]
     nearest = np.full(len(rows), len(rows), np.int32)
     if settings.near_duplicate_threshold <= 1:
         signed = np.flatnonzero(alone).astype(np.int32)
@@ -178,7 +179,7 @@ def _decide(index: _Index, settings: CleanSettings) -> _Decided:
         if limit < len(rows):
             found = index.column(column, rows)
             asked = np.flatnonzero((own == _KEPT) & (found > 0))
-            several, starts, sizes = near_duplicates.equal_groups(found[asked])
+            several, starts, sizes = equal_groups(found[asked])
             counts = np.arange(1, len(several) + 1) - np.repeat(starts, sizes)
             late = asked[several[counts > limit]]
             own[late], values[late] = reason, counts[counts > limit]
@@ -193,7 +194,7 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     """Of each candidate the one that stays of its exact duplicates: by feedback, then age, then order."""
     own = index.column("own", rows)
     edited = np.flatnonzero(own != shared)
-    equal, starts, sizes = near_duplicates.equal_groups(np.concatenate([own, shared[edited]]))
+    equal, starts, sizes = equal_groups(np.concatenate([own, shared[edited]]))
     mine = equal < len(rows)
     members = equal.copy()
     members[~mine] = edited[equal[~mine] - len(rows)]
