@@ -12,7 +12,6 @@ from fine_tuning.data_collection.storage.shards import (
     IntakeSettings,
     check_append_only,
     keep_twice,
-    versions,
     wanted_shards,
 )
 from fine_tuning.data_collection.storage.tombstones import Tombstones
@@ -34,8 +33,8 @@ def main() -> None:
     new = check_append_only(MANIFEST, CONVERSATIONS, shards, sample)
     if not shards:
         raise UserError("there are no conversations: `python -m fine_tuning import FILE`, or chat and then seal")
-    if len(tombstones):
-        refuse_forgotten([path for path, shard in index.shards.items() if shard.suspect], tombstones)
+    if any(shard.forgotten for shard in index.shards.values()):  # another clone's shard may bring it back
+        raise UserError("a forgotten conversation came back with a shard: `python -m fine_tuning forget --again`")
     # DVC hashes dependencies after the stage: a shard that arrived meanwhile would count as seen without being read.
     if states(sample) != before:
         raise UserError(f"{CONVERSATIONS} changed while it was being read: run `dvc repro` again")
@@ -48,13 +47,6 @@ def main() -> None:
 def states(sample: bool) -> dict[Path, list[int] | None]:
     """The shards in their order, with what changes when one changes."""
     return {path: shard_state(path) for path in wanted_shards(CONVERSATIONS, MANIFEST, sample)}
-
-
-def refuse_forgotten(paths: list[Path], tombstones: Tombstones) -> None:
-    """A shard of another clone may bring back what was forgotten here."""
-    returned = next(versions(paths, tombstones.names), None)
-    if returned is not None:
-        raise UserError("a forgotten conversation came back with a shard: `python -m fine_tuning forget --again`")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from tqdm import tqdm
 
+from fine_tuning.common.columns import release_memory
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import open_engine
 from fine_tuning.common.project import main_checkout, sha256_file
@@ -60,7 +61,9 @@ def main() -> None:
         tqdm(desc="tokenise", unit=" conversations", leave=False, disable=None) as bar,
     ):
         catalogue = builder.catalogue(clean, clusters(), ledger, engine, dropped_duplicates())
+        release_memory()
         chosen = dict(builder.choose(clean, catalogue, encoded, engine, bar.update))
+        release_memory()
         key = [*made_by, settings.salt, settings.train_on]
         tallies = write_splits(PREPARED, chosen, clean, catalogue, encoded, written, key, engine)
     written.remove_unused()

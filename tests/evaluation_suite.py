@@ -1,8 +1,10 @@
 """What the tests of evaluation share: the tiny base, a candidate that knows the answers, held-out conversations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fine_tuning.common.records import replacing
 from fine_tuning.common.results import Memo
 from fine_tuning.evaluation.evaluator import Evaluator
 from fine_tuning.evaluation.records.record_types import Item
@@ -11,7 +13,7 @@ from fine_tuning.evaluation.suite.contenders import Contender
 from fine_tuning.evaluation.suite.items import read_items
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import encoded_row, write_rows
+from fine_tuning.schema.prepared import PreparedRow, encoded_row, row_batch, write_batches
 
 SETTINGS = EvaluateSettings.model_validate(
     {
@@ -53,6 +55,12 @@ def conversation(text: str, reply: str, **fields: object) -> list[dict]:
     """A question and its answer, by a person where no model is named; `fields` go to the answer."""
     author = {} if "model" in fields else {"person": True}
     return [{"role": "user", "content": text}, {"role": "assistant", "content": reply, **author, **fields}]
+
+
+def write_rows(folder: Path, rows: Sequence[PreparedRow]) -> None:
+    """Write encoded rows as a split of one file."""
+    with replacing(folder / "rows.parquet") as file:
+        write_batches(file, [row_batch(rows)])
 
 
 def write_items(path: Path, model: Path, conversations: dict[str, list[dict]], max_length: int = 200) -> Path:

@@ -1,6 +1,7 @@
 """The index that the pages read: whatever is logged, sealed, forgotten or deleted, it says what the files say."""
 
 import itertools
+import random
 import shutil
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from fine_tuning.data_collection.storage.shards import shard_paths, versions, wr
 from fine_tuning.data_preparation.dataset_builder import PrepareSettings
 from fine_tuning.data_preparation.splits import Ledger
 from fine_tuning.integration import data_view
-from fine_tuning.integration.conversation_index import ConversationIndex, conversation_index
+from fine_tuning.integration.conversation_index import ConversationIndex, Texts, conversation_index
 from fine_tuning.schema.conversation import fold
 from tests.project import ROOT
 from tests.test_odd_records import ODD, changed, places
@@ -149,6 +150,21 @@ def test_a_search_finds_words_of_any_message_or_of_a_given_name(tmp_path):
     assert found("S0") == ["s0"]
     assert found(" ".join(["plums", *(f"word{number}" for number in range(2000))])) == []
     assert found("\ud800") == []
+
+
+def test_a_search_finds_rare_and_common_words_wherever_texts_lie(monkeypatch):
+    monkeypatch.setattr("fine_tuning.integration.conversation_index.AT_ONCE", 5)
+    draw, texts, held = random.Random(7), Texts(), {}
+    for _ in range(300):
+        number, words = draw.randrange(1, 60), draw.choices(("", "a", "b", "äb", "rare"), (5, 9, 9, 5, 1), k=3)
+        texts.put(number, " ".join(words))
+        held[number] = " ".join(words)
+        if draw.random() < 0.2:
+            texts.remove(number)
+            del held[number]
+        for wanted in (["a"], ["b"], ["äb", "a"], ["rare"], ["none"], [""]):
+            having = [number for number, text in held.items() if all(word in text for word in wanted)]
+            assert sorted(texts.having(wanted)) == sorted(having)
 
 
 def test_an_id_is_found_whatever_its_case(tmp_path):

@@ -24,9 +24,10 @@ from fine_tuning.data_preparation.decontamination import HeldOut, repeating
 from fine_tuning.data_preparation.splits import SPLITS
 from fine_tuning.data_preparation.tally import Tally, length_histogram, statistics
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded, load_tokenizer
-from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, row_batch, write_batches, write_rows
+from fine_tuning.schema.prepared import PreparedRow, encoded_row, read_rows, row_batch, write_batches
 from fine_tuning.schema.reasons import in_words
 from stages import prepare
+from tests.evaluation_suite import write_rows
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"word{number}" for number in range(400)]
@@ -466,9 +467,12 @@ def test_rows_out_of_the_memo_are_those_that_were_never_in_it(tokenizer, tmp_pat
 
     def built(encoded):
         facts = held.facts(FactSettings("all", builder.salt, builder.decontamination_words))
-        facts["line"] = np.arange(2 * len(facts)).reshape(-1, 2)
+        facts.of(0, "line")[:] = np.arange(2 * len(facts)).reshape(-1, 2)
         catalogue = Catalogue(facts, [("c001", "c000")], ledger, builder.fractions, builder.salt)
-        return {split: list(encoded.take(chosen)) for split, chosen in builder.choose(held, catalogue, encoded)}
+        return {
+            split: list(encoded.take(chosen.ordered(catalogue)))
+            for split, chosen in builder.choose(held, catalogue, encoded)
+        }
 
     plain = {split: row_batch(rows).to_pylist() for split, rows in built(HeldRows()).items()}
     assert any(row["windows_left_out"] for row in plain["test"]) and len(plain["train"]) > 5
@@ -731,7 +735,9 @@ def test_what_was_held_out_stays_held_out_when_a_better_duplicate_takes_its_plac
         ledger, builder, rows = Ledger("splits.txt", "whetstone"), DatasetBuilder(), HeldRows()
         catalogue = builder.catalogue(clean, prepare.clusters(), ledger, map, prepare.dropped_duplicates())
         dealing = builder.choose(clean, catalogue, rows)
-        splits = {e.messages[0]["content"]: split for split, chosen in dealing for e in rows.take(chosen)}
+        splits = {
+            e.messages[0]["content"]: split for split, chosen in dealing for e in rows.take(chosen.ordered(catalogue))
+        }
         catalogue.remember(ledger)
         return splits, dict(Ledger("splits.txt", "whetstone").find(f"{k}{n}" for n in range(150) for k in names))
 

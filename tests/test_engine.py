@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 
 from benchmarks.load import add_shard, conversations, write_checkout
+from fine_tuning.common import shared_folder
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import cores, open_engine
+from fine_tuning.common.project import MadeBy
 from fine_tuning.common.settings import read_params
 from fine_tuning.data_preparation import dataset_builder, encoded_memo
 from fine_tuning.runtime.hardware import detect_hardware
@@ -157,6 +160,20 @@ def test_results_come_in_order(request, where, processes):
 
 
 @pytest.mark.end_to_end
+def test_the_files_of_pieces_that_are_handed_out_together_are_sent_at_once(tmp_path, monkeypatch):
+    sent, put = [], MemoryFileSystem.put
+    count = lambda store, files, *to: sent.append(len(files)) or put(store, files, *to)  # noqa: E731
+    monkeypatch.setattr(MemoryFileSystem, "put", count)
+    monkeypatch.setitem(shared_folder._BASES, "memory://run", Path("/"))
+    files = [tmp_path / f"{number}" for number in range(3)]
+    for file in files:
+        file.write_text(file.name)
+    made_by = MadeBy.here("export", ())
+    for pieces in ([files[0]], [files[0], files[1], files[1], files[2]], files):
+        assert len(shared_folder.tasks("memory://run", str, pieces, made_by)) == len(pieces)
+    assert sent == [1, 2]
+
+
 def test_a_worker_without_a_shared_disk_is_one_line(cluster, tmp_path):
     from distributed import Client
 

@@ -29,8 +29,7 @@ from fine_tuning.evaluation.suite.items import label_runs, read_items, reply_aut
 from fine_tuning.evaluation.suite.prompting_baselines import NOTHING, with_messages
 from fine_tuning.evaluation.verdict.slices import slices
 from fine_tuning.schema.chat_format import load_tokenizer
-from fine_tuning.schema.prepared import write_rows
-from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items
+from tests.evaluation_suite import MODULES, SETTINGS, build_suite, conversation, evaluator_of, write_items, write_rows
 from tests.test_pipeline import ROOT, closure
 from tests.tiny import write_tiny_base
 
@@ -305,13 +304,6 @@ def test_neither_a_version_of_this_project_nor_the_base_is_an_author_of_referenc
     check_references(others, tmp_path, tmp_path / "champion.json", "whetstone")
     with pytest.raises(UserError, match=r"^evaluate\.references names .*, which is itself compared or was made here"):
         check_references(["person", author], tmp_path, tmp_path / "champion.json", "whetstone")
-
-
-@pytest.mark.parametrize("old", ["liked", "edited", "imported", "unknown"])
-def test_references_of_earlier_versions_are_one_clear_line(tmp_path, old):
-    write_json(tmp_path / "champion.json", {"version": None})
-    with pytest.raises(UserError, match=rf"references names {old}, .* write \[person\] in params\.yaml"):
-        check_references(["person", old], tmp_path, tmp_path / "champion.json", "whetstone")
 
 
 def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):

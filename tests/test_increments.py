@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from fine_tuning.data_collection.storage.shards import shard_paths, write_shard
 from fine_tuning.data_preparation import encoded_memo, split_writer
 from fine_tuning.data_preparation.catalogue import FACT, REASONS
 from fine_tuning.data_preparation.encoded_memo import EncodedMemo
-from fine_tuning.data_preparation.encodings import Chosen
+from fine_tuning.data_preparation.encodings import Ordered
 from fine_tuning.data_preparation.splits import Ledger, salted_hashes
 from fine_tuning.erasure import steps
 from fine_tuning.erasure.records import Selection, clear_shards, collect
@@ -231,7 +232,7 @@ def numbers_of(identity):
     """The hashes that the memo holds of a conversation and of no other: of its id, contents, line, parts of it."""
     rows, own = [], []
     for entry in (index.parent for index in Path(".whetstone/memo/clean/pieces").glob("*/index")):
-        table, bands = np.fromfile(entry / "index", ROW), np.fromfile(entry / "bands", np.uint64).reshape(-1, BANDS)
+        table, bands = columns_of(entry / "index", ROW), np.fromfile(entry / "bands", np.uint64).reshape(BANDS, -1).T
         passed = np.cumsum(table["passed"]) - 1
         for line, (row, told) in enumerate(zip(table, (entry / "told.jsonl").read_bytes().splitlines(), strict=True)):
             held = [row[name] for name in ("id_key", "own", "shared", "question", "reply")]
@@ -239,11 +240,19 @@ def numbers_of(identity):
             (own if json.loads(told)[0] == identity else rows).extend(map(int, held))
     keys = {salted_hashes(f"whetstone{part}")(identity) for part in ("/ledger", "/order", "")}
     for entry in Path(".whetstone/memo/prepare/facts").glob("*/facts"):
-        for fact in np.fromfile(entry, FACT):
+        for fact in columns_of(entry, FACT):
             held = [fact[name] for name in ("id", "turn", "draw")] + fact["line"].tolist()
             (own if int(fact["id"]) in keys else rows).extend(map(int, held))
     assert keys & set(own)
     return {number.to_bytes(8, "little") for number in set(own) - set(rows) - {0}}
+
+
+def columns_of(path, kinds):
+    count = path.stat().st_size // kinds.itemsize
+    table = np.empty(count, kinds)
+    for name, (kind, before, *_) in kinds.fields.items():
+        table[name] = np.fromfile(path, kind, count, offset=count * before)
+    return table
 
 
 def held_in_memo(needles):
@@ -341,7 +350,7 @@ def asked(folder, *keys, settings=()):
         if computed:
             found[found["place"] < 0] = add(memo, lines[found["place"] < 0], [[rows[key]] for key in computed])
         none = np.zeros(len(keys), int)
-        chosen = Chosen(found["place"], none, none, none, none, np.full(len(keys), None), {})
+        chosen = Ordered(found["place"], none, none, np.full(len(keys), None), {})
         taken = [row for batch in memo.take(chosen) for row in batch.to_pylist()]
         assert [row["id"] for row in taken] == [row["cluster"] for row in taken] == [f"c{key}" for key in keys]
         assert [row["input_ids"] for row in taken] == [[1, 2, key] for key in keys]
@@ -378,7 +387,7 @@ def test_what_a_run_reads_stays_until_it_ends(tmp_path):
         for settings in ((), ["another tokenizer"], ["a third"]):  # each run has no use for the first's rows
             assert asked(tmp_path, 2, settings=settings) == [2]
         none = np.zeros(1, int)
-        (batch,) = memo.take(Chosen(found["place"], none, none, none, none, np.full(1, None), {}))
+        (batch,) = memo.take(Ordered(found["place"], none, none, np.full(1, None), {}))
         assert batch.column("id").to_pylist() == ["c1"]
     assert asked(tmp_path, 2) == [], "and nothing of the others is lost"
     assert asked(tmp_path, 1) == [1], "what nobody asked for goes with the next run"
@@ -457,6 +466,58 @@ DAMAGE = {
         for odd in ODD
     },
 }
+
+
+EACH_STAGE = """
+import sys
+from fine_tuning.common.stage_times import run_stage
+from fine_tuning.data_collection.cleaning import shard_merger
+from fine_tuning.data_preparation import split_writer
+from stages import clean, export, intake, prepare
+from tests.strike import in_child, without_locks
+shard_merger.FILE_ROWS, split_writer.FILE_ROWS = 3, 8
+for stage in (intake, clean, export, prepare):
+    sys.argv = [stage.__file__]
+    print("ended", in_child(lambda: {before}, lambda: run_stage(stage.main)) >> 8, file=sys.stderr)
+"""
+DISKS = {  # where the memo lies, how the disk is made, what is said of it
+    "gone": ("", "disk/memo, which is not there"),
+    "gone with .whetstone": ("", "disk/memo, which is not there"),
+    "read-only": ("mount --bind -o ro .whetstone/memo .whetstone/memo", "may not be read or written"),
+    "full": ("mount -t tmpfs -o size=8k tmpfs .whetstone/memo", "the disk is full: free some space (`df -h "),
+    "another file system": ("mount -t tmpfs tmpfs .whetstone/memo", ""),
+    "without locks": ("", "cannot lock files"),
+}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("disk", DISKS)
+def test_what_a_memo_lies_on_is_one_line_or_costs_time_only(empty, tmp_path, monkeypatch, disk):
+    shutil.copytree(empty, tmp_path / "checkout", symlinks=True)
+    monkeypatch.chdir(tmp_path / "checkout")
+    shards = Arrivals()
+    shards.shard([("new", 0)] * 30)
+    run_all()
+    shards.shard([("new", 0), ("longer", 3)])
+    before = ledger_now()
+    mount, words = DISKS[disk]
+    if disk.startswith("gone"):
+        place = MEMO.parent if "with" in disk else MEMO
+        shutil.rmtree(place)
+        place.symlink_to(tmp_path / "disk/memo")
+    script = EACH_STAGE.format(before="without_locks(37)" if disk == "without locks" else "None")
+    command = f"{mount or ':'} && cd $PWD && exec {shlex.quote(sys.executable)} -c {shlex.quote(script)}"
+    alone = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*alone, "sh", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.stderr.count("ended") == len(STAGES) and "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == done.stderr.count("ended 1") == len(STAGES) - done.stderr.count("ended 0"), done.stderr
+    assert not (tmp_path / "disk").exists()
+    if words:
+        assert errors and all(words in error for error in errors), done.stderr
+    else:
+        assert not errors and written() == from_nothing(before)
 
 
 def test_what_another_run_removes_is_made_again(tmp_path):

@@ -10,8 +10,7 @@ from fine_tuning.evaluation.suite.memorisation import memory_items, recalled
 from fine_tuning.evaluation.verdict.memorisation import exposures, kept, rank_sum
 from fine_tuning.schema.canaries import controls, planted
 from fine_tuning.schema.chat_format import load_tokenizer
-from fine_tuning.schema.prepared import write_rows
-from tests.evaluation_suite import conversation, write_items
+from tests.evaluation_suite import conversation, write_items, write_rows
 
 LONG = "The quick brown fox jumps over the lazy dog, and then it rests beside the router in the box number {}."
 

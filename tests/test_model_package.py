@@ -18,8 +18,9 @@ from fine_tuning.runtime import gguf_writer, llama_quantiser, llama_quantize
 from fine_tuning.runtime.base_model import load_model
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import encoded_row, write_rows
+from fine_tuning.schema.prepared import encoded_row
 from stages import package as stage
+from tests.evaluation_suite import write_rows
 
 ROOT = Path(__file__).parents[1]
 CONVERSATIONS = [
@@ -60,7 +61,7 @@ def write_prepared(base: Path, folder: Path, system_prompt: str | None = None) -
     tokenizer = load_tokenizer(base)
     talks = [[{"role": role, "content": content} for role, content in talk] for talk in CONVERSATIONS]
     encoded = [encode_conversation(tokenizer, messages, system_prompt, 512) for messages in talks]
-    write_rows(folder, (encoded_row(one, id=f"c{number}") for number, one in enumerate(encoded)))
+    write_rows(folder, [encoded_row(one, id=f"c{number}") for number, one in enumerate(encoded)])
 
 
 def change_params(path: Path, section: str, **values) -> None:

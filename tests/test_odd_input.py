@@ -21,8 +21,8 @@ from fine_tuning.evaluation.verdict.comparison import CompareSettings, compare
 from fine_tuning.evaluation.verdict.slices import slices
 from fine_tuning.runtime.gguf_writer import write_gguf
 from fine_tuning.schema.chat_format import ChatSettings, encode_conversation, load_tokenizer
-from fine_tuning.schema.prepared import encoded_row, write_rows
-from tests.evaluation_suite import MODULES, SETTINGS, conversation, evaluator_of, write_items
+from fine_tuning.schema.prepared import encoded_row
+from tests.evaluation_suite import MODULES, SETTINGS, conversation, evaluator_of, write_items, write_rows
 
 COMPARE = CompareSettings(
     primary="perplexity",

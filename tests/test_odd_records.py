@@ -72,7 +72,8 @@ ODD = st.recursive(
 )
 WHOLE = [
     EXCHANGE | {"id": "e", "timestamp": "2026-01-01", "feedback": [{"message_id": "e", "rating": 1}],
-                "metadata": {"session_id": "s", "model": "m", "tokens": 3}},
+                "metadata": {"session_id": "s", "model": "m", "tokens": 3,
+                             "history": [{"role": "user", "content": "Hello"}]}},
     {"id": "c", "source": "x", "started_at": "2026-01-01", "metadata": {"user_id": "ann"}, "restored": True,
      "messages": [{"id": "c-0", "role": "user", "content": "What is a lake?"},
                   {"id": "c-1", "role": "assistant", "content": "Water that stays.", "incomplete": "stopped",

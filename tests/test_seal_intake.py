@@ -203,6 +203,26 @@ def test_tombstones_that_come_alone_with_a_merge_are_looked_at(project, command)
     assert "a forgotten conversation came back with a shard: `python -m fine_tuning forget --again`" in output
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id":"other","messages":[],"id":"gone"}',
+        '{"id":"other","messages":[{"id":"m","role":"user","content":"q"}], "i\\u0064" : "gone"}',
+        '{"id":5,"messages":[]}',
+        '{"id":"other","conversation_id":"gone","user_message":"q","assistant_response":"a"}',
+    ],
+)
+def test_intake_refuses_what_cleaning_would_take_for_a_forgotten_conversation(project, intake_stage, line):
+    tombstones = "".join(f'{{"id": "{id_hash(identity)}", "contents": []}}\n' for identity in ("gone", "5"))
+    (project.folder / "data/forgotten.jsonl").write_text(tombstones)
+    (project.folder / "data/conversations").mkdir()
+    shard = project.folder / "data/conversations/20260101T000000000-import-x.jsonl"
+    shard.write_text('{"id":"gone","messages":[torn\n{"id":"kept","messages":[]}\n')
+    assert intake_stage(project) is None
+    shard.with_name("20260102T000000000-import-y.jsonl").write_text(f"{line}\n")
+    assert "a forgotten conversation came back with a shard" in intake_stage(project)
+
+
 def _path():
     return f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As SQLite and the libraries in Rust say it, which raise errors of their own.
 _NO_SPACE_WORDS = ("No space left", "disk is full", "disk I/O error", "File too large", "os error 28", "os error 27")
@@ -98,6 +99,14 @@ def line_of(error: BaseException | None) -> str | None:
         if denied or "readonly database" in str(one):
             what = denied or "the database"
             return f"error: {what} may not be read or written: run this as its owner, on a disk that is not read-only"
+        file = one.filename if isinstance(one, OSError) else None
+        if isinstance(one, FileExistsError) and file and os.path.islink(file):
+            return f"error: {file} is a link to {os.readlink(file)}, which is not there: mount it, or `rm {file}`"
+        if isinstance(one, OSError) and one.errno in _NO_LOCKS and not file:
+            return (
+                "error: the file system of this checkout, or of a folder that it links to, cannot lock files: mount it "
+                "with locks, or work on another disk"
+            )
     return None
 
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import MadeBy, other_here
-from fine_tuning.common.shared_folder import START_IT, Call, folder_of_a_run, other_worker, task, unpack
+from fine_tuning.common.shared_folder import START_IT, Call, folder_of_a_run, other_worker, tasks, unpack
 
 Worker = Callable[[Any], Any]
 Map = Callable[[Worker, Iterable[Any]], Iterator[Any]]
@@ -51,7 +51,11 @@ def open_engine(engine: str | None, stage: str, processes: int = 1, packages: It
     elif engine is None:
         try:
             with ProcessPoolExecutor(processes) as pool:
-                yield lambda function, items: chain.from_iterable(_in_order(pool.submit, function, items, processes))
+
+                def hand_out(function: Worker, items: list[Any]) -> list[Any]:
+                    return [pool.submit(function, item) for item in items]
+
+                yield lambda function, items: chain.from_iterable(_in_order(hand_out, function, items, processes))
         except BrokenProcessPool:
             raise UserError(
                 "one of the processes was killed (memory full?): close other programs, then run the same again"
@@ -63,8 +67,9 @@ def open_engine(engine: str | None, stage: str, processes: int = 1, packages: It
             workers = sum(worker["nthreads"] for worker in client.scheduler_info(n_workers=-1)["workers"].values())
             with folder_of_a_run(folder, client) if folder else nullcontext(None) as run:
 
-                def submit(function: Worker, item: object) -> Any:
-                    return client.submit(pickle.loads, task(run, function, item, made_by), pure=False)
+                def submit(function: Worker, items: list[Any]) -> list[Any]:
+                    made = tasks(run, function, items, made_by)
+                    return [client.submit(pickle.loads, one, pure=False) for one in made]
 
                 yield lambda function, items: _unpacked(_in_order(submit, function, items, workers), run)
 
@@ -94,13 +99,14 @@ def _unpacked(results: Iterator[list[bytes]], run: str | None) -> Iterator[Any]:
 
 
 def _in_order(
-    submit: Callable[..., Any], function: Callable[..., Any], items: Iterable[Any], workers: int
+    submit: Callable[[Worker, list[Any]], list[Any]], function: Worker, items: Iterable[Any], workers: int
 ) -> Iterator[list[Any]]:
-    """Results in order; together those that are there, at most half of what is waited for."""
-    waiting: deque[Any] = deque()
-    for item in items:
-        waiting.append(submit(function, item))
-        if len(waiting) >= AHEAD * workers:
+    """Results in order; together those that are there, at most half of what is waited for. Items are submitted together
+    too: a shared folder that answers late then costs its delay once."""
+    items, waiting = iter(items), deque[Any]()
+    while some := [*islice(items, AHEAD * workers - len(waiting))]:
+        waiting.extend(submit(function, some))
+        if len(waiting) == AHEAD * workers:
             yield _ready(waiting, AHEAD * workers // 2)
     while waiting:
         yield _ready(waiting, AHEAD * workers // 2)

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,14 @@ class Memo:
         self._used.add(folder.name)
         known = self._known.pop(folder.name) if folder.name in self._known else _sound(folder)
         if known is not None:
-            with suppress(FileNotFoundError):  # another run has removed it since it was found sound
+            try:
                 os.utime(folder)
-                return folder, known
+            except FileNotFoundError:  # another run has removed it since it was found sound
+                known = None
+            except OSError:  # it may only be read
+                pass
+        if known is not None:
+            return folder, known
         remove(folder)
         earlier = self._pointed(pointer)
         with making_folder(folder) as temporary:

@@ -40,10 +40,10 @@ class _Stored(NamedTuple):
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, folder: str | None, results: bool) -> None:
+    def __init__(self, file: io.BytesIO, folder: str | None, results: bool, missing: dict[Path, _State]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._folder, self._results = folder, results
-        self.missing: dict[Path, _State] = {}  # in the folder
+        self._missing = missing  # in the folder
 
     def reducer_override(self, value: Any) -> Any:
         if self._folder is None or not isinstance(value, Path):
@@ -59,10 +59,10 @@ class _Packer(pickle.Pickler):
 
     def _stored(self, folder: str, path: Path) -> _Stored:
         found = path.stat()
-        known, digest = _SENT.get((folder, path), (None, ""))
+        known, digest = self._missing.get(path) or _SENT.get((folder, path), (None, ""))
         if known != (state := state_of(path)):
             digest = sha256_file(path)
-            self.missing[path] = state, digest
+            self._missing[path] = state, digest
         return _Stored(path.name, digest, found.st_mtime_ns, found.st_mode & 0o777)
 
 
@@ -76,17 +76,20 @@ class _Unpacker(pickle.Unpickler):
         return partial(found, self) if found is _file or found is _files else found
 
 
-def pack(folder: str | None, value: Any, results: bool = False) -> bytes:
-    """Pickle a value and upload the files that it names; of `results`, those in folders that it names too. Without a
+def pack(folder: str | None, values: Iterable[Any], results: bool = False) -> list[bytes]:
+    """Pickle values and upload the files that they name; of `results`, those in folders that they name too. Without a
     folder paths stay paths, on a disk that all share."""
-    packed = io.BytesIO()
-    packer = _Packer(packed, folder, results)
-    packer.dump(value)
-    if folder and packer.missing:
+    missing: dict[Path, _State] = {}
+    packed = []
+    for value in values:
+        packer = _Packer(one := io.BytesIO(), folder, results, missing)
+        packer.dump(value)
+        packed.append(one.getvalue())
+    if folder and missing:
         with _access(folder) as (files, root):
-            files.put(list(map(str, packer.missing)), [f"{root}/{digest}" for _, digest in packer.missing.values()])
-        _SENT.update({(folder, path): state for path, state in packer.missing.items()})
-    return packed.getvalue()
+            files.put(list(map(str, missing)), [f"{root}/{digest}" for _, digest in missing.values()])
+        _SENT.update({(folder, path): state for path, state in missing.items()})
+    return packed
 
 
 def unpack(folder: str | None, packed: Iterable[bytes]) -> list[Any]:
@@ -119,9 +122,12 @@ class Call:
         return self._call
 
 
-def task(folder: str | None, function: Callable[[Any], Any], argument: object, made_by: MadeBy) -> bytes:
-    """A pickle that does the work where it is unpickled, with a packed result."""
-    return pickle.dumps(Call(work_on, pack(folder, (function, argument)), folder, made_by))
+def tasks(
+    folder: str | None, function: Callable[[Any], Any], arguments: Iterable[object], made_by: MadeBy
+) -> list[bytes]:
+    """Pickles that do the work where they are unpickled, with a packed result."""
+    packed = pack(folder, ((function, argument) for argument in arguments))
+    return [pickle.dumps(Call(work_on, one, folder, made_by)) for one in packed]
 
 
 def work_on(packed: bytes, folder: str | None, made_by: MadeBy) -> bytes:
@@ -135,7 +141,7 @@ def work_on(packed: bytes, folder: str | None, made_by: MadeBy) -> bytes:
     scratch = folder and _BASES.setdefault(folder, Path(get_worker().local_directory) / folder.rpartition("/")[2])
     try:
         ((function, argument),) = unpack(folder, [packed])
-        return pack(folder, function(argument), results=True)
+        return pack(folder, [function(argument)], results=True)[0]
     finally:
         if scratch and folder in _ENDED:  # meanwhile
             shutil.rmtree(scratch, ignore_errors=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from hashlib import blake2b
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -507,10 +507,6 @@ def clean_files(folder: str | Path) -> list[Path]:
 
 
 def read_clean(folder: str | Path) -> Iterator[dict]:
-    return chain.from_iterable(map(read_shard, clean_files(folder)))
-
-
-def read_shard(path: Path) -> Iterator[dict]:
-    with open(path, "rb") as file:
-        for line in file:
-            yield from_line(line)
+    for path in clean_files(folder):
+        with open(path, "rb") as file:
+            yield from map(from_line, file)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from pydantic import Field
 
+from fine_tuning.common.columns import stretches
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.settings import Settings
@@ -24,7 +25,7 @@ from fine_tuning.data_preparation.catalogue import (
     read_spans,
 )
 from fine_tuning.data_preparation.decontamination import HeldOut, repeating
-from fine_tuning.data_preparation.encoded_memo import EncodedMemo, stretches
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo
 from fine_tuning.data_preparation.encodings import Chosen, HeldRows
 from fine_tuning.data_preparation.selection import TrainOn, read_conversation, select
 from fine_tuning.data_preparation.splits import (
@@ -164,7 +165,8 @@ class DatasetBuilder:
         """
         held, ledger = HeldConversations(conversations), Ledger(None, self.salt, assigned or {})
         catalogue, encoded = self.catalogue(held, clusters.items(), ledger), HeldRows()
-        splits = {split: list(encoded.take(chosen)) for split, chosen in self.choose(held, catalogue, encoded)}
+        every = self.choose(held, catalogue, encoded)
+        splits = {split: list(encoded.take(chosen.ordered(catalogue))) for split, chosen in every}
         newest = {one["id"]: row for row, one in enumerate(held.spans(np.arange(len(catalogue.facts))))}
         split_of = {identity: int(catalogue.split[row]) for identity, row in newest.items()}
         dealt = {identity: NAMES[split] for identity, split in split_of.items() if split >= 0}
@@ -212,12 +214,11 @@ class DatasetBuilder:
         for split in ("test", "validation", "train"):
             rows = catalogue.rows(split)
             if split == "train" and self.decontamination_words:
-                repeated = self._repeating(conversations, catalogue, rows)
-                catalogue.leave_out(repeated, "overlaps_test")
-                rows = rows[~np.isin(rows, repeated)]
-            rows, chosen = self._chosen(split, rows, conversations, catalogue, encoded, run, progress)
+                catalogue.leave_out(self._repeating(conversations, rows), "overlaps_test")
+                rows = rows[catalogue.reason[rows] == 0]
+            chosen = self._chosen(split, rows, conversations, catalogue, encoded, run, progress)
             if split == "test" and self.decontamination_words:
-                for conversation in read_spans(conversations.spans(np.sort(rows))):
+                for conversation in read_spans(conversations.spans(np.unique(chosen.rows))):
                     self.held_out.add(_selected(conversation, "not_disliked")[0])
             yield split, chosen
 
@@ -225,12 +226,12 @@ class DatasetBuilder:
         """Whether messages share a run of words with the test split that was dealt last."""
         return bool(self.decontamination_words and self.held_out.shared_with(messages))
 
-    def _repeating(self, conversations: Conversations, catalogue: Catalogue, rows: np.ndarray) -> np.ndarray:
+    def _repeating(self, conversations: Conversations, rows: np.ndarray) -> np.ndarray:
         """Those rows of train that repeat the test split."""
         pieces = self.held_out.pieces
         if not len(pieces):
             return rows[:0]
-        found = np.sort(rows[conversations.holding(catalogue.facts, pieces)[rows]])
+        found = np.sort(rows[conversations.holding(pieces)[rows]])
         shared = {}
         for row, conversation in zip(found.tolist(), read_spans(conversations.spans(found)), strict=True):
             if runs := self.held_out.shared_with(_selected(conversation, self.train_on)[0]):
@@ -240,8 +241,8 @@ class DatasetBuilder:
     def _chosen(
         self, split: str, rows: np.ndarray, conversations: Conversations, catalogue: Catalogue,
         encoded: HeldRows | EncodedMemo, run: Map, progress: Callable[[int], Any],
-    ) -> tuple[np.ndarray, Chosen]:  # fmt: skip
-        """The rows of the catalogue that a split has, of those that it could have in their order, and their windows."""
+    ) -> Chosen:  # fmt: skip
+        """The windows that a split has, of rows of the catalogue that it could have in their order."""
         limits = ("max_train_tokens", "max_sample_tokens") if split == "train" else ("max_held_out_tokens",)
         budgets = {limit: budget for limit in limits if (budget := getattr(self, limit)) is not None}
         train_on = self.train_on if split == "train" else "not_disliked"
@@ -249,20 +250,20 @@ class DatasetBuilder:
             _encode, train_on=train_on, tokenizer=self.tokenizer, system_prompt=self.system_prompt,
             max_length=self.max_length, files=_files_of(self.tokenizer),
         )  # fmt: skip
-        lines, sample = catalogue.facts["line"][rows], catalogue.facts["sample"][rows] > 0
+        lines, sample = catalogue.facts.column("line", rows), catalogue.sample[rows] > 0
         # Without feedback it is the same whatever is trained on.
-        lines[:, 0] ^= np.where(catalogue.facts["judged"][rows] > 0, get_args(TrainOn).index(train_on) + 1, 0).astype(
-            "u8"
-        )
+        lines[catalogue.facts.column("judged", rows) > 0, 0] ^= np.uint64(get_args(TrainOn).index(train_on) + 1)
         found = encoded.find(lines)
+        unknown = np.flatnonzero(found["place"] < 0)
+        lines = lines[unknown]
         some: dict[int, np.ndarray] = {}  # of conversations not all of whose windows are measured, those that are
         end, spent = len(rows), dict.fromkeys(budgets, 0)
         for start, stop in pairwise(_portions(sample, budgets)):
             missing = start + np.flatnonzero(found["place"][start:stop] < 0)
             missing = missing[np.argsort(rows[missing])]
-            piece_of = np.cumsum(catalogue.facts["characters"][rows[missing]]) // PIECE_CHARACTERS
+            piece_of = np.cumsum(catalogue.facts.column("characters", rows[missing])) // PIECE_CHARACTERS
             pieces = [missing[slice(*ends)] for ends in zip(*stretches(piece_of), strict=True)]
-            work = ((lines[piece], conversations.spans(rows[piece])) for piece in pieces)
+            work = ((lines[np.searchsorted(unknown, piece)], conversations.spans(rows[piece])) for piece in pieces)
             for piece, known in zip(pieces, encoded.encode(encode, work, run), strict=True):
                 found[piece] = known
                 progress(len(piece))
@@ -286,9 +287,9 @@ class DatasetBuilder:
                 end = over[limit]
                 catalogue.leave_out(rows[end:], limit)
                 break
-        found, kept = found[:end], found["reason"][:end] == 0
-        catalogue.reason[rows[:end]] = found["reason"]
-        return rows[:end][kept], _windows_of(rows[:end], found, kept, some, catalogue, encoded)
+        del lines, sample, unknown  # a fifth of the memory
+        catalogue.reason[rows[:end]] = found["reason"][:end]
+        return _windows_of(rows[:end], found[:end], some, encoded)
 
 
 def _portions(sample: np.ndarray, budgets: Mapping[str, int]) -> list[int]:
@@ -311,29 +312,30 @@ def _some_windows(identity: str, lengths: np.ndarray, budget: int, salt: str) ->
 
 
 def _windows_of(
-    rows: np.ndarray, found: np.ndarray, kept: np.ndarray, some: Mapping[int, np.ndarray], catalogue: Catalogue,
-    encoded: HeldRows | EncodedMemo,
-) -> Chosen:  # fmt: skip
-    windows = np.where(kept, found["windows"], 0)
+    rows: np.ndarray, found: np.ndarray, some: Mapping[int, np.ndarray], encoded: HeldRows | EncodedMemo
+) -> Chosen:
+    order = np.argsort(rows).astype(np.int32)
+    rows, found = rows[order], found[order]
+    windows = np.where(found["reason"] == 0, found["windows"], 0)
     starts = np.cumsum(windows) - windows
-    owner = np.repeat(np.arange(len(rows)), windows)
-    within = np.arange(len(owner)) - starts[owner]
-    places, wanted = found["place"][owner] + within, np.ones(len(owner), bool)
-    counts = {}
-    for at, numbers in some.items():
-        if at < len(rows) and kept[at]:
-            wanted[starts[at] : starts[at] + windows[at]] = False
-            wanted[starts[at] + numbers] = True
-            counts[at] = encoded.lengths(*found[["place", "windows"]][at].tolist())[1], int(windows[at]) - len(numbers)
-    owner, within, places = owner[wanted], within[wanted], places[wanted]
+    owner = np.repeat(np.arange(len(rows), dtype=np.int32), windows)
+    within = (np.arange(len(owner)) - starts[owner]).astype(np.int32)
+    wanted, counts = np.ones(len(owner), bool), {}
+    for place in np.flatnonzero(np.isin(order, list(some))).tolist():
+        if windows[place]:
+            numbers, start = some[int(order[place])], int(starts[place])
+            wanted[start : start + windows[place]] = False
+            wanted[start + numbers] = True
+            lost = encoded.lengths(*found[["place", "windows"]][place].tolist())[1]
+            counts[place] = lost, int(windows[place]) - len(numbers)
+    owner, within = owner[wanted], within[wanted]
     first = np.flatnonzero(np.diff(owner, prepend=-1))
-    numbers = np.arange(len(owner)) - np.repeat(first, np.diff(first, append=len(owner)))
+    numbers = (np.arange(len(owner)) - np.repeat(first, np.diff(first, append=len(owner)))).astype(np.int32)
     changed = {
         int(np.searchsorted(owner, at)): {"lost_turns": lost[0], "lost_reply_tokens": lost[1], "windows_left_out": left}
         for at, (lost, left) in counts.items()
     }
-    rows = rows[owner]
-    return Chosen(places, rows, catalogue.orders(rows), within, numbers, catalogue.cluster_names(rows), changed)
+    return Chosen(found["place"][owner] + within, rows[owner], within, numbers, changed)
 
 
 def _encode(

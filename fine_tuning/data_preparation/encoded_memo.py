@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from fine_tuning.common.columns import stretches
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.project import code_sha256, versions
 from fine_tuning.common.records import sync
 from fine_tuning.common.results import ABANDONED, make_own_folder, remove, remove_oldest, state_of
 from fine_tuning.data_preparation.catalogue import REASONS, LineIndex, Span
-from fine_tuning.data_preparation.encodings import FOUND, Chosen, Encode
+from fine_tuning.data_preparation.encodings import FOUND, Encode, Ordered
 from fine_tuning.schema.prepared import COLUMNS, PreparedRow, number_array, numbers, row_batch, string_array
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class EncodedMemo:
         self._segments = [segment for segment in files.values() if segment]
         self._old = [path for path, segment in files.items() if not segment]
         self._kept = len(self._segments)  # the others are of this run
-        self._known = np.concatenate([np.empty(0, FOUND), *(s.found(n) for n, s in enumerate(self._segments))])
-        self._index = LineIndex(np.concatenate([np.empty((0, 2), np.uint64), *(s.lines for s in self._segments)]))
+        read = [segment.found(number) for number, segment in enumerate(self._segments)]
+        self._known = np.concatenate([np.empty(0, FOUND), *(found for found, _ in read)])
+        self._index = LineIndex(np.concatenate([np.empty((0, 2), np.uint64), *(lines for _, lines in read)]))
         self._used = np.zeros(len(self._known), bool)
         self._unwritten: list[_Segment] = []
 
@@ -83,20 +85,21 @@ class EncodedMemo:
             else:
                 self._segments.append(segment := _Segment(made))
                 self._collect(segment)
-            yield segment.found(len(self._segments) - 1)
+            yield segment.found(len(self._segments) - 1)[0]
 
     def lengths(self, place: int, windows: int) -> tuple[np.ndarray, tuple[int, int]]:
         """Tokens of each window of a conversation, and what of its turns and reply tokens is in none."""
-        segment, row = self._segments[place >> _SHIFT], place & _ROW
-        return segment.tokens[row : row + windows], tuple(segment.lost[:, row].tolist())
+        batch = self._segments[place >> _SHIFT].batch().slice(place & _ROW, windows)
+        lost = tuple(int(numbers(batch, name)[0]) for name in ("lost_turns", "lost_reply_tokens"))
+        return np.diff(numbers(batch, "input_ids")), lost
 
-    def take(self, chosen: Chosen) -> "TakenRows":
+    def take(self, chosen: Ordered) -> "TakenRows":
         """The chosen rows in their order. After `flush` another process may read them."""
         used, files = np.unique(chosen.places >> _SHIFT, return_inverse=True)
         rows, sizes = chosen.places & _ROW, np.zeros(len(files), int)
         segments = [self._segments[number] for number in used.tolist()]
         for number, segment in enumerate(segments):
-            sizes[files == number] = segment.sizes[rows[files == number]]
+            sizes[files == number] = segment.sizes()[rows[files == number]]
         return TakenRows(chosen, segments, files, rows, np.cumsum(sizes) // BLOCK_BYTES)
 
     def __enter__(self) -> "EncodedMemo":
@@ -114,7 +117,7 @@ class EncodedMemo:
         """Take what is used of small files and of those that are mostly unused."""
         start, changed = 0, len(self._segments) > self._kept
         for segment in self._segments[: self._kept]:
-            used = self._used[start : start + len(segment.first)]
+            used = self._used[start : start + segment.conversations]
             start += len(used)
             whole = used.all() and not changed if segment.bytes < SEGMENT_BYTES // 2 else used.mean() >= 0.5
             if not whole:
@@ -128,17 +131,17 @@ class EncodedMemo:
 
     def flush(self) -> None:
         """Write the rows that are in memory only."""
-        if not sum(len(segment.tokens) for segment in self._unwritten):
+        if not sum(segment.rows for segment in self._unwritten):
             return
         path, start = _write(self._folder, [segment.batch() for segment in self._unwritten]), 0
         for segment in self._unwritten:
             segment.move(path, start)
-            start += len(segment.tokens)
+            start += segment.rows
         self._unwritten = []
 
     def _remove_unused(self) -> None:
-        """Remove files that were collected or are damaged, results of other settings but the newest, those of earlier
-        versions and what killed runs left; where another run works, the next one does."""
+        """Remove files that were collected or are damaged, results of other settings but the newest, and what killed
+        runs left; where another run works, the next one does."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -146,8 +149,8 @@ class EncodedMemo:
         for path in self._old:
             remove(path)
         remove_oldest([path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder], 1)
-        for path in (*self._folder.parent.glob("*.sqlite"), *self._folder.glob(".*")):
-            if path.suffix or time.time() - path.stat().st_mtime > ABANDONED:
+        for path in self._folder.glob(".*"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
                 remove(path)
 
 
@@ -158,7 +161,7 @@ def keep_rows_of(folder: Path, lines: np.ndarray) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for path in (*folder.glob("*/*"), *(path for path in folder.glob("*") if path.suffix)):
             segment = _opened(path)
-            stay = index.find(segment.lines) >= 0 if segment else np.zeros(1, bool)
+            stay = index.find(segment.found(0)[1]) >= 0 if segment else np.zeros(1, bool)
             if segment and stay.any() and not stay.all():
                 _write(path.parent, [segment.only(stay)])
             if not stay.all():
@@ -169,7 +172,7 @@ def keep_rows_of(folder: Path, lines: np.ndarray) -> None:
 class TakenRows:
     """Chosen rows of a memo and where they are: batches in their order, few in memory at a time."""
 
-    chosen: Chosen
+    chosen: Ordered
     segments: "list[_Segment]"
     files: np.ndarray  # of each row the number of its segment
     rows: np.ndarray  # and where it is there
@@ -209,39 +212,40 @@ _LINE = ("line0", "line1", "line2", "line3")
 
 
 class _Segment:
-    """Rows in memory or in a file; what is needed of all of them at any time is in memory: 40 bytes a row."""
+    """Rows in memory or in a file, of which nothing is in memory."""
 
     def __init__(self, batch: "RecordBatch", path: Path | None = None) -> None:
         self._batch, self._start, self.path = None if path else batch, 0, path or Path()
-        self.bytes = batch.nbytes
-        self.first = np.flatnonzero(numbers(batch, "window") == 0)
-        lines = np.stack([numbers(batch, name)[self.first] for name in _LINE], axis=1)
-        self.lines = np.ascontiguousarray(lines).view(np.uint64)
-        self.tokens = np.diff(numbers(batch, "input_ids"))
-        self._count = len(self.tokens)
-        self.sizes = 8 * self.tokens + np.diff(numbers(batch, "messages"))
-        self.lost = np.stack([numbers(batch, name) for name in ("lost_turns", "lost_reply_tokens")])
-        self._reasons = numbers(batch, "reason")[self.first]
+        self.bytes, self.rows = batch.nbytes, batch.num_rows
+        self.conversations = int(np.count_nonzero(numbers(batch, "window") == 0))
 
-    def found(self, number: int) -> np.ndarray:
-        """FOUND of each conversation, where this is the segment of that number."""
-        found = np.empty(len(self.first), FOUND)
-        found["place"], found["reason"] = self.first | number << _SHIFT, self._reasons
-        found["windows"] = np.diff(self.first, append=len(self.tokens))
-        found["tokens"] = np.add.reduceat(self.tokens, self.first) if len(self.first) else 0
-        return found
+    def found(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """FOUND of each conversation, where this is the segment of that number, and the hashes of their lines."""
+        batch = self.batch()
+        first = np.flatnonzero(numbers(batch, "window") == 0)
+        found, lines = np.empty(len(first), FOUND), [numbers(batch, name)[first] for name in _LINE]
+        found["place"], found["reason"] = first | number << _SHIFT, numbers(batch, "reason")[first]
+        found["windows"] = np.diff(first, append=self.rows)
+        found["tokens"] = np.diff(numbers(batch, "input_ids")[np.append(first, self.rows)])
+        return found, np.stack(lines, axis=1).view(np.uint64)
+
+    def sizes(self) -> np.ndarray:
+        """About how many bytes each row takes."""
+        batch = self.batch()
+        return 8 * np.diff(numbers(batch, "input_ids")) + np.diff(numbers(batch, "messages"))
 
     def batch(self) -> "RecordBatch":
         """The rows; those of a file are mapped for as long as the batch lives."""
         if self._batch is not None:
             return self._batch
         with open(self.path, "rb") as file:
-            return _read(file).slice(self._start, self._count)
+            return _read(file).slice(self._start, self.rows)
 
     def only(self, some: np.ndarray) -> "RecordBatch":
         """The rows of some conversations."""
-        windows = np.diff(self.first, append=len(self.tokens))
-        return _take(self.batch(), np.flatnonzero(np.repeat(some, windows)))
+        batch = self.batch()
+        windows = np.diff(np.flatnonzero(numbers(batch, "window") == 0), append=self.rows)
+        return _take(batch, np.flatnonzero(np.repeat(some, windows)))
 
     def move(self, path: Path, start: int) -> None:
         """The rows are in a file now."""
@@ -249,7 +253,7 @@ class _Segment:
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which reads the rows of a file."""
-        return {"path": self.path, "_start": self._start, "_count": self._count, "_batch": None}
+        return {"path": self.path, "_start": self._start, "rows": self.rows, "_batch": None}
 
 
 def _encoded(piece: tuple[np.ndarray, list[Span]], encode: Encode, folder: Path, large: int) -> "RecordBatch | Path":
@@ -315,9 +319,3 @@ def _take(batch: "RecordBatch", rows: np.ndarray) -> "RecordBatch":
 
     rows = np.ascontiguousarray(rows, np.int64)
     return batch.take(pyarrow.Array.from_buffers(pyarrow.int64(), len(rows), [None, pyarrow.py_buffer(rows)]))
-
-
-def stretches(values: np.ndarray) -> tuple[list[int], list[int]]:
-    """Where stretches of equal values begin and end."""
-    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(values) else values
-    return starts.tolist(), [*starts[1:].tolist(), len(values)][: len(starts)]

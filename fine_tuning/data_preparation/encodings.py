@@ -7,36 +7,43 @@ from typing import Any
 import numpy as np
 
 from fine_tuning.common.parallel import Map
-from fine_tuning.data_preparation.catalogue import REASONS, Span
+from fine_tuning.data_preparation.catalogue import REASONS, Catalogue, Span
 from fine_tuning.schema.prepared import PreparedRow
 
 Encode = Callable[[list[Span]], list[list[PreparedRow] | str]]  # the windows of each, or why there are none
 # Of a conversation: where its first row is (-1: nowhere), how many it has, why there are none (of REASONS), tokens.
-FOUND = np.dtype([("place", np.int64), ("windows", np.int32), ("reason", np.int8), ("tokens", np.int64)])
+FOUND = np.dtype([("place", np.int64), ("windows", np.int32), ("reason", np.int8), ("tokens", np.int32)])
 
 
 @dataclass
 class Chosen:
-    """The rows of a split, in their order."""
+    """The windows of a split, in the order of the catalogue."""
 
     places: np.ndarray
     rows: np.ndarray  # of the catalogue: the conversation of each
-    orders: np.ndarray
     windows: np.ndarray  # which of the conversation's
     numbers: np.ndarray  # of the window among those that the split has
-    clusters: np.ndarray  # of the conversation of each; None: its own id
-    counts: dict[int, Mapping[str, int]]  # of some rows what stands in place of their own
+    counts: dict[int, Mapping[str, int]]  # of some windows what stands in place of their own
 
-    def part(self, at: np.ndarray) -> "Chosen":
-        """Some of the rows, in ascending order."""
-        held = np.searchsorted(at, places := np.array(list(self.counts), int))
-        counts = {
-            int(to): self.counts[int(place)]
-            for place, to in zip(places, held, strict=True)
-            if to < len(at) and at[to] == place
-        }
-        columns = (self.places, self.rows, self.orders, self.windows, self.numbers, self.clusters)
-        return Chosen(*(column[at] for column in columns), counts)
+    def ordered(self, catalogue: Catalogue, some: np.ndarray | None = None) -> "Ordered":
+        """All windows, or some in ascending order, in the order of the split."""
+        some = np.arange(len(self.rows)) if some is None else some
+        orders = catalogue.orders(self.rows[some])
+        some, orders = some[order := np.argsort(orders, kind="stable")], orders[order]
+        changed = np.flatnonzero(np.isin(some, list(self.counts)))
+        counts = {at: self.counts[place] for at, place in zip(changed.tolist(), some[changed].tolist(), strict=True)}
+        return Ordered(self.places[some], orders, self.numbers[some], catalogue.cluster_names(self.rows[some]), counts)
+
+
+@dataclass
+class Ordered:
+    """The rows of a split, or some of them, in its order."""
+
+    places: np.ndarray
+    orders: np.ndarray
+    numbers: np.ndarray
+    clusters: np.ndarray  # of the conversation of each; None: its own id
+    counts: dict[int, Mapping[str, int]]
 
 
 class HeldRows:
@@ -69,7 +76,7 @@ class HeldRows:
         lost = tuple(rows[0].counts.get(name, 0) for name in ("lost_turns", "lost_reply_tokens"))
         return np.array([len(row.input_ids) for row in rows]), lost
 
-    def take(self, chosen: Chosen) -> Iterator[PreparedRow]:
+    def take(self, chosen: Ordered) -> Iterator[PreparedRow]:
         """The chosen rows in their order."""
         columns = zip(
             chosen.places.tolist(), chosen.numbers.tolist(), chosen.orders.tolist(), chosen.clusters, strict=True

@@ -217,7 +217,7 @@ def find_preferences(conversations: Conversations, catalogue: Catalogue, builder
     """
     dropped: Counter[str] = Counter()
     split_of, cluster_of, judgements = {}, {}, []
-    rows = np.flatnonzero(catalogue.facts["judged"])
+    rows = np.flatnonzero(catalogue.facts.column("judged"))
     names = zip(catalogue.split[rows].tolist(), catalogue.cluster_names(rows), strict=True)
     for conversation, (split, cluster) in zip(read_spans(conversations.spans(rows)), names, strict=True):
         identity = conversation["id"]

@@ -1,18 +1,21 @@
 """Prepared splits on disk: files for each file of clean conversations, so that what arrives leaves the others alone."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fine_tuning.common.columns import stretches
 from fine_tuning.common.parallel import Map
 from fine_tuning.common.results import Memo, link
 from fine_tuning.data_preparation.catalogue import Catalogue, ConversationFiles
-from fine_tuning.data_preparation.encoded_memo import EncodedMemo, TakenRows, stretches
+from fine_tuning.data_preparation.encoded_memo import EncodedMemo, TakenRows
 from fine_tuning.data_preparation.encodings import Chosen
 from fine_tuning.data_preparation.tally import Tally
 from fine_tuning.schema.prepared import write_batches
@@ -54,7 +57,7 @@ def write_splits(
     ]
 
     def rows_of(part: _Part) -> TakenRows:
-        return encoded.take(chosen[part.split].part(part.at))
+        return encoded.take(chosen[part.split].ordered(catalogue, part.at))
 
     new = (part for part in parts if part.key not in memo)
     deque(run(partial(_make, memo=memo), ((part.key, part.of, rows_of(part)) for part in new)), 0)
@@ -74,19 +77,21 @@ def write_splits(
 def _parts(
     split: str, chosen: Chosen, clean: ConversationFiles, catalogue: Catalogue, made_by: list[Any]
 ) -> Iterator[_Part]:
-    shards = clean.files_of(chosen.rows)
-    # A power of two and bits of a hash: where some rows come or go, the others stay in their part.
-    parts = 1 << np.ceil(np.log2(np.maximum(np.bincount(shards) / FILE_ROWS, 1))).astype(np.int64)
-    files = shards << 32 | chosen.orders >> 24 & parts[shards] - 1
-    order = np.argsort(files, kind="stable")
-    for start, end in zip(*stretches(files[order]), strict=True):
-        at = order[start:end]
-        rows = chosen.rows[at]
-        columns = (catalogue.facts["line"][rows], catalogue.cluster[rows], chosen.windows[at])
-        digest = sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
-        shard, number = divmod(int(files[at[0]]), 1 << 32)
-        name = f"{clean.paths[shard].stem}.{number}.parquet"
-        yield _Part(split, name, [*made_by, digest], [clean.hashes[shard]], at)
+    ends = np.searchsorted(chosen.rows, catalogue.facts.starts).tolist()
+    for path, of, (first, last) in zip(clean.paths, clean.hashes, pairwise(ends), strict=True):
+        rows = chosen.rows[first:last]
+        # A power of two and bits of a hash: where some rows come or go, the others stay in their part.
+        parts = 1 << max(0, math.ceil(math.log2(max(1, len(rows)) / FILE_ROWS)))
+        orders = catalogue.orders(rows)
+        numbers = orders >> 24 & parts - 1
+        order = np.lexsort((orders, numbers))
+        for start, end in zip(*stretches(numbers[order]), strict=True):
+            here = order[start:end]
+            at = first + here
+            columns = (catalogue.facts.column("line", rows[here]), catalogue.cluster[rows[here]], chosen.windows[at])
+            digest = sha256(b"".join(column.tobytes() for column in columns)).hexdigest()
+            name = f"{path.stem}.{numbers[here[0]]}.parquet"
+            yield _Part(split, name, [*made_by, digest], [of], np.sort(at).astype(np.int32))
 
 
 def _make(part: tuple[list[Any], list[str], TakenRows], memo: Memo) -> Path:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
+from fine_tuning.common.columns import search
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.records import read_jsonl, read_lines, replacing
 
@@ -68,8 +68,9 @@ def deal(draws: np.ndarray, late: np.ndarray, known: np.ndarray, fresh: np.ndarr
     in_validation = (fractions.test <= draws) & (draws < fractions.test + fractions.validation)
     new = fresh & ~known.any(axis=1)
     # Members that were left out earlier stay so; only a cluster with newcomers is assigned.
-    dealt = np.where(known.sum(axis=1) == 1, known.argmax(axis=1), _NONE)
-    dealt[new] = np.select([in_test, in_validation], [_TEST, _VALIDATION], _TRAIN)[new]
+    dealt = np.where(known.sum(axis=1, dtype=np.int8) == 1, known.argmax(axis=1).astype(np.int8), np.int8(_NONE))
+    dealt[new] = _TRAIN
+    dealt[new & in_validation], dealt[new & in_test] = _VALIDATION, _TEST
     filled = known.sum(axis=0) + np.bincount(dealt[new], minlength=len(SPLITS))
     if random_test:
         spare = np.flatnonzero(new & (dealt == _TRAIN) & (draws < fractions.validation + SMALL_TEST_FRACTION))
@@ -106,13 +107,6 @@ def salted_hashes(salt: str) -> Callable[[str], int]:
         return int.from_bytes(digest.digest(), "big")
 
     return salted_hash
-
-
-def search(ranked: np.ndarray, keys: np.ndarray, side: Literal["left", "right"] = "left") -> np.ndarray:
-    """`np.searchsorted`, for many keys in any order: of sorted ones neighbours are in the processor's cache."""
-    order, places = np.argsort(keys), np.empty(len(keys), np.int64)
-    places[order] = np.searchsorted(ranked, keys[order], side)
-    return places
 
 
 # -----------------------------------------------------------------------------
@@ -174,11 +168,11 @@ class Ledger:
 
     def splits_of(self, keys: np.ndarray) -> np.ndarray:
         """Numbers of NAMES by the hashes of ids; -1 for who was not assigned before."""
-        keys = keys >> _SPARE
-        places = search(self._known, keys << np.uint64(2) | np.uint64(3), "right") - 1
-        found = self._known[places] if len(self._known) else np.zeros(len(keys), np.uint64)
-        same = (places >= 0) & (found >> np.uint64(2) == keys)
-        return np.where(same, found & np.uint64(3), -1).astype(np.int8)
+        last = keys >> _SPARE << np.uint64(2) | np.uint64(3)
+        places = search(self._known, last, "right") - 1
+        found = self._known[places] if len(self._known) else ~last
+        same = (places >= 0) & (found | np.uint64(3) == last)
+        return np.where(same, (found & np.uint64(3)).astype(np.int8), np.int8(-1))
 
     def append(self, assigned: Iterable[tuple[str, str]]) -> int:
         """Add (id, split) of those that are not in it; returns how many. The file is replaced whole or not at all."""

@@ -12,7 +12,7 @@ from typing import Any
 from fine_tuning.common.names import session_name
 from fine_tuning.common.records import dump_line, read_line, read_lines, replacing, sync, write_json, write_jsonl
 from fine_tuning.data_collection.conversation_logger import deletes, read_log, rewrite_log
-from fine_tuning.data_collection.storage.shards import ID_FIRST, describe_shard, read_manifest, write_lines
+from fine_tuning.data_collection.storage.shards import describe_shard, plain_id, read_manifest, write_lines
 from fine_tuning.data_collection.storage.tombstones import Tombstones
 from fine_tuning.erasure.traces import ID, TEXT, Traces, decoded
 from fine_tuning.schema.conversation import as_conversation, from_exchange, speakers
@@ -159,8 +159,7 @@ def _may_name(ids: Set[str] | None) -> Callable[[bytes], bool]:
     names = [identity.encode() for identity in ids]
 
     def test(line: bytes) -> bool:
-        odd = b"\\u00" in line or b'"user_message"' in line or not ID_FIRST.match(line)
-        return odd or any(name in line for name in names)
+        return plain_id(line) is None or b"\\u00" in line or any(name in line for name in names)
 
     return test
 

@@ -120,14 +120,16 @@ class Texts:
         found = []
         for step in range(0, len(self._numbers), AT_ONCE):
             starts = self._starts[step : step + AT_ONCE + 1].tolist()
-            content, place = self._read(starts), 0
-            position = content.find(first)
-            while 0 <= position < len(content):
-                place = bisect_right(starts, starts[0] + position, place + 1) - 1
+            content, numbers, place = self._read(starts), self._numbers[step : step + AT_ONCE], -1
+            position = content.find(first) + starts[0]
+            while starts[0] <= position < starts[-1]:
+                place += 1
+                if position >= starts[place + 1]:  # not in the text behind the last one
+                    place = bisect_right(starts, position, place + 2) - 1
                 start, end = starts[place] - starts[0], starts[place + 1] - starts[0]
-                if all(content.find(word, start, end) >= 0 for word in others):
-                    found.append(self._numbers[step + place])
-                position = content.find(first, end)
+                if not others or all(content.find(word, start, end) >= 0 for word in others):
+                    found.append(numbers[place])
+                position = content.find(first, end) + starts[0]
         return [number for number in found if number]
 
     def _read(self, starts: Sequence[int]) -> bytes:

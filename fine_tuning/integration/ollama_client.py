@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ class _Deadline:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
-class OllamaClient:
+class OllamaClient(AbstractContextManager["OllamaClient"]):
     """One server.
 
     Args:
@@ -145,9 +145,6 @@ class OllamaClient:
             # A kept connection that the server has just closed looks like a server that went down.
             limits=httpx.Limits(max_keepalive_connections=0),
         )
-
-    def __enter__(self) -> "OllamaClient":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

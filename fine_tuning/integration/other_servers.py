@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from configparser import RawConfigParser
+from contextlib import AbstractContextManager
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +46,8 @@ class Refused(UserError):
         super().__init__(f"{url} refused {what} (HTTP {response.status_code}: {said}): correct that, then deploy again")
 
 
-class OpenAIServer:
-    """A server with OpenAI's API, a context manager.
+class OpenAIServer(AbstractContextManager["OpenAIServer"]):
+    """A server with OpenAI's API.
 
     Args:
         url: its address, with or without /v1.
@@ -64,9 +65,6 @@ class OpenAIServer:
         key, timeout = os.environ.get(KEY), httpx.Timeout(answer_seconds, connect=connect_seconds)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(headers=headers, timeout=timeout, trust_env=not is_local(self.url))
-
-    def __enter__(self) -> "OpenAIServer":
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._client.close()

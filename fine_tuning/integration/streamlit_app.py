@@ -66,8 +66,6 @@ def main() -> None:
     st.html(STYLE)
     chosen = st.navigation(list(pages.values()))
     st.session_state["pages"] = pages
-    if chosen.url_path == "" and "chat" in st.query_params:  # an address of a chat, from when Chat was the first page
-        st.switch_page(pages["chat"], query_params={"chat": st.query_params["chat"]})
     if is_owner():
         announce()
     try:

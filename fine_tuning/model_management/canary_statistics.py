@@ -37,12 +37,14 @@ def chance_to_find(share: float, live: float, candidate: float, conversations: i
     Args:
         live, candidate: of the conversations of each, the part that goes badly.
     """
+    from scipy.stats import binom
+
     bad = share * candidate + (1 - share) * live
     if not bad:
         return 0.0
     most = min(conversations, math.ceil(conversations * bad + 5 * math.sqrt(conversations * bad)) + 5)
     running, needed, decided, total = np.ones(1), 0, 0.0, 0.0
-    for count in range(most + 1):
+    for count, chance in enumerate(binom.pmf(np.arange(most + 1), conversations, bad)):
         if count:  # `running` is the distribution of the candidate's among the runs that have not stopped
             theirs = share * candidate / bad
             running = np.append(running * (1 - theirs), 0) + np.append(0, running * theirs)
@@ -50,7 +52,7 @@ def chance_to_find(share: float, live: float, candidate: float, conversations: i
                 needed += 1
             decided += running[needed:].sum()
             running[needed:] = 0
-        total += decided * _binomial(conversations, count, bad)
+        total += decided * chance
     return float(total)
 
 
@@ -61,9 +63,3 @@ def smallest_found(share: float, live: float, conversations: int) -> float | Non
     parts = range(math.floor(100 * live) + 1, 101)
     at = bisect_left(parts, POWER, key=lambda part: chance_to_find(share, live, part / 100, conversations))
     return parts[at] / 100 if at < len(parts) else None
-
-
-def _binomial(n: int, k: int, p: float) -> float:
-    p = min(p, 1 - 1e-12)
-    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))

@@ -219,8 +219,9 @@ def from_exchange(exchange: Record) -> Record:
 def _context(identity: str, history: Any) -> Iterator[Record]:
     """What a client sent before a logged question and the log does not have: context only, replies by nobody known."""
     for place, message in enumerate(history if isinstance(history, list) else ()):
-        known = {"id": f"{identity}-{place}", "role": message["role"], "content": message["content"]}
-        yield known | ({"model": "unknown", "weight": 0} if message["role"] == "assistant" else {})
+        said = message if isinstance(message, dict) else {}
+        known = {"id": f"{identity}-{place}", "role": said.get("role"), "content": said.get("content")}
+        yield known | ({"model": "unknown", "weight": 0} if known["role"] == "assistant" else {})
 
 
 def _time(value: Any) -> str | None:

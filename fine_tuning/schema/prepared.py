@@ -4,14 +4,13 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fine_tuning.common.errors import UserError
 from fine_tuning.common.project import files_sha256
-from fine_tuning.common.records import replacing
 from fine_tuning.schema.chat_format import NOT_TRAINED, Encoded
 
 if TYPE_CHECKING:
@@ -68,13 +67,6 @@ def encoded_fields(encoded: Encoded) -> dict[str, Any]:
     }
     ids, labels = encoded.input_ids, encoded.labels
     return {"input_ids": ids, "labels": labels, "messages": encoded.messages, "counts": counts}
-
-
-def write_rows(folder: str | Path, rows: Iterable[PreparedRow]) -> None:
-    """Write encoded rows as a split of one file. Few are in memory at a time."""
-    rows = iter(rows)
-    with replacing(Path(folder) / "rows.parquet") as file:
-        write_batches(file, (row_batch(group) for group in iter(lambda: list(islice(rows, ROW_GROUP)), [])))
 
 
 def row_batch(rows: Sequence[PreparedRow]) -> "RecordBatch":

@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
 
 import numpy as np
+
+from fine_tuning.common.columns import equal_pairs
 
 PERMUTATIONS = 60
 BANDS = 12
@@ -97,11 +98,9 @@ def similar_pairs(
         signatures_of: (rows, 60), the signatures of some rows.
         threshold: estimated Jaccard similarity from which two rows are near-duplicates.
     """
-    found = []
-    for keys in bands:
-        rows = np.arange(len(keys), dtype=np.uint64)
-        first = least_of_equal(keys, rows)
-        found.append((first << np.uint64(32) | rows)[first < rows])
+    found = [
+        first.astype(np.uint64) << np.uint64(32) | later.astype(np.uint64) for first, later in map(equal_pairs, bands)
+    ]
     pairs = np.sort(np.concatenate(found))
     pairs = pairs[np.concatenate([[True], pairs[1:] != pairs[:-1]])[: len(pairs)]]
     first, later = (pairs >> np.uint64(32)).astype(int), (pairs & np.uint64(0xFFFFFFFF)).astype(int)
@@ -115,60 +114,15 @@ def similar_pairs(
 
 def clusters(count: int, pairs: np.ndarray) -> np.ndarray:
     """Of each of `count` rows the first row that it is joined with by a chain of pairs, (2, pairs)."""
-    parents: dict[int, int] = {}
-
-    def root(row: int) -> int:
-        while (parent := parents.get(row, row)) != row:
-            parents[row] = parents.get(parent, parent)
-            row = parent
-        return row
-
-    for first, second in pairs.T.tolist():
-        first, second = root(first), root(second)
-        if first != second:
-            parents[max(first, second)] = min(first, second)
-    found = np.arange(count)
-    found[list(parents)] = [root(row) for row in list(parents)]
-    return found
-
-
-# -----------------------------------------------------------------------------
-# columns
-
-
-def least_of_equal(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Of each row the least value of all that have its key."""
-    found, rows = values.copy(), _perhaps_several(keys)
-    if len(rows):
-        order, starts, sizes = _by_key(keys[rows], "quicksort")
-        found[rows[order]] = np.repeat(np.minimum.reduceat(values[rows[order]], starts), sizes)
-    return found
-
-
-def _perhaps_several(keys: np.ndarray) -> np.ndarray:
-    """The rows whose key others may have too, by the first bits of keys that are hashes: sorting all takes longer."""
-    bits = (8 * len(keys)).bit_length()
-    places, rows = (keys >> np.uint64(64 - bits)).astype(np.int64), np.arange(len(keys), dtype=np.int32)
-    last, several = np.empty(1 << bits, np.int32), np.zeros(1 << bits, np.bool_)
-    last[places] = rows
-    several[places[last[places] != rows]] = True
-    return np.flatnonzero(several[places])
-
-
-def counts_within(keys: np.ndarray) -> np.ndarray:
-    """Of each row how many have its key up to there, itself included."""
-    order, starts, sizes = _by_key(keys, "stable")
-    found = np.empty(len(keys), int)
-    found[order] = np.arange(1, len(keys) + 1) - np.repeat(starts, sizes)
-    return found
-
-
-def _by_key(keys: np.ndarray, kind: Literal["quicksort", "stable"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows in order of their keys, where each key begins, how many have it)."""
-    order = np.argsort(keys, kind=kind)
-    ranked = keys[order]
-    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])) if len(keys) else order
-    return order, starts, np.diff(starts, append=len(keys))
+    found, rows = np.arange(count, dtype=np.int32), np.unique(pairs)
+    while True:
+        ends = found[pairs]
+        if not (apart := ends[0] != ends[1]).any():
+            return found
+        pairs, ends = pairs[:, apart], ends[:, apart]
+        np.minimum.at(found, ends.max(axis=0), ends.min(axis=0))
+        while ((further := found[found[rows]]) != found[rows]).any():
+            found[rows] = further
 
 
 _BASE = 0x9E3779B97F4A7C15

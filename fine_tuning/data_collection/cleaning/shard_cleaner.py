@@ -76,7 +76,7 @@ def clean_shards(
     """
     common = _common(settings, control_tokens)
     pieces = list(_pieces(shards, common, piece_bytes))
-    known = Memo(memo.resolve() / PIECES, "clean")
+    known = Memo(memo.absolute() / PIECES, "clean")
     new = [piece for piece in pieces if piece.key not in known]
     processes = min(settings.processes or cores(), len(new))
     work = partial(clean_piece, memo=known, settings=settings, control_tokens=control_tokens)
@@ -116,6 +116,7 @@ def clean_piece(piece: Piece, memo: Memo, settings: CleanSettings, control_token
 def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, Counter[str]]:
     """Write the files of a piece; returns the values that were masked and flagged by type."""
     counts: dict[str, Counter[str]] = {"masked": Counter(), "flagged": Counter()}
+    tables, keys = [], []
     with ExitStack() as stack:
         files = ("cleaned.jsonl", "told.jsonl", "index", "signatures", "bands")
         cleaned, told, index, signed, bands = (stack.enter_context(open(folder / name, "wb")) for name in files)
@@ -132,10 +133,12 @@ def _clean_into(folder: Path, piece: Piece, cleaner: DataCleaner) -> dict[str, C
                     texts.append(" ".join(spoken))
                 row |= {"end": cleaned.tell(), "told": told.tell()}
                 rows.append(tuple([row.get(name, 0) for name in ROW.names]))
-            signatures = near_duplicates.signatures(texts)
-            signed.write(signatures)
-            bands.write(near_duplicates.band_keys(signatures).tobytes())
-            index.write(np.array(rows, ROW).tobytes())
+            signed.write(signatures := near_duplicates.signatures(texts))
+            keys.append(near_duplicates.band_keys(signatures))
+            tables.append(np.array(rows, ROW))
+        table = np.concatenate([np.empty(0, ROW), *tables])
+        index.writelines(np.ascontiguousarray(table[name]) for name in ROW.names)
+        bands.write(np.concatenate([*keys, np.empty((0, near_duplicates.BANDS), np.uint64)]).T.tobytes())
     return counts
 
 

@@ -5,16 +5,18 @@ million conversations. A shard's lines are written again where a decision about 
 """
 
 import hashlib
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
+from fine_tuning.common.columns import equal_groups, equal_pairs
 from fine_tuning.common.records import replacing
 from fine_tuning.common.results import Memo, link
 from fine_tuning.data_collection.cleaning import near_duplicates
@@ -25,8 +27,9 @@ LARGEST = 5  # clusters whose sizes are reported
 KEPT = "kept.jsonl"
 PORTION = 1024  # rows of which is read at a time what was told
 FILE_ROWS = 2048  # at most: what a deletion or a newer version makes be written again
-# `index`: a row for each line of the piece. Keys are hashes; `end` and `told` are where its lines in cleaned.jsonl and
-# told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or feedback and judgements.
+# `index`: a row for each line of the piece, one column after the other. Keys are hashes; `end` and `told` are where its
+# lines in cleaned.jsonl and told.jsonl end. A line there is [id, started_at, details]: reason and value of a drop, or
+# feedback and judgements.
 ROW = np.dtype(
     [(name, np.uint64) for name in ("id_key", "own", "shared", "question", "reply", "person")]
     + [("end", np.int64), ("told", np.int64), ("gone", np.int32)]
@@ -76,50 +79,56 @@ class _Index:
 
     def __init__(self, pieces: list[CleanPiece]) -> None:
         self.pieces = pieces
-        self.tables = [_mapped(piece.folder / "index", ROW) for piece in pieces]
-        self.starts = np.cumsum([0, *map(len, self.tables)])  # the first row of each piece, and how many there are
+        lines = [(piece.folder / "index").stat().st_size // ROW.itemsize for piece in pieces]
+        self.starts = np.cumsum([0, *lines])  # the first row of each piece, and how many there are
         self.passed = self.column("passed") > 0
-        self._signed = np.cumsum(self.passed) - 1  # the place of its signature
+        self._signed = np.cumsum(self.passed, dtype=np.int32) - 1  # the place of its signature
 
     def column(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        numbers = np.concatenate([np.empty(0, ROW[name]), *(table[name] for table in self.tables)])
-        return numbers if rows is None else numbers[rows]
+        numbers = (self.of_piece(number, name) for number in range(len(self.pieces)))
+        column = np.concatenate([np.empty(0, ROW[name]), *numbers])
+        return column if rows is None else column[rows]
+
+    def of_piece(self, number: int, name: str) -> np.ndarray:
+        """A column of one piece."""
+        count, (kind, before) = int(np.diff(self.starts)[number]), ROW.fields[name][:2]
+        return np.fromfile(self.pieces[number].folder / "index", kind, count, offset=count * before)
 
     def told(self, rows: np.ndarray) -> Iterator[tuple[str | None, str, Any]]:
-        """(id, started_at, details) of rows in any order."""
-        ends, starts = self.column("told"), self.starts[:-1][np.diff(self.starts) > 0]
-        begins = np.concatenate([[0], ends])[: len(ends)]
-        begins[starts] = 0
-        files = [_mapped(piece.folder / "told.jsonl", np.uint8).data for piece in self.pieces]
-        numbers = np.searchsorted(self.starts, rows, "right") - 1
-        places = zip(numbers.tolist(), begins[rows].tolist(), ends[rows].tolist(), strict=True)
-        lines = (files[number][begin:end] for number, begin, end in places)
-        while portion := b",".join(islice(lines, PORTION)):
-            yield from orjson.loads(b"[%b]" % portion)
+        """(id, started_at, details) of rows in ascending order."""
+        for number, (first, last) in enumerate(pairwise(np.searchsorted(rows, self.starts).tolist())):
+            if first < last:
+                ends, some = self.of_piece(number, "told"), rows[first:last] - self.starts[number]
+                told = (self.pieces[number].folder / "told.jsonl").read_bytes()
+                places = zip(np.where(some, ends[some - 1], 0).tolist(), ends[some].tolist(), strict=True)
+                lines = (told[begin:end] for begin, end in places)
+                while portion := b",".join(islice(lines, PORTION)):
+                    yield from orjson.loads(b"[%b]" % portion)
+
+    def names(self, rows: np.ndarray) -> Iterator[str | None]:
+        """The ids of rows in any order."""
+        asked, places = np.unique(rows, return_inverse=True)
+        return map([identity for identity, *_ in self.told(asked)].__getitem__, places.tolist())
 
     def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The keys of each band of signatures."""
-        tables = [_mapped(piece.folder / "bands", np.uint64, near_duplicates.BANDS) for piece in self.pieces]
-        return (
-            np.concatenate([table[:, band] for table in tables])[self._signed[rows]]
-            for band in range(near_duplicates.BANDS)
-        )
+        """The keys of each band of signatures of rows that passed, in ascending order."""
+        wanted, files = np.isin(np.flatnonzero(self.passed), rows), [piece.folder / "bands" for piece in self.pieces]
+        counts = [file.stat().st_size // (8 * near_duplicates.BANDS) for file in files]
+        for band in range(near_duplicates.BANDS):
+            keys = [np.fromfile(f, np.uint64, n, offset=8 * n * band) for f, n in zip(files, counts, strict=True)]
+            yield np.concatenate([np.empty(0, np.uint64), *keys])[wanted]
 
     def signatures(self, rows: np.ndarray) -> np.ndarray:
         """Signatures of conversations that passed."""
         found = np.empty((len(rows), near_duplicates.PERMUTATIONS), np.uint32)
         numbers = np.searchsorted(self.starts, rows, "right") - 1
-        for number in set(numbers.tolist()):
-            table = _mapped(self.pieces[number].folder / "signatures", np.uint32, near_duplicates.PERMUTATIONS)
-            before = int(self.passed[: self.starts[number]].sum())
-            found[numbers == number] = table[self._signed[rows[numbers == number]] - before]
+        for number in np.unique(numbers).tolist():
+            here, start = np.flatnonzero(numbers == number), self.starts[number]
+            with open(self.pieces[number].folder / "signatures", "rb") as file:
+                table = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint32)
+            before = self._signed[start] + (not self.passed[start])
+            found[here] = table.reshape(-1, near_duplicates.PERMUTATIONS)[self._signed[rows[here]] - before]
         return found
-
-
-def _mapped(path: Path, kind: Any, *width: int) -> np.ndarray:
-    """Rows of a file as an array; an empty file cannot be mapped."""
-    found = np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
-    return found.reshape(-1, *width)
 
 
 # -----------------------------------------------------------------------------
@@ -140,42 +149,43 @@ class _Decided:
 
 
 def _decide(index: _Index, settings: CleanSettings) -> _Decided:
-    passed, id_keys, every = index.passed, index.column("id_key"), np.arange(len(index.passed))
-    superseded = (-near_duplicates.least_of_equal(id_keys, -every) != every) & (id_keys > 0)
-    verdict = np.select([superseded, ~passed], [_SUPERSEDED, _REJECTED], _KEPT).astype(np.int8)
-    value = np.zeros(len(passed), np.int64)
-    rows = np.flatnonzero(verdict == _KEPT)
+    verdict = np.where(index.passed, np.int8(_KEPT), np.int8(_REJECTED))
+    id_keys = index.column("id_key")
+    versions, starts, sizes = equal_groups(id_keys)
+    older = np.ones(len(versions), bool)
+    older[starts + sizes - 1] = False
+    verdict[versions[older & (id_keys[versions] > 0)]] = _SUPERSEDED
+    rows = np.flatnonzero(verdict == _KEPT).astype(np.int32)
     standing, shared = index.column("standing", rows), index.column("shared", rows)
     best = _best_of_duplicates(index, rows, standing, shared)
     alone = best == np.arange(len(rows))
-    keys, members = np.concatenate([shared, index.column("question", rows)]), np.tile(np.arange(len(rows)), 2)
-    edges = np.stack([near_duplicates.least_of_equal(keys, members), members])
-    edges = [edges[:, edges[0] < edges[1]]]
-    nearest = np.full(len(rows), len(rows))
+    edges = [equal_pairs(keys) for keys in (shared, index.column("question", rows))]
+    nearest = np.full(len(rows), len(rows), np.int32)
     if settings.near_duplicate_threshold <= 1:
-        signed = np.flatnonzero(alone)
+        signed = np.flatnonzero(alone).astype(np.int32)
         signatures_of = lambda places: index.signatures(rows[signed[places]])  # noqa: E731
         similar = near_duplicates.similar_pairs(
             index.bands(rows[signed]), signatures_of, settings.near_duplicate_threshold
         )
         edges.append(signed[similar])
-        np.minimum.at(nearest, edges[1][1], edges[1][0])
+        np.minimum.at(nearest, edges[-1][1], edges[-1][0])
     near = alone & (nearest < len(rows)) & (standing <= 0) & settings.drop_near_duplicates
-    reached = alone & ~near
-    own = np.select([~alone, near], [_DUPLICATE, _NEAR_DUPLICATE], _KEPT)
-    other = np.where(alone, np.where(near, nearest, 0), best)
-    values = rows[other] if len(rows) else other
+    own, values = np.zeros(len(rows), np.int8), rows[np.where(near, nearest, best)]
+    own[near], own[~alone] = _NEAR_DUPLICATE, _DUPLICATE
     for column, limit, reason in (
         ("reply", settings.max_same_reply or len(rows), _SAME_REPLY),
         ("person", max(1, int(settings.max_user_share * len(rows))), _USER_SHARE),
     ):
-        found = index.column(column, rows)
-        asked = np.flatnonzero(reached & (found > 0))
-        counts = near_duplicates.counts_within(found[asked])
-        late = asked[counts > limit]
-        own[late], values[late], reached[late] = reason, counts[counts > limit], False
+        if limit < len(rows):
+            found = index.column(column, rows)
+            asked = np.flatnonzero((own == _KEPT) & (found > 0))
+            several, starts, sizes = equal_groups(found[asked])
+            counts = np.arange(1, len(several) + 1) - np.repeat(starts, sizes)
+            late = asked[several[counts > limit]]
+            own[late], values[late] = reason, counts[counts > limit]
     own[alone & (index.column("restored", rows) > 0)] = _KEPT  # of a duplicate the other one is kept
-    verdict[rows], value[rows] = own, values
+    verdict[rows], value = own, np.zeros(len(verdict), np.int32)
+    value[rows] = values
     cluster = near_duplicates.clusters(len(rows), np.concatenate(edges, axis=1))
     return _Decided(verdict, value, rows, cluster, _judgements(index, rows, own == _KEPT, shared))
 
@@ -184,18 +194,18 @@ def _best_of_duplicates(index: _Index, rows: np.ndarray, standing: np.ndarray, s
     """Of each candidate the one that stays of its exact duplicates: by feedback, then age, then order."""
     own = index.column("own", rows)
     edited = np.flatnonzero(own != shared)
-    keys, members = np.concatenate([own, shared[edited]]), np.concatenate([np.arange(len(rows)), edited])
-    _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
-    several = sizes[group] > 1
-    involved = np.flatnonzero(np.bincount(members[several], minlength=len(rows)))
+    equal, starts, sizes = equal_groups(np.concatenate([own, shared[edited]]))
+    mine = equal < len(rows)
+    members = equal.copy()
+    members[~mine] = edited[equal[~mine] - len(rows)]
+    involved, places = np.unique(members, return_inverse=True)
     dates = (started_at for _, started_at, _ in index.told(rows[involved]))
-    order = zip((-standing[involved].astype(int)).tolist(), dates, involved.tolist(), strict=True)
+    order = zip((-standing[involved].astype(int)).tolist(), dates, range(len(involved)), strict=True)
     ranked = np.array([place for *_, place in sorted(order)], int)
-    rank = np.zeros(len(rows), int)
+    rank = np.empty(len(ranked), int)
     rank[ranked] = np.arange(len(ranked))
-    best = np.arange(len(rows))
-    mine = several[: len(rows)]
-    best[mine] = ranked[near_duplicates.least_of_equal(keys, rank[members])[: len(rows)][mine]]
+    best = np.arange(len(rows), dtype=np.int32)
+    best[members[mine]] = np.repeat(involved[ranked[np.minimum.reduceat(rank[places], starts)]], sizes)[mine]
     return best
 
 
@@ -261,7 +271,7 @@ def _write_rows(
     index: _Index, decided: _Decided, number: int, first: int, last: int, write: Callable[[Any], Any]
 ) -> None:
     """Write the lines that are kept of some rows of a piece."""
-    start, ends = index.starts[number], np.array(index.tables[number]["end"])
+    start, ends = index.starts[number], index.of_piece(number, "end")
     begins = np.concatenate([[0], ends[:-1]])
     kept = first - start + np.flatnonzero(decided.verdict[first:last] == _KEPT)
     if not len(kept):
@@ -269,11 +279,12 @@ def _write_rows(
     changed = np.isin(start + kept, decided.judged)
     broken = (begins[kept][1:] != ends[kept][:-1]) | changed[1:] | changed[:-1]
     stretches = np.split(kept, np.flatnonzero(broken) + 1)
-    cleaned = _mapped(index.pieces[number].folder / "cleaned.jsonl", np.uint8).data
-    for stretch in stretches:
-        lines = cleaned[begins[stretch[0]] : ends[stretch[-1]]]
-        others = decided.added.get(int(start + stretch[0]))
-        write(to_line(add_judgements(from_line(bytes(lines)), others.values())) if others else lines)
+    with open(index.pieces[number].folder / "cleaned.jsonl", "rb") as cleaned:
+        for stretch in stretches:
+            cleaned.seek(begins[stretch[0]])
+            lines = cleaned.read(ends[stretch[-1]] - begins[stretch[0]])
+            others = decided.added.get(int(start + stretch[0]))
+            write(to_line(add_judgements(from_line(lines), others.values())) if others else lines)
 
 
 def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any]) -> Iterator[str]:
@@ -283,14 +294,14 @@ def _write_rejected(index: _Index, decided: _Decided, write: Callable[[Any], Any
     shards = [piece.shard for piece in index.pieces]
     places = np.searchsorted(index.starts, rows, "right") - 1
     firsts = index.starts[[shards.index(shard) for shard in shards]][places]
-    others = index.told(values[np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE))])
+    others = index.names(values[np.isin(verdicts, (_DUPLICATE, _NEAR_DUPLICATE))])
     numbers = zip(*(column.tolist() for column in (rows - firsts + 1, places, verdicts, values)), strict=True)
     for (line, place, verdict, value), (identity, _, details) in zip(numbers, index.told(rows), strict=True):
         reason, because = VERDICTS[verdict], None
         if verdict == _REJECTED:
             reason, because = details["reason"], details["value"]
         elif verdict != _SUPERSEDED:
-            because = next(others)[0] if verdict in (_DUPLICATE, _NEAR_DUPLICATE) else value
+            because = next(others) if verdict in (_DUPLICATE, _NEAR_DUPLICATE) else value
         record = {"id": identity, "shard": shards[place], "line": line, "reason": reason, "value": because}
         if verdict != _SUPERSEDED and details.get("feedback"):
             record["feedback"] = details["feedback"]
@@ -304,16 +315,15 @@ def _write_clusters(index: _Index, decided: _Decided, write: Callable[[Any], Any
     Returns the kept conversations of each cluster, at the place of its first candidate; 0 elsewhere.
     """
     rows, cluster = decided.candidates, decided.cluster
-    oldest = np.arange(len(rows))
     several = np.flatnonzero(np.bincount(cluster, minlength=len(rows))[cluster] > 1)
-    dated = ((started_at, identity) for identity, started_at, _ in index.told(rows[several]))
-    for *_, place in sorted(zip(dated, several.tolist(), strict=True), reverse=True):
-        oldest[cluster[place]] = place
-    kept = np.flatnonzero(decided.verdict[rows] == _KEPT)
-    named = oldest[cluster[kept]]
-    members = named != kept
-    for (identity, *_), (other, *_) in zip(
-        index.told(rows[kept[members]]), index.told(rows[named[members]]), strict=True
-    ):
-        write(to_line({"id": identity, "cluster": other}))
+    names, firsts = [], cluster[several].tolist()
+    oldest: dict[int, tuple[str, str | None, int]] = {}
+    for place, (first, (identity, started_at, _)) in enumerate(zip(firsts, index.told(rows[several]), strict=True)):
+        names.append(identity)
+        oldest[first] = min(oldest.get(first, found := (started_at, identity, place)), found)
+    kept = decided.verdict[rows] == _KEPT
+    for place in np.flatnonzero(kept[several]).tolist():
+        _, named, at = oldest[firsts[place]]
+        if at != place:
+            write(to_line({"id": names[place], "cluster": named}))
     return np.bincount(cluster[kept], minlength=len(rows))

@@ -18,43 +18,41 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fine_tuning.common.project import sha256_file
 from fine_tuning.common.records import read_lines, replacing
 from fine_tuning.common.results import make_own_folder, remove
-from fine_tuning.data_collection.storage.shards import ID_FIRST, describe_shard, of_this_version, version_in
+from fine_tuning.data_collection.storage.shards import describe_shard, of_this_version, plain_id, record_in, version_in
 from fine_tuning.data_collection.storage.tombstones import Tombstones
+from fine_tuning.schema.conversation import as_conversation, can_be_folded
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 1  # of the files: another one whenever they hold something else
+FORMAT = 2  # of the files: another one whenever they hold something else
 
 
 class Scanned(NamedTuple):
     """What a shard says when it is read once."""
 
     entry: dict[str, Any]  # of the manifest
-    suspect: bool  # whether a line may be of a conversation that was forgotten
+    forgotten: bool  # whether a line is of a conversation that was forgotten
     ids: "array[int]"  # for each line, `_number` of its conversation's id
     ends: "array[int]"  # for each line, the byte behind its newline
 
 
 def scan_shard(path: Path, forgotten: Callable[[str], bool] = lambda identity: False) -> Scanned:
     """Read a shard once; `forgotten` is asked of each conversation's id. Raises UserError if the shard is gone."""
-    ids, ends, suspect, end = array("Q"), array("Q"), False, 0
+    ids, ends, came_back, end = array("Q"), array("Q"), False, 0
 
     def see(line: bytes) -> None:
-        nonlocal suspect, end
-        name = first[1] if (first := ID_FIRST.match(line)) else _name_in(line)
+        nonlocal came_back, end
+        name = plain_id(line)
+        if name is None or forgotten(name.decode("utf-8", "replace")):
+            record = record_in(line)
+            name = key_of(record["id"]) if can_be_folded(record) else line.rstrip(b"\n")
+            came_back |= isinstance(record, dict) and forgotten(as_conversation(record)["id"])  # as cleaning takes it
         end += len(line)
         ids.append(_number(name))
         ends.append(end)
-        suspect = suspect or not first or forgotten(name.decode("utf-8", "replace"))
 
-    return Scanned(describe_shard(path, see), suspect, ids, ends)
-
-
-def _name_in(line: bytes) -> bytes:
-    """The id in a line that does not begin with it; the line, if it is no conversation."""
-    version = version_in(line)
-    return line.rstrip(b"\n") if version is None else key_of(version["id"])
+    return Scanned(describe_shard(path, see), came_back, ids, ends)
 
 
 def key_of(identity: str) -> bytes:
@@ -184,12 +182,12 @@ def _load(file: Path, key: list) -> Scanned | None:
             saved = json.loads(head)
             if saved["key"] == key:
                 both = array("Q", numbers)
-                return Scanned(saved["entry"], saved["suspect"], both[: len(both) // 2], both[len(both) // 2 :])
+                return Scanned(saved["entry"], saved["forgotten"], both[: len(both) // 2], both[len(both) // 2 :])
     return None
 
 
 def _save(file: Path, key: list, found: Scanned) -> None:
-    head = json.dumps({"key": key, "entry": found.entry, "suspect": found.suspect}).encode()
+    head = json.dumps({"key": key, "entry": found.entry, "forgotten": found.forgotten}).encode()
     data = head + b"\n" + found.ids.tobytes() + found.ends.tobytes()
     if file.is_dir():
         remove(file)

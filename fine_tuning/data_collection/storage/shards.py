@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 _STAMP = re.compile(r"(\d{8})T(\d{9})")
-ID_FIRST = re.compile(rb'\{"id":"([^"\\]{1,512})"')
+_OURS = re.compile(
+    rb'\{"id":"([^"\\]{1,512})",(?:"source":"[^"\\]*",)?(?:"started_at":(?:null|"[^"\\]*"),)?"messages":'
+)
 
 
 class IntakeSettings(Settings):
@@ -71,14 +74,12 @@ def write_lines(folder: str | Path, prefix: str, lines: Iterable[bytes]) -> tupl
         temporary.unlink(missing_ok=True)
 
 
-def versions(paths: Iterable[Path], wanted: Callable[[str], bool] | None = None) -> Iterator[dict]:
-    """Every version of the wanted conversations in shard order; lines that are no conversation are passed over."""
-    return (version for *_, version in located_versions(paths, wanted))
+def versions(paths: Iterable[Path]) -> Iterator[dict]:
+    """Every version of every conversation in shard order; lines that are no conversation are passed over."""
+    return (version for *_, version in located_versions(paths))
 
 
-def located_versions(
-    paths: Iterable[Path], wanted: Callable[[str], bool] | None = None
-) -> Iterator[tuple[Path, int, int, dict]]:
+def located_versions(paths: Iterable[Path]) -> Iterator[tuple[Path, int, int, dict]]:
     """(shard, first byte, bytes, version) of the versions that `versions` yields. Raises UserError if another version
     of this project wrote a shard, in a form that this one does not know."""
     for path in paths:
@@ -86,23 +87,29 @@ def located_versions(
         with open(path, "rb") as file:
             for line in file:
                 begin, end = end, end + len(line)
-                if wanted and (first := ID_FIRST.match(line)) and not wanted(first[1].decode("utf-8", "replace")):
-                    continue
-                record = version_in(line)
-                if record is not None and (wanted is None or wanted(record["id"])):
+                if (record := version_in(line)) is not None:
                     yield path, begin, len(line), of_this_version(path, record)
+
+
+def plain_id(line: bytes) -> bytes | None:
+    """The id of a line in the form of `write_shard`, a tenth of its parsing; None of any other line, such as one that
+    may have the key twice: then the last counts."""
+    if not (ours := _OURS.match(line)) or (b"\\" in line and b"\\u006" in line):  # an escaped i or d
+        return None
+    return ours[1] if line.count(b'"id"') == line.count(b'{"id"') else None
+
+
+def record_in(line: bytes) -> Any:
+    """The JSON of a shard's line, also as Python writes it; None if it is none."""
+    for read in (from_line, read_line):
+        with suppress(ValueError, RecursionError):
+            return read(line)
+    return None
 
 
 def version_in(line: bytes) -> dict | None:
     """The version of a conversation in a shard's line; None if it is none."""
-    try:
-        record = from_line(line)
-    except (ValueError, RecursionError):  # what Python writes and orjson does not read
-        try:
-            record = read_line(line)
-        except (ValueError, RecursionError):
-            return None
-    return record if can_be_folded(record) else None
+    return record if can_be_folded(record := record_in(line)) else None
 
 
 def of_this_version(path: Path, record: dict) -> dict:

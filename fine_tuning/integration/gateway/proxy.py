@@ -27,7 +27,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fine_tuning.integration.chat_models import ChatModel, served_models
-from fine_tuning.integration.gateway.connections import PlainTransport
 from fine_tuning.integration.gateway.recorder import Headers, Outcome, Recorder, Ticket
 from fine_tuning.integration.gateway.wire_formats import READERS, Asked, ReplyReader, with_context
 from fine_tuning.integration.ollama_client import OllamaClient, full_name, is_local
@@ -98,7 +97,6 @@ class Gateway:
         self.own, self.proxy, self.names, self.port, self.token = own, proxy, names, port, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on without the token."""
         if scope["type"] == "http":
             if not is_own(scope, self.names, self.port):
                 why = "this host or web page is not allowed: add the name to gateway.allowed_hosts in params.yaml"
@@ -131,28 +129,21 @@ def refusal(scope: Scope, status: int, why: str) -> JSONResponse:
 
 
 class Proxy:
-    """Passes requests to the model's server."""
-
     def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool, serving: Serving) -> None:
         self.upstream, self.recorder, self._manage, self.serving = upstream, recorder, manage_models, serving
         self._base = httpx.URL(upstream.url)
         self._url = lru_cache(KEPT_ADDRESSES)(lambda path: self._base.copy_with(raw_path=path))
-        local = is_local(upstream.url)
         self._timeout = httpx.Timeout(upstream.silent_seconds, connect=upstream.connect_seconds, pool=None)
-        self.client: httpx.AsyncClient | PlainTransport
-        if local and self._base.scheme == "http":
-            self.client = PlainTransport(KEPT_CONNECTIONS)
-            self.send = self.client.handle_async_request
-        else:  # the environment may name a proxy
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS)
-            verify = upstream.url.startswith("https:")
-            self.client = httpx.AsyncClient(limits=limits, trust_env=not local, verify=verify)
-            self.send = partial(self.client.send, stream=True)
+        self.client = httpx.AsyncClient(
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=KEPT_CONNECTIONS),
+            trust_env=not is_local(upstream.url),  # the environment may name a proxy
+            verify=upstream.url.startswith("https:"),
+        )
+        self.send = partial(self.client.send, stream=True)
         self._versions: tuple[float, dict[str, int | None]] = (-VERSIONS_SECONDS, {})
         self.streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         path = posixpath.normpath(scope["path"])
         writes = CHANGES.match(path.replace("//", "/").lower()) or scope["method"] not in ("GET", "HEAD", "POST")
         if writes and not self._manage:
@@ -289,8 +280,6 @@ def _versions(upstream: Upstream) -> dict[str, int | None]:
 
 
 class _Relay:
-    """One request on its way to the server, and its answer on the way back."""
-
     def __init__(self, proxy: Proxy, path: str, asked: Asked | None, headers: Headers) -> None:
         self._proxy, self._path, self._asked, self._headers = proxy, path, asked, headers
         self._ticket: Ticket | None = None
@@ -437,7 +426,6 @@ def application(
     manage_models: bool,
     serving: Serving | None = None,
 ) -> Gateway:
-    """The gateway with what it consists of."""
     proxy = Proxy(upstream, recorder, manage_models, serving or Serving())
 
     async def health(_: Request) -> JSONResponse:
