@@ -238,7 +238,7 @@ def measure_repro(folder: Path, links: str, count: int, options: argparse.Namesp
 
 def measure_daily(folder: Path, count: int, options: argparse.Namespace) -> None:
     """Print what the commands of a day take."""
-    write_repository(folder, "reflink,copy", count, options)
+    write_repository(folder, "hardlink,copy", count, options)
     stages = yaml.safe_load((folder / "dvc.yaml").read_bytes())["stages"]  # without training
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {name: stages[name] for name in STAGES}}))
     subprocess.run(
