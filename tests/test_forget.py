@@ -35,7 +35,7 @@ from fine_tuning.erasure import object_stores
 from fine_tuning.erasure import records as erased
 from fine_tuning.erasure.records import Selection, clear_shards, collect, count_in_shard, deleted_ids
 from fine_tuning.erasure.steps import STEPS
-from fine_tuning.erasure.traces import ID, Traces
+from fine_tuning.erasure.traces import ID, Traces, decoded
 from fine_tuning.evaluation.review import seal_votes
 from fine_tuning.model_management.model_registry import open_registry
 from fine_tuning.schema.votes import Side, Vote, read_all_votes, read_votes, vote_lines, votes_file
@@ -772,6 +772,59 @@ def test_a_text_of_any_length_and_script_is_found_in_every_record(tmp_path_facto
     for path in sorted(folder.iterdir()):
         assert traces.in_file(path), path.name
         assert len(text.encode()) >= 24 or not other.in_file(path), path.name
+
+
+ODD = (*SCRIPTS, "\\", '"', "/", "u0041", "\\ud83d", "\r\n", "\x00", "e\u0301", "{", "[", "a", "n", " ", "word of it")
+odd_texts = st.lists(st.sampled_from(ODD) | st.text(max_size=20), min_size=1, max_size=8).map("".join)
+
+
+def as_parquet(data, text):
+    words = pyarrow.array([None, text, data])
+    columns = {
+        "messages": words,
+        "long": words.cast(pyarrow.large_string()),
+        "codes": words.dictionary_encode(),
+        "lists": pyarrow.array([None, [text, None], [data]]),
+        "structs": pyarrow.array([{"content": data}, None, {"content": text}]),
+        "id": words,
+    }
+    return lambda file, name: pyarrow.parquet.write_table(pyarrow.table({name: columns[name]}), file)
+
+
+@given(
+    texts=st.lists(odd_texts, min_size=1, max_size=3),
+    around=st.tuples(odd_texts, odd_texts) | st.just(("", "")),
+    levels=st.lists(st.booleans(), max_size=10),
+    column=st.sampled_from(["messages", "long", "codes", "lists", "structs", "id"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_the_careful_search_finds_is_never_passed_over(tmp_path_factory, texts, around, levels, column):
+    """The scan of bytes before it may let too much through and nothing too little."""
+    folder = tmp_path_factory.mktemp("scan")
+    replaced = lambda text: text.encode("utf-8", "replace").decode()  # noqa: E731, a lone surrogate is not UTF-8
+    traces = Traces.of(texts, b"key") | Traces.of(["g0017", replaced(texts[0])[:9]], b"key", ID)
+    text = replaced(around[0] + texts[-1] + around[1])
+    data = text
+    for ascii_only in levels:
+        data = json.dumps(
+            {"id": data, "content": data} if len(data) < 500 else {"content": data}, ensure_ascii=ascii_only
+        )
+    line = json.dumps({"id": "other", "content": data}, ensure_ascii=bool(levels) and levels[0])
+    (folder / "raw").write_bytes(data.encode())
+    (folder / "json").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    (folder / "jsonl").write_bytes(b'{"id": "x"}\n' * 100 + line.encode() + b"\n")
+    (folder / "gz").write_bytes(gzip.compress(line.encode()))
+    (folder / "zst").write_bytes(zstandard.compress(b"{}\n") + zstandard.compress(line.encode()))
+    (folder / "binary").write_bytes(b"\xff\x00\xfe" + line.encode() + b"\xff")
+    with (folder / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, escapechar="\\").writerows([["conversation_id", "content"], [text, data]])
+    as_parquet(data, text)(folder / "parquet", column)
+    careful = Traces(traces.known, traces.key)
+    for path in sorted(folder.iterdir()):
+        assert traces.in_file(path) == careful.in_file(path), path.name
+    lines = [b'{"id": "x"}'] * 70 + [line.encode()]
+    some = list(traces.lines_that_may_hold(lines))
+    assert traces.all_in(decoded(some)) == careful.all_in(decoded(lines))
 
 
 def test_ids_are_found_whatever_their_length_and_their_neighbours_are_not(tmp_path):
