@@ -114,6 +114,10 @@ def test_a_line_of_a_shard_takes_events_without_what_need_not_be_there(tmp_path,
     assert events_fit(tmp_path / "shard.jsonl", {name: WHOLE[1][name] for name in WHOLE[1].keys() - {key}})
 
 
+def test_a_line_of_a_shard_with_an_empty_id_takes_events(tmp_path):
+    assert events_fit(tmp_path / "shard.jsonl", WHOLE[1] | {"id": ""})
+
+
 def events_fit(shard, record):
     """Whether a line is a conversation; then every kind of event can be applied to it, again and again."""
     logger = ConversationLogger(shard.with_name("log.jsonl"), durable=False)

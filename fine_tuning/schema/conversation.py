@@ -414,8 +414,9 @@ def fold(events: Iterable[Record], conversations: dict[str, Record]) -> list[Rec
             if not _add_exchange(event, conversations, owners):
                 unmatched.append(event)
             continue
-        target = event.get("conversation_id")
-        conversation = conversations.get(target) if target else owners.get(str(event.get("message_id")))
+        target: Any = event.get("conversation_id")
+        named = target or target in conversations  # a shard by hand may have an empty id
+        conversation = conversations.get(target) if named else owners.get(str(event.get("message_id")))
         if conversation is None:
             unmatched.append(event)
         elif event["event"] == "delete":
