@@ -214,6 +214,7 @@ def write_repository(folder: Path, links: str, count: int, options: argparse.Nam
     shutil.copy(ROOT / "data/forgotten.jsonl", folder / "data")
     for words in (["git", "init"], ["dvc", "init"], ["dvc", "config", "cache.type", links]):
         subprocess.run([*words, "-q"] if words[1] == "init" else words, cwd=folder, check=True)
+    shutil.copy(ROOT / ".dvcignore", folder)
 
 
 def measure_repro(folder: Path, links: str, count: int, options: argparse.Namespace) -> None:
