@@ -306,6 +306,13 @@ def test_neither_a_version_of_this_project_nor_the_base_is_an_author_of_referenc
         check_references(["person", author], tmp_path, tmp_path / "champion.json", "whetstone")
 
 
+@pytest.mark.parametrize("old", ["liked", "edited", "imported", "unknown"])
+def test_references_of_earlier_versions_are_one_clear_line(tmp_path, old):
+    write_json(tmp_path / "champion.json", {"version": None})
+    with pytest.raises(UserError, match=rf"references names {old}, .* write \[person\] in params\.yaml"):
+        check_references(["person", old], tmp_path, tmp_path / "champion.json", "whetstone")
+
+
 def test_the_suite_is_another_when_an_item_or_the_template_changes(suite):
     tokenizer = load_tokenizer(suite.base.folder)
     whole = suite_sha256(suite.items, tokenizer)

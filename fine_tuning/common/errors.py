@@ -100,7 +100,7 @@ def line_of(error: BaseException | None) -> str | None:
             what = denied or "the database"
             return f"error: {what} may not be read or written: run this as its owner, on a disk that is not read-only"
         file = one.filename if isinstance(one, OSError) else None
-        if isinstance(one, FileExistsError) and file and os.path.islink(file):
+        if isinstance(one, FileExistsError) and file and os.path.islink(file) and not os.path.exists(file):
             return f"error: {file} is a link to {os.readlink(file)}, which is not there: mount it, or `rm {file}`"
         if isinstance(one, OSError) and one.errno in _NO_LOCKS and not file:
             return (

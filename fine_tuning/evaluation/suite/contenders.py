@@ -110,6 +110,11 @@ def check_references(references: Sequence[str], base: Path, record: Path, name: 
     Raises:
         UserError: they are not.
     """
+    if old := [author for author in references if author in ("liked", "edited", "imported", "unknown")]:
+        raise UserError(
+            f"evaluate.references names {', '.join(old)}, which do not say who wrote a reply: write [person] in "
+            "params.yaml, and beside it the names of models that are worth learning from"
+        )
     is_compared = compared_models(base, record, name)
     if own := [author for author in references if is_compared(author)]:
         raise UserError(

@@ -97,6 +97,7 @@ class Gateway:
         self.own, self.proxy, self.names, self.port, self.token = own, proxy, names, port, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on without the token."""
         if scope["type"] == "http":
             if not is_own(scope, self.names, self.port):
                 why = "this host or web page is not allowed: add the name to gateway.allowed_hosts in params.yaml"
@@ -129,6 +130,8 @@ def refusal(scope: Scope, status: int, why: str) -> JSONResponse:
 
 
 class Proxy:
+    """Passes requests to the model's server."""
+
     def __init__(self, upstream: Upstream, recorder: Recorder, manage_models: bool, serving: Serving) -> None:
         self.upstream, self.recorder, self._manage, self.serving = upstream, recorder, manage_models, serving
         self._base = httpx.URL(upstream.url)
@@ -144,6 +147,7 @@ class Proxy:
         self.streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         path = posixpath.normpath(scope["path"])
         writes = CHANGES.match(path.replace("//", "/").lower()) or scope["method"] not in ("GET", "HEAD", "POST")
         if writes and not self._manage:
@@ -280,6 +284,8 @@ def _versions(upstream: Upstream) -> dict[str, int | None]:
 
 
 class _Relay:
+    """One request on its way to the server, and its answer on the way back."""
+
     def __init__(self, proxy: Proxy, path: str, asked: Asked | None, headers: Headers) -> None:
         self._proxy, self._path, self._asked, self._headers = proxy, path, asked, headers
         self._ticket: Ticket | None = None
@@ -426,6 +432,7 @@ def application(
     manage_models: bool,
     serving: Serving | None = None,
 ) -> Gateway:
+    """The gateway with what it consists of."""
     proxy = Proxy(upstream, recorder, manage_models, serving or Serving())
 
     async def health(_: Request) -> JSONResponse:
