@@ -12,6 +12,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -825,6 +826,29 @@ def test_what_the_careful_search_finds_is_never_passed_over(tmp_path_factory, te
     lines = [b'{"id": "x"}'] * 70 + [line.encode()]
     some = list(traces.lines_that_may_hold(lines))
     assert traces.all_in(decoded(some)) == careful.all_in(decoded(lines))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_what_stands_before_the_damage_of_a_packed_file_is_found(tmp_path, pack):
+    random = np.random.default_rng(0)
+    after = "".join(json.dumps({"id": "x", "n": random.random(100).tolist()}) + "\n" for _ in range(100))
+    data = pack((json.dumps(canary()) + "\n" + after).encode())
+    (tmp_path / "cut").write_bytes(data[:-20_000])
+    (tmp_path / "more").write_bytes(data + b"\x1f\x8bno container")
+    for name in ("cut", "more"):
+        assert Traces.of([CANARY]).in_file(tmp_path / name), name
+
+
+@pytest.mark.parametrize("size", [15, 24, 80])
+def test_one_of_many_is_found_wherever_it_stands(tmp_path, size):
+    """The scan compares a needle where a word of it is."""
+    random = np.random.default_rng(size)
+    texts = ["".join(random.choice([*"abcdefghijklmnop"], size)) for _ in range(300)]
+    traces = Traces.of(texts, b"key")
+    for shift, text in enumerate(texts[:20]):
+        (tmp_path / "found").write_text(json.dumps({"padding": "q" * shift, "content": text}))
+        (tmp_path / "not").write_text(json.dumps({"padding": "q" * shift, "content": text[:12]}))
+        assert traces.in_file(tmp_path / "found") and not traces._may_be_in(tmp_path / "not"), shift
 
 
 def test_ids_are_found_whatever_their_length_and_their_neighbours_are_not(tmp_path):

@@ -110,7 +110,7 @@ def find(selection: Selection) -> Locations:
         where.pipeline = any(found.names.in_file(path) for path in made)
         if not where.pipeline:
             found.leave_out((found.people | found.models).all_in(_words_of(made)))
-            work.known.clear()  # it was searched for other traces
+            work = steps.Work(found, {}, work.options)  # it was searched for other traces
     work.options["pipeline"] = where.pipeline
     there = steps.search_everywhere(work)
     where.pipeline |= _say_files(work, there.files, where)

@@ -69,12 +69,12 @@ class Work:
     unread: set[str] = field(default_factory=set)
     journal: Path = field(default_factory=lambda: SCRATCH / f"forget-{uuid.uuid4().hex[:8]}.json")
 
-    @property
+    @cached_property
     def strict(self) -> Traces:
         """What only a person can have written, and ids."""
         return self.found.people | self.found.names
 
-    @property
+    @cached_property
     def everything(self) -> Traces:
         return self.strict | self.found.models
 

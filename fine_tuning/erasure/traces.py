@@ -14,6 +14,7 @@ import io
 import json
 import re
 import sqlite3
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from functools import cached_property, partial
@@ -30,11 +31,13 @@ from fine_tuning.common.records import read_line
 WINDOW = 24
 WINDOWS_OF_A_TEXT = 16
 NESTED = 8  # JSON texts in JSON texts in …, of which the quick test undoes the escapes
-MOST_SHORT = 64  # texts and ids that are sought one by one
+MOST_SHORT = 64  # texts and ids of fewer than LONG bytes in the quick test, each a search of its own
+LONG = 15  # bytes: wherever they stand, one of the first eight of them begins an aligned word of eight
 SHORT = 8  # bytes of a text or an id that other things may be called as well
 FEWEST_BYTES = 5  # different ones in a window: `00000…` is in every binary file
 CHUNK = 1 << 16
 DOCUMENT = 64 << 20  # bytes of a JSON document of many lines that is decoded as a whole
+QUICK = 32 << 20  # bytes of a file for the quick test, which holds it five times
 SEEN = 1 << 16  # short values of a file that are remembered
 HEADER = 256  # chunks of a file of weights: names, vocabulary and templates; numbers hold no text
 TEXT, ID = -1, -2  # in place of a rolling hash
@@ -45,7 +48,7 @@ TEXT_NAMES = re.compile(
 ID_NAMES = re.compile(r".*ids?|after|cluster|conversation|over|replaces|session|test|train|user|validation|value")
 _SIGNS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 _BREAKS = re.compile(r"""[\x00-\x1f"'&<>\\]+""")  # what some formats escape with letters
-_ESCAPED = re.compile(rb"(?:\\u[0-9a-fA-F]{4})+")
+_ESCAPED = re.compile(rb"\\u[0-9a-fA-F]{4}(?:\\u[0-9a-fA-F]{4})*")  # not `(?:…)+`, of which re finds no prefix
 _SLOTS = 20  # bits of the hash in the first, quick test
 
 Value = tuple[str | None, str]
@@ -103,11 +106,14 @@ class Traces:
     def in_file(self, path: Path) -> bool:
         """Whether one of the traces is in a file; its compression or container is undone. Raises OSError if the file
         cannot be read, or it is damaged: what it holds cannot be searched."""
+        with suppress(Exception):  # every container has its own; what stands before the damage is searched
+            if not self._may_be_in(path):
+                return False
         try:
-            return self._may_be_in(path) and any(next(self._found(each), None) is not None for each in streams(path))
+            return any(next(self._found(each), None) is not None for each in streams(path))
         except OSError:
             raise
-        except Exception as error:  # every container has its own
+        except Exception as error:
             raise OSError(f"{path} is damaged: {type(error).__name__}") from None
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -129,16 +135,15 @@ class Traces:
                 return any(text is None or self._may_hold(text) for text in _parquet_texts(path))
             if start == b"SQLite format 3\0" or is_weights(start):
                 return True
-            unpacked = stack.enter_context(_unpacked(file))
-            data = unpacked.read(DOCUMENT + 1)
+            data = stack.enter_context(_unpacked(file)).read(QUICK + 1)
         decoded = _is_json(data) or ".csv" in path.suffixes or b"conversation_id," in data[:CHUNK]
-        return len(data) > DOCUMENT or self._may_hold(data, decoded)
+        return len(data) > QUICK or self._may_hold(data, decoded)
 
     def _may_hold(self, data: bytes, decoded: bool = True) -> bool:
         """False where none of the traces is in some text, `decoded` as JSON and JSON within it or not."""
         if self._needles is None:
             return True
-        short, long, words = self._needles
+        short, long, places = self._needles
         for text in _unescaped_again_and_again(data, decoded):
             if text is None:
                 return True
@@ -147,28 +152,28 @@ class Traces:
                 return True
             if not long:
                 continue
-            # Of 15 bytes, wherever they stand, one aligned word of 8 is part.
             held = np.frombuffer(squeezed, np.uint64, len(squeezed) // 8)
-            likely = held[self._quick_words[_slots(held)]]
-            if len(likely) and any(n in squeezed for n in {long[at] for at in np.flatnonzero(np.isin(words, likely))}):
-                return True
+            for word in np.flatnonzero(self._quick_words[_slots(held)]) * 8:
+                for before, size in places.get(squeezed[word : word + 8], ()):
+                    if squeezed[max(word - before, 0) : word - before + size] in long:
+                        return True
         return False
 
     @cached_property
-    def _needles(self) -> tuple[list[bytes], list[bytes], np.ndarray] | None:
-        """(short ones, the long one of each word, words of 8 bytes in long ones); None if some trace has none, or where
-        there are too many short ones."""
+    def _needles(self) -> tuple[list[bytes], set[bytes], dict[bytes, set[tuple[int, int]]]] | None:
+        """(short ones, long ones, {word of long ones: where it begins in one and the size of that}); None if some trace
+        has none, or where there are too many short ones."""
         needles = {*self.plain.values()}
-        short = [needle for needle in needles if len(needle) < 15]
+        short, long = [n for n in needles if len(n) < LONG], {n for n in needles if len(n) >= LONG}
         if len(self.plain) < len(self.known) or b"" in needles or len(short) > MOST_SHORT:
             return None
-        pairs = [
-            (needle, needle[at : at + 8]) for needle in needles if len(needle) >= 15 for at in range(len(needle) - 7)
-        ]
-        words = np.frombuffer(b"".join(word for _, word in pairs), np.uint64)
+        places = defaultdict(set)
+        for needle in long:
+            for at in range(8):
+                places[needle[at : at + 8]].add((at, len(needle)))
         self._quick_words = np.zeros(1 << _SLOTS, bool)
-        self._quick_words[_slots(words)] = True
-        return short, [needle for needle, _ in pairs], words
+        self._quick_words[_slots(np.frombuffer(b"".join(places), np.uint64))] = True
+        return short, long, dict(places)
 
     # -----------------------------------------------------------------------------------------------------------------
 
