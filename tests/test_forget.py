@@ -555,11 +555,12 @@ def test_without_the_key_tombstones_are_neither_guessed_nor_passed_over(project,
     assert "1 left out (forgotten" in fine_tuning(clone, "import", str(file))
 
 
-@pytest.mark.parametrize("before", ["", "dvc repro -q data/conversations.dvc"])
-def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project, tmp_path, before):
+@pytest.mark.parametrize("before", ["", "dvc repro -q data/conversations.dvc", "dvc pull -q"])
+def test_another_clone_forgets_it_as_well_whether_or_not_it_has_the_new_shards(project, tmp_path, before):
     clone = tmp_path / "clone"
     sh(tmp_path, f"git clone -q {project} clone")
     sh(clone, "git config user.email t@example.org && git config user.name T && dvc pull -q")
+    shutil.copytree(".whetstone/memo", clone / ".whetstone/memo")
     assert forget_in_process(conversation=canary()["id"])[0] == 0
     sh(project, "git add -A && git commit -qm Forget && dvc push -q")
     sh(clone, f"git pull -q\n{before}")
@@ -568,6 +569,19 @@ def test_another_clone_forgets_it_as_well_before_it_takes_the_new_shards(project
     assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate")) == [], done.stdout
     sh(clone, "dvc pull -q")
     assert sh(clone, "dvc status -q data/conversations.dvc") == ""
+
+
+def test_a_clone_that_has_lost_the_old_shards_keeps_nothing_that_was_memoised_of_them(project, tmp_path):
+    clone = tmp_path / "clone"
+    sh(tmp_path, f"git clone -q {project} clone")
+    shutil.copytree(".whetstone/memo", clone / ".whetstone/memo")
+    assert forget_in_process(conversation=canary()["id"])[0] == 0
+    sh(project, "git add -A && git commit -qm Forget && dvc push -q")
+    sh(clone, "git pull -q && dvc pull -q")
+    assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate"))
+    done = run(clone, "--again", "--yes")
+    assert done.returncode == 1 and "is left here" in done.stderr
+    assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate")) == []
 
 
 def test_tombstones_of_an_earlier_version_hold_and_are_keyed_by_the_next_erasure(project, tmp_path):

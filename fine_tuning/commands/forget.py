@@ -51,6 +51,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.resume:
         return resume(withdraw=args.withdraw, hosts=args.host)
     tombstones = _tombstones() if args.again else None
+    if args.again:
+        steps.clear_encoded()  # what was made of shards that are gone from here, so that nothing names it
     deleted = records.deleted_ids(shard_paths(CONVERSATIONS, MANIFEST), steps.logs()) if args.deleted else None
     if args.expired:
         days = read_params("gateway", GatewaySettings).retention_days
@@ -101,9 +103,11 @@ def find(selection: Selection) -> Locations:
     conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
-    found = _selected(selection, shards, tombstones)
+    records = list(object_stores.stage_records(Path.cwd()))
+    earlier = object_stores.earlier_shards(Path.cwd(), records, {shard.name for shard in shards})
+    found = _selected(selection, [*shards, *earlier], tombstones)
     where, work = Locations(found, tombstones), steps.Work(found, {}, {"pipeline": False})
-    where.pipeline = _say_records(where, shards)
+    where.pipeline = _say_records(where, shards) or any(count_in_shard(path, found) for path in earlier)
     if not where.pipeline:
         # No shard holds it: the pipeline has read it only if its files name its ids. Words that they have are others'.
         made = [path for path in work.files_holding() if (_group_of(path) or ("",))[-1] == REBUILT]
@@ -114,7 +118,6 @@ def find(selection: Selection) -> Locations:
     work.options["pipeline"] = where.pipeline
     there = steps.search_everywhere(work)
     where.pipeline |= _say_files(work, there.files, where)
-    records = list(object_stores.stage_records(Path.cwd()))
     listings, tainted, made = _say_objects(work, there, records, where)
     for name in there.git:
         where.say(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)")
@@ -269,9 +272,8 @@ def _say_objects(
 ) -> tuple[dict[str, dict[str, str]], set[str], set[str]]:
     """(listings of folders, objects that hold it, objects that were made from shards that held it)."""
     listings = {oid: files for searched in there.stores.values() for oid, files in searched.listings.items()}
-    deps = [dep for record in records for dep in record.get("deps") or []]
-    folders = {dep.get("md5") for dep in deps if dep.get("path") == str(CONVERSATIONS)}
-    shards = {oid for folder in folders for oid in listings.get(folder, {}).values()}
+    folders = object_stores.folders_of_shards(records)
+    shards = {oid for folder in folders for oid in listings.get(folder or "", {}).values()}
     holding = {oid for oid in shards if (path := cached(Path.cwd(), oid)) and count_in_shard(path, work.found)}
     strict = {oid for searched in there.stores.values() for oid in searched.strict}
     made = object_stores.made_from(records, listings, shards & strict | holding)

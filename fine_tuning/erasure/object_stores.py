@@ -13,9 +13,17 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from fine_tuning.common.dvc_files import cache_folder, md5_folder, open_repo, parse_lock, used_objects
+from fine_tuning.common.dvc_files import (
+    cache_folder,
+    cached,
+    listing,
+    md5_folder,
+    open_repo,
+    parse_lock,
+    used_objects,
+)
 from fine_tuning.common.errors import UserError
-from fine_tuning.common.project import main_checkout, sha256_file
+from fine_tuning.common.project import CONVERSATIONS, main_checkout, sha256_file
 from fine_tuning.erasure.traces import Traces, is_weights
 from fine_tuning.training import tracking
 
@@ -161,17 +169,42 @@ def _kind_of(path: Path, traces: Traces, strict: Traces) -> str:
 
 def stage_records(checkout: Path) -> Iterator[dict]:
     """Every stage that dvc.lock describes, in the checkout and in every commit, and those of DVC's run-cache."""
-    locks = [(checkout / "dvc.lock").read_bytes()] if (checkout / "dvc.lock").is_file() else []
-    for blob in _git(checkout, "rev-list", "--all", "--objects", "--", "dvc.lock").splitlines():
-        oid, _, path = blob.decode("utf-8", "replace").partition(" ")
-        if path == "dvc.lock":
-            locks.append(_git(checkout, "cat-file", "blob", oid))
-    for lock in locks:
+    for lock in _versions_of(checkout, "dvc.lock"):
         with suppress(UserError):
             yield from parse_lock(lock).values()
     for path in sorted((cache_folder(checkout) / "runs").glob("*/*/*")):
         with suppress(yaml.YAMLError, OSError):
             yield yaml.safe_load(path.read_bytes()) or {}
+
+
+def _versions_of(checkout: Path, name: str) -> Iterator[bytes]:
+    """What a file holds in the checkout and in every commit."""
+    if (checkout / name).is_file():
+        yield (checkout / name).read_bytes()
+    for blob in _git(checkout, "rev-list", "--all", "--objects", "--", name).splitlines():
+        oid, _, path = blob.decode("utf-8", "replace").partition(" ")
+        if path == name:
+            yield _git(checkout, "cat-file", "blob", oid)
+
+
+def earlier_shards(checkout: Path, records: list[dict], now: set[str]) -> list[Path]:
+    """Shards in the cache that have none of the names `now`: another clone may have forgotten what they hold."""
+    folders = folders_of_shards(records)
+    for version in _versions_of(checkout, f"{CONVERSATIONS}.dvc"):
+        with suppress(yaml.YAMLError, AttributeError):
+            folders |= {out.get("md5") for out in (yaml.safe_load(version) or {}).get("outs") or []}
+    objects: set[str] = set()
+    for folder in folders - {None}:
+        with suppress(ValueError, KeyError, TypeError):  # a damaged one
+            files = listing(checkout, str(folder)) or {}
+            objects |= {oid for name, oid in files.items() if name.endswith(".jsonl") and name not in now}
+    return [path for oid in sorted(objects) if (path := cached(checkout, oid))]
+
+
+def folders_of_shards(records: list[dict]) -> set[str | None]:
+    """The listings of all shards that stages read."""
+    deps = (dep for record in records for dep in record.get("deps") or [])
+    return {dep.get("md5") for dep in deps if dep.get("path") == str(CONVERSATIONS)}
 
 
 def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: set[str]) -> set[str]:
