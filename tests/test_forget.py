@@ -853,6 +853,11 @@ def test_what_stands_before_the_damage_of_a_packed_file_is_found(tmp_path, pack)
         assert Traces.of([CANARY]).in_file(tmp_path / name), name
 
 
+def test_a_table_that_is_not_utf_8_is_found_as_it_is_decoded(tmp_path):
+    (tmp_path / "table.csv").write_bytes("id,content\n1,Müller\n".encode("latin-1"))
+    assert Traces.of(["M\ufffdller"]).in_file(tmp_path / "table.csv")
+
+
 @pytest.mark.parametrize("size", [15, 24, 80])
 def test_one_of_many_is_found_wherever_it_stands(tmp_path, size):
     """The scan compares a needle where a word of it is."""

@@ -126,7 +126,7 @@ class Traces:
                 yield from some
 
     def _may_be_in(self, path: Path) -> bool:
-        """False of a file in which the search would find nothing."""
+        """False of a file in which the search would find nothing; raises if it is damaged."""
         if self._needles is None:
             return True
         with open(path, "rb") as file, ExitStack() as stack:
@@ -136,8 +136,10 @@ class Traces:
             if start == b"SQLite format 3\0" or is_weights(start):
                 return True
             data = stack.enter_context(_unpacked(file)).read(QUICK + 1)
-        decoded = _is_json(data) or ".csv" in path.suffixes or b"conversation_id," in data[:CHUNK]
-        return len(data) > QUICK or self._may_hold(data, decoded)
+        table = ".csv" in path.suffixes or b"conversation_id," in data[:CHUNK]
+        if table:
+            data.decode()  # raises of what is not UTF-8: as it is read, other characters take its place
+        return len(data) > QUICK or self._may_hold(data, table or _is_json(data))
 
     def _may_hold(self, data: bytes, decoded: bool = True) -> bool:
         """False where none of the traces is in some text, `decoded` as JSON and JSON within it or not."""
