@@ -155,10 +155,13 @@ class Traces:
             if not long:
                 continue
             held = np.frombuffer(squeezed, np.uint64, len(squeezed) // 8)
+            left = len(squeezed) // 16  # comparisons, beyond which decoding is as fast
             for word in np.flatnonzero(self._quick_words[_slots(held)]) * 8:
-                for before, size in places.get(squeezed[word : word + 8], ()):
-                    if squeezed[max(word - before, 0) : word - before + size] in long:
-                        return True
+                starts = places.get(squeezed[word : word + 8], ())
+                if any(squeezed[max(word - at, 0) : word - at + size] in long for at, size in starts):
+                    return True
+                if (left := left - len(starts)) < 0:
+                    return True
         return False
 
     @cached_property
