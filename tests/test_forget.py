@@ -718,6 +718,19 @@ def test_what_one_shard_taught_is_told_from_what_the_others_did():
     assert object_stores.learned_models(records, listings, made, {}, set())[0] == {"adapter-1"}
 
 
+def test_what_would_be_the_same_without_a_shard_was_not_made_from_it():
+    """An empty file, say: stages that read it, in any commit, read nothing of the shard."""
+
+    def record(reads: str, makes: str) -> dict:
+        return {"deps": [{"md5": md5} for md5 in reads.split()], "outs": [{"md5": md5} for md5 in makes.split()]}
+
+    without, told = record("A", "clean-a same"), record("B", "clean-b same")
+    other_commit, compared = record("same model", "report"), record("clean-b same", "report-b")
+    for records in ([without, told, other_commit, compared], [compared, other_commit, told, without]):
+        assert object_stores.made_from(records, {}, {"B"}) == {"B", "clean-b", "report-b"}
+    assert "report" in object_stores.made_from([told, other_commit], {}, {"B"})  # who knows what is in it
+
+
 def test_traces_find_words_in_every_container_and_nothing_else(tmp_path):
     traces = Traces.of([CANARY])
     assert not any(word in json.dumps(traces.known).encode() for word in WORDS)

@@ -214,11 +214,11 @@ def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: 
     shards are left out; so is what a stage made that read none of it. Of a folder that is written, the folders in it
     count too: others read them.
     """
-    tainted = shards | {oid for oid, files in listings.items() if shards & set(files.values())}
-    found, clean, before = set(shards), set(), -1
-    while len(tainted) > before:
-        before = len(tainted)
-        clean = set()
+    sources = shards | {oid for oid, files in listings.items() if shards & set(files.values())}
+    tainted, before = sources, set[str]()
+    while tainted != before:
+        before = tainted
+        made, clean = set(), set()
         for record in records:
             deps = {dep.get("md5") for dep in record.get("deps") or []} - {None}
             read: dict[str, set[str]] = defaultdict(set)
@@ -228,14 +228,13 @@ def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: 
                 files = listings.get(oid := out.get("md5"), {})
                 if oid is None or str(out.get("path")).startswith("models/"):
                     continue
-                if deps & tainted:
-                    made = {file for name, file in files.items() if read.get(_shard(name), tainted) & tainted}
-                    made |= {oid} | {md5_folder(held) for held in _folders(files) if made & set(held.values())}
-                    tainted |= made
-                    found |= made
+                if deps & before:
+                    of = {file for name, file in files.items() if read.get(_shard(name), before) & before}
+                    made |= {oid} | of | {md5_folder(held) for held in _folders(files) if of & set(held.values())}
                 else:
                     clean |= {oid, *files.values(), *map(md5_folder, _folders(files))}
-    return found - clean
+        tainted = sources | (made - clean)
+    return shards | (made - clean)
 
 
 def _shard(path: str) -> str:
