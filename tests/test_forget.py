@@ -721,14 +721,23 @@ def test_what_one_shard_taught_is_told_from_what_the_others_did():
 def test_what_would_be_the_same_without_a_shard_was_not_made_from_it():
     """An empty file, say: stages that read it, in any commit, read nothing of the shard."""
 
-    def record(reads: str, makes: str) -> dict:
-        return {"deps": [{"md5": md5} for md5 in reads.split()], "outs": [{"md5": md5} for md5 in makes.split()]}
+    def record(reads: str, makes: str, path: str = "data/clean") -> dict:
+        return {
+            "deps": [{"md5": md5} for md5 in reads.split()],
+            "outs": [{"md5": m, "path": path} for m in makes.split()],
+        }
 
     without, told = record("A", "clean-a same"), record("B", "clean-b same")
-    other_commit, compared = record("same model", "report"), record("clean-b same", "report-b")
-    for records in ([without, told, other_commit, compared], [compared, other_commit, told, without]):
-        assert object_stores.made_from(records, {}, {"B"}) == {"B", "clean-b", "report-b"}
-    assert "report" in object_stores.made_from([told, other_commit], {}, {"B"})  # who knows what is in it
+    trained = (
+        record("clean-a same", "adapter-a", "models/adapter"),
+        record("clean-b same", "adapter-b", "models/adapter"),
+    )
+    evaluated = record("same adapter-a", "report-a"), record("same adapter-b", "report-b")
+    records = [without, told, *trained, *evaluated]
+    for these in (records, records[::-1]):
+        assert object_stores.made_from(these, {}, {"B"}) == {"B", "clean-b", "report-b"}  # weights: see learned_models
+    assert "report-a" in object_stores.made_from(records[1:], {}, {"B"})  # who knows what is in `same`
+    assert object_stores.made_from(records, {}, set()) == set()
 
 
 def test_traces_find_words_in_every_container_and_nothing_else(tmp_path):

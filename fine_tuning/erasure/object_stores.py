@@ -208,17 +208,16 @@ def folders_of_shards(records: list[dict]) -> set[str | None]:
 
 
 def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: set[str]) -> set[str]:
-    """The objects of data and metrics that stages made from these shards, and the shards.
+    """The objects of data and metrics that stages made from these shards, or of models that learned from them, and the
+    shards.
 
     Where a stage reads a folder and writes one with files for each file that it read, as cleaning does, those of other
     shards are left out; so is what a stage made that read none of it. Of a folder that is written, the folders in it
     count too: others read them.
     """
-    sources = shards | {oid for oid, files in listings.items() if shards & set(files.values())}
-    tainted, before = sources, set[str]()
-    while tainted != before:
-        before = tainted
-        made, clean = set(), set()
+    tainted = sources = shards | {oid for oid, files in listings.items() if shards & set(files.values())}
+    while True:
+        made, clean, models = set(), set(), set()
         for record in records:
             deps = {dep.get("md5") for dep in record.get("deps") or []} - {None}
             read: dict[str, set[str]] = defaultdict(set)
@@ -226,15 +225,18 @@ def made_from(records: list[dict], listings: dict[str, dict[str, str]], shards: 
                 read[_shard(name)].add(oid)
             for out in record.get("outs") or []:
                 files = listings.get(oid := out.get("md5"), {})
-                if oid is None or str(out.get("path")).startswith("models/"):
+                if oid is None:
                     continue
-                if deps & before:
-                    of = {file for name, file in files.items() if read.get(_shard(name), before) & before}
+                if str(out.get("path")).startswith("models/"):
+                    models |= {oid, *files.values()}
+                if deps & tainted:
+                    of = {file for name, file in files.items() if read.get(_shard(name), tainted) & tainted}
                     made |= {oid} | of | {md5_folder(held) for held in _folders(files) if of & set(held.values())}
                 else:
                     clean |= {oid, *files.values(), *map(md5_folder, _folders(files))}
-        tainted = sources | (made - clean)
-    return shards | (made - clean)
+        before, tainted = tainted, sources | (made - clean)
+        if tainted == before:
+            return shards | (made - clean - models)
 
 
 def _shard(path: str) -> str:
