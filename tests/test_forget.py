@@ -584,6 +584,21 @@ def test_a_clone_that_has_lost_the_old_shards_keeps_nothing_that_was_memoised_of
     assert places_with_words(clone, words=(b"Quetzalina", b"pomegranate")) == []
 
 
+def test_forget_again_does_not_take_conversations_of_another_branch_with_it(project):
+    assert forget_in_process(conversation=canary()["id"])[0] == 0
+    sh(project, "git add -A && git commit -qm Forget && git checkout -qb more")
+    shards = sorted(Path("data/conversations").glob("*.jsonl"))
+    new, _ = write_shard(
+        "data/conversations", "20260104T000000000-chat", [canary(), conversation("only here", "A", "B")]
+    )
+    step(project, [*shards, new], "More")
+    sh(project, "git checkout -q main && dvc checkout -q")
+    with pytest.raises(UserError, match=r"another branch .* check it out"):
+        forgetting.find(Selection(tombstones=Tombstones("data/forgotten.jsonl")))
+    sh(project, "git checkout -q more && dvc checkout -q")
+    assert new.is_file()
+
+
 def test_tombstones_of_an_earlier_version_hold_and_are_keyed_by_the_next_erasure(project, tmp_path):
     old = conversation("zoe-7", "PIN 4921", "Noted.")
     write_jsonl("data/forgotten.jsonl", [{"id": id_hash("zoe-7"), "contents": [content_hash(old)], "at": "2026-01-01"}])

@@ -103,8 +103,8 @@ def find(selection: Selection) -> Locations:
     conversation.
     """
     shards, tombstones = shard_paths(CONVERSATIONS, MANIFEST), _tombstones()
-    records = list(object_stores.stage_records(Path.cwd()))
-    earlier = object_stores.earlier_shards(Path.cwd(), records, {shard.name for shard in shards})
+    stages = list(object_stores.stage_records(Path.cwd()))
+    earlier = [] if selection.tombstones is None else _earlier_shards(stages, shards, tombstones)
     found = _selected(selection, [*shards, *earlier], tombstones)
     where, work = Locations(found, tombstones), steps.Work(found, {}, {"pipeline": False})
     where.pipeline = _say_records(where, shards) or any(count_in_shard(path, found) for path in earlier)
@@ -118,16 +118,34 @@ def find(selection: Selection) -> Locations:
     work.options["pipeline"] = where.pipeline
     there = steps.search_everywhere(work)
     where.pipeline |= _say_files(work, there.files, where)
-    listings, tainted, made = _say_objects(work, there, records, where)
+    listings, tainted, made = _say_objects(work, there, stages, where)
     for name in there.git:
         where.say(f"git: {name}", "its words", "stays: git's history is yours to rewrite (git filter-repo)")
-    where.learned = _say_models(work, records, listings, tainted | made, where) | {"made": sorted(made)}
+    where.learned = _say_models(work, stages, listings, tainted | made, where) | {"made": sorted(made)}
     if there.artifacts:
         held = count_of(len(there.artifacts), "file")
         where.say("MLflow's artifacts", held, "removed; lists of ids get hashes instead")
     _check_start(where.learned["adapters"])
     where.searched = work.known
     return where
+
+
+def _earlier_shards(stages: list[dict], shards: list[Path], tombstones: Tombstones) -> list[Path]:
+    """Shards of the cache that another clone has written anew: they hold something forgotten, and what else they hold
+    is here. Raises UserError if something forgotten is only in those that hold what is nowhere else, as on another
+    branch: their objects would go."""
+    earlier = object_stores.earlier_shards(Path.cwd(), stages, {shard.name for shard in shards})
+    if not earlier:
+        return []
+    here = records.ids_in(shards)
+    held = {path: ids for path in earlier if any(map(tombstones.names, ids := records.ids_in([path])))}
+    safe = [path for path, ids in held.items() if all(map(tombstones.names, ids - here))]
+    if held and not safe and not any(map(tombstones.names, here)):
+        raise UserError(
+            "a shard of another branch or commit holds what was forgotten, beside conversations that are not here: "
+            "check it out and run `python -m fine_tuning forget --again` there"
+        )
+    return safe
 
 
 def _selected(selection: Selection, shards: list[Path], tombstones: Tombstones) -> Found:

@@ -118,6 +118,11 @@ def collect(
     return found
 
 
+def ids_in(shards: list[Path]) -> set[str]:
+    """The ids of all conversations in shards."""
+    return {str(version["id"]) for version in _everything(shards, [])}
+
+
 def deleted_ids(shards: list[Path], logs: list[Path]) -> set[str]:
     """Ids of the conversations that were deleted in the app, and that shards or logs still hold or name."""
     newest = {str(version["id"]): bool(version.get("deleted")) for version in _everything(shards, [])}
